@@ -1,0 +1,3 @@
+// Package returnpath encodes and decodes the messages that a migration's
+// destination sends to its source.
+package returnpath
