@@ -1,0 +1,290 @@
+// Command guestinit is the first process of the test guests: it fills memory
+// with known content, keeps changing it, and answers on the serial console.
+//
+// The kernel command line says what to fill:
+//
+//	flic.fill=MiB      size of the buffer of known content (default 8)
+//	flic.seed=N        what it is filled with (default 1)
+//	flic.dirty=N       pages changed in every 100 ms from the start (default 0)
+//	flic.bytes=N       bytes changed in such a page (default 64)
+//	flic.read=PATH     mount /dev/vda and read everything below PATH, so that
+//	                   it is in the page cache
+//	flic.readmax=MiB   end that after so much (default: no limit)
+//	flic.readseed=N    read the files in another order (default 0: by name)
+//
+// Then it writes "flic ready" and, each 100 ms, "tick N" with N rising by one.
+// A line written to the console is a command and is answered by one line:
+//
+//	sum         "sum SHA256" of the whole buffer
+//	check       "check ok PAGES CHANGES" or "check bad PAGES FIRST": each page is
+//	            compared with the checksum the guest keeps of it elsewhere, which
+//	            finds a page that was restored damaged or in an older version
+//	dirty N [B] change N pages of B bytes each 100 ms; "dirty N B"
+//	tick?       "tick? N"
+//	fill N      fill the buffer anew with seed N; "fill N"
+//	read PATH   read a file or directory below the mounted disk; "read BYTES"
+//	off         power off
+//
+// sum, check and fill hold the changes and ticks until they are done.
+package main
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const pageSize = 4096
+
+// guest is the buffer with what is known about it. The lock makes a check see
+// pages and checksums that belong together, in spite of the ticker's changes.
+type guest struct {
+	mu      sync.Mutex
+	buf     []byte   // mapped, not from Go's heap: nothing else is in its pages
+	sums    []uint32 // CRC-32 by page
+	random  *rand.Rand
+	perTick int    // pages changed
+	bytes   int    // changed in each
+	changes uint64 // made since the fill
+	tick    uint64
+}
+
+func main() {
+	// The buffer is not on the heap, so a small heap costs nothing and leaves
+	// the guest's other memory quiet.
+	debug.SetMemoryLimit(8 << 20)
+	if err := run(); err != nil {
+		fmt.Println("flic failed:", err)
+	}
+	// Without a first process the kernel would panic and hide what was said.
+	unix.Sync()
+	unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	select {}
+}
+
+func run() error {
+	quietConsole()
+	options, err := commandLine("/proc/cmdline")
+	if err != nil {
+		return err
+	}
+	g, err := newGuest(int(options.number("fill", 8))<<20, options.number("seed", 1))
+	if err != nil {
+		return err
+	}
+	g.perTick, g.bytes = int(options.number("dirty", 0)), int(options.number("bytes", 64))
+	if path := options["read"]; path != "" {
+		if err := unix.Mount("/dev/vda", "/mnt", "ext4", unix.MS_RDONLY, ""); err != nil {
+			return fmt.Errorf("mount /dev/vda: %w", err)
+		}
+		limit := int64(options.number("readmax", 1<<20)) << 20
+		n, err := readTree(filepath.Join("/mnt", path), limit, options.number("readseed", 0))
+		if err != nil {
+			return err
+		}
+		fmt.Println("flic read", n)
+	}
+	fmt.Println("flic ready")
+	go g.ticker(100 * time.Millisecond)
+	return g.serve(os.Stdin, os.Stdout)
+}
+
+// quietConsole turns the echo off, so that the reader of the console sees
+// answers only.
+func quietConsole() {
+	t, err := unix.IoctlGetTermios(0, unix.TCGETS)
+	if err != nil {
+		return // not a terminal: there is no echo
+	}
+	t.Lflag &^= unix.ECHO | unix.ECHOE | unix.ECHOK | unix.ECHONL
+	_ = unix.IoctlSetTermios(0, unix.TCSETS, t)
+}
+
+type options map[string]string
+
+// commandLine returns the "flic." words of the kernel's command line.
+func commandLine(path string) (options, error) {
+	line, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	o := options{}
+	for word := range strings.FieldsSeq(string(line)) {
+		if key, value, ok := strings.Cut(word, "="); ok && strings.HasPrefix(key, "flic.") {
+			o[key[len("flic."):]] = value
+		}
+	}
+	return o, nil
+}
+
+func (o options) number(key string, otherwise uint64) uint64 {
+	n, err := strconv.ParseUint(o[key], 10, 63)
+	if err != nil {
+		return otherwise
+	}
+	return n
+}
+
+func newGuest(size int, seed uint64) (*guest, error) {
+	g := &guest{}
+	if size > 0 {
+		var err error
+		g.buf, err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+		if err != nil {
+			return nil, fmt.Errorf("%d bytes for the buffer: %w", size, err)
+		}
+	}
+	g.sums = make([]uint32, size/pageSize)
+	g.fill(seed)
+	return g, nil
+}
+
+func (g *guest) page(i int) []byte { return g.buf[i*pageSize : (i+1)*pageSize] }
+
+func (g *guest) fill(seed uint64) {
+	g.random = rand.New(rand.NewPCG(seed, 1))
+	g.changes = 0
+	for i := range g.sums {
+		makePage(g.page(i), seed, i)
+		g.sums[i] = crc32.ChecksumIEEE(g.page(i))
+	}
+}
+
+// check counts the pages that are not what they should be; first is the number
+// of the first one.
+func (g *guest) check() (bad, first int) {
+	for i, sum := range g.sums {
+		if crc32.ChecksumIEEE(g.page(i)) == sum {
+			continue
+		}
+		if bad == 0 {
+			first = i
+		}
+		bad++
+	}
+	return bad, first
+}
+
+func (g *guest) ticker(period time.Duration) {
+	for range time.Tick(period) {
+		g.mu.Lock()
+		for range min(g.perTick, len(g.sums)) {
+			i := g.random.IntN(len(g.sums))
+			change(g.page(i), g.random, g.bytes)
+			g.sums[i] = crc32.ChecksumIEEE(g.page(i))
+			g.changes++
+		}
+		g.tick++
+		fmt.Printf("tick %d\n", g.tick)
+		g.mu.Unlock()
+	}
+}
+
+// serve answers commands until the console ends or "off" is said.
+func (g *guest) serve(r io.Reader, w io.Writer) error {
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		words := strings.Fields(lines.Text())
+		if len(words) == 0 {
+			continue
+		}
+		if words[0] == "off" {
+			return nil
+		}
+		g.mu.Lock()
+		fmt.Fprintln(w, g.answer(words[0], words[1:]))
+		g.mu.Unlock()
+	}
+	return errors.Join(lines.Err(), errors.New("the console has ended"))
+}
+
+func (g *guest) answer(command string, args []string) string {
+	number := func(i, otherwise int) int {
+		if i < len(args) {
+			if n, err := strconv.Atoi(args[i]); err == nil && n >= 0 {
+				return n
+			}
+		}
+		return otherwise
+	}
+	switch command {
+	case "sum":
+		return fmt.Sprintf("sum %x", sha256.Sum256(g.buf))
+	case "check":
+		if bad, first := g.check(); bad > 0 {
+			return fmt.Sprintf("check bad %d %d", bad, first)
+		}
+		return fmt.Sprintf("check ok %d %d", len(g.sums), g.changes)
+	case "dirty":
+		g.perTick, g.bytes = number(0, 0), number(1, g.bytes)
+		return fmt.Sprintf("dirty %d %d", g.perTick, g.bytes)
+	case "tick?":
+		return fmt.Sprintf("tick? %d", g.tick)
+	case "fill":
+		seed := number(0, 1)
+		g.fill(uint64(seed))
+		return fmt.Sprintf("fill %d", seed)
+	case "read":
+		if len(args) != 1 {
+			return "error: read PATH"
+		}
+		n, err := readTree(filepath.Join("/mnt", args[0]), 1<<40, 0)
+		if err != nil {
+			return fmt.Sprintf("error: %v", err)
+		}
+		return fmt.Sprintf("read %d", n)
+	}
+	return fmt.Sprintf("error: unknown command %q", command)
+}
+
+// readTree reads the regular files below root, at most limit bytes, and returns
+// how many bytes it has read.
+func readTree(root string, limit int64, seed uint64) (int64, error) {
+	var files []string
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			files = append(files, path)
+		}
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	slices.Sort(files)
+	if seed != 0 {
+		r := rand.New(rand.NewPCG(seed, 2))
+		r.Shuffle(len(files), func(i, j int) { files[i], files[j] = files[j], files[i] })
+	}
+	var total int64
+	for _, path := range files {
+		if total >= limit {
+			break
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return total, err
+		}
+		n, err := io.Copy(io.Discard, io.LimitReader(f, limit-total))
+		f.Close()
+		if err != nil {
+			return total, err
+		}
+		total += n
+	}
+	return total, nil
+}
