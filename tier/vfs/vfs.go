@@ -1,0 +1,184 @@
+// Package vfs is the small file-system interface through which every write of
+// a store goes.
+//
+// It exists for one reason: what a store promises about crashes can only be
+// believed if each of its writes can be cut off, fail or be lost in a test.
+// Production code uses [OS]; tests use package crashfs, which forgets what was
+// not synced and fails on demand. So no package below tier opens, renames or
+// removes a file in any other way.
+//
+// The durability rules every implementation follows, and that callers must
+// assume nothing beyond:
+//
+//   - Written data survives a power cut only after [File.Sync], or, for the
+//     mapped range, [Mapping.Sync].
+//   - A created, renamed or removed name survives only after [FS.SyncDir] of
+//     its directory. Syncing a file does not make its name durable.
+//   - After a Sync has failed, what it should have made durable is lost, even if
+//     a second Sync succeeds: Linux marks the pages clean when it reports the
+//     error. The file must be given up, never synced again.
+package vfs
+
+import (
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+)
+
+// ErrLocked is returned by TryLock when another open file holds a conflicting
+// lock.
+var ErrLocked = errors.New("locked by another process")
+
+// LockMode says who else may hold a lock at the same time.
+type LockMode int
+
+const (
+	Shared    LockMode = iota // any number of Shared holders
+	Exclusive                 // nobody else
+)
+
+func (m LockMode) String() string {
+	if m == Exclusive {
+		return "exclusive"
+	}
+	return "shared"
+}
+
+// FS is a file system. All methods may be called from several goroutines.
+// Errors are *fs.PathError or *os.LinkError, so they carry operation and name,
+// and match fs.ErrExist, fs.ErrNotExist and the syscall.Errno behind them.
+type FS interface {
+	// Create makes a new file of mode 0600, open for reading and writing.
+	// It fails with fs.ErrExist rather than touch a file that is there.
+	Create(name string) (File, error)
+
+	// Open opens an existing file for reading.
+	Open(name string) (File, error)
+
+	// OpenRW opens an existing file for reading and writing. The offset of
+	// Write starts at 0.
+	OpenRW(name string) (File, error)
+
+	// MkdirAll makes dir and its missing parents with mode 0700, durably: it
+	// syncs the parent of each directory made, and of the deepest one found,
+	// because another process may have made that one a moment ago and not
+	// have got to the sync.
+	MkdirAll(dir string) error
+
+	// Rename moves a file to a name that must not exist (fs.ErrExist), as
+	// one atomic step: of two processes that commit to one name, one wins.
+	Rename(oldname, newname string) error
+
+	// Replace moves a file over whatever file has the new name, atomically.
+	Replace(oldname, newname string) error
+
+	// Remove removes a file or an empty directory.
+	Remove(name string) error
+
+	// ReadDir returns the entries of a directory, sorted by name.
+	ReadDir(dir string) ([]fs.DirEntry, error)
+
+	// Stat follows symbolic links.
+	Stat(name string) (fs.FileInfo, error)
+
+	// SyncDir makes the creations, renames and removals of names in dir
+	// durable.
+	SyncDir(dir string) error
+
+	// Lock opens the lock file name, creating it if missing, and waits for
+	// the lock until ctx is done. The caller closes the returned Locked to
+	// give the lock up; the end of the process does it too. The file stays.
+	Lock(ctx context.Context, name string, mode LockMode) (Locked, error)
+
+	// TryLock is Lock without waiting: ErrLocked if it is held.
+	TryLock(name string, mode LockMode) (Locked, error)
+
+	// StatFS describes the file system that holds name, which must exist.
+	StatFS(name string) (FSInfo, error)
+}
+
+// Locked is a held lock of [FS.Lock].
+type Locked interface {
+	io.Closer
+}
+
+// File is an open file. ReadAt, WriteAt, Sync and the other methods that do not
+// use the offset may be called from several goroutines; Write may not.
+type File interface {
+	io.ReaderAt
+	io.Writer // at the offset, which it advances
+	io.WriterAt
+	io.Closer
+
+	// Name is the name the file was opened with.
+	Name() string
+
+	// Size is the length in bytes; of a block device, its capacity.
+	Size() (int64, error)
+
+	// Sync makes the file's data and size durable. See the package comment
+	// for what a failure means.
+	Sync() error
+
+	// Truncate sets the length. New bytes read as zero and have no disk
+	// blocks yet.
+	Truncate(size int64) error
+
+	// Allocate gives [off, off+n) disk blocks and extends the file to off+n
+	// if it is shorter. Bytes that had no blocks read as zero; others keep
+	// their content. A full disk is ENOSPC here, and then no longer a SIGBUS
+	// in a mapping later. errors.ErrUnsupported if the file system can't.
+	Allocate(off, n int64) error
+
+	// StartWriteback asks the kernel to begin writing dirty pages of
+	// [off, off+n) without waiting, so that a later Sync has little left to
+	// do. It promises nothing, so it has no error.
+	StartWriteback(off, n int64)
+
+	// Map maps [off, off+n) of the file, shared. off is a multiple of the
+	// machine's page size, and the range lies within the file: mapped bytes
+	// beyond the end would be a SIGBUS when touched.
+	Map(off, n int64, writable bool) (Mapping, error)
+
+	// Lock waits for a lock on this open file until ctx is done; TryLock
+	// returns ErrLocked instead of waiting. A lock belongs to the open file:
+	// two opens of one file by the same process exclude each other. It ends
+	// with Unlock, Close or the end of the process.
+	Lock(ctx context.Context, mode LockMode) error
+	TryLock(mode LockMode) error
+	Unlock() error
+}
+
+// Mapping is a mapped range of a file. off and n count from the start of the
+// mapping. Reading or writing Bytes can fault (SIGBUS) when the file is
+// truncated by someone else, when a page has no disk block and the disk is
+// full, or when the medium has an error: writers call File.Allocate first, and
+// both sides touch the bytes inside [CatchFault].
+type Mapping interface {
+	// Bytes is the mapped memory. It must not be used after Close.
+	Bytes() []byte
+
+	// Sync makes the range durable, and only this range: data that others
+	// have dirty in the same file is not waited for. It covers WriteAt to the
+	// range as well, and the file size up to the end of the range.
+	Sync(off, n int64) error
+
+	// WillNeed asks for the range to be read ahead.
+	WillNeed(off, n int64)
+
+	// DontNeed takes the range's pages out of the process (not out of the
+	// page cache; nothing is lost), so that a pass over a large mapping
+	// keeps a small resident size.
+	DontNeed(off, n int64)
+
+	Close() error
+}
+
+// FSInfo describes a mounted file system.
+type FSInfo struct {
+	Type     string // "ext4", "xfs", "tmpfs", ..., or the hexadecimal magic
+	Total    int64  // bytes
+	Free     int64  // bytes that this process may still allocate
+	Volatile bool   // the content is gone after a power cut (tmpfs, ramfs)
+}
