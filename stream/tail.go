@@ -1,5 +1,11 @@
 package stream
 
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+)
+
 // Completion says how surely a device tail is whole.
 type Completion uint8
 
@@ -17,7 +23,21 @@ const (
 	WithDescription
 )
 
-// MaxTail is the most a TailScanner takes.
+func (c Completion) String() string {
+	switch c {
+	case Incomplete:
+		return "incomplete"
+	case Weak:
+		return "weak"
+	case WithFooter:
+		return "with footer"
+	case WithDescription:
+		return "with description"
+	}
+	return "unknown completion"
+}
+
+// MaxTail is the most a TailScanner takes, in bytes. A PC's tail has 300 KB.
 const MaxTail = 256 << 20
 
 // A TailScanner collects the device tail and tells from its content when it is
@@ -34,19 +54,102 @@ func NewTailScanner(footers bool) *TailScanner { return &TailScanner{footers: fo
 
 // Write adds bytes of the tail, cut anyhow. Beyond MaxTail it takes nothing
 // and returns ErrTooLong.
-func (s *TailScanner) Write(p []byte) (int, error) { panic("unfinished") }
+func (s *TailScanner) Write(p []byte) (int, error) {
+	if len(p) > MaxTail-len(s.buf) {
+		return 0, ErrTooLong
+	}
+	s.buf = append(s.buf, p...)
+	return len(p), nil
+}
 
 // Bytes returns the tail so far, valid until the next Write.
 func (s *TailScanner) Bytes() []byte { return s.buf }
 
 // Complete says whether the tail so far ends as a stream may end. It is cheap
-// enough to be asked whenever a read would block.
-func (s *TailScanner) Complete() Completion { panic("unfinished") }
+// enough to be asked whenever a read would block: it looks at the end of the
+// tail first, and at all of it only if that looks like the end of a stream.
+func (s *TailScanner) Complete() Completion {
+	switch {
+	case description(s.buf) != nil:
+		return WithDescription
+	case s.footers && endsInFooter(s.buf):
+		return WithFooter
+	case !s.footers && len(s.buf) > 0 && s.buf[len(s.buf)-1] == typeEOF:
+		return Weak
+	}
+	return Incomplete
+}
+
+// descriptionHead is the length of QEMU_VM_EOF and the vmdescription's head,
+// 00 06 be32 n.
+const descriptionHead = 6
+
+// description returns the vmdescription that ends where tail ends, or nil.
+//
+// JSON has no zero byte and the head begins with one, so the head is at the
+// last zero byte of the tail or at most descriptionHead-1 before it.
+func description(tail []byte) []byte {
+	last := bytes.LastIndexByte(tail, 0)
+	for at := last; at >= 0 && at > last-descriptionHead; at-- {
+		body := at + descriptionHead
+		if tail[at] != typeEOF || body >= len(tail) || tail[at+1] != typeDescription ||
+			int64(binary.BigEndian.Uint32(tail[at+2:])) != int64(len(tail)-body) {
+			continue
+		}
+		if tail[body] == '{' && json.Valid(tail[body:]) {
+			return tail[body:]
+		}
+	}
+	return nil
+}
+
+// endsInFooter says whether tail ends in the footer of a section whose header
+// is in it, and QEMU_VM_EOF.
+func endsInFooter(tail []byte) bool {
+	at := len(tail) - 6
+	if at < 0 || tail[at] != typeFooter || tail[at+5] != typeEOF {
+		return false
+	}
+	want := append([]byte{typeFull}, tail[at+1:at+5]...)
+	for rest := tail[:at]; ; {
+		i := bytes.LastIndex(rest, want)
+		if i < 0 {
+			return false
+		}
+		// In front of a header is the footer of the section before.
+		if _, _, ok := parseFull(tail[:at], i); ok && (i == 0 || i >= 5 && tail[i-5] == typeFooter) {
+			return true
+		}
+		rest = rest[:i+len(want)-1]
+	}
+}
+
+// parseFull parses the FULL section header at tail[at:] and returns where the
+// body begins.
+func parseFull(tail []byte, at int) (s Section, body int, ok bool) {
+	b := tail[at:]
+	if len(b) < 6 || b[0] != typeFull || len(b) < 6+int(b[5])+8 {
+		return s, 0, false
+	}
+	n := 6 + int(b[5])
+	for _, c := range b[6:n] {
+		if c < ' ' || c > '~' {
+			return s, 0, false
+		}
+	}
+	s = Section{
+		ID:       binary.BigEndian.Uint32(b[1:]),
+		Name:     string(b[6:n]),
+		Instance: binary.BigEndian.Uint32(b[n:]),
+		Version:  binary.BigEndian.Uint32(b[n+4:]),
+	}
+	return s, at + n + 8, n > 6
+}
 
 // Tail is a device tail taken apart.
 type Tail struct {
 	Sections    []TailSection // in stream order; nil without a vmdescription
-	PageSize    int           // from the vmdescription; 0 without
+	PageSize    int           // target page size from the vmdescription, bytes; 0 without
 	RunState    string        // globalstate's text, such as running or paused; empty if absent
 	Description []byte        // the vmdescription's JSON; nil without
 }
@@ -59,6 +162,118 @@ type TailSection struct {
 }
 
 // ParseTail walks a complete tail by the field sizes of its vmdescription.
-// Sizes that do not meet the sections' headers and footers give ErrDamaged.
-// Without a vmdescription only RunState is found.
-func ParseTail(tail []byte) (Tail, error) { panic("unfinished") }
+// Sizes that do not meet the sections' headers and footers give ErrDamaged,
+// with an offset within the tail; what could be found is returned all the same
+// and the tail may well load, since only tools read the vmdescription.
+// Without a vmdescription only RunState is found. The Tail refers to tail.
+func ParseTail(tail []byte) (Tail, error) {
+	t := Tail{RunState: runState(tail), Description: description(tail)}
+	if t.Description == nil {
+		return t, nil
+	}
+	end := len(tail) - len(t.Description) - descriptionHead
+	var desc vmDescription
+	if err := json.Unmarshal(t.Description, &desc); err != nil {
+		return t, Damaged("vmdescription", int64(end), "%v", err)
+	}
+	t.PageSize = desc.PageSize
+	at := 0
+	for _, d := range desc.Devices {
+		s, body, ok := parseFull(tail[:end], at)
+		if !ok || s.Name != d.Name || s.Instance != uint32(d.Instance) {
+			return t, Damaged("device tail", int64(at), "no section %q instance %d where the vmdescription has it", d.Name, d.Instance)
+		}
+		n, ok := d.length(end - body)
+		if !ok {
+			return t, Damaged("device tail", int64(at), "section %q does not fit by its vmdescription", d.Name)
+		}
+		t.Sections = append(t.Sections, TailSection{Section: s, Offset: body, Length: n})
+		at = body + n
+		// Machine types before 2.4 have no footers.
+		if at+5 <= end && tail[at] == typeFooter {
+			if id := binary.BigEndian.Uint32(tail[at+1:]); id != s.ID {
+				return t, Damaged("device tail", int64(at), "footer of section %d ends section %d", id, s.ID)
+			}
+			at += 5
+		}
+	}
+	if at != end {
+		return t, Damaged("device tail", int64(at), "sections end %d bytes before the vmdescription", end-at)
+	}
+	return t, nil
+}
+
+// vmDescription is the part of the vmdescription that gives lengths
+// (vmstate_save and vmstate_save_state, migration/savevm.c and vmstate.c).
+type vmDescription struct {
+	PageSize int `json:"page_size"`
+	Devices  []struct {
+		Name     string `json:"name"`
+		Instance int64  `json:"instance_id"`
+		vmState
+	} `json:"devices"`
+}
+
+// vmState is a device's or subsection's state. The state of a struct within it
+// is described too, but is counted in its field's size.
+type vmState struct {
+	Fields []struct {
+		Size     int  `json:"size"`      // of one element, bytes
+		ArrayLen *int `json:"array_len"` // of an array described by its first element
+	} `json:"fields"`
+	Subsections []struct {
+		Name string `json:"vmsd_name"`
+		vmState
+	} `json:"subsections"`
+}
+
+// length returns the state's length in the stream: its fields, then its
+// subsections, each with the head 05, u8 n, name, be32 version. It is false
+// for more than limit bytes or nonsense.
+func (v *vmState) length(limit int) (int, bool) {
+	n := 0
+	for _, f := range v.Fields {
+		count := 1
+		if f.ArrayLen != nil {
+			count = *f.ArrayLen
+		}
+		if f.Size < 0 || count < 0 || f.Size > 0 && count > (limit-n)/f.Size {
+			return 0, false
+		}
+		n += f.Size * count
+	}
+	for i := range v.Subsections {
+		s := &v.Subsections[i]
+		n += 1 + 1 + len(s.Name) + 4
+		if n > limit {
+			return 0, false
+		}
+		k, ok := s.length(limit - n)
+		if !ok {
+			return 0, false
+		}
+		n += k
+	}
+	return n, true
+}
+
+// runState finds the text of the globalstate section by its header: be32
+// length with the final zero, then 100 bytes (migration/global_state.c).
+func runState(tail []byte) string {
+	const name, size = "\x0bglobalstate", 100
+	for rest := tail; ; {
+		i := bytes.LastIndex(rest, []byte(name))
+		if i < 0 {
+			return ""
+		}
+		if i >= 5 {
+			if _, body, ok := parseFull(tail, i-5); ok && len(tail)-body >= 4+size {
+				text, _, ok := bytes.Cut(tail[body+4:body+4+size], []byte{0})
+				if ok && int(binary.BigEndian.Uint32(tail[body:])) == len(text)+1 {
+					return string(text)
+				}
+			}
+		}
+		rest = rest[:i+len(name)-1]
+	}
+}

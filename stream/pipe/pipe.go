@@ -1,0 +1,121 @@
+// Package pipe reads the pipe that QEMU's exec: transport gives its child as
+// stdin. It adds to a plain read what a save needs: a read that can be
+// cancelled, a look whether more bytes are there without taking them, and
+// control over the pipe's capacity (fcntl(2), F_SETPIPE_SZ), which is part of
+// how much of the stream QEMU believes to be delivered.
+package pipe
+
+import (
+	"context"
+	"errors"
+	"io"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Reader reads a file descriptor. It is for one goroutine; Cancel may be
+// called from any.
+type Reader struct {
+	fd   int
+	wake [2]int // a pipe; closed for writing by Cancel
+	ctx  context.Context
+	stop func() bool
+}
+
+// New returns a Reader of fd, which stays the caller's to close and is set to
+// non-blocking mode: a pipe's read end belongs to this process alone. When ctx
+// is done, a waiting Read returns its cause. Close releases the Reader.
+func New(ctx context.Context, fd int) (*Reader, error) {
+	r := &Reader{fd: fd, ctx: ctx}
+	if err := unix.Pipe2(r.wake[:], unix.O_CLOEXEC); err != nil {
+		return nil, err
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		r.closeWake()
+		return nil, err
+	}
+	r.stop = context.AfterFunc(ctx, func() { unix.Close(r.wake[1]) })
+	return r, nil
+}
+
+// Close releases what New made; the descriptor stays open.
+func (r *Reader) Close() error {
+	if r.stop() {
+		unix.Close(r.wake[1])
+	}
+	return unix.Close(r.wake[0])
+}
+
+func (r *Reader) closeWake() {
+	unix.Close(r.wake[0])
+	unix.Close(r.wake[1])
+}
+
+// Read reads what is there, up to len(p) bytes, and waits only if there is
+// nothing.
+func (r *Reader) Read(p []byte) (int, error) {
+	for {
+		if err := r.ctx.Err(); err != nil {
+			return 0, context.Cause(r.ctx)
+		}
+		n, err := unix.Read(r.fd, p)
+		switch {
+		case n > 0:
+			return n, nil
+		case err == nil:
+			if len(p) == 0 {
+				return 0, nil
+			}
+			return 0, io.EOF
+		case errors.Is(err, unix.EAGAIN):
+			if _, err := r.poll(-1); err != nil {
+				return 0, err
+			}
+		case errors.Is(err, unix.EINTR):
+		default:
+			return 0, err
+		}
+	}
+}
+
+// Ready waits up to d for bytes or the end of the input, and tells whether a
+// Read would return at once.
+func (r *Reader) Ready(d time.Duration) bool {
+	ready, _ := r.poll(int(d.Milliseconds()))
+	return ready
+}
+
+func (r *Reader) poll(ms int) (ready bool, err error) {
+	fds := []unix.PollFd{{Fd: int32(r.fd), Events: unix.POLLIN}, {Fd: int32(r.wake[0]), Events: unix.POLLIN}}
+	for {
+		_, err := unix.Poll(fds, ms)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return false, err
+		}
+		if fds[1].Revents != 0 {
+			return false, context.Cause(r.ctx)
+		}
+		return fds[0].Revents != 0, nil
+	}
+}
+
+// Capacity is the pipe's capacity in bytes; 0 if the input is not a pipe.
+func (r *Reader) Capacity() int {
+	n, err := unix.FcntlInt(uintptr(r.fd), unix.F_GETPIPE_SZ, 0)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// SetCapacity asks for a capacity of n bytes (rounded up by the kernel to a
+// power of two of at least 4 KiB) and returns the one in force. The kernel
+// refuses to shrink a pipe below what is in it: try again after a Read.
+func (r *Reader) SetCapacity(n int) int {
+	unix.FcntlInt(uintptr(r.fd), unix.F_SETPIPE_SZ, n)
+	return r.Capacity()
+}
