@@ -101,7 +101,7 @@ func (osFS) SyncDir(dir string) error {
 }
 
 func (o osFS) Lock(ctx context.Context, name string, mode LockMode) (Locked, error) {
-	return waitLock(ctx, name, func() (Locked, error) { return o.TryLock(name, mode) })
+	return WaitLock(ctx, name, func() (Locked, error) { return o.TryLock(name, mode) })
 }
 
 func (osFS) TryLock(name string, mode LockMode) (Locked, error) {
@@ -244,7 +244,7 @@ func (f *osFile) StartWriteback(off, n int64) {
 }
 
 func (f *osFile) Lock(ctx context.Context, mode LockMode) error {
-	_, err := waitLock(ctx, f.Name(), func() (struct{}, error) {
+	_, err := WaitLock(ctx, f.Name(), func() (struct{}, error) {
 		return struct{}{}, f.TryLock(mode)
 	})
 	return err
@@ -269,11 +269,12 @@ func flock(f *os.File, mode LockMode) error {
 	return of.pathError("lock", err)
 }
 
-// waitLock repeats try until it doesn't say ErrLocked any more. A blocking flock
+// WaitLock repeats try until it doesn't say ErrLocked any more, or until ctx is
+// done. It is for implementations of FS and File. A blocking flock
 // would be fairer, but can be neither cancelled nor timed out. The pauses grow
 // to 20 ms: locks here are held for milliseconds (allocation) or for a whole
 // save, and neither is worth more wake-ups.
-func waitLock[T any](ctx context.Context, name string, try func() (T, error)) (T, error) {
+func WaitLock[T any](ctx context.Context, name string, try func() (T, error)) (T, error) {
 	pause := 500 * time.Microsecond
 	for {
 		l, err := try()
