@@ -1,0 +1,66 @@
+package qmp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+var (
+	// ErrBusy: QEMU serves one client at a time on a monitor, and this one has
+	// no turn. Whoever holds it (libvirt, a shell with socat) must let go, or
+	// QEMU must be started with a second -qmp.
+	ErrBusy = errors.New("the monitor is held by another client, or QEMU does not serve it now")
+	// ErrClosed: Close was called.
+	ErrClosed = errors.New("the monitor connection is closed")
+	// ErrLost: QEMU has ended or the network has failed.
+	ErrLost = errors.New("the monitor connection is lost")
+	// ErrProtocol: what came is not QMP, or more than Options.MaxMessage of it.
+	ErrProtocol = errors.New("the monitor does not speak QMP")
+)
+
+// Error is QEMU's refusal of a command.
+type Error struct {
+	Command string
+	Class   string // GenericError, CommandNotFound, DeviceNotFound, ...
+	Desc    string // for humans; QEMU changes these texts between versions
+}
+
+func (e *Error) Error() string {
+	if e.Class == "" || e.Class == "GenericError" {
+		return fmt.Sprintf("qmp: %s: %s", e.Command, e.Desc)
+	}
+	return fmt.Sprintf("qmp: %s: %s (%s)", e.Command, e.Desc, e.Class)
+}
+
+// OpError is a command that could not be sent or was not answered.
+type OpError struct {
+	Op   string // the command, or connect, events, run
+	Addr string // of the monitor
+	Err  error
+}
+
+func (e *OpError) Error() string { return fmt.Sprintf("qmp: %s: %s: %v", e.Addr, e.Op, e.Err) }
+func (e *OpError) Unwrap() error { return e.Err }
+
+// MigrationError is a migration that did not complete.
+type MigrationError struct {
+	Status Status // failed, cancelled, ...
+	Desc   string // QEMU's reason; empty when it gave none
+}
+
+func (e *MigrationError) Error() string {
+	if e.Desc == "" {
+		return fmt.Sprintf("qmp: migration %s", e.Status)
+	}
+	return fmt.Sprintf("qmp: migration %s: %s", e.Status, e.Desc)
+}
+
+// unanswered says what was being waited for when a call's context ended. A
+// context that was cancelled rather than overdue needs no explanation.
+func unanswered(ctx context.Context, what string) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return fmt.Errorf("%s: %w", what, ctx.Err())
+	}
+	return ctx.Err()
+}
