@@ -65,7 +65,7 @@ const (
 type ConfigSubsection struct {
 	Name           string
 	Version        uint32
-	TargetPageBits uint32   // configuration/target-page-bits
+	TargetPageBits uint32   // configuration/target-page-bits: 10 to 16
 	Capabilities   []string // configuration/capabilities
 	UUID           [16]byte // configuration/uuid
 }

@@ -16,6 +16,13 @@ const (
 	maxPackage      = 256 << 20 // bytes
 )
 
+// The target page sizes there are, as powers of two: 1 KiB is the least that
+// leaves room for the flags of RAM records.
+const (
+	minPageBits = 10
+	maxPageBits = 16
+)
+
 // state is what the Reader expects next.
 type state uint8
 
@@ -202,6 +209,9 @@ func (r *Reader) subsection() (Frame, error) {
 			return Frame{}, err
 		}
 		s.TargetPageBits = binary.BigEndian.Uint32(b[head:])
+		if s.TargetPageBits < minPageBits || s.TargetPageBits > maxPageBits {
+			return Frame{}, Unknown(op, r.c.Offset(), "target pages of 2^%d bytes", s.TargetPageBits)
+		}
 	case SubsectionUUID:
 		n += len(s.UUID)
 		if b, err = r.peek(op, n); err != nil {
