@@ -679,6 +679,7 @@ func (h *file) writeAt(b []byte, off int64) (int, error) {
 	if n = max(0, int(end-off)); n > 0 {
 		h.i.resize(max(h.i.size(), end))
 		copy(h.i.data[off:end], b[:n])
+		h.i.redirty(off, end)
 		h.i.modTime = time.Now()
 	}
 	h.i.writeBack(h.fs.d.rnd)

@@ -149,6 +149,16 @@ func (i *inode) poison(off, end int64) {
 	})
 }
 
+// redirty is a write to pages of which a failed sync has lost sectors: now they
+// will be written again, whole.
+func (i *inode) redirty(off, end int64) {
+	for s := range i.lost {
+		if s+sectorSize > off/blockSize*blockSize && s < (end+blockSize-1)/blockSize*blockSize {
+			delete(i.lost, s)
+		}
+	}
+}
+
 // writeBack is the kernel writing back what it likes, now and then. It lets
 // content that is overwritten later reach the disk.
 func (i *inode) writeBack(rnd *rand.Rand) {

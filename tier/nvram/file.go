@@ -1,0 +1,733 @@
+package nvram
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// lockTimeout bounds the wait for another process that holds the file's lock.
+// It is held for one table update and its sync, so this is a process that hangs,
+// and a save that waits for ever freezes its guest.
+const lockTimeout = 30 * time.Second
+
+// Options of Open.
+type Options struct {
+	// Capacity caps the whole file in bytes, tables included. A new file
+	// keeps it, and a larger value raises the cap of an existing one. A
+	// smaller value limits only what this File takes. 0 is the cap that the
+	// file has; for a new file, no cap but the file system's.
+	Capacity int64
+	// Create makes the file if it is missing, and formats it if it is empty
+	// or all zero (a device, a preallocated file). Anything else that is not
+	// an NVRAM file is refused, never overwritten.
+	Create bool
+	// ReadOnly opens for OpenRegion, Owners, Free and Check only.
+	ReadOnly bool
+}
+
+// File is an open NVRAM file. Its methods may be called from several
+// goroutines.
+type File struct {
+	fs       vfs.FS
+	path     string
+	f        vfs.File
+	device   bool // fixed size, always fully backed
+	volatile bool
+	limit    int64 // Options.Capacity in extents; 0 is no limit
+
+	// h is the header as Open found it; its capacity may be old.
+	h header
+
+	// mu is the lock within the process: all goroutines share one open file
+	// and so one flock.
+	mu       sync.Mutex
+	capacity int64 // the header's when the file was last locked
+}
+
+// Open opens the NVRAM file at path. If it had to be made, it is durable.
+func Open(fsys vfs.FS, path string, o Options) (*File, error) {
+	return open(fsys, path, o, geometry{ExtentSize, groupExtents})
+}
+
+// open is Open with the geometry for new files; tests use a smaller one.
+func open(fsys vfs.FS, path string, o Options, g geometry) (_ *File, err error) {
+	if o.Capacity < 0 || o.Capacity > 0 && o.Capacity < 2*g.extentSize {
+		return nil, fmt.Errorf("%s: an NVRAM file has at least %d bytes, not %d", path, 2*g.extentSize, o.Capacity)
+	}
+	f := &File{fs: fsys, path: path}
+	if o.ReadOnly {
+		f.f, err = fsys.Open(path)
+	} else {
+		f.f, err = fsys.OpenRW(path)
+		if o.Create && errors.Is(err, fs.ErrNotExist) {
+			f.f, err = fsys.Create(path)
+			if errors.Is(err, fs.ErrExist) { // another process was faster
+				f.f, err = fsys.OpenRW(path)
+			}
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			f.f.Close()
+		}
+	}()
+	info, err := fsys.StatFS(path)
+	if err != nil {
+		return nil, err
+	}
+	f.volatile = info.Volatile
+	fi, err := fsys.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	f.device = fi.Mode()&fs.ModeDevice != 0
+	if f.device {
+		f.volatile = false // that was the file system of the device node
+	}
+	if !o.ReadOnly && !f.device {
+		// Not only after Create: the one who made the file may not have got
+		// to this yet, and we are going to rely on the name. A directory
+		// that we can't read is no place where one of us makes files.
+		err := fsys.SyncDir(filepath.Dir(path))
+		if err != nil && !errors.Is(err, fs.ErrPermission) {
+			return nil, err
+		}
+	}
+	mode := vfs.Exclusive
+	if o.ReadOnly {
+		mode = vfs.Shared
+	}
+	err = f.locked(mode, func() error { return f.loadOrFormat(o, g) })
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
+}
+
+// Close closes the file. Its regions must have been closed before.
+func (f *File) Close() error { return f.f.Close() }
+
+// UUID identifies the file, so that a checkpoint can tell its own NVRAM file
+// from another one put in its place.
+func (f *File) UUID() uuid.UUID { return f.h.id }
+
+// Path is the name the file was opened with.
+func (f *File) Path() string { return f.path }
+
+// Volatile tells if the file's content is lost at a power cut because it is on
+// tmpfs or ramfs.
+func (f *File) Volatile() bool { return f.volatile }
+
+// Capacity is the cap on the file in bytes, tables included, as far as it was
+// known when it was last locked; 0 if there is none.
+func (f *File) Capacity() int64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.capacity * f.h.extentSize
+}
+
+func (f *File) corrupt(off int64, format string, args ...any) error {
+	return &CorruptError{f.path, off, fmt.Sprintf(format, args...)}
+}
+
+// locked runs fn with the file locked against other goroutines and processes,
+// and the header read anew.
+func (f *File) locked(mode vfs.LockMode, fn func() error) (err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	ctx, cancel := context.WithTimeoutCause(context.Background(), lockTimeout,
+		fmt.Errorf("another process has held the lock for %v", lockTimeout))
+	defer cancel()
+	if err := f.f.Lock(ctx, mode); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.f.Unlock()) }()
+	if f.h.extentSize != 0 {
+		// Another process may have raised the capacity.
+		h, err := f.readHeader()
+		if err != nil {
+			return err
+		}
+		if h.id != f.h.id || h.geometry != f.h.geometry {
+			return f.corrupt(0, "the file has been formatted anew while it was open")
+		}
+		f.capacity = h.capacity
+	}
+	return fn()
+}
+
+// readAt reads b, with zeros for what is beyond the end of the file.
+func (f *File) readAt(b []byte, off int64) error {
+	n, err := f.f.ReadAt(b, off)
+	if err == io.EOF {
+		clear(b[n:])
+		err = nil
+	}
+	return err
+}
+
+// syncRange makes a range durable without waiting for the pages that others
+// have dirty in the file.
+func (f *File) syncRange(off, n int64) error {
+	start := off &^ (64<<10 - 1) // whatever the machine's page size is
+	m, err := f.f.Map(start, off+n-start, false)
+	if err != nil {
+		return err
+	}
+	err = m.Sync(off-start, n)
+	return errors.Join(err, m.Close())
+}
+
+// readHeader returns the newer valid copy.
+func (f *File) readHeader() (header, error) {
+	b := make([]byte, headerCopy+headerSize)
+	if err := f.readAt(b, 0); err != nil {
+		return header{}, err
+	}
+	h1, err1 := decodeHeader(b)
+	h2, err2 := decodeHeader(b[headerCopy:])
+	switch {
+	case err1 != nil && err2 != nil:
+		return header{}, f.corrupt(0, "%v; second copy at %d: %v", err1, headerCopy, err2)
+	case err1 != nil || err2 == nil && h2.generation > h1.generation:
+		return h2, nil
+	}
+	return h1, nil
+}
+
+// loadOrFormat reads the header, makes it if the file is blank, and raises the
+// capacity if that is asked for.
+func (f *File) loadOrFormat(o Options, g geometry) error {
+	h, err := f.readHeader()
+	if err != nil {
+		if !o.Create || o.ReadOnly || !errors.Is(err, ErrCorrupt) {
+			return err
+		}
+		blank, blankErr := f.blank(g)
+		if blankErr != nil {
+			return blankErr
+		}
+		if !blank {
+			return err
+		}
+		h, err = f.format(o, g)
+		if err != nil {
+			return fmt.Errorf("format: %w", err)
+		}
+	}
+	limit := o.Capacity / h.extentSize
+	if h.capacity > 0 && limit > h.capacity && !o.ReadOnly {
+		h.capacity = limit
+		h.generation++
+		if _, err := f.f.WriteAt(h.encode(), h.copyOffset()); err != nil {
+			return err
+		}
+		if err := f.syncRange(h.copyOffset(), headerSize); err != nil {
+			return err
+		}
+	}
+	f.h, f.capacity, f.limit = h, h.capacity, limit
+	return nil
+}
+
+// blank tells if the file's first extent is as zeros or an interrupted format
+// leave it: all zero but for headers without their magic number.
+func (f *File) blank(g geometry) (bool, error) {
+	b := make([]byte, g.extentSize)
+	if err := f.readAt(b, 0); err != nil {
+		return false, err
+	}
+	clear(b[len(magic):headerSize])
+	clear(b[headerCopy+len(magic) : headerCopy+headerSize])
+	return bytes.Equal(b, make([]byte, len(b))), nil
+}
+
+// format writes the first two headers. The magic numbers come last: whatever a
+// crash leaves before them is blank, so the next Open formats again.
+func (f *File) format(o Options, g geometry) (_ header, err error) {
+	size, err := f.f.Size()
+	if err != nil {
+		return header{}, err
+	}
+	if f.device && size < 2*g.extentSize {
+		return header{}, fmt.Errorf("%s: a device of %d bytes is too small: %w", f.path, size, syscall.ENOSPC)
+	}
+	if err := f.allocate(0, g.extentSize, size); err != nil {
+		return header{}, err
+	}
+	// A device is not zero where it has never been an NVRAM file, and what is
+	// no free line of a table would be lost for good.
+	zeros := make([]byte, g.tableSize())
+	for off := g.tableOffset(1); off < size; off += g.group * g.extentSize {
+		b := make([]byte, min(g.tableSize(), size-off))
+		if err := f.readAt(b, off); err != nil {
+			return header{}, err
+		}
+		if bytes.Equal(b, zeros[:len(b)]) {
+			continue // writing would give a hole its blocks
+		}
+		if _, err := f.f.WriteAt(zeros[:len(b)], off); err != nil {
+			return header{}, err
+		}
+	}
+	id, err := uuid.NewRandom()
+	if err != nil {
+		return header{}, err
+	}
+	h := header{geometry: g, generation: 1, id: id, capacity: min(o.Capacity/g.extentSize, maxExtents)}
+	second := h
+	second.generation++
+	defer func() {
+		if err != nil {
+			// A header that the sync has not made durable would still be
+			// believed by the next Open, as long as the power lasts.
+			f.f.WriteAt(zeroEntry[:], 0)
+			f.f.WriteAt(zeroEntry[:], headerCopy)
+		}
+	}()
+	for _, from := range []int{len(magic), 0} {
+		for _, h := range []header{h, second} {
+			if _, err := f.f.WriteAt(h.encode()[from:], h.copyOffset()+int64(from)); err != nil {
+				return header{}, err
+			}
+		}
+		if err := f.f.Sync(); err != nil {
+			return header{}, err
+		}
+	}
+	return second, nil
+}
+
+// allocate gives a range disk blocks, so that a full disk is noticed here and
+// not in the middle of a save. size is the file's length.
+func (f *File) allocate(off, end, size int64) error {
+	if f.device {
+		return nil
+	}
+	err := f.f.Allocate(off, end-off)
+	if !errors.Is(err, errors.ErrUnsupported) {
+		return err
+	}
+	// No fallocate: zeros do it as well for the part that is new. Within the
+	// file blocks were allocated when it grew.
+	zeros := make([]byte, min(1<<20, max(end-size, 0)))
+	for off = max(off, size); off < end; off += int64(len(zeros)) {
+		if _, err := f.f.WriteAt(zeros[:min(int64(len(zeros)), end-off)], off); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// table reads the owner table of a group; zeros if the file does not reach it.
+func (f *File) table(group int64) ([]byte, error) {
+	b := make([]byte, f.h.tableSize())
+	return b, f.readAt(b, f.h.tableOffset(group))
+}
+
+// extents is the number of whole extents in the file now.
+func (f *File) extents() (int64, error) {
+	size, err := f.f.Size()
+	return min(size/f.h.extentSize, maxExtents), err
+}
+
+// bound is the number of extents that the file may have, for this File.
+func (f *File) bound(now int64) int64 {
+	n := int64(maxExtents)
+	if f.capacity > 0 {
+		n = min(n, f.capacity)
+	}
+	if f.limit > 0 {
+		n = min(n, f.limit)
+	}
+	if f.device {
+		n = min(n, now)
+	}
+	return n
+}
+
+// forEach calls fn for every table entry of the groups that the file has. fn
+// must not keep b. The file is locked.
+func (f *File) forEach(fn func(extent uint32, b []byte, e entry, s entryState) error) error {
+	n, err := f.extents()
+	if err != nil {
+		return err
+	}
+	for first := int64(0); first < n; first += f.h.group {
+		table, err := f.table(first / f.h.group)
+		if err != nil {
+			return err
+		}
+		for i := int64(1); i < f.h.group; i++ {
+			b := table[i*entrySize:][:entrySize]
+			extent := uint32(first + i)
+			e, s := f.h.decodeEntry(b, extent)
+			if s == free {
+				continue
+			}
+			if err := fn(extent, b, e, s); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// space is the number of extents that the disk has room for. The file is locked.
+func (f *File) space() (int64, error) {
+	if f.device {
+		return 0, nil
+	}
+	info, err := f.fs.StatFS(f.path)
+	return info.Free / f.h.extentSize, err
+}
+
+// Free is the number of bytes that Reserve could give out now: free extents,
+// and what the file may still grow within its capacity and the space left on
+// the file system.
+func (f *File) Free() (bytes int64, err error) {
+	err = f.locked(vfs.Shared, func() error {
+		now, err := f.extents()
+		if err != nil {
+			return err
+		}
+		space, err := f.space()
+		if err != nil {
+			return err
+		}
+		tables := func(extents int64) int64 { return (extents + f.h.group - 1) / f.h.group }
+		bound := f.bound(now)
+		n := min(now, bound)
+		n -= tables(n)
+		err = f.forEach(func(extent uint32, _ []byte, _ entry, _ entryState) error {
+			if int64(extent) < min(now, bound) {
+				n--
+			}
+			return nil
+		})
+		if grow := min(space, bound-now); grow > 0 {
+			n += grow - (tables(now+grow) - tables(now))
+		}
+		bytes = n * f.h.extentSize
+		return err
+	})
+	return bytes, err
+}
+
+// pick chooses up to want free extents, lowest first: those in the file as it
+// is, of `now` extents, then those that it can get by growing. It fails if owner
+// has extents already. The file is locked.
+func (f *File) pick(want, now int64, owner uuid.UUID) ([]uint32, error) {
+	space, err := f.space()
+	if err != nil {
+		return nil, err
+	}
+	var list []uint32
+	bound := f.bound(now)
+	for first := int64(0); first < bound; first += f.h.group {
+		if first >= now {
+			space-- // for the new table
+			if space <= 0 || int64(len(list)) == want {
+				break
+			}
+		}
+		// A group that is not there can still have a line in its table: if a
+		// crash cut the file short, or somebody did.
+		table, err := f.table(first / f.h.group)
+		if err != nil {
+			return nil, err
+		}
+		for i := int64(1); i < f.h.group; i++ {
+			e, s := f.h.decodeEntry(table[i*entrySize:], uint32(first+i))
+			if s == taken && e.owner == owner {
+				return nil, fmt.Errorf("%s: checkpoint %v already has extents", f.path, owner)
+			}
+			if s != free || first+i >= bound || int64(len(list)) == want {
+				continue
+			}
+			if first+i >= now {
+				if space <= 0 {
+					continue
+				}
+				space--
+			}
+			list = append(list, uint32(first+i))
+		}
+	}
+	return list, nil
+}
+
+// runs calls fn for each stretch of consecutive numbers in list that lies in one
+// group: list[i:j].
+func (g geometry) runs(list []uint32, fn func(i, j int) error) error {
+	for i := 0; i < len(list); {
+		j := i + 1
+		for j < len(list) && list[j] == list[j-1]+1 && int64(list[j])%g.group != 0 {
+			j++
+		}
+		if err := fn(i, j); err != nil {
+			return err
+		}
+		i = j
+	}
+	return nil
+}
+
+// setEntries writes the table entries of the extents in list, rising, durably.
+// fill makes one of zeros. The file is locked.
+func (f *File) setEntries(list []uint32, fill func(b []byte, i int)) error {
+	err := f.h.runs(list, func(i, j int) error {
+		b := make([]byte, (j-i)*entrySize)
+		for k := i; k < j; k++ {
+			fill(b[(k-i)*entrySize:][:entrySize], k)
+		}
+		_, err := f.f.WriteAt(b, f.h.entryOffset(int64(list[i])))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for i := 0; i < len(list); {
+		j := i + 1
+		for j < len(list) && int64(list[j])/f.h.group == int64(list[i])/f.h.group {
+			j++
+		}
+		first, last := f.h.entryOffset(int64(list[i])), f.h.entryOffset(int64(list[j-1]))
+		if err := f.syncRange(first, last+entrySize-first); err != nil {
+			return err
+		}
+		i = j
+	}
+	return nil
+}
+
+// clearEntries frees the extents in list, rising, durably. The file is locked.
+func (f *File) clearEntries(list []uint32) error {
+	return f.setEntries(list, func([]byte, int) {})
+}
+
+// back makes sure that the extents in list have disk blocks, with the table of
+// each group that begins among them. The file is locked.
+func (f *File) back(list []uint32, now int64) error {
+	err := f.h.runs(list, func(i, j int) error {
+		end := min(int64(list[j-1])+1, now)
+		if int64(list[i]) >= end {
+			return nil
+		}
+		return f.allocate(f.h.offset(list[i]), end*f.h.extentSize, now*f.h.extentSize)
+	})
+	if err != nil || len(list) == 0 {
+		return err
+	}
+	end := int64(list[len(list)-1]) + 1
+	if end <= now {
+		return nil
+	}
+	size, err := f.f.Size()
+	if err != nil {
+		return err
+	}
+	err = f.allocate(now*f.h.extentSize, end*f.h.extentSize, size)
+	if err != nil {
+		// What was got so far would be taken from the disk for nothing.
+		err = errors.Join(err, f.f.Truncate(size))
+	}
+	return err
+}
+
+// Reserve takes extents for bytes of page slots of pageSize (a power of two,
+// 1 KiB to 64 KiB) in the name of the checkpoint owner of store. It gives fewer,
+// down to none, if capacity or disk have no room for more: look at Region.Slots.
+// The extents are durably the owner's when it returns, and nobody else's until
+// Release, Trim, FreeOwner or Sweep. If it fails (ENOSPC: the disk filled up in
+// this moment), nothing has been taken. An owner can reserve only once.
+func (f *File) Reserve(owner, store uuid.UUID, bytes int64, pageSize int) (*Region, error) {
+	if owner == uuid.Nil || store == uuid.Nil {
+		return nil, errors.New("nvram: an owner needs a UUID")
+	}
+	if bytes < 0 || !f.h.validPageSize(pageSize) {
+		return nil, fmt.Errorf("nvram: can't reserve %d bytes in pages of %d", bytes, pageSize)
+	}
+	r := f.newRegion(pageSize)
+	r.owner, r.writable = owner, true
+	want := bytes / f.h.extentSize
+	if bytes%f.h.extentSize != 0 {
+		want++
+	}
+	err := f.locked(vfs.Exclusive, func() error {
+		now, err := f.extents()
+		if err != nil {
+			return err
+		}
+		list, err := f.pick(want, now, owner)
+		if err != nil {
+			return err
+		}
+		if err := f.back(list, now); err != nil {
+			return err
+		}
+		since := time.Now()
+		err = f.setEntries(list, func(b []byte, i int) {
+			f.h.encodeEntry(b, list[i], entry{owner, store, uint32(i), uint32(pageSize), since})
+		})
+		if err == nil {
+			r.extents = list
+			err = r.mapExtents()
+		}
+		if err != nil {
+			// If this fails too, Sweep will find them.
+			err = errors.Join(err, f.clearEntries(list))
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// OpenRegion opens the extents of a committed checkpoint for reading. It checks
+// that each of them has been taken by this owner as that number, with that page
+// size, and lies within the file; a CorruptError otherwise. The content of the
+// pages is covered by the caller's own checksums.
+func (f *File) OpenRegion(owner uuid.UUID, extents []uint32, pageSize int) (*Region, error) {
+	if !f.h.validPageSize(pageSize) {
+		return nil, fmt.Errorf("nvram: no page can have %d bytes", pageSize)
+	}
+	now, err := f.extents()
+	if err != nil {
+		return nil, err
+	}
+	// No lock: entries of an owner that is not being removed don't change.
+	var table []byte
+	group := int64(-1)
+	for i, extent := range extents {
+		at := f.h.entryOffset(int64(extent))
+		if int64(extent)%f.h.group == 0 {
+			return nil, f.corrupt(f.h.offset(extent), "extent %d holds an owner table, not pages of checkpoint %v", extent, owner)
+		}
+		if int64(extent) >= now {
+			return nil, f.corrupt(f.h.offset(extent), "the file ends before extent %d of checkpoint %v", extent, owner)
+		}
+		if g := int64(extent) / f.h.group; g != group {
+			group = g
+			if table, err = f.table(group); err != nil {
+				return nil, err
+			}
+		}
+		e, s := f.h.decodeEntry(table[int64(extent)%f.h.group*entrySize:], extent)
+		switch {
+		case s == free:
+			return nil, f.corrupt(at, "extent %d should belong to checkpoint %v but is free", extent, owner)
+		case s != taken:
+			return nil, f.corrupt(at, "checksum mismatch in the owner table entry of extent %d", extent)
+		case e.owner != owner || e.index != uint32(i):
+			return nil, f.corrupt(at, "extent %d should be number %d of checkpoint %v but is number %d of %v", extent, i, owner, e.index, e.owner)
+		case e.pageSize != uint32(pageSize):
+			return nil, f.corrupt(at, "extent %d has pages of %d bytes, not %d", extent, e.pageSize, pageSize)
+		}
+	}
+	r := f.newRegion(pageSize)
+	r.owner, r.extents = owner, slices.Clone(extents)
+	if err := r.mapExtents(); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// release frees, durably, the extents for which match says so.
+func (f *File) release(match func(entry, entryState) bool) (freed int, err error) {
+	err = f.locked(vfs.Exclusive, func() error {
+		var list []uint32
+		err := f.forEach(func(extent uint32, _ []byte, e entry, s entryState) error {
+			if match(e, s) {
+				list = append(list, extent)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		freed = len(list)
+		return f.clearEntries(list)
+	})
+	if err != nil {
+		freed = 0
+	}
+	return freed, err
+}
+
+// FreeOwner frees all extents of a checkpoint, durably, and returns how many.
+// None is no error: freeing can be repeated after a crash. Call it only when the
+// checkpoint's removal is durable, and no reader has it open.
+func (f *File) FreeOwner(owner uuid.UUID) (freed int, err error) {
+	if owner == uuid.Nil {
+		return 0, nil
+	}
+	return f.release(func(e entry, s entryState) bool { return e.owner == owner })
+}
+
+// Sweep frees, durably, the extents of store whose owner is not live, and those
+// whose table entry was cut off by a power failure (nobody can have committed
+// them); it returns how many. Extents of other stores are not touched, nor are
+// entries that are damaged in another way: they may be somebody's, and Check
+// reports them. live must say true for a save that is under way, too; it must
+// not call methods of the File.
+func (f *File) Sweep(store uuid.UUID, live func(owner uuid.UUID) bool) (freed int, err error) {
+	return f.release(func(e entry, s entryState) bool {
+		return s == torn || s == taken && e.store == store && !live(e.owner)
+	})
+}
+
+// Owner is a checkpoint that has extents in the file.
+type Owner struct {
+	UUID    uuid.UUID // of the checkpoint
+	Store   uuid.UUID
+	Since   time.Time // of the reservation, to the second
+	Extents int
+}
+
+// Owners lists the checkpoints of a store that have extents (of all stores for
+// the zero UUID), ordered by UUID. They may be committed or not.
+func (f *File) Owners(store uuid.UUID) ([]Owner, error) {
+	owners := map[uuid.UUID]*Owner{}
+	err := f.locked(vfs.Shared, func() error {
+		return f.forEach(func(_ uint32, _ []byte, e entry, s entryState) error {
+			if s != taken || store != uuid.Nil && e.store != store {
+				return nil
+			}
+			o := owners[e.owner]
+			if o == nil {
+				o = &Owner{UUID: e.owner, Store: e.store, Since: e.since}
+				owners[e.owner] = o
+			}
+			o.Extents++
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	list := make([]Owner, 0, len(owners))
+	for _, o := range owners {
+		list = append(list, *o)
+	}
+	slices.SortFunc(list, func(a, b Owner) int { return bytes.Compare(a.UUID[:], b.UUID[:]) })
+	return list, nil
+}
