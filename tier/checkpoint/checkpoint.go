@@ -1,0 +1,358 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/skeleton"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// Checkpoint is a checkpoint opened for reading. As long as it is open it
+// can't be removed. It is safe for concurrent use; each goroutine that reads
+// pages has a Reader of its own.
+type Checkpoint struct {
+	Ref   store.Ref
+	Meta  *Meta
+	Image *image.Image
+	Table *pagetable.Map
+
+	file   vfs.File
+	nvfile *nvram.File
+	part   *NVRAMPart
+	region *nvram.Region
+}
+
+// Options of Open.
+type Options struct {
+	// NVRAM is the path of the NVRAM file if it is no longer where the
+	// checkpoint says.
+	NVRAM string
+}
+
+// Open opens a checkpoint and checks everything but page content, which is
+// checked as it is read: image.CorruptErrors name file and offset, an error
+// that wraps store.ErrNotFound says what is missing.
+func Open(fsys vfs.FS, s *store.Store, ref store.Ref, o Options) (*Checkpoint, error) {
+	f, ref, err := s.OpenImage(ref)
+	if err != nil {
+		return nil, err
+	}
+	c := &Checkpoint{Ref: ref, file: f}
+	if err := c.load(fsys, o); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// Describe reads only a checkpoint's META document.
+func Describe(s *store.Store, ref store.Ref) (*Meta, store.Ref, error) {
+	f, ref, err := s.OpenImage(ref)
+	if err != nil {
+		return nil, ref, err
+	}
+	defer f.Close()
+	im, err := image.Open(f)
+	if err != nil {
+		return nil, ref, err
+	}
+	m, err := readMeta(im)
+	return m, ref, err
+}
+
+func readMeta(im *image.Image) (*Meta, error) {
+	b, err := im.Chunk(image.Meta, 0)
+	if err != nil {
+		return nil, err
+	}
+	m, err := parseMeta(b)
+	switch {
+	case err != nil:
+	case m.UUID != im.UUID:
+		err = errors.New("it describes another checkpoint")
+	case m.PageSize != im.PageSize:
+		err = fmt.Errorf("page size %d in an image of %d", m.PageSize, im.PageSize)
+	}
+	if err != nil {
+		return nil, im.Corrupt(image.Meta, 0, err)
+	}
+	return m, nil
+}
+
+func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
+	im, err := image.Open(c.file)
+	if err != nil {
+		return err
+	}
+	c.Image = im
+	if c.Meta, err = readMeta(im); err != nil {
+		return err
+	}
+	c.Table, err = pagetable.ReadMap(c.Meta.BlockPages(), im.Chunks(image.PageTable),
+		func(i int) ([]byte, error) { return im.Chunk(image.PageTable, i) },
+		func(i int, err error) error { return im.Corrupt(image.PageTable, i, err) })
+	if err != nil {
+		return err
+	}
+	if err := c.openNVRAM(fsys, o); err != nil {
+		return err
+	}
+	return c.Table.Runs(c.checkRun)
+}
+
+func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
+	m := c.Meta.NVRAM
+	if m == nil {
+		return nil
+	}
+	im := c.Image
+	var b []byte
+	for i := range im.Chunks(image.NVRAM) {
+		chunk, err := im.Chunk(image.NVRAM, i)
+		if err != nil {
+			return err
+		}
+		b = append(b, chunk...)
+	}
+	part, err := parseNVRAMPart(b)
+	if err == nil && len(part.CRC) != m.Slots {
+		err = fmt.Errorf("checksums of %d slots, %d in use", len(part.CRC), m.Slots)
+	}
+	if err != nil {
+		return im.Corrupt(image.NVRAM, 0, err)
+	}
+	c.part = part
+	path := m.Path
+	if o.NVRAM != "" {
+		path = o.NVRAM
+	}
+	if c.nvfile, err = nvram.Open(fsys, path, nvram.Options{ReadOnly: true}); err != nil {
+		return fmt.Errorf("NVRAM part of checkpoint %v: %w", c.Ref, err)
+	}
+	if c.nvfile.UUID() != m.UUID {
+		return fmt.Errorf("NVRAM part of checkpoint %v: %s is not the file it was saved to", c.Ref, path)
+	}
+	if c.region, err = c.nvfile.OpenRegion(c.Meta.UUID, part.Extents, c.Meta.PageSize); err != nil {
+		return fmt.Errorf("NVRAM part of checkpoint %v: %w", c.Ref, err)
+	}
+	if len(part.CRC) > c.region.Slots() {
+		return im.Corrupt(image.NVRAM, 0, fmt.Errorf("%d slots in extents for %d", len(part.CRC), c.region.Slots()))
+	}
+	return nil
+}
+
+// checkRun finds pages whose source can't exist before any page is given out.
+func (c *Checkpoint) checkRun(r pagetable.Run) error {
+	last := r.First + r.Step*(r.Count-1)
+	switch r.Kind {
+	case pagetable.Absent, pagetable.Fill, pagetable.ZeroData:
+		return nil
+	case pagetable.NVRAM:
+		if c.part == nil || last >= uint64(len(c.part.CRC)) {
+			return c.pageError(r.Block, r.Page, fmt.Errorf("NVRAM slot %d does not exist", last))
+		}
+		return nil
+	case pagetable.Flash:
+		per := uint64(c.Image.SegmentPages)
+		if last/per >= uint64(c.Image.Segments()) {
+			return c.pageError(r.Block, r.Page, fmt.Errorf("flash slot %d does not exist", last))
+		}
+		return nil
+	}
+	return c.pageError(r.Block, r.Page, fmt.Errorf("its source, %v, is not known to this version", r.Kind))
+}
+
+// pageError reports what is wrong with a page's entry in the table.
+func (c *Checkpoint) pageError(block int, page uint64, err error) error {
+	return c.Image.Corrupt(image.PageTable, 0, fmt.Errorf("page %s: %w", c.PageName(block, page), err))
+}
+
+// PageName names a page for messages: block name and byte offset in it.
+func (c *Checkpoint) PageName(block int, page uint64) string {
+	return fmt.Sprintf("%s:%#x", c.Meta.Blocks[block].Name, page*uint64(c.Meta.PageSize))
+}
+
+// Close releases the checkpoint and everything it mapped.
+func (c *Checkpoint) Close() error {
+	if c.region != nil {
+		c.region.Close()
+	}
+	if c.nvfile != nil {
+		c.nvfile.Close()
+	}
+	return c.file.Close()
+}
+
+// Skeleton plays the skeleton log.
+func (c *Checkpoint) Skeleton(p skeleton.Player) error {
+	pages := c.Meta.BlockPages()
+	for i := range c.Image.Chunks(image.Skeleton) {
+		b, err := c.Image.Chunk(image.Skeleton, i)
+		if err != nil {
+			return err
+		}
+		if err := skeleton.Play(b, pages, p); errors.Is(err, skeleton.ErrDamaged) {
+			return c.Image.Corrupt(image.Skeleton, i, err)
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// NVRAMPage returns the content of an NVRAM slot from the mapping, checked,
+// without a copy: read only, valid until Close. name is the page's, for the
+// error. Who uses the content later than at once does so inside GuardNVRAM.
+func (c *Checkpoint) NVRAMPage(slot uint64, name func() string) (b []byte, err error) {
+	err = c.region.Guard(func() error {
+		b = c.region.Page(int(slot))
+		if image.Checksum(b) != c.part.CRC[slot] {
+			return &image.CorruptError{File: c.nvfile.Path(), Offset: c.region.Offset(int(slot)),
+				What: "page " + name(), Err: image.ErrChecksum}
+		}
+		return nil
+	})
+	return b, err
+}
+
+// GuardNVRAM runs fn, which reads NVRAM pages in the calling goroutine, and
+// turns a fault of the mapping into an error.
+func (c *Checkpoint) GuardNVRAM(fn func() error) error {
+	if c.region == nil {
+		return fn()
+	}
+	return c.region.Guard(fn)
+}
+
+// DropNVRAM takes slots that have been used out of the process's memory.
+func (c *Checkpoint) DropNVRAM(first, n uint64) { c.region.DontNeed(int(first), int(n)) }
+
+// HasNVRAM tells whether the checkpoint has an NVRAM part.
+func (c *Checkpoint) HasNVRAM() bool { return c.region != nil }
+
+// Verify reads and checks every byte of the checkpoint: all frames, all NVRAM
+// slots, that each page's source exists, and that the skeleton places every
+// page that was saved exactly once. found is called for each damage, in order
+// of files; Verify goes on after it and returns an error only if it could not
+// go on.
+func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
+	kinds := make([]image.Kind, c.Image.Segments())
+	sizes := make([]int, c.Image.Segments())
+	sr := image.SegmentReader{Reuse: true}
+	err := c.Image.Frames(func(k image.Kind, n uint32, off int64) error {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		var err error
+		if k.IsSegment() {
+			var s *image.Segment
+			if s, err = c.Image.Segment(&sr, n); err == nil {
+				kinds[n], sizes[n] = s.Kind, s.Len()
+			}
+		} else {
+			_, err = c.Image.Chunk(k, int(n))
+		}
+		if err != nil {
+			if !image.IsCorrupt(err) {
+				return err
+			}
+			found(err)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := c.verifyNVRAM(ctx, found); err != nil {
+		return err
+	}
+	err = c.Table.Runs(func(r pagetable.Run) error {
+		if r.Kind != pagetable.Flash {
+			return nil
+		}
+		per := uint64(c.Image.SegmentPages)
+		for i := range r.Count {
+			v := r.First + i*r.Step
+			// Segments that can't be read were reported above.
+			if n := v / per; kinds[n] != 0 && v%per >= uint64(sizes[n]) {
+				found(c.pageError(r.Block, r.Page+i, fmt.Errorf("segment %d has no page %d", n, v%per)))
+				return nil
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return c.verifySkeleton(found)
+}
+
+func (c *Checkpoint) verifyNVRAM(ctx context.Context, found func(error)) error {
+	if c.part == nil {
+		return nil
+	}
+	owner := c.nvramOwners()
+	for slot := range uint64(len(c.part.CRC)) {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		_, err := c.NVRAMPage(slot, func() string { return owner(slot) })
+		if err != nil {
+			found(err)
+		}
+		c.DropNVRAM(slot, 1)
+	}
+	return nil
+}
+
+// nvramOwners returns a function that finds the first page that uses a slot.
+func (c *Checkpoint) nvramOwners() func(slot uint64) string {
+	return func(slot uint64) string {
+		name := fmt.Sprintf("NVRAM slot %d", slot)
+		errFound := errors.New("found")
+		c.Table.Runs(func(r pagetable.Run) error {
+			if r.Kind == pagetable.NVRAM && slot >= r.First && slot <= r.First+r.Step*(r.Count-1) {
+				name = c.PageName(r.Block, r.Page+(slot-r.First)*r.Step)
+				return errFound
+			}
+			return nil
+		})
+		return name
+	}
+}
+
+type pageCounter struct{ n uint64 }
+
+func (p *pageCounter) Literal([]byte) error { return nil }
+func (p *pageCounter) Pages(_ int, _, count uint64, _ bool) error {
+	p.n += count
+	return nil
+}
+
+func (c *Checkpoint) verifySkeleton(found func(error)) error {
+	var placed pageCounter
+	if err := c.Skeleton(&placed); err != nil {
+		if !image.IsCorrupt(err) {
+			return err
+		}
+		found(err)
+		return nil
+	}
+	var saved uint64
+	c.Table.Runs(func(r pagetable.Run) error {
+		if r.Kind != pagetable.Absent {
+			saved += r.Count
+		}
+		return nil
+	})
+	if placed.n != saved {
+		found(c.Image.Corrupt(image.Skeleton, 0, fmt.Errorf("places %d pages, %d were saved", placed.n, saved)))
+	}
+	return nil
+}

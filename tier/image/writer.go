@@ -1,0 +1,356 @@
+package image
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// writebackEvery is how much is written before the kernel is asked to start
+// writing it out: often enough that the fsync before the device tail finds
+// little left to do, in pieces large enough to stay sequential on flash.
+const writebackEvery = 4 << 20
+
+// Writer appends frames to an image. Compression and checksums run on worker
+// goroutines; frames reach the file in the order of Submit, written by one
+// goroutine. All methods but ReadSegment are for one caller at a time.
+//
+//	NewBuffer ─► caller fills ─► Submit ─┬─► worker: compress, checksum ─┐
+//	    ▲                                └─► order ─────────────────► appender ─► file
+//	    └────────────────────── recycled buffers ◄────────────────────────┘
+type Writer struct {
+	f     vfs.File
+	hdr   Header
+	codec Codec
+
+	free    chan *Buffer // bounds the memory in flight
+	jobs    chan *Buffer // to the workers
+	order   chan *Buffer // to the appender, in Submit's order
+	workers sync.WaitGroup
+	done    chan struct{} // closed when the appender has ended
+	closed  bool
+
+	nextSegment uint32
+	all         []*Buffer
+	nextChunk   [Index + 1]uint32
+
+	mu       sync.Mutex
+	cond     *sync.Cond
+	err      error        // first failure; sticky
+	pending  int          // submitted, not yet appended
+	off      int64        // file offset of the next frame
+	flushed  int64        // writeback has been started up to here
+	frames   []frameEntry // appended so far, in file order
+	segments []int64      // offset of each segment's frame, 0 if not appended
+}
+
+// frameEntry is one entry of INDEX: kind u8, number u32, stored length u32.
+type frameEntry struct {
+	kind   Kind
+	number uint32
+	stored uint32
+}
+
+// Buffer is a frame in the making: the caller appends raw bytes to Data, at
+// most the capacity it came with, and gives the Buffer back through Submit or
+// Discard, after which it must not be touched.
+type Buffer struct {
+	Kind   Kind
+	Number uint32
+	Data   []byte
+
+	out   []byte // frame header and stored bytes
+	codec Codec
+	err   error
+	ready chan struct{}
+}
+
+// NewWriter writes the header to f, which must be empty, and starts workers
+// (GOMAXPROCS of them if 0).
+func NewWriter(f vfs.File, h Header, codec Codec, workers int) (*Writer, error) {
+	if err := h.check(); err != nil {
+		return nil, fmt.Errorf("image header: %w", err)
+	}
+	if workers <= 0 {
+		workers = runtime.GOMAXPROCS(0)
+	}
+	if _, err := f.Write(h.append(nil)); err != nil {
+		return nil, err
+	}
+	n := 4*workers + 8
+	w := &Writer{
+		f: f, hdr: h, codec: codec, off: HeaderLen,
+		free: make(chan *Buffer, n), jobs: make(chan *Buffer, n), order: make(chan *Buffer, n),
+		done: make(chan struct{}),
+	}
+	w.cond = sync.NewCond(&w.mu)
+	for range n {
+		b := &Buffer{ready: make(chan struct{}, 1)}
+		w.all = append(w.all, b)
+		w.free <- b
+	}
+	w.workers.Add(workers)
+	for range workers {
+		go w.work()
+	}
+	go w.append()
+	return w, nil
+}
+
+// NewBuffer hands out the next buffer for a frame of kind k, numbered at once
+// so that slots are known while the segment fills. It waits while too many
+// frames are in flight, which is how a slow file slows the producer down.
+func (w *Writer) NewBuffer(k Kind) *Buffer {
+	b := <-w.free
+	b.Kind = k
+	need := int(w.hdr.maxRaw(k))
+	if k == Meta {
+		need = 0
+	}
+	if cap(b.Data) < need {
+		b.Data = make([]byte, 0, need)
+	}
+	b.Data = b.Data[:0]
+	if k.IsSegment() {
+		b.Number = w.nextSegment
+		w.nextSegment++
+	} else {
+		b.Number = w.nextChunk[k]
+		w.nextChunk[k]++
+	}
+	return b
+}
+
+// Recent returns the raw bytes of PAGES segment n if it was submitted so lately
+// that its buffer has not been handed out again, or nil. They are valid until
+// the next NewBuffer, and only for NewBuffer's caller.
+func (w *Writer) Recent(n uint32) []byte {
+	for _, b := range w.all {
+		if b.Kind == Pages && b.Number == n {
+			return b.Data
+		}
+	}
+	return nil
+}
+
+// SegmentPages is the number of pages in a full segment.
+func (w *Writer) SegmentPages() int { return w.hdr.SegmentPages }
+
+// Discard gives back a buffer that is not to be written. Its number stays
+// unused.
+func (w *Writer) Discard(b *Buffer) { w.free <- b }
+
+// Submit queues b to be compressed and appended. It returns the first failure
+// of any earlier frame.
+func (w *Writer) Submit(b *Buffer) error {
+	w.mu.Lock()
+	err := w.err
+	if err == nil {
+		w.pending++
+	}
+	w.mu.Unlock()
+	if err != nil {
+		w.free <- b
+		return err
+	}
+	w.order <- b
+	w.jobs <- b
+	return nil
+}
+
+func (w *Writer) work() {
+	defer w.workers.Done()
+	var c compressor
+	for b := range w.jobs {
+		b.out = grow(b.out[:0], FrameHeaderLen)[:FrameHeaderLen]
+		b.out, b.codec, b.err = c.compress(w.codecFor(b.Kind), b.out, b.Data)
+		if b.err == nil {
+			payload := b.out[FrameHeaderLen:]
+			frameHeader{
+				kind: b.Kind, codec: b.codec, raw: uint32(len(b.Data)),
+				stored: uint32(len(payload)), number: b.Number, crc: Checksum(payload),
+			}.put(b.out)
+		}
+		b.ready <- struct{}{}
+	}
+}
+
+// codecFor spares deflated records a second compression, and gives the small
+// chunks, which are read once and whole, the best ratio.
+func (w *Writer) codecFor(k Kind) Codec {
+	switch {
+	case w.codec == None || k == Records || k == NVRAM:
+		return None
+	case k == Pages:
+		return w.codec
+	}
+	return Zstd
+}
+
+func (w *Writer) append() {
+	defer close(w.done)
+	for b := range w.order {
+		<-b.ready
+		err := b.err
+		if err == nil && w.failed() == nil {
+			_, err = w.f.Write(b.out)
+		}
+		w.appended(b, err)
+		w.free <- b
+	}
+}
+
+func (w *Writer) appended(b *Buffer, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.pending--
+	if err != nil && w.err == nil {
+		w.err = err
+	}
+	if w.err == nil {
+		if b.Kind.IsSegment() {
+			for len(w.segments) <= int(b.Number) {
+				w.segments = append(w.segments, 0)
+			}
+			w.segments[b.Number] = w.off
+		}
+		w.frames = append(w.frames, frameEntry{b.Kind, b.Number, uint32(len(b.out) - FrameHeaderLen)})
+		w.off += int64(len(b.out))
+		if w.off-w.flushed >= writebackEvery {
+			// Advisory: a failure to write shows up in Sync.
+			w.f.StartWriteback(w.flushed, w.off-w.flushed)
+			w.flushed = w.off
+		}
+	}
+	w.cond.Broadcast()
+}
+
+func (w *Writer) failed() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err
+}
+
+// Len is the number of bytes appended so far.
+func (w *Writer) Len() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.off
+}
+
+// Drain waits until every submitted frame has been handed to the file system.
+func (w *Writer) Drain() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.pending > 0 {
+		w.cond.Wait()
+	}
+	return w.err
+}
+
+// Sync drains and makes everything appended so far durable.
+func (w *Writer) Sync() error {
+	if err := w.Drain(); err != nil {
+		return err
+	}
+	return w.fail(w.f.Sync())
+}
+
+func (w *Writer) fail(err error) error {
+	if err != nil {
+		w.mu.Lock()
+		if w.err == nil {
+			w.err = err
+		}
+		w.mu.Unlock()
+	}
+	return err
+}
+
+// ReadSegment decodes segment n, which must have been submitted, into dst
+// (capacity of a full segment) while the image is still being written: XBZRLE
+// needs a page's last content, and deduplication confirms candidates by
+// comparing. It waits for a segment in flight. Safe for several goroutines,
+// each with a SegmentReader of its own.
+func (w *Writer) ReadSegment(sr *SegmentReader, n uint32) (*Segment, error) {
+	w.mu.Lock()
+	for w.err == nil && (int(n) >= len(w.segments) || w.segments[n] == 0) && w.pending > 0 {
+		w.cond.Wait()
+	}
+	if w.err != nil {
+		w.mu.Unlock()
+		return nil, w.err
+	}
+	if int(n) >= len(w.segments) || w.segments[n] == 0 {
+		w.mu.Unlock()
+		return nil, fmt.Errorf("segment %d was never submitted", n)
+	}
+	off := w.segments[n]
+	w.mu.Unlock()
+	return sr.read(w.f, w.hdr, off, n)
+}
+
+// Finish appends META, INDEX and the footer and makes the image durable. The
+// image is a checkpoint once its file has its final name.
+func (w *Writer) Finish(meta []byte) error {
+	if len(meta) > maxMeta {
+		return fmt.Errorf("META document of %d bytes", len(meta))
+	}
+	b := w.NewBuffer(Meta)
+	b.Data = append(b.Data, meta...)
+	if err := w.Submit(b); err != nil {
+		return err
+	}
+	if err := w.Drain(); err != nil {
+		return err
+	}
+	if err := w.stop(); err != nil {
+		return err
+	}
+	index := make([]byte, 0, len(w.frames)*indexEntryLen)
+	for _, e := range w.frames {
+		index = append(index, byte(e.kind))
+		index = binary.LittleEndian.AppendUint32(index, e.number)
+		index = binary.LittleEndian.AppendUint32(index, e.stored)
+	}
+	end := make([]byte, FrameHeaderLen, FrameHeaderLen+len(index)+FooterLen)
+	frameHeader{
+		kind: Index, raw: uint32(len(index)), stored: uint32(len(index)), crc: Checksum(index),
+	}.put(end)
+	end = append(end, index...)
+	end = footer{
+		indexOffset: uint64(w.off), indexStored: uint32(len(index)), frames: uint32(len(w.frames)),
+		length: uint64(w.off) + uint64(len(end)) + FooterLen, uuid: w.hdr.UUID,
+	}.append(end)
+	if _, err := w.f.Write(end); err != nil {
+		return w.fail(err)
+	}
+	w.off += int64(len(end))
+	return w.fail(w.f.Sync())
+}
+
+// errAborted is what later calls get after Abort.
+var errAborted = errors.New("image: aborted")
+
+// Abort stops the workers without finishing the image. The caller removes the
+// file. It may be called after Finish, and then does nothing.
+func (w *Writer) Abort() {
+	w.fail(errAborted)
+	w.stop()
+}
+
+// stop ends all goroutines; what was submitted is appended first.
+func (w *Writer) stop() error {
+	if !w.closed {
+		w.closed = true
+		close(w.order)
+		close(w.jobs)
+		w.workers.Wait()
+		<-w.done
+	}
+	return w.failed()
+}

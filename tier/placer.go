@@ -1,0 +1,546 @@
+package tier
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// placer decides where a page's content goes, once for each record:
+//
+//	zero ───────────────────────────► page table
+//	equal to a stored page (dedup) ─► page table: that page's slot
+//	in the working set ─────────────► NVRAM slot
+//	else ───────────────────────────► flash segment
+//
+// It owns the page table's entries, the open segments and the NVRAM region.
+type placer struct {
+	s        *saver
+	pageSize int
+	zero     []byte
+
+	seg     *image.Buffer // open PAGES segment
+	records *image.Buffer // open RECORDS segment: its payloads
+	lengths []uint32      // of those payloads
+
+	hot       hotSet
+	nvfile    *nvram.File
+	region    *nvram.Region
+	crc       []uint32 // of each NVRAM slot in use
+	rewritten []bool   // NVRAM slots whose content was replaced
+	shared    []bool   // NVRAM slots that more than one page has
+
+	index      *dedup.Index
+	chunkPages int
+	last       placed // the page before, for chunks of two
+	recent     segmentCache
+	chunkBuf   []byte
+}
+
+// placed remembers where the last page went.
+type placed struct {
+	block int
+	page  uint64
+	entry pagetable.Entry
+	ok    bool // it took a slot of its own
+}
+
+func newPlacer(s *saver) (*placer, error) {
+	p := &placer{s: s, pageSize: s.meta.PageSize, zero: make([]byte, s.meta.PageSize)}
+	battery := s.o.Battery
+	if battery == 0 {
+		battery = dedup.DefaultBatteryThreshold
+	}
+	energy := s.o.Energy
+	if energy == "" {
+		energy = dedup.EnergyAuto
+	}
+	sample := s.o.SampleSize
+	if sample == 0 {
+		sample = dedup.DefaultSampleSize
+	}
+	p.chunkPages = energy.ChunkPages(dedup.PowerSupplyDir, battery)
+	chunk := p.chunkPages * p.pageSize
+	p.chunkBuf = make([]byte, chunk)
+	// A full hash costs about 100 B; one for every eighth page at most keeps
+	// the promise of 32 B a page.
+	p.index = dedup.New(chunk, sample, max(1<<16, int(s.rep.Pages/8)), p)
+	s.rep.ChunkSize, s.rep.SampleSize = chunk, sample
+	return p, p.openNVRAM()
+}
+
+// openNVRAM reserves room for the working set, if there is one.
+func (p *placer) openNVRAM() error {
+	o := &p.s.o
+	if o.NVRAM == "" || o.WorkingSet == nil {
+		return nil
+	}
+	blocks := make([]workingset.Block, len(p.s.meta.Blocks))
+	pages := p.s.meta.BlockPages()
+	for i, b := range p.s.meta.Blocks {
+		blocks[i] = workingset.Block{Name: b.Name, Pages: int64(pages[i])}
+	}
+	ws, err := o.WorkingSet.Bind(p.pageSize, blocks)
+	if err != nil {
+		return fmt.Errorf("working set: %w", err)
+	}
+	var hot int64
+	for heat, n := range ws.Histogram() {
+		if heat > 0 {
+			hot += n
+		}
+	}
+	if hot == 0 {
+		return nil
+	}
+	p.nvfile, err = nvram.Open(p.s.fs, o.NVRAM, nvram.Options{Capacity: o.NVRAMSize, Create: true})
+	if err != nil {
+		return err
+	}
+	if p.nvfile.Volatile() && !o.VolatileNVRAM {
+		return fmt.Errorf("%s: %w", o.NVRAM, ErrVolatile)
+	}
+	if err := p.s.st.UseNVRAM(o.NVRAM, p.nvfile.UUID()); err != nil {
+		return err
+	}
+	p.region, err = p.nvfile.Reserve(p.s.pend.UUID, p.s.st.UUID(), hot*int64(p.pageSize), p.pageSize)
+	if err != nil {
+		return err
+	}
+	p.hot = newHotSet(ws, int64(p.region.Slots()))
+	p.s.rep.Surplus = max(0, hot-int64(p.region.Slots()))
+	n := p.region.Slots()
+	p.rewritten, p.shared = make([]bool, n), make([]bool, n)
+	return nil
+}
+
+// set replaces a page's entry.
+func (p *placer) set(block int, page uint64, e pagetable.Entry) {
+	old := p.s.table.Set(block, page, e)
+	if k := old.Kind(); (k == pagetable.NVRAM || k == pagetable.Flash) && old != e {
+		p.s.rep.Superseded++
+	}
+}
+
+// fill places a ZERO record.
+func (p *placer) fill(block int, page uint64, fill byte) {
+	p.last.ok = false
+	p.set(block, page, pagetable.Make(pagetable.Fill, uint64(fill)))
+}
+
+// page places a page's content.
+func (p *placer) page(block int, page uint64, data []byte) error {
+	if data[0] == 0 && bytes.Equal(data, p.zero) {
+		p.last.ok = false
+		p.set(block, page, pagetable.Make(pagetable.ZeroData, 0))
+		return nil
+	}
+	p.s.rep.NonZeroBytes += int64(len(data))
+	hot := p.hot.has(block, page)
+	if hot {
+		if done, err := p.rewrite(block, page, data); done || err != nil {
+			return err
+		}
+	}
+	if p.chunkPages == 1 {
+		return p.single(block, page, data, hot)
+	}
+	return p.paired(block, page, data, hot)
+}
+
+// rewrite puts a page that has an NVRAM slot of its own into it again.
+func (p *placer) rewrite(block int, page uint64, data []byte) (done bool, err error) {
+	e := p.s.table.Get(block, page)
+	if e.Kind() != pagetable.NVRAM || p.shared[e.Value()] {
+		return false, nil
+	}
+	p.last.ok = false
+	p.rewritten[e.Value()] = true
+	p.crc[e.Value()] = image.Checksum(data)
+	return true, p.region.Write(int(e.Value()), data)
+}
+
+// single deduplicates pages one by one.
+func (p *placer) single(block int, page uint64, data []byte, hot bool) error {
+	at, found, pending, err := p.index.Find(data)
+	if err != nil {
+		return err
+	}
+	e := placeEntry(at)
+	// A hot page that equals a cold one is stored a second time: what the
+	// guest waits for must not be on flash.
+	if found && !(hot && e.Kind() == pagetable.Flash) {
+		p.share(block, page, e)
+		return nil
+	}
+	if e, err = p.store(data, hot); err != nil {
+		return err
+	}
+	p.set(block, page, e)
+	if !found {
+		p.index.Add(pending, entryPlace(e))
+	}
+	return nil
+}
+
+func (p *placer) share(block int, page uint64, e pagetable.Entry) {
+	if e.Kind() == pagetable.NVRAM {
+		p.shared[e.Value()] = true
+	}
+	p.s.rep.Duplicate++
+	p.set(block, page, e)
+}
+
+// paired deduplicates aligned pairs of pages that come one after the other. A
+// page is stored as it comes; when its pair is whole and known, both are taken
+// back out of the open segment.
+func (p *placer) paired(block int, page uint64, data []byte, hot bool) error {
+	e, err := p.store(data, hot)
+	if err != nil {
+		return err
+	}
+	p.set(block, page, e)
+	first := p.last
+	p.last = placed{block, page, e, true}
+	if page%2 == 0 || !first.ok || first.block != block || first.page+1 != page || first.entry+1 != e ||
+		!p.canTakeBack(first.entry) {
+		return nil
+	}
+	p.last.ok = false
+	chunk, err := p.pair(first.entry)
+	if err != nil {
+		return err
+	}
+	at, found, pending, err := p.index.Find(chunk)
+	if err != nil {
+		return err
+	}
+	known := placeEntry(at)
+	switch {
+	case !found:
+		p.index.Add(pending, entryPlace(first.entry))
+	case known.Kind() == pagetable.NVRAM || e.Kind() == pagetable.Flash:
+		p.takeBack()
+		for i, pg := range []uint64{first.page, page} {
+			p.s.rep.Superseded-- // nothing was stored after all
+			p.share(block, pg, known+pagetable.Entry(i))
+		}
+	}
+	return nil
+}
+
+// canTakeBack tells whether the pair that starts at e can still be removed.
+func (p *placer) canTakeBack(e pagetable.Entry) bool {
+	return e.Kind() == pagetable.NVRAM || p.seg != nil && e.Value() >= uint64(p.seg.Number)*uint64(p.segmentPages())
+}
+
+// takeBack frees the two slots that were given out last.
+func (p *placer) takeBack() {
+	if p.last.entry.Kind() == pagetable.NVRAM {
+		p.crc = p.crc[:len(p.crc)-2]
+		return
+	}
+	p.seg.Data = p.seg.Data[:len(p.seg.Data)-2*p.pageSize]
+}
+
+// pair is the content of the two slots from e on.
+func (p *placer) pair(e pagetable.Entry) ([]byte, error) {
+	for i := range 2 {
+		if err := p.content(p.chunkBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i)); err != nil {
+			return nil, err
+		}
+	}
+	return p.chunkBuf, nil
+}
+
+// store gives content a slot of its own.
+func (p *placer) store(data []byte, hot bool) (pagetable.Entry, error) {
+	if hot && len(p.crc) < p.region.Slots() {
+		slot := len(p.crc)
+		p.crc = append(p.crc, image.Checksum(data))
+		return pagetable.Make(pagetable.NVRAM, uint64(slot)), p.region.Write(slot, data)
+	}
+	// A full segment leaves when the next page comes, so that a pair in it
+	// can be taken back until then.
+	if p.seg != nil && len(p.seg.Data) == p.segmentPages()*p.pageSize {
+		if err := p.submitSegment(); err != nil {
+			return 0, err
+		}
+	}
+	if p.seg == nil {
+		p.seg = p.s.img.NewBuffer(image.Pages)
+	}
+	slot := uint64(p.seg.Number)*uint64(p.segmentPages()) + uint64(len(p.seg.Data)/p.pageSize)
+	p.seg.Data = append(p.seg.Data, data...)
+	return pagetable.Make(pagetable.Flash, slot), nil
+}
+
+func (p *placer) segmentPages() int { return p.s.img.SegmentPages() }
+
+func (p *placer) submitSegment() error {
+	b := p.seg
+	p.seg = nil
+	if b == nil {
+		return nil
+	}
+	if len(b.Data) == 0 {
+		p.s.img.Discard(b)
+		return nil
+	}
+	return p.s.img.Submit(b)
+}
+
+// record places a COMPRESS_PAGE record's payload as it is.
+func (p *placer) record(block int, page uint64, payload []byte) error {
+	if err := ramparse.Inflate(p.s.scratch, payload); err != nil {
+		return fmt.Errorf("compressed page %d of block %d: %w", page, block, err)
+	}
+	p.last.ok = false
+	p.s.rep.NonZeroBytes += int64(p.pageSize)
+	if p.records != nil && (len(p.lengths) == p.segmentPages() ||
+		4+4*(len(p.lengths)+1)+len(p.records.Data)+len(payload) > cap(p.records.Data)) {
+		if err := p.submitRecords(); err != nil {
+			return err
+		}
+	}
+	if p.records == nil {
+		p.records = p.s.img.NewBuffer(image.Records)
+	}
+	slot := uint64(p.records.Number)*uint64(p.segmentPages()) + uint64(len(p.lengths))
+	p.lengths = append(p.lengths, uint32(len(payload)))
+	p.records.Data = append(p.records.Data, payload...)
+	p.set(block, page, pagetable.Make(pagetable.Flash, slot))
+	return nil
+}
+
+// submitRecords puts the lengths before the payloads and hands the segment on.
+func (p *placer) submitRecords() error {
+	b := p.records
+	p.records = nil
+	if b == nil {
+		return nil
+	}
+	payloads := append([]byte(nil), b.Data...)
+	b.Data = binary.BigEndian.AppendUint32(b.Data[:0], uint32(len(p.lengths)))
+	for _, n := range p.lengths {
+		b.Data = binary.BigEndian.AppendUint32(b.Data, n)
+	}
+	b.Data = append(b.Data, payloads...)
+	p.lengths = p.lengths[:0]
+	return p.s.img.Submit(b)
+}
+
+// flush hands on whatever is still open.
+func (p *placer) flush() error {
+	p.last.ok = false
+	if err := p.submitSegment(); err != nil {
+		return err
+	}
+	return p.submitRecords()
+}
+
+func (p *placer) syncNVRAM() error {
+	if p.region == nil {
+		return nil
+	}
+	return p.region.Sync()
+}
+
+// writeNVRAMPart gives surplus extents back and describes the others.
+func (p *placer) writeNVRAMPart() error {
+	if p.region == nil {
+		return nil
+	}
+	if err := p.region.Trim(len(p.crc)); err != nil {
+		return err
+	}
+	if len(p.crc) == 0 {
+		return nil
+	}
+	p.s.meta.NVRAM = &checkpoint.NVRAM{
+		Path: p.nvfile.Path(), UUID: p.nvfile.UUID(), Slots: len(p.crc), Volatile: p.nvfile.Volatile(),
+	}
+	part := checkpoint.NVRAMPart{Extents: p.region.Extents(), CRC: p.crc}
+	for b := part.Append(nil); len(b) > 0; {
+		n := min(len(b), image.MaxChunk)
+		if err := p.s.chunk(image.NVRAM, b[:n]); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+func (p *placer) nvramBytes() int64 { return int64(len(p.crc)) * int64(p.pageSize) }
+
+func (p *placer) report(r *checkpoint.Report) {
+	r.NVRAMBytes = p.nvramBytes()
+	r.SampledBytes, r.HashedBytes = p.index.SampledBytes, p.index.HashedBytes
+}
+
+// content copies the content of a page with entry e into dst.
+func (p *placer) content(dst []byte, e pagetable.Entry) error {
+	switch e.Kind() {
+	case pagetable.Absent, pagetable.ZeroData:
+		clear(dst)
+		return nil
+	case pagetable.Fill:
+		for i := range dst {
+			dst[i] = byte(e.Value())
+		}
+		return nil
+	case pagetable.NVRAM:
+		return p.region.Guard(func() error {
+			copy(dst, p.region.Page(int(e.Value())))
+			return nil
+		})
+	}
+	n, i := uint32(e.Value()/uint64(p.segmentPages())), int(e.Value()%uint64(p.segmentPages()))
+	if data := p.inMemory(n); data != nil {
+		copy(dst, data[i*p.pageSize:(i+1)*p.pageSize])
+		return nil
+	}
+	if p.records != nil && n == p.records.Number {
+		if err := p.submitRecords(); err != nil {
+			return err
+		}
+	}
+	seg, err := p.recent.get(p.s.img, n)
+	if err != nil {
+		return err
+	}
+	if seg.Kind == image.Records {
+		payload, err := seg.Record(i)
+		if err != nil {
+			return err
+		}
+		return ramparse.Inflate(dst, payload)
+	}
+	b, err := seg.Page(i)
+	copy(dst, b)
+	return err
+}
+
+// inMemory is the content of a PAGES segment that is open or whose buffer has
+// not been used again, which spares most fetches the way over the file.
+func (p *placer) inMemory(n uint32) []byte {
+	if p.seg != nil && n == p.seg.Number {
+		return p.seg.Data
+	}
+	return p.s.img.Recent(n)
+}
+
+// Fetch implements dedup.Source.
+func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
+	e := placeEntry(at)
+	for i := range p.chunkPages {
+		if err := p.content(p.chunkBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i)); err != nil {
+			return nil, err
+		}
+	}
+	return p.chunkBuf, nil
+}
+
+// Stale implements dedup.Source: an NVRAM slot that was written again holds
+// something else.
+func (p *placer) Stale(at dedup.Place) bool {
+	e := placeEntry(at)
+	if e.Kind() != pagetable.NVRAM {
+		return false
+	}
+	for i := range uint64(p.chunkPages) {
+		if p.rewritten[e.Value()+i] {
+			return true
+		}
+	}
+	return false
+}
+
+// A dedup.Place is a slot and, in bit 0, whether it is one of flash.
+
+func entryPlace(e pagetable.Entry) dedup.Place {
+	at := dedup.Place(e.Value() << 1)
+	if e.Kind() == pagetable.Flash {
+		at |= 1
+	}
+	return at
+}
+
+func placeEntry(at dedup.Place) pagetable.Entry {
+	if at&1 != 0 {
+		return pagetable.Make(pagetable.Flash, uint64(at>>1))
+	}
+	return pagetable.Make(pagetable.NVRAM, uint64(at>>1))
+}
+
+// hotSet is the part of a working set that the NVRAM region has room for: all
+// pages hotter than min, and those of heat min up to a boundary in block and
+// address order.
+type hotSet struct {
+	ws       *workingset.Set
+	min      uint8
+	boundary struct {
+		block int
+		page  int64 // the first that is out
+	}
+}
+
+func newHotSet(ws *workingset.Set, room int64) hotSet {
+	h := hotSet{ws: ws}
+	var left int64
+	h.min, left = ws.Threshold(room)
+	for b := range ws.Blocks() {
+		for r := range ws.Runs(b, h.min, h.min) {
+			h.boundary.block = b
+			if r.N > left {
+				h.boundary.page = r.First + left
+				return h
+			}
+			left -= r.N
+			h.boundary.page = r.First + r.N
+		}
+	}
+	h.boundary.block = len(ws.Blocks())
+	return h
+}
+
+func (h *hotSet) has(block int, page uint64) bool {
+	if h.ws == nil {
+		return false
+	}
+	heat := h.ws.Heat(block, int64(page))
+	return heat > 0 && (heat > h.min || heat == h.min &&
+		(block < h.boundary.block || block == h.boundary.block && int64(page) < h.boundary.page))
+}
+
+// segmentCache keeps the segments that were read back last.
+type segmentCache struct {
+	reader image.SegmentReader
+	slots  [cachedSegments]*image.Segment
+	next   int
+}
+
+const cachedSegments = 16
+
+func (c *segmentCache) get(w *image.Writer, n uint32) (*image.Segment, error) {
+	for _, s := range c.slots {
+		if s != nil && s.Number == n {
+			return s, nil
+		}
+	}
+	s, err := w.ReadSegment(&c.reader, n)
+	if err != nil {
+		return nil, err
+	}
+	c.slots[c.next] = s
+	c.next = (c.next + 1) % len(c.slots)
+	return s, nil
+}

@@ -1,0 +1,657 @@
+package tier
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/skeleton"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// SaveOptions say where a save goes and how. The zero value of everything but
+// VM is usable.
+type SaveOptions struct {
+	VM string
+
+	NVRAM         string          // path of the NVRAM file; empty: everything is cold
+	NVRAMSize     int64           // cap on the NVRAM file in bytes; 0: as it is
+	VolatileNVRAM bool            // accept an NVRAM file that power-off empties
+	WorkingSet    *workingset.Set // nil: everything is cold
+
+	SampleSize   int          // bytes of a partial hash; 0: dedup.DefaultSampleSize
+	Energy       dedup.Energy // "": auto
+	Battery      int          // percent below which EnergyAuto saves; 0: the default
+	Codec        image.Codec  // of cold pages
+	SegmentPages int          // 0: as many as make image.DefaultSegment
+	Workers      int          // compressing goroutines; 0: GOMAXPROCS
+
+	// ReturnPath is where the answers to a source with the return-path
+	// capability go: the process's stdout. Nothing else is written to it.
+	ReturnPath io.Writer
+	Progress   func(Progress) // called a few times a second; may be nil
+	Log        *slog.Logger   // warnings; nil: none
+}
+
+// Progress is how far a save or a restore is.
+type Progress struct {
+	Phase     string // "ram", "sync", "tail", "commit"; "restore", "verify"
+	Pages     int64  // done
+	PagesAll  int64  // 0 while not known
+	BytesIn   int64
+	BytesOut  int64 // written to flash and NVRAM, or to the stream
+	LastPhase bool
+}
+
+const progressEvery = 200 * time.Millisecond
+
+// ErrVolatile: the NVRAM file is on a file system that does not survive
+// power-off, and nobody said that this is fine.
+var ErrVolatile = errors.New("NVRAM file is on a volatile file system: hot pages would be lost at power-off")
+
+// Save reads a migration stream from in and commits it to the store as a
+// checkpoint of o.VM. It returns when the checkpoint is durable, or with an
+// error and nothing left behind. A source that opened a return path has then
+// been told which of the two it is: QEMU's "completed" is Save's nil.
+//
+// Errors wrap stream.ErrTruncated, stream.ErrDamaged or stream.ErrNotStream
+// if the stream is at fault, and syscall.ENOSPC if there is no room.
+func Save(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o SaveOptions) (ref store.Ref, meta *checkpoint.Meta, err error) {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	s := &saver{o: o, fs: fsys, st: st, ctx: ctx, begin: time.Now()}
+	s.rep.Codec = o.Codec.String()
+	s.feed, s.cur = newFeed(in)
+	s.rd = stream.NewReader(s.cur)
+	defer func() { s.end(err) }()
+	if s.pend, err = st.Begin(o.VM); err != nil {
+		return ref, nil, err
+	}
+	s.skel = skeleton.Writer{Limit: image.MaxChunk, Emit: s.emitSkeleton}
+	if err = s.ram(); err != nil {
+		return ref, nil, err
+	}
+	if err = s.tail(); err != nil {
+		return ref, nil, err
+	}
+	if ref, err = s.commit(); err != nil {
+		return store.Ref{}, nil, err
+	}
+	return ref, s.meta, nil
+}
+
+// saver is one save. One goroutine runs it; the image's Writer has its own.
+type saver struct {
+	o     SaveOptions
+	fs    vfs.FS
+	st    *store.Store
+	ctx   context.Context
+	begin time.Time
+
+	feed *feed
+	cur  *stream.Cursor
+	rd   *stream.Reader
+	dec  *ramparse.Decoder
+	meta *checkpoint.Meta // filled as the stream tells
+
+	pend  *store.Pending
+	img   *image.Writer
+	skel  skeleton.Writer
+	table *pagetable.Table
+	place *placer
+	rep   checkpoint.Report
+
+	unseen     uint64 // pages that have not come yet
+	returnPath bool
+	noDevices  bool // QEMU_VM_EOF came without a device section
+	lastTick   time.Time
+	scratch    []byte // one page
+}
+
+// end ends a save either way. The source is told last: when QEMU hears of a
+// failure, the space is free already.
+func (s *saver) end(err error) {
+	if err != nil {
+		if s.img != nil {
+			s.img.Abort()
+		}
+		if s.place != nil && s.place.region != nil {
+			if store.IsUncertain(err) {
+				s.place.region.Close()
+			} else if rerr := s.place.region.Release(); rerr != nil {
+				s.o.Log.Warn("NVRAM was not given back; gc will", "error", rerr)
+			}
+		}
+		if s.pend != nil {
+			s.pend.Abort()
+		}
+	}
+	if s.place != nil && s.place.nvfile != nil {
+		s.place.nvfile.Close()
+	}
+	if s.returnPath {
+		var value uint32
+		if err != nil {
+			value = 1
+		}
+		s.o.ReturnPath.Write(returnpath.AppendShut(nil, value))
+	}
+}
+
+// ram takes everything up to the device tail, which it leaves in the pipe
+// until the RAM is durable.
+func (s *saver) ram() error {
+	s.meta = &checkpoint.Meta{VM: s.o.VM, Created: s.begin}
+	err := s.frames()
+	if errors.Is(err, stream.ErrUnknown) {
+		return s.opaque(err)
+	}
+	if err != nil {
+		return err
+	}
+	s.rep.Seconds.RAM = s.since(s.begin)
+	return s.sync()
+}
+
+// sync makes all that was placed durable.
+func (s *saver) sync() error {
+	start := time.Now()
+	s.tick("sync", true)
+	if err := s.start(); err != nil {
+		return err
+	}
+	if err := s.place.flush(); err != nil {
+		return err
+	}
+	if err := s.place.syncNVRAM(); err != nil {
+		return err
+	}
+	err := s.img.Sync()
+	s.rep.Seconds.Sync = s.since(start)
+	return err
+}
+
+func (s *saver) since(t time.Time) float64 { return time.Since(t).Seconds() }
+
+// frames reads frame after frame until the device tail begins.
+func (s *saver) frames() error {
+	for {
+		f, err := s.rd.Next()
+		if err != nil {
+			return err
+		}
+		switch f.Kind {
+		case stream.SectionFull:
+			return nil
+		case stream.EOF:
+			s.noDevices = true
+			return nil
+		}
+		if err := s.skel.Literal(f.Raw); err != nil {
+			return err
+		}
+		switch f.Kind {
+		case stream.Configuration:
+			s.meta.Machine = f.MachineType
+		case stream.Subsection:
+			s.subsection(f.Subsection)
+		case stream.CommandFrame:
+			err = s.command(f.Command)
+		case stream.SectionStart, stream.SectionPart, stream.SectionEnd:
+			if f.Section.Name == ramparse.SectionName {
+				err = s.records()
+			} else {
+				err = s.rd.CopyForeign(s.skel.Literal)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (s *saver) subsection(c stream.ConfigSubsection) {
+	switch c.Name {
+	case stream.SubsectionTargetPageBits:
+		s.meta.PageSize = 1 << c.TargetPageBits
+	case stream.SubsectionCapabilities:
+		s.meta.Capabilities = c.Capabilities
+		for _, name := range c.Capabilities {
+			s.meta.IgnoreShared = s.meta.IgnoreShared || name == "x-ignore-shared"
+		}
+	case stream.SubsectionUUID:
+		s.meta.GuestUUID = uuid.UUID(c.UUID).String()
+	}
+}
+
+func (s *saver) command(c stream.Command) error {
+	switch c.Number {
+	case stream.CommandOpenReturnPath:
+		if s.o.ReturnPath == nil {
+			s.o.Log.Warn("the source waits for an answer and there is no return path to give it on")
+			return nil
+		}
+		// From here on the source's "completed" waits for our word, so
+		// nothing needs to be held back.
+		s.returnPath = true
+		s.feed.release()
+	case stream.CommandPing:
+		if s.returnPath && len(c.Payload) == 4 {
+			_, err := s.o.ReturnPath.Write(returnpath.AppendPong(nil, be32(c.Payload)))
+			return err
+		}
+	case stream.CommandPostcopyAdvise:
+		if len(c.Payload) == 16 && s.meta.PageSize == 0 {
+			if n := be64(c.Payload[8:]); n >= 1<<10 && n <= 1<<16 && n&(n-1) == 0 {
+				s.meta.PageSize = int(n)
+			}
+		}
+	case stream.CommandPackaged:
+		return s.rd.CopyPackage(s.skel.Literal)
+	}
+	return nil
+}
+
+// records takes the payload of one RAM section.
+func (s *saver) records() error {
+	if s.dec == nil {
+		s.dec = ramparse.NewDecoder(ramparse.Options{PageSize: s.meta.PageSize, IgnoreShared: s.meta.IgnoreShared})
+	}
+	var rec ramparse.Record
+	for {
+		if err := s.dec.Next(s.cur, &rec); err != nil {
+			return err
+		}
+		switch rec.Kind {
+		case ramparse.MemSize:
+			if s.meta.Blocks != nil {
+				return stream.Damaged("ram setup", rec.Offset, "it comes twice")
+			}
+			if err := s.setup(s.dec.Setup()); err != nil {
+				return err
+			}
+			if err := s.skel.Literal(rec.Raw); err != nil {
+				return err
+			}
+		case ramparse.Zero, ramparse.Page, ramparse.XBZRLE, ramparse.Compressed:
+			if err := s.page(&rec); err != nil {
+				return err
+			}
+		default:
+			if err := s.skel.Literal(rec.Raw); err != nil {
+				return err
+			}
+			if rec.Kind == ramparse.EOS {
+				s.feed.adjust(s.unseen)
+				return nil
+			}
+		}
+	}
+}
+
+func (s *saver) setup(su *ramparse.Setup) error {
+	s.meta.Blocks = make([]checkpoint.Block, len(su.Blocks))
+	for i, b := range su.Blocks {
+		s.meta.Blocks[i] = checkpoint.Block{Name: b.Name, Used: b.Used, PageSize: b.PageSize}
+		if b.HasGPA {
+			gpa := b.GPA
+			s.meta.Blocks[i].GPA = &gpa
+		}
+	}
+	return s.checkSpace()
+}
+
+// checkSpace fails at once where it can be foreseen that the save won't fit:
+// when not even half of what this VM's newest checkpoint took is free.
+func (s *saver) checkSpace() error {
+	last, _, err := checkpoint.Describe(s.st, store.Ref{VM: s.o.VM})
+	if err != nil {
+		return nil // no earlier checkpoint to learn from
+	}
+	info, err := s.fs.StatFS(s.st.Dir())
+	if err != nil {
+		return err
+	}
+	need := last.Report.FlashBytes
+	switch {
+	case info.Free < need/2:
+		return &SpaceError{Dir: s.st.Dir(), Free: info.Free, Need: need}
+	case info.Free < need:
+		s.o.Log.Warn("the store may be too full", "free", info.Free, "last checkpoint took", need)
+	}
+	return nil
+}
+
+// start opens the image once the page size is known: with the first page
+// record, or when there is something to write before one has come.
+func (s *saver) start() error {
+	if s.img != nil {
+		return nil
+	}
+	if s.dec != nil && s.dec.PageSize() != 0 {
+		s.meta.PageSize = s.dec.PageSize()
+	}
+	if s.meta.PageSize == 0 {
+		s.meta.PageSize = defaultPageSize
+	}
+	segment := s.o.SegmentPages
+	if segment == 0 {
+		segment = max(2, image.DefaultSegment/s.meta.PageSize)
+	}
+	pages := s.meta.BlockPages()
+	var err error
+	if s.table, err = pagetable.New(pages); err != nil {
+		return stream.Damaged("ram setup", s.cur.Offset(), "%v", err)
+	}
+	for _, n := range pages {
+		s.unseen += n
+	}
+	s.rep.Pages = int64(s.unseen)
+	if s.meta.IgnoreShared {
+		// Shared blocks are listed and never sent, so what has not come says
+		// nothing about how near the device tail is.
+		s.unseen = 0
+	}
+	s.meta.UUID = s.pend.UUID
+	s.scratch = make([]byte, s.meta.PageSize)
+	s.img, err = image.NewWriter(s.pend.File, image.Header{
+		PageSize: s.meta.PageSize, SegmentPages: segment, UUID: s.pend.UUID, Created: s.begin,
+	}, s.o.Codec, s.o.Workers)
+	if err != nil {
+		return err
+	}
+	s.feed.adjust(s.unseen)
+	s.place, err = newPlacer(s)
+	return err
+}
+
+const defaultPageSize = 4096
+
+// emitSkeleton writes a chunk of the skeleton log.
+func (s *saver) emitSkeleton(chunk []byte) error {
+	if err := s.start(); err != nil {
+		return err
+	}
+	return s.chunk(image.Skeleton, chunk)
+}
+
+func (s *saver) chunk(k image.Kind, b []byte) error {
+	buf := s.img.NewBuffer(k)
+	buf.Data = append(buf.Data, b...)
+	return s.img.Submit(buf)
+}
+
+// page takes one page record.
+func (s *saver) page(rec *ramparse.Record) error {
+	if s.img == nil {
+		if err := s.start(); err != nil {
+			return err
+		}
+	}
+	old := s.table.Get(rec.Block, rec.Page)
+	if old.Kind() == pagetable.Absent {
+		if err := s.skel.Page(rec.Block, rec.Page, rec.Named); err != nil {
+			return err
+		}
+		if s.unseen > 0 {
+			s.unseen--
+		}
+		if s.unseen%1024 == 0 {
+			s.tick("ram", false)
+			s.feed.adjust(s.unseen)
+		}
+	} else {
+		s.rep.Resent++
+		if s.rep.Resent%1024 == 0 {
+			s.tick("ram", false)
+		}
+	}
+	switch rec.Kind {
+	case ramparse.Zero:
+		s.place.fill(rec.Block, rec.Page, rec.Fill)
+		return nil
+	case ramparse.Page:
+		return s.place.page(rec.Block, rec.Page, rec.Data)
+	case ramparse.Compressed:
+		return s.place.record(rec.Block, rec.Page, rec.Data)
+	}
+	// XBZRLE changes the page's last content, wherever that is by now.
+	if err := s.place.content(s.scratch, old); err != nil {
+		return err
+	}
+	if err := ramparse.ApplyXBZRLE(s.scratch, rec.Data); err != nil {
+		return stream.Damaged("xbzrle page", rec.Offset, "%v", err)
+	}
+	return s.place.page(rec.Block, rec.Page, s.scratch)
+}
+
+// tail reads the device tail and whatever follows it.
+func (s *saver) tail() error {
+	if s.meta.OpaqueBytes > 0 {
+		return nil // the rest of the stream has been taken already
+	}
+	start := time.Now()
+	s.tick("tail", true)
+	s.feed.release()
+	sc := stream.NewTailScanner(s.rd.Footers())
+	if s.noDevices {
+		sc.Write([]byte{0})
+	}
+	var done stream.Completion
+	for {
+		if s.returnPath {
+			if done = s.endWithoutEOF(sc); done != stream.Incomplete {
+				break
+			}
+		}
+		b, err := s.cur.Peek(1)
+		if err == io.EOF {
+			done = s.complete(sc)
+			break
+		}
+		if err != nil {
+			return stream.Wrap("device tail", s.cur.Offset(), err)
+		}
+		if b, err = s.cur.Next(s.cur.Buffered()); err != nil {
+			return err
+		}
+		if _, err := sc.Write(b); err != nil {
+			return stream.Wrap("device tail", s.cur.Offset(), err)
+		}
+	}
+	switch done {
+	case stream.Incomplete:
+		return stream.Wrap("device tail", s.cur.Offset(), io.ErrUnexpectedEOF)
+	case stream.Weak:
+		s.o.Log.Warn("the machine type is too old for its stream to say where it ends; it was taken to be whole")
+	}
+	if t, err := stream.ParseTail(sc.Bytes()); err != nil {
+		// The tail is kept verbatim whether it is understood or not.
+		s.o.Log.Warn("device tail is not as its vmdescription says", "error", err)
+	} else {
+		s.meta.RunState = t.RunState
+	}
+	s.rep.Seconds.Tail = s.since(start)
+	return s.skel.Literal(sc.Bytes())
+}
+
+// quiet is how long a source with a return path must have sent nothing before
+// a tail without vmdescription counts as whole: such a source keeps the pipe
+// open until it is answered.
+const quiet = time.Second
+
+func (s *saver) complete(sc *stream.TailScanner) stream.Completion {
+	if s.noDevices && len(sc.Bytes()) == 1 {
+		return stream.WithFooter
+	}
+	return sc.Complete()
+}
+
+// endWithoutEOF tells whether the stream has ended although the pipe is open.
+func (s *saver) endWithoutEOF(sc *stream.TailScanner) stream.Completion {
+	if s.cur.Buffered() > 0 || s.feed.ready(0) {
+		return stream.Incomplete
+	}
+	c := s.complete(sc)
+	if c != stream.WithDescription && c != stream.Incomplete && s.feed.ready(quiet) {
+		return stream.Incomplete
+	}
+	return c
+}
+
+// opaque keeps the rest of the stream verbatim because of cause, the first
+// thing in it that is not understood. What was placed before stays placed.
+func (s *saver) opaque(cause error) error {
+	s.o.Log.Warn("the rest of the stream is kept as it is, not understood", "cause", cause)
+	s.feed.release()
+	// The end of the stream must still be recognised: a cut one is no
+	// checkpoint.
+	var last []byte
+	const window = 4 << 20
+	ended := func() bool {
+		sc := stream.NewTailScanner(true)
+		sc.Write(last)
+		return sc.Complete() != stream.Incomplete
+	}
+	for {
+		if s.returnPath && s.cur.Buffered() == 0 && !s.feed.ready(quiet) && ended() {
+			break
+		}
+		_, err := s.cur.Peek(1)
+		if err == io.EOF {
+			if !ended() {
+				return stream.Wrap("opaque tail", s.cur.Offset(), io.ErrUnexpectedEOF)
+			}
+			break
+		}
+		if err != nil {
+			return stream.Wrap("opaque tail", s.cur.Offset(), err)
+		}
+		b, err := s.cur.Next(s.cur.Buffered())
+		if err != nil {
+			return err
+		}
+		s.meta.OpaqueBytes += int64(len(b))
+		if err := s.skel.Literal(b); err != nil {
+			return err
+		}
+		if len(last)+len(b) > 2*window {
+			last = append(last[:0], last[len(last)-window:]...)
+		}
+		last = append(last, b...)
+	}
+	s.rep.Seconds.RAM = s.since(s.begin)
+	return s.sync()
+}
+
+// commit writes what describes the checkpoint and makes it visible.
+func (s *saver) commit() (store.Ref, error) {
+	start := time.Now()
+	s.tick("commit", true)
+	if err := s.skel.Flush(); err != nil {
+		return store.Ref{}, err
+	}
+	if err := s.table.Encode(image.MaxChunk, func(b []byte) error { return s.chunk(image.PageTable, b) }); err != nil {
+		return store.Ref{}, err
+	}
+	if err := s.place.writeNVRAMPart(); err != nil {
+		return store.Ref{}, err
+	}
+	if err := s.img.Drain(); err != nil {
+		return store.Ref{}, err
+	}
+	s.report()
+	// META states the size of the file that holds it: what follows it is
+	// known to the byte but for META's own frame, so that is left out.
+	s.rep.FlashBytes = s.img.Len()
+	s.rep.Seconds.Commit = s.since(start)
+	s.rep.Seconds.Total = s.since(s.begin)
+	s.meta.Report = s.rep
+	doc, err := json.Marshal(s.meta)
+	if err != nil {
+		return store.Ref{}, err
+	}
+	if err := s.img.Finish(doc); err != nil {
+		return store.Ref{}, err
+	}
+	s.rep.FlashBytes = s.img.Len()
+	ref, err := s.pend.Commit()
+	pend := s.pend
+	s.pend = nil
+	if err != nil {
+		return store.Ref{}, fmt.Errorf("commit of checkpoint %v: %w", pend.UUID, err)
+	}
+	s.rep.Seconds.Commit = s.since(start)
+	s.rep.Seconds.Total = s.since(s.begin)
+	s.meta.Report = s.rep
+	return ref, nil
+}
+
+// report counts what the page table came to.
+func (s *saver) report() {
+	s.rep.BytesIn = s.cur.Offset()
+	s.place.report(&s.rep)
+	s.table.Runs(func(r pagetable.Run) error {
+		n := int64(r.Count)
+		switch r.Kind {
+		case pagetable.Fill:
+			if r.First == 0 {
+				s.rep.Zero += n
+			}
+		case pagetable.ZeroData:
+			s.rep.Zero += n
+			s.rep.ZeroAsData += n
+		case pagetable.NVRAM:
+			s.rep.Hot += n
+		case pagetable.Flash:
+			s.rep.Cold += n
+		}
+		return nil
+	})
+}
+
+func (s *saver) tick(phase string, always bool) {
+	if s.o.Progress == nil {
+		return
+	}
+	now := time.Now()
+	if !always && now.Sub(s.lastTick) < progressEvery {
+		return
+	}
+	s.lastTick = now
+	p := Progress{Phase: phase, PagesAll: s.rep.Pages, Pages: s.rep.Pages - int64(s.unseen), BytesIn: s.cur.Offset()}
+	if s.img != nil {
+		p.BytesOut = s.img.Len() + s.place.nvramBytes()
+	}
+	s.o.Progress(p)
+}
+
+// SpaceError says that a save was given up because it would not have fitted.
+type SpaceError struct {
+	Dir        string
+	Free, Need int64 // bytes
+}
+
+func (e *SpaceError) Error() string {
+	return fmt.Sprintf("%s: no space: %d bytes are free, and this VM's last checkpoint took %d", e.Dir, e.Free, e.Need)
+}
+
+// Unwrap lets callers treat it like a write that found the disk full.
+func (e *SpaceError) Unwrap() error { return syscall.ENOSPC }

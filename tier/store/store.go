@@ -1,0 +1,725 @@
+// Package store keeps the checkpoints of many VMs in one directory:
+//
+//	DIR/
+//	├── store.json                 format version and the store's UUID
+//	├── lock                       the store lock
+//	├── tmp/UUID.part              a save under way, locked by its process
+//	├── nvram/UUID.json            an NVRAM file that saves of this store used
+//	└── vms/NAME/
+//	    ├── 00000001.flic          checkpoint 1: a flash image (package image)
+//	    ├── 00000002.flic
+//	    └── last                   highest number of a removed checkpoint
+//
+// A checkpoint is visible exactly if its image has its name under vms: the
+// rename is the commit. Everything else can be rebuilt from the images.
+//
+// # The lock rule
+//
+// There are three locks, always taken in this order, and this is the only
+// place that says so:
+//
+//  1. The store lock (flock on DIR/lock) covers changes of names: making a
+//     .part file, the commit's rename, rm, gc. It is held for milliseconds,
+//     never while page data moves.
+//  2. Each image file is locked as long as it is in use: exclusively by the
+//     save that writes it, shared by those who read it. rm and gc touch no
+//     image and no .part file that they cannot lock exclusively. Readers take
+//     this lock while they hold the store lock, so no image is removed between
+//     being found and being locked.
+//  3. The NVRAM file's own lock (package nvram), for allocation only.
+//
+// Locks end with their process, so whatever can be locked has no owner any
+// more.
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"sort"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// Version is the version of the directory's layout.
+const Version = 1
+
+// MaxNumber is the highest checkpoint number.
+const MaxNumber = 99999999
+
+var (
+	// ErrNotFound: no such store, VM or checkpoint.
+	ErrNotFound = errors.New("not found")
+	// ErrInUse: another process reads or writes the checkpoint.
+	ErrInUse = errors.New("in use by another process")
+	// ErrName: a VM name or checkpoint reference that can't be.
+	ErrName = errors.New("not a valid name")
+)
+
+// Store is an opened store. It holds no lock and no state but its identity; it
+// may be used from several goroutines and by several processes.
+type Store struct {
+	fs   vfs.FS
+	dir  string
+	uuid uuid.UUID
+}
+
+type storeFile struct {
+	Format  string    `json:"format"`
+	Version int       `json:"version"`
+	UUID    uuid.UUID `json:"uuid"`
+}
+
+const formatName = "flic-migrate store"
+
+// Open opens the store in dir; with create it makes one if there is none.
+func Open(fsys vfs.FS, dir string, create bool) (*Store, error) {
+	s := &Store{fs: fsys, dir: dir}
+	err := s.readStoreFile()
+	if errors.Is(err, fs.ErrNotExist) && create {
+		err = s.create()
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("no store at %s: %w", dir, ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Store) readStoreFile() error {
+	name := s.path("store.json")
+	b, err := readSmall(s.fs, name)
+	if err != nil {
+		return err
+	}
+	var f storeFile
+	if err = unseal(b, &f); err == nil && (f.Format != formatName || f.UUID == uuid.Nil) {
+		err = errors.New("not a flic-migrate store")
+	}
+	if err != nil {
+		return &image.CorruptError{File: name, What: "store description", Err: err}
+	}
+	if f.Version != Version {
+		return fmt.Errorf("%s: store version %d is not known here", name, f.Version)
+	}
+	s.uuid = f.UUID
+	return nil
+}
+
+func (s *Store) create() error {
+	for _, d := range []string{"", "tmp", "nvram", "vms"} {
+		if err := s.fs.MkdirAll(s.path(d)); err != nil {
+			return err
+		}
+	}
+	unlock, err := s.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	// Another process may have been first.
+	if err := s.readStoreFile(); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	b, err := seal(storeFile{formatName, Version, uuid.New()})
+	if err != nil {
+		return err
+	}
+	if err := s.writeSmall(s.path("store.json"), b); err != nil {
+		return err
+	}
+	return s.readStoreFile()
+}
+
+// Dir is the store's directory.
+func (s *Store) Dir() string { return s.dir }
+
+// UUID is the store's identity, which marks its extents in NVRAM files.
+func (s *Store) UUID() uuid.UUID { return s.uuid }
+
+func (s *Store) path(elem ...string) string {
+	return filepath.Join(append([]string{s.dir}, elem...)...)
+}
+
+// lock takes the store lock, waiting for it.
+func (s *Store) lock() (unlock func(), err error) {
+	l, err := s.fs.Lock(context.Background(), s.path("lock"), vfs.Exclusive)
+	if err != nil {
+		return nil, err
+	}
+	return func() { l.Close() }, nil
+}
+
+// sealed is how small JSON files are stored, so that no stored byte is without
+// a checksum: {"crc32c":…, "body":{…}}.
+type sealed struct {
+	CRC  uint32          `json:"crc32c"`
+	Body json.RawMessage `json:"body"`
+}
+
+func seal(v any) ([]byte, error) {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(sealed{image.Checksum(body), body})
+}
+
+func unseal(b []byte, v any) error {
+	var f sealed
+	if err := json.Unmarshal(b, &f); err != nil {
+		return err
+	}
+	if image.Checksum(f.Body) != f.CRC {
+		return image.ErrChecksum
+	}
+	// Only what seal wrote is accepted: a byte changed outside of the body,
+	// such as a space, is damage too.
+	again, err := json.Marshal(f)
+	if err != nil || string(again) != string(b) {
+		return errors.New("not as it was written")
+	}
+	return json.Unmarshal(f.Body, v)
+}
+
+const maxSmall = 1 << 20
+
+func readSmall(fsys vfs.FS, name string) ([]byte, error) {
+	f, err := fsys.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	n, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	if n > maxSmall {
+		return nil, &image.CorruptError{File: name, What: "file", Err: fmt.Errorf("%d bytes", n)}
+	}
+	b := make([]byte, n)
+	if n > 0 {
+		if _, err := f.ReadAt(b, 0); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// writeSmall replaces name by a file with content b, durably. The caller holds
+// the store lock, which keeps GC from the temporary file.
+func (s *Store) writeSmall(name string, b []byte) error {
+	tmp := s.path("tmp", uuid.NewString()+".new")
+	f, err := s.fs.Create(tmp)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = s.fs.Replace(tmp, name)
+	}
+	if err != nil {
+		s.fs.Remove(tmp)
+		return err
+	}
+	return s.fs.SyncDir(filepath.Dir(name))
+}
+
+// CheckVM tells whether name can be a VM's name: 1 to 128 bytes of printable
+// UTF-8 without '/' and '@', not starting with '.' or '-'.
+func CheckVM(name string) error {
+	bad := name == "" || len(name) > 128 || !utf8.ValidString(name) || strings.ContainsAny(name, "/@") ||
+		name[0] == '.' || name[0] == '-'
+	for _, r := range name {
+		bad = bad || !unicode.IsPrint(r)
+	}
+	if bad {
+		return fmt.Errorf("VM name %q: %w", name, ErrName)
+	}
+	return nil
+}
+
+// Ref names a checkpoint: the N-th of a VM; N = 0 means the newest.
+type Ref struct {
+	VM string
+	N  int
+}
+
+func (r Ref) String() string {
+	if r.N == 0 {
+		return r.VM
+	}
+	return fmt.Sprintf("%s@%d", r.VM, r.N)
+}
+
+// ParseRef parses NAME[@N].
+func ParseRef(s string) (Ref, error) {
+	vm, num, numbered := strings.Cut(s, "@")
+	if err := CheckVM(vm); err != nil {
+		return Ref{}, err
+	}
+	if !numbered {
+		return Ref{VM: vm}, nil
+	}
+	n, err := strconv.Atoi(num)
+	if err != nil || n < 1 || n > MaxNumber || strconv.Itoa(n) != num {
+		return Ref{}, fmt.Errorf("checkpoint number %q: %w", num, ErrName)
+	}
+	return Ref{vm, n}, nil
+}
+
+func imageName(n int) string { return fmt.Sprintf("%08d.flic", n) }
+
+func parseImageName(name string) (int, bool) {
+	num, ok := strings.CutSuffix(name, ".flic")
+	n, err := strconv.Atoi(num)
+	return n, ok && err == nil && n >= 1 && imageName(n) == name
+}
+
+func (s *Store) imagePath(r Ref) string { return s.path("vms", r.VM, imageName(r.N)) }
+
+// numbers lists a VM's checkpoints in rising order; none if the VM is unknown.
+func (s *Store) numbers(vm string) ([]int, error) {
+	entries, err := s.fs.ReadDir(s.path("vms", vm))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var ns []int
+	for _, e := range entries {
+		if n, ok := parseImageName(e.Name()); ok {
+			ns = append(ns, n)
+		}
+	}
+	sort.Ints(ns)
+	return ns, nil
+}
+
+// VMs lists the names of the VMs that have checkpoints.
+func (s *Store) VMs() ([]string, error) {
+	entries, err := s.fs.ReadDir(s.path("vms"))
+	if err != nil {
+		return nil, err
+	}
+	var vms []string
+	for _, e := range entries {
+		if ns, err := s.numbers(e.Name()); err != nil {
+			return nil, err
+		} else if len(ns) > 0 {
+			vms = append(vms, e.Name())
+		}
+	}
+	return vms, nil
+}
+
+// List names all checkpoints: of one VM, or of all if vm is empty.
+func (s *Store) List(vm string) ([]Ref, error) {
+	vms := []string{vm}
+	if vm == "" {
+		var err error
+		if vms, err = s.VMs(); err != nil {
+			return nil, err
+		}
+	}
+	var refs []Ref
+	for _, v := range vms {
+		ns, err := s.numbers(v)
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range ns {
+			refs = append(refs, Ref{v, n})
+		}
+	}
+	return refs, nil
+}
+
+// Resolve gives the number of the newest checkpoint to a Ref without one, and
+// checks that the checkpoint exists.
+func (s *Store) Resolve(r Ref) (Ref, error) {
+	if err := CheckVM(r.VM); err != nil {
+		return r, err
+	}
+	ns, err := s.numbers(r.VM)
+	if err != nil {
+		return r, err
+	}
+	if r.N == 0 && len(ns) > 0 {
+		r.N = ns[len(ns)-1]
+	}
+	i := sort.SearchInts(ns, r.N)
+	if r.N == 0 || i == len(ns) || ns[i] != r.N {
+		return r, fmt.Errorf("checkpoint %v in store %s: %w", r, s.dir, ErrNotFound)
+	}
+	return r, nil
+}
+
+// OpenImage opens a checkpoint's image and keeps it from being removed until
+// the file is closed.
+func (s *Store) OpenImage(r Ref) (vfs.File, Ref, error) {
+	unlock, err := s.lock()
+	if err != nil {
+		return nil, r, err
+	}
+	defer unlock()
+	if r, err = s.Resolve(r); err != nil {
+		return nil, r, err
+	}
+	f, err := s.fs.Open(s.imagePath(r))
+	if err != nil {
+		return nil, r, err
+	}
+	if err := f.TryLock(vfs.Shared); err != nil {
+		f.Close()
+		if errors.Is(err, vfs.ErrLocked) {
+			err = fmt.Errorf("checkpoint %v: %w", r, ErrInUse)
+		}
+		return nil, r, err
+	}
+	return f, r, nil
+}
+
+// Pending is a save under way. Exactly one of Commit and Abort ends it.
+type Pending struct {
+	File vfs.File  // the image to be; exclusively locked
+	UUID uuid.UUID // the checkpoint's
+
+	s    *Store
+	vm   string
+	path string
+}
+
+// Begin starts a save of VM vm.
+func (s *Store) Begin(vm string) (*Pending, error) {
+	if err := CheckVM(vm); err != nil {
+		return nil, err
+	}
+	p := &Pending{s: s, vm: vm, UUID: uuid.New()}
+	p.path = s.path("tmp", p.UUID.String()+".part")
+	unlock, err := s.lock()
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if p.File, err = s.fs.Create(p.path); err != nil {
+		return nil, err
+	}
+	if err = p.File.TryLock(vfs.Exclusive); err != nil {
+		p.Abort()
+		return nil, err
+	}
+	return p, nil
+}
+
+// Commit gives the image, which must be whole and synced, its name and returns
+// the checkpoint's reference once the name is durable. After an error nothing
+// is visible and the save is ended; the caller still releases its NVRAM.
+func (p *Pending) Commit() (Ref, error) {
+	ref, err := p.commit()
+	if err != nil {
+		p.Abort()
+		return Ref{}, err
+	}
+	p.File.Close()
+	return ref, nil
+}
+
+func (p *Pending) commit() (Ref, error) {
+	s := p.s
+	unlock, err := s.lock()
+	if err != nil {
+		return Ref{}, err
+	}
+	defer unlock()
+	dir := s.path("vms", p.vm)
+	if err := s.fs.MkdirAll(dir); err != nil {
+		return Ref{}, err
+	}
+	n, err := s.lastNumber(p.vm)
+	if err != nil {
+		return Ref{}, err
+	}
+	ref := Ref{p.vm, n + 1}
+	if ref.N > MaxNumber {
+		return Ref{}, fmt.Errorf("VM %q has used up its checkpoint numbers", p.vm)
+	}
+	final := s.imagePath(ref)
+	if err := s.fs.Rename(p.path, final); err != nil {
+		return Ref{}, err
+	}
+	if err := s.fs.SyncDir(dir); err != nil {
+		// The name may or may not be durable; take it back. If that does not
+		// become durable either, a power cut can still bring the name up, so
+		// the NVRAM part must stay its own until GC has seen the directory
+		// synced.
+		s.fs.Remove(final)
+		if s.fs.SyncDir(dir) != nil {
+			err = &uncertainError{err}
+		}
+		return Ref{}, err
+	}
+	return ref, nil
+}
+
+// uncertainError is a Commit's failure after which a power cut may still show
+// the checkpoint.
+type uncertainError struct{ error }
+
+func (e *uncertainError) Unwrap() error { return e.error }
+
+// IsUncertain tells whether Commit failed so that its checkpoint may come up
+// after a power cut. Its NVRAM must then be left to GC.
+func IsUncertain(err error) bool {
+	var u *uncertainError
+	return errors.As(err, &u)
+}
+
+// Abort ends the save and frees what it took in the store. NVRAM is the
+// caller's.
+func (p *Pending) Abort() {
+	p.s.fs.Remove(p.path)
+	p.File.Close()
+}
+
+// lastNumber is the highest number that a VM's checkpoints have had.
+func (s *Store) lastNumber(vm string) (int, error) {
+	ns, err := s.numbers(vm)
+	if err != nil {
+		return 0, err
+	}
+	last := 0
+	if len(ns) > 0 {
+		last = ns[len(ns)-1]
+	}
+	name := s.path("vms", vm, "last")
+	b, err := readSmall(s.fs, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return last, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	var removed int
+	if err := unseal(b, &removed); err != nil {
+		return 0, &image.CorruptError{File: name, What: "last number", Err: err}
+	}
+	return max(last, removed), nil
+}
+
+// Remove removes a checkpoint durably. free is called after that, still under
+// the store lock, to give back its NVRAM; its error is returned, and gc can
+// repeat it.
+func (s *Store) Remove(r Ref, free func() error) error {
+	unlock, err := s.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if r, err = s.Resolve(r); err != nil {
+		return err
+	}
+	f, err := s.fs.Open(s.imagePath(r))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.TryLock(vfs.Exclusive); errors.Is(err, vfs.ErrLocked) {
+		return fmt.Errorf("checkpoint %v: %w", r, ErrInUse)
+	} else if err != nil {
+		return err
+	}
+	last, err := s.lastNumber(r.VM)
+	if err != nil {
+		return err
+	}
+	if r.N == last {
+		b, err := seal(r.N)
+		if err != nil {
+			return err
+		}
+		if err := s.writeSmall(s.path("vms", r.VM, "last"), b); err != nil {
+			return err
+		}
+	}
+	if err := s.fs.Remove(s.imagePath(r)); err != nil {
+		return err
+	}
+	if err := s.fs.SyncDir(s.path("vms", r.VM)); err != nil {
+		return err
+	}
+	return free()
+}
+
+type nvramFile struct {
+	Path string    `json:"path"`
+	UUID uuid.UUID `json:"uuid"`
+}
+
+// UseNVRAM records, before any extent of it is reserved, that saves of this
+// store use an NVRAM file, so that GC finds what a killed save has left there.
+func (s *Store) UseNVRAM(path string, id uuid.UUID) error {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return err
+	}
+	name := s.path("nvram", id.String()+".json")
+	want := nvramFile{abs, id}
+	var have nvramFile
+	if b, err := readSmall(s.fs, name); err == nil && unseal(b, &have) == nil && have == want {
+		return nil
+	}
+	b, err := seal(want)
+	if err != nil {
+		return err
+	}
+	unlock, err := s.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return s.writeSmall(name, b)
+}
+
+// GCReport says what a GC freed.
+type GCReport struct {
+	Parts        int      `json:"unfinished_saves"`   // .part files removed
+	Bytes        int64    `json:"flash_bytes"`        // their size
+	NVRAMExtents int      `json:"nvram_extents"`      // extents freed
+	NVRAMBytes   int64    `json:"nvram_bytes"`        // their size
+	Warnings     []string `json:"warnings,omitempty"` // what could not be looked at
+}
+
+// GC frees what ended or killed saves and interrupted removals have left: their
+// files, and their extents in the NVRAM files this store has used. It can run
+// at any time beside saves and restores.
+func (s *Store) GC() (GCReport, error) {
+	var rep GCReport
+	unlock, err := s.lock()
+	if err != nil {
+		return rep, err
+	}
+	defer unlock()
+	live := make(map[uuid.UUID]bool)
+	if err := s.gcTmp(live, &rep); err != nil {
+		return rep, err
+	}
+	if err := s.liveImages(live); err != nil {
+		return rep, err
+	}
+	entries, err := s.fs.ReadDir(s.path("nvram"))
+	if err != nil {
+		return rep, err
+	}
+	for _, e := range entries {
+		if err := s.gcNVRAM(e.Name(), live, &rep); err != nil {
+			rep.Warnings = append(rep.Warnings, err.Error())
+		}
+	}
+	return rep, nil
+}
+
+// gcTmp removes what no process has locked, and adds the others to live.
+func (s *Store) gcTmp(live map[uuid.UUID]bool, rep *GCReport) error {
+	entries, err := s.fs.ReadDir(s.path("tmp"))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		path := s.path("tmp", e.Name())
+		f, err := s.fs.Open(path)
+		if err != nil {
+			return err
+		}
+		size, _ := f.Size()
+		if err := f.TryLock(vfs.Exclusive); err == nil {
+			if err := s.fs.Remove(path); err != nil {
+				f.Close()
+				return err
+			}
+			rep.Parts++
+			rep.Bytes += size
+		} else if id, perr := uuid.Parse(strings.TrimSuffix(e.Name(), ".part")); perr == nil {
+			live[id] = true
+		}
+		f.Close()
+	}
+	return s.fs.SyncDir(s.path("tmp"))
+}
+
+// liveImages adds the owners of all committed images. An image whose header
+// can't be read stops GC: its NVRAM must not be given away because of it.
+func (s *Store) liveImages(live map[uuid.UUID]bool) error {
+	// What is listed below is only believed once it is durable: a removal
+	// that a power cut undoes must not have lost its NVRAM part (see commit).
+	vms, err := s.fs.ReadDir(s.path("vms"))
+	if err != nil {
+		return err
+	}
+	for _, e := range vms {
+		if err := s.fs.SyncDir(s.path("vms", e.Name())); err != nil {
+			return err
+		}
+	}
+	refs, err := s.List("")
+	if err != nil {
+		return err
+	}
+	for _, r := range refs {
+		f, err := s.fs.Open(s.imagePath(r))
+		if err != nil {
+			return err
+		}
+		h, err := image.ReadHeader(f)
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("gc stops, because it can't tell which NVRAM this checkpoint owns: %w", err)
+		}
+		live[h.UUID] = true
+	}
+	return nil
+}
+
+func (s *Store) gcNVRAM(name string, live map[uuid.UUID]bool, rep *GCReport) error {
+	path := s.path("nvram", name)
+	b, err := readSmall(s.fs, path)
+	if err != nil {
+		return err
+	}
+	var nf nvramFile
+	if err := unseal(b, &nf); err != nil {
+		return &image.CorruptError{File: path, What: "NVRAM file's name", Err: err}
+	}
+	f, err := nvram.Open(s.fs, nf.Path, nvram.Options{})
+	if err != nil {
+		return fmt.Errorf("NVRAM file %s was not looked at: %w", nf.Path, err)
+	}
+	defer f.Close()
+	if f.UUID() != nf.UUID {
+		return fmt.Errorf("NVRAM file %s is another one now", nf.Path)
+	}
+	freed, err := f.Sweep(s.uuid, func(owner uuid.UUID) bool { return live[owner] })
+	rep.NVRAMExtents += freed
+	rep.NVRAMBytes += int64(freed) * nvram.ExtentSize
+	return err
+}
