@@ -47,9 +47,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-const pageSize = 4096
+	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
+)
 
 // guest is the buffer with what is known about it. The lock makes a check see
 // pages and checksums that belong together, in spite of the ticker's changes.
@@ -149,18 +149,18 @@ func newGuest(size int, seed uint64) (*guest, error) {
 			return nil, fmt.Errorf("%d bytes for the buffer: %w", size, err)
 		}
 	}
-	g.sums = make([]uint32, size/pageSize)
+	g.sums = make([]uint32, size/guestmem.PageSize)
 	g.fill(seed)
 	return g, nil
 }
 
-func (g *guest) page(i int) []byte { return g.buf[i*pageSize : (i+1)*pageSize] }
+func (g *guest) page(i int) []byte { return g.buf[i*guestmem.PageSize : (i+1)*guestmem.PageSize] }
 
 func (g *guest) fill(seed uint64) {
 	g.random = rand.New(rand.NewPCG(seed, 1))
 	g.changes = 0
 	for i := range g.sums {
-		makePage(g.page(i), seed, i)
+		guestmem.Page(g.page(i), seed, i)
 		g.sums[i] = crc32.ChecksumIEEE(g.page(i))
 	}
 }
@@ -185,7 +185,7 @@ func (g *guest) ticker(period time.Duration) {
 		g.mu.Lock()
 		for range min(g.perTick, len(g.sums)) {
 			i := g.random.IntN(len(g.sums))
-			change(g.page(i), g.random, g.bytes)
+			guestmem.Change(g.page(i), g.random, g.bytes)
 			g.sums[i] = crc32.ChecksumIEEE(g.page(i))
 			g.changes++
 		}

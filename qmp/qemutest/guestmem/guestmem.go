@@ -1,10 +1,17 @@
-package main
+// Package guestmem makes the memory content of test guests: pages of the kinds a
+// real guest has, known in advance from a seed. The test guests' first process
+// fills its buffer with it, and recorded streams of guests without an operating
+// system get it as their memory.
+package guestmem
 
 import (
 	"encoding/binary"
 	"math/rand/v2"
 	"strconv"
 )
+
+// PageSize is the size in bytes of the pages that Fill writes.
+const PageSize = 4096
 
 // words make the text pages: few enough that text compresses about as well as
 // the text of a real guest.
@@ -14,10 +21,12 @@ var words = [...]string{
 	"checkpoint", "stream", "a", "to", "in", "is", "lib", "usr", "/", ".so", "kernel",
 }
 
-// makePage writes page i of the fill of seed: by turns zeros, random bytes,
-// text, tables of numbers, and duplicates. A real guest's memory has all of
-// these, and each takes another path through a save.
-func makePage(page []byte, seed uint64, i int) {
+// Page writes page i of the fill of seed: by turns zeros, random bytes, text,
+// tables of numbers, and duplicates. A real guest's memory has all of these, and
+// each takes another path through a save. About a third of the bytes remain
+// after compression. The page is of any size that is a multiple of 16 bytes and
+// at least 1024.
+func Page(page []byte, seed uint64, i int) {
 	clear(page)
 	r := rand.New(rand.NewPCG(seed, uint64(i)+1<<32))
 	switch kind := r.IntN(16); {
@@ -54,9 +63,17 @@ func text(page []byte, r *rand.Rand) {
 	}
 }
 
-// change writes n random bytes at a random place of the page: the little changes
+// Fill writes the fill of seed into buf, page by page; the bytes of an
+// incomplete last page are left as they are.
+func Fill(buf []byte, seed uint64) {
+	for i := range len(buf) / PageSize {
+		Page(buf[i*PageSize:(i+1)*PageSize], seed, i)
+	}
+}
+
+// Change writes n random bytes at a random place of the page: the little changes
 // that XBZRLE is made for, or with n of a whole page a new page.
-func change(page []byte, r *rand.Rand, n int) {
+func Change(page []byte, r *rand.Rand, n int) {
 	n = min(max(n, 1), len(page))
 	at := r.IntN(len(page) - n + 1)
 	for j := range n {

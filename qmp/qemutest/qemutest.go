@@ -1,0 +1,436 @@
+// Package qemutest runs guests under a real QEMU, for tests and for recording
+// streams. Nothing else may import it.
+//
+// A test starts a [VM] with [Start], which ends it with the test:
+//
+//	vm := qemutest.Start(t, qemutest.Config{Guest: qemutest.Linux, Kernel: "flic.fill=16"})
+//	vm.WaitFor(t, `flic ready`)
+//	vm.Send("sum")
+//	sum := vm.WaitFor(t, `sum (\w+)`)[1]
+//
+// What a Linux guest can do is written in scripts/guestinit/main.go, what the
+// tiny one does in scripts/tinyguest/x86.s.
+//
+// QEMU runs with -accel tcg, so that it needs nothing of the host. Mind two
+// things about that: a live migration of an x86 guest loses dirty pages if the
+// size of a RAM block is a multiple of 256 KiB, so LiveMemory is the size to use
+// for one; and everything is some ten times slower.
+package qemutest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+)
+
+// LiveMemory is a memory size for guests that are migrated while they run: large
+// enough for the Linux guest, and no multiple of 256 KiB.
+const LiveMemory = "98312K"
+
+// Guest is what a VM boots.
+type Guest int
+
+const (
+	// Firmware boots nothing: the firmware looks for a disk in vain.
+	Firmware Guest = iota
+	// Tiny is up in a second and says "tick N", N in 8 hexadecimal digits; it
+	// needs 4 MiB. Load gives it memory content and Change makes it change that.
+	Tiny
+	// Linux is a Debian kernel with a first process that keeps known memory and
+	// answers on the console; it takes 5–10 s and needs 80 MiB (x86) or 96 MiB
+	// (arm64).
+	Linux
+	// Debian is Linux with the disk image of a Debian system at /dev/vda, which
+	// flic.read=/usr brings into the page cache (x86 only).
+	Debian
+)
+
+// Config says what to run. The zero value is a q35 machine with 128 MiB and
+// nothing to boot.
+type Config struct {
+	// Arch is x86 (the default) or arm64.
+	Arch string
+	// Machine is the value of -machine, q35 or virt if empty. Machine types with
+	// properties are allowed.
+	Machine string
+	// CPU is the value of -cpu; if empty, QEMU's default, or cortex-a57 on arm64.
+	CPU string
+	// Memory is the value of -m, 128M if empty.
+	Memory string
+	// CPUs is the number of virtual CPUs, 1 if zero.
+	CPUs int
+	// Guest is what boots.
+	Guest Guest
+	// Kernel is added to the Linux kernel's command line.
+	Kernel string
+	// Disk is a raw image that the guest sees as /dev/vda, if not empty. It is
+	// never written: QEMU keeps what the guest writes in a temporary file.
+	Disk string
+	// Incoming is the value of -incoming, none if empty. A restore that is meant
+	// to fail needs "defer" and qmp.MigrateIncoming: QEMU exits when a restore
+	// fails, and with "exec:..." may do so before the harness is connected.
+	Incoming string
+	// Paused starts the VM with -S.
+	Paused bool
+	// Args are added to QEMU's command line.
+	Args []string
+	// Env is added to QEMU's environment, and so to that of its exec: children.
+	Env []string
+}
+
+// VM is a running QEMU.
+type VM struct {
+	// QMP is a monitor that the harness holds.
+	QMP *qmp.Monitor
+	// Socket is the path of a second monitor, which nobody holds: the one to
+	// give to what is being tested.
+	Socket string
+
+	config  Config
+	console *console
+	cmd     *exec.Cmd
+	output  *output
+	dir     string
+	exited  chan struct{}
+	exitErr error // once exited is closed
+}
+
+// output collects what QEMU writes to stdout and stderr.
+type output struct {
+	mu   sync.Mutex
+	text []byte
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.text = append(o.text, p...)
+	return len(p), nil
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return string(o.text)
+}
+
+// Start launches a VM that ends with the test. A host without QEMU fails the
+// test and names the script that installs it.
+func Start(t testing.TB, config Config) *VM {
+	t.Helper()
+	// Not the test's own context: that ends before the cleanups, in which a
+	// test may still want its VM.
+	vm, err := Launch(context.Background(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		vm.Kill()
+		if t.Failed() {
+			t.Logf("QEMU's output:\n%s\nconsole's end:\n%s", vm.Output(), tail(vm.Console(), 2000))
+		}
+	})
+	return vm
+}
+
+// Launch starts a VM that runs until Kill. The context bounds the start only.
+func Launch(ctx context.Context, config Config) (*VM, error) {
+	args, err := config.args(ctx)
+	if err != nil {
+		return nil, err
+	}
+	program, err := lookPath(config.arch())
+	if err != nil {
+		return nil, err
+	}
+	// A Unix socket's path is short of space: not in the test's long TempDir.
+	dir, err := os.MkdirTemp("", "qemu")
+	if err != nil {
+		return nil, err
+	}
+	vm := &VM{
+		Socket: filepath.Join(dir, "qmp"),
+		config: config,
+		dir:    dir,
+		output: new(output),
+		exited: make(chan struct{}),
+	}
+	vm.cmd = exec.Command(program, append(args,
+		// Connected from the start: no waiting for a socket to appear.
+		"-chardev", "socket,id=harness,fd=3", "-mon", "chardev=harness,mode=control",
+		"-chardev", "socket,id=console,fd=4", "-serial", "chardev:console",
+		"-qmp", "unix:"+vm.Socket+",server=on,wait=off")...)
+	vm.cmd.Stdout, vm.cmd.Stderr = vm.output, vm.output
+	vm.cmd.Env = append(os.Environ(), config.Env...)
+	vm.cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setpgid:   true,            // with its exec: children, for Kill
+		Pdeathsig: syscall.SIGKILL, // a test that crashes leaves no QEMU
+	}
+	// The children of exec: hold QEMU's output open; do not wait for them.
+	vm.cmd.WaitDelay = time.Second
+	monitor, serial, err := vm.start()
+	if err != nil {
+		os.RemoveAll(dir)
+		return nil, err
+	}
+	vm.console = newConsole(serial)
+	// Busy hosts and large guests: QEMU may take long until it serves its monitor.
+	vm.QMP, err = qmp.New(ctx, monitor, "harness monitor", qmp.Options{Greeting: time.Minute, Timeout: 2 * time.Minute})
+	if err != nil {
+		vm.Kill()
+		return nil, fmt.Errorf("start %s: %w\n%s", vm.cmd, err, vm.Output())
+	}
+	return vm, nil
+}
+
+// start runs QEMU with its ends of two socket pairs and returns ours.
+func (vm *VM) start() (monitor, serial net.Conn, err error) {
+	var theirs [2]*os.File
+	var ours [2]net.Conn
+	defer func() {
+		for i := range ours {
+			if theirs[i] != nil {
+				theirs[i].Close() // QEMU has its own: ours would hide its end
+			}
+			if err != nil && ours[i] != nil {
+				ours[i].Close()
+			}
+		}
+	}()
+	for i := range ours {
+		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return nil, nil, err
+		}
+		theirs[i] = os.NewFile(uintptr(pair[0]), "qemu")
+		f := os.NewFile(uintptr(pair[1]), "harness")
+		ours[i], err = net.FileConn(f)
+		f.Close()
+		if err != nil {
+			return nil, nil, err
+		}
+	}
+	vm.cmd.ExtraFiles = theirs[:]
+	if err := vm.cmd.Start(); err != nil {
+		return nil, nil, err
+	}
+	go func() {
+		vm.exitErr = vm.cmd.Wait()
+		if errors.Is(vm.exitErr, exec.ErrWaitDelay) {
+			vm.exitErr = nil // QEMU has ended well; a child holds its output open
+		}
+		close(vm.exited)
+	}()
+	return ours[0], ours[1], nil
+}
+
+func (c Config) arch() string {
+	if c.Arch == "" {
+		return "x86"
+	}
+	return c.Arch
+}
+
+// args returns QEMU's arguments, all but the sockets'.
+func (c Config) args(ctx context.Context) ([]string, error) {
+	machine, cpu, tty := or(c.Machine, "q35"), c.CPU, "ttyS0"
+	switch c.arch() {
+	case "x86":
+	case "arm64":
+		machine, cpu, tty = or(c.Machine, "virt"), or(c.CPU, "cortex-a57"), "ttyAMA0"
+	default:
+		return nil, fmt.Errorf("qemutest: no architecture %q", c.Arch)
+	}
+	args := []string{
+		"-accel", "tcg", "-machine", machine, "-m", or(c.Memory, "128M"), "-smp", strconv.Itoa(max(c.CPUs, 1)),
+		"-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
+	}
+	if cpu != "" {
+		args = append(args, "-cpu", cpu)
+	}
+	if c.Paused {
+		args = append(args, "-S")
+	}
+	if c.Incoming != "" {
+		args = append(args, "-incoming", c.Incoming)
+	}
+	disk := c.Disk
+	switch c.Guest {
+	case Firmware:
+	case Tiny:
+		dir, err := Assets(ctx, "tiny-"+c.arch())
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, "-kernel", filepath.Join(dir, "kernel"))
+	case Linux, Debian:
+		dir, err := Assets(ctx, c.arch())
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, "-kernel", filepath.Join(dir, "vmlinuz"), "-initrd", filepath.Join(dir, "initrd.gz"),
+			"-append", "console="+tty+" quiet "+c.Kernel)
+		if c.Guest == Debian && disk == "" {
+			if dir, err = Assets(ctx, "debian"); err != nil {
+				return nil, err
+			}
+			disk = filepath.Join(dir, "disk.ext4")
+		}
+	}
+	if disk != "" {
+		device := "virtio-blk-pci"
+		if strings.HasPrefix(machine, "microvm") {
+			device = "virtio-blk-device"
+		}
+		args = append(args,
+			"-drive", "if=none,id=disk,format=raw,snapshot=on,file="+strings.ReplaceAll(disk, ",", ",,"),
+			"-device", device+",drive=disk")
+	}
+	return append(args, c.Args...), nil
+}
+
+func or(value, otherwise string) string {
+	if value == "" {
+		return otherwise
+	}
+	return value
+}
+
+// lookPath returns the path of the QEMU for an architecture.
+func lookPath(arch string) (string, error) {
+	program, group := "qemu-system-x86_64", "qemu"
+	if arch == "arm64" {
+		program, group = "qemu-system-aarch64", "qemu-aarch64"
+	}
+	path, err := exec.LookPath(program)
+	if err != nil {
+		return "", fmt.Errorf("qemutest: %w; run: scripts/deps %s", err, group)
+	}
+	return path, nil
+}
+
+// Assets returns the directory of what scripts/guest makes of this kind (x86,
+// arm64, tiny-x86, tiny-arm64, debian), making it first if need be.
+func Assets(ctx context.Context, kind string) (string, error) {
+	root, err := ModuleRoot()
+	if err != nil {
+		return "", err
+	}
+	var stderr strings.Builder
+	cmd := exec.CommandContext(ctx, filepath.Join(root, "scripts", "guest"), kind)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("qemutest: scripts/guest %s: %w: %s\nWhat it needs is installed by: scripts/deps guest", kind, err, stderr.String())
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// ModuleRoot returns the directory of this module's go.mod, from the directory
+// the process runs in, which for a test is its package's.
+func ModuleRoot() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for {
+		if text, err := os.ReadFile(filepath.Join(dir, "go.mod")); err == nil &&
+			strings.Contains(string(text), "module github.com/flic-migrate/flic-migrate\n") {
+			return dir, nil
+		}
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			return "", errors.New("qemutest: not inside the module: scripts/guest cannot be found")
+		}
+		dir = parent
+	}
+}
+
+// Load returns the arguments that make QEMU put a file into guest-physical memory
+// before the guest starts, and again when it is reset.
+func Load(file string, addr uint64) []string {
+	return []string{"-device", fmt.Sprintf("loader,force-raw=on,addr=%#x,file=%s", addr, strings.ReplaceAll(file, ",", ",,"))}
+}
+
+// Change returns the arguments that make a tiny guest of this architecture change
+// perTick pages in each tick, in turn, of the range of pages that begins at the
+// given address, counted from the start of RAM.
+func Change(arch string, first, pages, perTick uint32) []string {
+	at := uint64(0x1ff000) // PARAMS in scripts/tinyguest
+	if arch == "arm64" {
+		at = 0x401ff000
+	}
+	var args []string
+	for i, word := range []uint32{first, pages, perTick} {
+		args = append(args, "-device", fmt.Sprintf("loader,addr=%#x,data=%#x,data-len=4", at+uint64(4*i), word))
+	}
+	return args
+}
+
+// Save stops nothing: it migrates to the uri and waits for the end.
+func (vm *VM) Save(ctx context.Context, uri string) (qmp.MigrationInfo, error) {
+	if err := qmp.Migrate(ctx, vm.QMP, uri); err != nil {
+		return qmp.MigrationInfo{}, err
+	}
+	return qmp.WaitMigration(ctx, vm.QMP)
+}
+
+// Pid returns QEMU's process id.
+func (vm *VM) Pid() int { return vm.cmd.Process.Pid }
+
+// Output returns what QEMU and its exec: children have written to stdout and
+// stderr.
+func (vm *VM) Output() string { return vm.output.String() }
+
+// Exited is closed when QEMU has ended; ExitError then says how.
+func (vm *VM) Exited() <-chan struct{} { return vm.exited }
+
+// ExitError waits for QEMU's end and returns its exit error, an *exec.ExitError
+// or nil for status 0.
+func (vm *VM) ExitError() error {
+	<-vm.exited
+	return vm.exitErr
+}
+
+// Quit ends QEMU in an orderly way, for a test that wants its exit status.
+func (vm *VM) Quit(ctx context.Context) error {
+	if err := qmp.Quit(ctx, vm.QMP); err != nil {
+		return err
+	}
+	select {
+	case <-vm.exited:
+		return vm.exitErr
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Kill ends QEMU and its exec: children at once, as a power failure would, and
+// removes its files. It may be called again.
+func (vm *VM) Kill() {
+	// The group outlives QEMU while a child of exec: does.
+	_ = syscall.Kill(-vm.cmd.Process.Pid, syscall.SIGKILL)
+	<-vm.exited
+	if vm.QMP != nil {
+		vm.QMP.Close()
+	}
+	vm.console.close()
+	os.RemoveAll(vm.dir)
+}
+
+// tail returns the last n bytes of s.
+func tail(s string, n int) string { return s[max(0, len(s)-n):] }

@@ -1,0 +1,161 @@
+package qemutest
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+)
+
+// Block is one of QEMU's RAM blocks.
+type Block struct {
+	Name string
+	// Used is the size in bytes of what a migration carries.
+	Used uint64
+	// Guest is the guest-physical address of its beginning. A block that the
+	// guest cannot see has none, and cannot be read by this package.
+	Guest  uint64
+	Mapped bool
+}
+
+var (
+	// "  pc.ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000":
+	// name, page size, offset, used, total, and in newer versions more.
+	ramblockLine = regexp.MustCompile(`(?m)^\s*(\S+)\s+\d+ \w+\s+0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+`)
+	// "  0000000000000000-000000000009ffff (prio 0, ram): pc.ram KVM": a range of
+	// a flat view. What begins inside a block has "@" and its offset at the end.
+	flatLine = regexp.MustCompile(`(?m)^\s*([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, (?:ram|rom|nv-ram)\): (\S+)([^\r\n]*)`)
+	// "Host virtual address for 0x0 (pc.ram) is 0x7f1234400000"
+	hostLine = regexp.MustCompile(`Host virtual address for \S+ \(\S+\) is 0x([0-9a-f]+)`)
+)
+
+// Blocks returns the RAM blocks, in the order QEMU names them.
+func (vm *VM) Blocks(ctx context.Context) ([]Block, error) {
+	text, err := qmp.HumanMonitor(ctx, vm.QMP, "info ramblock")
+	if err != nil {
+		return nil, err
+	}
+	var blocks []Block
+	for _, m := range ramblockLine.FindAllStringSubmatch(text, -1) {
+		used, err := strconv.ParseUint(m[2], 16, 64)
+		if err != nil {
+			return nil, err
+		}
+		blocks = append(blocks, Block{Name: m[1], Used: used})
+	}
+	if len(blocks) == 0 {
+		return nil, fmt.Errorf("no block in QEMU's answer: %q", text)
+	}
+	flat, err := qmp.HumanMonitor(ctx, vm.QMP, "info mtree -f")
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range flatLine.FindAllStringSubmatch(flat, -1) {
+		if strings.Contains(m[3], "@") {
+			continue
+		}
+		for i := range blocks {
+			b := &blocks[i]
+			// A block of a memory backend is /objects/NAME in one list and NAME
+			// in the other, one of a device has the device's path before it.
+			if !b.Mapped && (b.Name == m[2] || strings.HasSuffix(b.Name, "/"+m[2])) {
+				if b.Guest, err = strconv.ParseUint(m[1], 16, 64); err != nil {
+					return nil, err
+				}
+				b.Mapped = true
+			}
+		}
+	}
+	return blocks, nil
+}
+
+// RAM returns the whole content of every block that can be read, by name. Unlike
+// pmemsave it reads the blocks and not the address space, where video memory and
+// ROM hide the part of pc.ram from 0xA0000 to 0xFFFFF. The guest must be
+// stopped, or the pages are of different moments.
+func (vm *VM) RAM(ctx context.Context) (map[string][]byte, error) {
+	blocks, err := vm.Blocks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", vm.Pid()))
+	if err != nil {
+		return nil, err
+	}
+	defer mem.Close()
+	content := make(map[string][]byte)
+	for _, b := range blocks {
+		if !b.Mapped {
+			continue
+		}
+		text, err := qmp.HumanMonitor(ctx, vm.QMP, fmt.Sprintf("gpa2hva %#x", b.Guest))
+		if err != nil {
+			return nil, err
+		}
+		m := hostLine.FindStringSubmatch(text)
+		if m == nil {
+			continue // a device's memory, or a ROM in flash mode
+		}
+		host, err := strconv.ParseUint(m[1], 16, 63)
+		if err != nil {
+			return nil, err
+		}
+		buf := make([]byte, b.Used)
+		if _, err := mem.ReadAt(buf, int64(host)); err != nil {
+			return nil, fmt.Errorf("block %s at %#x: %w", b.Name, host, err)
+		}
+		content[b.Name] = buf
+	}
+	if len(content) == 0 {
+		return nil, fmt.Errorf("none of the %d blocks can be read", len(blocks))
+	}
+	return content, nil
+}
+
+// PhysicalMemory returns size bytes of guest-physical memory from addr, as the
+// guest sees it, by pmemsave.
+func (vm *VM) PhysicalMemory(ctx context.Context, addr, size uint64) ([]byte, error) {
+	file := filepath.Join(vm.dir, "pmem")
+	defer os.Remove(file)
+	if err := qmp.PMemSave(ctx, vm.QMP, addr, size, file); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(file)
+}
+
+// DiffRAM names the first pages that differ between two results of RAM, and
+// blocks that only one has; it is empty if they are equal.
+func DiffRAM(a, b map[string][]byte) string {
+	const pageSize, most = 4096, 8
+	var diffs []string
+	count := 0
+	for name, x := range a {
+		y, ok := b[name]
+		if !ok || len(x) != len(y) {
+			diffs = append(diffs, fmt.Sprintf("block %s: %d bytes, in the other %d", name, len(x), len(y)))
+			continue
+		}
+		for at := 0; at < len(x); at += pageSize {
+			end := min(at+pageSize, len(x))
+			if string(x[at:end]) != string(y[at:end]) {
+				if count++; count <= most {
+					diffs = append(diffs, fmt.Sprintf("block %s: page at %#x", name, at))
+				}
+			}
+		}
+	}
+	for name := range b {
+		if _, ok := a[name]; !ok {
+			diffs = append(diffs, fmt.Sprintf("block %s only in the second", name))
+		}
+	}
+	if count > most {
+		diffs = append(diffs, fmt.Sprintf("%d pages in all", count))
+	}
+	return strings.Join(diffs, "; ")
+}
