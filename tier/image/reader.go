@@ -15,8 +15,7 @@ type Image struct {
 	Header
 	f      vfs.File
 	length int64
-	frames []frameEntry
-	offs   []int64 // file offset of each frame
+	frames []frameAt
 	// segments and chunks give a frame's place in frames, by number; -1 where
 	// a number was never written.
 	segments []int32
@@ -79,8 +78,7 @@ func (im *Image) readIndex(ft footer) error {
 	if err != nil {
 		return im.corrupt(off, "INDEX", err)
 	}
-	im.frames = make([]frameEntry, 0, ft.frames)
-	im.offs = make([]int64, 0, ft.frames)
+	im.frames = make([]frameAt, 0, ft.frames)
 	at := int64(HeaderLen)
 	for i := 0; i < len(payload); i += indexEntryLen {
 		e := frameEntry{
@@ -119,8 +117,7 @@ func (im *Image) addFrame(e frameEntry, at int64) error {
 		return fmt.Errorf("two %v frames numbered %d", e.kind, e.number)
 	}
 	(*where)[e.number] = int32(len(im.frames))
-	im.frames = append(im.frames, e)
-	im.offs = append(im.offs, at)
+	im.frames = append(im.frames, frameAt{e, at})
 	return nil
 }
 
@@ -142,7 +139,7 @@ func (im *Image) SegmentOffset(n uint32) int64 {
 	if int64(n) >= int64(len(im.segments)) || im.segments[n] < 0 {
 		return -1
 	}
-	return im.offs[im.segments[n]]
+	return im.frames[im.segments[n]].off
 }
 
 // StoredBytes is what the frames of a kind take in the file, with their
@@ -163,23 +160,23 @@ func (im *Image) Chunk(k Kind, n int) ([]byte, error) {
 		return nil, im.corrupt(0, fmt.Sprintf("%v %d", k, n), errors.New("no such chunk"))
 	}
 	var sr SegmentReader
-	return sr.frame(im.f, im.Header, im.offs[im.chunks[k][n]], k, uint32(n), nil)
+	var fh frameHeader
+	return sr.frame(im.f, im.Header, im.frames[im.chunks[k][n]], nil, &fh)
 }
 
 // Segment reads and checks segment n with sr's buffers.
 func (im *Image) Segment(sr *SegmentReader, n uint32) (*Segment, error) {
-	off := im.SegmentOffset(n)
-	if off < 0 {
+	if im.SegmentOffset(n) < 0 {
 		return nil, im.corrupt(0, fmt.Sprintf("segment %d", n), errors.New("no such segment"))
 	}
-	return sr.read(im.f, im.Header, off, n)
+	return sr.read(im.f, im.Header, im.frames[im.segments[n]])
 }
 
 // Frames calls fn for every frame in file order with its kind, number and
 // offset, for a reader that checks them all.
 func (im *Image) Frames(fn func(k Kind, number uint32, off int64) error) error {
-	for i, e := range im.frames {
-		if err := fn(e.kind, e.number, im.offs[i]); err != nil {
+	for _, e := range im.frames {
+		if err := fn(e.kind, e.number, e.off); err != nil {
 			return err
 		}
 	}
@@ -198,11 +195,15 @@ func (im *Image) readAt(b []byte, off int64, what string) error {
 // failure is the file system's and is passed on as it is.
 func readFull(f vfs.File, b []byte, off int64, what string) error {
 	_, err := f.ReadAt(b, off)
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return &CorruptError{File: f.Name(), Offset: off, What: what, Err: errors.New("the file ends inside it")}
+	if isEOF(err) {
+		return &CorruptError{File: f.Name(), Offset: off, What: what, Err: errEndsInside}
 	}
 	return err
 }
+
+var errEndsInside = errors.New("the file ends inside it")
+
+func isEOF(err error) bool { return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) }
 
 // Segment is a decoded segment. Its pages are valid until its SegmentReader
 // reads the next one into the same buffer.
@@ -269,20 +270,20 @@ type SegmentReader struct {
 	data  []byte
 }
 
-func (sr *SegmentReader) read(f vfs.File, h Header, off int64, n uint32) (*Segment, error) {
+func (sr *SegmentReader) read(f vfs.File, h Header, at frameAt) (*Segment, error) {
 	var dst []byte
 	if sr.Reuse {
 		dst = sr.data
 	}
 	var fh frameHeader
-	data, err := sr.frameInto(f, h, off, Pages, n, dst, &fh)
+	data, err := sr.frame(f, h, at, dst, &fh)
 	if err != nil {
 		return nil, err
 	}
 	if sr.Reuse {
 		sr.data = data
 	}
-	s := &Segment{Number: n, Kind: fh.kind, data: data, size: h.PageSize, reader: frameSource{f.Name(), off}}
+	s := &Segment{Number: at.number, Kind: at.kind, data: data, size: h.PageSize, reader: frameSource{f.Name(), at.off}}
 	if s.Kind == Records {
 		err = s.parseRecords(h)
 	} else if len(data) == 0 || len(data)%h.PageSize != 0 {
@@ -318,42 +319,39 @@ func (s *Segment) parseRecords(h Header) error {
 	return nil
 }
 
-func (sr *SegmentReader) frame(f vfs.File, h Header, off int64, k Kind, n uint32, dst []byte) ([]byte, error) {
-	var fh frameHeader
-	return sr.frameInto(f, h, off, k, n, dst, &fh)
-}
-
-// frameInto reads the frame at off, which must be of kind k (of either segment
-// kind if k is Pages) and have number n, and decodes it into dst if that is
-// large enough. Both checksums are verified before a byte is decoded.
-func (sr *SegmentReader) frameInto(f vfs.File, h Header, off int64, k Kind, n uint32, dst []byte, fh *frameHeader) ([]byte, error) {
-	what := fmt.Sprintf("%v %d", k, n)
+// frame reads the frame that the index, or the Writer, has at a place, and
+// decodes it into dst if that is large enough. Both checksums are verified
+// before a byte is decoded.
+func (sr *SegmentReader) frame(f vfs.File, h Header, at frameAt, dst []byte, fh *frameHeader) ([]byte, error) {
 	fail := func(err error) error {
-		return &CorruptError{File: f.Name(), Offset: off, What: what, Err: err}
+		return &CorruptError{File: f.Name(), Offset: at.off, What: at.String(), Err: err}
 	}
-	var hb [FrameHeaderLen]byte
-	if err := readFull(f, hb[:], off, what); err != nil {
+	if int64(at.stored) > h.maxRaw(at.kind) {
+		return nil, fail(fmt.Errorf("%d bytes stored: too large", at.stored))
+	}
+	n := FrameHeaderLen + int(at.stored)
+	sr.stored = grow(sr.stored[:0], n)[:n]
+	if _, err := f.ReadAt(sr.stored, at.off); err != nil {
+		if isEOF(err) {
+			err = fail(errEndsInside)
+		}
 		return nil, err
 	}
 	var err error
-	if *fh, err = parseFrameHeader(hb[:]); err != nil {
+	if *fh, err = parseFrameHeader(sr.stored); err != nil {
 		return nil, fail(err)
 	}
+	payload := sr.stored[FrameHeaderLen:]
 	switch {
-	case fh.kind != k && !(k.IsSegment() && fh.kind.IsSegment()), fh.number != n:
-		return nil, fail(fmt.Errorf("found %v %d in its place", fh.kind, fh.number))
-	case int64(fh.raw) > h.maxRaw(fh.kind), int64(fh.stored) > h.maxRaw(fh.kind):
-		return nil, fail(fmt.Errorf("%d bytes stored, %d raw: too large", fh.stored, fh.raw))
-	}
-	sr.stored = grow(sr.stored[:0], int(fh.stored))[:fh.stored]
-	if err := readFull(f, sr.stored, off+FrameHeaderLen, what); err != nil {
-		return nil, err
-	}
-	if Checksum(sr.stored) != fh.crc {
+	case fh.kind != at.kind || fh.number != at.number || fh.stored != at.stored:
+		return nil, fail(fmt.Errorf("found %v %d of %d bytes in its place", fh.kind, fh.number, fh.stored))
+	case int64(fh.raw) > h.maxRaw(fh.kind):
+		return nil, fail(fmt.Errorf("%d bytes raw: too large", fh.raw))
+	case Checksum(payload) != fh.crc:
 		return nil, fail(ErrChecksum)
 	}
 	dst = grow(dst[:0], int(fh.raw))[:fh.raw]
-	if err := sr.dec.decompress(fh.codec, dst, sr.stored); err != nil {
+	if err := sr.dec.decompress(fh.codec, dst, payload); err != nil {
 		return nil, fail(err)
 	}
 	return dst, nil
@@ -376,7 +374,7 @@ func ReadHeader(f vfs.File) (Header, error) {
 func (im *Image) Corrupt(k Kind, n int, err error) error {
 	var off int64
 	if n < len(im.chunks[k]) && im.chunks[k][n] >= 0 {
-		off = im.offs[im.chunks[k][n]]
+		off = im.frames[im.chunks[k][n]].off
 	}
 	return im.corrupt(off, fmt.Sprintf("%v %d", k, n), err)
 }

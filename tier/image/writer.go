@@ -45,7 +45,7 @@ type Writer struct {
 	off      int64        // file offset of the next frame
 	flushed  int64        // writeback has been started up to here
 	frames   []frameEntry // appended so far, in file order
-	segments []int64      // offset of each segment's frame, 0 if not appended
+	segments []frameAt    // by number; offset 0 if not appended
 }
 
 // frameEntry is one entry of INDEX: kind u8, number u32, stored length u32.
@@ -54,6 +54,14 @@ type frameEntry struct {
 	number uint32
 	stored uint32
 }
+
+// frameAt is a frame and its offset in the file.
+type frameAt struct {
+	frameEntry
+	off int64
+}
+
+func (e frameEntry) String() string { return fmt.Sprintf("%v %d", e.kind, e.number) }
 
 // Buffer is a frame in the making: the caller appends raw bytes to Data, at
 // most the capacity it came with, and gives the Buffer back through Submit or
@@ -212,13 +220,14 @@ func (w *Writer) appended(b *Buffer, err error) {
 		w.err = err
 	}
 	if w.err == nil {
+		e := frameEntry{b.Kind, b.Number, uint32(len(b.out) - FrameHeaderLen)}
 		if b.Kind.IsSegment() {
 			for len(w.segments) <= int(b.Number) {
-				w.segments = append(w.segments, 0)
+				w.segments = append(w.segments, frameAt{})
 			}
-			w.segments[b.Number] = w.off
+			w.segments[b.Number] = frameAt{e, w.off}
 		}
-		w.frames = append(w.frames, frameEntry{b.Kind, b.Number, uint32(len(b.out) - FrameHeaderLen)})
+		w.frames = append(w.frames, e)
 		w.off += int64(len(b.out))
 		if w.off-w.flushed >= writebackEvery {
 			// Advisory: a failure to write shows up in Sync.
@@ -278,20 +287,20 @@ func (w *Writer) fail(err error) error {
 // each with a SegmentReader of its own.
 func (w *Writer) ReadSegment(sr *SegmentReader, n uint32) (*Segment, error) {
 	w.mu.Lock()
-	for w.err == nil && (int(n) >= len(w.segments) || w.segments[n] == 0) && w.pending > 0 {
+	for w.err == nil && (int(n) >= len(w.segments) || w.segments[n].off == 0) && w.pending > 0 {
 		w.cond.Wait()
 	}
 	if w.err != nil {
 		w.mu.Unlock()
 		return nil, w.err
 	}
-	if int(n) >= len(w.segments) || w.segments[n] == 0 {
+	if int(n) >= len(w.segments) || w.segments[n].off == 0 {
 		w.mu.Unlock()
 		return nil, fmt.Errorf("segment %d was never submitted", n)
 	}
-	off := w.segments[n]
+	at := w.segments[n]
 	w.mu.Unlock()
-	return sr.read(w.f, w.hdr, off, n)
+	return sr.read(w.f, w.hdr, at)
 }
 
 // Finish appends META, INDEX and the footer and makes the image durable. The
