@@ -34,9 +34,9 @@ type placer struct {
 	hot       hotSet
 	nvfile    *nvram.File
 	region    *nvram.Region
-	crc       []uint32 // of each NVRAM slot in use
-	rewritten []bool   // NVRAM slots whose content was replaced
-	shared    []bool   // NVRAM slots that more than one page has
+	slots     []checkpoint.NVRAMSlot // those in use
+	rewritten []bool                 // NVRAM slots whose content was replaced
+	shared    []bool                 // NVRAM slots that more than one page has
 
 	index      *dedup.Index
 	chunkPages int
@@ -164,7 +164,7 @@ func (p *placer) rewrite(block int, page uint64, data []byte) (done bool, err er
 	}
 	p.last.ok = false
 	p.rewritten[e.Value()] = true
-	p.crc[e.Value()] = image.Checksum(data)
+	p.slots[e.Value()].CRC = image.Checksum(data)
 	return true, p.region.Write(int(e.Value()), data)
 }
 
@@ -181,7 +181,7 @@ func (p *placer) single(block int, page uint64, data []byte, hot bool) error {
 		p.share(block, page, e)
 		return nil
 	}
-	if e, err = p.store(data, hot); err != nil {
+	if e, err = p.store(block, page, data, hot); err != nil {
 		return err
 	}
 	p.set(block, page, e)
@@ -203,7 +203,7 @@ func (p *placer) share(block int, page uint64, e pagetable.Entry) {
 // page is stored as it comes; when its pair is whole and known, both are taken
 // back out of the open segment.
 func (p *placer) paired(block int, page uint64, data []byte, hot bool) error {
-	e, err := p.store(data, hot)
+	e, err := p.store(block, page, data, hot)
 	if err != nil {
 		return err
 	}
@@ -245,7 +245,7 @@ func (p *placer) canTakeBack(e pagetable.Entry) bool {
 // takeBack frees the two slots that were given out last.
 func (p *placer) takeBack() {
 	if p.last.entry.Kind() == pagetable.NVRAM {
-		p.crc = p.crc[:len(p.crc)-2]
+		p.slots = p.slots[:len(p.slots)-2]
 		return
 	}
 	p.seg.Data = p.seg.Data[:len(p.seg.Data)-2*p.pageSize]
@@ -262,10 +262,10 @@ func (p *placer) pair(e pagetable.Entry) ([]byte, error) {
 }
 
 // store gives content a slot of its own.
-func (p *placer) store(data []byte, hot bool) (pagetable.Entry, error) {
-	if hot && len(p.crc) < p.region.Slots() {
-		slot := len(p.crc)
-		p.crc = append(p.crc, image.Checksum(data))
+func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagetable.Entry, error) {
+	if hot && len(p.slots) < p.region.Slots() {
+		slot := len(p.slots)
+		p.slots = append(p.slots, checkpoint.NVRAMSlot{CRC: image.Checksum(data), Block: uint32(block), Page: page})
 		return pagetable.Make(pagetable.NVRAM, uint64(slot)), p.region.Write(slot, data)
 	}
 	// A full segment leaves when the next page comes, so that a pair in it
@@ -359,16 +359,16 @@ func (p *placer) writeNVRAMPart() error {
 	if p.region == nil {
 		return nil
 	}
-	if err := p.region.Trim(len(p.crc)); err != nil {
+	if err := p.region.Trim(len(p.slots)); err != nil {
 		return err
 	}
-	if len(p.crc) == 0 {
+	if len(p.slots) == 0 {
 		return nil
 	}
 	p.s.meta.NVRAM = &checkpoint.NVRAM{
-		Path: p.nvfile.Path(), UUID: p.nvfile.UUID(), Slots: len(p.crc), Volatile: p.nvfile.Volatile(),
+		Path: p.nvfile.Path(), UUID: p.nvfile.UUID(), Slots: len(p.slots), Volatile: p.nvfile.Volatile(),
 	}
-	part := checkpoint.NVRAMPart{Extents: p.region.Extents(), CRC: p.crc}
+	part := checkpoint.NVRAMPart{Extents: p.region.Extents(), Slots: p.slots}
 	for b := part.Append(nil); len(b) > 0; {
 		n := min(len(b), image.MaxChunk)
 		if err := p.s.chunk(image.NVRAM, b[:n]); err != nil {
@@ -379,7 +379,7 @@ func (p *placer) writeNVRAMPart() error {
 	return nil
 }
 
-func (p *placer) nvramBytes() int64 { return int64(len(p.crc)) * int64(p.pageSize) }
+func (p *placer) nvramBytes() int64 { return int64(len(p.slots)) * int64(p.pageSize) }
 
 func (p *placer) report(r *checkpoint.Report) {
 	r.NVRAMBytes = p.nvramBytes()

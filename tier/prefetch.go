@@ -95,7 +95,10 @@ func (p *planner) Literal([]byte) error { return nil }
 
 func (p *planner) Pages(block int, page, count uint64, _ bool) error {
 	for count > 0 {
-		run := p.c.Table.Find(block, page)
+		run, err := p.c.Table.Find(block, page)
+		if err != nil {
+			return err
+		}
 		run.Count = min(run.Count, count)
 		page += run.Count
 		count -= run.Count

@@ -35,6 +35,11 @@ type RestoreReport struct {
 // before the guest runs.
 func Restore(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o RestoreOptions) (RestoreReport, error) {
 	start := time.Now()
+	// A page whose source can't exist is found before the first byte goes
+	// out.
+	if err := c.Table.LoadAll(); err != nil {
+		return RestoreReport{}, err
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	r := newReplayer(ctx, c, w, o)
 	p := newPrefetcher(c, o.Workers)
@@ -101,7 +106,10 @@ func (r *replayer) Literal(b []byte) error {
 // Pages implements skeleton.Player.
 func (r *replayer) Pages(block int, page, count uint64, named bool) error {
 	for count > 0 {
-		run := r.c.Table.Find(block, page)
+		run, err := r.c.Table.Find(block, page)
+		if err != nil {
+			return err
+		}
 		run.Count = min(run.Count, count)
 		if err := r.run(run, named); err != nil {
 			return err
@@ -156,7 +164,7 @@ func (r *replayer) run(run pagetable.Run, named bool) error {
 
 func (r *replayer) nvramPage(run pagetable.Run, i uint64, name string, addr, slot uint64) error {
 	return r.c.GuardNVRAM(func() error {
-		b, err := r.c.NVRAMPage(slot, func() string { return r.c.PageName(run.Block, run.Page+i) })
+		b, err := r.c.NVRAMPage(slot, run.Block, run.Page+i)
 		if err != nil {
 			return err
 		}

@@ -118,6 +118,8 @@ type saver struct {
 	place *placer
 	rep   checkpoint.Report
 
+	skeletonChunks int // emitted
+
 	unseen     uint64 // pages that have not come yet
 	returnPath bool
 	noDevices  bool // QEMU_VM_EOF came without a device section
@@ -218,6 +220,9 @@ func (s *saver) frames() error {
 			if f.Section.Name == ramparse.SectionName {
 				err = s.records()
 			} else {
+				if f.Kind == stream.SectionStart {
+					s.meta.Foreign = append(s.meta.Foreign, f.Section.Name)
+				}
 				err = s.rd.CopyForeign(s.skel.Literal)
 			}
 		}
@@ -389,6 +394,7 @@ func (s *saver) emitSkeleton(chunk []byte) error {
 	if err := s.start(); err != nil {
 		return err
 	}
+	s.skeletonChunks++
 	return s.chunk(image.Skeleton, chunk)
 }
 
@@ -489,6 +495,11 @@ func (s *saver) tail() error {
 		s.meta.RunState = t.RunState
 	}
 	s.rep.Seconds.Tail = s.since(start)
+	// The tail gets chunks of its own: a lazy restore sends it first.
+	if err := s.skel.Flush(); err != nil {
+		return err
+	}
+	s.meta.TailChunk, s.meta.Footers = s.skeletonChunks, s.rd.Footers()
 	return s.skel.Literal(sc.Bytes())
 }
 
@@ -568,7 +579,11 @@ func (s *saver) commit() (store.Ref, error) {
 	if err := s.skel.Flush(); err != nil {
 		return store.Ref{}, err
 	}
-	if err := s.table.Encode(image.MaxChunk, func(b []byte) error { return s.chunk(image.PageTable, b) }); err != nil {
+	err := s.table.Encode(image.MaxChunk, func(at pagetable.Start, b []byte) error {
+		s.meta.Table = append(s.meta.Table, at)
+		return s.chunk(image.PageTable, b)
+	})
+	if err != nil {
 		return store.Ref{}, err
 	}
 	if err := s.place.writeNVRAMPart(); err != nil {

@@ -94,16 +94,19 @@ func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
 	if c.Meta, err = readMeta(im); err != nil {
 		return err
 	}
-	c.Table, err = pagetable.ReadMap(c.Meta.BlockPages(), im.Chunks(image.PageTable),
-		func(i int) ([]byte, error) { return im.Chunk(image.PageTable, i) },
-		func(i int, err error) error { return im.Corrupt(image.PageTable, i, err) })
+	if im.Chunks(image.PageTable) != len(c.Meta.Table) {
+		return im.Corrupt(image.Meta, 0, fmt.Errorf("%d page table chunks, %d in the image", len(c.Meta.Table), im.Chunks(image.PageTable)))
+	}
+	c.Table, err = pagetable.NewMap(pagetable.Source{
+		Pages: c.Meta.BlockPages(), Starts: c.Meta.Table,
+		Read:  func(i int) ([]byte, error) { return im.Chunk(image.PageTable, i) },
+		Check: c.checkRun,
+		Bad:   func(i int, err error) error { return im.Corrupt(image.PageTable, i, err) },
+	})
 	if err != nil {
-		return err
+		return im.Corrupt(image.Meta, 0, err)
 	}
-	if err := c.openNVRAM(fsys, o); err != nil {
-		return err
-	}
-	return c.Table.Runs(c.checkRun)
+	return c.openNVRAM(fsys, o)
 }
 
 func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
@@ -120,9 +123,9 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 		}
 		b = append(b, chunk...)
 	}
-	part, err := parseNVRAMPart(b)
-	if err == nil && len(part.CRC) != m.Slots {
-		err = fmt.Errorf("checksums of %d slots, %d in use", len(part.CRC), m.Slots)
+	part, err := parseNVRAMPart(b, c.Meta.BlockPages())
+	if err == nil && len(part.Slots) != m.Slots {
+		err = fmt.Errorf("describes %d slots, %d in use", len(part.Slots), m.Slots)
 	}
 	if err != nil {
 		return im.Corrupt(image.NVRAM, 0, err)
@@ -141,36 +144,34 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 	if c.region, err = c.nvfile.OpenRegion(c.Meta.UUID, part.Extents, c.Meta.PageSize); err != nil {
 		return fmt.Errorf("NVRAM part of checkpoint %v: %w", c.Ref, err)
 	}
-	if len(part.CRC) > c.region.Slots() {
-		return im.Corrupt(image.NVRAM, 0, fmt.Errorf("%d slots in extents for %d", len(part.CRC), c.region.Slots()))
+	if len(part.Slots) > c.region.Slots() {
+		return im.Corrupt(image.NVRAM, 0, fmt.Errorf("%d slots in extents for %d", len(part.Slots), c.region.Slots()))
 	}
 	return nil
 }
 
 // checkRun finds pages whose source can't exist before any page is given out.
-func (c *Checkpoint) checkRun(r pagetable.Run) error {
+func (c *Checkpoint) checkRun(chunk int, r pagetable.Run) error {
 	last := r.First + r.Step*(r.Count-1)
+	var err error
 	switch r.Kind {
 	case pagetable.Absent, pagetable.Fill, pagetable.ZeroData:
 		return nil
 	case pagetable.NVRAM:
-		if c.part == nil || last >= uint64(len(c.part.CRC)) {
-			return c.pageError(r.Block, r.Page, fmt.Errorf("NVRAM slot %d does not exist", last))
+		if c.part == nil || last >= uint64(len(c.part.Slots)) {
+			err = fmt.Errorf("NVRAM slot %d does not exist", last)
 		}
-		return nil
 	case pagetable.Flash:
-		per := uint64(c.Image.SegmentPages)
-		if last/per >= uint64(c.Image.Segments()) {
-			return c.pageError(r.Block, r.Page, fmt.Errorf("flash slot %d does not exist", last))
+		if last/uint64(c.Image.SegmentPages) >= uint64(c.Image.Segments()) {
+			err = fmt.Errorf("flash slot %d does not exist", last)
 		}
-		return nil
+	default:
+		err = fmt.Errorf("its source, %v, is not known to this version", r.Kind)
 	}
-	return c.pageError(r.Block, r.Page, fmt.Errorf("its source, %v, is not known to this version", r.Kind))
-}
-
-// pageError reports what is wrong with a page's entry in the table.
-func (c *Checkpoint) pageError(block int, page uint64, err error) error {
-	return c.Image.Corrupt(image.PageTable, 0, fmt.Errorf("page %s: %w", c.PageName(block, page), err))
+	if err != nil {
+		err = fmt.Errorf("page %s: %w", c.PageName(r.Block, r.Page), err)
+	}
+	return err
 }
 
 // PageName names a page for messages: block name and byte offset in it.
@@ -207,14 +208,15 @@ func (c *Checkpoint) Skeleton(p skeleton.Player) error {
 }
 
 // NVRAMPage returns the content of an NVRAM slot from the mapping, checked,
-// without a copy: read only, valid until Close. name is the page's, for the
-// error. Who uses the content later than at once does so inside GuardNVRAM.
-func (c *Checkpoint) NVRAMPage(slot uint64, name func() string) (b []byte, err error) {
+// without a copy: read only, valid until Close. The page is the one it is
+// wanted for, for the error. Who uses the content later than at once does so
+// inside GuardNVRAM.
+func (c *Checkpoint) NVRAMPage(slot uint64, block int, page uint64) (b []byte, err error) {
 	err = c.region.Guard(func() error {
 		b = c.region.Page(int(slot))
-		if image.Checksum(b) != c.part.CRC[slot] {
+		if image.Checksum(b) != c.part.Slots[slot].CRC {
 			return &image.CorruptError{File: c.nvfile.Path(), Offset: c.region.Offset(int(slot)),
-				What: "page " + name(), Err: image.ErrChecksum}
+				What: "page " + c.PageName(block, page), Err: image.ErrChecksum}
 		}
 		return nil
 	})
@@ -233,8 +235,13 @@ func (c *Checkpoint) GuardNVRAM(fn func() error) error {
 // DropNVRAM takes slots that have been used out of the process's memory.
 func (c *Checkpoint) DropNVRAM(first, n uint64) { c.region.DontNeed(int(first), int(n)) }
 
-// HasNVRAM tells whether the checkpoint has an NVRAM part.
-func (c *Checkpoint) HasNVRAM() bool { return c.region != nil }
+// NVRAMSlots describes the NVRAM part's slots, in prefetch order.
+func (c *Checkpoint) NVRAMSlots() []NVRAMSlot {
+	if c.part == nil {
+		return nil
+	}
+	return c.part.Slots
+}
 
 // Verify reads and checks every byte of the checkpoint: all frames, all NVRAM
 // slots, that each page's source exists, and that the skeleton places every
@@ -258,13 +265,7 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 		} else {
 			_, err = c.Image.Chunk(k, int(n))
 		}
-		if err != nil {
-			if !image.IsCorrupt(err) {
-				return err
-			}
-			found(err)
-		}
-		return nil
+		return report(err, found)
 	})
 	if err != nil {
 		return err
@@ -272,59 +273,57 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	if err := c.verifyNVRAM(ctx, found); err != nil {
 		return err
 	}
-	err = c.Table.Runs(func(r pagetable.Run) error {
+	if err := c.verifyTable(kinds, sizes, found); err != nil {
+		return err
+	}
+	return c.verifySkeleton(found)
+}
+
+// verifyTable checks that each page's position in its segment exists.
+func (c *Checkpoint) verifyTable(kinds []image.Kind, sizes []int, found func(error)) error {
+	per := uint64(c.Image.SegmentPages)
+	err := c.Table.Runs(func(r pagetable.Run) error {
 		if r.Kind != pagetable.Flash {
 			return nil
 		}
-		per := uint64(c.Image.SegmentPages)
 		for i := range r.Count {
 			v := r.First + i*r.Step
-			// Segments that can't be read were reported above.
+			// Segments that can't be read were reported already.
 			if n := v / per; kinds[n] != 0 && v%per >= uint64(sizes[n]) {
-				found(c.pageError(r.Block, r.Page+i, fmt.Errorf("segment %d has no page %d", n, v%per)))
+				found(c.Image.Corrupt(image.PageTable, 0, fmt.Errorf("page %s: segment %d has no page %d",
+					c.PageName(r.Block, r.Page+i), n, v%per)))
 				return nil
 			}
 		}
 		return nil
 	})
-	if err != nil {
-		return err
+	return report(err, found)
+}
+
+// report passes damage to found and anything else on.
+func report(err error, found func(error)) error {
+	if image.IsCorrupt(err) {
+		found(err)
+		return nil
 	}
-	return c.verifySkeleton(found)
+	return err
 }
 
 func (c *Checkpoint) verifyNVRAM(ctx context.Context, found func(error)) error {
 	if c.part == nil {
 		return nil
 	}
-	owner := c.nvramOwners()
-	for slot := range uint64(len(c.part.CRC)) {
+	for slot, owner := range c.part.Slots {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		_, err := c.NVRAMPage(slot, func() string { return owner(slot) })
+		_, err := c.NVRAMPage(uint64(slot), int(owner.Block), owner.Page)
 		if err != nil {
 			found(err)
 		}
-		c.DropNVRAM(slot, 1)
+		c.DropNVRAM(uint64(slot), 1)
 	}
 	return nil
-}
-
-// nvramOwners returns a function that finds the first page that uses a slot.
-func (c *Checkpoint) nvramOwners() func(slot uint64) string {
-	return func(slot uint64) string {
-		name := fmt.Sprintf("NVRAM slot %d", slot)
-		errFound := errors.New("found")
-		c.Table.Runs(func(r pagetable.Run) error {
-			if r.Kind == pagetable.NVRAM && slot >= r.First && slot <= r.First+r.Step*(r.Count-1) {
-				name = c.PageName(r.Block, r.Page+(slot-r.First)*r.Step)
-				return errFound
-			}
-			return nil
-		})
-		return name
-	}
 }
 
 type pageCounter struct{ n uint64 }
@@ -338,21 +337,17 @@ func (p *pageCounter) Pages(_ int, _, count uint64, _ bool) error {
 func (c *Checkpoint) verifySkeleton(found func(error)) error {
 	var placed pageCounter
 	if err := c.Skeleton(&placed); err != nil {
-		if !image.IsCorrupt(err) {
-			return err
-		}
-		found(err)
-		return nil
+		return report(err, found)
 	}
 	var saved uint64
-	c.Table.Runs(func(r pagetable.Run) error {
+	err := c.Table.Runs(func(r pagetable.Run) error {
 		if r.Kind != pagetable.Absent {
 			saved += r.Count
 		}
 		return nil
 	})
-	if placed.n != saved {
-		found(c.Image.Corrupt(image.Skeleton, 0, fmt.Errorf("places %d pages, %d were saved", placed.n, saved)))
+	if err == nil && placed.n != saved {
+		err = c.Image.Corrupt(image.Skeleton, 0, fmt.Errorf("places %d pages, %d were saved", placed.n, saved))
 	}
-	return nil
+	return report(err, found)
 }

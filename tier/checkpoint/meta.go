@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/pagetable"
 )
 
 // Meta is the JSON document in a flash image's META frame.
@@ -26,8 +28,16 @@ type Meta struct {
 	IgnoreShared bool      `json:"ignore_shared,omitempty"` // x-ignore-shared was set
 	Blocks       []Block   `json:"blocks"`                  // in the stream's order
 	OpaqueBytes  int64     `json:"opaque_bytes,omitempty"`  // kept verbatim because not understood
+	Foreign      []string  `json:"foreign,omitempty"`       // names of other iterable sections
+	Footers      bool      `json:"footers,omitempty"`       // sections have footers
 	NVRAM        *NVRAM    `json:"nvram,omitempty"`
-	Report       Report    `json:"report"`
+
+	// TailChunk is the skeleton chunk with which the device tail begins.
+	TailChunk int `json:"tail_chunk"`
+	// Table lists where the page table's chunks start.
+	Table []pagetable.Start `json:"table"`
+
+	Report Report `json:"report"`
 }
 
 // Block is a RAM block.
@@ -119,45 +129,77 @@ func parseMeta(b []byte) (*Meta, error) {
 }
 
 // NVRAMPart is the content of the NVRAM frames: which extents of the NVRAM
-// file belong to the checkpoint, in slot order, and the CRC-32C of each slot
-// in use. Stored little-endian, cut into chunks anywhere:
+// file belong to the checkpoint, in slot order, and for each slot in use, which
+// is the prefetch order, its CRC-32C and the page it was taken for. Stored
+// little-endian, cut into chunks anywhere:
 //
-//	u32 number of extents, u32 each;  u32 number of slots, u32 CRC-32C each
+//	u32 number of extents, u32 each
+//	u32 number of slots, for each: u32 CRC-32C, u32 block, u64 page
 type NVRAMPart struct {
 	Extents []uint32
-	CRC     []uint32
+	Slots   []NVRAMSlot
 }
+
+// NVRAMSlot describes a slot of the NVRAM part.
+type NVRAMSlot struct {
+	CRC   uint32
+	Block uint32
+	Page  uint64
+}
+
+const nvramSlotLen = 16
 
 // Append appends the stored form.
 func (p *NVRAMPart) Append(dst []byte) []byte {
-	for _, list := range [][]uint32{p.Extents, p.CRC} {
-		dst = binary.LittleEndian.AppendUint32(dst, uint32(len(list)))
-		for _, v := range list {
-			dst = binary.LittleEndian.AppendUint32(dst, v)
-		}
+	le := binary.LittleEndian
+	dst = le.AppendUint32(dst, uint32(len(p.Extents)))
+	for _, e := range p.Extents {
+		dst = le.AppendUint32(dst, e)
+	}
+	dst = le.AppendUint32(dst, uint32(len(p.Slots)))
+	for _, s := range p.Slots {
+		dst = le.AppendUint32(dst, s.CRC)
+		dst = le.AppendUint32(dst, s.Block)
+		dst = le.AppendUint64(dst, s.Page)
 	}
 	return dst
 }
 
-func parseNVRAMPart(b []byte) (*NVRAMPart, error) {
-	var lists [2][]uint32
-	for i := range lists {
+// parseNVRAMPart reads the stored form; pages gives the size of each block.
+func parseNVRAMPart(b []byte, pages []uint64) (*NVRAMPart, error) {
+	le := binary.LittleEndian
+	count := func(size int) (int, error) {
 		if len(b) < 4 {
-			return nil, errors.New("too short")
+			return 0, errors.New("too short")
 		}
-		n := int(binary.LittleEndian.Uint32(b))
-		b = b[4:]
-		if n > len(b)/4 {
-			return nil, fmt.Errorf("list of %d numbers in %d bytes", n, len(b))
+		n := int(le.Uint32(b))
+		if b = b[4:]; n > len(b)/size {
+			return 0, fmt.Errorf("list of %d in %d bytes", n, len(b))
 		}
-		lists[i] = make([]uint32, n)
-		for j := range lists[i] {
-			lists[i][j] = binary.LittleEndian.Uint32(b[4*j:])
-		}
-		b = b[4*n:]
+		return n, nil
 	}
-	if len(b) != 0 {
+	n, err := count(4)
+	if err != nil {
+		return nil, err
+	}
+	p := &NVRAMPart{Extents: make([]uint32, n)}
+	for i := range p.Extents {
+		p.Extents[i] = le.Uint32(b[4*i:])
+	}
+	b = b[4*n:]
+	if n, err = count(nvramSlotLen); err != nil {
+		return nil, err
+	}
+	p.Slots = make([]NVRAMSlot, n)
+	for i := range p.Slots {
+		s := b[nvramSlotLen*i:]
+		p.Slots[i] = NVRAMSlot{le.Uint32(s), le.Uint32(s[4:]), le.Uint64(s[8:])}
+		if blk := p.Slots[i].Block; int64(blk) >= int64(len(pages)) || p.Slots[i].Page >= pages[blk] {
+			return nil, fmt.Errorf("slot %d is for page %d of block %d", i, p.Slots[i].Page, blk)
+		}
+	}
+	if len(b) != nvramSlotLen*n {
 		return nil, errors.New("bytes behind its end")
 	}
-	return &NVRAMPart{lists[0], lists[1]}, nil
+	return p, nil
 }

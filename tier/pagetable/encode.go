@@ -24,20 +24,30 @@ const stepFlag = 0x80
 
 func (k Kind) hasValue() bool { return k != Absent && k != ZeroData }
 
+// Start is the first page that a chunk covers. The list of all chunks' Starts
+// is kept beside them (in META), so that a lazy restore finds a page by
+// decoding one chunk, however large the table is.
+type Start struct {
+	Block int    `json:"b"`
+	Page  uint64 `json:"p"`
+}
+
 // Encode calls emit with chunk after chunk, each at most limit bytes long
-// (limit ≥ 64). The slice is emit's only until it returns.
-func (t *Table) Encode(limit int, emit func([]byte) error) error {
+// (limit ≥ 64), and where it starts. The slice is emit's only until it returns.
+func (t *Table) Encode(limit int, emit func(at Start, chunk []byte) error) error {
 	const maxRun = 1 + 2*binary.MaxVarintLen64
 	var buf []byte
+	var at Start
 	var next [numKinds]uint64
 	err := t.Runs(func(r Run) error {
 		if len(buf) > 0 && len(buf)+maxRun > limit {
-			if err := emit(buf); err != nil {
+			if err := emit(at, buf); err != nil {
 				return err
 			}
 			buf = buf[:0]
 		}
 		if len(buf) == 0 {
+			at = Start{r.Block, r.Page}
 			buf = binary.AppendUvarint(buf, uint64(r.Block))
 			buf = binary.AppendUvarint(buf, r.Page)
 			next = [numKinds]uint64{}
@@ -55,36 +65,16 @@ func (t *Table) Encode(limit int, emit func([]byte) error) error {
 		return nil
 	})
 	if err == nil && len(buf) > 0 {
-		err = emit(buf)
+		err = emit(at, buf)
 	}
 	return err
 }
 
-// Decoder reads the runs of a table's chunks in order and checks that they
-// cover every page of the blocks exactly once.
-type Decoder struct {
-	pages []uint64
-	block int
-	page  uint64 // next page expected in block
-}
-
-// NewDecoder returns a decoder for blocks with the given numbers of pages.
-func NewDecoder(pages []uint64) *Decoder {
-	d := &Decoder{pages: pages}
-	d.skipEmpty()
-	return d
-}
-
-func (d *Decoder) skipEmpty() {
-	for d.block < len(d.pages) && d.page == d.pages[d.block] {
-		d.block, d.page = d.block+1, 0
-	}
-}
-
 var errShort = errors.New("ends inside a run")
 
-// Chunk decodes the next chunk and calls fn for each of its runs.
-func (d *Decoder) Chunk(b []byte, fn func(Run) error) error {
+// decode decodes a chunk that must cover the pages from start up to end and
+// calls fn for each of its runs.
+func decode(b []byte, pages []uint64, start, end Start, fn func(Run) error) error {
 	block, n := binary.Uvarint(b)
 	if n <= 0 {
 		return errShort
@@ -95,12 +85,13 @@ func (d *Decoder) Chunk(b []byte, fn func(Run) error) error {
 		return errShort
 	}
 	b = b[n:]
-	if block != uint64(d.block) || page != d.page {
-		return fmt.Errorf("starts at block %d page %d instead of block %d page %d", block, page, d.block, d.page)
+	if block != uint64(start.Block) || page != start.Page {
+		return fmt.Errorf("starts at block %d page %d instead of %v", block, page, start)
 	}
+	at := start
 	var next [numKinds]uint64
 	for len(b) > 0 {
-		r := Run{Block: d.block, Page: d.page, Kind: Kind(b[0] &^ stepFlag), Step: uint64(b[0] >> 7)}
+		r := Run{Block: at.Block, Page: at.Page, Kind: Kind(b[0] &^ stepFlag), Step: uint64(b[0] >> 7)}
 		if r.Kind >= numKinds || r.Step == 1 && !r.Kind.hasSlots() {
 			return fmt.Errorf("unknown run tag %#x", b[0])
 		}
@@ -109,8 +100,8 @@ func (d *Decoder) Chunk(b []byte, fn func(Run) error) error {
 			return errShort
 		}
 		b = b[n:]
-		if d.block >= len(d.pages) || r.Count == 0 || r.Count > d.pages[d.block]-d.page {
-			return fmt.Errorf("run of %d pages at block %d page %d leaves its block", r.Count, d.block, d.page)
+		if at.Block >= len(pages) || r.Count == 0 || r.Count > pages[at.Block]-at.Page {
+			return fmt.Errorf("run of %d pages at %v leaves its block", r.Count, at)
 		}
 		if r.Kind.hasValue() {
 			delta, n := binary.Varint(b)
@@ -119,8 +110,8 @@ func (d *Decoder) Chunk(b []byte, fn func(Run) error) error {
 			}
 			b = b[n:]
 			r.First = next[r.Kind] + uint64(delta)
-			last, ok := checkedAdd(r.First, r.Step*(r.Count-1))
-			if !ok || last > MaxValue || r.Kind == Fill && r.First > 0xff {
+			// No overflow: Step is at most 1 and Count at most MaxPages.
+			if r.First > MaxValue || r.First+r.Step*(r.Count-1) > MaxValue || r.Kind == Fill && r.First > 0xff {
 				return fmt.Errorf("run of %v with value %d", r.Kind, r.First)
 			}
 			next[r.Kind] = r.First + r.Step*r.Count
@@ -128,16 +119,22 @@ func (d *Decoder) Chunk(b []byte, fn func(Run) error) error {
 		if err := fn(r); err != nil {
 			return err
 		}
-		d.page += r.Count
-		d.skipEmpty()
+		at.Page += r.Count
+		at = at.normal(pages)
+	}
+	if at != end {
+		return fmt.Errorf("ends at %v instead of %v", at, end)
 	}
 	return nil
 }
 
-// Done returns an error unless the chunks so far covered every page.
-func (d *Decoder) Done() error {
-	if d.block < len(d.pages) {
-		return fmt.Errorf("page table ends at block %d page %d", d.block, d.page)
+// normal moves a Start behind the end of its block to the next block with
+// pages.
+func (s Start) normal(pages []uint64) Start {
+	for s.Block < len(pages) && s.Page == pages[s.Block] {
+		s = Start{s.Block + 1, 0}
 	}
-	return nil
+	return s
 }
+
+func (s Start) String() string { return fmt.Sprintf("block %d page %d", s.Block, s.Page) }

@@ -11,10 +11,7 @@
 // so that a reader, a lazy one above all, never follows a chain.
 package pagetable
 
-import (
-	"fmt"
-	"math"
-)
+import "fmt"
 
 // Kind is the kind of source a page's content has. Numbers are part of the
 // format; a reader that does not know a kind refuses the page, not the image.
@@ -198,8 +195,4 @@ func (t *Table) Count() map[Kind]uint64 {
 	m := make(map[Kind]uint64)
 	t.Runs(func(r Run) error { m[r.Kind] += r.Count; return nil })
 	return m
-}
-
-func checkedAdd(a, b uint64) (uint64, bool) {
-	return a + b, a <= math.MaxUint64-b
 }
