@@ -161,57 +161,97 @@ type TailSection struct {
 	Offset, Length int
 }
 
-// ParseTail walks a complete tail by the field sizes of its vmdescription.
-// Sizes that do not meet the sections' headers and footers give ErrDamaged,
-// with an offset within the tail; what could be found is returned all the same
-// and the tail may well load, since only tools read the vmdescription.
+// ParseTail walks a complete tail by the field sizes of its vmdescription. A
+// section that is not as long as described still has its footer, after which
+// the next device's header comes; it is found by these. (QEMU 7.2 describes an
+// array of pointers by its first, which may be null, as in s390_css.) If there
+// is no such place, ParseTail returns ErrDamaged with an offset within the
+// tail, and what it has found so far. The tail may well load all the same,
+// since only tools read the vmdescription.
+//
 // Without a vmdescription only RunState is found. The Tail refers to tail.
 func ParseTail(tail []byte) (Tail, error) {
 	t := Tail{RunState: runState(tail), Description: description(tail)}
 	if t.Description == nil {
 		return t, nil
 	}
-	end := len(tail) - len(t.Description) - descriptionHead
+	sections := tail[:len(tail)-len(t.Description)-descriptionHead]
 	var desc vmDescription
 	if err := json.Unmarshal(t.Description, &desc); err != nil {
-		return t, Damaged("vmdescription", int64(end), "%v", err)
+		return t, Damaged("vmdescription", int64(len(sections)), "%v", err)
 	}
 	t.PageSize = desc.PageSize
 	at := 0
-	for _, d := range desc.Devices {
-		s, body, ok := parseFull(tail[:end], at)
-		if !ok || s.Name != d.Name || s.Instance != uint32(d.Instance) {
+	for i := range desc.Devices {
+		d := &desc.Devices[i]
+		s, body, ok := d.header(sections, at)
+		if !ok {
 			return t, Damaged("device tail", int64(at), "no section %q instance %d where the vmdescription has it", d.Name, d.Instance)
 		}
-		n, ok := d.length(end - body)
-		if !ok {
-			return t, Damaged("device tail", int64(at), "section %q does not fit by its vmdescription", d.Name)
-		}
-		t.Sections = append(t.Sections, TailSection{Section: s, Offset: body, Length: n})
-		at = body + n
-		// Machine types before 2.4 have no footers.
-		if at+5 <= end && tail[at] == typeFooter {
-			if id := binary.BigEndian.Uint32(tail[at+1:]); id != s.ID {
-				return t, Damaged("device tail", int64(at), "footer of section %d ends section %d", id, s.ID)
+		// follows says whether at p the next device's section begins, or all
+		// sections end.
+		follows := func(p int) bool {
+			if i == len(desc.Devices)-1 {
+				return p == len(sections)
 			}
-			at += 5
+			_, _, ok := desc.Devices[i+1].header(sections, p)
+			return ok
 		}
+		end, next, ok := sectionEnd(sections, body, &d.vmState, AppendFooter(nil, s.ID), follows)
+		if !ok {
+			return t, Damaged("device tail", int64(body), "section %q does not end where the vmdescription has it, nor elsewhere", s.Name)
+		}
+		t.Sections = append(t.Sections, TailSection{Section: s, Offset: body, Length: end - body})
+		at = next
 	}
-	if at != end {
-		return t, Damaged("device tail", int64(at), "sections end %d bytes before the vmdescription", end-at)
+	if len(desc.Devices) == 0 && len(sections) > 0 {
+		return t, Damaged("device tail", 0, "%d bytes of sections, none of them described", len(sections))
 	}
 	return t, nil
+}
+
+// sectionEnd returns where the body of the section at body ends and where the
+// next section begins, at a place for which follows is true.
+func sectionEnd(sections []byte, body int, state *vmState, footer []byte, follows func(int) bool) (end, next int, ok bool) {
+	if n, ok := state.length(len(sections) - body); ok {
+		end, next = body+n, body+n
+		// Machine types before 2.4 have no footers.
+		if bytes.HasPrefix(sections[end:], footer) {
+			next += len(footer)
+		}
+		if follows(next) {
+			return end, next, true
+		}
+	}
+	for end = body; ; end++ {
+		k := bytes.Index(sections[end:], footer)
+		if k < 0 {
+			return 0, 0, false
+		}
+		end += k
+		if next = end + len(footer); follows(next) {
+			return end, next, true
+		}
+	}
 }
 
 // vmDescription is the part of the vmdescription that gives lengths
 // (vmstate_save and vmstate_save_state, migration/savevm.c and vmstate.c).
 type vmDescription struct {
-	PageSize int `json:"page_size"`
-	Devices  []struct {
-		Name     string `json:"name"`
-		Instance int64  `json:"instance_id"`
-		vmState
-	} `json:"devices"`
+	PageSize int        `json:"page_size"`
+	Devices  []vmDevice `json:"devices"`
+}
+
+type vmDevice struct {
+	Name     string `json:"name"`
+	Instance int64  `json:"instance_id"`
+	vmState
+}
+
+// header parses the header at sections[at:] if it is the device's.
+func (d *vmDevice) header(sections []byte, at int) (s Section, body int, ok bool) {
+	s, body, ok = parseFull(sections, at)
+	return s, body, ok && s.Name == d.Name && s.Instance == uint32(d.Instance)
 }
 
 // vmState is a device's or subsection's state. The state of a struct within it

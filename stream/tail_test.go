@@ -97,28 +97,50 @@ func TestParseTailErrors(t *testing.T) {
 		return strings.Replace(tailJSON, old, new, 1)
 	}
 	tests := map[string]string{
-		"too long":             swap(`"type": "buffer", "size": 4`, `"type": "buffer", "size": 5`),
-		"too short":            swap(`"type": "buffer", "size": 4`, `"type": "buffer", "size": 3`),
-		"negative field":       swap(`"data", "size": 16`, `"data", "size": -16`),
-		"negative array":       swap(`"array_len": 8`, `"array_len": -8`),
-		"overflow":             swap(`"array_len": 8`, `"array_len": 4611686018427387904`),
-		"not a number":         swap(`"array_len": 8`, `"array_len": "8"`),
-		"other name":           swap(`"slow"`, `"slov"`),
-		"other instance":       swap(`"name": "slow", "instance_id": 1`, `"name": "slow", "instance_id": 2`),
-		"long subsection name": swap(`"dev/sub"`, `"`+strings.Repeat("n", 1000)+`"`),
-		"a device too few":     swap(`"devices": [`, `"devices": [], "other": [`),
-		"a device too many":    swap(`"runstate", "type": "buffer", "size": 100}]}`, `"runstate", "type": "buffer", "size": 100}]}, {"name": "x"}`),
+		"length: too long":             swap(`"type": "buffer", "size": 4`, `"type": "buffer", "size": 5`),
+		"length: too short":            swap(`"type": "buffer", "size": 4`, `"type": "buffer", "size": 3`),
+		"length: negative field":       swap(`"data", "size": 16`, `"data", "size": -16`),
+		"length: negative array":       swap(`"array_len": 8`, `"array_len": -8`),
+		"length: overflow":             swap(`"array_len": 8`, `"array_len": 4611686018427387904`),
+		"not a number":                 swap(`"array_len": 8`, `"array_len": "8"`),
+		"other name":                   swap(`"slow"`, `"slov"`),
+		"other instance":               swap(`"name": "slow", "instance_id": 1`, `"name": "slow", "instance_id": 2`),
+		"length: long subsection name": swap(`"dev/sub"`, `"`+strings.Repeat("n", 1000)+`"`),
+		"a device too few":             swap(`"devices": [`, `"devices": [], "other": [`),
+		"a device too many":            swap(`"runstate", "type": "buffer", "size": 100}]}`, `"runstate", "type": "buffer", "size": 100}]}, {"name": "x"}`),
 	}
 	for name, description := range tests {
-		got, err := ParseTail(AppendDescription(AppendEOF(goldenTail(t)), []byte(description)))
+		got, err := ParseTail(AppendDescription(AppendEOF(withoutFooters(t)), []byte(description)))
 		if !errors.Is(err, ErrDamaged) || got.RunState != "paused" {
 			t.Errorf("%s: %v, %q; want ErrDamaged and the run state", name, err, got.RunState)
 		}
+		got, err = ParseTail(AppendDescription(AppendEOF(goldenTail(t)), []byte(description)))
+		if strings.HasPrefix(name, "length:") {
+			if err != nil || !reflect.DeepEqual(got.Sections, goldenSections) {
+				t.Errorf("%s: %+v, %v; want the sections found by their footers", name, got.Sections, err)
+			}
+		} else if !errors.Is(err, ErrDamaged) {
+			t.Errorf("%s with footers: %v; want ErrDamaged", name, err)
+		}
 	}
+	// Without the footer there is nothing to find the section's end by.
 	bad := AppendDescription(AppendEOF(goldenTail(t)), []byte(tailJSON))
-	bad[goldenSections[0].Offset+goldenSections[0].Length+4]++ // timer's footer
+	bad[goldenSections[0].Offset+goldenSections[0].Length+4]++
 	if _, err := ParseTail(bad); !errors.Is(err, ErrDamaged) {
 		t.Errorf("wrong footer: %v; want ErrDamaged", err)
+	}
+}
+
+// TestParseTailFooterInBody checks that a footer's bytes in a body do not end a
+// section whose length is wrong.
+func TestParseTailFooterInBody(t *testing.T) {
+	sections := unhex(t, `04 00000001 01 'a' 00000000 00000001 'x' 7e 00000001 7e 00000001 7e 00000001
+		04 00000002 01 'b' 00000000 00000001 'y' 7e 00000002 7e 00000002`)
+	description := `{"devices": [{"name": "a", "fields": [{"size": 1}]}, {"name": "b", "fields": [{"size": 1}]}]}`
+	got, err := ParseTail(AppendDescription(AppendEOF(sections), []byte(description)))
+	want := []TailSection{{Section{1, "a", 0, 1}, 15, 11}, {Section{2, "b", 0, 1}, 46, 6}}
+	if err != nil || !reflect.DeepEqual(got.Sections, want) {
+		t.Errorf("%+v, %v; want %+v", got.Sections, err, want)
 	}
 }
 
