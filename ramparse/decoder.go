@@ -99,20 +99,20 @@ func (d *Decoder) nextPage(c *stream.Cursor, rec *Record, v uint64) error {
 		return err
 	}
 	size := d.pageSize
-	if size == 0 {
+	block := &d.setup.Blocks[h.block]
+	outside := h.addr >= block.Used || block.Used-h.addr < uint64(size)
+	switch {
+	case size != 0 && !validPageSize(size):
+		return stream.Unknown(op, offset, "target page size %d", size)
+	case outside:
+		return stream.Damaged(op, offset, "page at %#x of block %q, which has %#x bytes", h.addr, block.Name, block.Used)
+	case size == 0:
 		if size, err = d.infer(c); err != nil {
 			return err
 		}
-	} else if !validPageSize(size) {
-		return stream.Unknown(op, offset, "target page size %d", size)
-	}
-	used := d.setup.Blocks[h.block].Used
-	switch {
-	case h.addr&uint64(size-1) != 0 && size != 0:
+	case h.addr&uint64(size-1) != 0:
 		// Either a damaged address or a flag above those known.
 		return stream.Unknown(op, offset, "record %#x with pages of %d bytes", v, size)
-	case h.addr >= used || used-h.addr < uint64(size):
-		return stream.Damaged(op, offset, "page at %#x of block %q, which has %#x bytes", h.addr, d.setup.Blocks[h.block].Name, used)
 	}
 
 	*rec = Record{Kind: h.kind, Named: h.named, Block: h.block, Addr: h.addr, Offset: offset}

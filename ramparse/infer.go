@@ -76,6 +76,9 @@ scan:
 		if err != nil {
 			break
 		}
+		if h.addr >= d.setup.Blocks[h.block].Used {
+			break
+		}
 		mask |= h.addr
 		seen = seen || h.addr != 0
 		switch h.kind {
@@ -126,7 +129,7 @@ func (d *Decoder) inferPage(c *stream.Cursor, h header, mask uint64) (int, error
 	used := d.setup.Blocks[h.block].Used
 	var short error
 	for _, size := range candidates {
-		if mask&uint64(size-1) != 0 || h.addr >= used || used-h.addr < uint64(size) {
+		if mask&uint64(size-1) != 0 || used-h.addr < uint64(size) {
 			continue
 		}
 		ok, err := d.plausible(c, h.at+h.len+size, size, h.block)

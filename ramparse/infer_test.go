@@ -179,7 +179,7 @@ func TestInferImpossible(t *testing.T) {
 		{"cut in the page", newRAM(4096).page("ram", 0).b[:1000], stream.ErrTruncated},
 		{"no size fits the blocks", AppendPage(AppendSetup(nil, odd), "a", 0, make([]byte, 100<<10)), stream.ErrUnknown},
 		{"no size fits the addresses", AppendEOS(AppendZero(AppendSetup(nil, odd), "a", 1024, 0)), stream.ErrUnknown},
-		{"outside the block", AppendEOS(AppendPage(newRAM(4096).b, "rom", 1<<16, make([]byte, 4096))), stream.ErrUnknown},
+		{"outside the block", AppendEOS(AppendPage(newRAM(4096).b, "rom", 1<<16, make([]byte, 4096))), stream.ErrDamaged},
 	}
 	for _, tt := range tests {
 		d := NewDecoder(Options{})

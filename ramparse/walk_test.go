@@ -19,7 +19,7 @@ type walked struct {
 	passes   int
 	tail     stream.Tail
 	complete stream.Completion
-	eof      bool
+	footers  bool
 }
 
 // walk takes the stream from r apart, makes each element anew with the Append
@@ -43,7 +43,7 @@ func walk(r io.Reader, readAhead int) (w walked, err error) {
 		out = out[:0]
 		return nil
 	}
-	// Compressed and XBZRLE pages are compared as they are; so are these.
+	// There is no encoder for these.
 	verbatim := func(b []byte) error { w.foreign += int64(len(b)); pending.Next(len(b)); return nil }
 	for {
 		f, err := sr.Next()
@@ -95,7 +95,8 @@ func walk(r io.Reader, readAhead int) (w walked, err error) {
 			}
 			continue
 		case stream.SectionFull:
-			return w, walkTail(&w, c, sr.Footers())
+			w.footers = sr.Footers()
+			return w, walkTail(&w, c)
 		case stream.SectionStart, stream.SectionPart, stream.SectionEnd:
 		default:
 			continue
@@ -139,8 +140,8 @@ func walk(r io.Reader, readAhead int) (w walked, err error) {
 	}
 }
 
-func walkTail(w *walked, c *stream.Cursor, footers bool) error {
-	s := stream.NewTailScanner(footers)
+func walkTail(w *walked, c *stream.Cursor) error {
+	s := stream.NewTailScanner(w.footers)
 	for {
 		if _, err := c.Peek(1); err == io.EOF {
 			break

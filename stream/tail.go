@@ -146,11 +146,13 @@ func parseFull(tail []byte, at int) (s Section, body int, ok bool) {
 	return s, at + n + 8, n > 6
 }
 
-// Tail is a device tail taken apart.
+// Tail is a device tail taken apart. RunState is empty if there is no
+// globalstate section: machine types before 2.4 have one only in states other
+// than running and paused, and leave the choice to who loads the stream.
 type Tail struct {
 	Sections    []TailSection // in stream order; nil without a vmdescription
 	PageSize    int           // target page size from the vmdescription, bytes; 0 without
-	RunState    string        // globalstate's text, such as running or paused; empty if absent
+	RunState    string        // globalstate's text, such as running or paused; or empty
 	Description []byte        // the vmdescription's JSON; nil without
 }
 
