@@ -328,8 +328,8 @@ func sample(pageSize int) []byte {
 
 // TestTruncated cuts a section everywhere, with the page size known and not.
 func TestTruncated(t *testing.T) {
-	in := append(sample(4096), 0x7e)
-	for _, o := range []Options{{PageSize: 4096}, {}} {
+	in := append(sample(1024), 0x7e)
+	for _, o := range []Options{{PageSize: 1024}, {}} {
 		for n := range in {
 			c := exact(in[:n])
 			d := NewDecoder(o)

@@ -35,6 +35,7 @@ func walk(r io.Reader, readAhead int) (w walked, err error) {
 	d := NewDecoder(Options{})
 	o := Options{}
 	var passes *PassCounter
+	ram := make(map[[2]uint64][]byte) // last content by block and page
 	var out []byte
 	check := func(what string) error {
 		if got := pending.Next(len(out)); !bytes.Equal(got, out) {
@@ -131,10 +132,20 @@ func walk(r io.Reader, readAhead int) (w walked, err error) {
 				passes.Add(rec.Block, rec.Page)
 				w.passes = passes.Passes()
 			}
-			if rec.Kind == Compressed {
-				if err := Inflate(make([]byte, d.PageSize()), rec.Data); err != nil {
-					return w, err
-				}
+			at := [2]uint64{uint64(rec.Block), rec.Page}
+			switch rec.Kind {
+			case Zero:
+				ram[at] = bytes.Repeat([]byte{rec.Fill}, d.PageSize())
+			case Page:
+				ram[at] = bytes.Clone(rec.Data)
+			case Compressed:
+				ram[at] = make([]byte, d.PageSize())
+				err = Inflate(ram[at], rec.Data)
+			case XBZRLE:
+				err = ApplyXBZRLE(ram[at], rec.Data)
+			}
+			if err != nil {
+				return w, fmt.Errorf("%v at offset %d: %w", rec.Kind, rec.Offset, err)
 			}
 		}
 	}
