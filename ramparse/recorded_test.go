@@ -13,11 +13,11 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream"
 )
 
-// TestRecorded takes apart every recorded stream, those in testdata and any in
+// TestRecorded takes apart every recorded stream: ours, the module's and any in
 // the directory that FLIC_TEST_STREAMS names.
 func TestRecorded(t *testing.T) {
 	var files []string
-	for _, dir := range []string{"../testdata", os.Getenv("FLIC_TEST_STREAMS")} {
+	for _, dir := range []string{"testdata", "../testdata", os.Getenv("FLIC_TEST_STREAMS")} {
 		for _, pattern := range []string{"*.stream", "*.stream.zst"} {
 			found, err := filepath.Glob(filepath.Join(dir, pattern))
 			if err != nil {
