@@ -42,7 +42,8 @@ type placer struct {
 	chunkPages int
 	last       placed // the page before, for chunks of two
 	recent     segmentCache
-	chunkBuf   []byte
+	pairBuf    []byte // the chunk in hand
+	fetchBuf   []byte // the stored one that Find compares it with
 }
 
 // placed remembers where the last page went.
@@ -69,7 +70,7 @@ func newPlacer(s *saver) (*placer, error) {
 	}
 	p.chunkPages = energy.ChunkPages(dedup.PowerSupplyDir, battery)
 	chunk := p.chunkPages * p.pageSize
-	p.chunkBuf = make([]byte, chunk)
+	p.pairBuf, p.fetchBuf = make([]byte, chunk), make([]byte, chunk)
 	// A full hash costs about 100 B; one for every eighth page at most keeps
 	// the promise of 32 B a page.
 	p.index = dedup.New(chunk, sample, max(1<<16, int(s.rep.Pages/8)), p)
@@ -254,11 +255,11 @@ func (p *placer) takeBack() {
 // pair is the content of the two slots from e on.
 func (p *placer) pair(e pagetable.Entry) ([]byte, error) {
 	for i := range 2 {
-		if err := p.content(p.chunkBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i)); err != nil {
+		if err := p.content(p.pairBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i)); err != nil {
 			return nil, err
 		}
 	}
-	return p.chunkBuf, nil
+	return p.pairBuf, nil
 }
 
 // store gives content a slot of its own.
@@ -442,11 +443,11 @@ func (p *placer) inMemory(n uint32) []byte {
 func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
 	e := placeEntry(at)
 	for i := range p.chunkPages {
-		if err := p.content(p.chunkBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i)); err != nil {
+		if err := p.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i)); err != nil {
 			return nil, err
 		}
 	}
-	return p.chunkBuf, nil
+	return p.fetchBuf, nil
 }
 
 // Stale implements dedup.Source: an NVRAM slot that was written again holds
