@@ -399,10 +399,7 @@ func (p *placer) content(dst []byte, e pagetable.Entry) error {
 		}
 		return nil
 	case pagetable.NVRAM:
-		return p.region.Guard(func() error {
-			copy(dst, p.region.Page(int(e.Value())))
-			return nil
-		})
+		return p.region.ReadPage(int(e.Value()), dst)
 	}
 	n, i := uint32(e.Value()/uint64(p.segmentPages())), int(e.Value()%uint64(p.segmentPages()))
 	if data := p.inMemory(n); data != nil {
