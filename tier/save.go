@@ -134,10 +134,8 @@ func (s *saver) end(err error) {
 		if s.img != nil {
 			s.img.Abort()
 		}
-		if s.place != nil && s.place.region != nil {
-			if store.IsUncertain(err) {
-				s.place.region.Close()
-			} else if rerr := s.place.region.Release(); rerr != nil {
+		if s.place != nil && s.place.region != nil && !store.IsUncertain(err) {
+			if rerr := s.place.region.Release(); rerr != nil {
 				s.o.Log.Warn("NVRAM was not given back; gc will", "error", rerr)
 			}
 		}
@@ -146,6 +144,9 @@ func (s *saver) end(err error) {
 		}
 	}
 	if s.place != nil && s.place.nvfile != nil {
+		if s.place.region != nil {
+			s.place.region.Close()
+		}
 		s.place.nvfile.Close()
 	}
 	if s.returnPath {
