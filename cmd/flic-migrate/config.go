@@ -1,0 +1,154 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/BurntSushi/toml"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// keyAnnotation gives a flag another key than its name. It is for flags that
+// mean something else in different commands, or that must not be set by
+// accident: what makes rm remove everything is not what makes verify read
+// everything.
+const keyAnnotation = "flic-migrate/key"
+
+// flagKey is a flag's key in the configuration file, and "" for the flags that
+// have none: help, and the one that names the file.
+func flagKey(f *pflag.Flag) string {
+	if k := f.Annotations[keyAnnotation]; len(k) == 1 {
+		return k[0]
+	}
+	if f.Name == "help" || f.Name == "config" {
+		return ""
+	}
+	return f.Name
+}
+
+// envName is the environment variable of a key.
+func envName(key string) string {
+	return "FLIC_" + strings.ToUpper(strings.ReplaceAll(key, "-", "_"))
+}
+
+// setKey gives a flag a key of its own.
+func setKey(fs *pflag.FlagSet, flag, key string) {
+	if err := fs.SetAnnotation(flag, keyAnnotation, []string{key}); err != nil {
+		panic(err) // the flag does not exist: a mistake in this package
+	}
+}
+
+// configure sets every flag of cmd that the command line has not from the
+// environment or else from the configuration file. It is the only place that
+// knows the order of precedence.
+func (a *app) configure(cmd *cobra.Command) error {
+	if a.config == "" {
+		a.config = os.Getenv("FLIC_CONFIG")
+	}
+	file, err := readConfig(a.config, knownKeys(cmd.Root()))
+	if err != nil {
+		return err
+	}
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		key := flagKey(f)
+		if key == "" || f.Changed || err != nil {
+			return
+		}
+		value, source := os.Getenv(envName(key)), envName(key)
+		if value == "" {
+			v, ok := file.values[key]
+			if !ok {
+				return
+			}
+			value, source = fmt.Sprint(v), file.path+": "+key
+		}
+		if serr := cmd.Flags().Set(f.Name, value); serr != nil {
+			err = fmt.Errorf("%s: %q: %w", source, value, serr)
+		}
+	})
+	return err
+}
+
+// knownKeys are the keys of all commands' flags: one file serves all of them.
+func knownKeys(root *cobra.Command) map[string]bool {
+	keys := make(map[string]bool)
+	add := func(f *pflag.Flag) { keys[flagKey(f)] = true }
+	root.PersistentFlags().VisitAll(add)
+	for _, c := range root.Commands() {
+		if c.Name() != "completion" && c.Name() != "help" {
+			c.LocalFlags().VisitAll(add)
+		}
+	}
+	delete(keys, "")
+	return keys
+}
+
+type configFile struct {
+	path   string
+	values map[string]any
+}
+
+// readConfig reads the named file, which must exist, or else the first of
+// configPaths that does. A key it does not know is an error: a misspelt one
+// would otherwise be a setting that silently has no effect.
+func readConfig(path string, known map[string]bool) (configFile, error) {
+	paths := []string{path}
+	if path == "" {
+		paths = configPaths()
+	}
+	for _, p := range paths {
+		f := configFile{path: p}
+		b, err := os.ReadFile(p)
+		if errors.Is(err, fs.ErrNotExist) && path == "" {
+			continue
+		}
+		if err != nil {
+			return f, err
+		}
+		if _, err := toml.Decode(string(b), &f.values); err != nil {
+			return f, fmt.Errorf("%s: %w", p, err)
+		}
+		for k, v := range f.values {
+			if !known[k] {
+				return f, fmt.Errorf("%s: unknown key %q", p, k)
+			}
+			switch v.(type) {
+			case string, int64, bool, float64:
+			default:
+				return f, fmt.Errorf("%s: key %q is neither a string, a number nor true or false", p, k)
+			}
+		}
+		return f, nil
+	}
+	return configFile{}, nil
+}
+
+// configPaths are where the configuration file is looked for.
+func configPaths() []string {
+	var paths []string
+	if dir, err := os.UserConfigDir(); err == nil {
+		paths = append(paths, filepath.Join(dir, "flic-migrate", "config.toml"))
+	}
+	return append(paths, "/etc/flic-migrate.toml")
+}
+
+// defaultStore is the system's store for root and the user's own for others.
+func defaultStore() string {
+	if os.Geteuid() == 0 {
+		return "/var/lib/flic-migrate"
+	}
+	dir := os.Getenv("XDG_DATA_HOME")
+	if dir == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return "" // QEMU can run without a HOME; then --store is needed
+		}
+		dir = filepath.Join(home, ".local", "share")
+	}
+	return filepath.Join(dir, "flic-migrate")
+}

@@ -1,0 +1,66 @@
+package main
+
+import (
+	"errors"
+	"io/fs"
+	"syscall"
+
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// The exit codes. Scripts rely on them: a number never changes its meaning.
+const (
+	exitOK       = 0
+	exitFailed   = 1
+	exitUsage    = 2
+	exitNotFound = 3
+	exitCorrupt  = 4
+	exitStream   = 5
+	exitNoSpace  = 6
+)
+
+// exitHelp stands at the end of every command's help.
+const exitHelp = `Exit codes:
+  0  done
+  1  failed for another reason than those below
+  2  usage: a flag, an environment variable, the configuration file or a name is wrong
+  3  not found: the store, the VM, the checkpoint or a file that was named
+  4  corrupt: stored data is damaged
+  5  the migration stream on the input is damaged, truncated or none at all
+  6  no space left in the store, in the NVRAM file, or on a quota`
+
+// usageError is a mistake of the caller's, found before anything was done.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// exitCode is the one place that gives errors their codes. The order matters
+// where an error has several causes: a read of a checkpoint that feeds a save
+// fails as a stream and as stored data, and it is the latter that must be
+// repaired.
+func exitCode(err error) int {
+	var usage usageError
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.As(err, &usage), errors.Is(err, store.ErrName):
+		return exitUsage
+	case errors.Is(err, errDamaged), image.IsCorrupt(err), errors.Is(err, nvram.ErrCorrupt), errors.Is(err, workingset.ErrCorrupt):
+		return exitCorrupt
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return exitNoSpace
+	case errors.Is(err, store.ErrNotFound), errors.Is(err, fs.ErrNotExist):
+		return exitNotFound
+	case errors.Is(err, stream.ErrTruncated), errors.Is(err, stream.ErrDamaged), errors.Is(err, stream.ErrNotStream):
+		return exitStream
+	}
+	return exitFailed
+}
+
+// errDamaged is verify's result when it found damage; each piece of it has
+// been printed by then.
+var errDamaged = errors.New("stored data is damaged")

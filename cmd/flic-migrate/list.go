@@ -1,0 +1,162 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+)
+
+func newList(a *app) *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "list [flags] [NAME]",
+		Short: "List the checkpoints of one VM or of all",
+		Long: `List prints a line for each checkpoint: of one VM, or of all in the store. RAM is
+the size of the guest's memory; FLASH and NVRAM are what the checkpoint takes.
+STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say.`,
+		Example: `  flic-migrate list --store /srv/vms
+  flic-migrate list --store /srv/vms --json web1`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			vm := ""
+			if len(args) == 1 {
+				vm = args[0]
+			}
+			return a.list(vm, asJSON)
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	return c
+}
+
+// listEntry is an element of list's JSON document.
+type listEntry struct {
+	Checkpoint string    `json:"checkpoint"` // NAME@N
+	VM         string    `json:"vm"`
+	Number     int       `json:"number"`
+	UUID       string    `json:"uuid,omitempty"`
+	Created    time.Time `json:"created,omitzero"`
+	RAMBytes   uint64    `json:"ram_bytes"`
+	FlashBytes int64     `json:"flash_bytes"` // the image file
+	NVRAMBytes int64     `json:"nvram_bytes"` // page content in NVRAM
+	Machine    string    `json:"machine,omitempty"`
+	State      string    `json:"state"` // QEMU's run state, or damaged
+	Error      string    `json:"error,omitempty"`
+}
+
+func (a *app) list(vm string, asJSON bool) error {
+	if vm != "" {
+		if err := store.CheckVM(vm); err != nil {
+			return err
+		}
+	}
+	st, err := a.openStore(false)
+	if err != nil {
+		return err
+	}
+	refs, err := st.List(vm)
+	if err != nil {
+		return err
+	}
+	if vm != "" && len(refs) == 0 {
+		return fmt.Errorf("VM %q in store %s: %w", vm, st.Dir(), store.ErrNotFound)
+	}
+	// A damaged checkpoint must not hide the others.
+	var damage error
+	entries := []listEntry{}
+	for _, ref := range refs {
+		e, err := listOne(st, ref)
+		if err != nil && exitCode(err) == exitNotFound {
+			continue // removed since it was listed
+		}
+		if err != nil && !image.IsCorrupt(err) {
+			return err
+		}
+		if err != nil {
+			damage = err
+		}
+		entries = append(entries, e)
+	}
+	if asJSON {
+		err = printJSON(a.stdout, entries)
+	} else {
+		err = printList(a.stdout, entries)
+	}
+	if err != nil {
+		return err
+	}
+	return damage
+}
+
+func listOne(st *store.Store, ref store.Ref) (listEntry, error) {
+	e := listEntry{Checkpoint: ref.String(), VM: ref.VM, Number: ref.N}
+	size, err := imageSize(st, ref)
+	var m *checkpoint.Meta
+	if err == nil {
+		e.FlashBytes = size
+		m, _, err = checkpoint.Describe(st, ref)
+	}
+	if err != nil {
+		e.State, e.Error = "damaged", oneLine(err)
+		return e, err
+	}
+	e.UUID, e.Created, e.Machine, e.State = m.UUID.String(), m.Created, m.Machine, m.RunState
+	e.RAMBytes, e.NVRAMBytes = ramBytes(m), m.Report.NVRAMBytes
+	return e, nil
+}
+
+// imageSize is the size of a checkpoint's image file.
+func imageSize(st *store.Store, ref store.Ref) (int64, error) {
+	f, _, err := st.OpenImage(ref)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return f.Size()
+}
+
+func ramBytes(m *checkpoint.Meta) (n uint64) {
+	for _, b := range m.Blocks {
+		n += b.Used
+	}
+	return n
+}
+
+func printList(w io.Writer, entries []listEntry) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(t, "CHECKPOINT\tCREATED\tRAM\tFLASH\tNVRAM\tMACHINE\tSTATE")
+	for _, e := range entries {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Checkpoint, localTime(e.Created), human(int64(e.RAMBytes)),
+			human(e.FlashBytes), human(e.NVRAMBytes), dash(e.Machine), dash(e.State))
+	}
+	return t.Flush()
+}
+
+func localTime(t time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	return t.Local().Format("2006-01-02 15:04:05")
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// printJSON prints v as one indented document.
+func printJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}

@@ -1,0 +1,101 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+
+	"github.com/flic-migrate/flic-migrate/tier"
+)
+
+// progress shows how far a save or restore is: as a bar on a terminal, as a
+// line now and then elsewhere.
+type progress struct {
+	w     io.Writer
+	bar   *progressbar.ProgressBar // nil: lines
+	start time.Time
+	last  time.Time
+	phase string
+}
+
+// lineEvery is the pause between two lines, and how long something must take
+// to be worth one.
+const lineEvery = 2 * time.Second
+
+// newProgress returns the function to be called with each progress; nil with
+// quiet.
+func newProgress(w io.Writer, quiet bool) *progress {
+	if quiet {
+		return nil
+	}
+	p := &progress{w: w, start: time.Now()}
+	if f, ok := w.(*os.File); ok && isTerminal(f) {
+		p.bar = progressbar.NewOptions64(-1,
+			progressbar.OptionSetWriter(w),
+			progressbar.OptionSetWidth(30),
+			progressbar.OptionShowCount(),
+			progressbar.OptionShowIts(),
+			progressbar.OptionSetItsString("pages"),
+			progressbar.OptionThrottle(100*time.Millisecond),
+			progressbar.OptionClearOnFinish(),
+		)
+	}
+	return p
+}
+
+// callback is p.show, or nil if there is nothing to show.
+func (p *progress) callback() func(tier.Progress) {
+	if p == nil {
+		return nil
+	}
+	return p.show
+}
+
+func (p *progress) show(t tier.Progress) {
+	if p.bar != nil {
+		if t.PagesAll > 0 && p.bar.GetMax64() != t.PagesAll {
+			p.bar.ChangeMax64(t.PagesAll)
+		}
+		p.bar.Describe(t.Phase)
+		p.bar.Set64(t.Pages)
+		return
+	}
+	now := time.Now()
+	changed := t.Phase != p.phase
+	p.phase = t.Phase
+	if now.Sub(p.start) < lineEvery || !changed && now.Sub(p.last) < lineEvery {
+		return
+	}
+	p.last = now
+	line := fmt.Sprintf("flic-migrate: %s: %d pages", t.Phase, t.Pages)
+	if t.PagesAll > 0 {
+		line = fmt.Sprintf("flic-migrate: %s: %d %% of %d pages", t.Phase, t.Pages*100/t.PagesAll, t.PagesAll)
+	}
+	if t.BytesIn > 0 {
+		line += ", " + human(t.BytesIn) + " in"
+	}
+	fmt.Fprintf(p.w, "%s, %s out, %.0f s\n", line, human(t.BytesOut), now.Sub(p.start).Seconds())
+}
+
+// finish takes the bar off the terminal.
+func (p *progress) finish() {
+	if p != nil && p.bar != nil {
+		p.bar.Finish()
+	}
+}
+
+// human writes a number of bytes for people, in powers of 1024.
+func human(n int64) string {
+	if n < 1<<10 {
+		return fmt.Sprintf("%d B", n)
+	}
+	v, i := float64(n)/(1<<10), 0
+	for v >= 1023.95 && i < len("KMGT")-1 {
+		v /= 1 << 10
+		i++
+	}
+	return fmt.Sprintf("%.1f %ciB", v, "KMGT"[i])
+}

@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+type restoreCmd struct {
+	*app
+	lazy    choice
+	nvram   string
+	workers count
+	json    bool
+	quiet   bool
+}
+
+func newRestore(a *app) *cobra.Command {
+	r := &restoreCmd{
+		app:     a,
+		lazy:    choice{"auto", []string{"auto", "always", "never"}},
+		workers: count{0, 0, 1024},
+	}
+	c := &cobra.Command{
+		Use:   "restore [flags] NAME[@N] > STREAM",
+		Short: "Write a checkpoint's migration stream to standard output",
+		Long: `Restore writes the migration stream of a checkpoint to standard output, for a
+QEMU that was started with -incoming. NAME@N is the VM's N-th checkpoint, NAME
+alone its newest. Every page is checked before it is written: a damaged
+checkpoint ends in an error and never in a guest with wrong memory.
+
+The QEMU that reads it needs the same machine type, devices, memory size and CPU
+model as the one that was saved; "flic-migrate show" says what is known of it.
+
+If restore fails before the first byte, it writes a line that is no migration
+stream, because QEMU would wait for ever on an empty one.`,
+		Example: `  qemu-system-x86_64 -machine pc-q35-7.2 -m 512 ... \
+      -incoming "exec:exec flic-migrate restore --store /srv/vms web1"
+
+  # The third checkpoint, into a file:
+  flic-migrate restore --store /srv/vms web1@3 > web1.stream`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return r.run(cmd.Context(), args[0]) },
+	}
+	fs := c.Flags()
+	fs.Var(&r.lazy, "lazy", "let the guest run before all of its memory is there")
+	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
+	fs.BoolVar(&r.json, "json", false, "end with the report as one line of JSON on standard error")
+	fs.BoolVar(&r.quiet, "quiet", false, "no progress")
+	return c
+}
+
+// restoreReport is the JSON document of a restore.
+type restoreReport struct {
+	Checkpoint string `json:"checkpoint,omitempty"` // NAME@N
+	ExitCode   int    `json:"exit_code"`
+	Error      string `json:"error,omitempty"`
+	Lazy       bool   `json:"lazy"`
+	tier.RestoreReport
+}
+
+func (r *restoreCmd) run(ctx context.Context, name string) error {
+	debug.SetGCPercent(gcPercent)
+	var doc restoreReport
+	err := r.restore(ctx, name, &doc)
+	if r.json {
+		doc.ExitCode = exitCode(err)
+		if err != nil {
+			doc.Error = oneLine(err)
+		}
+		line, jerr := json.Marshal(doc)
+		if jerr != nil {
+			return errors.Join(err, jerr)
+		}
+		fmt.Fprintf(r.stderr, "%s\n", line)
+	}
+	return err
+}
+
+func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreReport) error {
+	ref, err := store.ParseRef(name)
+	if err != nil {
+		return err
+	}
+	if isTerminal(r.stdout.File) {
+		return usageError{errors.New("restore writes a migration stream to its standard output, which is a terminal; see flic-migrate restore --help")}
+	}
+	st, err := r.openStore(false)
+	if err != nil {
+		return err
+	}
+	c, err := checkpoint.Open(vfs.OS, st, ref, checkpoint.Options{NVRAM: r.nvram})
+	if err != nil {
+		return err
+	}
+	doc.Checkpoint = c.Ref.String()
+	// Fewer and larger writes; no matter if it is not a pipe, or if the
+	// kernel's limit for pipes says no.
+	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
+	p := newProgress(r.stderr, r.quiet)
+	defer p.finish()
+	mode, err := r.mode()
+	if err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		doc.RestoreReport, err = mode(ctx, c, tier.RestoreOptions{Workers: r.workers.n, Progress: p.callback()})
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		// c is not closed: QEMU's monitor stands still until this process is
+		// gone, and its end closes everything.
+		return err
+	case <-ctx.Done():
+	}
+	// The restore may be in a write to a pipe that nobody reads, which no
+	// context ends. There is nothing to clean up, so nobody has to wait for it.
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(time.Second):
+		*doc = restoreReport{Checkpoint: doc.Checkpoint}
+		return context.Cause(ctx)
+	}
+}
+
+// mode is the function that restores in the way --lazy asks for.
+func (r *restoreCmd) mode() (func(context.Context, *checkpoint.Checkpoint, tier.RestoreOptions) (tier.RestoreReport, error), error) {
+	if r.lazy.value == "always" {
+		return nil, usageError{errors.New("lazy restore is not in this version: use --lazy auto or never")}
+	}
+	return func(ctx context.Context, c *checkpoint.Checkpoint, o tier.RestoreOptions) (tier.RestoreReport, error) {
+		return tier.Restore(ctx, c, r.stdout, o)
+	}, nil
+}

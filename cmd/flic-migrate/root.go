@@ -1,0 +1,193 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// app is what all commands share.
+type app struct {
+	stdin  *os.File
+	stdout *countingWriter
+	stderr io.Writer
+
+	store   string // --store
+	config  string // --config
+	started bool   // flags and arguments are right and the command's own code runs
+}
+
+// run is the program: it returns the exit code.
+func run(args []string) int {
+	// QEMU may be gone when we write; that is an error to report, not a
+	// reason to die without giving NVRAM back.
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, stop := withSignals(context.Background())
+	defer stop()
+
+	a := &app{stdin: os.Stdin, stdout: &countingWriter{File: os.Stdout}, stderr: os.Stderr}
+	if len(args) == 0 && !isTerminal(a.stdin) {
+		// exec: strings are short and libvirt has no room for flags: alone
+		// with a stream on stdin the command is a filter.
+		args = []string{"save"}
+	}
+	root := newRoot(a)
+	root.SetArgs(args)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err != nil && !a.started {
+		err = usageError{err}
+	}
+	if err != nil {
+		fmt.Fprintf(a.stderr, "flic-migrate: %s\n", oneLine(err))
+		if cmd.Name() == "restore" {
+			a.stdout.spoil()
+		}
+	}
+	return exitCode(err)
+}
+
+// oneLine keeps messages to the one line that is promised: joined errors come
+// with newlines, and names from hostile files may have them too.
+func oneLine(err error) string {
+	return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
+}
+
+func newRoot(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "flic-migrate",
+		Short: "Save QEMU virtual machines to NVRAM and flash, and restore them",
+		Long: `flic-migrate saves the state of a QEMU virtual machine into two tiers: the pages
+the guest will need first go to an NVRAM file as they are, all others go to a
+compressed flash image, each different page once. QEMU starts it as the child of
+a migration to exec: and pipes the migration stream through it.
+
+Alone, with a migration stream on its standard input, it is "flic-migrate save".`,
+		Example: `  # In QEMU's monitor (or QMP, or virsh qemu-monitor-command --hmp):
+  migrate "exec:flic-migrate save --store /srv/vms --vm web1"
+
+  # A new QEMU with the same machine that goes on where the old one was:
+  qemu-system-x86_64 ... -incoming "exec:exec flic-migrate restore --store /srv/vms web1"
+
+  # What there is, and whether it is whole:
+  flic-migrate list --store /srv/vms
+  flic-migrate verify --store /srv/vms --all`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				a.started = false
+				return fmt.Errorf("there is no verb %q; see flic-migrate --help", args[0])
+			}
+			return cmd.Help()
+		},
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			if err := a.configure(cmd); err != nil {
+				return err
+			}
+			a.started = true
+			return nil
+		},
+	}
+	root.SetIn(a.stdin)
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+	root.PersistentFlags().StringVar(&a.store, "store", defaultStore(), "directory that holds the checkpoints")
+	root.PersistentFlags().StringVar(&a.config, "config", "", "configuration file (default: "+strings.Join(configPaths(), ", then ")+")")
+	root.AddCommand(newSave(a), newRestore(a), newList(a), newShow(a), newVerify(a), newVersion())
+	for _, c := range append(root.Commands(), root) {
+		describe(c)
+	}
+	return root
+}
+
+// describe completes a command's help with what all of them have in common.
+func describe(c *cobra.Command) {
+	if c.Long == "" {
+		c.Long = c.Short + "."
+	}
+	c.Long += "\n\nEvery flag can also be given as an environment variable (--nvram-size as\n" +
+		"FLIC_NVRAM_SIZE) or in the configuration file (nvram-size = \"4G\"); a flag wins\n" +
+		"over the environment, and the environment over the file.\n\n" + exitHelp
+}
+
+// openStore opens the store of --store.
+func (a *app) openStore(create bool) (*store.Store, error) {
+	return store.Open(vfs.OS, a.store, create)
+}
+
+// log is where warnings of the library go: to stderr, a line each.
+func (a *app) log() *slog.Logger {
+	return slog.New(slog.NewTextHandler(prefixWriter{a.stderr}, &slog.HandlerOptions{
+		ReplaceAttr: func(groups []string, at slog.Attr) slog.Attr {
+			if at.Key == slog.TimeKey && len(groups) == 0 {
+				return slog.Attr{}
+			}
+			return at
+		},
+	}))
+}
+
+// prefixWriter says whose line it is: stderr is QEMU's too.
+type prefixWriter struct{ w io.Writer }
+
+func (p prefixWriter) Write(b []byte) (int, error) {
+	_, err := p.w.Write(append([]byte("flic-migrate: "), b...))
+	return len(b), err
+}
+
+// countingWriter is the standard output. It knows whether anything has been
+// written, which decides what a failing restore owes to QEMU.
+type countingWriter struct {
+	*os.File
+	n int64
+}
+
+func (w *countingWriter) Write(b []byte) (int, error) {
+	n, err := w.File.Write(b)
+	w.n += int64(n)
+	return n, err
+}
+
+// spoil makes sure that a QEMU that waits for a stream ends. An empty stream
+// leaves it in the state inmigrate for ever, without an event; a line that is no
+// stream makes it say so and exit.
+func (w *countingWriter) spoil() {
+	if w.n == 0 && !isTerminal(w.File) {
+		w.File.WriteString("flic-migrate: restore failed\n")
+	}
+}
+
+func isTerminal(f *os.File) bool { return term.IsTerminal(int(f.Fd())) }
+
+// withSignals returns a context that ends, with a cause that says why, when
+// the process is asked to. A second signal then kills as usual.
+func withSignals(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	go func() {
+		s, ok := <-c
+		if !ok {
+			return
+		}
+		signal.Reset(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+		cancel(fmt.Errorf("stopped by signal: %v", s))
+	}()
+	return ctx, func() {
+		signal.Stop(c)
+		cancel(errors.New("the command has ended"))
+	}
+}

@@ -1,0 +1,192 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// gcPercent keeps the heap close to what is in use. A save's and a restore's
+// buffers are recycled, so the collector has little to do anyway, while twice
+// the page table of a large guest would be memory that the guest needs.
+const gcPercent = 25
+
+type saveCmd struct {
+	*app
+	encoding
+	vm         string
+	nvram      string
+	nvramSize  size
+	volatile   bool
+	workingSet string
+	report     string
+	json       bool
+	quiet      bool
+}
+
+func newSave(a *app) *cobra.Command {
+	s := &saveCmd{app: a}
+	c := &cobra.Command{
+		Use:   "save --vm NAME [flags] < STREAM",
+		Short: "Save a migration stream as a new checkpoint",
+		Long: `Save reads a QEMU migration stream from standard input and commits it to the
+store as the next checkpoint of the VM. It exits with 0 when the checkpoint is
+durable, and leaves nothing behind otherwise.
+
+QEMU does not look at the exit code of an exec: child that has read the whole
+stream. save therefore leaves the last part of it in the pipe until all memory is
+on disk. If QEMU has the migration capability return-path, QEMU reports
+"completed" exactly if the checkpoint was committed; set it where you can:
+
+  migrate_set_capability return-path on
+
+Standard output belongs to that return path and carries nothing else.`,
+		Example: `  # In QEMU's monitor, with the guest running or stopped:
+  migrate "exec:flic-migrate save --store /srv/vms --vm web1"
+
+  # Pages of the working set into persistent memory:
+  migrate "exec:flic-migrate save --store /srv/vms --vm web1 --nvram /mnt/pmem0/flic --nvram-size 4G --working-set /srv/web1.ws"
+
+  # A recorded stream:
+  flic-migrate save --store /srv/vms --vm web1 < web1.stream`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
+	}
+	fs := c.Flags()
+	fs.StringVar(&s.vm, "vm", "", "name of the VM (required)")
+	fs.StringVar(&s.nvram, "nvram", "", "NVRAM file for the pages of the working set; made if missing")
+	fs.Var(&s.nvramSize, "nvram-size", "cap on the NVRAM file, such as 4G; 0: the one it has")
+	fs.StringVar(&s.workingSet, "working-set", "", "file that says which pages are hot")
+	fs.BoolVar(&s.volatile, "volatile-nvram", false, "accept an NVRAM file that loses its content at power-off (tmpfs)")
+	s.encoding.add(fs)
+	fs.StringVar(&s.report, "report", "", "write the JSON report to this file as well, also after a failure")
+	fs.BoolVar(&s.json, "json", false, "end with the report as one line of JSON on standard error")
+	fs.BoolVar(&s.quiet, "quiet", false, "no progress and no summary")
+	return c
+}
+
+// saveReport is the JSON document of a save.
+type saveReport struct {
+	Checkpoint string `json:"checkpoint,omitempty"` // NAME@N
+	UUID       string `json:"uuid,omitempty"`
+	ExitCode   int    `json:"exit_code"`
+	Error      string `json:"error,omitempty"`
+	*checkpoint.Report
+}
+
+func (s *saveCmd) run(ctx context.Context) error {
+	debug.SetGCPercent(gcPercent)
+	ref, meta, err := s.save(ctx)
+	doc := saveReport{ExitCode: exitCode(err)}
+	if err != nil {
+		doc.Error = oneLine(err)
+	} else {
+		doc.Checkpoint, doc.UUID, doc.Report = ref.String(), meta.UUID.String(), &meta.Report
+	}
+	line, jerr := json.Marshal(doc)
+	if s.report != "" && jerr == nil {
+		jerr = writeReport(s.report, line)
+	}
+	if jerr != nil {
+		// The checkpoint stands, or the failure is told: a report that could
+		// not be written changes neither.
+		s.log().Warn("the report was not written", "error", jerr)
+	}
+	if err == nil && !s.quiet && !s.json {
+		fmt.Fprintf(s.stderr, "flic-migrate: %s\n", summary(ref, &meta.Report))
+	}
+	if s.json {
+		fmt.Fprintf(s.stderr, "%s\n", line)
+	}
+	return err
+}
+
+func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Meta, err error) {
+	if s.vm == "" {
+		return ref, nil, usageError{errors.New("save needs the VM's name: --vm, FLIC_VM or vm in the configuration file")}
+	}
+	if err := store.CheckVM(s.vm); err != nil {
+		return ref, nil, err
+	}
+	if isTerminal(s.stdin) {
+		return ref, nil, usageError{errors.New("save reads a migration stream from its standard input, which is a terminal; see flic-migrate save --help")}
+	}
+	if s.workingSet != "" && s.nvram == "" {
+		return ref, nil, usageError{errors.New("--working-set says what goes to NVRAM, and there is no --nvram")}
+	}
+	o := s.encoding.options()
+	o.VM = s.vm
+	o.NVRAM, o.NVRAMSize, o.VolatileNVRAM = s.nvram, int64(s.nvramSize), s.volatile
+	o.ReturnPath, o.Log = s.stdout, s.log()
+	if s.workingSet != "" {
+		if o.WorkingSet, err = readWorkingSet(s.workingSet); err != nil {
+			return ref, nil, err
+		}
+	}
+	st, err := s.openStore(true)
+	if err != nil {
+		return ref, nil, err
+	}
+	in, err := pipe.New(ctx, int(s.stdin.Fd()))
+	if err != nil {
+		return ref, nil, err
+	}
+	defer in.Close()
+	p := newProgress(s.stderr, s.quiet)
+	defer p.finish()
+	o.Progress = p.callback()
+	return tier.Save(ctx, vfs.OS, st, in, o)
+}
+
+func readWorkingSet(path string) (*workingset.Set, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	ws, err := workingset.Read(f)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return ws, nil
+}
+
+// writeReport writes b to path, whole or not at all. It is not synced: QEMU's
+// monitor stands still until this process is gone, and the report of a save
+// that a power cut follows is worth less than that time.
+func writeReport(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".flic-report-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(b, '\n'))
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}
+
+// summary is the line that a save ends with.
+func summary(ref store.Ref, r *checkpoint.Report) string {
+	return fmt.Sprintf("saved %v: %s in, %d pages (%d zero, %d duplicate, %d hot, %d cold), %s to flash, %s to NVRAM, %.2f s",
+		ref, human(r.BytesIn), r.Pages, r.Zero, r.Duplicate, r.Hot, r.Cold, human(r.FlashBytes), human(r.NVRAMBytes), r.Seconds.Total)
+}

@@ -1,0 +1,122 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+)
+
+func newShow(a *app) *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "show [flags] NAME[@N]",
+		Short: "Show all that a checkpoint says about itself",
+		Long: `Show prints what a checkpoint says about itself: machine, memory, when and how it
+was saved and what the save came to. NAME alone means the VM's newest checkpoint.
+It reads the description only; "flic-migrate verify" reads everything.`,
+		Example: `  flic-migrate show --store /srv/vms web1
+  flic-migrate show --store /srv/vms --json web1@3`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error { return a.show(args[0], asJSON) },
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	return c
+}
+
+// showDoc is show's JSON document.
+type showDoc struct {
+	Checkpoint string `json:"checkpoint"` // NAME@N
+	Number     int    `json:"number"`
+	FileBytes  int64  `json:"file_bytes"` // the image file
+	*checkpoint.Meta
+}
+
+func (a *app) show(name string, asJSON bool) error {
+	ref, err := store.ParseRef(name)
+	if err != nil {
+		return err
+	}
+	st, err := a.openStore(false)
+	if err != nil {
+		return err
+	}
+	m, ref, err := checkpoint.Describe(st, ref)
+	if err != nil {
+		return err
+	}
+	size, err := imageSize(st, ref)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return printJSON(a.stdout, showDoc{ref.String(), ref.N, size, m})
+	}
+	return printShow(a.stdout, ref, size, m)
+}
+
+func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
+	r := &m.Report
+	line("checkpoint", "%v", ref)
+	line("uuid", "%s", m.UUID)
+	line("created", "%s", localTime(m.Created))
+	line("machine", "%s", dash(m.Machine))
+	line("guest uuid", "%s", dash(m.GuestUUID))
+	line("capabilities", "%s", dash(strings.Join(m.Capabilities, ", ")))
+	line("state when saved", "%s", dash(m.RunState))
+	line("page size", "%d", m.PageSize)
+	line("ignore-shared", "%t", m.IgnoreShared)
+	line("RAM", "%s", human(int64(ramBytes(m))))
+	for _, b := range m.Blocks {
+		extra := ""
+		if b.PageSize != 0 {
+			extra += fmt.Sprintf(", host pages of %d", b.PageSize)
+		}
+		if b.GPA != nil {
+			extra += fmt.Sprintf(", at guest address %#x", *b.GPA)
+		}
+		line("  "+b.Name, "%s%s", human(int64(b.Used)), extra)
+	}
+	line("stream", "%d bytes", r.BytesIn)
+	if m.OpaqueBytes > 0 {
+		line("  kept verbatim", "%d bytes that were not understood", m.OpaqueBytes)
+	}
+	line("pages", "%d", r.Pages)
+	for _, p := range []struct {
+		name string
+		n    int64
+	}{
+		{"zero", r.Zero}, {"sent as data", r.ZeroAsData}, {"duplicate", r.Duplicate}, {"hot", r.Hot}, {"cold", r.Cold},
+		{"equal to disk", r.Disk}, {"delta", r.Delta}, {"sent again", r.Resent}, {"superseded", r.Superseded}, {"hot without room", r.Surplus},
+	} {
+		line("  "+p.name, "%d", p.n)
+	}
+	line("flash", "%s, %s", human(size), r.Codec)
+	if n := m.NVRAM; n != nil {
+		line("NVRAM", "%s in %s", human(r.NVRAMBytes), n.Path)
+		line("  file uuid", "%s", n.UUID)
+		line("  slots", "%d", n.Slots)
+	} else {
+		line("NVRAM", "-")
+	}
+	line("hashed", "%s of %s, %s sampled, chunks of %d, samples of %d", human(r.HashedBytes), human(r.NonZeroBytes),
+		human(r.SampledBytes), r.ChunkSize, r.SampleSize)
+	s := r.Seconds
+	line("seconds", "%.3f: ram %.3f, sync %.3f, tail %.3f, commit %.3f", s.Total, s.RAM, s.Sync, s.Tail, s.Commit)
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	if m.NVRAM != nil && m.NVRAM.Volatile {
+		_, err := fmt.Fprintf(w, "\nThe NVRAM file is on a volatile file system: a power-off loses this checkpoint.\n"+
+			"To make a copy that has everything on flash:\n\n  flic-migrate persist %v\n", ref)
+		return err
+	}
+	return nil
+}

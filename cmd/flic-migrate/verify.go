@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+type verifyCmd struct {
+	*app
+	all   bool
+	nvram string
+	json  bool
+}
+
+func newVerify(a *app) *cobra.Command {
+	v := &verifyCmd{app: a}
+	c := &cobra.Command{
+		Use:   "verify [flags] {NAME[@N]... | --all}",
+		Short: "Read and check every byte of checkpoints",
+		Long: `Verify reads every byte of checkpoints, in both tiers, and checks it. It prints
+each damage with file and offset, and exits with 4 if there is any. An NVRAM file
+that is missing, or another one than the checkpoint was saved to, is damage too:
+such a checkpoint can't be restored.`,
+		Example: `  flic-migrate verify --store /srv/vms web1@3
+  flic-migrate verify --store /srv/vms --all`,
+		RunE: func(cmd *cobra.Command, args []string) error { return v.run(cmd.Context(), args) },
+		Args: func(_ *cobra.Command, args []string) error { return nil },
+	}
+	fs := c.Flags()
+	fs.BoolVar(&v.all, "all", false, "verify every checkpoint in the store")
+	setKey(fs, "all", "verify-all")
+	fs.StringVar(&v.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	fs.BoolVar(&v.json, "json", false, "print a JSON array")
+	return c
+}
+
+// verifyEntry is an element of verify's JSON document.
+type verifyEntry struct {
+	Checkpoint string   `json:"checkpoint"` // NAME@N
+	OK         bool     `json:"ok"`
+	Damage     []string `json:"damage"`
+}
+
+func (v *verifyCmd) run(ctx context.Context, args []string) error {
+	if v.all == (len(args) > 0) {
+		return usageError{errors.New("verify needs the names of checkpoints, or else --all")}
+	}
+	st, err := v.openStore(false)
+	if err != nil {
+		return err
+	}
+	refs, err := resolve(st, args)
+	if v.all {
+		refs, err = st.List("")
+	}
+	if err != nil {
+		return err
+	}
+	entries := []verifyEntry{}
+	damaged := 0
+	for _, ref := range refs {
+		e, err := v.verify(ctx, st, ref)
+		if err != nil {
+			return fmt.Errorf("checkpoint %v: %w", ref, err)
+		}
+		if !e.OK {
+			damaged++
+		}
+		entries = append(entries, e)
+		if !v.json {
+			result := "ok"
+			for _, d := range e.Damage {
+				result = "DAMAGED"
+				fmt.Fprintf(v.stdout, "%s: %s\n", e.Checkpoint, d)
+			}
+			fmt.Fprintf(v.stdout, "%s: %s\n", e.Checkpoint, result)
+		}
+	}
+	if v.json {
+		if err := printJSON(v.stdout, entries); err != nil {
+			return err
+		}
+	}
+	if damaged > 0 {
+		return fmt.Errorf("%d of %d checkpoints: %w", damaged, len(entries), errDamaged)
+	}
+	return nil
+}
+
+// resolve parses names and finds the checkpoints.
+func resolve(st *store.Store, names []string) ([]store.Ref, error) {
+	var refs []store.Ref
+	for _, name := range names {
+		ref, err := store.ParseRef(name)
+		if err != nil {
+			return nil, err
+		}
+		if ref, err = st.Resolve(ref); err != nil {
+			return nil, err
+		}
+		refs = append(refs, ref)
+	}
+	return refs, nil
+}
+
+// maxDamage is how many damages of one checkpoint are listed: a lost device
+// has as many as it had pages.
+const maxDamage = 1000
+
+// verify checks one checkpoint, which exists. The error is for a check that
+// could not be done.
+func (v *verifyCmd) verify(ctx context.Context, st *store.Store, ref store.Ref) (verifyEntry, error) {
+	e := verifyEntry{Checkpoint: ref.String(), Damage: []string{}}
+	more := 0
+	found := func(err error) {
+		if len(e.Damage) == maxDamage {
+			more++
+			return
+		}
+		e.Damage = append(e.Damage, oneLine(err))
+	}
+	c, err := checkpoint.Open(vfs.OS, st, ref, checkpoint.Options{NVRAM: v.nvram})
+	switch {
+	case err == nil:
+		err = c.Verify(ctx, found)
+		c.Close()
+		if err != nil {
+			return e, err
+		}
+	case exitCode(err) == exitCorrupt, errors.Is(err, fs.ErrNotExist):
+		// The checkpoint was there a moment ago, so what does not exist is
+		// its NVRAM file.
+		found(err)
+	default:
+		return e, err
+	}
+	if more > 0 {
+		e.Damage = append(e.Damage, fmt.Sprintf("and %d more", more))
+	}
+	e.OK = len(e.Damage) == 0
+	return e, nil
+}
