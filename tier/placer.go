@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"path/filepath"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -102,14 +103,19 @@ func (p *placer) openNVRAM() error {
 	if hot == 0 {
 		return nil
 	}
-	p.nvfile, err = nvram.Open(p.s.fs, o.NVRAM, nvram.Options{Capacity: o.NVRAMSize, Create: true})
+	// META says where the file is, to a restore with another working directory.
+	path, err := filepath.Abs(o.NVRAM)
+	if err != nil {
+		return err
+	}
+	p.nvfile, err = nvram.Open(p.s.fs, path, nvram.Options{Capacity: o.NVRAMSize, Create: true})
 	if err != nil {
 		return err
 	}
 	if p.nvfile.Volatile() && !o.VolatileNVRAM {
 		return fmt.Errorf("%s: %w", o.NVRAM, ErrVolatile)
 	}
-	if err := p.s.st.UseNVRAM(o.NVRAM, p.nvfile.UUID()); err != nil {
+	if err := p.s.st.UseNVRAM(path, p.nvfile.UUID()); err != nil {
 		return err
 	}
 	p.region, err = p.nvfile.Reserve(p.s.pend.UUID, p.s.st.UUID(), hot*int64(p.pageSize), p.pageSize)
