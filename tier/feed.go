@@ -1,6 +1,7 @@
 package tier
 
 import (
+	"context"
 	"encoding/binary"
 	"io"
 	"time"
@@ -22,6 +23,7 @@ type Pipe interface {
 
 const (
 	minPipe     = 4 << 10
+	mediumPipe  = 16 << 10
 	defaultPipe = 64 << 10
 	// releasedPipe is used once nothing needs to be held back: an unprivileged
 	// process may have this much (/proc/sys/fs/pipe-max-size).
@@ -41,16 +43,21 @@ const (
 // least shortestRecord bytes, which bounds what can safely be read ahead and
 // left in the pipe: a lot for most of the save, and less and less at its end.
 type feed struct {
+	ctx  context.Context
 	in   io.Reader
 	pipe Pipe // nil if in is not one
 	cur  *stream.Cursor
 	want int // capacity the pipe should have
 	have int
+	// ahead is how far the cursor is to read ahead of need with that.
+	ahead int
+	// tried tells that there was an attempt to make the pipe smaller.
+	tried bool
 }
 
 // newFeed returns the feed and the cursor that reads from it.
-func newFeed(in io.Reader) (*feed, *stream.Cursor) {
-	f := &feed{in: in}
+func newFeed(ctx context.Context, in io.Reader) (*feed, *stream.Cursor) {
+	f := &feed{ctx: ctx, in: in}
 	f.cur = stream.NewCursor(f, 4*defaultPipe)
 	if p, ok := in.(Pipe); ok && p.Capacity() > 0 {
 		f.pipe, f.have = p, p.Capacity()
@@ -61,35 +68,54 @@ func newFeed(in io.Reader) (*feed, *stream.Cursor) {
 	return f, f.cur
 }
 
-// Read is called by the cursor alone.
+// Read is called by the cursor alone. It is where a save notices that it has
+// been cancelled; a Read that waits for a source that sends nothing is the
+// Pipe's to end.
 func (f *feed) Read(p []byte) (int, error) {
+	if f.ctx.Err() != nil {
+		return 0, context.Cause(f.ctx)
+	}
 	n, err := f.in.Read(p)
 	if f.want < f.have {
 		// Now is when the pipe is emptiest. While more is in it than it is
 		// to hold, the kernel refuses, and the next read tries again.
 		f.have = f.pipe.SetCapacity(f.want)
+		f.tried = true
+		if f.have <= f.want {
+			f.cur.SetReadAhead(f.ahead)
+		}
 	}
 	return n, err
 }
+
+// slack is how much less than what adjust was told last may be to come: it is
+// told every 1024 pages.
+const slack = 1024 * shortestRecord
 
 // adjust is told how many pages have not come yet.
 func (f *feed) adjust(unseen uint64) {
 	if f.pipe == nil || f.want == releasedPipe {
 		return
 	}
+	// Twice, because both the cursor and the pipe can hold so much.
 	budget := unseen * shortestRecord
-	ahead := 0
+	safe := func(n int) bool { return budget >= uint64(2*n+slack) }
 	switch {
-	case budget >= 4*defaultPipe:
-		f.want, ahead = defaultPipe, defaultPipe
-	case budget >= defaultPipe:
-		// The pipe can be made smaller only when it is almost empty, so the
-		// cursor goes on taking all there is.
-		f.want, ahead = 16<<10, defaultPipe
-	case budget >= 4*minPipe:
-		f.want, ahead = minPipe, 2*minPipe
+	case safe(defaultPipe):
+		f.want, f.ahead = defaultPipe, defaultPipe
+	case safe(mediumPipe):
+		f.want, f.ahead = mediumPipe, mediumPipe
+	case safe(minPipe):
+		f.want, f.ahead = minPipe, minPipe
 	default:
-		f.want = minPipe
+		f.want, f.ahead = minPipe, 0
+	}
+	// A pipe can be made smaller only when it is almost empty, so the cursor
+	// takes all there is. Once it does so however little is to come: a full
+	// pipe at the end of RAM is worse.
+	ahead := f.ahead
+	if f.have > f.want && (safe(f.have) || !f.tried) {
+		ahead = f.have
 	}
 	f.cur.SetReadAhead(ahead)
 }

@@ -1,6 +1,7 @@
 package tier
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -78,7 +79,7 @@ func Save(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Sav
 	}
 	s := &saver{o: o, fs: fsys, st: st, ctx: ctx, begin: time.Now()}
 	s.rep.Codec = o.Codec.String()
-	s.feed, s.cur = newFeed(in)
+	s.feed, s.cur = newFeed(ctx, in)
 	s.rd = stream.NewReader(s.cur)
 	defer func() { s.end(err) }()
 	if s.pend, err = st.Begin(o.VM); err != nil {
@@ -119,6 +120,12 @@ type saver struct {
 	rep   checkpoint.Report
 
 	skeletonChunks int // emitted
+	ramID          uint32
+	head           []byte                       // of a foreign section, not yet in the skeleton
+	inForeign      bool                         // amid one, which can't be interrupted
+	inRAM          bool                         // inside the payload of a RAM section
+	last           struct{ block, page uint64 } // of the last page record
+	placedBlock    uint64                       // of the last page record in the skeleton
 
 	unseen     uint64 // pages that have not come yet
 	returnPath bool
@@ -207,6 +214,15 @@ func (s *saver) frames() error {
 			s.noDevices = true
 			return nil
 		}
+		switch f.Kind {
+		case stream.SectionStart, stream.SectionPart, stream.SectionEnd:
+			if f.Section.Name != ramparse.SectionName {
+				if err := s.foreign(f); err != nil {
+					return err
+				}
+				continue
+			}
+		}
 		if err := s.skel.Literal(f.Raw); err != nil {
 			return err
 		}
@@ -218,19 +234,34 @@ func (s *saver) frames() error {
 		case stream.CommandFrame:
 			err = s.command(f.Command)
 		case stream.SectionStart, stream.SectionPart, stream.SectionEnd:
-			if f.Section.Name == ramparse.SectionName {
-				err = s.records()
-			} else {
-				if f.Kind == stream.SectionStart {
-					s.meta.Foreign = append(s.meta.Foreign, f.Section.Name)
-				}
-				err = s.rd.CopyForeign(s.skel.Literal)
-			}
+			s.ramID = f.Section.ID
+			err = s.records()
 		}
 		if err != nil {
 			return err
 		}
 	}
+}
+
+// foreign takes an iterable section that is not RAM's. Its head is kept back
+// until something of its payload is understood, so that opaque can still put a
+// record in front of it.
+func (s *saver) foreign(f stream.Frame) error {
+	if f.Kind == stream.SectionStart {
+		s.meta.Foreign = append(s.meta.Foreign, f.Section.Name)
+	}
+	s.head = bytes.Clone(f.Raw)
+	err := s.rd.CopyForeign(func(b []byte) error {
+		if s.head != nil {
+			if err := s.skel.Literal(s.head); err != nil {
+				return err
+			}
+			s.head, s.inForeign = nil, true
+		}
+		return s.skel.Literal(b)
+	})
+	s.inForeign = s.inForeign && err != nil
+	return err
 }
 
 func (s *saver) subsection(c stream.ConfigSubsection) {
@@ -281,6 +312,7 @@ func (s *saver) records() error {
 		s.dec = ramparse.NewDecoder(ramparse.Options{PageSize: s.meta.PageSize, IgnoreShared: s.meta.IgnoreShared})
 	}
 	var rec ramparse.Record
+	s.inRAM = true
 	for {
 		if err := s.dec.Next(s.cur, &rec); err != nil {
 			return err
@@ -305,6 +337,7 @@ func (s *saver) records() error {
 				return err
 			}
 			if rec.Kind == ramparse.EOS {
+				s.inRAM = false
 				s.feed.adjust(s.unseen)
 				return nil
 			}
@@ -345,9 +378,9 @@ func (s *saver) checkSpace() error {
 	return nil
 }
 
-// start opens the image once the page size is known: with the first page
+// openImage opens the image once the page size is known: with the first page
 // record, or when there is something to write before one has come.
-func (s *saver) start() error {
+func (s *saver) openImage() error {
 	if s.img != nil {
 		return nil
 	}
@@ -361,8 +394,25 @@ func (s *saver) start() error {
 	if segment == 0 {
 		segment = max(2, image.DefaultSegment/s.meta.PageSize)
 	}
-	pages := s.meta.BlockPages()
+	s.meta.UUID = s.pend.UUID
 	var err error
+	s.img, err = image.NewWriter(s.pend.File, image.Header{
+		PageSize: s.meta.PageSize, SegmentPages: segment, UUID: s.pend.UUID, Created: s.begin,
+	}, s.o.Codec, s.o.Workers)
+	return err
+}
+
+// start makes everything ready for pages, once the blocks and the page size are
+// known.
+func (s *saver) start() error {
+	if s.place != nil {
+		return nil
+	}
+	err := s.openImage()
+	if err != nil {
+		return err
+	}
+	pages := s.meta.BlockPages()
 	if s.table, err = pagetable.New(pages); err != nil {
 		return stream.Damaged("ram setup", s.cur.Offset(), "%v", err)
 	}
@@ -375,14 +425,7 @@ func (s *saver) start() error {
 		// nothing about how near the device tail is.
 		s.unseen = 0
 	}
-	s.meta.UUID = s.pend.UUID
 	s.scratch = make([]byte, s.meta.PageSize)
-	s.img, err = image.NewWriter(s.pend.File, image.Header{
-		PageSize: s.meta.PageSize, SegmentPages: segment, UUID: s.pend.UUID, Created: s.begin,
-	}, s.o.Codec, s.o.Workers)
-	if err != nil {
-		return err
-	}
 	s.feed.adjust(s.unseen)
 	s.place, err = newPlacer(s)
 	return err
@@ -392,7 +435,7 @@ const defaultPageSize = 4096
 
 // emitSkeleton writes a chunk of the skeleton log.
 func (s *saver) emitSkeleton(chunk []byte) error {
-	if err := s.start(); err != nil {
+	if err := s.openImage(); err != nil {
 		return err
 	}
 	s.skeletonChunks++
@@ -407,13 +450,23 @@ func (s *saver) chunk(k image.Kind, b []byte) error {
 
 // page takes one page record.
 func (s *saver) page(rec *ramparse.Record) error {
-	if s.img == nil {
+	if n := s.dec.PageSize(); s.img != nil && n != 0 && n != s.meta.PageSize {
+		// The image had to begin before a page told its size, and cannot
+		// hold pages of another one. All is kept, at the price of tiers.
+		if err := s.skel.Literal(rec.Raw); err != nil {
+			return err
+		}
+		return stream.Unknown("ram section", rec.Offset, "pages of %d bytes in an image for pages of %d", n, s.meta.PageSize)
+	}
+	if s.place == nil {
 		if err := s.start(); err != nil {
 			return err
 		}
 	}
+	s.last.block, s.last.page = uint64(rec.Block), rec.Page
 	old := s.table.Get(rec.Block, rec.Page)
 	if old.Kind() == pagetable.Absent {
+		s.placedBlock = uint64(rec.Block)
 		if err := s.skel.Page(rec.Block, rec.Page, rec.Named); err != nil {
 			return err
 		}
@@ -533,6 +586,12 @@ func (s *saver) endWithoutEOF(sc *stream.TailScanner) stream.Completion {
 func (s *saver) opaque(cause error) error {
 	s.o.Log.Warn("the rest of the stream is kept as it is, not understood", "cause", cause)
 	s.feed.release()
+	if err := s.restoreBlock(); err != nil {
+		return fmt.Errorf("%w: %w", err, cause)
+	}
+	if err := s.skel.Literal(s.head); err != nil {
+		return err
+	}
 	// The end of the stream must still be recognised: a cut one is no
 	// checkpoint.
 	var last []byte
@@ -571,6 +630,37 @@ func (s *saver) opaque(cause error) error {
 	}
 	s.rep.Seconds.RAM = s.since(s.begin)
 	return s.sync()
+}
+
+// restoreBlock makes CONTINUE mean in the restored stream what it means in the
+// saved one, for what is kept verbatim from here on. Records of pages that came
+// again are left out, and the last of them may have been in another block than
+// the last one that stays; then its page is written once more.
+func (s *saver) restoreBlock() error {
+	if s.place == nil || s.placedBlock == s.last.block {
+		return nil
+	}
+	if s.inForeign {
+		// A migration that fails can be repeated; a guest with pages in the
+		// wrong block can't.
+		return errors.New("what follows would not mean the same in a restored stream")
+	}
+	e := s.table.Get(int(s.last.block), s.last.page)
+	if err := s.place.content(s.scratch, e); err != nil {
+		return err
+	}
+	var b []byte
+	if !s.inRAM {
+		b = stream.AppendPart(b, s.ramID)
+	}
+	b = ramparse.AppendPage(b, s.meta.Blocks[s.last.block].Name, s.last.page*uint64(s.meta.PageSize), s.scratch)
+	if !s.inRAM {
+		b = ramparse.AppendEOS(b)
+		if s.rd.Footers() {
+			b = stream.AppendFooter(b, s.ramID)
+		}
+	}
+	return s.skel.Literal(b)
 }
 
 // commit writes what describes the checkpoint and makes it visible.
