@@ -94,6 +94,9 @@ func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
 	if c.Meta, err = readMeta(im); err != nil {
 		return err
 	}
+	if c.Meta.TailChunk < 0 || c.Meta.TailChunk > im.Chunks(image.Skeleton) {
+		return im.Corrupt(image.Meta, 0, fmt.Errorf("device tail in skeleton chunk %d of %d", c.Meta.TailChunk, im.Chunks(image.Skeleton)))
+	}
 	if im.Chunks(image.PageTable) != len(c.Meta.Table) {
 		return im.Corrupt(image.Meta, 0, fmt.Errorf("%d page table chunks, %d in the image", len(c.Meta.Table), im.Chunks(image.PageTable)))
 	}
@@ -192,8 +195,13 @@ func (c *Checkpoint) Close() error {
 
 // Skeleton plays the skeleton log.
 func (c *Checkpoint) Skeleton(p skeleton.Player) error {
+	return c.SkeletonChunks(0, c.Image.Chunks(image.Skeleton), p)
+}
+
+// SkeletonChunks plays the skeleton log from chunk first up to end.
+func (c *Checkpoint) SkeletonChunks(first, end int, p skeleton.Player) error {
 	pages := c.Meta.BlockPages()
-	for i := range c.Image.Chunks(image.Skeleton) {
+	for i := first; i < end; i++ {
 		b, err := c.Image.Chunk(image.Skeleton, i)
 		if err != nil {
 			return err

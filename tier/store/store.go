@@ -7,6 +7,7 @@
 //	├── nvram/UUID.json            an NVRAM file that saves of this store used
 //	└── vms/NAME/
 //	    ├── 00000001.flic          checkpoint 1: a flash image (package image)
+//	    ├── 00000001.touched       what resumes of checkpoint 1 have learned
 //	    ├── 00000002.flic
 //	    └── last                   highest number of a removed checkpoint
 //
@@ -39,6 +40,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -50,6 +52,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // Version is the version of the directory's layout.
@@ -195,7 +198,8 @@ func unseal(b []byte, v any) error {
 	return json.Unmarshal(f.Body, v)
 }
 
-const maxSmall = 1 << 20
+// maxSmall caps a sealed file: the largest holds workingset.MaxTouched runs.
+const maxSmall = 32 << 20
 
 func readSmall(fsys vfs.FS, name string) ([]byte, error) {
 	f, err := fsys.Open(name)
@@ -287,10 +291,15 @@ func ParseRef(s string) (Ref, error) {
 	return Ref{vm, n}, nil
 }
 
-func imageName(n int) string { return fmt.Sprintf("%08d.flic", n) }
+const (
+	imageSuffix   = ".flic"
+	touchedSuffix = ".touched"
+)
+
+func imageName(n int) string { return fmt.Sprintf("%08d", n) + imageSuffix }
 
 func parseImageName(name string) (int, bool) {
-	num, ok := strings.CutSuffix(name, ".flic")
+	num, ok := strings.CutSuffix(name, imageSuffix)
 	n, err := strconv.Atoi(num)
 	return n, ok && err == nil && n >= 1 && imageName(n) == name
 }
@@ -565,10 +574,57 @@ func (s *Store) Remove(r Ref, free func() error) error {
 	if err := s.fs.Remove(s.imagePath(r)); err != nil {
 		return err
 	}
+	// Without its image it is nothing to anybody; GC would remove it too.
+	s.fs.Remove(s.touchedPath(r))
 	if err := s.fs.SyncDir(s.path("vms", r.VM)); err != nil {
 		return err
 	}
 	return free()
+}
+
+func (s *Store) touchedPath(r Ref) string {
+	return strings.TrimSuffix(s.imagePath(r), imageSuffix) + touchedSuffix
+}
+
+// Touched returns what resumes of a checkpoint have learned; empty if there is
+// nothing.
+func (s *Store) Touched(r Ref) (*workingset.Touched, error) {
+	t := new(workingset.Touched)
+	name := s.touchedPath(r)
+	b, err := readSmall(s.fs, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return t, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := unseal(b, t); err != nil {
+		return nil, &image.CorruptError{File: name, What: "touched pages", Err: err}
+	}
+	return t, nil
+}
+
+// AddTouched adds what a resume has learned. Several resumes of one checkpoint
+// may do so. What can't be read is replaced: it is a hint, not data.
+func (s *Store) AddTouched(r Ref, pageSize int, blocks []string, runs []workingset.PageRun) error {
+	unlock, err := s.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if _, err := s.Resolve(r); err != nil {
+		return err
+	}
+	t, err := s.Touched(r)
+	if err != nil || t.PageSize != pageSize || !slices.Equal(t.Blocks, blocks) {
+		t = &workingset.Touched{PageSize: pageSize, Blocks: blocks}
+	}
+	t.Add(runs)
+	b, err := seal(t)
+	if err != nil {
+		return err
+	}
+	return s.writeSmall(s.touchedPath(r), b)
 }
 
 type nvramFile struct {
@@ -667,6 +723,26 @@ func (s *Store) gcTmp(live map[uuid.UUID]bool, rep *GCReport) error {
 	return s.fs.SyncDir(s.path("tmp"))
 }
 
+// gcTouched removes what was learned of checkpoints that are gone.
+func (s *Store) gcTouched(vm string) error {
+	entries, err := s.fs.ReadDir(s.path("vms", vm))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		stem, ok := strings.CutSuffix(e.Name(), touchedSuffix)
+		if !ok {
+			continue
+		}
+		if _, err := s.fs.Stat(s.path("vms", vm, stem+imageSuffix)); errors.Is(err, fs.ErrNotExist) {
+			if err := s.fs.Remove(s.path("vms", vm, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // liveImages adds the owners of all committed images. An image whose header
 // can't be read stops GC: its NVRAM must not be given away because of it.
 func (s *Store) liveImages(live map[uuid.UUID]bool) error {
@@ -677,6 +753,9 @@ func (s *Store) liveImages(live map[uuid.UUID]bool) error {
 		return err
 	}
 	for _, e := range vms {
+		if err := s.gcTouched(e.Name()); err != nil {
+			return err
+		}
 		if err := s.fs.SyncDir(s.path("vms", e.Name())); err != nil {
 			return err
 		}

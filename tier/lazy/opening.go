@@ -1,0 +1,178 @@
+package lazy
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/stream/postcopy"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+)
+
+// ErrNotPossible: this checkpoint can only be restored eagerly.
+var ErrNotPossible = errors.New("lazy restore is not possible")
+
+// hostPage is the page size in which a destination's userfaultfd works on
+// ordinary memory.
+const hostPage = 4096
+
+// Possible tells whether c can be restored lazily; the error wraps
+// ErrNotPossible and says why not.
+func Possible(c *checkpoint.Checkpoint) error {
+	m := c.Meta
+	why := ""
+	switch {
+	case m.OpaqueBytes > 0:
+		why = "a part of its stream is kept without being understood"
+	case len(m.Foreign) > 0:
+		why = fmt.Sprintf("its stream has a %q section", m.Foreign[0])
+	case m.IgnoreShared:
+		why = "it was saved with x-ignore-shared"
+	case m.PageSize != hostPage:
+		why = fmt.Sprintf("its target page size is %d", m.PageSize)
+	case !m.Footers:
+		why = "its machine type is too old to have section footers"
+	case len(m.Blocks) == 0:
+		why = "it has no RAM"
+	}
+	for _, b := range m.Blocks {
+		if b.PageSize != 0 && b.PageSize != hostPage {
+			why = fmt.Sprintf("RAM block %q has pages of %d bytes", b.Name, b.PageSize)
+		}
+	}
+	if why != "" {
+		return fmt.Errorf("%w: %s", ErrNotPossible, why)
+	}
+	return nil
+}
+
+// opening is what a lazy restore sends before the first page.
+type opening struct {
+	bytes    []byte
+	ramID    uint32 // section id of RAM, for PART and END
+	runState string
+}
+
+// maxOpening caps the literals before RAM's first page: configuration and RAM
+// setup, of which the largest, 4096 blocks with long names, takes 1 MiB.
+const maxOpening = 4 << 20
+
+var errStop = errors.New("enough")
+
+// literals collects a skeleton's literals up to the first page.
+type literals struct {
+	b   []byte
+	max int
+}
+
+func (l *literals) Literal(b []byte) error {
+	if len(l.b)+len(b) > l.max {
+		return fmt.Errorf("%w: more than %d bytes before the first page", ErrNotPossible, l.max)
+	}
+	l.b = append(l.b, b...)
+	return nil
+}
+
+func (l *literals) Pages(int, uint64, uint64, bool) error { return errStop }
+
+// newOpening takes the stored stream apart and puts the opening together in
+// the order that QEMU's loadvm_process_command and loadvm_postcopy_* want.
+func newOpening(c *checkpoint.Checkpoint) (*opening, error) {
+	head := literals{max: maxOpening}
+	if err := c.SkeletonChunks(0, c.Meta.TailChunk, &head); err != nil && err != errStop {
+		return nil, err
+	}
+	tail := literals{max: stream.MaxTail}
+	if err := c.SkeletonChunks(c.Meta.TailChunk, c.Image.Chunks(image.Skeleton), &tail); err != nil {
+		return nil, err
+	}
+	o := new(opening)
+	if err := o.setup(c, head.b); err != nil {
+		return nil, c.Image.Corrupt(image.Skeleton, 0, err)
+	}
+	if err := o.devices(tail.b); err != nil {
+		return nil, c.Image.Corrupt(image.Skeleton, c.Meta.TailChunk, err)
+	}
+	return o, nil
+}
+
+// setup writes header, configuration, postcopy's advice, the RAM setup as
+// stored and the discards. The saved stream's own commands are left out: they
+// were for another conversation.
+func (o *opening) setup(c *checkpoint.Checkpoint, head []byte) error {
+	cur := stream.NewCursor(bytes.NewReader(head), len(head))
+	rd := stream.NewReader(cur)
+	advised := false
+	for {
+		f, err := rd.Next()
+		if err != nil {
+			return err
+		}
+		switch f.Kind {
+		case stream.Header, stream.Configuration, stream.Subsection:
+			o.bytes = append(o.bytes, f.Raw...)
+		case stream.CommandFrame:
+		case stream.SectionStart:
+			if f.Section.Name != ramparse.SectionName {
+				return fmt.Errorf("section %q before RAM", f.Section.Name)
+			}
+			advised = true
+			o.ramID = f.Section.ID
+			o.bytes = postcopy.AppendOpenReturnPath(o.bytes)
+			o.bytes = postcopy.AppendAdvise(o.bytes, postcopy.Advise{PageSizes: hostPage, Target: hostPage})
+			o.bytes = append(o.bytes, f.Raw...)
+			if err := o.ramSetup(cur); err != nil {
+				return err
+			}
+		case stream.Footer:
+			if !advised {
+				return errors.New("footer before RAM's setup")
+			}
+			o.bytes = append(o.bytes, f.Raw...)
+			for _, b := range c.Meta.Blocks {
+				// Whole blocks: at least one discard must come, and it undoes
+				// what transparent huge pages have populated.
+				o.bytes = postcopy.AppendDiscard(o.bytes, b.Name, []postcopy.Range{{Start: 0, Length: b.Used}})
+			}
+			return nil
+		default:
+			return fmt.Errorf("%v before RAM's setup", f.Kind)
+		}
+	}
+}
+
+func (o *opening) ramSetup(cur *stream.Cursor) error {
+	dec := ramparse.NewDecoder(ramparse.Options{PageSize: hostPage})
+	var rec ramparse.Record
+	for rec.Kind != ramparse.EOS {
+		if err := dec.Next(cur, &rec); err != nil {
+			return err
+		}
+		o.bytes = append(o.bytes, rec.Raw...)
+	}
+	return nil
+}
+
+// devices writes the package: LISTEN, every device's section, RUN.
+func (o *opening) devices(tail []byte) error {
+	t, err := stream.ParseTail(tail)
+	if err != nil {
+		return err
+	}
+	o.runState = t.RunState
+	end := len(tail) - 1 // QEMU_VM_EOF
+	if t.Description != nil {
+		end -= 1 + 4 + len(t.Description)
+	}
+	if end < 0 || tail[end] != 0 {
+		return errors.New("device tail does not end in QEMU_VM_EOF")
+	}
+	pack := postcopy.AppendListen(nil)
+	pack = append(pack, tail[:end]...)
+	pack = postcopy.AppendRun(pack)
+	o.bytes = postcopy.AppendPackage(o.bytes, pack)
+	return nil
+}

@@ -1,0 +1,545 @@
+package lazy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sort"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/stream/postcopy"
+	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// Options of Serve and Recover.
+type Options struct {
+	// First is sent before everything but demands: pages that earlier
+	// resumes asked for, in that order. Pages outside the blocks are ignored.
+	First []workingset.PageRun
+	// HoldBackground keeps everything back that is neither in First nor in
+	// NVRAM until the guest has asked for nothing for this long (0: not at
+	// all), so that a first resume learns what the guest touches.
+	HoldBackground time.Duration
+	// MaxHold ends HoldBackground's wait for a guest that never rests.
+	MaxHold time.Duration
+
+	Progress func(Progress) // called a few times a second; may be nil
+	Log      *slog.Logger   // nil: none
+}
+
+// Progress is how far a restore is.
+type Progress struct {
+	Running         bool  // the opening, RUN included, has been sent
+	Pages, PagesAll int64 // sent, and to be sent
+	Demands         int64
+}
+
+// Report is what a lazy restore did.
+type Report struct {
+	Pages     int64 `json:"pages"`     // sent
+	BytesOut  int64 `json:"bytes_out"` // written to QEMU
+	Demands   int64 `json:"demands"`   // pages asked for, each once
+	Waited    int64 `json:"waited"`    // those of them that had not been sent when the request came
+	Zero      int64 `json:"zero"`      // demands for pages without content
+	HotPages  int64 `json:"hot_pages"` // sent from First and NVRAM
+	Recovered int64 `json:"recovered"` // pages that QEMU had already (Recover)
+
+	WaitP50 time.Duration `json:"wait_p50_ns"` // from a request's arrival until its page was written
+	WaitP99 time.Duration `json:"wait_p99_ns"`
+	WaitMax time.Duration `json:"wait_max_ns"`
+
+	Opening  time.Duration `json:"opening_ns"`  // until RUN had been sent
+	Hot      time.Duration `json:"hot_ns"`      // until First and NVRAM had been sent
+	Resident time.Duration `json:"resident_ns"` // until the last page had been sent
+
+	// Touched are the pages that were waited for, in that order: what the
+	// next resume's First should have.
+	Touched []workingset.PageRun `json:"-"`
+}
+
+// ErrGone: QEMU closed its end before everything was sent.
+var ErrGone = errors.New("QEMU has closed the return path: it has ended or given up the restore")
+
+// Serve restores c to the QEMU at the other ends of in (its return path) and
+// out. It returns after the last byte is written, without waiting for QEMU to
+// read it; the caller then ends the process, because QEMU may wait for that.
+// An error leaves QEMU in postcopy-paused if RUN had been sent, from where
+// Recover goes on.
+func Serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options) (*Report, error) {
+	if err := Possible(c); err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	op, err := newOpening(c)
+	if err != nil {
+		return nil, err
+	}
+	p := newPump(c, out, op.ramID, o, start)
+	if err := p.write(op.bytes); err != nil {
+		return p.report(), err
+	}
+	p.rep.Opening = time.Since(start)
+	return p.run(ctx, returnpath.NewReader(in))
+}
+
+// Recover goes on where a Serve of the same checkpoint was cut off, after
+// QEMU's migrate-recover. Nothing of the first server's state is needed: QEMU
+// says what it has. Once the first byte is written QEMU must hear everything
+// up to RESUME or it crashes (lazy restore's rule), so all that can fail is
+// done before.
+func Recover(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options) (*Report, error) {
+	if err := Possible(c); err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	op, err := newOpening(c)
+	if err != nil {
+		return nil, err
+	}
+	p := newPump(c, out, op.ramID, o, start)
+	rd := returnpath.NewReader(in)
+	if err := p.handshake(rd); err != nil {
+		return p.report(), err
+	}
+	p.rep.Opening = time.Since(start)
+	return p.run(ctx, rd)
+}
+
+// handshake tells QEMU that the migration goes on and learns which pages it
+// has (migration/savevm.c, loadvm_handle_recv_bitmap and
+// loadvm_postcopy_handle_resume).
+func (p *pump) handshake(rd *returnpath.Reader) error {
+	var b []byte
+	for _, blk := range p.c.Meta.Blocks {
+		b = postcopy.AppendRecvBitmap(b, blk.Name)
+	}
+	if err := p.write(b); err != nil {
+		return err
+	}
+	for range p.c.Meta.Blocks {
+		m, err := next(rd, returnpath.RecvBitmap)
+		if err != nil {
+			return err
+		}
+		i, ok := p.blocks[m.Block]
+		if !ok {
+			return fmt.Errorf("QEMU has a RAM block %q that the checkpoint does not have", m.Block)
+		}
+		p.rep.Recovered += p.sent[i].fill(m.Bitmap)
+	}
+	if err := p.write(postcopy.AppendResume(nil)); err != nil {
+		return err
+	}
+	_, err := next(rd, returnpath.ResumeAck)
+	return err
+}
+
+// next reads the message of the given type that must come next.
+func next(rd *returnpath.Reader, want returnpath.Type) (returnpath.Message, error) {
+	for {
+		m, err := rd.Next()
+		if err == io.EOF {
+			err = ErrGone
+		}
+		if err != nil || m.Type == want {
+			return m, err
+		}
+		// Requests may come before QEMU has read the command; it repeats
+		// those that still matter after RESUME.
+		if m.Type != returnpath.ReqPages && m.Type != returnpath.ReqPagesID {
+			return m, fmt.Errorf("QEMU answers %v, expected %v", m.Type, want)
+		}
+	}
+}
+
+// demand is a page that QEMU asks for.
+type demand struct {
+	block int
+	page  uint64
+	at    time.Time
+}
+
+// pump owns everything that is written to QEMU and the record of it.
+type pump struct {
+	c     *checkpoint.Checkpoint
+	out   io.Writer
+	ramID uint32
+	o     Options
+	start time.Time
+
+	blocks map[string]int
+	sent   []bitmap
+	buf    []byte
+	named  int // block of the last record in buf; -1 at a section's start
+	fill   []byte
+
+	pages *pageSource
+	rep   Report
+	waits []time.Duration
+	total int64
+	tick  time.Time
+
+	demands chan demand
+}
+
+const (
+	// maxDemands bounds the requests that have arrived and were not looked
+	// at: each of a guest's vCPUs and of QEMU's own threads waits for one
+	// page, so this many never wait. Beyond it the return path is read later.
+	maxDemands = 1024
+	// writePages is how many pages go out in one write. A demand waits for
+	// at most one such write.
+	writePages = 8
+	// neighbours is how many pages behind a demanded one are sent with it if
+	// they lie in the same, already decoded segment.
+	neighbours = 7
+)
+
+func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, start time.Time) *pump {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	p := &pump{
+		c: c, out: out, ramID: ramID, o: o, start: start, named: -1,
+		blocks: make(map[string]int), demands: make(chan demand, maxDemands),
+		fill: make([]byte, c.Meta.PageSize), pages: newPageSource(c),
+	}
+	for i, n := range c.Meta.BlockPages() {
+		p.blocks[c.Meta.Blocks[i].Name] = i
+		p.sent = append(p.sent, newBitmap(n))
+	}
+	p.total = c.Meta.Report.Hot + c.Meta.Report.Cold
+	return p
+}
+
+// run serves until all pages are sent.
+func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	// The receiver is not waited for: it ends when its pipe does, at the
+	// latest with the process.
+	go func() { cancel(p.receive(ctx, rd)) }()
+
+	g, ctx := errgroup.WithContext(ctx)
+	ld := newLoader(p.c, func() bool { return len(p.demands) > 0 })
+	g.Go(func() error { return ld.run(ctx) })
+	g.Go(func() error { return p.serve(ctx, ld) })
+	err := g.Wait()
+	if err == nil {
+		p.rep.Resident = time.Since(p.start)
+	}
+	return p.report(), err
+}
+
+// receive turns the return path's requests into demands.
+func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
+	for {
+		m, err := rd.Next()
+		if err == io.EOF {
+			return ErrGone
+		}
+		if err != nil {
+			return err
+		}
+		switch m.Type {
+		case returnpath.Shut:
+			if m.Value != 0 {
+				return fmt.Errorf("QEMU reports that loading failed (SHUT %d)", m.Value)
+			}
+			continue // it has everything
+		case returnpath.ReqPages, returnpath.ReqPagesID:
+		default:
+			continue
+		}
+		b, ok := p.blocks[m.Block]
+		size := uint64(p.c.Meta.PageSize)
+		if !ok || m.Start%size != 0 || m.Start/size >= p.c.Table.Pages(b) || uint64(m.Length) > p.c.Meta.Blocks[b].Used {
+			return fmt.Errorf("QEMU asks for %d bytes at %s:%#x, which the checkpoint does not have", m.Length, m.Block, m.Start)
+		}
+		at := time.Now()
+		last := min(m.Start/size+max(1, uint64(m.Length)/size), p.c.Table.Pages(b))
+		for page := m.Start / size; page < last; page++ {
+			select {
+			case p.demands <- demand{b, page, at}:
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+	}
+}
+
+// serve sends everything in its order.
+func (p *pump) serve(ctx context.Context, ld *loader) error {
+	if err := p.first(ctx); err != nil {
+		return err
+	}
+	if err := p.nvram(ctx); err != nil {
+		return err
+	}
+	p.rep.Hot = time.Since(p.start)
+	p.rep.HotPages = p.rep.Pages
+	if err := p.hold(ctx); err != nil {
+		return err
+	}
+	ld.begin()
+	for {
+		select {
+		case d := <-p.demands:
+			if err := p.demanded(d); err != nil {
+				return err
+			}
+			continue
+		default:
+		}
+		select {
+		case d := <-p.demands:
+			if err := p.demanded(d); err != nil {
+				return err
+			}
+		case b, ok := <-ld.batches:
+			if !ok {
+				return p.finish()
+			}
+			if err := p.batch(ctx, b); err != nil {
+				return err
+			}
+			ld.done(b)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// first sends the pages that earlier resumes asked for.
+func (p *pump) first(ctx context.Context) error {
+	for _, r := range p.o.First {
+		if r.Block < 0 || r.Block >= len(p.sent) {
+			continue
+		}
+		for page := r.Page; page-r.Page < r.Count && page < p.c.Table.Pages(r.Block); page++ {
+			if err := p.background(ctx, r.Block, page); err != nil {
+				return err
+			}
+		}
+	}
+	return p.flush()
+}
+
+// nvram sends the NVRAM part in its prefetch order.
+func (p *pump) nvram(ctx context.Context) error {
+	for _, s := range p.c.NVRAMSlots() {
+		if err := p.background(ctx, int(s.Block), s.Page); err != nil {
+			return err
+		}
+	}
+	return p.flush()
+}
+
+// background adds a page that nobody has asked for and looks for demands at
+// every write.
+func (p *pump) background(ctx context.Context, block int, page uint64) error {
+	if p.sent[block].has(page) {
+		return nil
+	}
+	if err := p.pages.visit(block, page, p.send); err != nil {
+		return err
+	}
+	if p.full() {
+		return p.yield(ctx)
+	}
+	return nil
+}
+
+// yield writes what is there and serves the demands that have come.
+func (p *pump) yield(ctx context.Context) error {
+	if err := p.flush(); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	for {
+		select {
+		case d := <-p.demands:
+			if err := p.demanded(d); err != nil {
+				return err
+			}
+		default:
+			return nil
+		}
+	}
+}
+
+// hold serves demands alone until the guest has been quiet for a while.
+func (p *pump) hold(ctx context.Context) error {
+	if p.o.HoldBackground <= 0 {
+		return nil
+	}
+	begin := time.Now()
+	quiet := time.NewTimer(p.o.HoldBackground)
+	defer quiet.Stop()
+	for p.o.MaxHold <= 0 || time.Since(begin) < p.o.MaxHold {
+		select {
+		case d := <-p.demands:
+			if err := p.demanded(d); err != nil {
+				return err
+			}
+			quiet.Reset(p.o.HoldBackground)
+		case <-quiet.C:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// demanded answers a request.
+func (p *pump) demanded(d demand) error {
+	p.rep.Demands++
+	if p.sent[d.block].has(d.page) {
+		return nil // on its way, or another vCPU's request
+	}
+	if err := p.flush(); err != nil {
+		return err
+	}
+	err := p.pages.visit(d.block, d.page, func(block int, page uint64, data []byte) error {
+		if data == nil {
+			p.rep.Zero++
+		}
+		p.append(block, page, data)
+		return nil
+	})
+	if err == nil {
+		err = p.flush()
+	}
+	if err != nil {
+		return err
+	}
+	p.rep.Waited++
+	p.waits = append(p.waits, time.Since(d.at))
+	p.touch(d.block, d.page)
+	if err := p.pages.neighbours(d.block, d.page, neighbours, p.send); err != nil {
+		return err
+	}
+	return p.flush()
+}
+
+func (p *pump) touch(block int, page uint64) {
+	t := p.rep.Touched
+	if n := len(t); n > 0 && t[n-1].Block == block && t[n-1].Page+t[n-1].Count == page {
+		t[n-1].Count++
+		return
+	}
+	p.rep.Touched = append(t, workingset.PageRun{Block: block, Page: page, Count: 1})
+}
+
+// batch sends the pages of a decoded segment.
+func (p *pump) batch(ctx context.Context, b *batch) error {
+	for _, r := range b.pages {
+		for i := range r.count {
+			if p.sent[r.block].has(r.page + i) {
+				continue
+			}
+			e := r.slot + pagetable.Entry(i*r.step)
+			if err := content(p.c, b.segment, p.fill, r.block, r.page+i, e, p.send); err != nil {
+				return err
+			}
+			if p.full() {
+				if err := p.yield(ctx); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return p.flush()
+}
+
+// send adds a page's record unless it has been sent or reads as zero anyway.
+func (p *pump) send(block int, page uint64, data []byte) error {
+	if data != nil && !p.sent[block].has(page) {
+		p.append(block, page, data)
+	}
+	return nil
+}
+
+// append adds a page's record; no data means zero.
+func (p *pump) append(block int, page uint64, data []byte) {
+	if len(p.buf) == 0 {
+		p.buf = stream.AppendPart(p.buf, p.ramID)
+		p.named = -1
+	}
+	name := ""
+	if block != p.named {
+		name, p.named = p.c.Meta.Blocks[block].Name, block
+	}
+	addr := page * uint64(p.c.Meta.PageSize)
+	if data == nil {
+		p.buf = ramparse.AppendZero(p.buf, name, addr, 0)
+	} else {
+		p.buf = ramparse.AppendPage(p.buf, name, addr, data)
+	}
+	p.sent[block].set(page)
+	p.rep.Pages++
+}
+
+func (p *pump) full() bool { return len(p.buf) >= writePages*p.c.Meta.PageSize }
+
+// flush ends the open section and writes it.
+func (p *pump) flush() error {
+	if len(p.buf) == 0 {
+		return nil
+	}
+	p.buf = ramparse.AppendEOS(p.buf)
+	p.buf = stream.AppendFooter(p.buf, p.ramID)
+	err := p.write(p.buf)
+	p.buf = p.buf[:0]
+	p.progress()
+	return err
+}
+
+func (p *pump) write(b []byte) error {
+	n, err := p.out.Write(b)
+	p.rep.BytesOut += int64(n)
+	return err
+}
+
+// finish ends the migration.
+func (p *pump) finish() error {
+	for len(p.demands) > 0 {
+		if err := p.demanded(<-p.demands); err != nil {
+			return err
+		}
+	}
+	b := stream.AppendEnd(nil, p.ramID)
+	b = ramparse.AppendEOS(b)
+	b = stream.AppendFooter(b, p.ramID)
+	return p.write(stream.AppendEOF(b))
+}
+
+func (p *pump) progress() {
+	if p.o.Progress == nil {
+		return
+	}
+	if now := time.Now(); now.Sub(p.tick) >= 200*time.Millisecond {
+		p.tick = now
+		p.o.Progress(Progress{Running: true, Pages: p.rep.Pages + p.rep.Recovered, PagesAll: p.total, Demands: p.rep.Demands})
+	}
+}
+
+func (p *pump) report() *Report {
+	sort.Slice(p.waits, func(i, j int) bool { return p.waits[i] < p.waits[j] })
+	if n := len(p.waits); n > 0 {
+		p.rep.WaitP50, p.rep.WaitP99, p.rep.WaitMax = p.waits[n/2], p.waits[n*99/100], p.waits[n-1]
+	}
+	return &p.rep
+}

@@ -1,0 +1,138 @@
+package lazy
+
+import (
+	"fmt"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+)
+
+// sender takes a page. data is nil if the page reads as zero, and otherwise
+// the sender's until it returns.
+type sender func(block int, page uint64, data []byte) error
+
+// pageSource finds single pages for the pump. It keeps the segments it decoded
+// last, because a guest that touches a page touches its neighbours.
+type pageSource struct {
+	c       *checkpoint.Checkpoint
+	cache   [demandSegments]*image.Segment
+	readers [demandSegments]image.SegmentReader
+	next    int
+	page    []byte // for pages that lie nowhere as they are
+}
+
+const demandSegments = 32
+
+func newPageSource(c *checkpoint.Checkpoint) *pageSource {
+	s := &pageSource{c: c, page: make([]byte, c.Meta.PageSize)}
+	for i := range s.readers {
+		s.readers[i].Reuse = true
+	}
+	return s
+}
+
+// visit hands a page's content to send.
+func (s *pageSource) visit(block int, page uint64, send sender) error {
+	run, err := s.c.Table.Find(block, page)
+	if err != nil {
+		return err
+	}
+	e := run.Entry(0)
+	var seg *image.Segment
+	if e.Kind() == pagetable.Flash {
+		if seg, err = s.segment(segmentOf(s.c, e)); err != nil {
+			return fmt.Errorf("page %s: %w", s.c.PageName(block, page), err)
+		}
+	}
+	return content(s.c, seg, s.page, block, page, e, send)
+}
+
+// neighbours hands the pages behind a page that visit was asked for to send, up
+// to n of them, as long as they cost no more decoding.
+func (s *pageSource) neighbours(block int, page uint64, n uint64, send sender) error {
+	last := min(page+n, s.c.Table.Pages(block)-1)
+	for page++; page <= last; page++ {
+		run, err := s.c.Table.Find(block, page)
+		if err != nil {
+			return err
+		}
+		e := run.Entry(0)
+		var seg *image.Segment
+		if e.Kind() == pagetable.Flash {
+			if seg = s.cached(segmentOf(s.c, e)); seg == nil {
+				return nil
+			}
+		}
+		if err := content(s.c, seg, s.page, block, page, e, send); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func segmentOf(c *checkpoint.Checkpoint, e pagetable.Entry) uint32 {
+	return uint32(e.Value() / uint64(c.Image.SegmentPages))
+}
+
+func (s *pageSource) cached(n uint32) *image.Segment {
+	for _, seg := range s.cache {
+		if seg != nil && seg.Number == n {
+			return seg
+		}
+	}
+	return nil
+}
+
+func (s *pageSource) segment(n uint32) (*image.Segment, error) {
+	if seg := s.cached(n); seg != nil {
+		return seg, nil
+	}
+	i := s.next
+	s.next = (i + 1) % demandSegments
+	// The reader's buffer is about to be overwritten, whatever comes of it.
+	s.cache[i] = nil
+	seg, err := s.c.Image.Segment(&s.readers[i], n)
+	s.cache[i] = seg
+	return seg, err
+}
+
+// content hands the content of a page with entry e to send; seg is its decoded
+// segment if it is in flash, buf is room for one page.
+func content(c *checkpoint.Checkpoint, seg *image.Segment, buf []byte, block int, page uint64, e pagetable.Entry, send sender) error {
+	switch e.Kind() {
+	case pagetable.Absent, pagetable.ZeroData:
+		return send(block, page, nil)
+	case pagetable.Fill:
+		if e.Value() == 0 {
+			return send(block, page, nil)
+		}
+		for i := range buf {
+			buf[i] = byte(e.Value())
+		}
+		return send(block, page, buf)
+	case pagetable.NVRAM:
+		return c.GuardNVRAM(func() error {
+			data, err := c.NVRAMPage(e.Value(), block, page)
+			if err != nil {
+				return err
+			}
+			return send(block, page, data)
+		})
+	}
+	i := int(e.Value() % uint64(c.Image.SegmentPages))
+	var err error
+	if seg.Kind == image.Records {
+		var payload []byte
+		if payload, err = seg.Record(i); err == nil {
+			err = ramparse.Inflate(buf, payload)
+		}
+	} else {
+		buf, err = seg.Page(i)
+	}
+	if err != nil {
+		return fmt.Errorf("page %s: %w", c.PageName(block, page), err)
+	}
+	return send(block, page, buf)
+}
