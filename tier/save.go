@@ -209,6 +209,11 @@ func (s *saver) frames() error {
 		}
 		switch f.Kind {
 		case stream.SectionFull:
+			if s.meta.Blocks == nil {
+				// Devices that save something ahead of RAM (QEMU 8.1's early
+				// setup): where their sections end can't be told.
+				return stream.Unknown("device section", f.Offset, "before RAM")
+			}
 			return nil
 		case stream.EOF:
 			s.noDevices = true
@@ -389,6 +394,12 @@ func (s *saver) openImage() error {
 	}
 	if s.meta.PageSize == 0 {
 		s.meta.PageSize = defaultPageSize
+		if s.dec != nil {
+			// From here on another size would be a contradiction.
+			if err := s.dec.SetPageSize(defaultPageSize); err != nil {
+				return err
+			}
+		}
 	}
 	segment := s.o.SegmentPages
 	if segment == 0 {
@@ -542,12 +553,12 @@ func (s *saver) tail() error {
 	case stream.Weak:
 		s.o.Log.Warn("the machine type is too old for its stream to say where it ends; it was taken to be whole")
 	}
-	if t, err := stream.ParseTail(sc.Bytes()); err != nil {
+	t, err := stream.ParseTail(sc.Bytes())
+	if err != nil {
 		// The tail is kept verbatim whether it is understood or not.
 		s.o.Log.Warn("device tail is not as its vmdescription says", "error", err)
-	} else {
-		s.meta.RunState = t.RunState
 	}
+	s.meta.RunState = t.RunState
 	s.rep.Seconds.Tail = s.since(start)
 	// The tail gets chunks of its own: a lazy restore sends it first.
 	if err := s.skel.Flush(); err != nil {
