@@ -443,7 +443,8 @@ func (s *Store) Begin(vm string) (*Pending, error) {
 
 // Commit gives the image, which must be whole and synced, its name and returns
 // the checkpoint's reference once the name is durable. After an error nothing
-// is visible and the save is ended; the caller still releases its NVRAM.
+// is visible, unless IsUncertain says so, and the save is ended; the caller still
+// releases its NVRAM.
 func (p *Pending) Commit() (Ref, error) {
 	ref, err := p.commit()
 	if err != nil {
@@ -479,11 +480,10 @@ func (p *Pending) commit() (Ref, error) {
 	}
 	if err := s.fs.SyncDir(dir); err != nil {
 		// The name may or may not be durable; take it back. If that does not
-		// become durable either, a power cut can still bring the name up, so
-		// the NVRAM part must stay its own until GC has seen the directory
-		// synced.
-		s.fs.Remove(final)
-		if s.fs.SyncDir(dir) != nil {
+		// become durable either, or can't be done, the name is or can come
+		// up, so the NVRAM part must stay its own until GC has seen the
+		// directory synced.
+		if s.fs.Remove(final) != nil || s.fs.SyncDir(dir) != nil {
 			err = &uncertainError{err}
 		}
 		return Ref{}, err
@@ -491,14 +491,14 @@ func (p *Pending) commit() (Ref, error) {
 	return ref, nil
 }
 
-// uncertainError is a Commit's failure after which a power cut may still show
-// the checkpoint.
+// uncertainError is a Commit's failure after which the checkpoint may be there
+// all the same, at once or after a power cut.
 type uncertainError struct{ error }
 
 func (e *uncertainError) Unwrap() error { return e.error }
 
-// IsUncertain tells whether Commit failed so that its checkpoint may come up
-// after a power cut. Its NVRAM must then be left to GC.
+// IsUncertain tells whether Commit failed so that its checkpoint may be there,
+// whole, all the same. Its NVRAM must then be left to GC.
 func IsUncertain(err error) bool {
 	var u *uncertainError
 	return errors.As(err, &u)
