@@ -393,13 +393,10 @@ func (s *saver) openImage() error {
 		s.meta.PageSize = s.dec.PageSize()
 	}
 	if s.meta.PageSize == 0 {
+		// If the decoder finds another size later, the rest is kept as it is
+		// (see page). It must not be told to believe in this one: pages of
+		// 8 KiB cut in the middle look like a damaged stream.
 		s.meta.PageSize = defaultPageSize
-		if s.dec != nil {
-			// From here on another size would be a contradiction.
-			if err := s.dec.SetPageSize(defaultPageSize); err != nil {
-				return err
-			}
-		}
 	}
 	segment := s.o.SegmentPages
 	if segment == 0 {
