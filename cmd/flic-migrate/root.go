@@ -106,7 +106,7 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 	root.SetErr(a.stderr)
 	root.PersistentFlags().StringVar(&a.store, "store", defaultStore(), "directory that holds the checkpoints")
 	root.PersistentFlags().StringVar(&a.config, "config", "", "configuration file (default: "+strings.Join(configPaths(), ", then ")+")")
-	root.AddCommand(newSave(a), newRestore(a), newList(a), newShow(a), newVerify(a), newVersion())
+	root.AddCommand(newSave(a), newRestore(a), newList(a), newShow(a), newVerify(a), newRm(a), newGC(a), newPersist(a), newReplay(a), newDump(a), newVersion())
 	for _, c := range append(root.Commands(), root) {
 		describe(c)
 	}

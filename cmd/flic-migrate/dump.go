@@ -1,0 +1,322 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/google/uuid"
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier/replay"
+)
+
+func newDump(a *app) *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "dump [flags] STREAM",
+		Short: "Print what a recorded migration stream consists of",
+		Long: `Dump prints the structure of a migration stream: header and configuration, commands,
+sections, RAM blocks, page records by kind, passes over the memory, and the device
+sections with their sizes. STREAM is a file, which may be compressed with zstd,
+gzip or lz4, or - for standard input.
+
+Of a damaged or truncated stream it prints what comes before the damage, and exits
+with 5.`,
+		Example: `  flic-migrate dump web1.stream
+  flic-migrate restore --store /srv/vms web1 | flic-migrate dump --json -`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error { return a.dump(args[0], asJSON) },
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	return c
+}
+
+// dumpDoc is dump's JSON document.
+type dumpDoc struct {
+	Stream       string         `json:"stream"`
+	Bytes        int64          `json:"bytes"` // decompressed
+	Machine      string         `json:"machine,omitempty"`
+	PageSize     int            `json:"page_size"` // 0: no page told it
+	Capabilities []string       `json:"capabilities,omitempty"`
+	GuestUUID    string         `json:"guest_uuid,omitempty"`
+	Subsections  []string       `json:"subsections,omitempty"`
+	Commands     []dumpCommand  `json:"commands,omitempty"`
+	Sections     []dumpSection  `json:"sections"`
+	Blocks       []dumpBlock    `json:"blocks"`
+	Records      map[string]int `json:"records"` // of the RAM section, by kind
+	Passes       int            `json:"passes"`
+	Devices      []dumpDevice   `json:"devices"`
+	TailBytes    int            `json:"tail_bytes"` // device sections, EOF, vmdescription
+	Description  int            `json:"vmdescription_bytes"`
+	RunState     string         `json:"run_state,omitempty"`
+	OpaqueBytes  int64          `json:"opaque_bytes"` // not understood, at the end
+	OpaqueCause  string         `json:"opaque_cause,omitempty"`
+	Error        string         `json:"error,omitempty"`
+}
+
+type dumpCommand struct {
+	Offset int64  `json:"offset"`
+	Number uint16 `json:"number"`
+	Name   string `json:"name"`
+	Length int    `json:"length"`
+}
+
+// dumpSection is an iterable section over the whole stream.
+type dumpSection struct {
+	ID       uint32 `json:"id"`
+	Name     string `json:"name"`
+	Instance uint32 `json:"instance"`
+	Version  uint32 `json:"version"`
+	Parts    int    `json:"parts"`
+	End      bool   `json:"end"` // an END section came
+	Bytes    int64  `json:"bytes"`
+}
+
+type dumpBlock struct {
+	Name     string  `json:"name"`
+	Used     uint64  `json:"used"`
+	PageSize uint64  `json:"page_size,omitempty"` // host page size, if in the stream
+	GPA      *uint64 `json:"gpa,omitempty"`
+	Pages    int     `json:"page_records"`
+}
+
+type dumpDevice struct {
+	ID       uint32 `json:"id"`
+	Name     string `json:"name"`
+	Instance uint32 `json:"instance"`
+	Version  uint32 `json:"version"`
+	Offset   int64  `json:"offset"` // of the body in the stream
+	Bytes    int    `json:"bytes"`  // of the body
+}
+
+func (a *app) dump(path string, asJSON bool) error {
+	var in io.Reader
+	if path == "-" {
+		r, done, err := replay.Decompress(a.stdin)
+		if err != nil {
+			return err
+		}
+		defer done()
+		in = r
+	} else {
+		f, err := replay.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		in = f
+	}
+	d := &dumper{in: in, doc: dumpDoc{
+		Stream: path, Sections: []dumpSection{}, Blocks: []dumpBlock{}, Records: map[string]int{}, Devices: []dumpDevice{},
+	}}
+	// What comes before a damage is what one wants to see of a damaged stream.
+	err := d.walk()
+	if err != nil {
+		d.doc.Error = oneLine(err)
+	}
+	var perr error
+	if asJSON {
+		perr = printJSON(a.stdout, d.doc)
+	} else {
+		perr = printDump(a.stdout, &d.doc)
+	}
+	if perr != nil {
+		return perr
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// dumper collects a dumpDoc.
+type dumper struct {
+	in      io.Reader
+	doc     dumpDoc
+	section int // index of the one whose payload follows
+	passes  *ramparse.PassCounter
+}
+
+// Read counts the bytes that the walk has taken.
+func (d *dumper) Read(b []byte) (int, error) {
+	n, err := d.in.Read(b)
+	d.doc.Bytes += int64(n)
+	return n, err
+}
+
+func (d *dumper) walk() error {
+	err := replay.Walk(d, 0, replay.Visitor{
+		Frame:  d.frame,
+		Record: d.record,
+		Bytes: func(b []byte) error {
+			if len(d.doc.Sections) > 0 {
+				d.doc.Sections[d.section].Bytes += int64(len(b))
+			}
+			return nil
+		},
+		Opaque: func(b []byte, cause error) error {
+			d.doc.OpaqueBytes += int64(len(b))
+			d.doc.OpaqueCause = oneLine(cause)
+			return nil
+		},
+		Tail: d.devices,
+	})
+	if d.passes != nil {
+		d.doc.Passes = d.passes.Passes()
+	}
+	return err
+}
+
+func (d *dumper) frame(f stream.Frame) error {
+	switch f.Kind {
+	case stream.Configuration:
+		d.doc.Machine = f.MachineType
+	case stream.Subsection:
+		s := f.Subsection
+		d.doc.Subsections = append(d.doc.Subsections, s.Name)
+		switch s.Name {
+		case stream.SubsectionCapabilities:
+			d.doc.Capabilities = s.Capabilities
+		case stream.SubsectionUUID:
+			d.doc.GuestUUID = uuid.UUID(s.UUID).String()
+		case stream.SubsectionTargetPageBits:
+			d.doc.PageSize = 1 << (s.TargetPageBits & 31)
+		}
+	case stream.CommandFrame:
+		d.doc.Commands = append(d.doc.Commands, dumpCommand{f.Offset, f.Command.Number, commandName(f.Command.Number), len(f.Command.Payload)})
+	case stream.SectionStart:
+		d.doc.Sections = append(d.doc.Sections, dumpSection{
+			ID: f.Section.ID, Name: f.Section.Name, Instance: f.Section.Instance, Version: f.Section.Version,
+		})
+		d.section = len(d.doc.Sections) - 1
+	case stream.SectionPart, stream.SectionEnd:
+		for i := range d.doc.Sections {
+			if d.doc.Sections[i].ID == f.Section.ID {
+				d.section = i
+			}
+		}
+		s := &d.doc.Sections[d.section]
+		if f.Kind == stream.SectionEnd {
+			s.End = true
+		} else {
+			s.Parts++
+		}
+	}
+	return nil
+}
+
+func (d *dumper) record(dec *ramparse.Decoder, rec *ramparse.Record) error {
+	d.doc.Records[rec.Kind.String()]++
+	d.doc.Sections[d.section].Bytes += int64(len(rec.Raw))
+	if rec.Kind == ramparse.MemSize {
+		for _, b := range dec.Setup().Blocks {
+			block := dumpBlock{Name: b.Name, Used: b.Used, PageSize: b.PageSize}
+			if b.HasGPA {
+				block.GPA = &b.GPA
+			}
+			d.doc.Blocks = append(d.doc.Blocks, block)
+		}
+	}
+	switch rec.Kind {
+	case ramparse.Zero, ramparse.Page, ramparse.XBZRLE, ramparse.Compressed:
+		d.doc.Blocks[rec.Block].Pages++
+		if n := dec.PageSize(); n != 0 {
+			d.doc.PageSize = n
+			if d.passes == nil {
+				d.passes = ramparse.NewPassCounter(dec.Setup(), n)
+			}
+			d.passes.Add(rec.Block, rec.Page)
+		}
+	}
+	return nil
+}
+
+func (d *dumper) devices(b []byte, _ bool) error {
+	start := d.doc.Bytes - int64(len(b))
+	d.doc.TailBytes = len(b)
+	t, err := stream.ParseTail(b)
+	d.doc.RunState, d.doc.Description = t.RunState, len(t.Description)
+	if d.doc.PageSize == 0 {
+		d.doc.PageSize = t.PageSize
+	}
+	for _, s := range t.Sections {
+		d.doc.Devices = append(d.doc.Devices, dumpDevice{s.ID, s.Name, s.Instance, s.Version, start + int64(s.Offset), s.Length})
+	}
+	return err
+}
+
+// commandName is QEMU's name of a command, without MIG_CMD_.
+func commandName(n uint16) string {
+	names := map[uint16]string{
+		stream.CommandOpenReturnPath: "OPEN_RETURN_PATH", stream.CommandPing: "PING",
+		stream.CommandPostcopyAdvise: "POSTCOPY_ADVISE", stream.CommandPostcopyListen: "POSTCOPY_LISTEN",
+		stream.CommandPostcopyRun: "POSTCOPY_RUN", stream.CommandPostcopyDiscard: "POSTCOPY_RAM_DISCARD",
+		stream.CommandPackaged: "PACKAGED", stream.CommandEnableColo: "ENABLE_COLO",
+		stream.CommandPostcopyResume: "POSTCOPY_RESUME", stream.CommandRecvBitmap: "RECV_BITMAP",
+		stream.CommandSwitchoverStart: "SWITCHOVER_START",
+	}
+	if name, ok := names[n]; ok {
+		return name
+	}
+	return fmt.Sprintf("command %d", n)
+}
+
+func printDump(w io.Writer, d *dumpDoc) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	// Names come from the stream: none may play with the terminal.
+	q := func(s string) string { return strings.Trim(fmt.Sprintf("%q", s), `"`) }
+	line := func(format string, args ...any) { fmt.Fprintf(t, format+"\n", args...) }
+	line("stream\t%s", q(d.Stream))
+	line("bytes\t%d", d.Bytes)
+	line("machine\t%s", dash(q(d.Machine)))
+	line("page size\t%d", d.PageSize)
+	line("subsections\t%s", dash(strings.Join(d.Subsections, ", ")))
+	if len(d.Capabilities) > 0 {
+		line("capabilities\t%s", q(strings.Join(d.Capabilities, ", ")))
+	}
+	if d.GuestUUID != "" {
+		line("guest uuid\t%s", d.GuestUUID)
+	}
+	line("passes\t%d", d.Passes)
+	line("state\t%s", dash(q(d.RunState)))
+	if len(d.Commands) > 0 {
+		line("\nCOMMAND\tOFFSET\tLENGTH")
+		for _, c := range d.Commands {
+			line("%s\t%d\t%d", c.Name, c.Offset, c.Length)
+		}
+	}
+	line("\nSECTION\tID\tINSTANCE\tVERSION\tPARTS\tEND\tBYTES")
+	for _, s := range d.Sections {
+		line("%s\t%d\t%d\t%d\t%d\t%t\t%d", q(s.Name), s.ID, s.Instance, s.Version, s.Parts, s.End, s.Bytes)
+	}
+	line("\nBLOCK\tBYTES\tPAGE RECORDS\tHOST PAGE\tGPA")
+	for _, b := range d.Blocks {
+		host, gpa := "-", "-"
+		if b.PageSize != 0 {
+			host = fmt.Sprint(b.PageSize)
+		}
+		if b.GPA != nil {
+			gpa = fmt.Sprintf("%#x", *b.GPA)
+		}
+		line("%s\t%d\t%d\t%s\t%s", q(b.Name), b.Used, b.Pages, host, gpa)
+	}
+	line("\nRECORD\tCOUNT")
+	for k := ramparse.MemSize; k <= ramparse.EOS; k++ {
+		if n := d.Records[k.String()]; n > 0 {
+			line("%v\t%d", k, n)
+		}
+	}
+	line("\nDEVICE\tID\tINSTANCE\tVERSION\tOFFSET\tBYTES")
+	for _, s := range d.Devices {
+		line("%s\t%d\t%d\t%d\t%d\t%d", q(s.Name), s.ID, s.Instance, s.Version, s.Offset, s.Bytes)
+	}
+	line("\nwhole tail\t%d bytes, vmdescription %d", d.TailBytes, d.Description)
+	if d.OpaqueBytes > 0 {
+		line("not understood\t%d bytes: %s", d.OpaqueBytes, q(d.OpaqueCause))
+	}
+	return t.Flush()
+}

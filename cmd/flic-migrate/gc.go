@@ -1,0 +1,42 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+)
+
+func newGC(a *app) *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "gc [flags]",
+		Short: "Free the space that killed saves have left",
+		Long: `Gc frees what saves that were killed and removals that were interrupted have left
+in the store and in the NVRAM files it has used. It can run at any time, beside
+saves and restores; nothing needs it to run.`,
+		Example: `  flic-migrate gc --store /srv/vms`,
+		Args:    cobra.NoArgs,
+		RunE:    func(*cobra.Command, []string) error { return a.gc(asJSON) },
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	return c
+}
+
+func (a *app) gc(asJSON bool) error {
+	st, err := a.openStore(false)
+	if err != nil {
+		return err
+	}
+	rep, err := st.GC()
+	if err != nil {
+		return err
+	}
+	for _, warning := range rep.Warnings {
+		a.log().Warn(warning)
+	}
+	if asJSON {
+		return printJSON(a.stdout, rep)
+	}
+	_, err = fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes), human(rep.NVRAMBytes))
+	return err
+}

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+type persistCmd struct {
+	*app
+	encoding
+	nvram string
+	json  bool
+	quiet bool
+}
+
+func newPersist(a *app) *cobra.Command {
+	p := &persistCmd{app: a}
+	c := &cobra.Command{
+		Use:   "persist [flags] NAME[@N]",
+		Short: "Copy a checkpoint to a new one that is all on flash",
+		Long: `Persist copies a checkpoint to a new one of the same VM which has every page on
+flash and needs no NVRAM. It is for checkpoints whose NVRAM file is on a file
+system that a power-off empties, and for those whose NVRAM is wanted back: remove
+the old one when the new one is there.`,
+		Example: `  flic-migrate persist --store /srv/vms web1@3
+  flic-migrate rm --store /srv/vms web1@3`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return p.run(cmd.Context(), args[0]) },
+	}
+	fs := c.Flags()
+	fs.StringVar(&p.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	p.encoding.add(fs)
+	fs.BoolVar(&p.json, "json", false, "print the report as a JSON document")
+	fs.BoolVar(&p.quiet, "quiet", false, "no progress")
+	return c
+}
+
+func (p *persistCmd) run(ctx context.Context, name string) error {
+	debug.SetGCPercent(gcPercent)
+	ref, err := store.ParseRef(name)
+	if err != nil {
+		return err
+	}
+	st, err := p.openStore(false)
+	if err != nil {
+		return err
+	}
+	c, err := checkpoint.Open(vfs.OS, st, ref, checkpoint.Options{NVRAM: p.nvram})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	show := newProgress(p.stderr, p.quiet)
+	defer show.finish()
+	o := p.encoding.options()
+	o.VM, o.Log, o.Progress = c.Ref.VM, p.log(), show.callback()
+	// A stream with a return path wants an answer; its source is long gone.
+	o.ReturnPath = io.Discard
+	newRef, meta, err := persist(ctx, st, c, o)
+	if err != nil {
+		return fmt.Errorf("copy of checkpoint %v: %w", c.Ref, err)
+	}
+	if p.json {
+		return printJSON(p.stdout, saveReport{Checkpoint: newRef.String(), UUID: meta.UUID.String(), Report: &meta.Report})
+	}
+	_, err = fmt.Fprintln(p.stdout, summary(newRef, &meta.Report))
+	return err
+}
+
+// persist is a restore piped into a save.
+func persist(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.SaveOptions) (store.Ref, *checkpoint.Meta, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	r, w := io.Pipe()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, err := tier.Restore(ctx, c, w, tier.RestoreOptions{Workers: o.Workers})
+		w.CloseWithError(err) // the save's read then fails with the cause
+	}()
+	ref, meta, err := tier.Save(ctx, vfs.OS, st, r, o)
+	// A save that fails stops reading, which ends the restore's write; the
+	// checkpoint must not be closed while the restore still reads it.
+	r.CloseWithError(context.Canceled)
+	<-done
+	return ref, meta, err
+}

@@ -1,0 +1,117 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier/replay"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+type replayCmd struct {
+	*app
+	encoding
+	store string
+	json  bool
+}
+
+func newReplay(a *app) *cobra.Command {
+	r := &replayCmd{app: a}
+	c := &cobra.Command{
+		Use:   "replay [flags] STREAM...",
+		Short: "Save and restore recorded streams and compare",
+		Long: `Replay saves each recorded migration stream into a scratch store, verifies the
+checkpoint, restores it, and compares. It prints one table and exits with 1 if
+anything differs. Streams may be compressed with zstd, gzip or lz4. The result of
+a stream is one of
+
+  identical  the restored stream is the recorded one, byte for byte
+  equal      pages were sent more than once: the restored stream sends each once,
+             makes the same memory, and is the same in everything else
+  refused    the file has ".refused." in its name, and save refused it as damaged
+             and left no checkpoint
+  DIFFERENT  anything else
+
+To record a stream of your own, for your own CI: migrate "exec:cat > FILE".
+
+The scratch store is a temporary directory (in $TMPDIR) unless --store names one;
+the store of the other commands is never used.`,
+		Example: `  flic-migrate replay testdata/*.zst
+  flic-migrate replay --json --codec zstd web1.stream`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return r.run(cmd.Context(), args) },
+	}
+	fs := c.Flags()
+	fs.StringVar(&r.store, "store", "", "directory of the scratch store (default: a temporary one)")
+	setKey(fs, "store", "replay-store")
+	r.encoding.add(fs)
+	fs.BoolVar(&r.json, "json", false, "print a JSON array")
+	return c
+}
+
+func (r *replayCmd) run(ctx context.Context, paths []string) (err error) {
+	debug.SetGCPercent(gcPercent)
+	scratch, err := os.MkdirTemp("", "flic-replay-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(scratch)) }()
+	dir := r.store
+	if dir == "" {
+		dir = scratch + "/store"
+	}
+	st, err := store.Open(vfs.OS, dir, true)
+	if err != nil {
+		return err
+	}
+	p := replay.Replayer{FS: vfs.OS, Store: st, Scratch: scratch, Options: r.encoding.options()}
+	results := []replay.Result{}
+	different := 0
+	for _, path := range paths {
+		res, err := p.Stream(ctx, path)
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if res.Result == replay.Different {
+			different++
+		}
+		results = append(results, res)
+	}
+	if r.json {
+		err = printJSON(r.stdout, results)
+	} else {
+		err = printReplay(r.stdout, results)
+	}
+	if err == nil && different > 0 {
+		err = fmt.Errorf("%d of %d streams differ", different, len(results))
+	}
+	return err
+}
+
+func printReplay(w io.Writer, results []replay.Result) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(t, "STREAM\tBYTES\tPAGES\tRESULT\tSAVE s\tRESTORE s\tFLASH\tRATIO")
+	for _, r := range results {
+		fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%.2f\t%.2f\t%d\t%.3f\n", r.Stream, r.Bytes, r.Pages, r.Result,
+			r.SaveSeconds, r.RestoreSeconds, r.FlashBytes, r.Ratio)
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for _, r := range results {
+		if r.Result == replay.Different {
+			if _, err := fmt.Fprintf(w, "%s: %s\n", r.Stream, r.Reason); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+func newRm(a *app) *cobra.Command {
+	var all, asJSON bool
+	c := &cobra.Command{
+		Use:   "rm [flags] {NAME@N... | --all NAME...}",
+		Short: "Remove checkpoints and free their space in both tiers",
+		Long: `Rm removes checkpoints and gives their NVRAM back. It wants the number of each:
+NAME without @N removes nothing, unless --all says that all of the VM's
+checkpoints are meant. A checkpoint that is being restored is not removed.
+
+The number of a removed checkpoint is never used again.`,
+		Example: `  flic-migrate rm --store /srv/vms web1@1 web1@2
+  flic-migrate rm --store /srv/vms --all web1`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error { return a.rm(args, all, asJSON) },
+	}
+	c.Flags().BoolVar(&all, "all", false, "remove all checkpoints of the VMs")
+	setKey(c.Flags(), "all", "rm-all")
+	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	return c
+}
+
+// rmEntry is an element of rm's JSON document.
+type rmEntry struct {
+	Checkpoint string `json:"checkpoint"` // NAME@N
+	FlashBytes int64  `json:"flash_bytes"`
+	NVRAMBytes int64  `json:"nvram_bytes"`
+	Warning    string `json:"warning,omitempty"` // why NVRAM was not freed
+}
+
+func (a *app) rm(names []string, all, asJSON bool) error {
+	st, refs, err := a.removals(names, all)
+	if err != nil {
+		return err
+	}
+	entries := []rmEntry{}
+	for _, ref := range refs {
+		e, rerr := remove(st, ref)
+		if rerr != nil {
+			err = fmt.Errorf("checkpoint %v was not removed: %w", ref, rerr)
+			break
+		}
+		if e.Warning != "" {
+			a.log().Warn("the NVRAM of a removed checkpoint was not freed; when its file is back, gc will", "checkpoint", e.Checkpoint, "cause", e.Warning)
+		}
+		entries = append(entries, e)
+		if !asJSON {
+			fmt.Fprintf(a.stdout, "%s: removed, %s of flash and %s of NVRAM freed\n", e.Checkpoint, human(e.FlashBytes), human(e.NVRAMBytes))
+		}
+	}
+	if asJSON {
+		err = errors.Join(err, printJSON(a.stdout, entries))
+	}
+	return err
+}
+
+// removals finds all that is to be removed before anything is: a misspelt name
+// must not leave half of the work done.
+func (a *app) removals(names []string, all bool) (*store.Store, []store.Ref, error) {
+	for _, name := range names {
+		ref, err := store.ParseRef(name)
+		switch {
+		case err != nil:
+			return nil, nil, err
+		case all && ref.N != 0:
+			return nil, nil, usageError{fmt.Errorf("%s is one checkpoint, and --all goes with names of VMs", name)}
+		case !all && ref.N == 0:
+			return nil, nil, usageError{fmt.Errorf("which checkpoint of %s? Give it as %s@N, or remove all of them with --all", name, name)}
+		}
+	}
+	st, err := a.openStore(false)
+	if err != nil {
+		return nil, nil, err
+	}
+	if !all {
+		refs, err := resolve(st, names)
+		return st, refs, err
+	}
+	var refs []store.Ref
+	for _, name := range names {
+		more, err := st.List(name)
+		if err == nil && len(more) == 0 {
+			err = fmt.Errorf("VM %q in store %s: %w", name, st.Dir(), store.ErrNotFound)
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		refs = append(refs, more...)
+	}
+	return st, refs, nil
+}
+
+// remove removes one checkpoint. NVRAM that can't be freed now is a warning:
+// the checkpoint is gone, and gc frees what has no owner.
+func remove(st *store.Store, ref store.Ref) (rmEntry, error) {
+	e := rmEntry{Checkpoint: ref.String()}
+	size, err := imageSize(st, ref)
+	if err != nil {
+		return e, err
+	}
+	e.FlashBytes = size
+	m, _, err := checkpoint.Describe(st, ref)
+	if err != nil && !image.IsCorrupt(err) {
+		return e, err
+	}
+	if err != nil {
+		e.Warning = oneLine(err)
+	}
+	return e, st.Remove(ref, func() error {
+		if m == nil || m.NVRAM == nil {
+			return nil
+		}
+		freed, err := freeNVRAM(m)
+		e.NVRAMBytes = int64(freed) * nvram.ExtentSize
+		if err != nil {
+			e.Warning = oneLine(err)
+		}
+		return nil
+	})
+}
+
+func freeNVRAM(m *checkpoint.Meta) (extents int, err error) {
+	f, err := nvram.Open(vfs.OS, m.NVRAM.Path, nvram.Options{})
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	if f.UUID() != m.NVRAM.UUID {
+		return 0, fmt.Errorf("%s is not the file the checkpoint was saved to", m.NVRAM.Path)
+	}
+	return f.FreeOwner(m.UUID)
+}

@@ -1,0 +1,201 @@
+package replay
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/zeebo/blake3"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+)
+
+// memory is what a destination has after it has loaded a stream: the last
+// content of every page that was sent, and a hash of all the rest. Pages are
+// in a sparse file, since differences (XBZRLE) need the content itself, and RAM
+// may be larger than this machine's.
+type memory struct {
+	dir      string
+	file     *os.File
+	pageSize int // 0: to be found out
+	blocks   []ramparse.Block
+	base     []int64  // of each block in the file
+	seen     []uint64 // a bit a page, by file offset
+	pages    int64    // that were sent
+	resent   int64    // records of pages that had come before
+	rest     [32]byte // BLAKE3 of everything that is not a page record
+
+	page, old []byte
+}
+
+// loadMemory loads the stream from r. Its file is in dir, without a name.
+func loadMemory(r io.Reader, dir string, pageSize int) (*memory, error) {
+	m := &memory{dir: dir, pageSize: pageSize}
+	rest := blake3.New()
+	err := Walk(r, pageSize, restVisitor(rest, m.record))
+	if err != nil {
+		m.close()
+		return nil, err
+	}
+	rest.Sum(m.rest[:0])
+	return m, nil
+}
+
+// restVisitor hashes everything but page records, which go to page.
+func restVisitor(rest *blake3.Hasher, page func(*ramparse.Decoder, *ramparse.Record) error) Visitor {
+	write := func(b []byte) error { _, err := rest.Write(b); return err }
+	return Visitor{
+		Frame: func(f stream.Frame) error { return write(f.Raw) },
+		Record: func(d *ramparse.Decoder, rec *ramparse.Record) error {
+			switch rec.Kind {
+			case ramparse.Zero, ramparse.Page, ramparse.XBZRLE, ramparse.Compressed:
+				return page(d, rec)
+			}
+			return write(rec.Raw)
+		},
+		Bytes:  write,
+		Opaque: func(b []byte, _ error) error { return write(b) },
+		Tail:   func(b []byte, _ bool) error { return write(b) },
+	}
+}
+
+func (m *memory) close() {
+	if m.file != nil {
+		m.file.Close()
+	}
+}
+
+// setup makes the file once the page size is known.
+func (m *memory) setup(d *ramparse.Decoder) error {
+	m.blocks = d.Setup().Blocks
+	m.pageSize = max(m.pageSize, d.PageSize())
+	if m.pageSize == 0 {
+		// Only a page at address 0 has come, and it was a ZERO record.
+		m.pageSize = 4096
+	}
+	m.page, m.old = make([]byte, m.pageSize), make([]byte, m.pageSize)
+	var end int64
+	for _, b := range m.blocks {
+		m.base = append(m.base, end)
+		// A block's last page may be a part of one.
+		end += (int64(b.Used) + int64(m.pageSize) - 1) / int64(m.pageSize) * int64(m.pageSize)
+	}
+	m.seen = make([]uint64, end/int64(m.pageSize)/64+1)
+	f, err := os.CreateTemp(m.dir, "memory-*")
+	if err != nil {
+		return err
+	}
+	m.file = f
+	os.Remove(f.Name())
+	return f.Truncate(end)
+}
+
+// mark notes that a page was sent and tells whether it had been before.
+func mark(seen []uint64, page int64) bool {
+	word, bit := page/64, uint64(1)<<(page%64)
+	again := seen[word]&bit != 0
+	seen[word] |= bit
+	return again
+}
+
+func (m *memory) record(d *ramparse.Decoder, rec *ramparse.Record) error {
+	if m.file == nil {
+		if err := m.setup(d); err != nil {
+			return err
+		}
+	}
+	off := m.base[rec.Block] + int64(rec.Page)*int64(m.pageSize)
+	again := mark(m.seen, off/int64(m.pageSize))
+	if again {
+		m.resent++
+	} else {
+		m.pages++
+	}
+	if rec.Kind == ramparse.Zero && rec.Fill == 0 && !again {
+		return nil // the file is zero there
+	}
+	content, err := m.content(rec, off)
+	if err != nil {
+		return err
+	}
+	_, err = m.file.WriteAt(content, off)
+	return err
+}
+
+// content is what a page holds after a record, valid until the next call. Only
+// a difference looks at what the file has.
+func (m *memory) content(rec *ramparse.Record, off int64) ([]byte, error) {
+	var err error
+	switch rec.Kind {
+	case ramparse.Page:
+		return rec.Data, nil
+	case ramparse.Zero:
+		for i := range m.page {
+			m.page[i] = rec.Fill
+		}
+	case ramparse.Compressed:
+		err = ramparse.Inflate(m.page, rec.Data)
+	case ramparse.XBZRLE:
+		if _, err = m.file.ReadAt(m.page, off); err == nil {
+			err = ramparse.ApplyXBZRLE(m.page, rec.Data)
+		}
+	}
+	if err != nil {
+		return nil, stream.Wrap("page record", rec.Offset, err)
+	}
+	return m.page, nil
+}
+
+// errDiffers is wrapped by what compare finds.
+var errDiffers = errors.New("the restored stream differs")
+
+// compare checks that the stream from r makes the same memory, sends each page
+// once, and is otherwise the same.
+func (m *memory) compare(r io.Reader) error {
+	rest := blake3.New()
+	seen := make([]uint64, len(m.seen))
+	var pages int64
+	err := Walk(r, m.pageSize, restVisitor(rest, func(d *ramparse.Decoder, rec *ramparse.Record) error {
+		where := func() string { return fmt.Sprintf("%s:%#x", d.Setup().Blocks[rec.Block].Name, rec.Addr) }
+		if rec.Block >= len(m.base) || m.blocks[rec.Block] != d.Setup().Blocks[rec.Block] {
+			return fmt.Errorf("%w: block of page %s", errDiffers, where())
+		}
+		off := m.base[rec.Block] + int64(rec.Page)*int64(m.pageSize)
+		n := off / int64(m.pageSize)
+		if mark(seen, n) {
+			return fmt.Errorf("%w: page %s comes twice", errDiffers, where())
+		}
+		if rec.Kind == ramparse.XBZRLE {
+			return fmt.Errorf("%w: page %s is a difference to nothing", errDiffers, where())
+		}
+		pages++
+		got, err := m.content(rec, off)
+		if err != nil {
+			return err
+		}
+		if _, err := m.file.ReadAt(m.old, off); err != nil {
+			return err
+		}
+		if !bytes.Equal(got, m.old) {
+			return fmt.Errorf("%w: page %s", errDiffers, where())
+		}
+		return nil
+	}))
+	if err != nil {
+		return err
+	}
+	for i := range seen {
+		if seen[i] != m.seen[i] {
+			return fmt.Errorf("%w: %d pages, %d were saved", errDiffers, pages, m.pages)
+		}
+	}
+	var sum [32]byte
+	rest.Sum(sum[:0])
+	if sum != m.rest {
+		return fmt.Errorf("%w outside of RAM: BLAKE3 %x, %x was saved", errDiffers, sum[:8], m.rest[:8])
+	}
+	return nil
+}

@@ -1,0 +1,64 @@
+package replay
+
+import (
+	"bufio"
+	"bytes"
+	"io"
+	"os"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
+)
+
+// Open opens a recorded stream. Whether and how it is compressed is told by its
+// first bytes: zstd, gzip and lz4 are known, everything else is taken for the
+// stream itself.
+func Open(path string) (io.ReadCloser, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	r, closeCodec, err := Decompress(f)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &recorded{r, closeCodec, f}, nil
+}
+
+type recorded struct {
+	io.Reader
+	closeCodec func()
+	file       *os.File
+}
+
+func (r *recorded) Close() error {
+	r.closeCodec()
+	return r.file.Close()
+}
+
+// maxWindow caps what a zstd stream may make its reader allocate. zstd's own
+// command line makes nothing larger than 128 MiB without --ultra --long.
+const maxWindow = 128 << 20
+
+// Decompress returns what r has, decompressed if it is compressed, and a
+// function to be called when it is no longer needed.
+func Decompress(r io.Reader) (io.Reader, func(), error) {
+	b := bufio.NewReaderSize(r, 256<<10)
+	magic, _ := b.Peek(4) // a short file is no compressed one
+	switch {
+	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		d, err := zstd.NewReader(b, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(1))
+		if err != nil {
+			return nil, nil, err
+		}
+		return d, d.Close, nil
+	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
+		d, err := gzip.NewReader(b)
+		return d, func() {}, err
+	case bytes.Equal(magic, []byte{0x04, 0x22, 0x4d, 0x18}):
+		return lz4.NewReader(b), func() {}, nil
+	}
+	return b, func() {}, nil
+}
