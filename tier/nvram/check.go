@@ -1,8 +1,6 @@
 package nvram
 
 import (
-	"bytes"
-
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -36,39 +34,29 @@ func (f *File) Check() (damage []error, err error) {
 			index uint32
 		}
 		seen := map[place]uint32{}
-		for first := int64(0); first < now; first += f.h.group {
-			table, err := f.table(first / f.h.group)
-			if err != nil {
-				return err
+		return f.forEach(func(extent uint32, _ []byte, e entry, s entryState) error {
+			at := f.h.entryOffset(int64(extent))
+			switch {
+			case int64(extent)%f.h.group == 0:
+				report(at, "extent %d has an owner but holds an owner table", extent)
+				return nil
+			case s == torn:
+				report(at, "the owner table entry of extent %d is half written (gc reclaims it)", extent)
+				return nil
+			case s == damaged:
+				report(at, "checksum mismatch in the owner table entry of extent %d (owner by the damaged entry: %v)", extent, e.owner)
+				return nil
 			}
-			if !bytes.Equal(table[:entrySize], zeroEntry[:]) {
-				report(f.h.entryOffset(first), "the table has an owner for its own extent %d", first)
+			if int64(extent) >= now {
+				report(f.h.offset(extent), "the file ends before extent %d of checkpoint %v", extent, e.owner)
 			}
-			for i := int64(1); i < f.h.group; i++ {
-				extent := uint32(first + i)
-				e, s := f.h.decodeEntry(table[i*entrySize:], extent)
-				at := f.h.entryOffset(int64(extent))
-				switch s {
-				case free:
-					continue
-				case torn:
-					report(at, "the owner table entry of extent %d is half written (gc reclaims it)", extent)
-					continue
-				case damaged:
-					report(at, "checksum mismatch in the owner table entry of extent %d (owner by the damaged entry: %v)", extent, e.owner)
-					continue
-				}
-				if int64(extent) >= now {
-					report(f.h.offset(extent), "the file ends before extent %d of checkpoint %v", extent, e.owner)
-				}
-				p := place{e.owner, e.index}
-				if other, ok := seen[p]; ok {
-					report(at, "extents %d and %d are both number %d of checkpoint %v", other, extent, e.index, e.owner)
-				}
-				seen[p] = extent
+			p := place{e.owner, e.index}
+			if other, ok := seen[p]; ok {
+				report(at, "extents %d and %d are both number %d of checkpoint %v", other, extent, e.index, e.owner)
 			}
-		}
-		return nil
+			seen[p] = extent
+			return nil
+		})
 	})
 	return damage, err
 }

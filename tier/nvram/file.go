@@ -160,7 +160,7 @@ func (f *File) locked(mode vfs.LockMode, fn func() error) (err error) {
 	defer func() { err = errors.Join(err, f.f.Unlock()) }()
 	if f.h.extentSize != 0 {
 		// Another process may have raised the capacity.
-		h, err := f.readHeader()
+		h, _, err := f.readHeader()
 		if err != nil {
 			return err
 		}
@@ -194,27 +194,27 @@ func (f *File) syncRange(off, n int64) error {
 	return errors.Join(err, m.Close())
 }
 
-// readHeader returns the newer valid copy.
-func (f *File) readHeader() (header, error) {
+// readHeader returns the newer valid copy, and if both are valid.
+func (f *File) readHeader() (h header, both bool, err error) {
 	b := make([]byte, headerCopy+headerSize)
 	if err := f.readAt(b, 0); err != nil {
-		return header{}, err
+		return header{}, false, err
 	}
 	h1, err1 := decodeHeader(b)
 	h2, err2 := decodeHeader(b[headerCopy:])
 	switch {
 	case err1 != nil && err2 != nil:
-		return header{}, f.corrupt(0, "%v; second copy at %d: %v", err1, headerCopy, err2)
+		return header{}, false, f.corrupt(0, "%v; second copy at %d: %v", err1, headerCopy, err2)
 	case err1 != nil || err2 == nil && h2.generation > h1.generation:
-		return h2, nil
+		return h2, err1 == nil, nil
 	}
-	return h1, nil
+	return h1, err2 == nil, nil
 }
 
-// loadOrFormat reads the header, makes it if the file is blank, and raises the
-// capacity if that is asked for.
+// loadOrFormat reads the header, makes it if the file is blank, and writes a new
+// one if a copy is not valid or the capacity is to be raised.
 func (f *File) loadOrFormat(o Options, g geometry) error {
-	h, err := f.readHeader()
+	h, both, err := f.readHeader()
 	if err != nil {
 		if !o.Create || o.ReadOnly || !errors.Is(err, ErrCorrupt) {
 			return err
@@ -226,15 +226,19 @@ func (f *File) loadOrFormat(o Options, g geometry) error {
 		if !blank {
 			return err
 		}
+		both = true
 		h, err = f.format(o, g)
 		if err != nil {
 			return fmt.Errorf("format: %w", err)
 		}
 	}
 	limit := o.Capacity / h.extentSize
-	if h.capacity > 0 && limit > h.capacity && !o.ReadOnly {
-		h.capacity = limit
-		h.generation++
+	raise := h.capacity > 0 && limit > h.capacity
+	if (raise || !both) && !o.ReadOnly {
+		if raise {
+			h.capacity = min(limit, maxExtents)
+		}
+		h.generation++ // which takes it to the place of the older copy
 		if _, err := f.f.WriteAt(h.encode(), h.copyOffset()); err != nil {
 			return err
 		}
@@ -362,19 +366,21 @@ func (f *File) bound(now int64) int64 {
 	return n
 }
 
-// forEach calls fn for every table entry of the groups that the file has. fn
-// must not keep b. The file is locked.
+// forEach calls fn for every entry that is not free, of every table of which the
+// file has at least a part: a crash while the file grew can leave it so. fn must
+// not keep b. The file is locked.
 func (f *File) forEach(fn func(extent uint32, b []byte, e entry, s entryState) error) error {
-	n, err := f.extents()
+	size, err := f.f.Size()
 	if err != nil {
 		return err
 	}
-	for first := int64(0); first < n; first += f.h.group {
-		table, err := f.table(first / f.h.group)
+	for group := int64(0); f.h.tableOffset(group) < size; group++ {
+		first := group * f.h.group
+		table, err := f.table(group)
 		if err != nil {
 			return err
 		}
-		for i := int64(1); i < f.h.group; i++ {
+		for i := range f.h.group {
 			b := table[i*entrySize:][:entrySize]
 			extent := uint32(first + i)
 			e, s := f.h.decodeEntry(b, extent)

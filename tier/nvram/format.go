@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math/bits"
 	"time"
 
 	"github.com/google/uuid"
@@ -22,6 +23,7 @@ const (
 	tableOffset  = 8192 // of the owner table, from the start of its group
 	entrySize    = 64   // one cache line, which persistent memory writes back as a whole
 	groupExtents = 1024 // extents a group in new files, the first holding the table
+	kindPages    = 1    // the only kind of extent so far: slots with guest pages
 
 	// Limits for what a header may claim.
 	minExtentSize = 16 << 10
@@ -154,7 +156,7 @@ const (
 	// a full entry never has zero is zero. It was not synced, so it belongs
 	// to no committed checkpoint.
 	torn
-	// damaged is any other with a wrong checksum. It may well belong to a
+	// damaged is any other that can't be believed. It may well belong to a
 	// committed checkpoint, of this store or another, so nobody may take it.
 	damaged
 )
@@ -173,7 +175,8 @@ func (h header) encodeEntry(b []byte, extent uint32, e entry) {
 	copy(b, e.owner[:])
 	copy(b[16:], e.store[:])
 	binary.LittleEndian.PutUint32(b[32:], e.index)
-	binary.LittleEndian.PutUint32(b[36:], e.pageSize)
+	b[36] = byte(bits.TrailingZeros32(e.pageSize))
+	b[37] = kindPages
 	binary.LittleEndian.PutUint64(b[40:], uint64(e.since.Unix()))
 	binary.LittleEndian.PutUint32(b[60:], h.checksum(b, extent))
 }
@@ -189,13 +192,18 @@ func (h header) decodeEntry(b []byte, extent uint32) (entry, entryState) {
 		owner:    uuid.UUID(b[:16]),
 		store:    uuid.UUID(b[16:32]),
 		index:    binary.LittleEndian.Uint32(b[32:]),
-		pageSize: binary.LittleEndian.Uint32(b[36:]),
+		pageSize: 1 << (b[36] & 31),
 		since:    time.Unix(int64(binary.LittleEndian.Uint64(b[40:])), 0),
 	}
 	if h.checksum(b, extent) == binary.LittleEndian.Uint32(b[60:]) {
+		// An unknown kind is a later version's, and so is its extent.
+		if b[37] != kindPages {
+			return e, damaged
+		}
 		return e, taken
 	}
-	// Words 0-5 are UUID halves, page size and time, 7 is the checksum.
+	// Words 0-5 are UUID halves, index with kind, and time, 7 is the checksum.
+	// None of them is zero, nor becomes zero by one flipped bit.
 	for _, word := range [...]int{0, 8, 16, 24, 32, 40, 56} {
 		if binary.LittleEndian.Uint64(b[word:]) == 0 {
 			return e, torn

@@ -88,7 +88,8 @@ type FS interface {
 
 	// Lock opens the lock file name, creating it if missing, and waits for
 	// the lock until ctx is done. The caller closes the returned Locked to
-	// give the lock up; the end of the process does it too. The file stays.
+	// give the lock up; the end of the process does it too. The file stays; a
+	// holder that removes it gives the lock up with that.
 	Lock(ctx context.Context, name string, mode LockMode) (Locked, error)
 
 	// TryLock is Lock without waiting: ErrLocked if it is held.

@@ -670,7 +670,9 @@ func (h *file) writeAt(b []byte, off int64) (int, error) {
 		fault = short.err
 		n /= 2
 		if fault == ErrKilled {
+			// The kernel looks for a fatal signal between pages.
 			n = h.fs.d.rnd.IntN(len(b) + 1)
+			n = max(0, n-int((off+int64(n))%blockSize))
 		}
 	case fault != nil:
 		return 0, pathErr("write", h.name, fault)

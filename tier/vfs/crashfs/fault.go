@@ -71,7 +71,8 @@ func (f *FS) arm(a armed) {
 }
 
 // KillAt kills the process at its n-th change from now; 0 is the next. A write
-// then may have got half way, anything else has not been done.
+// then may have got half way, to the end of some page of the file; anything else
+// has not been done.
 func (f *FS) KillAt(n int) { f.arm(armed{in: n, short: true, err: ErrKilled}) }
 
 // FailAt makes the n-th change from now fail with err, once.

@@ -90,8 +90,12 @@ func same(a, b []byte) bool {
 	if len(a) > len(b) {
 		a, b = b, a
 	}
-	return bytes.Equal(a, b[:len(a)]) && !slices.ContainsFunc(b[len(a):], func(c byte) bool { return c != 0 })
+	return bytes.Equal(a, b[:len(a)]) && isZero(b[len(a):])
 }
+
+var zeroBlock [blockSize]byte
+
+func isZero(b []byte) bool { return bytes.Equal(b, zeroBlock[:len(b)]) }
 
 // dirty calls fn with the offset of each sector in [off, end) whose content is
 // not on the disk.
@@ -334,7 +338,7 @@ func (m *mapping) checkHoles() {
 		if i.blocks.has(off / blockSize) {
 			continue
 		}
-		if b := i.data[off:min(off+blockSize, i.size())]; slices.ContainsFunc(b, func(c byte) bool { return c != 0 }) {
+		if !isZero(i.data[off:min(off+blockSize, i.size())]) {
 			panic(fmt.Sprintf("crashfs: %s: mapping written at offset %d, which has no disk block: would be SIGBUS on a full disk", m.h.name, off))
 		}
 	}

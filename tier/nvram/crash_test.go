@@ -1,0 +1,312 @@
+package nvram
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"syscall"
+	"testing"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+)
+
+// model is what the stores know: the checkpoints that are committed, with what
+// their flash images say of the NVRAM file. It is kept outside the disk, and so
+// plays a store whose commit is one atomic step.
+type model map[uuid.UUID]committed
+
+type committed struct {
+	store   uuid.UUID
+	extents []uint32
+	slots   int
+}
+
+func (m model) live(id uuid.UUID) bool { _, ok := m[id]; return ok }
+
+// save is what a store does for one checkpoint.
+func (m model) save(f *File, id, store uuid.UUID, extents int64, slots int, commit bool) error {
+	r, err := f.Reserve(id, store, extents*small.extentSize, page)
+	if err != nil {
+		return err
+	}
+	err = func() error {
+		if r.Slots() < slots {
+			return fmt.Errorf("%d slots of %d", r.Slots(), slots)
+		}
+		if err := fill(r, slots); err != nil {
+			return err
+		}
+		// Once more, as a live migration does.
+		if err := r.Write(0, make([]byte, page)); err != nil {
+			return err
+		}
+		if err := r.Write(0, content(id, 0, page)); err != nil {
+			return err
+		}
+		if err := r.Trim(slots); err != nil {
+			return err
+		}
+		return r.Sync()
+	}()
+	if err != nil || !commit {
+		return errors.Join(err, r.Release())
+	}
+	m[id] = committed{store, r.Extents(), slots}
+	return r.Close()
+}
+
+// workload is the life of an NVRAM file of two stores. It goes on after an
+// error, as long as its process lives, and returns all errors.
+func (m model) workload(fsys vfs.FS) error {
+	var errs []error
+	note := func(err error) { errs = append(errs, err) }
+	session := func(o Options, fn func(f *File)) {
+		o.Create = true
+		f, err := open(fsys, "/dir/nvram", o, small)
+		note(err)
+		if err == nil {
+			fn(f)
+			note(f.Close())
+		}
+	}
+	session(Options{Capacity: 30 * small.extentSize}, func(f *File) {
+		note(m.save(f, owner(1), storeA, 6, 18, true)) // one extent is trimmed
+		note(m.save(f, owner(2), storeB, 14, 54, true))
+		note(m.save(f, owner(3), storeA, 4, 16, false))
+	})
+	session(Options{Capacity: 60 * small.extentSize}, func(f *File) {
+		delete(m, owner(1))
+		_, err := f.FreeOwner(owner(1))
+		note(err)
+		note(m.save(f, owner(4), storeA, 22, 81, true)) // takes what was freed, and grows
+		// A save that is killed later: it never ends.
+		if r, err := f.Reserve(owner(5), storeA, 3*small.extentSize, page); err == nil {
+			note(fill(r, 10))
+		} else {
+			note(err)
+		}
+		note(m.save(f, owner(6), storeB, 2, 8, true))
+		delete(m, owner(2))
+		_, err = f.Sweep(storeB, m.live)
+		note(err)
+		_, err = f.Sweep(storeA, m.live)
+		note(err)
+		note(m.save(f, owner(7), storeB, 5, 20, true))
+	})
+	return errors.Join(errs...)
+}
+
+// checkDisk opens what a crash has left, and says what is wrong with it.
+func (m model) checkDisk(fsys vfs.FS) error {
+	f, err := open(fsys, "/dir/nvram", Options{Create: true}, small)
+	if err != nil {
+		return fmt.Errorf("open: %w", err)
+	}
+	defer f.Close()
+	verifyAll := func(when string) error {
+		taken := map[uint32]uuid.UUID{}
+		for id, c := range m {
+			if err := verify(f, id, c.extents, c.slots, page); err != nil {
+				return fmt.Errorf("%s: %w", when, err)
+			}
+			for _, e := range c.extents {
+				if other, ok := taken[e]; ok {
+					return fmt.Errorf("%s: extent %d is both %v's and %v's", when, e, id, other)
+				}
+				taken[e] = id
+			}
+		}
+		return nil
+	}
+	if err := verifyAll("after the crash"); err != nil {
+		return err
+	}
+	for _, store := range []uuid.UUID{storeA, storeB} {
+		if _, err := f.Sweep(store, m.live); err != nil {
+			return err
+		}
+	}
+	if damage, err := f.Check(); err != nil || len(damage) > 0 {
+		return fmt.Errorf("Check after Sweep: %v, %v", damage, err)
+	}
+	// Exactly the committed are left, with exactly their extents.
+	owners, err := f.Owners(uuid.Nil)
+	if err != nil {
+		return err
+	}
+	want := 0
+	for _, o := range owners {
+		c, ok := m[o.UUID]
+		if !ok || c.store != o.Store || len(c.extents) != o.Extents {
+			return fmt.Errorf("after Sweep %v has %d extents, committed %v with %d", o.UUID, o.Extents, ok, len(c.extents))
+		}
+	}
+	for _, c := range m {
+		want += len(c.extents)
+	}
+	if len(owners) > len(m) {
+		return fmt.Errorf("%d owners, %d committed", len(owners), len(m))
+	}
+	// Everything else can be used, and using it hurts nobody.
+	now, err := f.extents()
+	if err != nil {
+		return err
+	}
+	f.limit = now + 20 // into the next group, at least
+	r, err := f.Reserve(owner(100), storeA, 1000*small.extentSize, page)
+	if err != nil {
+		return err
+	}
+	defer r.Release()
+	bound := int(f.bound(0))
+	if got := len(r.extents); got != bound-(bound+15)/16-want {
+		return fmt.Errorf("%d extents free of a file of %d with %d taken", got, bound, want)
+	}
+	if err := fill(r, r.Slots()); err != nil {
+		return err
+	}
+	if err := r.Sync(); err != nil {
+		return err
+	}
+	return verifyAll("after all the rest was written")
+}
+
+func newDisk() *crashfs.FS {
+	fsys := crashfs.New(0)
+	check(fsys.MkdirAll("/dir"))
+	return fsys
+}
+
+// countOps runs the workload without a fault.
+func countOps(t *testing.T) []crashfs.Op {
+	fsys := newDisk()
+	before := len(fsys.Ops())
+	m := model{}
+	if err := m.workload(fsys); err != nil {
+		t.Fatal(err)
+	}
+	if len(m) != 3 {
+		t.Fatalf("%d committed", len(m))
+	}
+	ops := fsys.Ops()[before:]
+	if err := m.checkDisk(fsys); err != nil {
+		t.Fatal(err)
+	}
+	return ops
+}
+
+// TestKilledAtEveryOperation ends the process, or the power, at each write,
+// sync and allocation.
+func TestKilledAtEveryOperation(t *testing.T) {
+	ops := countOps(t)
+	seen := map[crashfs.Kind]int{}
+	for n, op := range ops {
+		seen[op.Kind]++
+		fsys := newDisk()
+		fsys.KillAt(n)
+		m := model{}
+		if err := m.workload(fsys); !errors.Is(err, crashfs.ErrKilled) {
+			t.Fatalf("killed at %d, %v: %v", n, op, err)
+		}
+		for seed := range uint64(6) {
+			if err := m.checkDisk(fsys.CrashClone(seed)); err != nil {
+				t.Fatalf("power cut at operation %d, %v, seed %d: %v", n, op, seed, err)
+			}
+		}
+		if err := m.checkDisk(fsys.Fork()); err != nil {
+			t.Fatalf("killed at operation %d, %v: %v", n, op, err)
+		}
+	}
+	t.Logf("%d operations: %v", len(ops), seen)
+	for _, k := range []crashfs.Kind{crashfs.Create, crashfs.Write, crashfs.Sync, crashfs.MapSync, crashfs.Allocate, crashfs.SyncDir} {
+		if seen[k] == 0 {
+			t.Errorf("no %v in the workload", k)
+		}
+	}
+}
+
+// TestFailedOperations makes each operation fail once, and each and all that
+// follow, with the process living on; then the power fails.
+func TestFailedOperations(t *testing.T) {
+	ops := countOps(t)
+	for n, op := range ops {
+		for name, arm := range map[string]func(*crashfs.FS){
+			"EIO":          func(f *crashfs.FS) { f.FailAt(n, syscall.EIO) },
+			"ENOSPC":       func(f *crashfs.FS) { f.FailAt(n, syscall.ENOSPC) },
+			"EIO for good": func(f *crashfs.FS) { f.FailFrom(n, syscall.EIO) },
+			"full disk":    func(f *crashfs.FS) { f.FailFrom(n, syscall.ENOSPC) },
+			"short write":  func(f *crashfs.FS) { f.ShortWriteAt(n) },
+		} {
+			fsys := newDisk()
+			arm(fsys)
+			m := model{}
+			err := m.workload(fsys)
+			// An advice or the clean-up after another error may be let go,
+			// but nothing that fails first.
+			if !errors.Is(err, syscall.EIO) && !errors.Is(err, syscall.ENOSPC) &&
+				!(name == "full disk" && slices.Contains([]crashfs.Kind{crashfs.Map, crashfs.Lock, crashfs.SyncDir}, op.Kind)) {
+				t.Fatalf("%s at operation %d, %v: %v", name, n, op, err)
+			}
+			fsys.Heal()
+			for seed := range uint64(3) {
+				if err := m.checkDisk(fsys.CrashClone(seed)); err != nil {
+					t.Fatalf("%s at operation %d, %v, power cut with seed %d: %v", name, n, op, seed, err)
+				}
+			}
+			if err := m.checkDisk(fsys); err != nil {
+				t.Fatalf("%s at operation %d, %v: %v", name, n, op, err)
+			}
+		}
+	}
+}
+
+// TestCrashAfterCrash runs random workloads with a kill or a power cut in each,
+// one after the other on the same file.
+func TestCrashAfterCrash(t *testing.T) {
+	for seed := range uint64(30) {
+		rnd := rand.New(rand.NewPCG(seed, 0))
+		fsys := newDisk()
+		m := model{}
+		next := 0
+		for life := range 6 {
+			fsys.KillAt(rnd.IntN(120))
+			f, err := open(fsys, "/dir/nvram", Options{Create: true}, small)
+			for err == nil {
+				switch rnd.IntN(5) {
+				case 0: // remove
+					ids := slices.Collect(maps.Keys(m))
+					if len(ids) == 0 {
+						continue
+					}
+					slices.SortFunc(ids, func(a, b uuid.UUID) int { return slices.Compare(a[:], b[:]) })
+					id := ids[rnd.IntN(len(ids))]
+					delete(m, id)
+					_, err = f.FreeOwner(id)
+				case 1:
+					_, err = f.Sweep([]uuid.UUID{storeA, storeB}[rnd.IntN(2)], m.live)
+				default:
+					next++
+					n := 1 + rnd.IntN(12)
+					err = m.save(f, owner(next), []uuid.UUID{storeA, storeB}[rnd.IntN(2)], int64(n), 1+rnd.IntN(n*smallSlots), rnd.IntN(3) > 0)
+				}
+			}
+			if !errors.Is(err, crashfs.ErrKilled) {
+				t.Fatalf("seed %d, life %d: %v", seed, life, err)
+			}
+			if rnd.IntN(2) == 0 {
+				fsys = fsys.Fork()
+			} else {
+				fsys = fsys.CrashClone(rnd.Uint64())
+			}
+			// A look at a copy: the next life meets the file unswept.
+			if err := m.checkDisk(fsys.CrashClone(0)); err != nil {
+				t.Fatalf("seed %d, life %d: %v", seed, life, err)
+			}
+		}
+	}
+}
