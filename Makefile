@@ -1,0 +1,49 @@
+# What there is to do: build, test, demo, bench, fuzz, record.
+
+GO ?= go
+FUZZTIME ?= 5s
+
+.PHONY: all build test check unit replay fuzz demo bench record clean
+
+all: build
+
+build:
+	$(GO) build -o bin/flic-migrate ./cmd/flic-migrate
+
+# Installs what is missing, then runs every test, those with a real QEMU
+# included, a short fuzz run of each parser, and the recorded streams.
+test:
+	scripts/deps
+	$(MAKE) check unit fuzz replay
+
+check:
+	@fmt=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$fmt" ] || { echo "not gofmt'ed: $$fmt"; exit 1; }
+	$(GO) vet ./...
+
+unit:
+	$(GO) test -timeout 15m ./...
+
+replay: build
+	bin/flic-migrate replay testdata/*.stream.zst
+
+# Each fuzz test for $(FUZZTIME): make fuzz FUZZTIME=10m for more.
+fuzz:
+	scripts/fuzz $(FUZZTIME)
+
+# Boots a guest, saves it, restores it, proves that it went on.
+demo: build
+	scripts/deps qemu guest bench
+	$(GO) run ./scripts/demo
+
+bench: build
+	scripts/deps qemu guest bench
+	$(GO) run ./scripts/bench
+	$(GO) test -run '^$$' -bench . -benchtime 1s ./stream/... ./ramparse/... ./tier/...
+
+# Records testdata's streams again.
+record:
+	scripts/deps qemu qemu-aarch64 guest
+	$(GO) run ./scripts/record
+
+clean:
+	rm -rf bin
