@@ -119,6 +119,7 @@ func (i *inode) dirty(off, end int64, fn func(off int64)) {
 func (i *inode) persist(off int64) {
 	s := sectorAt(i.data, off)
 	if end := off + int64(len(s)); end > int64(len(i.durable)) {
+		i.durable = slices.Grow(i.durable, max(0, len(i.data)-len(i.durable))) // the rest follows mostly
 		i.durable = resized(i.durable, end)
 	}
 	if off < int64(len(i.durable)) {
