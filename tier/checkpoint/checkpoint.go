@@ -94,6 +94,9 @@ func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
 	if c.Meta, err = readMeta(im); err != nil {
 		return err
 	}
+	if c.Meta.VM != c.Ref.VM {
+		return im.Corrupt(image.Meta, 0, fmt.Errorf("it is a checkpoint of VM %q in place of %v", c.Meta.VM, c.Ref))
+	}
 	if c.Meta.TailChunk < 0 || c.Meta.TailChunk > im.Chunks(image.Skeleton) {
 		return im.Corrupt(image.Meta, 0, fmt.Errorf("device tail in skeleton chunk %d of %d", c.Meta.TailChunk, im.Chunks(image.Skeleton)))
 	}
@@ -317,9 +320,24 @@ func report(err error, found func(error)) error {
 	return err
 }
 
+// nvramHeaders is where an NVRAM file's headers end (docs/format-nvram.md).
+const nvramHeaders = 8 << 10
+
 func (c *Checkpoint) verifyNVRAM(ctx context.Context, found func(error)) error {
 	if c.part == nil {
 		return nil
+	}
+	// Of the file's two headers one is enough to read it, so nobody else
+	// notices when the other is lost. What else Check finds is either this
+	// checkpoint's, and was found by Open, or another's.
+	damage, err := c.nvfile.Check()
+	if err != nil {
+		return err
+	}
+	for _, err := range damage {
+		if e := (*nvram.CorruptError)(nil); errors.As(err, &e) && e.Offset < nvramHeaders {
+			found(err)
+		}
 	}
 	for slot, owner := range c.part.Slots {
 		if err := ctx.Err(); err != nil {
