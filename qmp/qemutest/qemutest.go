@@ -51,8 +51,8 @@ const (
 	// needs 4 MiB. Load gives it memory content and Change makes it change that.
 	Tiny
 	// Linux is a Debian kernel with a first process that keeps known memory and
-	// answers on the console; it takes 5–10 s and needs 80 MiB (x86) or 96 MiB
-	// (arm64).
+	// answers on the console; it takes 5–10 s and needs 96 MiB, of which some 30
+	// can be filled.
 	Linux
 	// Debian is Linux with the disk image of a Debian system at /dev/vda, which
 	// flic.read=/usr brings into the page cache (x86 only).
@@ -367,7 +367,7 @@ func Load(file string, addr uint64) []string {
 }
 
 // Change returns the arguments that make a tiny guest of this architecture change
-// perTick pages in each tick, in turn, of the range of pages that begins at the
+// perTick pages in each tick, by turns, of the range of pages that begins at the
 // given address, counted from the start of RAM.
 func Change(arch string, first, pages, perTick uint32) []string {
 	at := uint64(0x1ff000) // PARAMS in scripts/tinyguest

@@ -38,9 +38,12 @@ change:
 	str	w5, [x4, x22]
 	add	w22, w22, #68
 	and	w22, w22, #0xffc
-	add	w21, w21, #1
-	cmp	w21, w1
-	csel	w21, w21, wzr, lo
+	add	w21, w21, #37
+1:	cmp	w21, w1
+	b.lo	2f
+	sub	w21, w21, w1
+	b	1b
+2:
 	subs	w2, w2, #1
 	b.ne	change
 

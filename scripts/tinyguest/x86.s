@@ -9,8 +9,9 @@
 #	0x1ff004  number of pages in the range, 0 for none
 #	0x1ff008  pages to change in each tick
 #
-# Pages are taken in turn; of each, one 32-bit word is increased, at an offset
-# that moves on by 68 bytes a page.
+# Every 37th page is taken, round and round; of each, one 32-bit word is increased,
+# at an offset that moves on by 68 bytes a page. All pages have their turn if their
+# number is no multiple of 37.
 #
 # QEMU starts it in 32-bit protected mode, through the PVH note on newer machine
 # types and microvm, and through the multiboot header on older ones.
@@ -56,11 +57,12 @@ change:
 	incl	(%eax, %edi)
 	add	$68, %edi
 	and	$0xffc, %edi
-	inc	%esi
-	cmp	%edx, %esi
-	jb	1f
-	xor	%esi, %esi
-1:	loop	change
+	add	$37, %esi
+1:	cmp	%edx, %esi
+	jb	2f
+	sub	%edx, %esi
+	jmp	1b
+2:	loop	change
 
 wait:	call	wrap
 	call	wrap
