@@ -131,6 +131,9 @@ func decodeHeader(b []byte) (header, error) {
 	if err := h.check(); err != nil {
 		return header{}, err
 	}
+	if binary.LittleEndian.Uint32(b[20:]) != 0 || binary.LittleEndian.Uint32(b[56:]) != 0 {
+		return header{}, errors.New("reserved header field is not zero")
+	}
 	if h.capacity < 0 || h.capacity > maxExtents {
 		return header{}, fmt.Errorf("capacity of %d extents", uint64(h.capacity))
 	}
@@ -196,8 +199,9 @@ func (h header) decodeEntry(b []byte, extent uint32) (entry, entryState) {
 		since:    time.Unix(int64(binary.LittleEndian.Uint64(b[40:])), 0),
 	}
 	if h.checksum(b, extent) == binary.LittleEndian.Uint32(b[60:]) {
-		// An unknown kind is a later version's, and so is its extent.
-		if b[37] != kindPages {
+		// What this program does not know a later one has written, and the
+		// extent is that one's.
+		if b[37] != kindPages || !bytes.Equal(b[38:40], zeroEntry[:2]) || !bytes.Equal(b[48:60], zeroEntry[:12]) {
 			return e, damaged
 		}
 		return e, taken

@@ -398,6 +398,23 @@ func TestFormat(t *testing.T) {
 	if off := f.h.offset(1025); off != 1025*ExtentSize {
 		t.Errorf("extent 1025 at %d", off)
 	}
+	// What a later version may put into reserved fields is not taken for ours.
+	for _, i := range []int{37, 38, 39, 48, 59} {
+		c := bytes.Clone(b)
+		c[i] ^= 2
+		binary.LittleEndian.PutUint32(c[60:], f.h.checksum(c, 1025))
+		if _, s := f.h.decodeEntry(c, 1025); s != damaged {
+			t.Errorf("reserved byte %d: state %d", i, s)
+		}
+	}
+	for _, i := range []int{20, 23, 56, 59} {
+		c := bytes.Clone(h)
+		c[i] ^= 2
+		binary.LittleEndian.PutUint32(c[60:], crc32.Checksum(c[:60], castagnoli))
+		if _, err := decodeHeader(c); err == nil {
+			t.Errorf("reserved header byte %d", i)
+		}
+	}
 	// The entry counts in its place only.
 	if _, s := f.h.decodeEntry(b, 1026); s != damaged {
 		t.Error("an entry is believed in another place")
