@@ -9,16 +9,19 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
-// loader reads what nobody has asked for, in the order in which it lies in the
-// image, so that flash sees one sequential read.
+// loader brings what nobody has asked for, in three phases: the pages that
+// earlier resumes asked for, roughly in their order; the NVRAM part in its
+// prefetch order; and all the rest in the order in which it lies in the image,
+// so that flash sees one sequential read.
 type loader struct {
 	c       *checkpoint.Checkpoint
-	start   chan struct{} // closed by begin
-	batches chan *batch   // closed when all is loaded
-	free    chan *batch
+	first   []workingset.PageRun
 	busy    func() bool // demands are waiting
+	batches chan *batch // closed when all is loaded
+	free    chan *batch
 }
 
 // batch is a decoded segment and the pages whose content it holds, or, without
@@ -27,9 +30,13 @@ type batch struct {
 	segment *image.Segment
 	reader  image.SegmentReader
 	pages   []slotRun
+	// zero tells that pages without content are to be sent as well.
+	zero bool
+	// hotEnd marks, without any pages, that what follows is cold.
+	hotEnd bool
 }
 
-// slotRun is a page table run that has content.
+// slotRun is a stretch of pages and where their content is.
 type slotRun struct {
 	slot  pagetable.Entry // of the first page
 	step  uint64
@@ -38,13 +45,19 @@ type slotRun struct {
 	count uint64
 }
 
-// aheadBatches is how many segments are decoded before the pump has asked for
-// them. More would only put more reads before a demanded one's on slow flash.
-const aheadBatches = 2
+const (
+	// aheadBatches is how many segments are decoded before the pump has asked
+	// for them. More would only put more reads before a demanded one's on
+	// slow flash.
+	aheadBatches = 2
+	// firstWindow is how many pages of the first phase are looked at together,
+	// so that a segment that holds several of them is decoded once.
+	firstWindow = 1024
+)
 
-func newLoader(c *checkpoint.Checkpoint, busy func() bool) *loader {
+func newLoader(c *checkpoint.Checkpoint, first []workingset.PageRun, busy func() bool) *loader {
 	l := &loader{
-		c: c, busy: busy, start: make(chan struct{}),
+		c: c, first: first, busy: busy,
 		batches: make(chan *batch, aheadBatches), free: make(chan *batch, aheadBatches+2),
 	}
 	for range cap(l.free) {
@@ -53,29 +66,105 @@ func newLoader(c *checkpoint.Checkpoint, busy func() bool) *loader {
 	return l
 }
 
-// begin lets the loader start. Called once, by the pump.
-func (l *loader) begin() { close(l.start) }
-
 // done gives a batch back.
 func (l *loader) done(b *batch) { l.free <- b }
 
 func (l *loader) run(ctx context.Context) error {
-	select {
-	case <-l.start:
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	if err := l.loadFirst(ctx); err != nil {
+		return err
 	}
-	runs, err := l.runs()
+	if err := l.loadNVRAM(ctx); err != nil {
+		return err
+	}
+	b, err := l.take(ctx)
 	if err != nil {
 		return err
 	}
+	b.hotEnd = true
+	if err := l.put(ctx, b); err != nil {
+		return err
+	}
+	// The whole table is looked at only now, when the guest runs already.
+	var runs []slotRun
+	err = l.c.Table.Runs(func(r pagetable.Run) error {
+		switch {
+		case r.Kind == pagetable.Absent, r.Kind == pagetable.ZeroData, r.Kind == pagetable.Fill && r.First == 0:
+			return nil
+		}
+		runs = append(runs, slotRun{r.Entry(0), r.Step, r.Block, r.Page, r.Count})
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := l.load(ctx, runs, false); err != nil {
+		return err
+	}
+	close(l.batches)
+	return nil
+}
+
+func (l *loader) loadFirst(ctx context.Context) error {
+	var window []slotRun
+	var pages uint64
+	for _, r := range l.first {
+		if r.Block < 0 || r.Block >= l.c.Table.Blocks() || r.Page >= l.c.Table.Pages(r.Block) {
+			continue
+		}
+		end := r.Page + min(r.Count, l.c.Table.Pages(r.Block)-r.Page)
+		for page := r.Page; page < end; {
+			run, err := l.c.Table.Find(r.Block, page)
+			if err != nil {
+				return err
+			}
+			n := min(run.Count, end-page, firstWindow)
+			window = append(window, slotRun{run.Entry(0), run.Step, r.Block, page, n})
+			page += n
+			if pages += n; pages >= firstWindow {
+				if err := l.load(ctx, window, true); err != nil {
+					return err
+				}
+				window, pages = window[:0], 0
+			}
+		}
+	}
+	return l.load(ctx, window, true)
+}
+
+func (l *loader) loadNVRAM(ctx context.Context) error {
+	slots := l.c.NVRAMSlots()
+	for len(slots) > 0 {
+		b, err := l.take(ctx)
+		if err != nil {
+			return err
+		}
+		n := min(len(slots), l.c.Image.SegmentPages)
+		for _, s := range slots[:n] {
+			run, err := l.c.Table.Find(int(s.Block), s.Page)
+			if err != nil {
+				return err
+			}
+			b.pages = append(b.pages, slotRun{run.Entry(0), 0, int(s.Block), s.Page, 1})
+		}
+		slots = slots[n:]
+		if err := l.put(ctx, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// load sorts runs by where their content lies and loads them segment by
+// segment.
+func (l *loader) load(ctx context.Context, runs []slotRun, zero bool) error {
+	sort.Slice(runs, func(i, j int) bool { return runs[i].slot < runs[j].slot })
 	per := uint64(l.c.Image.SegmentPages)
 	for len(runs) > 0 {
 		b, err := l.take(ctx)
 		if err != nil {
 			return err
 		}
-		b.segment, b.pages = nil, b.pages[:0]
+		b.zero = zero
 		if runs[0].slot.Kind() == pagetable.Flash {
 			n := runs[0].slot.Value() / per
 			runs = b.cut(runs, pagetable.Make(pagetable.Flash, (n+1)*per))
@@ -86,13 +175,10 @@ func (l *loader) run(ctx context.Context) error {
 			b.pages = append(b.pages, runs[0])
 			runs = runs[1:]
 		}
-		select {
-		case l.batches <- b:
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		if err := l.put(ctx, b); err != nil {
+			return err
 		}
 	}
-	close(l.batches)
 	return nil
 }
 
@@ -104,25 +190,20 @@ func (l *loader) take(ctx context.Context) (*batch, error) {
 		for i := 0; i < 20 && l.busy(); i++ {
 			time.Sleep(100 * time.Microsecond)
 		}
+		b.segment, b.pages, b.zero, b.hotEnd = nil, b.pages[:0], false, false
 		return b, nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
 }
 
-// runs lists the runs with content, sorted by where it lies.
-func (l *loader) runs() ([]slotRun, error) {
-	var runs []slotRun
-	err := l.c.Table.Runs(func(r pagetable.Run) error {
-		switch {
-		case r.Kind == pagetable.Absent, r.Kind == pagetable.ZeroData, r.Kind == pagetable.Fill && r.First == 0:
-			return nil
-		}
-		runs = append(runs, slotRun{r.Entry(0), r.Step, r.Block, r.Page, r.Count})
+func (l *loader) put(ctx context.Context, b *batch) error {
+	select {
+	case l.batches <- b:
 		return nil
-	})
-	sort.Slice(runs, func(i, j int) bool { return runs[i].slot < runs[j].slot })
-	return runs, err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // cut moves what lies before end from runs to the batch and returns the rest,

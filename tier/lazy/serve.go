@@ -61,8 +61,8 @@ type Report struct {
 	Hot      time.Duration `json:"hot_ns"`      // until First and NVRAM had been sent
 	Resident time.Duration `json:"resident_ns"` // until the last page had been sent
 
-	// Touched are the pages that were waited for, in that order: what the
-	// next resume's First should have.
+	// Touched are the pages that were waited for and the neighbours that were
+	// sent with them, in that order: what the next resume's First should have.
 	Touched []workingset.PageRun `json:"-"`
 }
 
@@ -230,7 +230,7 @@ func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) 
 	go func() { cancel(p.receive(ctx, rd)) }()
 
 	g, ctx := errgroup.WithContext(ctx)
-	ld := newLoader(p.c, func() bool { return len(p.demands) > 0 })
+	ld := newLoader(p.c, p.o.First, func() bool { return len(p.demands) > 0 })
 	g.Go(func() error { return ld.run(ctx) })
 	g.Go(func() error { return p.serve(ctx, ld) })
 	err := g.Wait()
@@ -277,28 +277,11 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 	}
 }
 
-// serve sends everything in its order.
+// serve sends what the loader brings, and before it whatever is asked for.
 func (p *pump) serve(ctx context.Context, ld *loader) error {
-	if err := p.first(ctx); err != nil {
-		return err
-	}
-	if err := p.nvram(ctx); err != nil {
-		return err
-	}
-	p.rep.Hot = time.Since(p.start)
-	p.rep.HotPages = p.rep.Pages
-	if err := p.hold(ctx); err != nil {
-		return err
-	}
-	ld.begin()
 	for {
-		select {
-		case d := <-p.demands:
-			if err := p.demanded(d); err != nil {
-				return err
-			}
-			continue
-		default:
+		if err := p.yield(ctx); err != nil {
+			return err
 		}
 		select {
 		case d := <-p.demands:
@@ -307,7 +290,7 @@ func (p *pump) serve(ctx context.Context, ld *loader) error {
 			}
 		case b, ok := <-ld.batches:
 			if !ok {
-				return p.finish()
+				return p.finish(ctx)
 			}
 			if err := p.batch(ctx, b); err != nil {
 				return err
@@ -317,46 +300,6 @@ func (p *pump) serve(ctx context.Context, ld *loader) error {
 			return context.Cause(ctx)
 		}
 	}
-}
-
-// first sends the pages that earlier resumes asked for.
-func (p *pump) first(ctx context.Context) error {
-	for _, r := range p.o.First {
-		if r.Block < 0 || r.Block >= len(p.sent) {
-			continue
-		}
-		for page := r.Page; page-r.Page < r.Count && page < p.c.Table.Pages(r.Block); page++ {
-			if err := p.background(ctx, r.Block, page); err != nil {
-				return err
-			}
-		}
-	}
-	return p.flush()
-}
-
-// nvram sends the NVRAM part in its prefetch order.
-func (p *pump) nvram(ctx context.Context) error {
-	for _, s := range p.c.NVRAMSlots() {
-		if err := p.background(ctx, int(s.Block), s.Page); err != nil {
-			return err
-		}
-	}
-	return p.flush()
-}
-
-// background adds a page that nobody has asked for and looks for demands at
-// every write.
-func (p *pump) background(ctx context.Context, block int, page uint64) error {
-	if p.sent[block].has(page) {
-		return nil
-	}
-	if err := p.pages.visit(block, page, p.send); err != nil {
-		return err
-	}
-	if p.full() {
-		return p.yield(ctx)
-	}
-	return nil
 }
 
 // yield writes what is there and serves the demands that have come.
@@ -416,8 +359,7 @@ func (p *pump) demanded(d demand) error {
 		if data == nil {
 			p.rep.Zero++
 		}
-		p.append(block, page, data)
-		return nil
+		return p.append(block, page, data)
 	})
 	if err == nil {
 		err = p.flush()
@@ -428,7 +370,14 @@ func (p *pump) demanded(d demand) error {
 	p.rep.Waited++
 	p.waits = append(p.waits, time.Since(d.at))
 	p.touch(d.block, d.page)
-	if err := p.pages.neighbours(d.block, d.page, neighbours, p.send); err != nil {
+	err = p.pages.neighbours(d.block, d.page, neighbours, func(block int, page uint64, data []byte) error {
+		// Whether the guest touches it can't be seen any more once it is sent.
+		if data != nil && !p.sent[block].has(page) {
+			p.touch(block, page)
+		}
+		return p.send(block, page, data)
+	})
+	if err != nil {
 		return err
 	}
 	return p.flush()
@@ -443,15 +392,24 @@ func (p *pump) touch(block int, page uint64) {
 	p.rep.Touched = append(t, workingset.PageRun{Block: block, Page: page, Count: 1})
 }
 
-// batch sends the pages of a decoded segment.
+// batch sends the pages of a batch, looking for demands at every write.
 func (p *pump) batch(ctx context.Context, b *batch) error {
+	if b.hotEnd {
+		p.rep.Hot = time.Since(p.start)
+		p.rep.HotPages = p.rep.Pages
+		return p.hold(ctx)
+	}
+	send := p.send
+	if b.zero {
+		send = p.append
+	}
 	for _, r := range b.pages {
 		for i := range r.count {
 			if p.sent[r.block].has(r.page + i) {
 				continue
 			}
 			e := r.slot + pagetable.Entry(i*r.step)
-			if err := content(p.c, b.segment, p.fill, r.block, r.page+i, e, p.send); err != nil {
+			if err := content(p.c, b.segment, p.fill, r.block, r.page+i, e, send); err != nil {
 				return err
 			}
 			if p.full() {
@@ -466,14 +424,14 @@ func (p *pump) batch(ctx context.Context, b *batch) error {
 
 // send adds a page's record unless it has been sent or reads as zero anyway.
 func (p *pump) send(block int, page uint64, data []byte) error {
-	if data != nil && !p.sent[block].has(page) {
-		p.append(block, page, data)
+	if data == nil || p.sent[block].has(page) {
+		return nil
 	}
-	return nil
+	return p.append(block, page, data)
 }
 
 // append adds a page's record; no data means zero.
-func (p *pump) append(block int, page uint64, data []byte) {
+func (p *pump) append(block int, page uint64, data []byte) error {
 	if len(p.buf) == 0 {
 		p.buf = stream.AppendPart(p.buf, p.ramID)
 		p.named = -1
@@ -490,6 +448,7 @@ func (p *pump) append(block int, page uint64, data []byte) {
 	}
 	p.sent[block].set(page)
 	p.rep.Pages++
+	return nil
 }
 
 func (p *pump) full() bool { return len(p.buf) >= writePages*p.c.Meta.PageSize }
@@ -514,11 +473,9 @@ func (p *pump) write(b []byte) error {
 }
 
 // finish ends the migration.
-func (p *pump) finish() error {
-	for len(p.demands) > 0 {
-		if err := p.demanded(<-p.demands); err != nil {
-			return err
-		}
+func (p *pump) finish(ctx context.Context) error {
+	if err := p.yield(ctx); err != nil {
+		return err
 	}
 	b := stream.AppendEnd(nil, p.ramID)
 	b = ramparse.AppendEOS(b)
