@@ -180,15 +180,20 @@ func (g *guest) check() (bad, first int) {
 	return bad, first
 }
 
+// step makes the changes of one tick.
+func (g *guest) step() {
+	for range min(g.perTick, len(g.sums)) {
+		i := g.random.IntN(len(g.sums))
+		guestmem.Change(g.page(i), g.random, g.bytes)
+		g.sums[i] = crc32.ChecksumIEEE(g.page(i))
+		g.changes++
+	}
+}
+
 func (g *guest) ticker(period time.Duration) {
 	for range time.Tick(period) {
 		g.mu.Lock()
-		for range min(g.perTick, len(g.sums)) {
-			i := g.random.IntN(len(g.sums))
-			guestmem.Change(g.page(i), g.random, g.bytes)
-			g.sums[i] = crc32.ChecksumIEEE(g.page(i))
-			g.changes++
-		}
+		g.step()
 		g.tick++
 		fmt.Printf("tick %d\n", g.tick)
 		g.mu.Unlock()
