@@ -67,9 +67,11 @@ func (a *app) configure(cmd *cobra.Command) error {
 			}
 			value, source = fmt.Sprint(v), file.path+": "+key
 		}
-		if serr := cmd.Flags().Set(f.Name, value); serr != nil {
+		// Not FlagSet.Set, whose errors speak of flags.
+		if serr := f.Value.Set(value); serr != nil {
 			err = fmt.Errorf("%s: %q: %w", source, value, serr)
 		}
+		f.Changed = true
 	})
 	return err
 }

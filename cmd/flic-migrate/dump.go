@@ -226,14 +226,21 @@ func (d *dumper) record(dec *ramparse.Decoder, rec *ramparse.Record) error {
 		d.doc.Blocks[rec.Block].Pages++
 		if n := dec.PageSize(); n != 0 {
 			d.doc.PageSize = n
-			if d.passes == nil {
+			if d.passes == nil && dec.Setup().Total/uint64(n) <= maxCounted {
 				d.passes = ramparse.NewPassCounter(dec.Setup(), n)
 			}
-			d.passes.Add(rec.Block, rec.Page)
+			if d.passes != nil {
+				d.passes.Add(rec.Block, rec.Page)
+			}
 		}
 	}
 	return nil
 }
+
+// maxCounted is how many pages a stream may announce, 4 TiB of 4 KiB, for its
+// passes to be counted. The counter has its memory at once, and a few hostile
+// bytes can announce any size.
+const maxCounted = 1 << 30
 
 func (d *dumper) devices(b []byte, _ bool) error {
 	start := d.doc.Bytes - int64(len(b))

@@ -19,8 +19,8 @@ import (
 type replayCmd struct {
 	*app
 	encoding
-	store string
-	json  bool
+	scratch string // --store
+	json    bool
 }
 
 func newReplay(a *app) *cobra.Command {
@@ -50,7 +50,7 @@ the store of the other commands is never used.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return r.run(cmd.Context(), args) },
 	}
 	fs := c.Flags()
-	fs.StringVar(&r.store, "store", "", "directory of the scratch store (default: a temporary one)")
+	fs.StringVar(&r.scratch, "store", "", "directory of the scratch store (default: a temporary one)")
 	setKey(fs, "store", "replay-store")
 	r.encoding.add(fs)
 	fs.BoolVar(&r.json, "json", false, "print a JSON array")
@@ -59,20 +59,20 @@ the store of the other commands is never used.`,
 
 func (r *replayCmd) run(ctx context.Context, paths []string) (err error) {
 	debug.SetGCPercent(gcPercent)
-	scratch, err := os.MkdirTemp("", "flic-replay-")
+	tmp, err := os.MkdirTemp("", "flic-replay-")
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(scratch)) }()
-	dir := r.store
+	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
+	dir := r.scratch
 	if dir == "" {
-		dir = scratch + "/store"
+		dir = tmp + "/store"
 	}
 	st, err := store.Open(vfs.OS, dir, true)
 	if err != nil {
 		return err
 	}
-	p := replay.Replayer{FS: vfs.OS, Store: st, Scratch: scratch, Options: r.encoding.options()}
+	p := replay.Replayer{FS: vfs.OS, Store: st, Scratch: tmp, Options: r.encoding.options()}
 	results := []replay.Result{}
 	different := 0
 	for _, path := range paths {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"runtime/debug"
 	"time"
 
@@ -84,7 +83,7 @@ func (r *restoreCmd) run(ctx context.Context, name string) error {
 		if jerr != nil {
 			return errors.Join(err, jerr)
 		}
-		fmt.Fprintf(r.stderr, "%s\n", line)
+		r.last = line
 	}
 	return err
 }

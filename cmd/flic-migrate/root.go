@@ -27,6 +27,7 @@ type app struct {
 	store   string // --store
 	config  string // --config
 	started bool   // flags and arguments are right and the command's own code runs
+	last    []byte // the line that ends stderr: a report in JSON
 }
 
 // run is the program: it returns the exit code.
@@ -38,11 +39,6 @@ func run(args []string) int {
 	defer stop()
 
 	a := &app{stdin: os.Stdin, stdout: &countingWriter{File: os.Stdout}, stderr: os.Stderr}
-	if len(args) == 0 && !isTerminal(a.stdin) {
-		// exec: strings are short and libvirt has no room for flags: alone
-		// with a stream on stdin the command is a filter.
-		args = []string{"save"}
-	}
 	root := newRoot(a)
 	root.SetArgs(args)
 	cmd, err := root.ExecuteContextC(ctx)
@@ -54,6 +50,9 @@ func run(args []string) int {
 		if cmd.Name() == "restore" {
 			a.stdout.spoil()
 		}
+	}
+	if a.last != nil {
+		fmt.Fprintf(a.stderr, "%s\n", a.last)
 	}
 	return exitCode(err)
 }
@@ -88,10 +87,22 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 		Args:          cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				a.started = false
-				return fmt.Errorf("there is no verb %q; see flic-migrate --help", args[0])
+				return usageError{fmt.Errorf("there is no verb %q; see flic-migrate --help", args[0])}
 			}
-			return cmd.Help()
+			if isTerminal(a.stdin) {
+				return cmd.Help()
+			}
+			// exec: strings are short and libvirt has no room for flags, so
+			// alone with a stream the command is a filter.
+			save, _, err := cmd.Find([]string{"save"})
+			if err != nil {
+				return err
+			}
+			if err := a.configure(save); err != nil {
+				return usageError{err}
+			}
+			save.SetContext(cmd.Context())
+			return save.RunE(save, nil)
 		},
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.configure(cmd); err != nil {
@@ -105,7 +116,7 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.PersistentFlags().StringVar(&a.store, "store", defaultStore(), "directory that holds the checkpoints")
-	root.PersistentFlags().StringVar(&a.config, "config", "", "configuration file (default: "+strings.Join(configPaths(), ", then ")+")")
+	root.PersistentFlags().StringVar(&a.config, "config", "", "configuration file (default: $XDG_CONFIG_HOME/flic-migrate/config.toml, then /etc/flic-migrate.toml)")
 	root.AddCommand(newSave(a), newRestore(a), newList(a), newShow(a), newVerify(a), newRm(a), newGC(a), newPersist(a), newReplay(a), newDump(a), newVersion())
 	for _, c := range append(root.Commands(), root) {
 		describe(c)
@@ -177,7 +188,11 @@ func isTerminal(f *os.File) bool { return term.IsTerminal(int(f.Fd())) }
 func withSignals(ctx context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	c := make(chan os.Signal, 1)
-	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	for _, s := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		if !signal.Ignored(s) { // as under nohup
+			signal.Notify(c, s)
+		}
+	}
 	go func() {
 		s, ok := <-c
 		if !ok {

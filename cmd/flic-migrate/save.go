@@ -109,7 +109,7 @@ func (s *saveCmd) run(ctx context.Context) error {
 		fmt.Fprintf(s.stderr, "flic-migrate: %s\n", summary(ref, &meta.Report))
 	}
 	if s.json {
-		fmt.Fprintf(s.stderr, "%s\n", line)
+		s.last = line
 	}
 	return err
 }

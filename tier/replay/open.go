@@ -3,6 +3,7 @@ package replay
 import (
 	"bufio"
 	"bytes"
+	"fmt"
 	"io"
 	"os"
 
@@ -28,9 +29,20 @@ func Open(path string) (io.ReadCloser, error) {
 }
 
 type recorded struct {
-	io.Reader
+	r          io.Reader
 	closeCodec func()
 	file       *os.File
+}
+
+// Read keeps a recording that was cut apart from a stream that was: the codecs
+// report it as io.ErrUnexpectedEOF, by which a reader of streams would tell that
+// QEMU has stopped in the middle.
+func (r *recorded) Read(b []byte) (int, error) {
+	n, err := r.r.Read(b)
+	if err == io.ErrUnexpectedEOF {
+		err = fmt.Errorf("%s: the compressed file is truncated", r.file.Name())
+	}
+	return n, err
 }
 
 func (r *recorded) Close() error {
