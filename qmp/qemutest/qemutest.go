@@ -12,9 +12,9 @@
 // tiny one does in scripts/tinyguest/x86.s.
 //
 // QEMU runs with -accel tcg, so that it needs nothing of the host. Mind two
-// things about that: a live migration of an x86 guest loses dirty pages if the
-// size of a RAM block is a multiple of 256 KiB, so LiveMemory is the size to use
-// for one; and everything is some ten times slower.
+// things about that: a live migration loses dirty pages if the size of a RAM block
+// is a multiple of 256 KiB (QEMU 7.2, seen on both architectures), so LiveMemory
+// is the size to use for one; and everything is some ten times slower.
 package qemutest
 
 import (
