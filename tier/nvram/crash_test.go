@@ -1,6 +1,7 @@
 package nvram
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
@@ -306,6 +307,125 @@ func TestCrashAfterCrash(t *testing.T) {
 			if err := m.checkDisk(fsys.CrashClone(0)); err != nil {
 				t.Fatalf("seed %d, life %d: %v", seed, life, err)
 			}
+		}
+	}
+}
+
+// TestFailedFormat fails each operation of making a file, and then uses the file
+// after all. Headers of which the sync has failed are in the page cache, not on
+// the disk: to believe them would lose every checkpoint at the next power cut.
+func TestFailedFormat(t *testing.T) {
+	for n := range 20 {
+		fsys := newDisk()
+		fsys.FailAt(n, syscall.EIO)
+		f, err := open(fsys, "/dir/nvram", Options{Create: true}, small)
+		fsys.Heal()
+		if err == nil {
+			if n < 8 {
+				t.Errorf("operation %d of Open failed without an error", n)
+			}
+			check(f.Close())
+		}
+		m := model{}
+		f = must(open(fsys, "/dir/nvram", Options{Create: true}, small))
+		check(m.save(f, owner(1), storeA, 3, 12, true))
+		check(f.Close())
+		for seed := range uint64(20) {
+			if err := m.checkDisk(fsys.CrashClone(seed)); err != nil {
+				t.Fatalf("operation %d of Open failed, seed %d: %v", n, seed, err)
+			}
+		}
+	}
+}
+
+// TestTornFormat: on persistent memory a header can reach the medium in any
+// subset of its 8-byte words. Until all of them but the magic number are synced
+// the magic number must not be written, and what there is must be blank.
+func TestTornFormat(t *testing.T) {
+	fsys := crashfs.New(0)
+	w := &syncWatch{FS: fsys}
+	f := must(open(w, "/nvram", Options{Create: true}, small))
+	if len(w.synced) != 2 {
+		t.Fatalf("%d syncs", len(w.synced))
+	}
+	for _, off := range []int{0, headerCopy} {
+		first, last := w.synced[0][off:][:headerSize], w.synced[1][off:][:headerSize]
+		if !bytes.Equal(first[:8], zeroEntry[:8]) || !bytes.Equal(first[8:], last[8:]) || !bytes.Equal(last[:8], magic[:]) {
+			t.Errorf("header at %d is synced as %x and then as %x", off, first, last)
+		}
+	}
+	check(f.Close())
+	for mask := range 1 << 14 { // of the words behind the two magic numbers
+		b := make([]byte, small.extentSize)
+		for i := range 14 {
+			if mask>>i&1 != 0 {
+				off := 8 + i%7*8 + i/7*headerCopy
+				copy(b[off:off+8], w.synced[0][off:])
+			}
+		}
+		g := &File{path: "/nvram", f: memFile{b: b}}
+		if blank, err := g.blank(small); !blank || err != nil {
+			t.Fatalf("words %014b: blank %v, %v", mask, blank, err)
+		}
+	}
+}
+
+// syncWatch keeps what a file's first bytes were at each Sync.
+type syncWatch struct {
+	vfs.FS
+	synced [][]byte
+}
+
+func (w *syncWatch) Create(name string) (vfs.File, error) {
+	f, err := w.FS.Create(name)
+	return watchedFile{f, w}, err
+}
+
+type watchedFile struct {
+	vfs.File
+	w *syncWatch
+}
+
+func (f watchedFile) Sync() error {
+	b := make([]byte, tableOffset)
+	must(f.ReadAt(b, 0))
+	f.w.synced = append(f.w.synced, b)
+	return f.File.Sync()
+}
+
+// memFile is a file to read from.
+type memFile struct {
+	vfs.File
+	b []byte
+}
+
+func (f memFile) ReadAt(b []byte, off int64) (int, error) {
+	return bytes.NewReader(f.b).ReadAt(b, off)
+}
+
+// TestFailedReserve fails each operation of a reservation: nothing may be taken,
+// and the same checkpoint can try again.
+func TestFailedReserve(t *testing.T) {
+	for n := range 12 {
+		fsys := newDisk()
+		f := must(open(fsys, "/dir/nvram", Options{Create: true}, small))
+		fsys.FailAt(n, syscall.EIO)
+		r, err := f.Reserve(owner(1), storeA, 20*small.extentSize, page)
+		fsys.Heal()
+		if err == nil {
+			if n < 8 {
+				t.Errorf("operation %d failed without an error", n)
+			}
+			check(r.Release())
+		}
+		if owners := must(f.Owners(storeA)); len(owners) != 0 {
+			t.Errorf("operation %d failed: %+v is left", n, owners)
+		}
+		m := model{}
+		check(m.save(f, owner(1), storeA, 20, 80, true))
+		check(f.Close())
+		if err := m.checkDisk(fsys.CrashClone(uint64(n))); err != nil {
+			t.Errorf("operation %d failed: %v", n, err)
 		}
 	}
 }
