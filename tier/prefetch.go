@@ -60,7 +60,7 @@ func newPrefetcher(c *checkpoint.Checkpoint, workers int) *prefetcher {
 		workers = runtime.GOMAXPROCS(0)
 	}
 	segment := max(1, c.Image.SegmentPages*c.Image.PageSize)
-	cached := max(4, cacheBytes/segment)
+	cached := min(max(4, cacheBytes/segment), c.Image.Segments())
 	ahead := max(2*workers, lookaheadMin)
 	p := &prefetcher{
 		c: c, workers: workers, last: -1,

@@ -71,8 +71,9 @@ func (e Entry) Kind() Kind { return Kind(e >> 56) }
 // Value is the kind's value, such as a slot.
 func (e Entry) Value() uint64 { return uint64(e) & MaxValue }
 
-// leafPages is how many pages' entries are allocated together: 512 KiB.
-const leafPages = 1 << 16
+// leafPages is how many pages' entries are allocated together: 32 KiB. A hostile
+// stream that touches one page of each leaf costs that much for 9 bytes.
+const leafPages = 1 << 12
 
 type leaf [leafPages]Entry
 
