@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"runtime/debug"
 	"time"
@@ -12,6 +11,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
@@ -19,8 +19,11 @@ import (
 type restoreCmd struct {
 	*app
 	lazy    choice
+	recover bool
+	learn   time.Duration
 	nvram   string
 	workers count
+	report  string
 	json    bool
 	quiet   bool
 }
@@ -54,8 +57,11 @@ stream, because QEMU would wait for ever on an empty one.`,
 	}
 	fs := c.Flags()
 	fs.Var(&r.lazy, "lazy", "let the guest run before all of its memory is there")
+	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died, for QEMU's migrate-recover")
+	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
+	fs.StringVar(&r.report, "report", "", "write the JSON report to this file as well, also after a failure")
 	fs.BoolVar(&r.json, "json", false, "end with the report as one line of JSON on standard error")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress")
 	return c
@@ -67,23 +73,24 @@ type restoreReport struct {
 	ExitCode   int    `json:"exit_code"`
 	Error      string `json:"error,omitempty"`
 	Lazy       bool   `json:"lazy"`
+	Reason     string `json:"reason,omitempty"` // why it is eager although it might have been lazy
 	tier.RestoreReport
+	LazyReport *lazy.Report `json:"lazy_report,omitempty"`
 }
 
 func (r *restoreCmd) run(ctx context.Context, name string) error {
 	debug.SetGCPercent(gcPercent)
 	var doc restoreReport
 	err := r.restore(ctx, name, &doc)
-	if r.json {
-		doc.ExitCode = exitCode(err)
-		if err != nil {
-			doc.Error = oneLine(err)
+	doc.ExitCode = exitCode(err)
+	if err != nil {
+		doc.Error = oneLine(err)
+	}
+	if r.json || r.report != "" {
+		line := writeReportDoc(r.report, doc, r.log())
+		if r.json {
+			r.last = line
 		}
-		line, jerr := json.Marshal(doc)
-		if jerr != nil {
-			return errors.Join(err, jerr)
-		}
-		r.last = line
 	}
 	return err
 }
@@ -105,19 +112,33 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 		return err
 	}
 	doc.Checkpoint = c.Ref.String()
-	// Fewer and larger writes; no matter if it is not a pipe, or if the
-	// kernel's limit for pipes says no.
-	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
-	p := newProgress(r.stderr, r.quiet)
-	defer p.finish()
-	mode, err := r.mode()
-	if err != nil {
+	if r.recover && r.lazy.value == "never" {
+		return errRecoverEager
+	}
+	mode := r.lazy.value
+	if r.recover {
+		mode = "always"
+	}
+	if doc.Lazy, doc.Reason, err = wantLazy(mode, c); err != nil {
 		return err
 	}
+	if doc.Reason != "" {
+		r.log().Info("restoring eagerly", "reason", doc.Reason)
+	}
+	p := newProgress(r.stderr, r.quiet)
+	defer p.finish()
+	o := tier.RestoreOptions{Workers: r.workers.n, Progress: p.callback()}
 	done := make(chan error, 1)
 	go func() {
+		if doc.Lazy {
+			done <- r.serve(ctx, st, c, o, doc)
+			return
+		}
+		// Fewer and larger writes; no matter if it is not a pipe, or if the
+		// kernel's limit for pipes says no.
+		unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
 		var err error
-		doc.RestoreReport, err = mode(ctx, c, tier.RestoreOptions{Workers: r.workers.n, Progress: p.callback()})
+		doc.RestoreReport, err = tier.Restore(ctx, c, r.stdout, o)
 		done <- err
 	}()
 	select {
@@ -136,14 +157,4 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 		*doc = restoreReport{Checkpoint: doc.Checkpoint}
 		return context.Cause(ctx)
 	}
-}
-
-// mode is the function that restores in the way --lazy asks for.
-func (r *restoreCmd) mode() (func(context.Context, *checkpoint.Checkpoint, tier.RestoreOptions) (tier.RestoreReport, error), error) {
-	if r.lazy.value == "always" {
-		return nil, usageError{errors.New("lazy restore is not in this version: use --lazy auto or never")}
-	}
-	return func(ctx context.Context, c *checkpoint.Checkpoint, o tier.RestoreOptions) (tier.RestoreReport, error) {
-		return tier.Restore(ctx, c, r.stdout, o)
-	}, nil
 }

@@ -20,6 +20,7 @@ import (
 
 // app is what all commands share.
 type app struct {
+	fs     vfs.FS
 	stdin  *os.File
 	stdout *countingWriter
 	stderr io.Writer
@@ -30,15 +31,15 @@ type app struct {
 	last    []byte // the line that ends stderr: a report in JSON
 }
 
-// run is the program: it returns the exit code.
-func run(args []string) int {
+// run is the program, on a file system: it returns the exit code.
+func run(fsys vfs.FS, args []string) int {
 	// QEMU may be gone when we write; that is an error to report, not a
 	// reason to die without giving NVRAM back.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := withSignals(context.Background())
 	defer stop()
 
-	a := &app{stdin: os.Stdin, stdout: &countingWriter{File: os.Stdout}, stderr: os.Stderr}
+	a := &app{fs: fsys, stdin: os.Stdin, stdout: &countingWriter{File: os.Stdout}, stderr: os.Stderr}
 	root := newRoot(a)
 	root.SetArgs(args)
 	cmd, err := root.ExecuteContextC(ctx)
@@ -117,7 +118,7 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 	root.SetErr(a.stderr)
 	root.PersistentFlags().StringVar(&a.store, "store", defaultStore(), "directory that holds the checkpoints")
 	root.PersistentFlags().StringVar(&a.config, "config", "", "configuration file (default: $XDG_CONFIG_HOME/flic-migrate/config.toml, then /etc/flic-migrate.toml)")
-	root.AddCommand(newSave(a), newRestore(a), newList(a), newShow(a), newVerify(a), newRm(a), newGC(a), newPersist(a), newReplay(a), newDump(a), newVersion())
+	root.AddCommand(newSave(a), newRestore(a), newResume(a), newList(a), newShow(a), newVerify(a), newRm(a), newGC(a), newPersist(a), newReplay(a), newDump(a), newVersion())
 	for _, c := range append(root.Commands(), root) {
 		describe(c)
 	}
@@ -136,7 +137,7 @@ func describe(c *cobra.Command) {
 
 // openStore opens the store of --store.
 func (a *app) openStore(create bool) (*store.Store, error) {
-	return store.Open(vfs.OS, a.store, create)
+	return store.Open(a.fs, a.store, create)
 }
 
 // log is where warnings of the library go: to stderr, a line each.

@@ -1,0 +1,127 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// lazyPipe is the capacity of the pipe to QEMU of a lazy restore: a demanded
+// page waits for what is in it.
+const lazyPipe = 64 << 10
+
+// wantLazy decides for restore, which sees less than resume does: whether QEMU
+// has the capability postcopy-ram can be known only from its command line.
+// why is the reason for eager, empty if that was asked for.
+func wantLazy(mode string, c *checkpoint.Checkpoint) (yes bool, why string, err error) {
+	possible := lazy.Possible(c)
+	switch {
+	case mode == "never":
+		return false, "", nil
+	case mode == "always":
+		return true, "", possible
+	case possible != nil:
+		return false, possible.Error(), nil
+	case !parentHasPostcopy():
+		// Not worth a word: a QEMU that does not ask for it gets what it
+		// expects.
+		return false, "", nil
+	}
+	if err := userfaultfd(); err != nil {
+		return false, err.Error(), nil
+	}
+	return true, "", nil
+}
+
+// parentHasPostcopy tells whether the process that started this one is a QEMU
+// with -global migration.x-postcopy-ram=on.
+func parentHasPostcopy() bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", os.Getppid()))
+	return err == nil && strings.Contains(string(b), "migration.x-postcopy-ram=on")
+}
+
+// userfaultfd tells why a process of this user may not use userfaultfd; QEMU
+// is one.
+func userfaultfd() error {
+	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK, 0, 0)
+	if errno == 0 {
+		return unix.Close(int(fd))
+	}
+	return fmt.Errorf("userfaultfd: %w: QEMU can't restore lazily (set sysctl vm.unprivileged_userfaultfd=1, or, with QEMU 8.1 or later, give it /dev/userfaultfd, or CAP_SYS_PTRACE)", errno)
+}
+
+// serve restores c lazily over stdin and stdout.
+func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.RestoreOptions, doc *restoreReport) error {
+	in, err := pipe.New(ctx, int(r.stdin.Fd()))
+	if err != nil {
+		return err
+	}
+	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, lazyPipe)
+	lo := lazy.Options{HoldBackground: r.learn, MaxHold: 10 * r.learn, Log: r.log()}
+	blocks := workingSetBlocks(c.Meta)
+	if t, err := st.Touched(c.Ref); err != nil {
+		r.log().Warn("what earlier resumes learned can't be used", "error", err)
+	} else {
+		lo.First = t.Bind(c.Meta.PageSize, blocks)
+	}
+	if o.Progress != nil {
+		lo.Progress = func(p lazy.Progress) {
+			o.Progress(tier.Progress{Phase: "restore", Pages: p.Pages, PagesAll: p.PagesAll})
+		}
+	}
+	run := lazy.Serve
+	if r.recover {
+		run = lazy.Recover
+	}
+	rep, err := run(ctx, c, in, r.stdout, lo)
+	doc.LazyReport = rep
+	if rep != nil && len(rep.Touched) > 0 {
+		names := make([]string, len(blocks))
+		for i, b := range blocks {
+			names[i] = b.Name
+		}
+		if lerr := st.AddTouched(c.Ref, c.Meta.PageSize, names, rep.Touched); lerr != nil {
+			r.log().Warn("what was learned is not kept", "error", lerr)
+		}
+	}
+	return err
+}
+
+func workingSetBlocks(m *checkpoint.Meta) []workingset.Block {
+	blocks := make([]workingset.Block, len(m.Blocks))
+	for i, n := range m.BlockPages() {
+		blocks[i] = workingset.Block{Name: m.Blocks[i].Name, Pages: int64(n)}
+	}
+	return blocks
+}
+
+// writeReportDoc writes a command's report where --report says.
+func writeReportDoc(path string, doc any, log *slog.Logger) []byte {
+	line, err := json.Marshal(doc)
+	if err == nil && path != "" {
+		err = writeReport(path, line)
+	}
+	if err != nil {
+		log.Warn("the report was not written", "error", err)
+	}
+	return line
+}
+
+var errRecoverEager = usageError{errors.New("--recover goes on with a lazy restore: it does not go with --lazy never")}
+
+// learnDefault: the background is not held back unless it is asked for.
+const learnDefault = time.Duration(0)

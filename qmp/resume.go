@@ -1,0 +1,332 @@
+package qmp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Resume restores a saved VM into a QEMU that was started with
+// `-incoming defer -S`, eagerly or lazily.
+//
+//	           lazy                                        eager
+//	           events, postcopy-ram on
+//	           migrate-incoming exec:… ─► inmigrate        the same
+//	           paused (running on what is there) ◄──┐      paused (all is there)
+//	           cont, if it ran when saved           │      cont, if it ran when saved
+//	           postcopy-active … completed          │
+//	           postcopy-paused (the server died) ───┘ Recover
+
+// LazyMode says whether a guest is to run before all of its memory is there.
+type LazyMode string
+
+// The modes.
+const (
+	LazyAuto   LazyMode = "auto"   // if it is possible
+	LazyAlways LazyMode = "always" // or fail
+	LazyNever  LazyMode = "never"
+)
+
+// ResumeOptions say what to resume and how.
+type ResumeOptions struct {
+	// URI returns what migrate-incoming (or migrate-recover) is given.
+	URI func(lazy bool) string
+	// Lazy is "auto" if empty.
+	Lazy LazyMode
+	// NotPossible says why this checkpoint can't be restored lazily; nil if
+	// it can.
+	NotPossible error
+	// RunState is the saved VM's globalstate, "running" or "paused" …
+	RunState string
+	// Paused leaves the guest paused, whatever it was when saved.
+	Paused bool
+	// Expect is what the saved VM was; what differs ends the resume before
+	// the guest could run.
+	Expect Expect
+	// Running is called, if not nil, when the guest may run.
+	Running func(ResumeReport)
+}
+
+// Expect describes the machine that a stream was saved from. Empty fields are
+// not checked.
+type Expect struct {
+	Machine string // QEMU's machine type, such as pc-q35-7.2
+	Blocks  []RAMBlock
+}
+
+// RAMBlock is a RAM block's name and used length in bytes.
+type RAMBlock struct {
+	Name string
+	Used uint64
+}
+
+// ResumeReport is what a resume did.
+type ResumeReport struct {
+	Lazy     bool          `json:"lazy"`
+	Reason   string        `json:"reason,omitempty"`   // why it is eager although auto was asked for
+	State    string        `json:"state"`              // QEMU's run state at the end
+	Running  time.Duration `json:"running_ns"`         // from migrate-incoming until the guest may run
+	Resident time.Duration `json:"resident_ns"`        // until all memory is there
+	Warnings []string      `json:"warnings,omitempty"` // what was not as it should be
+}
+
+var (
+	// ErrNotIncoming: the QEMU does not wait for a migration.
+	ErrNotIncoming = errors.New("this QEMU does not wait for a migration: start it with -incoming defer -S")
+	// ErrMismatch: the QEMU is not the machine that was saved.
+	ErrMismatch = errors.New("this QEMU is not the machine that was saved")
+	// ErrServerDied: the lazy restore's server has ended before its work. The
+	// guest waits for memory and has lost nothing; Recover goes on.
+	ErrServerDied = errors.New("the restore's server has died; the guest is held and nothing is lost")
+	// ErrNotPaused: there is nothing to recover.
+	ErrNotPaused = errors.New("this QEMU's restore has not been interrupted")
+	// ErrPostcopy: QEMU refuses postcopy-ram.
+	ErrPostcopy = errors.New("QEMU can't restore lazily: it may not use userfaultfd (needs sysctl vm.unprivileged_userfaultfd=1, " +
+		"access to /dev/userfaultfd with QEMU 8.1 or later, or CAP_SYS_PTRACE), or its memory backend does not allow it")
+)
+
+// Resume restores into the QEMU at x and returns when all memory is there. The
+// guest is let run, if it is to, as soon as QEMU can.
+func Resume(ctx context.Context, x Executor, o ResumeOptions) (ResumeReport, error) {
+	var rep ResumeReport
+	s, err := QueryStatus(ctx, x)
+	if err != nil {
+		return rep, err
+	}
+	if s.Status != "inmigrate" {
+		return rep, fmt.Errorf("%w (it is %s)", ErrNotIncoming, s.Status)
+	}
+	if err := CheckMachine(ctx, x, o.Expect); err != nil {
+		return rep, err
+	}
+	if err := SetCapabilities(ctx, x, map[string]bool{"events": true}); err != nil {
+		return rep, err
+	}
+	if err := prepareLazy(ctx, x, o, &rep); err != nil {
+		return rep, err
+	}
+	start := time.Now()
+	if err := MigrateIncoming(ctx, x, o.URI(rep.Lazy)); err != nil {
+		return rep, err
+	}
+	if err := o.run(ctx, x, start, &rep); err != nil {
+		return rep, err
+	}
+	return rep, finishResume(ctx, x, start, &rep)
+}
+
+// prepareLazy decides how to restore and sets the capability for it.
+func prepareLazy(ctx context.Context, x Executor, o ResumeOptions, rep *ResumeReport) error {
+	why := o.NotPossible
+	if o.Lazy != LazyNever && why == nil {
+		// In a call of its own: QEMU takes all of a call's capabilities or
+		// none.
+		err := SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": true})
+		var refused *Error
+		if err != nil && !errors.As(err, &refused) {
+			return err
+		}
+		if err == nil {
+			rep.Lazy = true
+			return nil
+		}
+		why = fmt.Errorf("%w: %w", ErrPostcopy, err)
+	}
+	if o.Lazy == LazyAlways {
+		return why
+	}
+	if o.Lazy != LazyNever {
+		rep.Reason = why.Error()
+	}
+	// A stream without its own advice must not meet the capability: a later
+	// save from this QEMU would wait for a return path.
+	return SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false})
+}
+
+// run waits until QEMU has the devices and puts the guest into its state.
+func (o *ResumeOptions) run(ctx context.Context, x Executor, start time.Time, rep *ResumeReport) error {
+	s, err := leaveInmigrate(ctx, x)
+	if err != nil {
+		return err
+	}
+	runs := !o.Paused && (o.RunState == "" || o.RunState == "running")
+	switch {
+	case runs && !s.Running:
+		err = Cont(ctx, x)
+	case !runs && s.Running:
+		rep.Warnings = append(rep.Warnings, "the guest was to stay paused and ran for a moment: this QEMU was started without -S")
+		err = Stop(ctx, x)
+	}
+	if err != nil {
+		return err
+	}
+	rep.Running = time.Since(start)
+	if s, err = QueryStatus(ctx, x); err != nil {
+		return err
+	}
+	rep.State = s.Status
+	if o.Running != nil {
+		o.Running(*rep)
+	}
+	return nil
+}
+
+// leaveInmigrate waits for the end of the run state inmigrate. There is no
+// event for it when QEMU was started with -S, so it asks, and QEMU has little
+// else to do.
+func leaveInmigrate(ctx context.Context, x Executor) (RunState, error) {
+	for wait := time.Millisecond; ; wait = min(wait*2, 50*time.Millisecond) {
+		s, err := QueryStatus(ctx, x)
+		if err != nil {
+			return s, fmt.Errorf("QEMU ended while it restored (see its output for the reason; the checkpoint is untouched): %w", err)
+		}
+		if s.Status != "inmigrate" {
+			return s, nil
+		}
+		if m, err := QueryMigrate(ctx, x); err == nil && m.Status == StatusFailed {
+			return s, &MigrationError{Status: m.Status, Desc: m.ErrorDesc}
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return s, context.Cause(ctx)
+		}
+	}
+}
+
+// finishResume waits until all memory is there and makes the QEMU fit for
+// being saved again.
+func finishResume(ctx context.Context, x Executor, start time.Time, rep *ResumeReport) error {
+	m, err := WaitMigration(ctx, x, StatusPostcopyPaused)
+	if err != nil {
+		return err
+	}
+	if m.Status == StatusPostcopyPaused {
+		return ErrServerDied
+	}
+	rep.Resident = time.Since(start)
+	if rep.Lazy {
+		// With it set, the next migration to exec: would wait for answers on
+		// a return path.
+		if err := SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false}); err != nil {
+			return err
+		}
+	}
+	s, err := QueryStatus(ctx, x)
+	rep.State = s.Status
+	return err
+}
+
+// Recover goes on with a lazy restore whose server has died. It needs a
+// Monitor with OOB: QEMU's main loop may be waiting for the memory itself.
+func Recover(ctx context.Context, m *Monitor, o ResumeOptions) (ResumeReport, error) {
+	rep := ResumeReport{Lazy: true}
+	info, err := QueryMigrate(ctx, m)
+	if err != nil {
+		return rep, err
+	}
+	if info.Status != StatusPostcopyPaused {
+		return rep, fmt.Errorf("%w (its migration is %s)", ErrNotPaused, info.Status)
+	}
+	start := time.Now()
+	if err := m.ExecuteOOB(ctx, "migrate-recover", map[string]any{"uri": o.URI(true)}, nil); err != nil {
+		return rep, err
+	}
+	// It stays postcopy-paused until the new server has shaken hands.
+	if err := leavePaused(ctx, m); err != nil {
+		return rep, err
+	}
+	rep.Running = time.Since(start)
+	return rep, finishResume(ctx, m, start, &rep)
+}
+
+// recoverTime is how long a new server may take to shake hands; it opens and
+// checks the checkpoint before.
+const recoverTime = time.Minute
+
+func leavePaused(ctx context.Context, x Executor) error {
+	for end := time.Now().Add(recoverTime); time.Now().Before(end); {
+		info, err := QueryMigrate(ctx, x)
+		if err != nil || info.Status != StatusPostcopyPaused {
+			return err
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return fmt.Errorf("the new server did not begin within %v (see QEMU's output for its reason): %w", recoverTime, ErrServerDied)
+}
+
+// CheckMachine compares the QEMU at x with what was saved. A difference wraps
+// ErrMismatch and says what differs.
+func CheckMachine(ctx context.Context, x Executor, want Expect) error {
+	if want.Machine != "" {
+		var typ string
+		err := x.Execute(ctx, "qom-get", map[string]any{"path": "/machine", "property": "type"}, &typ)
+		if err != nil {
+			return err
+		}
+		if have := strings.TrimSuffix(typ, "-machine"); have != want.Machine {
+			return fmt.Errorf("%w: machine type %s was saved, this is %s (use -machine %s)", ErrMismatch, want.Machine, have, want.Machine)
+		}
+	}
+	if want.Blocks == nil {
+		return nil
+	}
+	blocks, err := RAMBlocks(ctx, x)
+	if err != nil {
+		return err
+	}
+	have := make(map[string]RAMBlock)
+	for _, b := range blocks {
+		have[b.Name] = b
+	}
+	var differ []string
+	for _, w := range want.Blocks {
+		h, ok := have[w.Name]
+		switch {
+		case !ok:
+			differ = append(differ, fmt.Sprintf("RAM block %s of %d bytes is missing", w.Name, w.Used))
+		case h.Used != w.Used && !resizable(w.Name):
+			differ = append(differ, fmt.Sprintf("RAM block %s has %d bytes, %d were saved", w.Name, h.Used, w.Used))
+		}
+	}
+	if differ != nil {
+		return fmt.Errorf("%w: %s", ErrMismatch, strings.Join(differ, "; "))
+	}
+	return nil
+}
+
+// resizable tells whether a block takes the size that the stream gives it
+// (qemu_ram_resize, used for firmware tables).
+func resizable(name string) bool { return strings.HasPrefix(name, "/rom@") }
+
+// ramblockLine is a line of HMP's "info ramblock": name, page size, then
+// offset, used and total length in hexadecimal.
+var ramblockLine = regexp.MustCompile(`(?m)^\s*(\S+)\s+\S+ \S+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x[0-9a-f]+`)
+
+// RAMBlocks lists QEMU's RAM blocks. QMP has no command for that.
+func RAMBlocks(ctx context.Context, x Executor) ([]RAMBlock, error) {
+	text, err := HumanMonitor(ctx, x, "info ramblock")
+	if err != nil {
+		return nil, err
+	}
+	var blocks []RAMBlock
+	for _, m := range ramblockLine.FindAllStringSubmatch(text, -1) {
+		used, err := strconv.ParseUint(m[2], 16, 64)
+		if err != nil {
+			return nil, err
+		}
+		blocks = append(blocks, RAMBlock{m[1], used})
+	}
+	if len(blocks) == 0 {
+		return nil, fmt.Errorf("no block in QEMU's answer to info ramblock: %q", text)
+	}
+	return blocks, nil
+}
