@@ -5,6 +5,10 @@
 // packages below tier, so that a program can do it without this command.
 package main
 
-import "os"
+import (
+	"os"
 
-func main() { os.Exit(run(os.Args[1:])) }
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+func main() { os.Exit(run(vfs.OS, os.Args[1:])) }

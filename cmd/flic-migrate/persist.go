@@ -11,7 +11,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 type persistCmd struct {
@@ -54,7 +53,7 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	c, err := checkpoint.Open(vfs.OS, st, ref, checkpoint.Options{NVRAM: p.nvram})
+	c, err := checkpoint.Open(p.fs, st, ref, checkpoint.Options{NVRAM: p.nvram})
 	if err != nil {
 		return err
 	}
@@ -65,7 +64,7 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 	o.VM, o.Log, o.Progress = c.Ref.VM, p.log(), show.callback()
 	// A stream with a return path wants an answer; its source is long gone.
 	o.ReturnPath = io.Discard
-	newRef, meta, err := persist(ctx, st, c, o)
+	newRef, meta, err := p.persist(ctx, st, c, o)
 	if err != nil {
 		return fmt.Errorf("copy of checkpoint %v: %w", c.Ref, err)
 	}
@@ -77,7 +76,7 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 }
 
 // persist is a restore piped into a save.
-func persist(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.SaveOptions) (store.Ref, *checkpoint.Meta, error) {
+func (p *persistCmd) persist(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.SaveOptions) (store.Ref, *checkpoint.Meta, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	r, w := io.Pipe()
@@ -87,7 +86,7 @@ func persist(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o t
 		_, err := tier.Restore(ctx, c, w, tier.RestoreOptions{Workers: o.Workers})
 		w.CloseWithError(err) // the save's read then fails with the cause
 	}()
-	ref, meta, err := tier.Save(ctx, vfs.OS, st, r, o)
+	ref, meta, err := tier.Save(ctx, p.fs, st, r, o)
 	// A save that fails stops reading, which ends the restore's write; the
 	// checkpoint must not be closed while the restore still reads it.
 	r.CloseWithError(context.Canceled)

@@ -13,7 +13,6 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/replay"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 type replayCmd struct {
@@ -68,11 +67,11 @@ func (r *replayCmd) run(ctx context.Context, paths []string) (err error) {
 	if dir == "" {
 		dir = tmp + "/store"
 	}
-	st, err := store.Open(vfs.OS, dir, true)
+	st, err := store.Open(r.fs, dir, true)
 	if err != nil {
 		return err
 	}
-	p := replay.Replayer{FS: vfs.OS, Store: st, Scratch: tmp, Options: r.encoding.options()}
+	p := replay.Replayer{FS: r.fs, Store: st, Scratch: tmp, Options: r.encoding.options()}
 	results := []replay.Result{}
 	different := 0
 	for _, path := range paths {

@@ -10,7 +10,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 func newRm(a *app) *cobra.Command {
@@ -49,7 +48,7 @@ func (a *app) rm(names []string, all, asJSON bool) error {
 	}
 	entries := []rmEntry{}
 	for _, ref := range refs {
-		e, rerr := remove(st, ref)
+		e, rerr := a.remove(st, ref)
 		if rerr != nil {
 			err = fmt.Errorf("checkpoint %v was not removed: %w", ref, rerr)
 			break
@@ -106,7 +105,7 @@ func (a *app) removals(names []string, all bool) (*store.Store, []store.Ref, err
 
 // remove removes one checkpoint. NVRAM that can't be freed now is a warning:
 // the checkpoint is gone, and gc frees what has no owner.
-func remove(st *store.Store, ref store.Ref) (rmEntry, error) {
+func (a *app) remove(st *store.Store, ref store.Ref) (rmEntry, error) {
 	e := rmEntry{Checkpoint: ref.String()}
 	size, err := imageSize(st, ref)
 	if err != nil {
@@ -124,7 +123,7 @@ func remove(st *store.Store, ref store.Ref) (rmEntry, error) {
 		if m == nil || m.NVRAM == nil {
 			return nil
 		}
-		freed, err := freeNVRAM(m)
+		freed, err := a.freeNVRAM(m)
 		e.NVRAMBytes = int64(freed) * nvram.ExtentSize
 		if err != nil {
 			e.Warning = oneLine(err)
@@ -133,8 +132,8 @@ func remove(st *store.Store, ref store.Ref) (rmEntry, error) {
 	})
 }
 
-func freeNVRAM(m *checkpoint.Meta) (extents int, err error) {
-	f, err := nvram.Open(vfs.OS, m.NVRAM.Path, nvram.Options{})
+func (a *app) freeNVRAM(m *checkpoint.Meta) (extents int, err error) {
+	f, err := nvram.Open(a.fs, m.NVRAM.Path, nvram.Options{})
 	if err != nil {
 		return 0, err
 	}

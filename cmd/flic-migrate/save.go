@@ -15,7 +15,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -148,7 +147,7 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 	p := newProgress(s.stderr, s.quiet)
 	defer p.finish()
 	o.Progress = p.callback()
-	return tier.Save(ctx, vfs.OS, st, in, o)
+	return tier.Save(ctx, s.fs, st, in, o)
 }
 
 func readWorkingSet(path string) (*workingset.Set, error) {

@@ -10,7 +10,6 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 type verifyCmd struct {
@@ -127,7 +126,7 @@ func (v *verifyCmd) verify(ctx context.Context, st *store.Store, ref store.Ref) 
 		}
 		e.Damage = append(e.Damage, oneLine(err))
 	}
-	c, err := checkpoint.Open(vfs.OS, st, ref, checkpoint.Options{NVRAM: v.nvram})
+	c, err := checkpoint.Open(v.fs, st, ref, checkpoint.Options{NVRAM: v.nvram})
 	switch {
 	case err == nil:
 		err = c.Verify(ctx, found)
