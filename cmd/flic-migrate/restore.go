@@ -13,7 +13,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 type restoreCmd struct {
@@ -107,7 +106,7 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 	if err != nil {
 		return err
 	}
-	c, err := checkpoint.Open(vfs.OS, st, ref, checkpoint.Options{NVRAM: r.nvram})
+	c, err := checkpoint.Open(r.fs, st, ref, checkpoint.Options{NVRAM: r.nvram})
 	if err != nil {
 		return err
 	}

@@ -17,7 +17,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 type resumeCmd struct {
@@ -100,7 +99,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	}
 	// Opened here as well: what can be known to be wrong is known before QEMU
 	// is touched. Open keeps the checkpoint from being removed meanwhile.
-	c, err := checkpoint.Open(vfs.OS, st, ref, checkpoint.Options{NVRAM: r.nvram})
+	c, err := checkpoint.Open(r.fs, st, ref, checkpoint.Options{NVRAM: r.nvram})
 	if err != nil {
 		return err
 	}
