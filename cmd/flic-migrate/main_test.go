@@ -19,12 +19,14 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"flic-migrate": main,
 		"mkstream":     mkstream,
+		"mkworkingset": mkworkingset,
 		"returnpath":   printReturnPath,
 	})
 }
@@ -43,6 +45,12 @@ func TestScripts(t *testing.T) {
 			e.Setenv("XDG_DATA_HOME", e.WorkDir+"/data")
 			e.Setenv("TMPDIR", e.WorkDir+"/tmp")
 			e.Setenv("TZ", "UTC")
+			shm, err := os.MkdirTemp("/dev/shm", "flic-test-")
+			if err != nil {
+				return err
+			}
+			e.Defer(func() { os.RemoveAll(shm) })
+			e.Setenv("SHM", shm)
 			return os.MkdirAll(e.WorkDir+"/tmp", 0o700)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -215,6 +223,23 @@ func mkstream() {
 		b[0] = 'X'
 	}
 	if _, err := os.Stdout.Write(b); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// mkworkingset writes a working set to stdout: every 4th page of mkstream's
+// pc.ram is hot.
+func mkworkingset() {
+	const pages = 256
+	ws, err := workingset.New(4096, []workingset.Block{{Name: "pc.ram", Pages: pages}})
+	if err == nil {
+		for i := int64(0); i < pages; i += 4 {
+			ws.SetHeat(0, i, 1)
+		}
+		_, err = ws.WriteTo(os.Stdout)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}

@@ -18,12 +18,13 @@ import (
 type replayCmd struct {
 	*app
 	encoding
-	scratch string // --store
-	json    bool
+	scratch  string // --store
+	hotEvery count
+	json     bool
 }
 
 func newReplay(a *app) *cobra.Command {
-	r := &replayCmd{app: a}
+	r := &replayCmd{app: a, hotEvery: count{0, 0, 1 << 20}}
 	c := &cobra.Command{
 		Use:   "replay [flags] STREAM...",
 		Short: "Save and restore recorded streams and compare",
@@ -51,6 +52,7 @@ the store of the other commands is never used.`,
 	fs := c.Flags()
 	fs.StringVar(&r.scratch, "store", "", "directory of the scratch store (default: a temporary one)")
 	setKey(fs, "store", "replay-store")
+	fs.Var(&r.hotEvery, "hot-every", "put each n-th page into an NVRAM file in $TMPDIR; 0: none")
 	r.encoding.add(fs)
 	fs.BoolVar(&r.json, "json", false, "print a JSON array")
 	return c
@@ -71,7 +73,7 @@ func (r *replayCmd) run(ctx context.Context, paths []string) (err error) {
 	if err != nil {
 		return err
 	}
-	p := replay.Replayer{FS: r.fs, Store: st, Scratch: tmp, Options: r.encoding.options()}
+	p := replay.Replayer{FS: r.fs, Store: st, Scratch: tmp, HotEvery: r.hotEvery.n, Options: r.encoding.options()}
 	results := []replay.Result{}
 	different := 0
 	for _, path := range paths {

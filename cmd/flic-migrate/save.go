@@ -147,7 +147,11 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 	p := newProgress(s.stderr, s.quiet)
 	defer p.finish()
 	o.Progress = p.callback()
-	return tier.Save(ctx, s.fs, st, in, o)
+	ref, meta, err = tier.Save(ctx, s.fs, st, in, o)
+	if errors.Is(err, tier.ErrVolatile) {
+		err = fmt.Errorf("%w (--volatile-nvram accepts that)", err)
+	}
+	return ref, meta, err
 }
 
 func readWorkingSet(path string) (*workingset.Set, error) {

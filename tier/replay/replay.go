@@ -21,12 +21,14 @@ import (
 	"strings"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // The results of a replay.
@@ -62,8 +64,11 @@ type Replayer struct {
 	// Scratch is a directory for temporary files, of up to the size of the
 	// guest's memory.
 	Scratch string
+	// HotEvery puts each HotEvery-th page into an NVRAM file in Scratch;
+	// 0: none.
+	HotEvery int
 	// Options of the save. VM, ReturnPath, Progress and Log are the
-	// Replayer's own.
+	// Replayer's own, and with HotEvery what concerns NVRAM too.
 	Options tier.SaveOptions
 }
 
@@ -83,6 +88,12 @@ func (p *Replayer) Stream(ctx context.Context, path string) (Result, error) {
 	o := p.Options
 	o.VM = vm
 	o.ReturnPath = io.Discard // a recorded stream's source waits for nothing
+	if p.HotEvery > 0 {
+		o.NVRAM, o.VolatileNVRAM = filepath.Join(p.Scratch, "nvram"), true
+		if o.WorkingSet, err = everyPage(path, p.HotEvery); err != nil {
+			return res, err
+		}
+	}
 	counted := &counter{r: in}
 	start := time.Now()
 	ref, meta, err := tier.Save(ctx, p.FS, p.Store, counted, o)
@@ -95,10 +106,48 @@ func (p *Replayer) Stream(ctx context.Context, path string) (Result, error) {
 	return res, errors.Join(err, p.remove(ref, meta))
 }
 
+// everyPage is a working set with every n-th page of the guest whose stream is
+// at path. A stream that is damaged before the guest's memory is known has
+// none; the save will say what is wrong with it.
+func everyPage(path string, n int) (ws *workingset.Set, err error) {
+	in, err := Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer in.Close()
+	enough := errors.New("enough")
+	err = Walk(in, 0, Visitor{Record: func(d *ramparse.Decoder, _ *ramparse.Record) error {
+		if d.PageSize() == 0 {
+			return nil
+		}
+		var blocks []workingset.Block
+		for _, b := range d.Setup().Blocks {
+			blocks = append(blocks, workingset.Block{Name: b.Name, Pages: int64(b.Used) / int64(d.PageSize())})
+		}
+		var err error
+		if ws, err = workingset.New(d.PageSize(), blocks); err != nil {
+			return err
+		}
+		for i, b := range blocks {
+			for page := int64(0); page < b.Pages; page += int64(n) {
+				ws.SetHeat(i, page, 1)
+			}
+		}
+		return enough
+	}})
+	if streamAtFault(err) || err == enough {
+		err = nil
+	}
+	return ws, err
+}
+
+func streamAtFault(err error) bool {
+	return errors.Is(err, stream.ErrTruncated) || errors.Is(err, stream.ErrDamaged) || errors.Is(err, stream.ErrNotStream)
+}
+
 // refused judges a failed save.
 func (p *Replayer) refused(res Result, err error) (Result, error) {
-	atFault := errors.Is(err, stream.ErrTruncated) || errors.Is(err, stream.ErrDamaged) || errors.Is(err, stream.ErrNotStream)
-	if !atFault {
+	if !streamAtFault(err) {
 		return res, err
 	}
 	res.Result, res.Reason = Different, err.Error()
