@@ -12,6 +12,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -79,20 +80,69 @@ func newPlacer(s *saver) (*placer, error) {
 	return p, p.openNVRAM()
 }
 
-// openNVRAM reserves room for the working set, if there is one.
-func (p *placer) openNVRAM() error {
-	o := &p.s.o
-	if o.NVRAM == "" || o.WorkingSet == nil {
-		return nil
-	}
+// workingSet is the set that the save was given, and with it, as hot as its
+// hottest, the pages that resumes of the VM's newest checkpoint had to wait for.
+// It is nil if there is neither.
+func (p *placer) workingSet() (*workingset.Set, error) {
 	blocks := make([]workingset.Block, len(p.s.meta.Blocks))
 	pages := p.s.meta.BlockPages()
 	for i, b := range p.s.meta.Blocks {
 		blocks[i] = workingset.Block{Name: b.Name, Pages: int64(pages[i])}
 	}
-	ws, err := o.WorkingSet.Bind(p.pageSize, blocks)
+	var given *workingset.Set
+	if p.s.o.WorkingSet != nil {
+		var err error
+		if given, err = p.s.o.WorkingSet.Bind(p.pageSize, blocks); err != nil {
+			return nil, fmt.Errorf("working set: %w", err)
+		}
+	}
+	touched := p.learned(blocks)
+	if len(touched) == 0 {
+		return given, nil
+	}
+	ws, err := workingset.New(p.pageSize, blocks)
 	if err != nil {
-		return fmt.Errorf("working set: %w", err)
+		return nil, err
+	}
+	hottest := uint8(1)
+	if given != nil {
+		if err := ws.Merge(given); err != nil {
+			return nil, err
+		}
+		for heat, n := range given.Histogram() {
+			if n > 0 && heat > 0 {
+				hottest = uint8(heat)
+			}
+		}
+	}
+	ws.AddTouched(touched, hottest)
+	return ws, nil
+}
+
+// learned is what resumes of the VM's newest checkpoint had to wait for. That
+// it is missing or damaged costs a hint and no save.
+func (p *placer) learned(blocks []workingset.Block) []workingset.PageRun {
+	newest, err := p.s.st.Resolve(store.Ref{VM: p.s.o.VM})
+	if err != nil {
+		return nil
+	}
+	t, err := p.s.st.Touched(newest)
+	if err != nil {
+		p.s.o.Log.Warn("what resumes have learned can't be used", "error", err)
+		return nil
+	}
+	return t.Bind(p.pageSize, blocks)
+}
+
+// openNVRAM reserves room for the working set, if there is one.
+func (p *placer) openNVRAM() error {
+	o := &p.s.o
+	if o.NVRAM == "" {
+		return nil
+	}
+	ws, err := p.workingSet()
+	if err != nil || ws == nil {
+		return err
 	}
 	var hot int64
 	for heat, n := range ws.Histogram() {

@@ -52,17 +52,13 @@ func (t *Touched) Bind(pageSize int, blocks []Block) []PageRun {
 	return out
 }
 
-// TouchedHeat is the heat that touched pages have in a Set: they are known to
-// be read, which tracking by dirty bits can't see, so they are hot.
-const TouchedHeat = 1
-
-// AddTouched makes the pages of runs, bound to s's blocks, at least
-// TouchedHeat hot.
-func (s *Set) AddTouched(runs []PageRun) {
+// AddTouched makes the pages of runs, bound to s's blocks, at least as hot as
+// heat. They are known to be read, which tracking by dirty bits can't see.
+func (s *Set) AddTouched(runs []PageRun, heat uint8) {
 	for _, r := range runs {
 		for i := range r.Count {
-			if page := int64(r.Page + i); s.Heat(r.Block, page) == 0 {
-				s.SetHeat(r.Block, page, TouchedHeat)
+			if page := int64(r.Page + i); s.Heat(r.Block, page) < heat {
+				s.SetHeat(r.Block, page, heat)
 			}
 		}
 	}
