@@ -573,3 +573,17 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("%d bytes free of a disk emptied", info.Free)
 	}
 }
+
+// TestCharacterDevice: /dev/dax* can be mapped but neither written nor synced; it
+// must be refused before anything relies on it.
+func TestCharacterDevice(t *testing.T) {
+	f, err := vfs.OS.OpenRW("/dev/zero")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	_, err = f.Size()
+	wantErr(t, "size", err, errors.ErrUnsupported)
+	_, err = f.Map(0, 4096, true)
+	wantErr(t, "map", err, errors.ErrUnsupported)
+}

@@ -36,7 +36,6 @@ package crashfs
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"math/rand/v2"
@@ -803,5 +802,3 @@ func (h *file) Unlock() error {
 	delete(h.i.locks, h)
 	return nil
 }
-
-func (h *file) String() string { return fmt.Sprintf("crashfs:%s", h.name) }
