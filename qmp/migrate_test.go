@@ -185,17 +185,25 @@ func TestWaitMigrationEnds(t *testing.T) {
 // not make WaitMigration spin.
 func TestWaitEvent(t *testing.T) {
 	events := make(chan Event, 2)
-	events <- Event{Event: "STOP"}
-	events <- Event{Event: "MIGRATION"}
-	start := time.Now()
-	if _, err := waitEvent(t.Context(), events, "MIGRATION"); err != nil {
-		t.Fatal(err)
+	// More than once, because a busy host may be late by itself.
+	fastest := time.Hour
+	for range 10 {
+		events <- Event{Event: "STOP"}
+		events <- Event{Event: "MIGRATION"}
+		start := time.Now()
+		if _, err := waitEvent(t.Context(), events, "MIGRATION"); err != nil {
+			t.Fatal(err)
+		}
+		fastest = min(fastest, time.Since(start))
+		for len(events) > 0 {
+			<-events
+		}
 	}
-	if d := time.Since(start); d >= pollInterval {
-		t.Errorf("woken after %v in spite of the event", d)
+	if fastest >= pollInterval {
+		t.Errorf("woken after %v in spite of the event", fastest)
 	}
 	close(events)
-	start = time.Now()
+	start := time.Now()
 	rest, err := waitEvent(t.Context(), events, "MIGRATION")
 	if err != nil || rest != nil {
 		t.Errorf("got %v, %v, want a nil channel", rest, err)

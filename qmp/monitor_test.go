@@ -430,11 +430,16 @@ func TestTimeout(t *testing.T) {
 // A QEMU that takes no more commands must not hang a caller, and a command that
 // is half written must not be given up.
 func TestSocketIsFull(t *testing.T) {
-	read := make(chan struct{})
+	begun, read := make(chan struct{}), make(chan struct{})
 	f := newFake(t, func(c *client) {
 		c.send(greeting)
 		cmd, _ := c.next()
 		c.reply(cmd, `{}`)
+		// One piece of the big command is taken, and the rest waits.
+		if _, err := c.lines.Peek(1); err != nil {
+			return
+		}
+		close(begun)
 		<-read
 		for {
 			cmd, ok := c.next()
@@ -444,14 +449,22 @@ func TestSocketIsFull(t *testing.T) {
 			c.reply(cmd, `{}`)
 		}
 	})
-	m := f.dial(Options{Timeout: 50 * time.Millisecond})
-	big := strings.Repeat("x", 4<<20)
-	mention(t, m.Execute(t.Context(), "big", map[string]string{"x": big}, nil), "no answer")
-	mention(t, m.Execute(t.Context(), "second", nil, nil), "not sent")
-	close(read)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	m := f.dial(Options{})
+	ctx, giveUp := context.WithCancel(t.Context())
+	big := make(chan error, 1)
+	go func() {
+		big <- m.Execute(ctx, "big", map[string]string{"x": strings.Repeat("x", 4<<20)}, nil)
+	}()
+	<-begun
+	short, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if err := m.Execute(ctx, "third", nil, nil); err != nil {
+	mention(t, m.Execute(short, "second", nil, nil), "second", "not sent")
+	giveUp()
+	if err := <-big; !errors.Is(err, context.Canceled) {
+		t.Errorf("the big one: %v", err)
+	}
+	close(read)
+	if err := m.Execute(t.Context(), "third", nil, nil); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -516,6 +529,7 @@ func TestDialErrors(t *testing.T) {
 }
 
 func TestOOB(t *testing.T) {
+	slowIsOut := make(chan struct{})
 	f := newFake(t, func(c *client) {
 		c.send(greeting)
 		cmd, _ := c.next()
@@ -524,6 +538,7 @@ func TestOOB(t *testing.T) {
 		}
 		c.reply(cmd, `{}`)
 		slow, _ := c.next()
+		close(slowIsOut)
 		fast, _ := c.next()
 		if fast.OOB != "migrate-recover" || fast.Execute != "" {
 			t.Errorf("got %+v", fast)
@@ -536,13 +551,7 @@ func TestOOB(t *testing.T) {
 	slow := make(chan error, 1)
 	var slowAnswer, fastAnswer string
 	go func() { slow <- m.Execute(t.Context(), "query-status", nil, &slowAnswer) }()
-	// The order on the wire is that of the calls; wait for the first to be out.
-	for sent := false; !sent; time.Sleep(time.Millisecond) {
-		m.mu.Lock()
-		sent = m.nextID == 2
-		m.mu.Unlock()
-	}
-	time.Sleep(20 * time.Millisecond)
+	<-slowIsOut
 	if err := m.ExecuteOOB(t.Context(), "migrate-recover", nil, &fastAnswer); err != nil {
 		t.Fatal(err)
 	}
