@@ -58,10 +58,10 @@ type Expect struct {
 	Blocks  []RAMBlock
 }
 
-// RAMBlock is a RAM block's name and used length in bytes.
+// RAMBlock is one of QEMU's RAM blocks.
 type RAMBlock struct {
 	Name string
-	Used uint64
+	Used uint64 // bytes that a migration carries
 }
 
 // ResumeReport is what a resume did.
@@ -308,8 +308,10 @@ func CheckMachine(ctx context.Context, x Executor, want Expect) error {
 func resizable(name string) bool { return strings.HasPrefix(name, "/rom@") }
 
 // ramblockLine is a line of HMP's "info ramblock": name, page size, then
-// offset, used and total length in hexadecimal.
-var ramblockLine = regexp.MustCompile(`(?m)^\s*(\S+)\s+\S+ \S+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x[0-9a-f]+`)
+// offset, used and total length in hexadecimal, and in newer versions more:
+//
+//	pc.ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000
+var ramblockLine = regexp.MustCompile(`(?m)^\s*(\S+)\s+\d+ \w+\s+0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+`)
 
 // RAMBlocks lists QEMU's RAM blocks. QMP has no command for that.
 func RAMBlocks(ctx context.Context, x Executor) ([]RAMBlock, error) {

@@ -14,9 +14,7 @@ import (
 
 // Block is one of QEMU's RAM blocks.
 type Block struct {
-	Name string
-	// Used is the size in bytes of what a migration carries.
-	Used uint64
+	qmp.RAMBlock
 	// Guest is the guest-physical address of its beginning. A block that the
 	// guest cannot see has none, and cannot be read by this package.
 	Guest  uint64
@@ -24,9 +22,6 @@ type Block struct {
 }
 
 var (
-	// "  pc.ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000":
-	// name, page size, offset, used, total, and in newer versions more.
-	ramblockLine = regexp.MustCompile(`(?m)^\s*(\S+)\s+\d+ \w+\s+0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+`)
 	// "  0000000000000000-000000000009ffff (prio 0, ram): pc.ram KVM": a range of
 	// a flat view. What begins inside a block has "@" and its offset at the end.
 	flatLine = regexp.MustCompile(`(?m)^\s*([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, (?:ram|rom|nv-ram)\): (\S+)([^\r\n]*)`)
@@ -36,20 +31,13 @@ var (
 
 // Blocks returns the RAM blocks, in the order QEMU names them.
 func (vm *VM) Blocks(ctx context.Context) ([]Block, error) {
-	text, err := qmp.HumanMonitor(ctx, vm.QMP, "info ramblock")
+	named, err := qmp.RAMBlocks(ctx, vm.QMP)
 	if err != nil {
 		return nil, err
 	}
-	var blocks []Block
-	for _, m := range ramblockLine.FindAllStringSubmatch(text, -1) {
-		used, err := strconv.ParseUint(m[2], 16, 64)
-		if err != nil {
-			return nil, err
-		}
-		blocks = append(blocks, Block{Name: m[1], Used: used})
-	}
-	if len(blocks) == 0 {
-		return nil, fmt.Errorf("no block in QEMU's answer: %q", text)
+	blocks := make([]Block, len(named))
+	for i, b := range named {
+		blocks[i].RAMBlock = b
 	}
 	flat, err := qmp.HumanMonitor(ctx, vm.QMP, "info mtree -f")
 	if err != nil {
