@@ -1,0 +1,154 @@
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/replay"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+)
+
+var update = flag.Bool("update", false, "write the flag tables of docs/cli.md anew")
+
+const cliDoc = "../../docs/cli.md"
+
+// flagTable is what docs/cli.md has to say about a command's flags.
+func flagTable(c *cobra.Command, fs *pflag.FlagSet) string {
+	var b strings.Builder
+	b.WriteString("| flag | environment | key | default | |\n|---|---|---|---|---|\n")
+	n := 0
+	fs.VisitAll(func(f *pflag.Flag) {
+		if f.Name == "help" {
+			return
+		}
+		n++
+		key, env := "–", "–"
+		if k := flagKey(f); k != "" {
+			key, env = "`"+k+"`", "`"+envName(k)+"`"
+		}
+		if f.Name == "config" {
+			env = "`FLIC_CONFIG`"
+		}
+		def := f.DefValue
+		switch {
+		case f.Name == "store" && c.Name() == "flic-migrate":
+			def = "`/var/lib/flic-migrate` for root, else `$XDG_DATA_HOME/flic-migrate`" // differs by user
+		case def != "" && def != "false":
+			def = "`" + def + "`"
+		default:
+			def = "–"
+		}
+		name := "--" + f.Name
+		if f.Value.Type() != "bool" {
+			name += " " + strings.ReplaceAll(f.Value.Type(), "|", "\\|")
+		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s | %s |\n", name, env, key, def, strings.ReplaceAll(f.Usage, "|", "\\|"))
+	})
+	if n == 0 {
+		return "It has no flags of its own.\n"
+	}
+	return b.String()
+}
+
+// Each command's flags stand in docs/cli.md between <!-- flags NAME --> and
+// <!-- end -->, exactly as they are. go test -run Docs -update rewrites them.
+func TestDocsFlags(t *testing.T) {
+	raw, err := os.ReadFile(cliDoc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := string(raw)
+	root := newRoot(&app{stdout: &countingWriter{File: os.Stdout}, stdin: os.Stdin, stderr: os.Stderr})
+	check := func(name, table string) {
+		start := "<!-- flags " + name + " -->\n"
+		before, rest, ok := strings.Cut(doc, start)
+		old, after, ok2 := strings.Cut(rest, "<!-- end -->")
+		if !ok || !ok2 {
+			t.Errorf("docs/cli.md has no %q", start)
+			return
+		}
+		if old == table {
+			return
+		}
+		if *update {
+			doc = before + start + table + "<!-- end -->" + after
+			return
+		}
+		t.Errorf("docs/cli.md says of the flags of %s\n%s\nand they are\n%s", name, old, table)
+	}
+	check("all", flagTable(root, root.PersistentFlags()))
+	for _, c := range root.Commands() {
+		check(c.Name(), flagTable(c, c.LocalNonPersistentFlags()))
+		if !strings.Contains(doc, "\n### "+c.Name()+"\n") {
+			t.Errorf("docs/cli.md has no section on %s", c.Name())
+		}
+		if !strings.Contains(c.Long, exitHelp) || c.Short == "" || c.Name() != "version" && c.Example == "" {
+			t.Errorf("the help of %s lacks its exit codes, its purpose or an example", c.Name())
+		}
+	}
+	if *update {
+		if err := os.WriteFile(cliDoc, []byte(doc), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Every field of every JSON document stands in docs/cli.md. Checkpoints
+// describe themselves: Meta's fields are in docs/format.md.
+func TestDocsJSON(t *testing.T) {
+	raw, err := os.ReadFile(cliDoc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, doc, ok := strings.Cut(string(raw), "\n## JSON\n")
+	if !ok {
+		t.Fatal("docs/cli.md has no section on JSON")
+	}
+	seen := 0
+	var fields func(t reflect.Type, path string, missing func(string))
+	fields = func(ty reflect.Type, path string, missing func(string)) {
+		for ty.Kind() == reflect.Pointer || ty.Kind() == reflect.Slice {
+			ty = ty.Elem()
+		}
+		if ty.Kind() != reflect.Struct || ty == reflect.TypeFor[checkpoint.Meta]() || ty.PkgPath() == "time" {
+			return
+		}
+		for i := range ty.NumField() {
+			f := ty.Field(i)
+			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+			if name == "-" || name == "" && !f.Anonymous {
+				continue
+			}
+			if name != "" {
+				seen++
+				if !strings.Contains(doc, "`"+path+name+"`") {
+					missing(path + name)
+				}
+			}
+			if f.Anonymous {
+				fields(f.Type, path, missing)
+			} else if ty := f.Type; ty.PkgPath() == "" || strings.Contains(ty.PkgPath(), "flic-migrate") {
+				fields(f.Type, path+name+".", missing)
+			}
+		}
+	}
+	for name, v := range map[string]any{
+		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "show": showDoc{}, "verify": verifyEntry{},
+		"rm": rmEntry{}, "gc": store.GCReport{}, "replay": replay.Result{}, "dump": dumpDoc{}, "resume": resumeReport{},
+	} {
+		fields(reflect.TypeOf(v), "", func(field string) {
+			t.Errorf("docs/cli.md does not explain %s in the JSON of %s", field, name)
+		})
+	}
+	if seen < 100 {
+		t.Errorf("only %d fields were looked for", seen)
+	}
+}

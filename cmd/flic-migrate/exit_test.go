@@ -1,0 +1,82 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"regexp"
+	"strconv"
+	"syscall"
+	"testing"
+
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// The numbers, not the constants: scripts outside of this repository have them.
+func TestExitCode(t *testing.T) {
+	corrupt := &image.CorruptError{File: "f", Offset: 7, What: "w", Err: image.ErrChecksum}
+	for _, c := range []struct {
+		err  error
+		want int
+	}{
+		{nil, 0},
+		{errors.New("anything"), 1},
+		{&fs.PathError{Op: "open", Path: "f", Err: syscall.EACCES}, 1},
+		{syscall.EIO, 1},
+		{fmt.Errorf("x: %w", tier.ErrVolatile), 1},
+		{store.ErrInUse, 1},
+		{usageError{errors.New("no such flag")}, 2},
+		{store.CheckVM("../etc"), 2},
+		{fmt.Errorf("x: %w", store.ErrNotFound), 3},
+		{&fs.PathError{Op: "open", Path: "f", Err: syscall.ENOENT}, 3},
+		{fmt.Errorf("x: %w", corrupt), 4},
+		{&nvram.CorruptError{File: "f"}, 4},
+		{&workingset.CorruptError{Offset: 3}, 4},
+		{fmt.Errorf("1 of 2: %w", errDamaged), 4},
+		{stream.Wrap("header", 0, io.EOF), 5},
+		{stream.Damaged("footer", 12, "x"), 5},
+		{&stream.Error{Op: "header", Err: stream.ErrNotStream}, 5},
+		{&fs.PathError{Op: "write", Path: "f", Err: syscall.ENOSPC}, 6},
+		{&fs.PathError{Op: "write", Path: "f", Err: syscall.EDQUOT}, 6},
+		{&tier.SpaceError{Dir: "d"}, 6},
+		// A save fed by a restore: what is stored is at fault.
+		{stream.Wrap("page", 9, corrupt), 4},
+		// The name was not found because it can't be one.
+		{usageError{store.ErrNotFound}, 2},
+	} {
+		if got := exitCode(c.err); got != c.want {
+			t.Errorf("exit code of %v is %d, want %d", c.err, got, c.want)
+		}
+	}
+}
+
+// The help and the documentation list the codes that there are.
+func TestExitCodesAreDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/cli.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for code := exitOK; code <= exitNoSpace; code++ {
+		n := strconv.Itoa(code)
+		if !regexp.MustCompile(`(?m)^  ` + n + `  \S`).MatchString(exitHelp) {
+			t.Errorf("help does not explain exit code %d", code)
+		}
+		if !regexp.MustCompile(`(?m)^\| ` + n + ` \| \S`).Match(doc) {
+			t.Errorf("docs/cli.md does not explain exit code %d", code)
+		}
+	}
+}
+
+func TestOneLine(t *testing.T) {
+	err := errors.Join(errors.New("first"), errors.New("second\r\nthird"))
+	if got := oneLine(err); got != "first; second; third" {
+		t.Errorf("%q", got)
+	}
+}
