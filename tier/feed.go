@@ -22,12 +22,14 @@ type Pipe interface {
 }
 
 const (
-	minPipe     = 4 << 10
-	mediumPipe  = 16 << 10
-	defaultPipe = 64 << 10
-	// releasedPipe is used once nothing needs to be held back: an unprivileged
-	// process may have this much (/proc/sys/fs/pipe-max-size).
-	releasedPipe = 1 << 20
+	// minPipe is the smallest capacity a pipe can have.
+	minPipe = 4 << 10
+	// maxPipe is the largest that an unprivileged process may ask for
+	// (/proc/sys/fs/pipe-max-size).
+	maxPipe = 1 << 20
+	// maxAhead is the most that the cursor reads ahead of need: what of it was
+	// read first should still be in the CPU's cache when it is looked at.
+	maxAhead = 256 << 10
 	// shortestRecord is the shortest that a page can be in the stream: a ZERO
 	// record with CONTINUE.
 	shortestRecord = 9
@@ -53,12 +55,14 @@ type feed struct {
 	ahead int
 	// tried tells that there was an attempt to make the pipe smaller.
 	tried bool
+	// released tells that nothing is held back any more.
+	released bool
 }
 
 // newFeed returns the feed and the cursor that reads from it.
 func newFeed(ctx context.Context, in io.Reader) (*feed, *stream.Cursor) {
 	f := &feed{ctx: ctx, in: in}
-	f.cur = stream.NewCursor(f, 4*defaultPipe)
+	f.cur = stream.NewCursor(f, 2*maxAhead)
 	if p, ok := in.(Pipe); ok && p.Capacity() > 0 {
 		f.pipe, f.have = p, p.Capacity()
 		f.want = f.have
@@ -88,27 +92,29 @@ func (f *feed) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// slack is how much less than what adjust was told last may be to come: it is
-// told every 1024 pages.
-const slack = 1024 * shortestRecord
+// adjustEvery is how many new pages there are between two calls of adjust.
+const adjustEvery = 128
+
+// slack is how much less than what adjust was told last may be to come.
+const slack = adjustEvery * shortestRecord
 
 // adjust is told how many pages have not come yet.
 func (f *feed) adjust(unseen uint64) {
-	if f.pipe == nil || f.want == releasedPipe {
+	if f.pipe == nil || f.released {
 		return
 	}
 	// Twice, because both the cursor and the pipe can hold so much.
 	budget := unseen * shortestRecord
 	safe := func(n int) bool { return budget >= uint64(2*n+slack) }
-	switch {
-	case safe(defaultPipe):
-		f.want, f.ahead = defaultPipe, defaultPipe
-	case safe(mediumPipe):
-		f.want, f.ahead = mediumPipe, mediumPipe
-	case safe(minPipe):
-		f.want, f.ahead = minPipe, minPipe
-	default:
-		f.want, f.ahead = minPipe, 0
+	f.want, f.ahead = minPipe, 0
+	if safe(minPipe) {
+		for f.want < maxPipe && safe(2*f.want) {
+			f.want *= 2
+		}
+		f.ahead = min(f.want, maxAhead)
+	}
+	if f.want > f.have {
+		f.have = f.pipe.SetCapacity(f.want)
 	}
 	// A pipe can be made smaller only when it is almost empty, so the cursor
 	// takes all there is. Once it does so however little is to come: a full
@@ -122,10 +128,11 @@ func (f *feed) adjust(unseen uint64) {
 
 // release ends the holding back.
 func (f *feed) release() {
-	f.cur.SetReadAhead(-1)
+	f.released = true
+	f.cur.SetReadAhead(maxAhead)
 	if f.pipe != nil {
-		f.want = releasedPipe
-		f.have = f.pipe.SetCapacity(releasedPipe)
+		f.want = maxPipe
+		f.have = f.pipe.SetCapacity(maxPipe)
 	}
 }
 

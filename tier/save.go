@@ -481,9 +481,11 @@ func (s *saver) page(rec *ramparse.Record) error {
 		if s.unseen > 0 {
 			s.unseen--
 		}
+		if s.unseen%adjustEvery == 0 {
+			s.feed.adjust(s.unseen)
+		}
 		if s.unseen%1024 == 0 {
 			s.tick("ram", false)
-			s.feed.adjust(s.unseen)
 		}
 	} else {
 		s.rep.Resent++

@@ -17,11 +17,22 @@ import (
 // Reader reads a file descriptor. It is for one goroutine; Cancel may be
 // called from any.
 type Reader struct {
-	fd   int
-	wake [2]int // a pipe; closed for writing by Cancel
-	ctx  context.Context
-	stop func() bool
+	fd    int
+	wake  [2]int // a pipe; closed for writing when ctx is done
+	ctx   context.Context
+	stop  func() bool
+	drawn bool // the last Read took all there was
 }
+
+const (
+	// gather is how much Read would rather find than take what little there
+	// is, and gatherWait for how long it then waits for more, at most twice.
+	// A reader that is faster than QEMU and takes every 4 KiB as it comes
+	// makes both sides wait for each other on every page; measured, that
+	// halved the speed of a save.
+	gather     = 32 << 10
+	gatherWait = 30 * time.Microsecond
+)
 
 // New returns a Reader of fd, which stays the caller's to close and is set to
 // non-blocking mode: a pipe's read end belongs to this process alone. When ctx
@@ -52,16 +63,20 @@ func (r *Reader) closeWake() {
 	unix.Close(r.wake[1])
 }
 
-// Read reads what is there, up to len(p) bytes, and waits only if there is
-// nothing.
+// Read reads what is there, up to len(p) bytes, and waits if there is nothing,
+// or for a moment if there is little.
 func (r *Reader) Read(p []byte) (int, error) {
 	for {
 		if err := r.ctx.Err(); err != nil {
 			return 0, context.Cause(r.ctx)
 		}
+		if r.drawn && len(p) >= gather {
+			r.gather()
+		}
 		n, err := unix.Read(r.fd, p)
 		switch {
 		case n > 0:
+			r.drawn = n < len(p)
 			return n, nil
 		case err == nil:
 			if len(p) == 0 {
@@ -77,6 +92,30 @@ func (r *Reader) Read(p []byte) (int, error) {
 			return 0, err
 		}
 	}
+}
+
+// gather waits until there is something, and then a little for more of it.
+func (r *Reader) gather() {
+	if ready, _ := r.poll(-1); !ready {
+		return
+	}
+	for range 2 {
+		if n, err := unix.IoctlGetInt(r.fd, unix.TIOCINQ); err != nil || n >= gather {
+			return
+		}
+		if r.ended() {
+			return
+		}
+		d := unix.NsecToTimespec(gatherWait.Nanoseconds())
+		unix.Nanosleep(&d, nil)
+	}
+}
+
+// ended tells whether nobody writes to the pipe any more.
+func (r *Reader) ended() bool {
+	fds := []unix.PollFd{{Fd: int32(r.fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n > 0 && fds[0].Revents&unix.POLLHUP != 0
 }
 
 // Ready waits up to d for bytes or the end of the input, and tells whether a
