@@ -51,7 +51,7 @@ type access struct {
 }
 
 const (
-	cacheBytes   = 20 << 20
+	cacheBytes   = 8 << 20
 	lookaheadMin = 16
 )
 

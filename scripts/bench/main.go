@@ -36,6 +36,22 @@ import (
 // the file or store to use.
 type tool struct {
 	name, save, restore string
+	clean               string // removes what save has made, if it is more than a file
+}
+
+// fresh removes what the last run has written. A store stays, as it does with
+// its users.
+func (t tool) fresh(f string) error {
+	if t.clean == "" {
+		return os.RemoveAll(f)
+	}
+	if _, err := os.Stat(f); err != nil {
+		return nil
+	}
+	cmd := exec.Command("/bin/sh", "-c", t.clean)
+	cmd.Env = append(os.Environ(), "F="+f)
+	cmd.Stderr = os.Stderr
+	return cmd.Run()
 }
 
 // size of what a tool has written.
@@ -51,7 +67,11 @@ func (t tool) size(f string) int64 {
 }
 
 func tools(binary string) []tool {
-	list := []tool{{"flic-migrate", "exec " + binary + " save --quiet --store $F --vm vm", "exec " + binary + " restore --quiet --store $F vm"}}
+	list := []tool{{
+		"flic-migrate", "exec " + binary + " save --quiet --store $F --vm vm",
+		"exec " + binary + " restore --quiet --store $F vm",
+		"exec " + binary + " rm --all --store $F vm > /dev/null",
+	}}
 	for _, c := range [][3]string{
 		{"cat", "cat", "cat"},
 		{"lz4", "lz4 -c", "lz4 -dc"},
@@ -60,7 +80,7 @@ func tools(binary string) []tool {
 		{"zstd -1", "zstd -q -1 -c", "zstd -q -dc"},
 		{"zstd -3", "zstd -q -3 -c", "zstd -q -dc"},
 	} {
-		list = append(list, tool{c[0], c[1] + " > $F && sync $F", "exec " + c[2] + " < $F"})
+		list = append(list, tool{c[0], c[1] + " > $F && sync $F", "exec " + c[2] + " < $F", ""})
 	}
 	return list
 }
@@ -195,7 +215,9 @@ func (b *bench) stream(name string) error {
 	for i := range b.runs + 1 {
 		for _, t := range b.tools {
 			f := b.file(t)
-			os.RemoveAll(f)
+			if err := t.fresh(f); err != nil {
+				return err
+			}
 			s, err := measure(t.save, f, data)
 			if err != nil {
 				return fmt.Errorf("%s: %w", t.name, err)
@@ -300,7 +322,9 @@ func (b *bench) qemu() error {
 	for i := range b.runs + 1 {
 		for _, t := range b.tools {
 			f := b.file(t)
-			os.RemoveAll(f)
+			if err := t.fresh(f); err != nil {
+				return err
+			}
 			s, err := b.save(ctx, vm, t.save, f)
 			if err != nil {
 				return fmt.Errorf("%s: %w", t.name, err)

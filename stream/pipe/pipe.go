@@ -22,6 +22,7 @@ type Reader struct {
 	ctx   context.Context
 	stop  func() bool
 	drawn bool // the last Read took all there was
+	most  int  // what the pipe can hold; 0 if it is not one
 }
 
 const (
@@ -39,6 +40,7 @@ const (
 // is done, a waiting Read returns its cause. Close releases the Reader.
 func New(ctx context.Context, fd int) (*Reader, error) {
 	r := &Reader{fd: fd, ctx: ctx}
+	r.most = r.Capacity()
 	if err := unix.Pipe2(r.wake[:], unix.O_CLOEXEC); err != nil {
 		return nil, err
 	}
@@ -70,7 +72,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 		if err := r.ctx.Err(); err != nil {
 			return 0, context.Cause(r.ctx)
 		}
-		if r.drawn && len(p) >= gather {
+		if r.drawn && min(len(p), r.most) >= 2*gather {
 			r.gather()
 		}
 		n, err := unix.Read(r.fd, p)
@@ -156,5 +158,6 @@ func (r *Reader) Capacity() int {
 // refuses to shrink a pipe below what is in it: try again after a Read.
 func (r *Reader) SetCapacity(n int) int {
 	unix.FcntlInt(uintptr(r.fd), unix.F_SETPIPE_SZ, n)
-	return r.Capacity()
+	r.most = r.Capacity()
+	return r.most
 }

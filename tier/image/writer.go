@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"sync"
 
+	"github.com/klauspost/compress/zstd"
+
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -175,7 +177,8 @@ func (w *Writer) work() {
 	var c compressor
 	for b := range w.jobs {
 		b.out = grow(b.out[:0], FrameHeaderLen)[:FrameHeaderLen]
-		b.out, b.codec, b.err = c.compress(w.codecFor(b.Kind), b.out, b.Data)
+		codec, level := w.codecFor(b.Kind)
+		b.out, b.codec, b.err = c.compress(codec, level, b.out, b.Data)
 		if b.err == nil {
 			payload := b.out[FrameHeaderLen:]
 			frameHeader{
@@ -187,16 +190,17 @@ func (w *Writer) work() {
 	}
 }
 
-// codecFor spares deflated records a second compression, and gives the small
-// chunks, which are read once and whole, the best ratio.
-func (w *Writer) codecFor(k Kind) Codec {
+// codecFor spares deflated records a second compression. The chunks, read once
+// and whole, always get Zstandard, at a level whose tables are soon set up:
+// a small guest's save has little else to do.
+func (w *Writer) codecFor(k Kind) (Codec, zstd.EncoderLevel) {
 	switch {
 	case w.codec == None || k == Records || k == NVRAM:
-		return None
+		return None, 0
 	case k == Pages:
-		return w.codec
+		return w.codec, zstd.SpeedDefault
 	}
-	return Zstd
+	return Zstd, zstd.SpeedFastest
 }
 
 func (w *Writer) append() {
