@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -19,15 +20,18 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"flic-migrate": main,
-		"mkstream":     mkstream,
-		"mkworkingset": mkworkingset,
-		"returnpath":   printReturnPath,
+		// The same on a disk that has no room for more than a few writes.
+		"flic-migrate-full": func() { os.Exit(run(fullDisk{vfs.OS}, os.Args[1:])) },
+		"mkstream":          mkstream,
+		"mkworkingset":      mkworkingset,
+		"returnpath":        printReturnPath,
 	})
 }
 
@@ -62,6 +66,26 @@ func TestScripts(t *testing.T) {
 			"perm":    perm,
 		},
 	})
+}
+
+// fullDisk has room for two writes a file: a header and one more.
+type fullDisk struct{ vfs.FS }
+
+type fullFile struct {
+	vfs.File
+	writes int
+}
+
+func (d fullDisk) Create(name string) (vfs.File, error) {
+	f, err := d.FS.Create(name)
+	return &fullFile{File: f}, err
+}
+
+func (f *fullFile) Write(b []byte) (int, error) {
+	if f.writes++; f.writes > 2 {
+		return 0, &os.PathError{Op: "write", Path: f.Name(), Err: syscall.ENOSPC}
+	}
+	return f.File.Write(b)
 }
 
 // exits CODE COMMAND... runs a command, with $WORK/in as stdin if there is

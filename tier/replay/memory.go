@@ -23,7 +23,7 @@ type memory struct {
 	pageSize int // 0: to be found out
 	blocks   []ramparse.Block
 	base     []int64  // of each block in the file
-	seen     []uint64 // a bit a page, by file offset
+	seen     pageSet
 	pages    int64    // that were sent
 	resent   int64    // records of pages that had come before
 	rest     [32]byte // BLAKE3 of everything that is not a page record
@@ -33,7 +33,7 @@ type memory struct {
 
 // loadMemory loads the stream from r. Its file is in dir, without a name.
 func loadMemory(r io.Reader, dir string, pageSize int) (*memory, error) {
-	m := &memory{dir: dir, pageSize: pageSize}
+	m := &memory{dir: dir, pageSize: pageSize, seen: make(pageSet)}
 	rest := blake3.New()
 	err := Walk(r, pageSize, restVisitor(rest, m.record))
 	if err != nil {
@@ -83,7 +83,6 @@ func (m *memory) setup(d *ramparse.Decoder) error {
 		// A block's last page may be a part of one.
 		end += (int64(b.Used) + int64(m.pageSize) - 1) / int64(m.pageSize) * int64(m.pageSize)
 	}
-	m.seen = make([]uint64, end/int64(m.pageSize)/64+1)
 	f, err := os.CreateTemp(m.dir, "memory-*")
 	if err != nil {
 		return err
@@ -93,11 +92,16 @@ func (m *memory) setup(d *ramparse.Decoder) error {
 	return f.Truncate(end)
 }
 
-// mark notes that a page was sent and tells whether it had been before.
-func mark(seen []uint64, page int64) bool {
-	word, bit := page/64, uint64(1)<<(page%64)
-	again := seen[word]&bit != 0
-	seen[word] |= bit
+// pageSet is a bitmap of pages, by number in the file: a map of words, because
+// a few hostile bytes can announce RAM of any size.
+type pageSet map[int64]uint64
+
+func (s pageSet) has(page int64) bool { return s[page/64]&(1<<(page%64)) != 0 }
+
+// add adds a page and tells whether it was there already.
+func (s pageSet) add(page int64) bool {
+	again := s.has(page)
+	s[page/64] |= 1 << (page % 64)
 	return again
 }
 
@@ -108,7 +112,7 @@ func (m *memory) record(d *ramparse.Decoder, rec *ramparse.Record) error {
 		}
 	}
 	off := m.base[rec.Block] + int64(rec.Page)*int64(m.pageSize)
-	again := mark(m.seen, off/int64(m.pageSize))
+	again := m.seen.add(off / int64(m.pageSize))
 	if again {
 		m.resent++
 	} else {
@@ -156,7 +160,7 @@ var errDiffers = errors.New("the restored stream differs")
 // once, and is otherwise the same.
 func (m *memory) compare(r io.Reader) error {
 	rest := blake3.New()
-	seen := make([]uint64, len(m.seen))
+	seen := make(pageSet)
 	var pages int64
 	err := Walk(r, m.pageSize, restVisitor(rest, func(d *ramparse.Decoder, rec *ramparse.Record) error {
 		where := func() string { return fmt.Sprintf("%s:%#x", d.Setup().Blocks[rec.Block].Name, rec.Addr) }
@@ -165,7 +169,10 @@ func (m *memory) compare(r io.Reader) error {
 		}
 		off := m.base[rec.Block] + int64(rec.Page)*int64(m.pageSize)
 		n := off / int64(m.pageSize)
-		if mark(seen, n) {
+		if !m.seen.has(n) {
+			return fmt.Errorf("%w: page %s was never saved", errDiffers, where())
+		}
+		if seen.add(n) {
 			return fmt.Errorf("%w: page %s comes twice", errDiffers, where())
 		}
 		if rec.Kind == ramparse.XBZRLE {
@@ -187,10 +194,9 @@ func (m *memory) compare(r io.Reader) error {
 	if err != nil {
 		return err
 	}
-	for i := range seen {
-		if seen[i] != m.seen[i] {
-			return fmt.Errorf("%w: %d pages, %d were saved", errDiffers, pages, m.pages)
-		}
+	// None that was not saved, and none twice, so the number tells.
+	if pages != m.pages {
+		return fmt.Errorf("%w: %d pages, %d were saved", errDiffers, pages, m.pages)
 	}
 	var sum [32]byte
 	rest.Sum(sum[:0])

@@ -13,7 +13,7 @@ import (
 // are nil are not called; an error ends the walk. Slices are valid during the
 // call.
 type Visitor struct {
-	// Frame has every frame but the device tail's.
+	// Frame has every frame before the device tail.
 	Frame func(stream.Frame) error
 	// Record has every record of the RAM section, EOS included. The decoder
 	// knows blocks and page size.
@@ -24,8 +24,8 @@ type Visitor struct {
 	// Opaque has the rest of the stream from the first thing in it that is
 	// not understood, piece by piece; cause says what that was.
 	Opaque func(b []byte, cause error) error
-	// Tail has the device tail with all that follows it. footers tells
-	// whether its sections have them.
+	// Tail has the device tail, QEMU_VM_EOF and all that follows it. footers
+	// tells whether its sections have them.
 	Tail func(b []byte, footers bool) error
 }
 
@@ -56,8 +56,11 @@ func (w *walker) frames() error {
 		if err != nil {
 			return err
 		}
-		if f.Kind == stream.SectionFull {
+		switch f.Kind {
+		case stream.SectionFull:
 			return w.tail(nil)
+		case stream.EOF: // a machine without devices
+			return w.tail(f.Raw)
 		}
 		if w.v.Frame != nil {
 			if err := w.v.Frame(f); err != nil {
@@ -65,8 +68,6 @@ func (w *walker) frames() error {
 			}
 		}
 		switch f.Kind {
-		case stream.EOF:
-			return w.tail([]byte{0})
 		case stream.Subsection:
 			w.subsection(f.Subsection)
 		case stream.CommandFrame:
@@ -147,7 +148,8 @@ func (w *walker) tail(start []byte) error {
 	}
 	// QEMU_VM_EOF straight after RAM is a whole stream of a machine without
 	// devices.
-	if len(ts.Bytes()) > 1 && ts.Complete() == stream.Incomplete {
+	noDevices := len(start) == 1 && len(ts.Bytes()) == 1
+	if !noDevices && ts.Complete() == stream.Incomplete {
 		return stream.Wrap("device tail", w.cur.Offset(), io.ErrUnexpectedEOF)
 	}
 	if w.v.Tail == nil {
