@@ -22,7 +22,7 @@ type memory struct {
 	file     *os.File
 	pageSize int // 0: to be found out
 	blocks   []ramparse.Block
-	base     []int64  // of each block in the file
+	base     []int64 // of each block in the file
 	seen     pageSet
 	pages    int64    // that were sent
 	resent   int64    // records of pages that had come before
