@@ -84,11 +84,7 @@ func newPlacer(s *saver) (*placer, error) {
 // hottest, the pages that resumes of the VM's newest checkpoint had to wait for.
 // It is nil if there is neither.
 func (p *placer) workingSet() (*workingset.Set, error) {
-	blocks := make([]workingset.Block, len(p.s.meta.Blocks))
-	pages := p.s.meta.BlockPages()
-	for i, b := range p.s.meta.Blocks {
-		blocks[i] = workingset.Block{Name: b.Name, Pages: int64(pages[i])}
-	}
+	blocks := p.s.meta.WorkingSetBlocks()
 	var given *workingset.Set
 	if p.s.o.WorkingSet != nil {
 		var err error

@@ -17,7 +17,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // lazyPipe is the capacity of the pipe to QEMU of a lazy restore: a demanded
@@ -72,7 +71,7 @@ func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 	}
 	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, lazyPipe)
 	lo := lazy.Options{HoldBackground: r.learn, MaxHold: 10 * r.learn, Log: r.log()}
-	blocks := workingSetBlocks(c.Meta)
+	blocks := c.Meta.WorkingSetBlocks()
 	if t, err := st.Touched(c.Ref); err != nil {
 		r.log().Warn("what earlier resumes learned can't be used", "error", err)
 	} else {
@@ -99,14 +98,6 @@ func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 		}
 	}
 	return err
-}
-
-func workingSetBlocks(m *checkpoint.Meta) []workingset.Block {
-	blocks := make([]workingset.Block, len(m.Blocks))
-	for i, n := range m.BlockPages() {
-		blocks[i] = workingset.Block{Name: m.Blocks[i].Name, Pages: int64(n)}
-	}
-	return blocks
 }
 
 // writeReportDoc writes a command's report where --report says.

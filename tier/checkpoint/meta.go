@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // Meta is the JSON document in a flash image's META frame.
@@ -101,6 +102,15 @@ func (m *Meta) BlockPages() []uint64 {
 		n[i] = (b.Used + uint64(m.PageSize) - 1) / uint64(m.PageSize)
 	}
 	return n
+}
+
+// WorkingSetBlocks are the RAM blocks as package workingset wants them.
+func (m *Meta) WorkingSetBlocks() []workingset.Block {
+	blocks := make([]workingset.Block, len(m.Blocks))
+	for i, n := range m.BlockPages() {
+		blocks[i] = workingset.Block{Name: m.Blocks[i].Name, Pages: int64(n)}
+	}
+	return blocks
 }
 
 // MaxBlocks caps the number of RAM blocks, here as in the stream.
