@@ -89,30 +89,23 @@ func TestStreamRefused(t *testing.T) {
 	}
 }
 
-// swap serves other content to every reader of an image: the restore of a
-// checkpoint that is whole, and not of this stream.
-type swap struct {
-	vfs.FS
-	full bool
-}
+// fullDisk has no room for a single byte.
+type fullDisk struct{ vfs.FS }
 
-type full struct{ vfs.File }
+type fullFile struct{ vfs.File }
 
-func (full) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
+func (fullFile) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
 
-func (s swap) Create(name string) (vfs.File, error) {
-	f, err := s.FS.Create(name)
-	if s.full && err == nil {
-		f = full{f}
-	}
-	return f, err
+func (d fullDisk) Create(name string) (vfs.File, error) {
+	f, err := d.FS.Create(name)
+	return fullFile{f}, err
 }
 
 // A replay that could not be done is no verdict.
 func TestStreamFails(t *testing.T) {
 	path := write(t, "a.refused.stream", tiertest.New(tiertest.Options{}).Bytes())
 	p := newReplayer(t, vfs.OS)
-	st, err := store.Open(swap{vfs.OS, true}, p.Store.Dir(), false)
+	st, err := store.Open(fullDisk{vfs.OS}, p.Store.Dir(), false)
 	if err != nil {
 		t.Fatal(err)
 	}
