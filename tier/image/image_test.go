@@ -1,0 +1,708 @@
+package image_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"go.uber.org/goleak"
+
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const pageSize = 1024
+
+var header = image.Header{PageSize: pageSize, SegmentPages: 4, UUID: uuid.UUID{1, 2, 3}, Created: time.Unix(1700000000, 42)}
+
+// frame is what a test puts into an image and expects to find there.
+type frame struct {
+	kind   image.Kind
+	number uint32
+	data   []byte
+}
+
+// create makes a file on a disk of its own.
+func create(t testing.TB) vfs.File {
+	t.Helper()
+	f, err := crashfs.New(0).Create("/image")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func content(f vfs.File) []byte {
+	n, _ := f.Size()
+	b := make([]byte, n)
+	f.ReadAt(b, 0)
+	return b
+}
+
+// pages is so many pages: random ones, or such that compress.
+func pages(n int, seed uint64, compressible bool) []byte {
+	b := make([]byte, n*pageSize)
+	rng := rand.New(rand.NewPCG(seed, 1))
+	for i := range b {
+		b[i] = byte(rng.Uint32())
+		if compressible {
+			b[i] = "abcd"[b[i]%4]
+		}
+	}
+	return b
+}
+
+// records is a RECORDS segment with so many payloads.
+func records(n int) []byte {
+	b := binary.BigEndian.AppendUint32(nil, uint32(n))
+	for i := range n {
+		b = binary.BigEndian.AppendUint32(b, uint32(i*i))
+	}
+	for i := range n {
+		b = append(b, bytes.Repeat([]byte{byte(i)}, i*i)...)
+	}
+	return b
+}
+
+// write writes an image with frames of every kind and returns them.
+func write(t testing.TB, f vfs.File, codec image.Codec, workers int) []frame {
+	t.Helper()
+	w, err := image.NewWriter(f, header, codec, workers)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var frames []frame
+	add := func(k image.Kind, data []byte) {
+		b := w.NewBuffer(k)
+		b.Data = append(b.Data, data...)
+		frames = append(frames, frame{k, b.Number, data})
+		if err := w.Submit(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 20 {
+		add(image.Pages, pages(1+i%4, uint64(i), i%3 != 0))
+		if i%4 == 0 {
+			add(image.Skeleton, []byte(strings.Repeat("skeleton ", 1+i*50)))
+		}
+		if i%7 == 0 {
+			add(image.Records, records(1+i%4))
+		}
+		if i == 5 {
+			w.Discard(w.NewBuffer(image.Pages)) // a number that stays unused
+		}
+	}
+	add(image.PageTable, []byte("table"))
+	add(image.PageTable, bytes.Repeat([]byte("x"), image.MaxChunk))
+	add(image.NVRAM, []byte("extents"))
+	meta := []byte(`{"a":"document"}`)
+	if err := w.Finish(meta); err != nil {
+		t.Fatal(err)
+	}
+	frames = append(frames, frame{image.Meta, 0, meta})
+	w.Abort() // does nothing any more
+	return frames
+}
+
+// TestRoundTrip reads back every frame of images of every codec.
+func TestRoundTrip(t *testing.T) {
+	for name, codec := range image.Codecs {
+		for _, workers := range []int{0, 1, 5} {
+			t.Run(fmt.Sprint(name, workers), func(t *testing.T) {
+				f := create(t)
+				want := write(t, f, codec, workers)
+				im, err := image.Open(f)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !im.Created.Equal(header.Created) || im.UUID != header.UUID || im.PageSize != pageSize || im.SegmentPages != 4 {
+					t.Errorf("header %+v", im.Header)
+				}
+				if n, _ := f.Size(); im.Len() != n || im.Name() != f.Name() {
+					t.Errorf("%s of %d bytes", im.Name(), im.Len())
+				}
+				// In the order of Submit.
+				i := 0
+				stored := map[image.Kind]int64{}
+				next := int64(image.HeaderLen)
+				err = im.Frames(func(k image.Kind, n uint32, off int64) error {
+					if k != want[i].kind || n != want[i].number {
+						t.Errorf("frame %d is %v %d, want %v %d", i, k, n, want[i].kind, want[i].number)
+					}
+					if off < next {
+						t.Errorf("frame %d is at %d", i, off)
+					}
+					next = off + image.FrameHeaderLen
+					stored[k]++
+					i++
+					return nil
+				})
+				if err != nil || i != len(want) {
+					t.Errorf("%d frames of %d, %v", i, len(want), err)
+				}
+				var sr image.SegmentReader
+				reused := image.SegmentReader{Reuse: true}
+				var segments int
+				for _, w := range want {
+					if !w.kind.IsSegment() {
+						b, err := im.Chunk(w.kind, int(w.number))
+						if err != nil || !bytes.Equal(b, w.data) {
+							t.Errorf("%v %d: %v", w.kind, w.number, err)
+						}
+						continue
+					}
+					segments = max(segments, int(w.number)+1)
+					for _, sr := range []*image.SegmentReader{&sr, &reused} {
+						s, err := im.Segment(sr, w.number)
+						if err != nil {
+							t.Fatalf("segment %d: %v", w.number, err)
+						}
+						check(t, s, w)
+					}
+				}
+				if im.Segments() != segments || im.Chunks(image.Skeleton) != 5 || im.Chunks(image.PageTable) != 2 {
+					t.Errorf("%d segments, %d and %d chunks", im.Segments(), im.Chunks(image.Skeleton), im.Chunks(image.PageTable))
+				}
+				if im.StoredBytes(image.Skeleton) < stored[image.Skeleton]*image.FrameHeaderLen {
+					t.Errorf("skeleton takes %d bytes", im.StoredBytes(image.Skeleton))
+				}
+				missing(t, im, want)
+			})
+		}
+	}
+}
+
+// check compares a segment with what was written.
+func check(t *testing.T, s *image.Segment, want frame) {
+	t.Helper()
+	if s.Number != want.number || s.Kind != want.kind {
+		t.Errorf("segment %d is %v %d", want.number, s.Kind, s.Number)
+	}
+	if s.Kind == image.Records {
+		if !bytes.Equal(want.data, records(s.Len())) {
+			t.Errorf("%d records", s.Len())
+		}
+		for i := range s.Len() {
+			if b, err := s.Record(i); err != nil || !bytes.Equal(b, bytes.Repeat([]byte{byte(i)}, i*i)) {
+				t.Errorf("record %d: %v, %v", i, b, err)
+			}
+		}
+		if _, err := s.Page(0); !image.IsCorrupt(err) {
+			t.Errorf("page of a segment of records: %v", err)
+		}
+		if _, err := s.Record(s.Len()); !image.IsCorrupt(err) {
+			t.Errorf("record behind the last: %v", err)
+		}
+		return
+	}
+	if s.Len()*pageSize != len(want.data) || s.Bytes() != len(want.data) {
+		t.Errorf("%d pages of %d bytes", s.Len(), len(want.data))
+	}
+	for i := range s.Len() {
+		if b, err := s.Page(i); err != nil || !bytes.Equal(b, want.data[i*pageSize:(i+1)*pageSize]) {
+			t.Errorf("page %d: %v", i, err)
+		} else if cap(b) != pageSize {
+			t.Errorf("page %d could be appended to over the next", i)
+		}
+	}
+	if _, err := s.Page(s.Len()); !image.IsCorrupt(err) {
+		t.Errorf("page behind the last: %v", err)
+	}
+	if _, err := s.Record(0); !image.IsCorrupt(err) {
+		t.Errorf("record of a segment of pages: %v", err)
+	}
+}
+
+// missing asks for what is not there.
+func missing(t *testing.T, im *image.Image, want []frame) {
+	t.Helper()
+	has := map[uint32]bool{}
+	for _, w := range want {
+		if w.kind.IsSegment() {
+			has[w.number] = true
+		}
+	}
+	var sr image.SegmentReader
+	var gaps int
+	for n := range uint32(im.Segments() + 2) {
+		if has[n] != (im.SegmentOffset(n) > 0) {
+			t.Errorf("segment %d is at %d", n, im.SegmentOffset(n))
+		}
+		if !has[n] {
+			gaps++
+			if _, err := im.Segment(&sr, n); !image.IsCorrupt(err) {
+				t.Errorf("segment %d, which is not there: %v", n, err)
+			}
+		}
+	}
+	if gaps != 3 { // the discarded one and the two behind the end
+		t.Errorf("%d numbers without a segment", gaps)
+	}
+	for _, n := range []int{-1, 2} {
+		if _, err := im.Chunk(image.PageTable, n); !image.IsCorrupt(err) {
+			t.Errorf("chunk %d: %v", n, err)
+		}
+	}
+}
+
+// TestIncompressible keeps random pages as they are.
+func TestIncompressible(t *testing.T) {
+	for name, codec := range image.Codecs {
+		f := create(t)
+		w, err := image.NewWriter(f, header, codec, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, compressible := range []bool{false, true} {
+			b := w.NewBuffer(image.Pages)
+			b.Data = append(b.Data, pages(4, 1, compressible)...)
+			if err := w.Submit(b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.Finish(nil); err != nil {
+			t.Fatal(err)
+		}
+		b := content(f)
+		first := b[image.HeaderLen:]
+		if image.Codec(first[1]) != image.None {
+			t.Errorf("%s: random pages are stored as %v", name, image.Codec(first[1]))
+		}
+		second := first[image.FrameHeaderLen+4*pageSize:]
+		if got := image.Codec(second[1]); got != codec {
+			t.Errorf("%s: text is stored as %v", name, got)
+		}
+		if n := binary.LittleEndian.Uint32(second[8:]); codec != image.None && n > 3*pageSize {
+			t.Errorf("%s: 4 pages of text take %d bytes", name, n)
+		}
+	}
+}
+
+// TestReadSegment reads segments back while the image is being written, as soon
+// as they are submitted, from several goroutines.
+func TestReadSegment(t *testing.T) {
+	f := create(t)
+	w, err := image.NewWriter(f, header, image.LZ4, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Abort()
+	var sr image.SegmentReader
+	if _, err := w.ReadSegment(&sr, 0); err == nil {
+		t.Error("read a segment that was not submitted")
+	}
+	submitted := make(chan uint32, 200)
+	var readers sync.WaitGroup
+	for range 3 {
+		readers.Go(func() {
+			var sr image.SegmentReader
+			for n := range submitted {
+				s, err := w.ReadSegment(&sr, n)
+				if err != nil {
+					t.Errorf("segment %d: %v", n, err)
+					return
+				}
+				if b, err := s.Page(1); err != nil || !bytes.Equal(b, pages(2, uint64(n), true)[pageSize:]) {
+					t.Errorf("segment %d: wrong page (%v)", n, err)
+				}
+			}
+		})
+	}
+	var recent int
+	for n := range uint32(200) {
+		b := w.NewBuffer(image.Pages)
+		b.Data = append(b.Data, pages(2, uint64(n), true)...)
+		if err := w.Submit(b); err != nil {
+			t.Fatal(err)
+		}
+		submitted <- n
+		if got := w.Recent(n); got != nil {
+			recent++
+			if !bytes.Equal(got, pages(2, uint64(n), true)) {
+				t.Fatalf("Recent(%d) is something else", n)
+			}
+		}
+	}
+	close(submitted)
+	readers.Wait()
+	if recent != 200 || w.Recent(0) != nil || w.Recent(1000) != nil {
+		t.Errorf("%d of 200 segments were at hand after Submit, segment 0 still: %v", recent, w.Recent(0) != nil)
+	}
+	if err := w.Drain(); err != nil {
+		t.Fatal(err)
+	}
+	if n, _ := f.Size(); w.Len() != n {
+		t.Errorf("Len %d, the file has %d", w.Len(), n)
+	}
+}
+
+// TestWriteFails stops at the first failure and says so to every later call.
+func TestWriteFails(t *testing.T) {
+	for n := range 12 {
+		disk := crashfs.New(0)
+		f, err := disk.Create("/image")
+		if err != nil {
+			t.Fatal(err)
+		}
+		disk.FailAt(n, syscall.ENOSPC)
+		w, err := image.NewWriter(f, header, image.LZ4, 2)
+		if err != nil {
+			if n > 0 || !errors.Is(err, syscall.ENOSPC) {
+				t.Errorf("write %d: NewWriter: %v", n, err)
+			}
+			continue
+		}
+		for range 8 {
+			b := w.NewBuffer(image.Pages)
+			b.Data = append(b.Data, pages(4, 1, false)...)
+			if err = w.Submit(b); err != nil {
+				break
+			}
+			if err = w.Drain(); err != nil {
+				break
+			}
+		}
+		if err == nil {
+			err = w.Sync()
+		}
+		if err == nil {
+			err = w.Finish([]byte("{}"))
+		} else {
+			for what, later := range map[string]error{"Drain": w.Drain(), "Sync": w.Sync(), "Finish": w.Finish(nil)} {
+				if !errors.Is(later, syscall.ENOSPC) {
+					t.Errorf("write %d: %s: %v", n, what, later)
+				}
+			}
+			var sr image.SegmentReader
+			if _, err := w.ReadSegment(&sr, 0); !errors.Is(err, syscall.ENOSPC) {
+				t.Errorf("write %d: ReadSegment: %v", n, err)
+			}
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("write %d: %v", n, err)
+		}
+		w.Abort()
+		w.Abort()
+		if _, err := image.Open(f); !image.IsCorrupt(err) {
+			t.Errorf("write %d: the image can be opened: %v", n, err)
+		}
+		f.Close()
+	}
+}
+
+// TestAbort ends a Writer that has frames in flight.
+func TestAbort(t *testing.T) {
+	f := create(t)
+	w, err := image.NewWriter(f, header, image.Zstd, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		b := w.NewBuffer(image.Pages)
+		b.Data = append(b.Data, pages(4, 1, true)...)
+		if err := w.Submit(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.Abort()
+	if err := w.Drain(); err == nil {
+		t.Error("Drain after Abort")
+	}
+}
+
+// TestBadHeader refuses headers that no image may have.
+func TestBadHeader(t *testing.T) {
+	for _, h := range []image.Header{
+		{PageSize: 0, SegmentPages: 4}, {PageSize: 1000, SegmentPages: 4}, {PageSize: 1 << 17, SegmentPages: 4},
+		{PageSize: 4096, SegmentPages: 0}, {PageSize: 4096, SegmentPages: image.MaxSegmentPages + 1}, {PageSize: -4096, SegmentPages: 4},
+	} {
+		if _, err := image.NewWriter(create(t), h, image.None, 1); err == nil {
+			t.Errorf("%+v was taken", h)
+		}
+	}
+}
+
+// builder makes images of frames that no Writer makes, with right checksums.
+type builder struct {
+	b     []byte
+	index []byte
+	n     uint32
+}
+
+func newBuilder(t testing.TB) *builder {
+	f := create(t)
+	w, err := image.NewWriter(f, header, image.None, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Abort()
+	return &builder{b: content(f)}
+}
+
+// frame adds a frame; raw is its raw length, or the payload's if negative.
+func (b *builder) frame(k image.Kind, codec image.Codec, number uint32, raw int, payload []byte) *builder {
+	if raw < 0 {
+		raw = len(payload)
+	}
+	b.b = append(b.b, frameHead(k, codec, number, uint32(raw), payload)...)
+	b.b = append(b.b, payload...)
+	return b.entry(k, number, uint32(len(payload)))
+}
+
+// entry adds an entry to the index.
+func (b *builder) entry(k image.Kind, number, stored uint32) *builder {
+	b.index = append(b.index, byte(k))
+	b.index = binary.LittleEndian.AppendUint32(b.index, number)
+	b.index = binary.LittleEndian.AppendUint32(b.index, stored)
+	b.n++
+	return b
+}
+
+func frameHead(k image.Kind, codec image.Codec, number, raw uint32, payload []byte) []byte {
+	le := binary.LittleEndian
+	h := []byte{byte(k), byte(codec), 0, 0}
+	h = le.AppendUint32(h, raw)
+	h = le.AppendUint32(h, uint32(len(payload)))
+	h = le.AppendUint32(h, number)
+	h = le.AppendUint32(h, image.Checksum(payload))
+	return le.AppendUint32(h, image.Checksum(h))
+}
+
+// done adds index and footer.
+func (b *builder) done() []byte {
+	le := binary.LittleEndian
+	at := len(b.b)
+	b.b = append(b.b, frameHead(image.Index, image.None, 0, uint32(len(b.index)), b.index)...)
+	b.b = append(b.b, b.index...)
+	foot := make([]byte, image.FooterLen)
+	copy(foot, "FLICEND\x00")
+	le.PutUint32(foot[8:], image.Version)
+	le.PutUint64(foot[16:], uint64(at))
+	le.PutUint32(foot[24:], uint32(len(b.index)))
+	le.PutUint32(foot[28:], b.n)
+	b.b = append(b.b, foot...)
+	tiertest.Reseal(b.b)
+	return b.b
+}
+
+// read opens an image and reads all of it.
+func read(b []byte) error {
+	disk := crashfs.New(0)
+	f, err := disk.Create("/image")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	f.WriteAt(b, 0)
+	im, err := image.Open(f)
+	if err != nil {
+		return err
+	}
+	sr := image.SegmentReader{Reuse: true}
+	return im.Frames(func(k image.Kind, n uint32, _ int64) error {
+		if k.IsSegment() {
+			s, err := im.Segment(&sr, n)
+			if err != nil {
+				return err
+			}
+			for i := range s.Len() {
+				if s.Kind == image.Records {
+					_, err = s.Record(i)
+				} else {
+					_, err = s.Page(i)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+		_, err := im.Chunk(k, int(n))
+		return err
+	})
+}
+
+// TestContradictions reads images whose checksums are right and whose fields
+// are not.
+func TestContradictions(t *testing.T) {
+	page := pages(1, 1, false)
+	be := binary.BigEndian.AppendUint32
+	whole := func(t testing.TB) []byte { return newBuilder(t).frame(image.Pages, image.None, 0, -1, page).done() }
+	if err := read(whole(t)); err != nil {
+		t.Fatalf("an image in order: %v", err)
+	}
+	field := func(off int, v uint32, end bool) func(t testing.TB) []byte {
+		return func(t testing.TB) []byte {
+			b := whole(t)
+			if end {
+				off := len(b) - image.FooterLen + off
+				binary.LittleEndian.PutUint32(b[off:], v)
+				foot := b[len(b)-image.FooterLen:]
+				binary.LittleEndian.PutUint32(foot[60:], image.Checksum(foot[:60]))
+				return b
+			}
+			binary.LittleEndian.PutUint32(b[off:], v)
+			tiertest.Reseal(b)
+			return b
+		}
+	}
+	one := func(k image.Kind, codec image.Codec, number uint32, raw int, payload []byte) func(testing.TB) []byte {
+		return func(t testing.TB) []byte { return newBuilder(t).frame(k, codec, number, raw, payload).done() }
+	}
+	for name, c := range map[string]struct {
+		image func(testing.TB) []byte
+		says  string
+	}{
+		"version of the header":    {field(8, 2, false), "version"},
+		"page size":                {field(12, 1000, false), "page size"},
+		"huge page size":           {field(12, 1<<31, false), "page size"},
+		"no pages in a segment":    {field(16, 0, false), "in a segment"},
+		"many pages in a segment":  {field(16, 1<<20, false), "in a segment"},
+		"version of the footer":    {field(8, 7, true), "version"},
+		"index elsewhere":          {field(16, 64, true), "index is not where"},
+		"index before the start":   {field(16, 0, true), "index is not where"},
+		"index far away":           {field(20, 1<<31, true), "index is not where"},
+		"index of another length":  {field(24, 18, true), "index is not where"},
+		"more frames":              {field(28, 2, true), "frames"},
+		"longer file":              {field(32, 1<<20, true), "footer says"},
+		"footer of another":        {field(40, 99, true), "different checkpoints"},
+		"unknown kind":             {one(9, image.None, 0, -1, page), "unknown kind 9"},
+		"kind 0":                   {one(0, image.None, 0, -1, page), "unknown kind 0"},
+		"index within":             {one(image.Index, image.None, 0, -1, page), "unknown INDEX"},
+		"far number":               {one(image.Pages, image.None, 1<<31, -1, page), "numbered"},
+		"unknown codec":            {one(image.Pages, 9, 0, -1, page), "unknown codec 9"},
+		"raw and stored differ":    {one(image.Pages, image.None, 0, 2*pageSize, page), "raw length"},
+		"raw beyond a segment":     {one(image.Pages, image.None, 0, 5*pageSize, page), "too large"},
+		"raw of 4 GiB":             {one(image.Pages, image.Zstd, 0, 1<<32-1, page), "too large"},
+		"stored beyond a segment":  {one(image.Pages, image.None, 0, pageSize, pages(5, 1, false)), "too large"},
+		"no whole pages":           {one(image.Pages, image.None, 0, -1, page[:1000]), "no whole pages"},
+		"empty segment":            {one(image.Pages, image.None, 0, -1, nil), "no whole pages"},
+		"bad LZ4":                  {one(image.Pages, image.LZ4, 0, pageSize, page), ""},
+		"bad S2":                   {one(image.Pages, image.S2, 0, pageSize, page), ""},
+		"S2 that claims 1 GiB":     {one(image.Pages, image.S2, 0, pageSize, []byte{0x80, 0x80, 0x80, 0x80, 4, 0}), ""},
+		"bad Zstandard":            {one(image.Pages, image.Zstd, 0, pageSize, page), ""},
+		"empty Zstandard":          {one(image.Pages, image.Zstd, 0, pageSize, nil), ""},
+		"records too short":        {one(image.Records, image.None, 0, -1, []byte{0, 0, 1}), "too short"},
+		"no records":               {one(image.Records, image.None, 0, -1, be(nil, 0)), "0 records"},
+		"more records than fit":    {one(image.Records, image.None, 0, -1, be(nil, 5)), "5 records"},
+		"records without lengths":  {one(image.Records, image.None, 0, -1, be(nil, 2)), "2 records"},
+		"record beyond the end":    {one(image.Records, image.None, 0, -1, be(be(nil, 1), 7)), "ends behind"},
+		"record of 4 GiB":          {one(image.Records, image.None, 0, -1, be(be(be(nil, 2), 1<<32-1), 1)), "ends behind"},
+		"bytes behind the records": {one(image.Records, image.None, 0, -1, append(be(be(nil, 1), 1), "ab"...)), "behind the last"},
+		"two of one number": {func(t testing.TB) []byte {
+			return newBuilder(t).frame(image.Pages, image.None, 0, -1, page).frame(image.Records, image.None, 0, -1, page).done()
+		}, "two"},
+		"frame of another number": {func(t testing.TB) []byte {
+			b := newBuilder(t)
+			b.b = append(append(b.b, frameHead(image.Pages, image.None, 3, pageSize, page)...), page...)
+			return b.entry(image.Pages, 0, pageSize).done()
+		}, "found PAGES 3"},
+		"frame of another kind": {func(t testing.TB) []byte {
+			b := newBuilder(t)
+			b.b = append(append(b.b, frameHead(image.Pages, image.None, 0, pageSize, page)...), page...)
+			return b.entry(image.Skeleton, 0, pageSize).done()
+		}, "found PAGES 0"},
+		"index that ends early": {func(t testing.TB) []byte {
+			b := newBuilder(t).frame(image.Pages, image.None, 0, -1, page)
+			b.b = append(b.b, "between"...)
+			return b.done()
+		}, ""},
+		"index that goes too far": {func(t testing.TB) []byte {
+			return newBuilder(t).frame(image.Pages, image.None, 0, -1, page).entry(image.Pages, 1, 1<<31).done()
+		}, "frames end at"},
+	} {
+		err := read(c.image(t))
+		var corrupt *image.CorruptError
+		if !errors.As(err, &corrupt) || !strings.Contains(err.Error(), c.says) || corrupt.File != "/image" || corrupt.What == "" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestReadErrors passes on what is the file system's fault: it is no damage.
+func TestReadErrors(t *testing.T) {
+	disk := crashfs.New(0)
+	f, err := disk.Create("/image")
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, f, image.LZ4, 1)
+	for n := range 5 {
+		disk.FailReadAt(n, syscall.EIO)
+		im, err := image.Open(f)
+		if err == nil {
+			_, err = im.Chunk(image.Meta, 0)
+		}
+		if !errors.Is(err, syscall.EIO) || image.IsCorrupt(err) {
+			t.Errorf("read %d: %v", n, err)
+		}
+	}
+}
+
+func TestNames(t *testing.T) {
+	for k, want := range map[fmt.Stringer]string{
+		image.Pages: "PAGES", image.Records: "RECORDS", image.Skeleton: "SKELETON", image.PageTable: "PAGE TABLE", image.NVRAM: "NVRAM",
+		image.Meta: "META", image.Index: "INDEX", image.Kind(77): "kind 77",
+		image.None: "none", image.LZ4: "lz4", image.S2: "s2", image.Zstd: "zstd", image.Codec(77): "codec 77",
+	} {
+		if k.String() != want {
+			t.Errorf("%s, want %s", k, want)
+		}
+	}
+	if image.IsCorrupt(context.Canceled) {
+		t.Error("any error is damage")
+	}
+}
+
+// FuzzOpen opens and reads any file, with its checksums put right and as it is.
+func FuzzOpen(f *testing.F) {
+	for _, codec := range image.Codecs {
+		file := create(f)
+		w, err := image.NewWriter(file, image.Header{PageSize: 256, SegmentPages: 2}, codec, 1)
+		if err != nil {
+			f.Fatal(err)
+		}
+		for i, k := range []image.Kind{image.Pages, image.Skeleton, image.Records, image.Pages, image.PageTable, image.NVRAM} {
+			b := w.NewBuffer(k)
+			switch k {
+			case image.Pages:
+				b.Data = append(b.Data, bytes.Repeat([]byte("page"), 64*(1+i%2))...)
+			case image.Records:
+				b.Data = append(b.Data, records(2)...)
+			default:
+				b.Data = append(b.Data, "a chunk, a chunk, a chunk, a chunk, a chunk"...)
+			}
+			if err := w.Submit(b); err != nil {
+				f.Fatal(err)
+			}
+		}
+		if err := w.Finish([]byte(`{"meta":1}`)); err != nil {
+			f.Fatal(err)
+		}
+		f.Add(content(file))
+	}
+	f.Add(newBuilder(f).done())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		for range 2 {
+			if err := read(b); err != nil && !image.IsCorrupt(err) {
+				t.Fatalf("%v", err)
+			}
+			b = bytes.Clone(b)
+			tiertest.Reseal(b)
+		}
+	})
+}
