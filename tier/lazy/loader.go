@@ -144,7 +144,11 @@ func (l *loader) loadNVRAM(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			b.pages = append(b.pages, slotRun{run.Entry(0), 0, int(s.Block), s.Page, 1})
+			// A page that a live save sent again as zero has left its slot, and
+			// what is elsewhere is not in reach here.
+			if run.Kind == pagetable.NVRAM {
+				b.pages = append(b.pages, slotRun{run.Entry(0), 0, int(s.Block), s.Page, 1})
+			}
 		}
 		slots = slots[n:]
 		if err := l.put(ctx, b); err != nil {

@@ -70,7 +70,7 @@ type literals struct {
 
 func (l *literals) Literal(b []byte) error {
 	if len(l.b)+len(b) > l.max {
-		return fmt.Errorf("%w: more than %d bytes before the first page", ErrNotPossible, l.max)
+		return fmt.Errorf("%w: more than %d bytes before the first page or behind the last", ErrNotPossible, l.max)
 	}
 	l.b = append(l.b, b...)
 	return nil
@@ -86,7 +86,9 @@ func newOpening(c *checkpoint.Checkpoint) (*opening, error) {
 		return nil, err
 	}
 	tail := literals{max: stream.MaxTail}
-	if err := c.SkeletonChunks(c.Meta.TailChunk, c.Image.Chunks(image.Skeleton), &tail); err != nil {
+	if err := c.SkeletonChunks(c.Meta.TailChunk, c.Image.Chunks(image.Skeleton), &tail); err == errStop {
+		return nil, c.Image.Corrupt(image.Skeleton, c.Meta.TailChunk, errors.New("pages among the device state"))
+	} else if err != nil {
 		return nil, err
 	}
 	o := new(opening)

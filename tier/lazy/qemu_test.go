@@ -184,7 +184,7 @@ func waitFor(t *testing.T, vm *qemutest.VM, ok func(qmp.RunState) bool) {
 	t.Fatalf("the VM does not get there:\n%s", vm.Output())
 }
 
-func check(t *testing.T, err error) {
+func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

@@ -47,7 +47,7 @@ type Progress struct {
 type Report struct {
 	Pages     int64 `json:"pages"`     // sent
 	BytesOut  int64 `json:"bytes_out"` // written to QEMU
-	Demands   int64 `json:"demands"`   // pages asked for, each once
+	Demands   int64 `json:"demands"`   // pages asked for; two vCPUs that wait for one page ask twice
 	Waited    int64 `json:"waited"`    // those of them that had not been sent when the request came
 	Zero      int64 `json:"zero"`      // demands for pages without content
 	HotPages  int64 `json:"hot_pages"` // sent from First and NVRAM
@@ -118,21 +118,24 @@ func Recover(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io
 // has (migration/savevm.c, loadvm_handle_recv_bitmap and
 // loadvm_postcopy_handle_resume).
 func (p *pump) handshake(rd *returnpath.Reader) error {
-	var b []byte
-	for _, blk := range p.c.Meta.Blocks {
-		b = postcopy.AppendRecvBitmap(b, blk.Name)
-	}
-	if err := p.write(b); err != nil {
-		return err
-	}
-	for range p.c.Meta.Blocks {
+	for i, blk := range p.c.Meta.Blocks {
+		// One by one: QEMU can't read on while its answer, which may be longer
+		// than a pipe, waits to be read.
+		if err := p.write(postcopy.AppendRecvBitmap(nil, blk.Name)); err != nil {
+			return err
+		}
 		m, err := next(rd, returnpath.RecvBitmap)
 		if err != nil {
 			return err
 		}
-		i, ok := p.blocks[m.Block]
-		if !ok {
-			return fmt.Errorf("QEMU has a RAM block %q that the checkpoint does not have", m.Block)
+		if m.Block != blk.Name {
+			return fmt.Errorf("QEMU sends the bitmap of RAM block %q, expected %q", m.Block, blk.Name)
+		}
+		// QEMU rounds up to whole 64-bit words. Of a bitmap that is shorter
+		// the missing pages would be taken for missing in the guest, too, and
+		// be sent twice.
+		if want := 8 * len(p.sent[i].words); len(m.Bitmap) != want {
+			return fmt.Errorf("QEMU sends a bitmap of %d bytes for RAM block %q, expected %d", len(m.Bitmap), blk.Name, want)
 		}
 		p.rep.Recovered += p.sent[i].fill(m.Bitmap)
 	}
@@ -225,14 +228,14 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	g, gctx := errgroup.WithContext(ctx)
 	// The receiver is not waited for: it ends when its pipe does, at the
 	// latest with the process.
-	go func() { cancel(p.receive(ctx, rd)) }()
+	go func() { cancel(p.receive(gctx, rd)) }()
 
-	g, ctx := errgroup.WithContext(ctx)
 	ld := newLoader(p.c, p.o.First, func() bool { return len(p.demands) > 0 })
-	g.Go(func() error { return ld.run(ctx) })
-	g.Go(func() error { return p.serve(ctx, ld) })
+	g.Go(func() error { return ld.run(gctx) })
+	g.Go(func() error { return p.serve(gctx, ld) })
 	err := g.Wait()
 	if err == nil {
 		p.rep.Resident = time.Since(p.start)
@@ -262,12 +265,12 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 		}
 		b, ok := p.blocks[m.Block]
 		size := uint64(p.c.Meta.PageSize)
-		if !ok || m.Start%size != 0 || m.Start/size >= p.c.Table.Pages(b) || uint64(m.Length) > p.c.Meta.Blocks[b].Used {
+		first, n := m.Start/size, max(1, uint64(m.Length)/size)
+		if !ok || m.Start%size != 0 || first >= p.c.Table.Pages(b) || n > p.c.Table.Pages(b)-first {
 			return fmt.Errorf("QEMU asks for %d bytes at %s:%#x, which the checkpoint does not have", m.Length, m.Block, m.Start)
 		}
 		at := time.Now()
-		last := min(m.Start/size+max(1, uint64(m.Length)/size), p.c.Table.Pages(b))
-		for page := m.Start / size; page < last; page++ {
+		for page := first; page < first+n; page++ {
 			select {
 			case p.demands <- demand{b, page, at}:
 			case <-ctx.Done():

@@ -1,0 +1,719 @@
+package lazy_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// threeBlocks are of sizes that fill no word of a bitmap.
+var threeBlocks = []tiertest.Block{
+	{Name: "vga.vram", Size: 1 << 20}, {Name: "pc.ram", Size: 4<<20 - 12<<10}, {Name: "pc.bios", Size: 20 << 10},
+}
+
+// shapes are checkpoints with all that a page table can say.
+var shapes = []struct {
+	name string
+	o    tiertest.Options
+	hot  uint64
+	so   tier.SaveOptions
+}{
+	{"cold", tiertest.Options{Seed: 1, Blocks: threeBlocks}, 0, tier.SaveOptions{}},
+	{"nvram", tiertest.Options{Seed: 2, Blocks: threeBlocks}, 1, tier.SaveOptions{}},
+	{"some in nvram", tiertest.Options{Seed: 3, Blocks: threeBlocks, Fill: true, Named: 0.2}, 7, tier.SaveOptions{Codec: image.Zstd}},
+	{"live", tiertest.Options{Seed: 4, Blocks: threeBlocks, Passes: 4, Resend: 0.4, XBZRLE: true, Fill: true}, 3, tier.SaveOptions{}},
+	{"compressed records", tiertest.Options{Seed: 5, Blocks: threeBlocks, Compress: 0.5, Shuffle: true}, 5, tier.SaveOptions{}},
+	{"absent", tiertest.Options{Seed: 6, Blocks: threeBlocks, Mix: tiertest.Mix{4, 1, 1, 1, 1, 1, 1, 1}}, 4, tier.SaveOptions{}},
+	{"duplicates", tiertest.Options{Seed: 7, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 20, 1}, Pool: 3}, 11, tier.SaveOptions{Codec: image.LZ4}},
+	{"one page a segment", tiertest.Options{Seed: 8, Blocks: threeBlocks}, 9, tier.SaveOptions{SegmentPages: 1}},
+	{"with a return path", tiertest.Options{Seed: 9, ReturnPath: true, Advise: true}, 2, tier.SaveOptions{ReturnPath: io.Discard}},
+}
+
+// TestWire restores every shape with demands at random moments.
+func TestWire(t *testing.T) {
+	for _, tc := range shapes {
+		t.Run(tc.name, func(t *testing.T) {
+			defer goleak.VerifyNone(t)
+			s := newSaved(t, tc.o, tc.hot, tc.so)
+			for round := range uint64(4) {
+				r := rand.New(rand.NewPCG(round, 1))
+				d := newFakeQEMU(s)
+				demands := 0
+				ask := func(n int) {
+					for range n {
+						// Some pages twice, as two vCPUs do.
+						id := s.random(r)
+						for range 1 + r.IntN(2) {
+							check(t, d.ask(id))
+							demands++
+						}
+					}
+				}
+				d.onRun = func() { ask(int(round) * 10) }
+				d.afterPart = func(int) {
+					if round > 0 && r.IntN(3) == 0 {
+						ask(1 + r.IntN(3))
+					}
+				}
+				rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+				if !d.ended || rep.Pages != int64(len(d.order)) {
+					t.Errorf("ended is %v, %d pages reported, %d came", d.ended, rep.Pages, len(d.order))
+				}
+				// What was asked for after the last page may stay unread.
+				if rep.Demands > int64(demands) || round > 0 && rep.Demands == 0 || rep.Waited > rep.Demands {
+					t.Errorf("asked %d times, reported %+v", demands, rep)
+				}
+			}
+		})
+	}
+}
+
+// TestOpeningBytes compares the opening with one put together by hand.
+func TestOpeningBytes(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Blocks: threeBlocks[1:]}, 0, tier.SaveOptions{})
+	all, layout := s.Bytes(), s.Layout()
+	setup, err := s.setup()
+	check(t, err)
+	pack := "\x08\x00\x04\x00\x00" + string(all[layout.Tail:layout.EOF]) + "\x08\x00\x05\x00\x00"
+	want := string(all[:layout.RAM]) +
+		"\x08\x00\x01\x00\x00" + // OPEN_RETURN_PATH
+		"\x08\x00\x03\x00\x10\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00\x00\x10\x00" + // ADVISE
+		string(setup[layout.RAM:]) +
+		"\x08\x00\x06\x00\x19\x00\x06pc.ram\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x3f\xd0\x00" +
+		"\x08\x00\x06\x00\x1a\x00\x07pc.bios\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x50\x00" +
+		"\x08\x00\x07\x00\x04" + string(binary.BigEndian.AppendUint32(nil, uint32(len(pack)))) + pack
+	var out bytes.Buffer
+	in, rp := io.Pipe()
+	defer rp.Close()
+	_, err = lazy.Serve(t.Context(), s.ck, in, &out, lazy.Options{})
+	check(t, err)
+	got := out.String()
+	if !strings.HasPrefix(got, want) {
+		n := 0
+		for n < len(want) && n < len(got) && want[n] == got[n] {
+			n++
+		}
+		t.Errorf("differs at byte %d of %d: % x, expected % x", n, len(want), got[n:min(n+20, len(got))], want[n:min(n+20, len(want))])
+	}
+	if end := "\x03\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x10\x7e\x00\x00\x00\x02\x00"; !strings.HasSuffix(got, end) {
+		t.Errorf("ends in % x", got[len(got)-30:])
+	}
+}
+
+// TestDemandedFirst: what is asked for comes before what is not, in the order
+// of asking, however much of it is waiting.
+func TestDemandedFirst(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 10, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 0, 4, 4}}, 8, tier.SaveOptions{})
+	for round := range uint64(8) {
+		r := rand.New(rand.NewPCG(round, 2))
+		d := newFakeQEMU(s)
+		var asked []tiertest.PageID
+		at := -1
+		ask := func() {
+			for len(asked) < 6 {
+				id := s.random(r)
+				if d.got[id] || d.asked[id] {
+					continue
+				}
+				check(t, d.ask(id))
+				asked = append(asked, id)
+			}
+			at = len(d.order)
+			settle()
+		}
+		when := int(round) * 5
+		if when == 0 {
+			d.onRun = ask
+		}
+		d.afterPart = func(n int) {
+			if n == when {
+				ask()
+			}
+		}
+		d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+		// One write may have been under way, and its section's end finds the
+		// next one in the making. Neighbours come with each demanded page.
+		last := at
+		for i, id := range asked {
+			n, section := d.position(id)
+			limit := when + 2 + 2*i
+			if n < 0 || section > limit {
+				t.Errorf("round %d: demand %d, made after section %d, came as page %d in section %d", round, i, when, n, section)
+			}
+			if n < last && n >= at {
+				// A neighbour of an earlier one.
+				continue
+			}
+			last = n
+		}
+	}
+}
+
+// TestZeroOnDemand asks for pages without content, twice each.
+func TestZeroOnDemand(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 11, Blocks: threeBlocks, Mix: tiertest.Mix{3, 3, 3, 1}}, 4, tier.SaveOptions{})
+	d := newFakeQEMU(s)
+	zeros := 0
+	d.onRun = func() {
+		for p := range s.Pages(1) {
+			// Fewer than the server's queue holds: nobody reads pages meanwhile.
+			if id := (tiertest.PageID{Block: 1, Page: p}); s.page(id) == nil && zeros < 400 {
+				zeros++
+				check(t, d.ask(id))
+				check(t, d.ask(id))
+			}
+		}
+		settle()
+	}
+	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+	if zeros < 400 || rep.Zero != int64(zeros) || rep.Waited != int64(zeros) || rep.Demands != int64(2*zeros) {
+		t.Errorf("%d zero pages, each asked for twice: %+v", zeros, rep)
+	}
+}
+
+// TestLearned: what one resume had to wait for comes first in the next, zero
+// pages included, and the list is not trusted.
+func TestLearned(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 12, Blocks: threeBlocks, Mix: tiertest.Mix{1, 1, 1, 1, 4}}, 0, tier.SaveOptions{})
+	r := rand.New(rand.NewPCG(1, 3))
+	d := newFakeQEMU(s)
+	var asked []tiertest.PageID
+	d.onRun = func() {
+		for range 40 {
+			id := s.random(r)
+			asked = append(asked, id)
+			check(t, d.ask(id))
+		}
+		settle()
+	}
+	// Held back, so that no page is on its way before it is asked for.
+	first := d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: 100 * time.Millisecond}).ok(t)
+	learned := 0
+	for _, run := range first.Touched {
+		learned += int(run.Count)
+	}
+	for _, id := range asked {
+		found := false
+		for _, run := range first.Touched {
+			found = found || run.Block == id.Block && run.Page <= id.Page && id.Page < run.Page+run.Count
+		}
+		if !found {
+			t.Errorf("page %v was asked for and not learned", id)
+		}
+	}
+
+	d = newFakeQEMU(s)
+	for _, run := range first.Touched {
+		for i := range run.Count {
+			d.mayZero[tiertest.PageID{Block: run.Block, Page: run.Page + i}] = true
+		}
+	}
+	list := append([]workingset.PageRun{{Block: -1, Page: 0, Count: 1}, {Block: 3, Page: 0, Count: 1},
+		{Block: 2, Page: 5, Count: 1}, {Block: 2, Page: 1 << 60, Count: 1 << 60}}, first.Touched...)
+	d.run(t, t.Context(), lazy.Serve, lazy.Options{First: append(list, first.Touched...)}).ok(t)
+	for _, id := range asked {
+		if n, _ := d.position(id); n < 0 || n >= learned {
+			t.Errorf("learned page %v came as number %d of %d learned ones", id, n, learned)
+		}
+	}
+}
+
+// TestOrder: NVRAM in prefetch order, then flash as it lies in the image.
+func TestOrder(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 13, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 0, 4, 4}}, 8, tier.SaveOptions{})
+	d := newFakeQEMU(s)
+	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+	slots := s.ck.NVRAMSlots()
+	if rep.HotPages != int64(len(slots)) || len(slots) < 100 {
+		t.Fatalf("%d slots, %+v", len(slots), rep)
+	}
+	var last pagetable.Entry
+	for i, a := range d.order {
+		if i < len(slots) {
+			if int(slots[i].Block) != a.Block || slots[i].Page != a.Page {
+				t.Fatalf("page %d is %v, the slot's is %d:%d", i, a.PageID, slots[i].Block, slots[i].Page)
+			}
+			continue
+		}
+		run, err := s.ck.Table.Find(a.Block, a.Page)
+		check(t, err)
+		if e := run.Entry(0); e < last {
+			t.Fatalf("page %v is out of the image's order", a.PageID)
+		} else {
+			last = e
+		}
+	}
+}
+
+// TestHold: nothing cold comes as long as the guest keeps asking, at most for
+// MaxHold.
+func TestHold(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 14, Blocks: threeBlocks}, 0, tier.SaveOptions{})
+	d := newFakeQEMU(s)
+	d.onRun = func() {
+		for p := range uint64(5) {
+			check(t, d.ask(tiertest.PageID{Block: 1, Page: p * 64}))
+			time.Sleep(60 * time.Millisecond)
+		}
+	}
+	start := time.Now()
+	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: 200 * time.Millisecond}).ok(t)
+	if took := time.Since(start); took < 400*time.Millisecond || rep.Waited != 5 {
+		t.Errorf("took %v, %+v", took, rep)
+	}
+
+	// A guest that asks on and on is not waited for for ever.
+	d = newFakeQEMU(s)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	d.onRun = func() {
+		go func() {
+			defer close(stopped)
+			for p := uint64(0); ; p++ {
+				select {
+				case <-stop:
+					return
+				case <-time.After(5 * time.Millisecond):
+				}
+				if d.ask(tiertest.PageID{Block: 1, Page: p % s.Pages(1)}) != nil {
+					return
+				}
+			}
+		}()
+	}
+	start = time.Now()
+	d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: 10 * time.Second, MaxHold: 300 * time.Millisecond}).ok(t)
+	close(stop)
+	<-stopped
+	if took := time.Since(start); took < 300*time.Millisecond || took > 8*time.Second {
+		t.Errorf("took %v", took)
+	}
+}
+
+// TestRefused: what QEMU never asks for ends the restore with a reason.
+func TestRefused(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	s := newSaved(t, tiertest.Options{Seed: 15, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	page := func(name string, start uint64, n uint32) []byte {
+		return returnpath.AppendReqPages(nil, name, start, n)
+	}
+	for name, tc := range map[string]struct {
+		b    []byte
+		says string
+	}{
+		"behind the block":     {page("pc.bios", 20<<10, 4096), "pc.bios:0x5000"},
+		"far behind":           {page("pc.bios", 1<<63, 4096), "pc.bios:0x8000000000000000"},
+		"over the block's end": {page("pc.bios", 16<<10, 8192), "8192 bytes at pc.bios:0x4000"},
+		"inside a page":        {page("pc.ram", 100, 4096), "pc.ram:0x64"},
+		"unknown block":        {page("pc.rom", 0, 4096), "pc.rom:0x0"},
+		"no block yet":         {page("", 0, 4096), ""},
+		"failed":               {returnpath.AppendShut(nil, 1), "SHUT 1"},
+		"unknown message":      {[]byte{0, 99, 0, 0}, ""},
+		"cut off":              {[]byte{0, 1, 0}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newFakeQEMU(s)
+			d.onRun = func() {
+				_, err := d.rp.Write(tc.b)
+				check(t, err)
+				if name == "cut off" {
+					d.rp.(io.Closer).Close()
+				}
+				settle()
+			}
+			res := d.run(t, t.Context(), lazy.Serve, lazy.Options{})
+			if res.server == nil || !strings.Contains(res.server.Error(), tc.says) {
+				t.Errorf("error %v does not say %q", res.server, tc.says)
+			}
+			if d.ended || !errors.Is(res.loaded, stream.ErrTruncated) {
+				t.Errorf("the destination: ended is %v, %v", d.ended, res.loaded)
+			}
+		})
+	}
+}
+
+// TestHarmless: messages that say nothing to a restore do not disturb it.
+func TestHarmless(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 16, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	d := newFakeQEMU(s)
+	d.onRun = func() {
+		b := returnpath.AppendPong(nil, 7)
+		b = returnpath.AppendRecvBitmap(b, "pc.ram", make([]byte, 8))
+		b = returnpath.AppendResumeAck(b)
+		b = returnpath.AppendSwitchoverAck(b)
+		b = returnpath.AppendShut(b, 0)
+		b = returnpath.AppendReqPages(b, "pc.ram", 0, 0) // counts as one page
+		_, err := d.rp.Write(b)
+		check(t, err)
+		d.mayZero[tiertest.PageID{Block: 1}] = true
+		settle()
+	}
+	if rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t); rep.Demands != 1 {
+		t.Errorf("%d demands", rep.Demands)
+	}
+}
+
+// TestManyPages: one request for a stretch of pages, longer than the queue.
+func TestManyPages(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 17, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}}, 3, tier.SaveOptions{})
+	d := newFakeQEMU(s)
+	for p := range s.Pages(0) {
+		d.mayZero[tiertest.PageID{Page: p}] = true
+	}
+	d.onRun = func() {
+		_, err := d.rp.Write(returnpath.AppendReqPages(nil, "m", 0, 16<<20))
+		check(t, err)
+		settle()
+	}
+	if rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t); rep.Demands != 4096 {
+		t.Errorf("%d demands", rep.Demands)
+	}
+}
+
+// TestGone: QEMU's end, seen on the return path or on writing.
+func TestGone(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	d := newFakeQEMU(s)
+	d.onRun = func() {
+		d.rp.(io.Closer).Close()
+		settle()
+	}
+	if res := d.run(t, t.Context(), lazy.Serve, lazy.Options{}); !errors.Is(res.server, lazy.ErrGone) {
+		t.Errorf("the return path has ended: %v", res.server)
+	}
+	for _, left := range []int{0, 100, 30000, 300000} {
+		in, rp := io.Pipe()
+		failure := errors.New("broken pipe")
+		_, err := lazy.Serve(t.Context(), s.ck, in, &failingWriter{left, failure}, lazy.Options{})
+		if !errors.Is(err, failure) {
+			t.Errorf("write failed after %d bytes: %v", left, err)
+		}
+		rp.Close()
+	}
+}
+
+type failingWriter struct {
+	left int
+	err  error
+}
+
+func (w *failingWriter) Write(b []byte) (int, error) {
+	if w.left -= len(b); w.left < 0 {
+		return 0, w.err
+	}
+	return len(b), nil
+}
+
+func TestCancel(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	s := newSaved(t, tiertest.Options{Seed: 19, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	reason := errors.New("the user has had enough")
+	for _, o := range []lazy.Options{{}, {HoldBackground: time.Hour}} {
+		for _, after := range []int{1, 10, 40} {
+			ctx, cancel := context.WithCancelCause(t.Context())
+			d := newFakeQEMU(s)
+			d.afterPart = func(n int) {
+				if n == after {
+					cancel(reason)
+				}
+			}
+			if o.HoldBackground != 0 {
+				time.AfterFunc(100*time.Millisecond, func() { cancel(reason) })
+			}
+			res := d.run(t, ctx, lazy.Serve, o)
+			if !errors.Is(res.server, reason) || d.ended || !errors.Is(res.loaded, stream.ErrTruncated) {
+				t.Errorf("cancelled after section %d: server %v, ended %v, %v", after, res.server, d.ended, res.loaded)
+			}
+			cancel(nil)
+		}
+	}
+}
+
+// TestRecover goes on with any set of pages received, and the first server's
+// requests still on their way.
+func TestRecover(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	for _, tc := range shapes[:7] {
+		t.Run(tc.name, func(t *testing.T) {
+			s := newSaved(t, tc.o, tc.hot, tc.so)
+			for round, share := range []float64{0, 0.01, 0.5, 0.99, 1} {
+				r := rand.New(rand.NewPCG(uint64(round), 4))
+				d := newFakeQEMU(s)
+				had := 0
+				for b := range s.Blocks() {
+					m := make(map[uint64]bool)
+					for p := range s.Pages(b) {
+						if r.Float64() < share {
+							m[p] = true
+							had++
+						}
+					}
+					d.had = append(d.had, m)
+				}
+				d.onRun = func() {
+					for range 20 {
+						check(t, d.ask(s.random(r)))
+					}
+				}
+				rep := d.run(t, t.Context(), lazy.Recover, lazy.Options{}).ok(t)
+				if rep.Recovered != int64(had) || rep.Pages != int64(len(d.order)) || share == 1 && rep.Pages != 0 {
+					t.Errorf("%d pages were there, %d came: %+v", had, len(d.order), rep)
+				}
+			}
+		})
+	}
+}
+
+// TestRecoverRefused: answers to the handshake that are not QEMU's. A bitmap
+// that is not the block's would make a page come twice.
+func TestRecoverRefused(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	s := newSaved(t, tiertest.Options{Seed: 20, Blocks: threeBlocks[1:]}, 3, tier.SaveOptions{})
+	bitmap := func(b []byte, name string, pages uint64) []byte {
+		return returnpath.AppendRecvBitmap(b, name, make([]byte, (pages+7)/8))
+	}
+	both := func(b []byte) []byte {
+		return bitmap(bitmap(b, "pc.ram", s.Pages(0)), "pc.bios", s.Pages(1))
+	}
+	for name, tc := range map[string]struct {
+		answer []byte
+		says   string
+	}{
+		"other block":     {bitmap(nil, "pc.rom", 8), `"pc.rom"`},
+		"wrong order":     {bitmap(nil, "pc.bios", s.Pages(1)), `"pc.bios"`},
+		"too short":       {bitmap(nil, "pc.ram", 64), "bitmap of 8 bytes"},
+		"too long":        {bitmap(nil, "pc.ram", s.Pages(0)+64), "bitmap of 136 bytes"},
+		"another message": {returnpath.AppendPong(nil, 1), "PONG"},
+		"ack too early":   {returnpath.AppendResumeAck(nil), "RESUME_ACK"},
+		"no ack":          {both(nil), lazy.ErrGone.Error()},
+		"a bitmap as ack": {bitmap(both(nil), "pc.ram", s.Pages(0)), "RECV_BITMAP"},
+		"shut":            {returnpath.AppendShut(nil, 1), "SHUT"},
+		"nothing":         {nil, lazy.ErrGone.Error()},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var out bytes.Buffer
+			_, err := lazy.Recover(t.Context(), s.ck, bytes.NewReader(tc.answer), &out, lazy.Options{})
+			if err == nil || !strings.Contains(err.Error(), tc.says) {
+				t.Errorf("error %v does not say %q", err, tc.says)
+			}
+			if bytes.Contains(out.Bytes(), []byte("\x02\x00\x00\x00\x02")) {
+				t.Error("a page was sent all the same")
+			}
+		})
+	}
+	// Requests that were on their way are repeated after RESUME.
+	answer := both(returnpath.AppendReqPages(nil, "pc.ram", 0, 4096))
+	answer = returnpath.AppendReqPages(answer, "pc.ram", 4096, 4096)
+	answer = returnpath.AppendResumeAck(answer)
+	in, rp := io.Pipe()
+	go rp.Write(answer)
+	if _, err := lazy.Recover(t.Context(), s.ck, in, io.Discard, lazy.Options{}); err != nil {
+		t.Errorf("with a request before RESUME: %v", err)
+	}
+	rp.Close()
+}
+
+// TestDamage changes a byte of every page's place in turn: the server ends with
+// an error that names file, offset and page, and a wrong byte is never sent.
+func TestDamage(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	s := newSaved(t, tiertest.Options{Seed: 21, Blocks: threeBlocks, Compress: 0.3}, 6, tier.SaveOptions{})
+	files := []string{s.ck.Image.Name(), s.ck.Meta.NVRAM.Path}
+	names := map[string]bool{}
+	damage := func(t *testing.T, file string, at int64, d *fakeQEMU, o lazy.Options) {
+		t.Helper()
+		f, err := os.OpenFile(file, os.O_RDWR, 0)
+		check(t, err)
+		defer f.Close()
+		b := make([]byte, 1)
+		_, err = f.ReadAt(b, at)
+		check(t, err)
+		_, err = f.WriteAt([]byte{b[0] ^ 1}, at)
+		check(t, err)
+		res := d.run(t, t.Context(), lazy.Serve, o)
+		_, err = f.WriteAt(b, at)
+		check(t, err)
+		if e := (*image.CorruptError)(nil); !errors.As(res.server, &e) || e.File != file || e.Offset > at || e.Offset < at-300<<10 {
+			t.Fatalf("byte %d of %s damaged: %v", at, file, res.server)
+		}
+		if !strings.Contains(res.server.Error(), "page vga.vram:0x") && !strings.Contains(res.server.Error(), "page pc.ram:0x") &&
+			!strings.Contains(res.server.Error(), "page pc.bios:0x") {
+			t.Errorf("names no page: %v", res.server)
+		}
+		// load has compared every page that came.
+		if d.ended || !errors.Is(res.loaded, stream.ErrTruncated) {
+			t.Fatalf("byte %d of %s damaged: the destination: ended %v, %v", at, file, d.ended, res.loaded)
+		}
+		names[file] = true
+	}
+	for n := range uint32(s.ck.Image.Segments()) {
+		if off := s.ck.Image.SegmentOffset(n); off >= 0 {
+			damage(t, files[0], off+image.FrameHeaderLen+77, newFakeQEMU(s), lazy.Options{})
+		}
+	}
+	// An NVRAM page lies wherever its extent is: found by its content.
+	nv, err := os.ReadFile(files[1])
+	check(t, err)
+	tried := 0
+	for b := range s.Blocks() {
+		for p := range s.Pages(b) {
+			id := tiertest.PageID{Block: b, Page: p}
+			run, err := s.ck.Table.Find(b, p)
+			check(t, err)
+			content := s.page(id)
+			if run.Kind != pagetable.NVRAM || p%25 != 0 || content == nil || bytes.Count(nv, content) != 1 {
+				continue
+			}
+			tried++
+			at := int64(bytes.Index(nv, content))
+			damage(t, files[1], at+100, newFakeQEMU(s), lazy.Options{})
+			// The same when it is asked for or was learned.
+			d := newFakeQEMU(s)
+			d.onRun = func() { check(t, d.ask(id)); settle() }
+			damage(t, files[1], at+4095, d, lazy.Options{})
+			if d.got[id] {
+				t.Errorf("damaged page %v was sent", id)
+			}
+			damage(t, files[1], at, newFakeQEMU(s), lazy.Options{First: []workingset.PageRun{{Block: b, Page: p, Count: 1}}})
+		}
+	}
+	if tried < 5 || len(names) != 2 {
+		t.Fatalf("%d NVRAM pages tried, files %v", tried, names)
+	}
+	// And none of this has changed anything.
+	newFakeQEMU(s).run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+}
+
+// TestNotPossible: checkpoints that can't be played to postcopy are refused
+// before the first byte.
+func TestNotPossible(t *testing.T) {
+	for _, tc := range []struct {
+		o    tiertest.Options
+		says string
+	}{
+		{tiertest.Options{Unknown: tiertest.Record}, "without being understood"},
+		{tiertest.Options{DirtyBitmap: true}, `"dirty-bitmap" section`},
+		{tiertest.Options{IgnoreShared: true}, "x-ignore-shared"},
+		{tiertest.Options{PageSize: 16384, PageBits: true}, "16384"},
+		{tiertest.Options{NoConfiguration: true}, "footers"},
+		{tiertest.Options{Blocks: []tiertest.Block{{Name: "huge", Size: 4 << 20, HostPage: 2 << 20}}, Advise: true}, `"huge" has pages of 2097152`},
+	} {
+		s := newSaved(t, tc.o, 0, tier.SaveOptions{})
+		for name, serve := range map[string]server{"serve": lazy.Serve, "recover": lazy.Recover} {
+			var out bytes.Buffer
+			_, err := serve(t.Context(), s.ck, bytes.NewReader(nil), &out, lazy.Options{})
+			if !errors.Is(err, lazy.ErrNotPossible) || !strings.Contains(err.Error(), tc.says) || out.Len() != 0 {
+				t.Errorf("%s: %v, not %q; %d bytes written", name, err, tc.says, out.Len())
+			}
+		}
+	}
+}
+
+func TestProgress(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 22, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	var seen []lazy.Progress
+	d := newFakeQEMU(s)
+	d.afterPart = func(int) { time.Sleep(8 * time.Millisecond) }
+	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{Progress: func(p lazy.Progress) { seen = append(seen, p) }}).ok(t)
+	if len(seen) < 2 {
+		t.Fatalf("%d calls", len(seen))
+	}
+	for i, p := range seen {
+		if !p.Running || p.Pages > p.PagesAll || i > 0 && p.Pages < seen[i-1].Pages {
+			t.Errorf("call %d: %+v", i, p)
+		}
+	}
+	if last := seen[len(seen)-1]; last.PagesAll < rep.Pages || rep.Opening <= 0 || rep.Hot < rep.Opening || rep.Resident < rep.Hot {
+		t.Errorf("%+v after %+v", rep, last)
+	}
+}
+
+// fuzzed are the parts of FuzzServe and FuzzRecover that are made once.
+func fuzzed(f *testing.F) (*saved, [][]byte) {
+	s := newSaved(f, tiertest.Options{Seed: 23, Blocks: []tiertest.Block{{Name: "a", Size: 128 << 10}, {Name: "b", Size: 12 << 10}}, Fill: true}, 4, tier.SaveOptions{})
+	b := returnpath.AppendReqPages(nil, "a", 0x3000, 4096)
+	b = returnpath.AppendReqPages(b, "", 0x4000, 4096)
+	b = returnpath.AppendReqPages(b, "b", 0, 4096)
+	resumed := returnpath.AppendRecvBitmap(nil, "a", []byte{0xff, 1, 0x80, 0})
+	resumed = returnpath.AppendRecvBitmap(resumed, "b", []byte{0xff})
+	resumed = returnpath.AppendResumeAck(resumed)
+	return s, [][]byte{b, append(bytes.Clone(b), b...), returnpath.AppendShut(b, 0), returnpath.AppendShut(nil, 1), resumed, append(bytes.Clone(resumed), b...)}
+}
+
+// lasting is a return path that stays open when all of it has been read.
+type lasting struct {
+	io.Reader
+	end chan struct{}
+}
+
+func (l lasting) Read(b []byte) (int, error) {
+	n, err := l.Reader.Read(b)
+	if err == io.EOF {
+		<-l.end
+	}
+	return n, err
+}
+
+// FuzzServe: whatever QEMU says, what is sent keeps to the rules.
+func FuzzServe(f *testing.F) {
+	s, seeds := fuzzed(f)
+	for _, b := range seeds {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		in := lasting{bytes.NewReader(b), make(chan struct{})}
+		defer close(in.end)
+		var out bytes.Buffer
+		_, err := lazy.Serve(t.Context(), s.ck, in, &out, lazy.Options{})
+		d := newFakeQEMU(s)
+		for blk := range s.Blocks() {
+			for p := range s.Pages(blk) {
+				d.mayZero[tiertest.PageID{Block: blk, Page: p}] = true
+			}
+		}
+		loaded := d.load(&out)
+		if err == nil && loaded != nil || err != nil && !errors.Is(loaded, stream.ErrTruncated) {
+			t.Errorf("server: %v; destination: %v", err, loaded)
+		}
+	})
+}
+
+// FuzzRecover: the same for a handshake, whose bitmaps are QEMU's word.
+func FuzzRecover(f *testing.F) {
+	s, seeds := fuzzed(f)
+	for _, b := range seeds {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		in := lasting{bytes.NewReader(b), make(chan struct{})}
+		time.AfterFunc(50*time.Millisecond, func() { close(in.end) })
+		var out bytes.Buffer
+		rep, err := lazy.Recover(t.Context(), s.ck, in, &out, lazy.Options{})
+		if err == nil && rep.Recovered+rep.Pages > 35 {
+			t.Errorf("%d pages received, %d sent, there are 35", rep.Recovered, rep.Pages)
+		}
+		if !bytes.HasPrefix(out.Bytes(), []byte("\x08\x00\x0a\x00\x02\x01a")) {
+			t.Errorf("begins with % x", out.Bytes()[:min(20, out.Len())])
+		}
+		_ = fmt.Sprint(err) // may quote anything
+	})
+}
