@@ -6,28 +6,35 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 )
 
-// Reseal puts right the checksums of a flash image that was changed, as far as
-// it can be followed from its beginning and from its end, and whatever else
-// follows from its length: fuzzing would not get behind them otherwise.
+// Reseal puts right what is left of a flash image that was changed anyhow: magic
+// numbers, checksums, and the footer's idea of where the index is. Fuzzing would
+// not get behind them otherwise.
 func Reseal(b []byte) {
 	le := binary.LittleEndian
 	if len(b) < image.HeaderLen+image.FooterLen {
 		return
 	}
-	le.PutUint32(b[60:], image.Checksum(b[:60]))
 	end := len(b) - image.FooterLen
+	foot := b[end:]
+	copy(b, "FLICIMG\x00")
+	copy(foot, "FLICEND\x00")
 	for at := image.HeaderLen; at+image.FrameHeaderLen <= end; {
 		head := b[at : at+image.FrameHeaderLen]
 		stored := int(le.Uint32(head[8:]))
-		at += image.FrameHeaderLen
-		if stored > end-at {
-			return
+		if stored > end-at-image.FrameHeaderLen {
+			break
 		}
-		le.PutUint32(head[16:], image.Checksum(b[at:at+stored]))
+		payload := b[at+image.FrameHeaderLen:][:stored]
+		le.PutUint32(head[16:], image.Checksum(payload))
 		le.PutUint32(head[20:], image.Checksum(head[:20]))
-		at += stored
+		if image.Kind(head[0]) == image.Index {
+			le.PutUint64(foot[16:], uint64(at))
+			le.PutUint32(foot[24:], uint32(stored))
+			le.PutUint32(foot[28:], uint32(stored/9))
+		}
+		at += image.FrameHeaderLen + stored
 	}
-	foot := b[end:]
+	le.PutUint32(b[60:], image.Checksum(b[:60]))
 	le.PutUint64(foot[32:], uint64(len(b)))
 	copy(foot[40:56], b[24:40])
 	le.PutUint32(foot[60:], image.Checksum(foot[:60]))
