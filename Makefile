@@ -25,6 +25,7 @@ unit:
 
 replay: build
 	bin/flic-migrate replay testdata/*.stream.zst
+	bin/flic-migrate replay --hot-every 3 testdata/*.stream.zst
 
 # Each fuzz test for $(FUZZTIME): make fuzz FUZZTIME=10m for more.
 fuzz:

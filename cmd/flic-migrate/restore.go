@@ -63,6 +63,7 @@ stream, because QEMU would wait for ever on an empty one.`,
 	fs.StringVar(&r.report, "report", "", "write the JSON report to this file as well, also after a failure")
 	fs.BoolVar(&r.json, "json", false, "end with the report as one line of JSON on standard error")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress")
+	setKey(fs, "recover", "restore-recover")
 	return c
 }
 

@@ -65,6 +65,9 @@ themselves.`,
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.BoolVar(&r.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary")
+	setKey(fs, "recover", "resume-recover")
+	setKey(fs, "paused", "resume-paused")
+	setKey(fs, "print", "resume-print")
 	return c
 }
 

@@ -145,7 +145,8 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 		return fmt.Errorf("NVRAM part of checkpoint %v: %w", c.Ref, err)
 	}
 	if c.nvfile.UUID() != m.UUID {
-		return fmt.Errorf("NVRAM part of checkpoint %v: %s is not the file it was saved to", c.Ref, path)
+		return &image.CorruptError{File: path, What: fmt.Sprintf("NVRAM part of checkpoint %v", c.Ref),
+			Err: errors.New("not the file it was saved to")}
 	}
 	if c.region, err = c.nvfile.OpenRegion(c.Meta.UUID, part.Extents, c.Meta.PageSize); err != nil {
 		return fmt.Errorf("NVRAM part of checkpoint %v: %w", c.Ref, err)
