@@ -1,0 +1,672 @@
+package store
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// childEnv makes the test binary another process that commits to the store it
+// names.
+const childEnv = "FLIC_TEST_STORE_CHILD"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(childEnv); dir != "" {
+		child(dir)
+		return
+	}
+	os.Exit(m.Run())
+}
+
+func child(dir string) {
+	s, err := Open(vfs.OS, dir, true)
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	for range 20 {
+		ref, err := commit(s, "vm")
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		fmt.Println(ref.N)
+	}
+}
+
+// commit commits an image of nothing.
+func commit(s *Store, vm string) (Ref, error) {
+	p, err := s.Begin(vm)
+	if err != nil {
+		return Ref{}, err
+	}
+	if err := finish(p); err != nil {
+		p.Abort()
+		return Ref{}, err
+	}
+	return p.Commit()
+}
+
+func finish(p *Pending) error {
+	w, err := image.NewWriter(p.File, image.Header{PageSize: 4096, SegmentPages: 2, UUID: p.UUID, Created: time.Now()}, image.None, 1)
+	if err != nil {
+		return err
+	}
+	return w.Finish([]byte("{}"))
+}
+
+func mustCommit(t testing.TB, s *Store, vm string) Ref {
+	t.Helper()
+	ref, err := commit(s, vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ref
+}
+
+func newStore(t testing.TB) (*Store, *crashfs.FS) {
+	t.Helper()
+	disk := crashfs.New(0)
+	s, err := Open(disk, "/store", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, disk
+}
+
+func nothing() error { return nil }
+
+// put replaces a file's content.
+func put(t testing.TB, fsys vfs.FS, name string, b []byte) {
+	t.Helper()
+	fsys.Remove(name)
+	f, err := fsys.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.Write(b); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNames(t *testing.T) {
+	long := strings.Repeat("x", 128)
+	for name, ok := range map[string]bool{
+		"vm": true, "web-1.example": true, "ä ö": true, "v": true, long: true, "a.": true, "a\\b": true,
+		"": false, ".": false, "..": false, ".hidden": false, "-flag": false, "a/b": false, "/": false, "a@1": false,
+		long + "x": false, "a\x00b": false, "a\nb": false, "\xff": false, "a\u2028b": false, "a\u00a0b": false,
+	} {
+		if err := CheckVM(name); (err == nil) != ok || err != nil && !errors.Is(err, ErrName) {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+	for s, want := range map[string]Ref{
+		"vm": {"vm", 0}, "vm@1": {"vm", 1}, "vm@99999999": {"vm", MaxNumber}, "ä b@20": {"ä b", 20},
+	} {
+		if got, err := ParseRef(s); err != nil || got != want || got.String() != s {
+			t.Errorf("%q: %v, %v", s, got, err)
+		}
+	}
+	for _, s := range []string{"", "@1", "vm@", "vm@0", "vm@-1", "vm@01", "vm@+1", "vm@1 ", "vm@100000000", "vm@1@2", "vm@x", "../vm@1",
+		"vm@99999999999999999999"} {
+		if got, err := ParseRef(s); !errors.Is(err, ErrName) {
+			t.Errorf("%q: %v, %v", s, got, err)
+		}
+	}
+	s, _ := newStore(t)
+	for _, name := range []string{"../escape", "a/b", ".", ""} {
+		if _, err := s.Begin(name); !errors.Is(err, ErrName) {
+			t.Errorf("Begin(%q): %v", name, err)
+		}
+		if _, err := s.Resolve(Ref{VM: name, N: 1}); !errors.Is(err, ErrName) {
+			t.Errorf("Resolve(%q): %v", name, err)
+		}
+		if _, _, err := s.OpenImage(Ref{VM: name}); !errors.Is(err, ErrName) {
+			t.Errorf("OpenImage(%q): %v", name, err)
+		}
+		if err := s.Remove(Ref{VM: name, N: 1}, nothing); !errors.Is(err, ErrName) {
+			t.Errorf("Remove(%q): %v", name, err)
+		}
+	}
+}
+
+func TestOpen(t *testing.T) {
+	disk := crashfs.New(0)
+	if _, err := Open(disk, "/store", false); !errors.Is(err, ErrNotFound) {
+		t.Errorf("no store: %v", err)
+	}
+	s, err := Open(disk, "/deep/er/store", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := Open(disk, "/deep/er/store", false)
+	if err != nil || again.UUID() != s.UUID() || s.UUID() == uuid.Nil || again.Dir() != "/deep/er/store" {
+		t.Errorf("opened again: %v, %v", again, err)
+	}
+	if again, err := Open(disk, "/deep/er/store", true); err != nil || again.UUID() != s.UUID() {
+		t.Errorf("made again: %v, %v", again, err)
+	}
+	sealed := func(f storeFile) []byte {
+		b, err := seal(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	for name, b := range map[string][]byte{
+		"empty":        {},
+		"not JSON":     []byte("store"),
+		"too large":    make([]byte, maxSmall+1),
+		"another kind": sealed(storeFile{"another store", 1, uuid.New()}),
+		"no UUID":      sealed(storeFile{formatName, 1, uuid.Nil}),
+	} {
+		put(t, disk, "/deep/er/store/store.json", b)
+		if _, err := Open(disk, "/deep/er/store", true); !image.IsCorrupt(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	put(t, disk, "/deep/er/store/store.json", sealed(storeFile{formatName, Version + 1, uuid.New()}))
+	if _, err := Open(disk, "/deep/er/store", true); err == nil || image.IsCorrupt(err) || !strings.Contains(err.Error(), "version 2") {
+		t.Errorf("a later version: %v", err)
+	}
+}
+
+// TestOpenTogether makes one store from many processes at the same time.
+func TestOpenTogether(t *testing.T) {
+	disk := crashfs.New(0)
+	var ids sync.Map
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			s, err := Open(disk.Fork(), "/store", true)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			ids.Store(s.UUID(), true)
+		})
+	}
+	all.Wait()
+	var n int
+	ids.Range(func(any, any) bool { n++; return true })
+	if n != 1 {
+		t.Errorf("%d different stores", n)
+	}
+}
+
+// TestNumbers gives each checkpoint of a VM the next number, and none twice.
+func TestNumbers(t *testing.T) {
+	s, disk := newStore(t)
+	for want := 1; want <= 4; want++ {
+		if ref := mustCommit(t, s, "vm"); ref != (Ref{"vm", want}) {
+			t.Errorf("checkpoint %v, want number %d", ref, want)
+		}
+	}
+	if ref := mustCommit(t, s, "another"); ref.N != 1 {
+		t.Errorf("another VM starts at %v", ref)
+	}
+	rm := func(n int) {
+		t.Helper()
+		if err := s.Remove(Ref{"vm", n}, nothing); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rm(2)
+	if ref := mustCommit(t, s, "vm"); ref.N != 5 {
+		t.Errorf("after number 2 was removed: %v", ref)
+	}
+	rm(5)
+	rm(4)
+	if ref := mustCommit(t, s, "vm"); ref.N != 6 {
+		t.Errorf("after the last two were removed: %v", ref)
+	}
+	for _, n := range []int{1, 6, 3} {
+		rm(n)
+	}
+	if vms, err := s.VMs(); err != nil || !slices.Equal(vms, []string{"another"}) {
+		t.Errorf("VMs with checkpoints: %v, %v", vms, err)
+	}
+	if ref := mustCommit(t, s, "vm"); ref.N != 7 {
+		t.Errorf("after all were removed: %v", ref)
+	}
+	// What is no checkpoint's name does not count.
+	for _, name := range []string{"8.flic", "00000009", "0000000a.flic", "00000000.flic", "000000010.flic", "-0000011.flic", "00000012.flic.new"} {
+		put(t, disk, "/store/vms/vm/"+name, nil)
+	}
+	refs, err := s.List("")
+	if err != nil || !slices.Equal(refs, []Ref{{"another", 1}, {"vm", 7}}) {
+		t.Errorf("list: %v, %v", refs, err)
+	}
+	if refs, err := s.List("nobody"); err != nil || len(refs) != 0 {
+		t.Errorf("list of a VM that is not there: %v, %v", refs, err)
+	}
+	// And at the end of all numbers it is over.
+	put(t, disk, fmt.Sprintf("/store/vms/vm/%08d.flic", MaxNumber), nil)
+	if ref, err := commit(s, "vm"); err == nil {
+		t.Errorf("a checkpoint after the last: %v", ref)
+	}
+	if entries, err := disk.ReadDir("/store/tmp"); err != nil || len(entries) != 0 {
+		t.Errorf("left in tmp: %v, %v", entries, err)
+	}
+}
+
+func TestResolve(t *testing.T) {
+	s, _ := newStore(t)
+	for range 3 {
+		mustCommit(t, s, "vm")
+	}
+	if err := s.Remove(Ref{"vm", 3}, nothing); err != nil {
+		t.Fatal(err)
+	}
+	for ref, want := range map[Ref]int{{"vm", 0}: 2, {"vm", 1}: 1, {"vm", 2}: 2} {
+		if got, err := s.Resolve(ref); err != nil || got.N != want {
+			t.Errorf("%v: %v, %v", ref, got, err)
+		}
+		f, got, err := s.OpenImage(ref)
+		if err != nil || got.N != want {
+			t.Fatalf("open %v: %v, %v", ref, got, err)
+		}
+		f.Close()
+	}
+	for _, ref := range []Ref{{"vm", 3}, {"vm", 4}, {"nobody", 0}, {"nobody", 1}} {
+		if _, err := s.Resolve(ref); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%v: %v", ref, err)
+		}
+		if _, _, err := s.OpenImage(ref); !errors.Is(err, ErrNotFound) {
+			t.Errorf("open %v: %v", ref, err)
+		}
+		if err := s.Remove(ref, nothing); !errors.Is(err, ErrNotFound) {
+			t.Errorf("remove %v: %v", ref, err)
+		}
+	}
+}
+
+// TestRemoveInUse keeps a checkpoint that somebody reads.
+func TestRemoveInUse(t *testing.T) {
+	s, disk := newStore(t)
+	ref := mustCommit(t, s, "vm")
+	reader, err := Open(disk.Fork(), "/store", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var readers []vfs.File
+	for range 2 {
+		f, _, err := reader.OpenImage(ref)
+		if err != nil {
+			t.Fatalf("readers exclude each other: %v", err)
+		}
+		readers = append(readers, f)
+	}
+	freed := false
+	free := func() error { freed = true; return nil }
+	for _, f := range readers {
+		if err := s.Remove(ref, free); !errors.Is(err, ErrInUse) || freed {
+			t.Errorf("remove while it is read: %v", err)
+		}
+		if rep, err := s.GC(); err != nil || rep.Parts != 0 {
+			t.Errorf("gc: %+v, %v", rep, err)
+		}
+		f.Close()
+	}
+	full := errors.New("cannot free")
+	if err := s.Remove(ref, func() error {
+		freed = true
+		if refs, _ := s.List("vm"); len(refs) != 0 {
+			t.Error("freed before it was removed")
+		}
+		return full
+	}); err != full || !freed {
+		t.Errorf("remove: %v, freed %v", err, freed)
+	}
+	// While it is removed nobody can open it.
+	ref = mustCommit(t, s, "vm")
+	f, err := disk.Open("/store/vms/vm/00000002.flic")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.TryLock(vfs.Exclusive); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.OpenImage(ref); !errors.Is(err, ErrInUse) {
+		t.Errorf("open of a locked image: %v", err)
+	}
+}
+
+// TestPending keeps a save under way from gc, and frees an ended one at once.
+func TestPending(t *testing.T) {
+	s, disk := newStore(t)
+	p, err := s.Begin("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := s.GC(); err != nil || rep.Parts != 0 {
+		t.Errorf("gc during a save: %+v, %v", rep, err)
+	}
+	if refs, err := s.List(""); err != nil || len(refs) != 0 {
+		t.Errorf("a save under way is visible: %v, %v", refs, err)
+	}
+	p.Abort()
+	if entries, err := disk.ReadDir("/store/tmp"); err != nil || len(entries) != 0 {
+		t.Errorf("after Abort: %v, %v", entries, err)
+	}
+	// One whose process has died is gc's.
+	dead := disk.Fork()
+	other, err := Open(dead, "/store", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, err = other.Begin("vm"); err != nil {
+		t.Fatal(err)
+	}
+	if err := finish(p); err != nil {
+		t.Fatal(err)
+	}
+	size, _ := p.File.Size()
+	dead.Kill()
+	if rep, err := s.GC(); err != nil || rep.Parts != 1 || rep.Bytes != size {
+		t.Errorf("gc of a dead save of %d bytes: %+v, %v", size, rep, err)
+	}
+	if rep, err := s.GC(); err != nil || rep.Parts != 0 {
+		t.Errorf("second gc: %+v, %v", rep, err)
+	}
+}
+
+// TestCommitTogether commits from many processes on one simulated disk.
+func TestCommitTogether(t *testing.T) {
+	s, disk := newStore(t)
+	var mu sync.Mutex
+	seen := map[int]bool{}
+	var all sync.WaitGroup
+	for range 6 {
+		all.Go(func() {
+			s, err := Open(disk.Fork(), "/store", false)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			for range 10 {
+				ref, err := commit(s, "vm")
+				mu.Lock()
+				if err != nil || seen[ref.N] {
+					t.Errorf("%v, again %v: %v", ref, seen[ref.N], err)
+				}
+				seen[ref.N] = true
+				mu.Unlock()
+			}
+		})
+	}
+	all.Go(func() {
+		for range 10 {
+			if _, err := s.GC(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	all.Wait()
+	if refs, err := s.List("vm"); err != nil || len(refs) != 60 || refs[59].N != 60 {
+		t.Errorf("%d checkpoints, %v", len(refs), err)
+	}
+}
+
+// TestTwoProcesses does it with real ones.
+func TestTwoProcesses(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "store")
+	var outs [2]strings.Builder
+	var cmds [2]*exec.Cmd
+	for i := range cmds {
+		cmds[i] = exec.Command(exe)
+		cmds[i].Env = append(os.Environ(), childEnv+"="+dir)
+		cmds[i].Stdout = &outs[i]
+		if err := cmds[i].Start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seen := map[int]bool{}
+	for i, c := range cmds {
+		if err := c.Wait(); err != nil {
+			t.Fatalf("%v: %s", err, outs[i].String())
+		}
+		for _, line := range strings.Fields(outs[i].String()) {
+			n, err := strconv.Atoi(line)
+			if err != nil || seen[n] {
+				t.Errorf("number %q, again %v", line, seen[n])
+			}
+			seen[n] = true
+		}
+	}
+	for n := 1; n <= 40; n++ {
+		if !seen[n] {
+			t.Errorf("number %d was left out", n)
+		}
+	}
+}
+
+// TestGCStops does not give NVRAM away while it can't tell whose it is.
+func TestGCStops(t *testing.T) {
+	s, disk := newStore(t)
+	mustCommit(t, s, "vm")
+	put(t, disk, "/store/vms/vm/00000002.flic", []byte("half an image"))
+	if _, err := s.GC(); !image.IsCorrupt(err) || !strings.Contains(err.Error(), "00000002.flic") {
+		t.Errorf("gc: %v", err)
+	}
+}
+
+// TestGCNVRAM frees what nobody owns, leaves other stores alone, and says what
+// it could not look at.
+func TestGCNVRAM(t *testing.T) {
+	s, disk := newStore(t)
+	f, err := nvram.Open(disk, "/nvram.img", nvram.Options{Create: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for range 2 { // the second time it is known already
+		if err := s.UseNVRAM("/nvram.img", f.UUID()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p, err := s.Begin("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := finish(p); err != nil {
+		t.Fatal(err)
+	}
+	for owner, st := range map[uuid.UUID]uuid.UUID{p.UUID: s.UUID(), uuid.New(): s.UUID(), uuid.New(): uuid.New()} {
+		r, err := f.Reserve(owner, st, 2*nvram.ExtentSize, 4096)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Close()
+	}
+	if rep, err := s.GC(); err != nil || rep.NVRAMExtents != 2 || rep.NVRAMBytes != 2*nvram.ExtentSize || len(rep.Warnings) != 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	if _, err := p.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := s.GC(); err != nil || rep.NVRAMExtents != 0 {
+		t.Errorf("gc took the NVRAM of a checkpoint: %+v, %v", rep, err)
+	}
+	// A description that is damaged is made anew by the next save.
+	name := "/store/nvram/" + f.UUID().String() + ".json"
+	put(t, disk, name, []byte("{"))
+	if rep, err := s.GC(); err != nil || len(rep.Warnings) != 1 || !strings.Contains(rep.Warnings[0], name) {
+		t.Errorf("gc with a damaged description: %+v, %v", rep, err)
+	}
+	if err := s.UseNVRAM("/nvram.img", f.UUID()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Remove(Ref{"vm", 1}, nothing); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := s.GC(); err != nil || rep.NVRAMExtents != 2 || len(rep.Warnings) != 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	if err := s.UseNVRAM("/gone.img", uuid.New()); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := s.GC(); err != nil || len(rep.Warnings) != 1 || !strings.Contains(rep.Warnings[0], "/gone.img") {
+		t.Errorf("gc with a file that is gone: %+v, %v", rep, err)
+	}
+	if err := disk.Remove("/nvram.img"); err != nil {
+		t.Fatal(err)
+	}
+	other, err := nvram.Open(disk, "/nvram.img", nvram.Options{Create: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	other.Close()
+	if rep, err := s.GC(); err != nil || len(rep.Warnings) != 2 {
+		t.Errorf("gc with another file in its place: %+v, %v", rep, err)
+	}
+}
+
+// TestTouched keeps what resumes learn, as long as the checkpoint.
+func TestTouched(t *testing.T) {
+	s, disk := newStore(t)
+	ref := mustCommit(t, s, "vm")
+	blocks := []string{"pc.ram"}
+	if got, err := s.Touched(ref); err != nil || len(got.Runs) != 0 {
+		t.Errorf("before a resume: %+v, %v", got, err)
+	}
+	first, second := workingset.PageRun{Page: 7, Count: 1}, workingset.PageRun{Page: 3, Count: 2}
+	for _, r := range []workingset.PageRun{first, second} {
+		if err := s.AddTouched(ref, 4096, blocks, []workingset.PageRun{r}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := s.Touched(ref); err != nil || !slices.Equal(got.Runs, []workingset.PageRun{first, second}) || got.PageSize != 4096 {
+		t.Errorf("after two: %+v, %v", got, err)
+	}
+	// What does not fit, or is damaged, is begun anew.
+	if err := s.AddTouched(ref, 8192, blocks, []workingset.PageRun{second}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.Touched(ref); err != nil || len(got.Runs) != 1 || got.PageSize != 8192 {
+		t.Errorf("with another page size: %+v, %v", got, err)
+	}
+	put(t, disk, "/store/vms/vm/00000001.touched", []byte("{}"))
+	if _, err := s.Touched(ref); !image.IsCorrupt(err) {
+		t.Errorf("damaged: %v", err)
+	}
+	if err := s.AddTouched(ref, 4096, blocks, []workingset.PageRun{first}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Remove(ref, nothing); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := disk.Stat("/store/vms/vm/00000001.touched"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it outlives its checkpoint: %v", err)
+	}
+	if err := s.AddTouched(ref, 4096, blocks, []workingset.PageRun{first}); !errors.Is(err, ErrNotFound) {
+		t.Errorf("of a checkpoint that is gone: %v", err)
+	}
+	put(t, disk, "/store/vms/vm/00000009.touched", []byte("left by a crash"))
+	if _, err := s.GC(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := disk.Stat("/store/vms/vm/00000009.touched"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("gc left what belongs to no checkpoint: %v", err)
+	}
+}
+
+// TestUncertain tells the commit that can't be taken back from one that can.
+func TestUncertain(t *testing.T) {
+	for name, c := range map[string]struct {
+		also      int // the operation after the failed sync that fails too
+		uncertain bool
+	}{
+		"sync": {-1, false}, "sync and removal": {1, true}, "sync twice": {2, true},
+	} {
+		s, disk := newStore(t)
+		mustCommit(t, s, "vm")
+		p, err := s.Begin("vm")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := finish(p); err != nil {
+			t.Fatal(err)
+		}
+		// Lock, sync of vms, rename, sync of the VM's directory.
+		disk.FailAt(3, syscall.EIO)
+		if c.also > 0 {
+			disk.FailAt(3+c.also, syscall.EIO)
+		}
+		_, err = p.Commit()
+		if !errors.Is(err, syscall.EIO) || IsUncertain(err) != c.uncertain || IsUncertain(fmt.Errorf("x: %w", err)) != c.uncertain {
+			t.Errorf("%s: %v, uncertain %v", name, err, IsUncertain(err))
+		}
+		if refs, _ := s.List("vm"); !c.uncertain && len(refs) != 1 {
+			t.Errorf("%s: %v", name, refs)
+		}
+	}
+}
+
+// FuzzUnseal opens any sealed file. What is accepted says the same when it is
+// sealed again.
+func FuzzUnseal(f *testing.F) {
+	for _, v := range []any{storeFile{formatName, Version, uuid.UUID{1}}, nvramFile{"/dev/<pmem>&", uuid.UUID{2}}, 12,
+		workingset.Touched{PageSize: 4096, Blocks: []string{"a"}, Runs: []workingset.PageRun{{Page: 1, Count: 2}}}} {
+		b, err := seal(v)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		// Behind the checksum, too.
+		var s sealed
+		if json.Unmarshal(b, &s) == nil {
+			s.CRC = image.Checksum(s.Body)
+			if b, err := json.Marshal(s); err == nil {
+				unsealTwice(t, b)
+			}
+		}
+		unsealTwice(t, b)
+	})
+}
+
+func unsealTwice(t *testing.T, b []byte) {
+	for _, pair := range [][2]any{
+		{new(storeFile), new(storeFile)}, {new(nvramFile), new(nvramFile)}, {new(int), new(int)},
+		{new(workingset.Touched), new(workingset.Touched)},
+	} {
+		if unseal(b, pair[0]) != nil {
+			continue
+		}
+		again, err := seal(pair[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unseal(again, pair[1]); err != nil || !reflect.DeepEqual(pair[0], pair[1]) {
+			t.Errorf("%q sealed again is %q (%v)", b, again, err)
+		}
+	}
+}
