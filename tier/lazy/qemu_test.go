@@ -35,8 +35,15 @@ type child struct {
 	WorkingSet string
 	Report     string // file for the outcome
 	UseLearned bool
-	DieAfter   int64         // bytes written, 0 = never
 	Hold       time.Duration // HoldBackground
+
+	// Kill says when the child dies as by kill -9: "start", before its first
+	// byte; "opening", after KillBytes of it; "run", when the opening (or a
+	// recovery's handshake) is out and then KillBytes have been written or
+	// KillAfter has passed. Never if empty.
+	Kill      string
+	KillBytes int64
+	KillAfter time.Duration
 }
 
 func TestMain(m *testing.M) {
@@ -95,7 +102,13 @@ func runChild(spec string) error {
 		}
 		o.First = t.Bind(ck.Meta.PageSize, blocks(ck.Meta))
 	}
-	out := &dyingWriter{left: c.DieAfter}
+	out := &dyingWriter{child: c, opening: 1}
+	if c.Op == "recover" {
+		out.opening = len(ck.Meta.Blocks) + 1 // writes of the handshake
+	}
+	if c.Kill == "start" {
+		die()
+	}
 	var rep *lazy.Report
 	if c.Op == "recover" {
 		rep, err = lazy.Recover(ctx, ck, in, out, o)
@@ -122,20 +135,35 @@ func blocks(m *checkpoint.Meta) []workingset.Block {
 	return list
 }
 
-// dyingWriter is stdout until so many bytes have been written; then the process
-// is killed as by kill -9.
-type dyingWriter struct{ left int64 }
+// dyingWriter is stdout until the child is to die.
+type dyingWriter struct {
+	child
+	opening int // writes until RUN, or RESUME, is out
+}
 
 func (w *dyingWriter) Write(b []byte) (int, error) {
-	if w.left > 0 {
-		if w.left -= int64(len(b)); w.left <= 0 {
-			os.Stdout.Write(b[:len(b)/2])
-			p, _ := os.FindProcess(os.Getpid())
-			p.Kill()
-			select {}
+	if w.Kill == "opening" || w.Kill == "run" && w.opening <= 0 {
+		if w.KillBytes -= int64(len(b)); w.KillBytes <= 0 {
+			os.Stdout.Write(b[:len(b)+int(max(w.KillBytes, -int64(len(b))))])
+			die()
 		}
 	}
-	return os.Stdout.Write(b)
+	n, err := os.Stdout.Write(b)
+	if w.opening--; w.opening == 0 && w.Kill == "run" {
+		if w.KillBytes == 0 && w.KillAfter == 0 {
+			die()
+		}
+		if w.KillAfter > 0 {
+			time.AfterFunc(w.KillAfter, die)
+		}
+	}
+	return n, err
+}
+
+func die() {
+	p, _ := os.FindProcess(os.Getpid())
+	p.Kill()
+	select {}
 }
 
 // uri makes the exec: URI of a child.
@@ -200,22 +228,42 @@ func completed(t *testing.T, vm *qemutest.VM) {
 	}
 }
 
-// source boots a guest, saves it stopped, and returns its RAM.
-func source(t *testing.T, config qemutest.Config, c child) map[string][]byte {
+// boot starts a Linux guest, waits until it runs, and returns it.
+func boot(t *testing.T, config qemutest.Config) *qemutest.VM {
 	t.Helper()
-	ctx := context.Background()
 	vm := qemutest.Start(t, config)
 	vm.WaitFor(t, `flic ready`)
 	vm.WaitFor(t, `tick \d+`)
+	check(t, qmp.SetParameters(context.Background(), vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}))
+	return vm
+}
+
+// save stops a guest, saves it, and returns its RAM.
+func save(t *testing.T, vm *qemutest.VM, c child) map[string][]byte {
+	t.Helper()
+	ctx := context.Background()
+	c.Op = "save"
 	check(t, qmp.Stop(ctx, vm.QMP))
 	ram, err := vm.RAM(ctx)
 	check(t, err)
-	check(t, qmp.SetParameters(ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}))
 	if _, err := vm.Save(ctx, uri(t, c)); err != nil {
 		t.Fatalf("%v\n%s", err, vm.Output())
 	}
-	check(t, vm.Quit(ctx))
 	return ram
+}
+
+// guestOK has the guest compare its buffer with what it knows of it.
+func guestOK(t *testing.T, vm *qemutest.VM) {
+	t.Helper()
+	if s := vm.Ask(t, "check"); !strings.HasPrefix(s, "ok ") {
+		t.Fatal(s)
+	}
+}
+
+// newChild is a child for a store of the test's own.
+func newChild(t *testing.T) child {
+	dir := t.TempDir()
+	return child{Store: filepath.Join(dir, "store"), VM: "vm", Report: filepath.Join(dir, "report")}
 }
 
 // readReport waits for a child's report, which comes a moment after QEMU has
@@ -236,19 +284,21 @@ func readReport(t *testing.T, name string) lazy.Report {
 	return r
 }
 
+// TestServe restores a stopped guest, a running one, and one with what was
+// learned from that.
 func TestServe(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		config qemutest.Config
 	}{
-		{"q35", qemutest.Config{Guest: qemutest.Linux, Memory: "256M", Kernel: "flic.fill=64"}},
-		{"pc-2cpus", qemutest.Config{Guest: qemutest.Linux, Machine: "pc", CPUs: 2, Memory: "256M", Kernel: "flic.fill=64"}},
-		{"arm64", qemutest.Config{Guest: qemutest.Linux, Arch: "arm64", Memory: "256M", Kernel: "flic.fill=64"}},
+		{"q35", qemutest.Config{Guest: qemutest.Linux, Memory: "192M", Kernel: "flic.fill=32"}},
+		{"arm64", qemutest.Config{Guest: qemutest.Linux, Arch: "arm64", Memory: "192M", Kernel: "flic.fill=32"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			dir := t.TempDir()
-			c := child{Op: "save", Store: filepath.Join(dir, "store"), VM: "vm", Report: filepath.Join(dir, "report")}
-			ram := source(t, tc.config, c)
+			c := newChild(t)
+			vm := boot(t, tc.config)
+			ram := save(t, vm, c)
+			vm.Kill()
 
 			// Stopped: every byte of RAM is that of the source.
 			c.Op = "serve"
@@ -262,35 +312,23 @@ func TestServe(t *testing.T) {
 			t.Logf("restored after %v: %+v", running, readReport(t, c.Report))
 			vm.Kill()
 
-			// Running on it while it loads.
-			c.Hold = 500 * time.Millisecond
-			vm, running = destination(t, tc.config, uri(t, c))
-			check(t, qmp.Cont(context.Background(), vm.QMP))
-			vm.WaitFor(t, `tick \d+`)
-			if s := vm.Ask(t, "check"); !strings.HasPrefix(s, "ok ") {
-				t.Fatal(s)
+			var waited [2]int64
+			for i := range waited {
+				// Running on it while it loads; again, with what was learned.
+				c.Hold, c.UseLearned = 500*time.Millisecond, i > 0
+				vm, running = destination(t, tc.config, uri(t, c))
+				check(t, qmp.Cont(context.Background(), vm.QMP))
+				vm.WaitFor(t, `tick \d+`)
+				guestOK(t, vm)
+				completed(t, vm)
+				guestOK(t, vm)
+				rep := readReport(t, c.Report)
+				waited[i] = rep.Waited
+				t.Logf("running after %v: %+v", running, rep)
+				vm.Kill()
 			}
-			completed(t, vm)
-			if s := vm.Ask(t, "check"); !strings.HasPrefix(s, "ok ") {
-				t.Fatal(s)
-			}
-			first := readReport(t, c.Report)
-			t.Logf("running after %v: %+v", running, first)
-			vm.Kill()
-
-			// Again, with what was learned.
-			c.UseLearned = true
-			vm, running = destination(t, tc.config, uri(t, c))
-			check(t, qmp.Cont(context.Background(), vm.QMP))
-			vm.WaitFor(t, `tick \d+`)
-			if s := vm.Ask(t, "check"); !strings.HasPrefix(s, "ok ") {
-				t.Fatal(s)
-			}
-			completed(t, vm)
-			second := readReport(t, c.Report)
-			t.Logf("running after %v: %+v", running, second)
-			if first.Waited == 0 || second.Waited*20 > first.Waited {
-				t.Errorf("the first resume waited for %d pages, the second for %d", first.Waited, second.Waited)
+			if waited[0] == 0 || waited[1]*20 > waited[0] {
+				t.Errorf("the first resume waited for %d pages, the second for %d", waited[0], waited[1])
 			}
 		})
 	}
