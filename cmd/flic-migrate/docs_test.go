@@ -142,7 +142,7 @@ func TestDocsJSON(t *testing.T) {
 	}
 	for name, v := range map[string]any{
 		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "show": showDoc{}, "verify": verifyEntry{},
-		"rm": rmEntry{}, "gc": store.GCReport{}, "replay": replay.Result{}, "dump": dumpDoc{}, "resume": resumeReport{},
+		"rm": rmEntry{}, "gc": store.GCReport{}, "replay": replay.Result{}, "dump": dumpDoc{}, "resume": resumeReport{}, "track": trackReport{},
 	} {
 		fields(reflect.TypeOf(v), "", func(field string) {
 			t.Errorf("docs/cli.md does not explain %s in the JSON of %s", field, name)

@@ -1,0 +1,200 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
+)
+
+// settings are a QEMU's migration capabilities and parameters.
+func settings(t *testing.T, vm *qemutest.VM) string {
+	t.Helper()
+	c, err := qmp.Capabilities(t.Context(), vm.QMP)
+	ok(t, err)
+	p, err := qmp.Parameters(t.Context(), vm.QMP)
+	ok(t, err)
+	b, err := json.Marshal([]any{c, p})
+	ok(t, err)
+	return string(b)
+}
+
+// The pages that the guest writes in the interval are found, settings stay, and
+// a save with the set puts them into NVRAM.
+func TestTrack(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	vm := qemutest.Start(t, q35.linux(qemutest.LiveMemory, "flic.fill=16 flic.dirty=40"))
+	vm.WaitFor(t, `flic ready`)
+	vm.WaitFor(t, `tick 5\r`)
+	set(t, vm, map[string]any{"max-bandwidth": int64(33 << 20), "downtime-limit": 250}, "xbzrle")
+	before := settings(t, vm)
+
+	snapshot := func() map[string][]byte {
+		content := stop(t, ctx, vm)
+		ok(t, qmp.Cont(ctx, vm.QMP))
+		return content
+	}
+	old := snapshot()[q35.ram]
+	var rep trackReport
+	out := l.run(t, "track", "--qmp", vm.Socket, "--out", l.ws, "--interval", "2s", "--rounds", "2", "--json")
+	ok(t, json.Unmarshal([]byte(out), &rep))
+	now := snapshot()[q35.ram]
+	if after := settings(t, vm); after != before {
+		t.Errorf("settings were\n%s\nand are\n%s", before, after)
+	}
+	runsOn(t, vm)
+	checks(t, vm)
+	if rep.Longest > 500*time.Millisecond || rep.Rounds != 2 {
+		t.Errorf("%+v", rep)
+	}
+	if fi, err := os.Stat(l.ws); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", fi, err)
+	}
+
+	// What differs between the snapshots was written in the rounds or in the
+	// moments around them; a page in the set that differs not was written by
+	// the kernel and then set back, or had the same bytes written again.
+	ws, err := readWorkingSet(l.ws)
+	ok(t, err)
+	ram := -1
+	for i, b := range ws.Blocks() {
+		if b.Name == q35.ram {
+			ram = i
+		}
+	}
+	changed, found := 0, 0
+	for page := 0; page < len(now)/4096; page++ {
+		if string(old[page*4096:][:4096]) != string(now[page*4096:][:4096]) {
+			changed++
+			if ws.Heat(ram, int64(page)) > 0 {
+				found++
+			}
+		}
+	}
+	t.Logf("%d pages in the set, %d changed, %d of them in the set; longest stop %v", rep.Hot, changed, found, rep.Longest)
+	// The first passes of the rounds, in which nothing is watched, take long on
+	// a busy host, so the share of what was found is no sharp measure there.
+	if found < 600 || found*2 < changed || int64(found)*10 < rep.Hot*8 {
+		t.Errorf("of %d pages that changed %d are in the set", changed, found)
+	}
+	// At least half of memory is quiet: 40 pages in each of some 50 ticks.
+	if rep.Hot > rep.Pages/3 {
+		t.Errorf("%d of %d pages are hot", rep.Hot, rep.Pages)
+	}
+
+	// A guest with little to write is stopped for a moment at each round's end.
+	vm.Ask(t, "dirty 0")
+	var auto trackReport
+	out = l.run(t, "track", "--qmp", vm.Socket, "--out", l.ws+"2", "--max", "2s", "--flash-rate", "100", "--json")
+	ok(t, json.Unmarshal([]byte(out), &auto))
+	// 96 MiB, three times over, at 100 MB/s: 3 s, which is capped.
+	if auto.Interval != 2*time.Second || auto.Alpha == 0 || auto.Hot == 0 || auto.Hot > rep.Hot || auto.Longest > 500*time.Millisecond {
+		t.Errorf("auto: %+v", auto)
+	}
+	t.Logf("quiet guest: %+v", auto)
+	if after := settings(t, vm); after != before {
+		t.Errorf("settings were\n%s\nand are\n%s", before, after)
+	}
+	runsOn(t, vm)
+
+	set(t, vm, fast)
+	stop(t, ctx, vm)
+	saved(t, ctx, vm, l.save("--nvram", l.nvram, "--nvram-size 64M", "--working-set", l.ws))
+	if r := l.show(t, "vm@1").Report; r.Hot < int64(found)*2/3 || r.Cold == 0 {
+		t.Errorf("%d hot, %d cold", r.Hot, r.Cold)
+	} else {
+		t.Logf("saved %d hot pages", r.Hot)
+	}
+	l.holds(t, "vm@1")
+}
+
+func TestTrackFailures(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	vm := qemutest.Start(t, q35.linux(qemutest.LiveMemory, "flic.fill=8 flic.dirty=10"))
+	vm.WaitFor(t, `flic ready`)
+	before := settings(t, vm)
+	// begin starts a track that would hold for a minute and waits until its
+	// filter runs; it returns the filter's process id.
+	begin := func() (*exec.Cmd, *strings.Builder, int) {
+		cmd := exec.Command("flic-migrate", "track", "--qmp", vm.Socket, "--out", l.ws, "--interval", "1m")
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
+		ok(t, cmd.Start())
+		for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", vm.Pid(), vm.Pid()))
+			ok(t, err)
+			for _, pid := range strings.Fields(string(children)) {
+				line, _ := os.ReadFile(filepath.Join("/proc", pid, "cmdline"))
+				if info, err := qmp.QueryMigrate(ctx, vm.QMP); err == nil && info.Status == qmp.StatusActive && strings.Contains(string(line), "--driver") {
+					n, err := strconv.Atoi(pid)
+					ok(t, err)
+					time.Sleep(500 * time.Millisecond) // into the hold
+					return cmd, &stderr, n
+				}
+			}
+		}
+		t.Fatalf("no filter\n%s%s", stderr.String(), vm.Output())
+		return nil, nil, 0
+	}
+	failed := func(what string, err error, stderr, want string) {
+		t.Helper()
+		if err == nil || !strings.Contains(stderr, want) {
+			t.Errorf("%s: %v, %q does not say %q", what, err, stderr, want)
+		}
+		if _, err := os.Stat(l.ws); err == nil {
+			t.Errorf("%s: a working set was written", what)
+		}
+	}
+	unchanged := func(what string) {
+		t.Helper()
+		if after := settings(t, vm); after != before {
+			t.Errorf("%s: settings were\n%s\nand are\n%s", what, before, after)
+		}
+		runsOn(t, vm)
+	}
+
+	cmd, stderr, filter := begin()
+	runsOn(t, vm)
+	ok(t, syscall.Kill(filter, syscall.SIGKILL))
+	failed("filter killed", cmd.Wait(), stderr.String(), "filter ended without a result")
+	unchanged("filter killed")
+
+	cmd, stderr, _ = begin()
+	ok(t, cmd.Process.Signal(syscall.SIGTERM))
+	start := time.Now()
+	failed("terminated", cmd.Wait(), stderr.String(), "cancel")
+	if d := time.Since(start); d > 10*time.Second {
+		t.Errorf("terminated after %v", d)
+	}
+	unchanged("terminated")
+
+	// A driver that is killed can't restore settings, but the guest runs.
+	cmd, _, _ = begin()
+	ok(t, cmd.Process.Kill())
+	_ = cmd.Wait()
+	if _, err := qmp.WaitMigration(ctx, vm.QMP, qmp.StatusFailed); err != nil {
+		t.Error(err)
+	}
+	runsOn(t, vm)
+
+	ok(t, qmp.SetCapabilities(ctx, vm.QMP, map[string]bool{"pause-before-switchover": false}))
+	ok(t, qmp.Migrate(ctx, vm.QMP, "exec:exec sleep 1"))
+	out, err := exec.Command("flic-migrate", "track", "--qmp", vm.Socket, "--out", l.ws, "--interval", "1s").CombinedOutput()
+	failed("migrating", err, string(out), "already running")
+	_, _ = qmp.WaitMigration(ctx, vm.QMP, qmp.StatusFailed)
+
+	cmd, stderr, _ = begin()
+	vm.Kill()
+	failed("QEMU killed", cmd.Wait(), stderr.String(), "lost")
+}

@@ -1,0 +1,36 @@
+// Package timer computes for how long to watch which pages a guest dirties: the
+// timer of FLIC, section III-B, equation (1).
+package timer
+
+import (
+	"fmt"
+	"math"
+	"time"
+)
+
+// Params are equation (1)'s known quantities.
+type Params struct {
+	Pages int64   // N_total: pages of all RAM blocks
+	Alpha float64 // pages a second that come into the working set
+	Beta  float64 // safety factor on the time that flash takes
+	Rate  float64 // r: pages a second read from flash
+}
+
+// Interval returns T, the time in which the guest's working set grows to what
+// it needs while flash gives back the rest, beta times over:
+//
+//	N_ws + N_non = N_total     N_ws = alpha T     T = beta N_non / r
+//
+// which is T = beta N_total / (r + alpha beta). So N_ws stays below N_total,
+// whatever alpha is. Impossible parameters are an error.
+func (p Params) Interval() (time.Duration, error) {
+	finite := func(x float64) bool { return !math.IsNaN(x) && !math.IsInf(x, 0) }
+	if p.Pages <= 0 || !finite(p.Alpha) || p.Alpha < 0 || !finite(p.Beta) || p.Beta <= 0 || !finite(p.Rate) || p.Rate <= 0 {
+		return 0, fmt.Errorf("timer: no interval for %d pages, alpha %v and r %v pages a second, beta %v", p.Pages, p.Alpha, p.Rate, p.Beta)
+	}
+	seconds := p.Beta * float64(p.Pages) / (p.Rate + p.Alpha*p.Beta)
+	if seconds > math.MaxInt64/float64(time.Second)/2 {
+		return math.MaxInt64 / 2, nil
+	}
+	return time.Duration(seconds * float64(time.Second)), nil
+}

@@ -1,0 +1,269 @@
+// Package track finds the pages that a running guest writes, from a migration
+// that is never meant to complete. QEMU has no command that hands out its dirty
+// bitmap, but its stream tells: after the first pass over memory only pages
+// written since are sent again.
+//
+//	pass 1 ──────────► hold ─────────► pass 2 ──────► pass 3, or the end
+//	at full speed      the interval    = the pages     the set is complete
+//	                   (QEMU waits,    written since
+//	                   the guest runs)
+//
+// No page's content is kept. The interval is held by reading no further, which
+// QEMU bears well: its migration thread waits in a write and the guest runs.
+package track
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+const (
+	// holdPages is how many pages of pass 1 are left when the hold begins.
+	// While QEMU has something of pass 1 to send it can't see that it could
+	// finish, which would stop the guest. The tail of the pass must therefore
+	// not fit into what takes bytes though nobody reads: the pipe (4 KiB) and
+	// QEMU's own buffer (32 KiB, migration/qemu-file.c), in records of 9
+	// bytes at least; and 64 pages by reference.
+	//
+	// Holding before their first sending loses nothing: QEMU clears its dirty
+	// log for a GiB at a time, with the first page sent of it.
+	holdPages = (36<<10)/9 + 64 + 448
+
+	minPipe = 4 << 10
+
+	// maxPages caps what a stream may claim: 16 TiB in pages of 4 KiB.
+	maxPages = 1 << 32
+
+	// After the hold the stream is read in pieces with a pause between. QEMU
+	// takes a pass for finished as soon as what is left could be sent within
+	// downtime-limit (1 ms) at the rate it has seen, and does not send that:
+	// the faster the filter, the more pages would be missing. This is some
+	// 50 MB/s, and so at most about a dozen pages.
+	pieceBytes = 64 << 10
+	piecePause = time.Millisecond
+)
+
+var (
+	// ErrTooSmall: the guest's memory is too small for QEMU to be held.
+	ErrTooSmall = errors.New("the guest has too little memory for its writes to be tracked")
+	// ErrEnded: the migration ended before the interval was over.
+	ErrEnded = errors.New("the migration ended before the pages written since could be seen")
+	// ErrSwitchover: somebody lets the migration complete.
+	ErrSwitchover = errors.New("the migration goes on to the devices: a tracking migration must not complete")
+)
+
+// Filter reads the stream of a migration up to the end of its second pass, with
+// the interval between the first and the second, and returns the pages that came
+// again, each with heat 1. If the migration is cancelled after the interval, the
+// set has what had come by then. The pipe is shrunk to its minimum.
+//
+// watch is called several times a second while the interval is held and once
+// after it; an error of it ends Filter.
+func Filter(ctx context.Context, in tier.Pipe, interval time.Duration, watch func() error) (*workingset.Set, error) {
+	f := &filter{ctx: ctx, in: in, interval: interval, watch: watch}
+	f.cur = stream.NewCursor(f, 128<<10)
+	f.rd = stream.NewReader(f.cur)
+	err := f.frames()
+	switch {
+	case errors.Is(err, errDone):
+		return f.set, nil
+	case errors.Is(err, stream.ErrTruncated) && ctx.Err() == nil:
+		if f.held {
+			return f.set, nil
+		}
+		return nil, fmt.Errorf("%w: %w", ErrEnded, err)
+	}
+	return nil, err
+}
+
+// errDone ends the reading when the third pass begins.
+var errDone = errors.New("the second pass is over")
+
+type filter struct {
+	ctx      context.Context
+	in       tier.Pipe
+	interval time.Duration
+	watch    func() error
+
+	cur          *stream.Cursor
+	rd           *stream.Reader
+	dec          *ramparse.Decoder
+	pageSize     int // told by the configuration, or 0
+	ignoreShared bool
+
+	set    *workingset.Set
+	seen   [][]uint64 // bitmap by block: pages sent at least once
+	unseen int64
+	early  []int // blocks whose first page came before the page size was known
+	shrunk bool  // the pipe has been asked to shrink
+	passes *ramparse.PassCounter
+	held   bool
+	piece  int // bytes read since the last pause
+}
+
+// Read is called by the cursor alone.
+func (f *filter) Read(p []byte) (int, error) {
+	if f.ctx.Err() != nil {
+		return 0, context.Cause(f.ctx)
+	}
+	if f.held && f.piece >= pieceBytes {
+		f.piece = 0
+		time.Sleep(piecePause)
+	}
+	n, err := f.in.Read(p)
+	f.piece += n
+	return n, err
+}
+
+func (f *filter) frames() error {
+	for {
+		fr, err := f.rd.Next()
+		if err != nil {
+			return err
+		}
+		switch fr.Kind {
+		case stream.Subsection:
+			switch fr.Subsection.Name {
+			case stream.SubsectionTargetPageBits:
+				f.pageSize = 1 << fr.Subsection.TargetPageBits
+			case stream.SubsectionCapabilities:
+				f.ignoreShared = slices.Contains(fr.Subsection.Capabilities, "x-ignore-shared")
+			}
+		case stream.SectionStart, stream.SectionPart, stream.SectionEnd:
+			if fr.Section.Name == ramparse.SectionName {
+				err = f.records()
+			} else {
+				err = f.rd.CopyForeign(func([]byte) error { return nil })
+			}
+		case stream.SectionFull, stream.EOF:
+			return ErrSwitchover
+		case stream.CommandFrame:
+			if fr.Command.Number == stream.CommandPackaged {
+				return ErrSwitchover
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// records takes the payload of one RAM section.
+func (f *filter) records() error {
+	if f.dec == nil {
+		f.dec = ramparse.NewDecoder(ramparse.Options{PageSize: f.pageSize, IgnoreShared: f.ignoreShared})
+	}
+	var rec ramparse.Record
+	for {
+		if err := f.dec.Next(f.cur, &rec); err != nil {
+			return err
+		}
+		switch rec.Kind {
+		case ramparse.EOS:
+			return nil
+		case ramparse.Zero, ramparse.Page, ramparse.XBZRLE, ramparse.Compressed:
+			if err := f.page(&rec); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// start makes the set ready once blocks and page size are known. A record with
+// address 0 can come before the page size is.
+func (f *filter) start() error {
+	su, size := f.dec.Setup(), uint64(f.dec.PageSize())
+	var blocks []workingset.Block
+	for _, b := range su.Blocks {
+		n := int64(b.Used / size)
+		blocks = append(blocks, workingset.Block{Name: b.Name, Pages: n})
+		f.unseen += n
+	}
+	// Before anything is allocated: the sizes are only claims.
+	if f.unseen > maxPages {
+		return stream.Damaged("ram setup", f.cur.Offset(), "%d pages", f.unseen)
+	}
+	if f.unseen < 2*holdPages {
+		return fmt.Errorf("%w: %d pages, it needs %d", ErrTooSmall, f.unseen, 2*holdPages)
+	}
+	for _, b := range blocks {
+		f.seen = append(f.seen, make([]uint64, (b.Pages+63)/64))
+	}
+	for _, b := range f.early {
+		if word := &f.seen[b][0]; *word&1 == 0 {
+			*word |= 1
+			f.unseen--
+		}
+	}
+	f.passes = ramparse.NewPassCounter(su, int(size))
+	var err error
+	f.set, err = workingset.New(int(size), blocks)
+	return err
+}
+
+func (f *filter) page(rec *ramparse.Record) error {
+	if f.dec.PageSize() == 0 {
+		// Only pages at address 0 can come before it is known.
+		if len(f.early) < ramparse.MaxBlocks {
+			f.early = append(f.early, rec.Block)
+		}
+		return nil
+	}
+	if f.set == nil {
+		if err := f.start(); err != nil {
+			return err
+		}
+	}
+	if f.passes.Add(rec.Block, rec.Page) && f.held && f.passes.Passes() > 2 {
+		return errDone
+	}
+	word, bit := &f.seen[rec.Block][rec.Page/64], uint64(1)<<(rec.Page%64)
+	if *word&bit != 0 {
+		f.set.SetHeat(rec.Block, int64(rec.Page), 1)
+		return nil
+	}
+	*word |= bit
+	f.unseen--
+	switch {
+	case f.held:
+	case f.unseen <= holdPages:
+		return f.hold()
+	case f.unseen <= 2*holdPages && (!f.shrunk || f.unseen%64 == 0 && f.in.Capacity() > minPipe):
+		// From here the cursor takes no more than it needs and the pipe
+		// shrinks; the kernel refuses while too much is in it, so it is tried
+		// again.
+		f.shrunk = true
+		f.cur.SetReadAhead(0)
+		f.in.SetCapacity(minPipe)
+	}
+	return nil
+}
+
+// hold lets the interval pass without reading.
+func (f *filter) hold() error {
+	for end := time.Now().Add(f.interval); ; {
+		if err := f.watch(); err != nil {
+			return err
+		}
+		left := time.Until(end)
+		if left <= 0 {
+			break
+		}
+		select {
+		case <-f.ctx.Done():
+			return context.Cause(f.ctx)
+		case <-time.After(min(left, 50*time.Millisecond)):
+		}
+	}
+	f.held = true
+	f.cur.SetReadAhead(minPipe)
+	return nil
+}

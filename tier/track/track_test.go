@@ -1,0 +1,145 @@
+package track
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+)
+
+// fakePipe is an input that notes its capacity.
+type fakePipe struct {
+	io.Reader
+	capacity int
+}
+
+func (p *fakePipe) Ready(time.Duration) bool { return true }
+func (p *fakePipe) Capacity() int            { return p.capacity }
+func (p *fakePipe) SetCapacity(n int) int    { p.capacity = n; return n }
+
+func source(b []byte) *fakePipe { return &fakePipe{bytes.NewReader(b), 64 << 10} }
+
+func quiet() error { return nil }
+
+const (
+	ramPages = 3 * holdPages
+	biosName = "pc.bios"
+)
+
+// recorded writes a stream with these pages in the passes after the first; each
+// pass is a section. It ends after them.
+func recorded(pages int, later ...[]uint64) []byte {
+	b := stream.AppendConfiguration(stream.AppendHeader(nil), "pc-q35-7.2")
+	b = stream.AppendStart(b, stream.Section{ID: 2, Name: ramparse.SectionName, Version: ramparse.SectionVersion})
+	size := uint64(pages) * 4096
+	b = ramparse.AppendSetup(b, &ramparse.Setup{Total: size + 64<<12, Blocks: []ramparse.Block{{Name: "pc.ram", Used: size}, {Name: biosName, Used: 64 << 12}}})
+	b = stream.AppendFooter(ramparse.AppendEOS(b), 2)
+	b = stream.AppendPart(b, 2)
+	page := make([]byte, 4096)
+	for i := range pages {
+		name := ""
+		if i == 0 {
+			name = "pc.ram"
+		}
+		if i%7 == 1 {
+			b = ramparse.AppendPage(b, name, uint64(i)<<12, page)
+		} else {
+			b = ramparse.AppendZero(b, name, uint64(i)<<12, 0)
+		}
+	}
+	for i := range 64 {
+		b = ramparse.AppendZero(b, biosName, uint64(i)<<12, 0)
+	}
+	b = stream.AppendFooter(ramparse.AppendEOS(b), 2)
+	for _, pass := range later {
+		b = stream.AppendPart(b, 2)
+		for _, i := range pass {
+			b = ramparse.AppendPage(b, "pc.ram", i<<12, page)
+		}
+		b = stream.AppendFooter(ramparse.AppendEOS(b), 2)
+	}
+	return b
+}
+
+// The set is exactly what the second pass has, whether the stream ends after it
+// or goes on; page 0 came before the page size was known.
+func TestFilter(t *testing.T) {
+	second := []uint64{0, 5, 6, 7, 4000, ramPages - 1}
+	for name, b := range map[string][]byte{
+		"cancelled": recorded(ramPages, second),
+		"goes on":   recorded(ramPages, second, []uint64{1, 2, 3}),
+	} {
+		in := source(b)
+		start := time.Now()
+		set, err := Filter(t.Context(), in, 120*time.Millisecond, quiet)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if d := time.Since(start); d < 120*time.Millisecond {
+			t.Errorf("%s: the interval was held for %v", name, d)
+		}
+		if in.capacity != minPipe {
+			t.Errorf("%s: the pipe has %d bytes", name, in.capacity)
+		}
+		var got []uint64
+		for r := range set.Runs(0, 1, 255) {
+			for i := range r.N {
+				got = append(got, uint64(r.First+i))
+			}
+		}
+		if len(got) != len(second) {
+			t.Fatalf("%s: %v, want %v", name, got, second)
+		}
+		for i := range got {
+			if got[i] != second[i] {
+				t.Errorf("%s: %v, want %v", name, got, second)
+			}
+		}
+		if h := set.Histogram(); h[0]+h[1] != ramPages+64 || set.Blocks()[1].Name != biosName {
+			t.Errorf("%s: %v, %v", name, h[:3], set.Blocks())
+		}
+	}
+}
+
+func TestFilterRefuses(t *testing.T) {
+	good := recorded(ramPages, []uint64{1})
+	gaveUp := errors.New("given up")
+	stopped, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, test := range map[string]struct {
+		ctx   context.Context
+		in    []byte
+		watch func() error
+		want  error
+	}{
+		"cut in pass 1": {t.Context(), good[:len(good)/4], quiet, ErrEnded},
+		"empty":         {t.Context(), nil, quiet, ErrEnded},
+		"small":         {t.Context(), recorded(2*holdPages - 65), quiet, ErrTooSmall},
+		"the devices":   {t.Context(), stream.AppendFull(good, stream.Section{ID: 3, Name: "timer"}), quiet, ErrSwitchover},
+		"no stream":     {t.Context(), []byte("not a stream"), quiet, stream.ErrNotStream},
+		"no driver":     {t.Context(), good, func() error { return gaveUp }, gaveUp},
+		"ended":         {stopped, good, quiet, context.Canceled},
+	} {
+		if set, err := Filter(test.ctx, source(test.in), time.Millisecond, test.watch); !errors.Is(err, test.want) || set != nil {
+			t.Errorf("%s: %v, want %v", name, err, test.want)
+		}
+	}
+}
+
+func FuzzFilter(f *testing.F) {
+	good := recorded(ramPages, []uint64{1, 2, 9})
+	f.Add(good)
+	f.Add(good[:len(good)/2])
+	f.Add(recorded(8))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		set, err := Filter(t.Context(), source(b), 1, quiet)
+		if (set == nil) == (err == nil) {
+			t.Errorf("set %v, error %v", set != nil, err)
+		}
+	})
+}
