@@ -298,12 +298,20 @@ func (c *Checkpoint) verifyTable(kinds []image.Kind, sizes []int, found func(err
 		if r.Kind != pagetable.Flash {
 			return nil
 		}
-		for i := range r.Count {
+		// The pages of a run without steps are all in one place; a run with
+		// them is no longer than the segments have pages.
+		for i := range 1 + (r.Count-1)*r.Step {
 			v := r.First + i*r.Step
-			// Segments that can't be read were reported already.
-			if n := v / per; kinds[n] != 0 && v%per >= uint64(sizes[n]) {
-				found(c.Image.Corrupt(image.PageTable, 0, fmt.Errorf("page %s: segment %d has no page %d",
-					c.PageName(r.Block, r.Page+i), n, v%per)))
+			n := v / per
+			var err error
+			switch {
+			case c.Image.SegmentOffset(uint32(n)) < 0:
+				err = fmt.Errorf("there is no segment %d", n)
+			case kinds[n] != 0 && v%per >= uint64(sizes[n]): // 0: reported already
+				err = fmt.Errorf("segment %d has no page %d", n, v%per)
+			}
+			if err != nil {
+				found(c.Image.Corrupt(image.PageTable, 0, fmt.Errorf("page %s: %w", c.PageName(r.Block, r.Page+i), err)))
 				return nil
 			}
 		}
