@@ -80,6 +80,10 @@ func diskOK(t *testing.T, vm *qemutest.VM, pages map[uint64][]byte) {
 // load keeps a guest busy until ctx ends: it changes pages, reads its disk and
 // checks its memory. It returns an error of what the guest says.
 func load(ctx context.Context, vm *qemutest.VM) error {
+	// A serial port can lose what it is sent before its guest runs again.
+	if _, err := vm.Expect(ctx, `tick \d+`); err != nil {
+		return err
+	}
 	if err := vm.Send("dirty 200 64"); err != nil {
 		return err
 	}

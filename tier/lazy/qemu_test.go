@@ -44,6 +44,9 @@ type child struct {
 	Kill      string
 	KillBytes int64
 	KillAfter time.Duration
+	// Armed is a file that says that the guest runs: written is not yet run.
+	// Empty for a recovery, whose guest does.
+	Armed string
 }
 
 func TestMain(m *testing.M) {
@@ -139,25 +142,37 @@ func blocks(m *checkpoint.Meta) []workingset.Block {
 type dyingWriter struct {
 	child
 	opening int // writes until RUN, or RESUME, is out
+	armed   bool
 }
 
 func (w *dyingWriter) Write(b []byte) (int, error) {
-	if w.Kill == "opening" || w.Kill == "run" && w.opening <= 0 {
+	if w.Kill == "opening" || w.Kill == "run" && w.armed {
 		if w.KillBytes -= int64(len(b)); w.KillBytes <= 0 {
 			os.Stdout.Write(b[:len(b)+int(max(w.KillBytes, -int64(len(b))))])
 			die()
 		}
 	}
 	n, err := os.Stdout.Write(b)
-	if w.opening--; w.opening == 0 && w.Kill == "run" {
-		if w.KillBytes == 0 && w.KillAfter == 0 {
-			die()
-		}
-		if w.KillAfter > 0 {
-			time.AfterFunc(w.KillAfter, die)
-		}
+	if w.opening--; w.Kill == "run" && w.opening <= 0 && !w.armed {
+		w.arm()
 	}
 	return n, err
+}
+
+// arm starts the countdown once the guest runs. Until then pages go out slowly,
+// so that some are left.
+func (w *dyingWriter) arm() {
+	if w.KillBytes == 0 && w.KillAfter == 0 {
+		die()
+	}
+	if w.Armed != "" {
+		if _, err := os.Stat(w.Armed); err != nil {
+			time.Sleep(2 * time.Millisecond)
+			return
+		}
+	}
+	w.armed = true
+	time.AfterFunc(w.KillAfter, die)
 }
 
 func die() {
