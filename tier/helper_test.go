@@ -206,13 +206,21 @@ func (l *lab) tree(t testing.TB) []string {
 // hotSet makes a working set of the pages for which heat is not 0.
 func hotSet(t testing.TB, s *tiertest.Stream, heat func(block int, page uint64) uint8) *workingset.Set {
 	t.Helper()
+	ws, err := newHotSet(s, heat)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ws
+}
+
+func newHotSet(s *tiertest.Stream, heat func(block int, page uint64) uint8) (*workingset.Set, error) {
 	blocks := make([]workingset.Block, len(s.Blocks()))
 	for b := range blocks {
 		blocks[b] = workingset.Block{Name: s.Blocks()[b].Name, Pages: int64(s.Pages(b))}
 	}
 	ws, err := workingset.New(s.PageSize(), blocks)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	for b := range blocks {
 		for p := range s.Pages(b) {
@@ -221,7 +229,7 @@ func hotSet(t testing.TB, s *tiertest.Stream, heat func(block int, page uint64) 
 			}
 		}
 	}
-	return ws
+	return ws, nil
 }
 
 // every makes each n-th page of a block hot.
@@ -331,6 +339,9 @@ func (l *countedLock) Close() error { l.c.remove(l); return l.Locked.Close() }
 // TestMain lets garbage pile up: these tests make thousands of short saves, each
 // with the buffers of a long one.
 func TestMain(m *testing.M) {
+	if doc := os.Getenv(childEnv); doc != "" {
+		os.Exit(childMain(doc))
+	}
 	debug.SetGCPercent(800)
 	os.Exit(m.Run())
 }

@@ -71,8 +71,9 @@ type replayer struct {
 	rep   RestoreReport
 	total int64
 
-	block    int     // of the last record, for CONTINUE; -1 before the first
-	at       *access // the segment of the last page from flash
+	block    int                                 // of the last record, for CONTINUE; -1 before the first
+	at       *access                             // the segment of the last page from flash
+	nvram    struct{ reads, first, last uint64 } // since slots were let go
 	zeroPage []byte
 	tick     time.Time
 }
@@ -162,7 +163,12 @@ func (r *replayer) run(run pagetable.Run, named bool) error {
 	return nil
 }
 
+// dropEvery is how many slots are read from NVRAM before they are let go. Mapped
+// pages count as the process's memory as long as they are mapped.
+const dropEvery = 1024
+
 func (r *replayer) nvramPage(run pagetable.Run, i uint64, name string, addr, slot uint64) error {
+	r.letGo(slot)
 	return r.c.GuardNVRAM(func() error {
 		b, err := r.c.NVRAMPage(slot, run.Block, run.Page+i)
 		if err != nil {
@@ -171,6 +177,17 @@ func (r *replayer) nvramPage(run pagetable.Run, i uint64, name string, addr, slo
 		r.buf = ramparse.AppendPage(r.buf, name, addr, b)
 		return nil
 	})
+}
+
+// letGo is told which slot is read next.
+func (r *replayer) letGo(slot uint64) {
+	if v := &r.nvram; v.reads > 0 && v.reads < dropEvery {
+		v.reads, v.first, v.last = v.reads+1, min(v.first, slot), max(v.last, slot)
+		return
+	} else if v.reads > 0 {
+		r.c.DropNVRAM(v.first, v.last-v.first+1)
+	}
+	r.nvram.reads, r.nvram.first, r.nvram.last = 1, slot, slot
 }
 
 func (r *replayer) flashPage(name string, addr, slot uint64) error {

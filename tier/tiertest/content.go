@@ -151,7 +151,7 @@ func (s *Stream) content(dst []byte, st state) {
 			dst[i] = st.fill
 		}
 	case Duplicate:
-		copy(dst, s.pool[st.seed%uint64(len(s.pool))])
+		fillText(dst, hash(s.o.Seed, aboutPool, 1+st.seed%uint64(s.o.Pool)))
 	case Random:
 		fillRandom(dst, st.seed)
 	case Text:

@@ -98,7 +98,6 @@ func (s *Stream) UnknownBytes() []byte {
 // Stream is a synthetic stream. It is safe for concurrent use.
 type Stream struct {
 	o     Options
-	pool  [][]byte
 	alike []byte
 }
 
@@ -130,11 +129,6 @@ func New(o Options) *Stream {
 	o.PartLen = cmpOr(o.PartLen, 100)
 	s := &Stream{o: o, alike: make([]byte, o.PageSize)}
 	fillText(s.alike, hash(o.Seed, aboutPool))
-	for i := range o.Pool {
-		b := make([]byte, o.PageSize)
-		fillText(b, hash(o.Seed, aboutPool, uint64(i)+1))
-		s.pool = append(s.pool, b)
-	}
 	return s
 }
 
