@@ -24,15 +24,20 @@ type Pipe interface {
 const (
 	// minPipe is the smallest capacity a pipe can have.
 	minPipe = 4 << 10
-	// maxPipe is the largest that an unprivileged process may ask for
-	// (/proc/sys/fs/pipe-max-size).
-	maxPipe = 1 << 20
+	// defaultPipe is what pipes hold if nobody asks for something else.
+	defaultPipe = 64 << 10
+	// maxPipe is half of what an unprivileged process may ask for
+	// (/proc/sys/fs/pipe-max-size): what the cursor's buffer can take, so that
+	// the pipe can be made smaller again.
+	maxPipe = 512 << 10
 	// maxAhead is the most that the cursor reads ahead of need: what of it was
 	// read first should still be in the CPU's cache when it is looked at.
 	maxAhead = 256 << 10
 	// shortestRecord is the shortest that a page can be in the stream: a ZERO
 	// record with CONTINUE.
 	shortestRecord = 9
+	// maxBudget is a number of pages that are to come which allows everything.
+	maxBudget = 1 << 24
 )
 
 // feed is the save's input. It keeps the device tail in QEMU's hands until the
@@ -53,8 +58,6 @@ type feed struct {
 	have int
 	// ahead is how far the cursor is to read ahead of need with that.
 	ahead int
-	// tried tells that there was an attempt to make the pipe smaller.
-	tried bool
 	// released tells that nothing is held back any more.
 	released bool
 }
@@ -80,17 +83,28 @@ func (f *feed) Read(p []byte) (int, error) {
 		return 0, context.Cause(f.ctx)
 	}
 	n, err := f.in.Read(p)
-	if f.want < f.have {
-		// Now is when the pipe is emptiest. While more is in it than it is
-		// to hold, the kernel refuses, and the next read tries again.
-		f.have = f.pipe.SetCapacity(f.want)
-		f.tried = true
-		if f.have <= f.want {
+	for try := 1; err == nil && f.want < f.have; try++ {
+		// Now is when the pipe is emptiest.
+		if f.have = f.pipe.SetCapacity(f.want); f.have <= f.want {
 			f.cur.SetReadAhead(f.ahead)
+			break
 		}
+		// The source was waiting to write and has been quicker: the kernel
+		// refuses while more is in the pipe than it is to hold. A source that
+		// is done with that write needs a moment for the next.
+		if try == shrinkTries || n == len(p) || !f.pipe.Ready(0) {
+			break
+		}
+		var more int
+		more, err = f.in.Read(p[n:])
+		n += more
 	}
 	return n, err
 }
+
+// shrinkTries is how often one Read tries to make the pipe smaller. A source that
+// does nothing but write, which QEMU is not, is quicker about every other time.
+const shrinkTries = 16
 
 // adjustEvery is how many new pages there are between two calls of adjust.
 const adjustEvery = 128
@@ -103,9 +117,10 @@ func (f *feed) adjust(unseen uint64) {
 	if f.pipe == nil || f.released {
 		return
 	}
-	// Twice, because both the cursor and the pipe can hold so much.
-	budget := unseen * shortestRecord
-	safe := func(n int) bool { return budget >= uint64(2*n+slack) }
+	budget := int(min(unseen, maxBudget)) * shortestRecord
+	// Twice, because both the cursor and the pipe can hold so much; and twice
+	// again, so that there is time to make the pipe smaller before it must be.
+	safe := func(n int) bool { return budget >= 4*n+slack }
 	f.want, f.ahead = minPipe, 0
 	if safe(minPipe) {
 		for f.want < maxPipe && safe(2*f.want) {
@@ -116,12 +131,16 @@ func (f *feed) adjust(unseen uint64) {
 	if f.want > f.have {
 		f.have = f.pipe.SetCapacity(f.want)
 	}
-	// A pipe can be made smaller only when it is almost empty, so the cursor
-	// takes all there is. Once it does so however little is to come: a full
-	// pipe at the end of RAM is worse.
 	ahead := f.ahead
-	if f.have > f.want && (safe(f.have) || !f.tried) {
-		ahead = f.have
+	if f.have > f.want {
+		// A pipe can be made smaller only when it is almost empty, so the
+		// cursor takes all there is, again and again, but leaves enough to come
+		// for the next step down. A pipe that can hold a small machine's
+		// devices is worse than that.
+		ahead = max(ahead, (budget-slack-f.have)/2)
+		if f.have >= defaultPipe {
+			ahead = max(ahead, f.have)
+		}
 	}
 	f.cur.SetReadAhead(ahead)
 }

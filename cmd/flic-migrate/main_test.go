@@ -28,10 +28,11 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"flic-migrate": main,
 		// The same on a disk that has no room for more than a few writes.
-		"flic-migrate-full": func() { os.Exit(run(fullDisk{vfs.OS}, os.Args[1:])) },
-		"mkstream":          mkstream,
-		"mkworkingset":      mkworkingset,
-		"returnpath":        printReturnPath,
+		"flic-migrate-full":   func() { os.Exit(run(fullDisk{vfs.OS}, os.Args[1:])) },
+		"flic-migrate-faulty": faulty,
+		"mkstream":            mkstream,
+		"mkworkingset":        mkworkingset,
+		"returnpath":          printReturnPath,
 	})
 }
 

@@ -214,7 +214,7 @@ func (l *lab) holds(t testing.TB, names ...string) {
 	if len(names) > 0 {
 		l.run(t, "verify", "--all")
 	}
-	images, err := filepath.Glob(l.store + "/vms/*/*")
+	images, err := filepath.Glob(l.store + "/vms/*/*.flic")
 	ok(t, err)
 	unfinished, err := filepath.Glob(l.store + "/tmp/*")
 	ok(t, err)
