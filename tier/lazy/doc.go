@@ -17,5 +17,6 @@
 // has been sent: QEMU must get no page twice (EEXIST, postcopy-paused).
 //
 // Zero pages and pages that were never saved are not sent unless they are asked
-// for: RAM that never arrives reads as zero when the migration has ended.
+// for: RAM that never arrives reads as zero when the migration has ended. It
+// must not end before the devices are loaded.
 package lazy

@@ -111,6 +111,8 @@ type fakeQEMU struct {
 	// onRun is called when the guest would run, afterPart after every section.
 	onRun     func()
 	afterPart func(section int)
+	// loading keeps the PING in the package from being answered.
+	loading bool
 
 	mu       sync.Mutex
 	lastName string // block of the last REQ_PAGES_ID
@@ -143,6 +145,9 @@ func (d *fakeQEMU) ask(id tiertest.PageID) error {
 	return err
 }
 
+// pong says that the devices are loaded. A server that has ended does not care.
+func (d *fakeQEMU) pong() { d.rp.Write(returnpath.AppendPong(nil, 3)) }
+
 // load reads what a server writes, up to its end. A server that stops before
 // END gives an error that wraps stream.ErrTruncated, and whatever came before
 // was checked.
@@ -162,6 +167,9 @@ func (d *fakeQEMU) load(r io.Reader) error {
 	dec := ramparse.NewDecoder(ramparse.Options{PageSize: d.s.PageSize()})
 	if err := open(rd, dec); err != nil {
 		return err
+	}
+	if d.had == nil && !d.loading {
+		d.pong()
 	}
 	if d.onRun != nil {
 		d.onRun()
@@ -241,9 +249,10 @@ func (d *fakeQEMU) loadOpening(rd *stream.Reader, dec *ramparse.Decoder) error {
 		return err
 	}
 	all, layout := d.s.Bytes(), d.s.Layout()
-	want := postcopy.AppendRun(append(postcopy.AppendListen(nil), all[layout.Tail:layout.EOF]...))
+	want := append(postcopy.AppendListen(nil), all[layout.Tail:layout.EOF]...)
+	want = postcopy.AppendRun(postcopy.AppendPing(want, 3))
 	if !bytes.Equal(pack, want) {
-		return fmt.Errorf("package of %d bytes is not LISTEN, devices, RUN of %d bytes", len(pack), len(want))
+		return fmt.Errorf("package of %d bytes is not LISTEN, devices, PING, RUN of %d bytes", len(pack), len(want))
 	}
 	return nil
 }

@@ -158,7 +158,11 @@ func (o *opening) ramSetup(cur *stream.Cursor) error {
 	return nil
 }
 
-// devices writes the package: LISTEN, every device's section, RUN.
+// devicesLoaded is the value of the PING that QEMU answers when it has loaded
+// the package up to RUN (3, as its own source has it).
+const devicesLoaded = 3
+
+// devices writes the package: LISTEN, every device's section, PING, RUN.
 func (o *opening) devices(tail []byte) error {
 	t, err := stream.ParseTail(tail)
 	if err != nil {
@@ -174,6 +178,7 @@ func (o *opening) devices(tail []byte) error {
 	}
 	pack := postcopy.AppendListen(nil)
 	pack = append(pack, tail[:end]...)
+	pack = postcopy.AppendPing(pack, devicesLoaded)
 	pack = postcopy.AppendRun(pack)
 	o.bytes = postcopy.AppendPackage(o.bytes, pack)
 	return nil

@@ -106,6 +106,7 @@ func Recover(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io
 		return nil, err
 	}
 	p := newPump(c, out, op.ramID, o, start)
+	close(p.loaded) // or QEMU would not be in postcopy-paused
 	rd := returnpath.NewReader(in)
 	if err := p.handshake(rd); err != nil {
 		return p.report(), err
@@ -192,6 +193,8 @@ type pump struct {
 	tick  time.Time
 
 	demands chan demand
+	// loaded is closed when QEMU has loaded the devices.
+	loaded chan struct{}
 }
 
 const (
@@ -213,7 +216,7 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 	}
 	p := &pump{
 		c: c, out: out, ramID: ramID, o: o, start: start, named: -1,
-		blocks: make(map[string]int), demands: make(chan demand, maxDemands),
+		blocks: make(map[string]int), demands: make(chan demand, maxDemands), loaded: make(chan struct{}),
 		fill: make([]byte, c.Meta.PageSize), pages: newPageSource(c),
 	}
 	for i, n := range c.Meta.BlockPages() {
@@ -243,6 +246,15 @@ func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) 
 	return p.report(), err
 }
 
+func (p *pump) devicesLoaded() bool {
+	select {
+	case <-p.loaded:
+		return true
+	default:
+		return false
+	}
+}
+
 // receive turns the return path's requests into demands.
 func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 	for {
@@ -259,6 +271,11 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 				return fmt.Errorf("QEMU reports that loading failed (SHUT %d)", m.Value)
 			}
 			continue // it has everything
+		case returnpath.Pong:
+			if m.Value == devicesLoaded && !p.devicesLoaded() {
+				close(p.loaded)
+			}
+			continue
 		case returnpath.ReqPages, returnpath.ReqPagesID:
 		default:
 			continue
@@ -475,8 +492,22 @@ func (p *pump) write(b []byte) error {
 	return err
 }
 
-// finish ends the migration.
+// finish ends the migration, but not before QEMU has loaded the devices: a zero
+// page that one of them touches after END is asked for in vain, and QEMU waits
+// for the device and the device for the page (migration/savevm.c,
+// postcopy_ram_listen_thread waits for main_thread_load_event).
 func (p *pump) finish(ctx context.Context) error {
+	for !p.devicesLoaded() {
+		select {
+		case d := <-p.demands:
+			if err := p.demanded(d); err != nil {
+				return err
+			}
+		case <-p.loaded:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 	if err := p.yield(ctx); err != nil {
 		return err
 	}

@@ -93,7 +93,7 @@ func TestOpeningBytes(t *testing.T) {
 	all, layout := s.Bytes(), s.Layout()
 	setup, err := s.setup()
 	check(t, err)
-	pack := "\x08\x00\x04\x00\x00" + string(all[layout.Tail:layout.EOF]) + "\x08\x00\x05\x00\x00"
+	pack := "\x08\x00\x04\x00\x00" + string(all[layout.Tail:layout.EOF]) + "\x08\x00\x02\x00\x04\x00\x00\x00\x03" + "\x08\x00\x05\x00\x00"
 	want := string(all[:layout.RAM]) +
 		"\x08\x00\x01\x00\x00" + // OPEN_RETURN_PATH
 		"\x08\x00\x03\x00\x10\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00\x00\x10\x00" + // ADVISE
@@ -102,8 +102,8 @@ func TestOpeningBytes(t *testing.T) {
 		"\x08\x00\x06\x00\x1a\x00\x07pc.bios\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x50\x00" +
 		"\x08\x00\x07\x00\x04" + string(binary.BigEndian.AppendUint32(nil, uint32(len(pack)))) + pack
 	var out bytes.Buffer
-	in, rp := io.Pipe()
-	defer rp.Close()
+	in := lasting{bytes.NewReader(returnpath.AppendPong(nil, 3)), make(chan struct{})}
+	defer close(in.end)
 	_, err = lazy.Serve(t.Context(), s.ck, in, &out, lazy.Options{})
 	check(t, err)
 	got := out.String()
@@ -368,6 +368,44 @@ func TestHarmless(t *testing.T) {
 	}
 	if rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t); rep.Demands != 1 {
 		t.Errorf("%d demands", rep.Demands)
+	}
+}
+
+// TestEndWaits: END does not come before the devices are loaded, and until then
+// what they touch is served.
+func TestEndWaits(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 24, Blocks: threeBlocks, Mix: tiertest.Mix{1, 1, 1, 1, 4}}, 3, tier.SaveOptions{})
+	d := newFakeQEMU(s)
+	d.loading = true
+	var late []tiertest.PageID
+	for p := uint64(0); len(late) < 5; p++ {
+		if id := (tiertest.PageID{Block: 1, Page: p}); s.page(id) == nil {
+			late = append(late, id)
+		}
+	}
+	devices := make(chan struct{})
+	d.onRun = func() {
+		go func() {
+			defer close(devices)
+			time.Sleep(300 * time.Millisecond) // all else is sent meanwhile
+			for _, id := range late {
+				d.ask(id)
+				d.rp.Write(returnpath.AppendPong(nil, 1)) // another PING's
+				settle()
+			}
+			d.pong()
+			d.pong() // once more does no harm
+		}()
+	}
+	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+	<-devices
+	if rep.Zero != int64(len(late)) || rep.Waited != rep.Zero {
+		t.Errorf("%+v", rep)
+	}
+	for i, id := range late {
+		if n, _ := d.position(id); n != len(d.order)-len(late)+i {
+			t.Errorf("page %v came as number %d of %d", id, n, len(d.order))
+		}
 	}
 }
 
@@ -680,7 +718,7 @@ func FuzzServe(f *testing.F) {
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		in := lasting{bytes.NewReader(b), make(chan struct{})}
+		in := lasting{bytes.NewReader(append(returnpath.AppendPong(nil, 3), b...)), make(chan struct{})}
 		defer close(in.end)
 		var out bytes.Buffer
 		_, err := lazy.Serve(t.Context(), s.ck, in, &out, lazy.Options{})
@@ -690,6 +728,7 @@ func FuzzServe(f *testing.F) {
 				d.mayZero[tiertest.PageID{Block: blk, Page: p}] = true
 			}
 		}
+		d.loading = true // the PONG has been said
 		loaded := d.load(&out)
 		if err == nil && loaded != nil || err != nil && !errors.Is(loaded, stream.ErrTruncated) {
 			t.Errorf("server: %v; destination: %v", err, loaded)
