@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -133,16 +134,31 @@ func child(t *testing.T, j job) done {
 	return d
 }
 
-// limit is the promised most: 64 MiB and 32 bytes a page.
+// limit is the promised most: 64 MiB and 32 bytes a page. The race detector
+// takes up to nine times what it watches for itself.
 func limit(o tiertest.Options) int64 {
 	var ram uint64
 	for _, b := range o.Blocks {
 		ram += b.Size
 	}
-	return 64<<20 + int64(ram/4096)*32
+	n := 64<<20 + int64(ram/4096)*32
+	if raceDetector() {
+		n *= 10
+	}
+	return n
+}
+
+// raceDetector tells whether this is a build for it, which is ten times slower:
+// guests are smaller then.
+func raceDetector() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 func withRAM(o tiertest.Options, size uint64) tiertest.Options {
+	if raceDetector() {
+		size /= 8
+	}
 	o.Blocks = []tiertest.Block{{Name: "pc.ram", Size: size - 16<<20}, {Name: "vga.vram", Size: 16 << 20}}
 	return o
 }
