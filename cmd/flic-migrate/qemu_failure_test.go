@@ -117,6 +117,7 @@ func TestFaults(t *testing.T) {
 				set(t, vm, nil, "return-path")
 			}
 			flags := append(l.hot(t, vm), "--report", l.report())
+			told := 0
 			for _, test := range []struct {
 				op    string
 				n     int
@@ -148,6 +149,12 @@ func TestFaults(t *testing.T) {
 					ok(t, qmp.Cont(ctx, vm.QMP))
 				}
 				runsOn(t, vm)
+				if returnPath {
+					told++
+					until(t, "QEMU to say why", func() bool {
+						return strings.Count(vm.Output(), "Sibling indicated error 1") == told
+					})
+				}
 				if o := l.outcome(t); o.ExitCode != test.exit || !strings.Contains(o.Error, test.errno.Error()) || o.Checkpoint != "" {
 					t.Errorf("the save says %+v", o)
 				}
@@ -195,7 +202,6 @@ func TestHoldBack(t *testing.T) {
 				f := fault{op: "sync", n: 1, stall: 2 * time.Second, errno: unix.EIO, mark: filepath.Join(l.dir, "mark")}
 				ok(t, qmp.Migrate(ctx, vm.QMP, f.uri(l, "--report", l.report())))
 				waitForFile(t, f.mark)
-				t.Log(vm.Output())
 				// QEMU may be in a write of the device tail, and then its
 				// monitor waits with it.
 				for {
@@ -225,22 +231,21 @@ func TestHoldBack(t *testing.T) {
 }
 
 // With the return path QEMU's "completed" means committed: not before the last
-// sync, and at once after it the checkpoint is whole.
+// sync, and at once after it the checkpoint is whole. QEMU's monitor answers
+// meanwhile.
 func TestCompletedMeansCommitted(t *testing.T) {
-	for _, op := range []string{"sync", "rename", "syncdir"} {
-		t.Run(op, func(t *testing.T) {
+	for _, f := range []fault{{op: "sync", n: 1}, {op: "sync", n: 2}, {op: "rename", n: 1}, {op: "syncdir", n: 1}} {
+		t.Run(fmt.Sprint(f.op, f.n), func(t *testing.T) {
 			t.Parallel()
 			ctx, l := limit(t), newLab(t)
 			c := q35.tiny(t, qemutest.LiveMemory, varied(768), 10)
 			vm := qemutest.Start(t, c)
 			vm.WaitFor(t, `tick 00000002\r`)
 			set(t, vm, map[string]any{"max-bandwidth": int64(1) << 40, "downtime-limit": 100}, "return-path")
-			f := fault{op: op, n: 1, stall: time.Second, mark: filepath.Join(l.dir, "mark")}
-			if op == "sync" {
-				f.n = 2 // the first is the RAM's
-			}
+			f.stall, f.mark = time.Second, filepath.Join(l.dir, "mark")
 			ok(t, qmp.Migrate(ctx, vm.QMP, f.uri(l)))
 			waitForFile(t, f.mark)
+			answers := 0
 			for {
 				info, err := qmp.QueryMigrate(ctx, vm.QMP)
 				ok(t, err)
@@ -248,9 +253,13 @@ func TestCompletedMeansCommitted(t *testing.T) {
 					break
 				}
 				if info.Status.Ended() {
-					t.Fatalf("QEMU says %s before the %s is done", info.Status, op)
+					t.Fatalf("QEMU says %s before the %s is done", info.Status, f.op)
 				}
+				answers++
 				time.Sleep(5 * time.Millisecond)
+			}
+			if answers < 3 {
+				t.Errorf("QEMU's monitor has answered %d times in %v", answers, f.stall)
 			}
 			ended(t, ctx, vm, qmp.StatusCompleted)
 			l.holds(t, "vm@1")
