@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
@@ -43,6 +44,7 @@ func TestWorkingSets(t *testing.T) {
 		}
 		vm.Kill()
 
+		c.Hold = 300 * time.Millisecond // so that there is something to wait for
 		vm, _ = destination(t, config, uri(t, c))
 		check(t, qmp.Cont(ctx, vm.QMP))
 		busy, done := context.WithCancel(ctx)
@@ -54,6 +56,7 @@ func TestWorkingSets(t *testing.T) {
 		readAll(t, vm)
 		guestOK(t, vm)
 		diskOK(t, vm, pages)
+		t.Logf("under load: %+v", readReport(t, c.Report))
 		vm.Kill()
 		check(t, qmp.Cont(ctx, src.QMP))
 	}
