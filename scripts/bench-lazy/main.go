@@ -1,192 +1,362 @@
-// Command bench-lazy measures what a lazy restore is for: the time from
-// migrate-incoming until the guest runs, and until its own work is done, beside
-// an eager exec:cat of the same guest's raw stream. It prints a Markdown table.
+// Command bench-lazy measures lazy restores beside eager ones and prints
+// Markdown tables (docs/lazy.md has those of one machine).
 //
-//	go run ./scripts/bench-lazy [-runs 5] [-sizes 256,512,1024,2048]
+//	go run ./scripts/bench-lazy [-runs 5] [-only start,guest,waits,flash,filter]
+//
+// Restores take turns (eager, lazy, eager …); figures are medians. Files are in
+// the page cache unless the flash tier is limited. Everything is under TMPDIR,
+// which needs 6 GB and should be on a disk.
 package main
 
 import (
 	"context"
-	"errors"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
+	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
+	"github.com/flic-migrate/flic-migrate/tier/lazy"
 )
 
 func main() {
-	runs := flag.Int("runs", 5, "runs of each kind, in turns")
-	sizes := flag.String("sizes", "256,512,1024,2048", "MiB of guest RAM")
-	percent := flag.Int("fill", 60, "percent of RAM that the guest fills, and reads as its work")
+	ctx := context.Background()
+	if spec := os.Getenv(childEnv); spec != "" {
+		if err := runChild(ctx, spec); err != nil {
+			fmt.Fprintln(os.Stderr, "child:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	runs := flag.Int("runs", 5, "restores of each kind")
+	only := flag.String("only", "start,guest,waits,flash,filter", "what to measure")
 	flag.Parse()
-	if err := run(*runs, *percent, strings.Split(*sizes, ",")); err != nil {
+	dir, err := os.MkdirTemp("", "bench-lazy")
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench-lazy:", err)
 		os.Exit(1)
 	}
-}
-
-func run(runs, percent int, sizes []string) error {
-	root, err := qemutest.ModuleRoot()
-	if err != nil {
-		return err
-	}
-	dir, err := os.MkdirTemp("", "bench-lazy")
-	if err != nil {
-		return err
-	}
 	defer os.RemoveAll(dir)
-	b := &bench{dir: dir, binary: filepath.Join(dir, "flic-migrate"), percent: percent}
-	build := exec.Command("go", "build", "-o", b.binary, "./cmd/flic-migrate")
-	build.Dir, build.Stderr = root, os.Stderr
-	if err := build.Run(); err != nil {
-		return err
-	}
-	fmt.Print("| RAM | eager cat: runs after | lazy: runs after | ratio | eager cat: work done | lazy, first: work done | lazy, learned: work done |\n" +
-		"|---:|---:|---:|---:|---:|---:|---:|\n")
-	for _, s := range sizes {
-		mib, err := strconv.Atoi(s)
+	b := &bench{ctx: ctx, dir: dir, runs: *runs}
+	for _, name := range strings.Split(*only, ",") {
+		part, ok := map[string]func() error{
+			"start": b.start, "guest": b.guest, "waits": b.waits, "flash": b.flash, "filter": b.filter,
+		}[name]
+		err := fmt.Errorf("no measurement %q", name)
+		if ok {
+			err = part()
+		}
 		if err != nil {
-			return err
-		}
-		if err := b.size(mib, runs); err != nil {
-			return fmt.Errorf("%d MiB: %w", mib, err)
+			os.RemoveAll(dir)
+			fmt.Fprintf(os.Stderr, "bench-lazy: %s: %v\n", name, err)
+			os.Exit(1)
 		}
 	}
-	return nil
 }
 
 type bench struct {
-	dir, binary string
-	percent     int // of RAM that the guest fills and reads
+	ctx  context.Context
+	dir  string
+	runs int
 }
 
-// times of one restore, from migrate-incoming on.
-type times struct{ running, work time.Duration }
-
-func median(list []times, f func(times) time.Duration) time.Duration {
-	var v []time.Duration
-	for _, t := range list {
-		v = append(v, f(t))
-	}
-	slices.Sort(v)
-	return v[len(v)/2]
+// saved is a VM in a file, as its stream, and in a store.
+type saved struct {
+	config qemutest.Config
+	stream string
+	bytes  int64 // of the stream
+	store  string
 }
 
-func ms(d time.Duration) string { return fmt.Sprintf("%.0f ms", float64(d.Microseconds())/1000) }
-
-func (b *bench) size(mib, runs int) error {
-	ctx := context.Background()
-	// The guest's own work is to read all of its buffer and check it.
-	config := qemutest.Config{Guest: qemutest.Linux, Memory: fmt.Sprintf("%dM", mib), Kernel: fmt.Sprintf("flic.fill=%d", mib*b.percent/100)}
-	raw, store := filepath.Join(b.dir, "raw"), filepath.Join(b.dir, fmt.Sprintf("store%d", mib))
-	if err := b.save(ctx, config, raw, store); err != nil {
-		return err
+// save stops a VM and saves it twice.
+func (b *bench) save(vm *qemutest.VM, config qemutest.Config, name string) (saved, error) {
+	s := saved{config: config, stream: filepath.Join(b.dir, name+".stream"), store: filepath.Join(b.dir, name+".store")}
+	s.config.Args = nil // not loaded again
+	s.config.Incoming, s.config.Paused = "defer", true
+	if err := qmp.SetParameters(b.ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
+		return s, err
 	}
-	var cat, first, learned []times
-	for range runs {
-		t, err := b.restore(ctx, config, false, "exec:exec cat "+raw)
-		if err != nil {
-			return err
-		}
-		cat = append(cat, t)
-		serve := "exec:exec " + b.binary + " restore --quiet --lazy always --store " + store + " vm"
-		// What was learned is in a file beside the checkpoint.
-		if err := os.RemoveAll(filepath.Join(store, "vms", "vm", "00000001.touched")); err != nil {
-			return err
-		}
-		for _, list := range []*[]times{&first, &learned} {
-			if t, err = b.restore(ctx, config, true, serve); err != nil {
-				return err
-			}
-			*list = append(*list, t)
-		}
-	}
-	running := func(t times) time.Duration { return t.running }
-	work := func(t times) time.Duration { return t.work }
-	c, l := median(cat, running), median(append(first, learned...), running)
-	fmt.Printf("| %d MB | %s | %s | %.3f | %s | %s | %s |\n", mib, ms(c), ms(l), l.Seconds()/c.Seconds(),
-		ms(median(cat, work)), ms(median(first, work)), ms(median(learned, work)))
-	return nil
-}
-
-// save boots a guest and saves it, stopped, both ways.
-func (b *bench) save(ctx context.Context, config qemutest.Config, raw, store string) error {
-	vm, err := qemutest.Launch(ctx, config)
+	uri, err := child{Op: "save", Store: s.store}.uri()
 	if err != nil {
-		return err
+		return s, err
+	}
+	for _, u := range []string{"exec:exec cat > " + s.stream, uri} {
+		if err := qmp.Stop(b.ctx, vm.QMP); err != nil {
+			return s, err
+		}
+		if _, err := vm.Save(b.ctx, u); err != nil {
+			return s, fmt.Errorf("%w\n%s", err, vm.Output())
+		}
+		if err := qmp.Cont(b.ctx, vm.QMP); err != nil {
+			return s, err
+		}
+	}
+	info, err := os.Stat(s.stream)
+	if err != nil {
+		return s, err
+	}
+	s.bytes = info.Size()
+	return s, nil
+}
+
+func (s saved) remove() {
+	os.Remove(s.stream)
+	os.RemoveAll(s.store)
+}
+
+// restored is one restore.
+type restored struct {
+	running, resident time.Duration // since migrate-incoming
+	work              time.Duration // until the guest had done what it was asked for
+	rep               lazy.Report
+}
+
+// restore restores s from an exec: URI; with ask the guest runs and is asked
+// for something.
+func (b *bench) restore(s saved, uri string, postcopy bool, ask string) (r restored, err error) {
+	vm, err := qemutest.Launch(b.ctx, s.config)
+	if err != nil {
+		return r, err
 	}
 	defer vm.Kill()
-	boot, cancel := context.WithTimeout(ctx, 3*time.Minute)
-	defer cancel()
-	if _, err := vm.Expect(boot, `tick \d+`); err != nil {
-		return err
+	capabilities := []map[string]bool{{"events": true}, {"postcopy-ram": true}}
+	if !postcopy {
+		capabilities = capabilities[:1]
 	}
-	if err := errors.Join(qmp.Stop(ctx, vm.QMP),
-		qmp.SetParameters(ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)})); err != nil {
-		return err
-	}
-	if _, err := vm.Save(ctx, "exec:cat > "+raw); err != nil {
-		return err
-	}
-	if err := errors.Join(qmp.Cont(ctx, vm.QMP), qmp.Stop(ctx, vm.QMP)); err != nil {
-		return err
-	}
-	_, err = vm.Save(ctx, "exec:exec "+b.binary+" save --quiet --store "+store+" --vm vm")
-	return err
-}
-
-func (b *bench) restore(ctx context.Context, config qemutest.Config, lazily bool, uri string) (times, error) {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
-	defer cancel()
-	config.Incoming, config.Paused = "defer", true
-	vm, err := qemutest.Launch(ctx, config)
-	if err != nil {
-		return times{}, err
-	}
-	defer vm.Kill()
-	if err := qmp.SetCapabilities(ctx, vm.QMP, map[string]bool{"events": true}); err != nil {
-		return times{}, err
-	}
-	if lazily {
-		if err := qmp.SetCapabilities(ctx, vm.QMP, map[string]bool{"postcopy-ram": true}); err != nil {
-			return times{}, err
+	for _, c := range capabilities {
+		if err := qmp.SetCapabilities(b.ctx, vm.QMP, c); err != nil {
+			return r, err
 		}
 	}
 	start := time.Now()
-	if err := qmp.MigrateIncoming(ctx, vm.QMP, uri); err != nil {
-		return times{}, err
+	if err := qmp.MigrateIncoming(b.ctx, vm.QMP, uri); err != nil {
+		return r, err
 	}
 	for {
-		s, err := qmp.QueryStatus(ctx, vm.QMP)
+		state, err := qmp.QueryStatus(b.ctx, vm.QMP)
 		if err != nil {
-			return times{}, fmt.Errorf("%w\n%s", err, vm.Output())
+			return r, fmt.Errorf("%w\n%s", err, vm.Output())
 		}
-		if s.Status != "inmigrate" {
+		if state.Status != "inmigrate" {
 			break
 		}
-		time.Sleep(time.Millisecond)
+		time.Sleep(500 * time.Microsecond)
 	}
-	var t times
-	t.running = time.Since(start)
-	if err := errors.Join(qmp.Cont(ctx, vm.QMP), vm.Send("check")); err != nil {
-		return t, err
+	r.running = time.Since(start)
+	done := make(chan error, 1)
+	go func() {
+		_, err := qmp.WaitMigration(b.ctx, vm.QMP)
+		r.resident = time.Since(start)
+		done <- err
+	}()
+	if ask != "" {
+		if err := b.work(vm, ask); err != nil {
+			return r, err
+		}
+		r.work = time.Since(start)
 	}
-	answer, err := vm.Expect(ctx, `check (ok|bad) .*`)
+	return r, <-done
+}
+
+// work lets the guest run and do something.
+func (b *bench) work(vm *qemutest.VM, ask string) error {
+	if err := qmp.Cont(b.ctx, vm.QMP); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+	defer cancel()
+	// The serial port may lose what it gets before the guest runs.
+	if _, err := vm.Expect(ctx, `tick \d+`); err != nil {
+		return err
+	}
+	if err := vm.Send(ask); err != nil {
+		return err
+	}
+	_, err := vm.Expect(ctx, `\n`+ask+` \w+`)
+	return err
+}
+
+func (b *bench) eager(s saved, ask string) (restored, error) {
+	return b.restore(s, "exec:exec cat "+s.stream, false, ask)
+}
+
+func (b *bench) child(s saved, c child, ask string) (restored, error) {
+	c.Store, c.Report = s.store, filepath.Join(b.dir, "report")
+	os.Remove(c.Report)
+	uri, err := c.uri()
 	if err != nil {
-		return t, err
+		return restored{}, err
 	}
-	if answer[1] != "ok" {
-		return t, errors.New(answer[0])
+	r, err := b.restore(s, uri, c.Op == "lazy", ask)
+	if err != nil || c.Op != "lazy" {
+		return r, err
 	}
-	t.work = time.Since(start)
-	_, err = qmp.WaitMigration(ctx, vm.QMP)
-	return t, err
+	var text []byte
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if text, err = os.ReadFile(c.Report); err == nil {
+			return r, json.Unmarshal(text, &r.rep)
+		}
+	}
+	return r, err
+}
+
+// turns runs the kinds of restores one after the other, runs times.
+func (b *bench) turns(kinds ...func() (restored, error)) ([][]restored, error) {
+	all := make([][]restored, len(kinds))
+	for range b.runs {
+		for i, kind := range kinds {
+			r, err := kind()
+			if err != nil {
+				return nil, err
+			}
+			all[i] = append(all[i], r)
+		}
+	}
+	return all, nil
+}
+
+func median(list []restored, what func(restored) time.Duration) time.Duration {
+	var d []time.Duration
+	for _, r := range list {
+		d = append(d, what(r))
+	}
+	slices.Sort(d)
+	return d[len(d)/2]
+}
+
+func running(r restored) time.Duration  { return r.running }
+func resident(r restored) time.Duration { return r.resident }
+func work(r restored) time.Duration     { return r.work }
+
+// content makes a file of what guests have in memory.
+func (b *bench) content(size int) (string, error) {
+	buf := make([]byte, size)
+	guestmem.Fill(buf, 7)
+	name := filepath.Join(b.dir, fmt.Sprint("content", size))
+	return name, os.WriteFile(name, buf, 0o600)
+}
+
+// tiny saves a tiny guest of so much RAM, of which three fifths hold content.
+func (b *bench) tiny(mib int) (saved, error) {
+	file, err := b.content(mib << 20 / 5 * 3 &^ 4095)
+	if err != nil {
+		return saved{}, err
+	}
+	defer os.Remove(file)
+	config := qemutest.Config{Guest: qemutest.Tiny, Memory: fmt.Sprint(mib, "M"), Args: qemutest.Load(file, 16<<20)}
+	vm, err := qemutest.Launch(b.ctx, config)
+	if err != nil {
+		return saved{}, err
+	}
+	defer vm.Kill()
+	if _, err := vm.Expect(b.ctx, `tick 00000002`); err != nil {
+		return saved{}, err
+	}
+	return b.save(vm, config, fmt.Sprint("tiny", mib))
+}
+
+// linux saves a guest with a buffer of 64 MiB whose other memory is not empty.
+func (b *bench) linux(memory string) (saved, error) {
+	config := qemutest.Config{Guest: qemutest.Linux, Memory: memory, Kernel: "flic.fill=64"}
+	vm, err := qemutest.Launch(b.ctx, config)
+	if err != nil {
+		return saved{}, err
+	}
+	defer vm.Kill()
+	ctx, cancel := context.WithTimeout(b.ctx, 3*time.Minute)
+	defer cancel()
+	if _, err := vm.Expect(ctx, `flic ready`); err != nil {
+		return saved{}, err
+	}
+	if _, err := vm.Expect(ctx, `tick \d+`); err != nil {
+		return saved{}, err
+	}
+	return b.save(vm, config, "linux")
+}
+
+func ms(d time.Duration) string { return fmt.Sprintf("%.1f", d.Seconds()*1000) }
+
+// start: time to running by size of RAM.
+func (b *bench) start() error {
+	fmt.Print("\n| RAM | stream | eager `cat`, ms | lazy running, ms | share | lazy resident, ms |\n|---|---|---|---|---|---|\n")
+	for _, mib := range []int{256, 512, 1024, 2048} {
+		s, err := b.tiny(mib)
+		if err != nil {
+			return err
+		}
+		t, err := b.turns(
+			func() (restored, error) { return b.eager(s, "") },
+			func() (restored, error) { return b.child(s, child{Op: "lazy", Pipe: 64 << 10}, "") })
+		if err != nil {
+			return err
+		}
+		s.remove()
+		e, l := median(t[0], running), median(t[1], running)
+		fmt.Printf("| %d MiB | %d MiB | %s | %s | %.1f %% | %s |\n", mib, s.bytes>>20, ms(e), ms(l), 100*l.Seconds()/e.Seconds(), ms(median(t[1], resident)))
+	}
+	return nil
+}
+
+// guest: time until the guest has read and hashed 64 MiB.
+func (b *bench) guest() error {
+	s, err := b.linux("512M")
+	if err != nil {
+		return err
+	}
+	defer s.remove()
+	lazily := func(c child) func() (restored, error) {
+		return func() (restored, error) { return b.child(s, c, "sum") }
+	}
+	t, err := b.turns(
+		func() (restored, error) { return b.eager(s, "sum") },
+		func() (restored, error) { return b.child(s, child{Op: "eager"}, "sum") },
+		lazily(child{Op: "lazy", Pipe: 64 << 10}))
+	if err != nil {
+		return err
+	}
+	// In this order: the first teaches the second.
+	for _, hold := range []time.Duration{500 * time.Millisecond, 0} {
+		r, err := lazily(child{Op: "lazy", Pipe: 64 << 10, Learn: true, Hold: hold})()
+		if err != nil {
+			return err
+		}
+		t = append(t, []restored{r})
+	}
+	fmt.Print("\n| restore | running, ms | 64 MiB hashed, ms | resident, ms | pages waited for |\n|---|---|---|---|---|\n")
+	for i, name := range []string{"`cat` of the raw stream", "eager", "lazy", "lazy, first, background held back 500 ms (one run)", "lazy, second (one run)"} {
+		var waited []int64
+		for _, r := range t[i] {
+			waited = append(waited, r.rep.Waited)
+		}
+		slices.Sort(waited)
+		fmt.Printf("| %s | %s | %s | %s | %d |\n", name, ms(median(t[i], running)), ms(median(t[i], work)), ms(median(t[i], resident)), waited[len(waited)/2])
+	}
+	return nil
+}
+
+// flash: the same data from a device of 80 MB/s.
+func (b *bench) flash() error {
+	s, err := b.tiny(512)
+	if err != nil {
+		return err
+	}
+	defer s.remove()
+	const rate = 80e6
+	t, err := b.turns(
+		func() (restored, error) { return b.child(s, child{Op: "eager", Rate: rate}, "") },
+		func() (restored, error) { return b.child(s, child{Op: "lazy", Rate: rate, Pipe: 64 << 10}, "") })
+	if err != nil {
+		return err
+	}
+	fmt.Print("\n| 512 MiB, flash at 80 MB/s | running, ms | resident, ms |\n|---|---|---|\n")
+	for i, name := range []string{"eager", "lazy"} {
+		fmt.Printf("| %s | %s | %s |\n", name, ms(median(t[i], running)), ms(median(t[i], resident)))
+	}
+	return nil
 }

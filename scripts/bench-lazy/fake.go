@@ -1,0 +1,306 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// placing is what the destination needs for a page besides reading it: about
+// what UFFDIO_COPY and its wake-up take.
+const placing = 2 * time.Microsecond
+
+// waits measures, without QEMU and its guest on the same processors, how long a
+// page that is asked for takes from the request to having been read, the pipes
+// in both directions included.
+func (b *bench) waits() error {
+	s, err := b.synthetic(1<<30, tiertest.Mix{tiertest.Zero: 4, tiertest.Duplicate: 1, tiertest.Random: 1, tiertest.Text: 4})
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(s.dir)
+	fmt.Print("\n| background | pipe, KiB | requests | p50, µs | p99, µs | max, µs |\n|---|---|---|---|---|---|\n")
+	for _, c := range []struct {
+		hold time.Duration
+		pipe int
+	}{{time.Hour, 64 << 10}, {0, 64 << 10}, {0, 32 << 10}, {0, 16 << 10}, {0, 4 << 10}} {
+		list, err := s.wait(b.ctx, c.hold, c.pipe)
+		if err != nil {
+			return err
+		}
+		name := "running"
+		if c.hold > 0 {
+			name = "none"
+		}
+		n := len(list)
+		fmt.Printf("| %s | %d | %d | %d | %d | %d |\n", name, c.pipe>>10, n, list[n/2].Microseconds(), list[n*99/100].Microseconds(), list[n-1].Microseconds())
+	}
+	return nil
+}
+
+// synthetic is the checkpoint of a made-up stream.
+type synthetic struct {
+	*tiertest.Stream
+	dir string
+	st  *store.Store
+}
+
+func (b *bench) synthetic(size uint64, mix tiertest.Mix) (*synthetic, error) {
+	s := &synthetic{Stream: tiertest.New(tiertest.Options{Blocks: []tiertest.Block{{Name: "pc.ram", Size: size}}, Mix: mix, PageBits: true})}
+	var err error
+	if s.dir, err = os.MkdirTemp(b.dir, "synthetic"); err != nil {
+		return nil, err
+	}
+	if s.st, err = store.Open(vfs.OS, filepath.Join(s.dir, "store"), true); err != nil {
+		return nil, err
+	}
+	r := s.Reader()
+	defer r.Close()
+	_, _, err = tier.Save(b.ctx, vfs.OS, s.st, r, tier.SaveOptions{VM: "vm"})
+	return s, err
+}
+
+// session is a server and the reader of what it sends.
+type session struct {
+	cur *stream.Cursor
+	rd  *stream.Reader
+	dec *ramparse.Decoder
+	rp  *os.File
+	out *os.File
+	end chan error
+}
+
+func (s *synthetic) serve(ctx context.Context, hold time.Duration, pipe int) (*session, error) {
+	in, rp, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	out, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	unix.FcntlInt(w.Fd(), unix.F_SETPIPE_SZ, pipe)
+	ses := &session{rp: rp, out: out, end: make(chan error, 1)}
+	ses.cur = stream.NewCursor(out, 0)
+	// QEMU reads 32 KiB at a time.
+	ses.cur.SetReadAhead(32 << 10)
+	ses.rd = stream.NewReader(ses.cur)
+	ses.dec = ramparse.NewDecoder(ramparse.Options{PageSize: s.PageSize()})
+	go func() {
+		defer w.Close()
+		ck, err := checkpoint.Open(vfs.OS, s.st, store.Ref{VM: "vm"}, checkpoint.Options{})
+		if err == nil {
+			_, err = lazy.Serve(ctx, ck, in, w, lazy.Options{HoldBackground: hold})
+			ck.Close()
+		}
+		in.Close()
+		ses.end <- err
+	}()
+	return ses, nil
+}
+
+// opening reads up to RUN.
+func (ses *session) opening() error {
+	var rec ramparse.Record
+	for {
+		f, err := ses.rd.Next()
+		if err != nil {
+			return err
+		}
+		switch {
+		case f.Kind == stream.SectionStart:
+			for rec.Kind != ramparse.EOS {
+				if err := ses.dec.Next(ses.cur, &rec); err != nil {
+					return err
+				}
+			}
+		case f.Kind == stream.CommandFrame && f.Command.Number == stream.CommandPackaged:
+			if err := ses.rd.CopyPackage(func([]byte) error { return nil }); err != nil {
+				return err
+			}
+			_, err := ses.rp.Write(returnpath.AppendPong(nil, 3))
+			return err
+		}
+	}
+}
+
+// pages reads to the end of the stream, or until got, which is called for each
+// page, returns an error.
+func (ses *session) pages(got func(page uint64) error) error {
+	var rec ramparse.Record
+	for {
+		f, err := ses.rd.Next()
+		if err != nil {
+			return err
+		}
+		if f.Kind == stream.EOF {
+			return nil
+		}
+		if f.Kind == stream.Footer {
+			continue
+		}
+		for {
+			if err := ses.dec.Next(ses.cur, &rec); err != nil {
+				return err
+			}
+			if rec.Kind == ramparse.EOS {
+				break
+			}
+			for end := time.Now().Add(placing); time.Now().Before(end); {
+			}
+			if err := got(rec.Page); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// ask asks for a page.
+func (ses *session) ask(page uint64) error {
+	_, err := ses.rp.Write(returnpath.AppendReqPages(nil, "pc.ram", page*4096, 4096))
+	return err
+}
+
+func (ses *session) close() {
+	ses.rp.Close()
+	ses.out.Close()
+	<-ses.end
+}
+
+// wait asks for random pages, one after the other as a virtual CPU does, and
+// returns the sorted times.
+func (s *synthetic) wait(ctx context.Context, hold time.Duration, pipe int) ([]time.Duration, error) {
+	ses, err := s.serve(ctx, hold, pipe)
+	if err != nil {
+		return nil, err
+	}
+	defer ses.close()
+	if err := ses.opening(); err != nil {
+		return nil, err
+	}
+	const most = 3000
+	var list []time.Duration
+	var asked atomic.Int64 // when, in ns since start; 0 while nothing is
+	start := time.Now()
+	r := rand.New(rand.NewPCG(1, 7))
+	has := make(map[uint64]bool)
+	wanted := uint64(0)
+	// The requests come from a goroutine of their own, as from QEMU's fault
+	// thread, after a pause in which the guest computes.
+	next := make(chan uint64)
+	defer close(next)
+	go func() {
+		for page := range next {
+			time.Sleep(100 * time.Microsecond)
+			asked.Store(int64(time.Since(start)))
+			if ses.ask(page) != nil {
+				return
+			}
+		}
+	}()
+	choose := func() error {
+		for range 1000 {
+			if wanted = r.Uint64N(s.Pages(0)); !has[wanted] && s.Kind(0, wanted) != tiertest.Zero {
+				next <- wanted
+				return nil
+			}
+		}
+		return errEnough
+	}
+	if err := choose(); err != nil {
+		return nil, err
+	}
+	err = ses.pages(func(page uint64) error {
+		has[page] = true
+		if page != wanted {
+			return nil
+		}
+		// What comes before it was asked for is no wait.
+		if at := asked.Swap(0); at != 0 {
+			list = append(list, time.Since(start)-time.Duration(at))
+		}
+		if len(list) == most {
+			return errEnough
+		}
+		return choose()
+	})
+	if !errors.Is(err, errEnough) && err != nil {
+		return nil, err
+	}
+	slices.Sort(list)
+	return list, nil
+}
+
+var errEnough = errors.New("enough")
+
+// filter: what a large page table costs the server.
+func (b *bench) filter() error {
+	fmt.Print("\n| RAM | page table, MB | opening written, ms | first demanded page, ms |\n|---|---|---|---|\n")
+	for _, gib := range []uint64{2, 16, 64} {
+		s, err := b.synthetic(gib<<30, tiertest.Mix{tiertest.Zero: 700, tiertest.Duplicate: 290, tiertest.Text: 10})
+		if err != nil {
+			return err
+		}
+		var opening, first []time.Duration
+		for range b.runs {
+			start := time.Now()
+			ses, err := s.serve(b.ctx, time.Hour, 64<<10)
+			if err != nil {
+				return err
+			}
+			if err := ses.opening(); err != nil {
+				return err
+			}
+			opening = append(opening, time.Since(start))
+			page := s.Pages(0) * 3 / 4
+			for s.Kind(0, page) != tiertest.Text {
+				page++
+			}
+			start = time.Now()
+			if err := ses.ask(page); err != nil {
+				return err
+			}
+			err = ses.pages(func(p uint64) error {
+				if p == page {
+					return errEnough
+				}
+				return nil
+			})
+			if !errors.Is(err, errEnough) {
+				return err
+			}
+			first = append(first, time.Since(start))
+			ses.close()
+		}
+		ck, err := checkpoint.Open(vfs.OS, s.st, store.Ref{VM: "vm"}, checkpoint.Options{})
+		if err != nil {
+			return err
+		}
+		table := ck.Image.StoredBytes(image.PageTable) / 1e6
+		ck.Close()
+		os.RemoveAll(s.dir)
+		slices.Sort(opening)
+		slices.Sort(first)
+		fmt.Printf("| %d GiB | %d | %s | %s |\n", gib, table, ms(opening[len(opening)/2]), ms(first[len(first)/2]))
+	}
+	return nil
+}
