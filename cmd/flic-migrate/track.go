@@ -205,27 +205,12 @@ func (t *trackCmd) drive(ctx context.Context, interval time.Duration, auto bool)
 			continue
 		}
 		// A later round weighs more; all 16 together are below 255.
-		addHeat(set, s, uint8(i+1))
+		if err := set.Add(s, uint8(i+1)); err != nil {
+			return rep, fmt.Errorf("round %d: %w", i+1, err)
+		}
 	}
 	rep.Hot = hotPages(set)
 	return rep, t.write(t.out, set)
-}
-
-// addHeat makes the pages of s hotter in set. Blocks don't change under a
-// running guest, but for firmware tables, which may grow.
-func addHeat(set, s *workingset.Set, by uint8) {
-	blocks := set.Blocks()
-	v, err := s.Bind(set.PageSize(), blocks)
-	if err != nil {
-		return // another page size: another machine, whose pages say nothing
-	}
-	for i := range blocks {
-		for r := range v.Runs(i, 1, 255) {
-			for page := r.First; page < r.First+r.N; page++ {
-				set.SetHeat(i, page, uint8(min(255, int(set.Heat(i, page))+int(by))))
-			}
-		}
-	}
 }
 
 func hotPages(s *workingset.Set) (n int64) {

@@ -15,6 +15,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/stream/postcopy"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/pagetable"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -135,10 +136,10 @@ func (p *pump) handshake(rd *returnpath.Reader) error {
 		// QEMU rounds up to whole 64-bit words. Of a bitmap that is shorter
 		// the missing pages would be taken for missing in the guest, too, and
 		// be sent twice.
-		if want := 8 * len(p.sent[i].words); len(m.Bitmap) != want {
-			return fmt.Errorf("QEMU sends a bitmap of %d bytes for RAM block %q, expected %d", len(m.Bitmap), blk.Name, want)
+		if err := p.sent[i].Fill(m.Bitmap); err != nil {
+			return fmt.Errorf("QEMU sends for RAM block %q a %w", blk.Name, err)
 		}
-		p.rep.Recovered += p.sent[i].fill(m.Bitmap)
+		p.rep.Recovered += p.sent[i].Count()
 	}
 	if err := p.write(postcopy.AppendResume(nil)); err != nil {
 		return err
@@ -181,7 +182,7 @@ type pump struct {
 	start time.Time
 
 	blocks map[string]int
-	sent   []bitmap
+	sent   []bitmap.Bitmap
 	buf    []byte
 	named  int // block of the last record in buf; -1 at a section's start
 	fill   []byte
@@ -221,7 +222,7 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 	}
 	for i, n := range c.Meta.BlockPages() {
 		p.blocks[c.Meta.Blocks[i].Name] = i
-		p.sent = append(p.sent, newBitmap(n))
+		p.sent = append(p.sent, bitmap.New(int64(n)))
 	}
 	p.total = c.Meta.Report.Hot + c.Meta.Report.Cold
 	return p
@@ -369,7 +370,7 @@ func (p *pump) hold(ctx context.Context) error {
 // demanded answers a request.
 func (p *pump) demanded(d demand) error {
 	p.rep.Demands++
-	if p.sent[d.block].has(d.page) {
+	if p.sent[d.block].Has(int64(d.page)) {
 		return nil // on its way, or another vCPU's request
 	}
 	if err := p.flush(); err != nil {
@@ -392,7 +393,7 @@ func (p *pump) demanded(d demand) error {
 	p.touch(d.block, d.page)
 	err = p.pages.neighbours(d.block, d.page, neighbours, func(block int, page uint64, data []byte) error {
 		// Whether the guest touches it can't be seen any more once it is sent.
-		if data != nil && !p.sent[block].has(page) {
+		if data != nil && !p.sent[block].Has(int64(page)) {
 			p.touch(block, page)
 		}
 		return p.send(block, page, data)
@@ -425,7 +426,7 @@ func (p *pump) batch(ctx context.Context, b *batch) error {
 	}
 	for _, r := range b.pages {
 		for i := range r.count {
-			if p.sent[r.block].has(r.page + i) {
+			if p.sent[r.block].Has(int64(r.page + i)) {
 				continue
 			}
 			e := r.slot + pagetable.Entry(i*r.step)
@@ -444,7 +445,7 @@ func (p *pump) batch(ctx context.Context, b *batch) error {
 
 // send adds a page's record unless it has been sent or reads as zero anyway.
 func (p *pump) send(block int, page uint64, data []byte) error {
-	if data == nil || p.sent[block].has(page) {
+	if data == nil || p.sent[block].Has(int64(page)) {
 		return nil
 	}
 	return p.append(block, page, data)
@@ -466,7 +467,7 @@ func (p *pump) append(block int, page uint64, data []byte) error {
 	} else {
 		p.buf = ramparse.AppendPage(p.buf, name, addr, data)
 	}
-	p.sent[block].set(page)
+	p.sent[block].Set(int64(page))
 	p.rep.Pages++
 	return nil
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -100,7 +101,7 @@ type filter struct {
 	ignoreShared bool
 
 	set    *workingset.Set
-	seen   [][]uint64 // bitmap by block: pages sent at least once
+	seen   []bitmap.Bitmap // by block: pages sent at least once
 	unseen int64
 	early  []int // blocks whose first page came before the page size was known
 	shrunk bool  // the pipe has been asked to shrink
@@ -195,11 +196,10 @@ func (f *filter) start() error {
 		return fmt.Errorf("%w: %d pages, it needs %d", ErrTooSmall, f.unseen, 2*holdPages)
 	}
 	for _, b := range blocks {
-		f.seen = append(f.seen, make([]uint64, (b.Pages+63)/64))
+		f.seen = append(f.seen, bitmap.New(b.Pages))
 	}
 	for _, b := range f.early {
-		if word := &f.seen[b][0]; *word&1 == 0 {
-			*word |= 1
+		if f.seen[b].Set(0) {
 			f.unseen--
 		}
 	}
@@ -225,12 +225,10 @@ func (f *filter) page(rec *ramparse.Record) error {
 	if f.passes.Add(rec.Block, rec.Page) && f.held && f.passes.Passes() > 2 {
 		return errDone
 	}
-	word, bit := &f.seen[rec.Block][rec.Page/64], uint64(1)<<(rec.Page%64)
-	if *word&bit != 0 {
+	if !f.seen[rec.Block].Set(int64(rec.Page)) {
 		f.set.SetHeat(rec.Block, int64(rec.Page), 1)
 		return nil
 	}
-	*word |= bit
 	f.unseen--
 	switch {
 	case f.held:

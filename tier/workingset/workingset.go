@@ -18,6 +18,8 @@ import (
 	"iter"
 	"math/bits"
 	"slices"
+
+	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 )
 
 const (
@@ -34,7 +36,7 @@ type Block struct {
 }
 
 // Run is pages [First, First+N) of a block.
-type Run struct{ First, N int64 }
+type Run = bitmap.Run
 
 // Set is the heat of every page of some RAM blocks. Blocks are numbered in the
 // order of New. Reading is safe from several goroutines, SetHeat and Merge are
@@ -51,8 +53,6 @@ type block struct {
 	// page are zero.
 	planes [][]uint64
 }
-
-func words(pages int64) int64 { return (pages + 63) / 64 }
 
 // New returns a set of cold pages. pageSize is a power of two, in bytes.
 func New(pageSize int, blocks []Block) (*Set, error) {
@@ -130,7 +130,7 @@ func resized(planes [][]uint64, had, pages int64) [][]uint64 {
 	}
 	list := make([][]uint64, len(planes))
 	for j, p := range planes {
-		list[j] = make([]uint64, words(pages))
+		list[j] = make([]uint64, bitmap.Words(pages))
 		copy(list[j], p)
 		if pages < had && pages%64 != 0 {
 			list[j][pages/64] &= 1<<(pages%64) - 1
@@ -156,7 +156,7 @@ func (s *Set) SetHeat(block int, page int64, heat uint8) {
 		panic(fmt.Sprintf("workingset: page %d of %d in RAM block %q", page, b.Pages, b.Name))
 	}
 	for heat>>len(b.planes) != 0 {
-		b.planes = append(b.planes, make([]uint64, words(b.Pages)))
+		b.planes = append(b.planes, make([]uint64, bitmap.Words(b.Pages)))
 	}
 	for j, p := range b.planes {
 		p[page/64] = p[page/64]&^(1<<(page%64)) | uint64(heat>>j&1)<<(page%64)
@@ -167,7 +167,7 @@ func (s *Set) SetHeat(block int, page int64, heat uint8) {
 func (s *Set) Histogram() (count [256]int64) {
 	for _, b := range s.blocks {
 		cold := b.Pages
-		for w := range words(b.Pages) {
+		for w := range bitmap.Words(b.Pages) {
 			var any uint64
 			for _, p := range b.planes {
 				any |= p[w]
@@ -239,34 +239,30 @@ func (s *Set) Runs(block int, lo, hi uint8) iter.Seq[Run] {
 	return func(yield func(Run) bool) {
 		if len(b.planes) == 0 {
 			if lo == 0 && b.Pages > 0 {
-				yield(Run{0, b.Pages})
+				yield(Run{First: 0, N: b.Pages})
 			}
 			return
 		}
-		start := int64(-1) // of the run that is open
-		for w := range words(b.Pages) {
-			in := b.atLeast(w, int(lo)) &^ b.atLeast(w, int(hi)+1)
-			for bit := int64(0); bit < 64; {
-				if start < 0 {
-					skip := int64(bits.TrailingZeros64(in >> bit))
-					if skip == 64 {
-						break
-					}
-					bit += skip
-					start = w*64 + bit
-				}
-				bit += int64(bits.TrailingZeros64(^(in >> bit)))
-				if bit < 64 {
-					if !yield(Run{start, w*64 + bit - start}) {
-						return
-					}
-					start = -1
-				}
+		scan := bitmap.NewScanner(yield)
+		if len(b.planes) == 1 && lo == 1 {
+			// A plain bitmap is its own answer.
+			if scan.Add(b.planes[0]) {
+				scan.End()
 			}
+			return
 		}
-		if start >= 0 {
-			yield(Run{start, b.Pages - start})
+		var buf [64]uint64
+		for w, n := int64(0), bitmap.Words(b.Pages); w < n; {
+			k := min(n-w, int64(len(buf)))
+			for i := range k {
+				buf[i] = b.atLeast(w+i, int(lo)) &^ b.atLeast(w+i, int(hi)+1)
+			}
+			if !scan.Add(buf[:k]) {
+				return
+			}
+			w += k
 		}
+		scan.End()
 	}
 }
 
@@ -292,9 +288,9 @@ func (s *Set) Merge(o *Set) error {
 			to.Pages = from.Pages
 		}
 		for len(to.planes) < len(from.planes) {
-			to.planes = append(to.planes, make([]uint64, words(to.Pages)))
+			to.planes = append(to.planes, make([]uint64, bitmap.Words(to.Pages)))
 		}
-		for w := range words(from.Pages) {
+		for w := range bitmap.Words(from.Pages) {
 			if len(from.planes) == 0 {
 				break
 			}
@@ -319,4 +315,56 @@ func (b *block) word(j int, w int64) uint64 {
 		return 0
 	}
 	return b.planes[j][w]
+}
+
+// Add makes every page that is hot in o hotter by so much, up to 255, matching
+// blocks by name; what s does not have is left out. It fails, with s unchanged,
+// if the page sizes differ.
+func (s *Set) Add(o *Set, by uint8) error {
+	if o.pageSize != s.pageSize {
+		return fmt.Errorf("working set: pages of %d and of %d bytes", s.pageSize, o.pageSize)
+	}
+	for i := range o.blocks {
+		n := s.find(o.blocks[i].Name)
+		if n < 0 {
+			continue
+		}
+		from, to := &o.blocks[i], &s.blocks[n]
+		if len(from.planes) == 0 {
+			continue
+		}
+		// Room for the largest sum there can be. Only that of 8 bits overflows.
+		need := bits.Len(1<<len(to.planes) - 1 + uint(by))
+		for len(to.planes) < min(need, maxPlanes) {
+			to.planes = append(to.planes, make([]uint64, bitmap.Words(to.Pages)))
+		}
+		for w := range bitmap.Words(min(from.Pages, to.Pages)) {
+			hot := from.atLeast(w, 1)
+			if rest := to.Pages - w*64; rest < 64 {
+				hot &= 1<<rest - 1
+			}
+			if hot != 0 {
+				to.add(w, hot, by)
+			}
+		}
+	}
+	return nil
+}
+
+// add adds to the heat of the pages in hot, bits of word w: 64 sums at once, as
+// an adder makes them, plane by plane with the carries in a word.
+func (b *block) add(w int64, hot uint64, by uint8) {
+	var carry uint64
+	for j, p := range b.planes {
+		var y uint64
+		if by>>j&1 != 0 {
+			y = hot
+		}
+		x := p[w]
+		p[w] = x ^ y ^ carry
+		carry = x&y | carry&(x^y)
+	}
+	for _, p := range b.planes {
+		p[w] |= carry
+	}
 }

@@ -167,7 +167,7 @@ func TestRuns(t *testing.T) {
 					case hit && in:
 						want[len(want)-1].N++
 					case hit:
-						want = append(want, Run{int64(p), 1})
+						want = append(want, Run{First: int64(p), N: 1})
 						in = true
 					default:
 						in = false
@@ -183,7 +183,7 @@ func TestRuns(t *testing.T) {
 		}
 	}
 	s := must(New(4096, []Block{{"huge", 1 << 39}}))
-	if got := slices.Collect(s.Runs(0, 0, 3)); !slices.Equal(got, []Run{{0, 1 << 39}}) {
+	if got := slices.Collect(s.Runs(0, 0, 3)); !slices.Equal(got, []Run{{First: 0, N: 1 << 39}}) {
 		t.Errorf("%v", got)
 	}
 	if got := s.Histogram(); got[0] != 1<<39 {
@@ -215,6 +215,45 @@ func TestBind(t *testing.T) {
 	}
 	if _, err := s.Bind(4096, []Block{{"x", 1}, {"x", 1}}); err == nil {
 		t.Error("two blocks of one name")
+	}
+}
+
+// Sums of 64 heats at once are what sums of single heats are.
+func TestAdd(t *testing.T) {
+	for i, top := range tops {
+		for _, by := range []uint8{0, 1, 2, 3, 7, 16, 100, 255} {
+			a, heats := random(uint64(i), top)
+			b, more := random(uint64(i)+50, 3)
+			if err := a.Add(b, by); err != nil {
+				t.Fatal(err)
+			}
+			for n := range heats {
+				for p := range heats[n] {
+					want := int(heats[n][p])
+					if more[n][p] > 0 {
+						want = min(want+int(by), 255)
+					}
+					if got := int(a.Heat(n, int64(p))); got != want {
+						t.Fatalf("top %d, block %d, page %d: %d and %d make %d, want %d", top, n, p, heats[n][p], by, got, want)
+					}
+				}
+			}
+		}
+	}
+	a := must(New(4096, []Block{{"x", 70}, {"short", 3}}))
+	b := must(New(4096, []Block{{"unknown", 5}, {"short", 100}, {"x", 10}}))
+	b.SetHeat(0, 1, 1)
+	b.SetHeat(1, 2, 1)
+	b.SetHeat(1, 3, 1)
+	b.SetHeat(2, 9, 200)
+	if err := a.Add(b, 5); err != nil || a.Heat(0, 9) != 5 || a.Heat(1, 2) != 5 {
+		t.Error(err, a.Heat(0, 9), a.Heat(1, 2))
+	}
+	if h := a.Histogram(); h[0] != 71 || h[5] != 2 {
+		t.Errorf("%v", h)
+	}
+	if err := a.Add(must(New(8192, nil)), 1); err == nil {
+		t.Error("another page size was taken")
 	}
 }
 
