@@ -78,7 +78,7 @@ func alive(pid int) bool {
 // withPid makes an exec: URI write the number of its process to l.dir/pid.
 func (l *lab) withPid(uri string) string {
 	command := strings.TrimPrefix(strings.TrimPrefix(uri, "exec:"), "exec ")
-	return "exec:echo $$ > " + filepath.Join(l.dir, "pid") + "; exec " + command
+	return "exec:echo $$ > " + filepath.Join(l.dir, "pid") + "; exec env " + command
 }
 
 // pid waits for the process of withPid.
