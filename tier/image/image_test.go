@@ -596,6 +596,7 @@ func TestContradictions(t *testing.T) {
 		"S2 that claims 1 GiB":     {one(image.Pages, image.S2, 0, pageSize, []byte{0x80, 0x80, 0x80, 0x80, 4, 0}), ""},
 		"bad Zstandard":            {one(image.Pages, image.Zstd, 0, pageSize, page), ""},
 		"empty Zstandard":          {one(image.Pages, image.Zstd, 0, pageSize, nil), ""},
+		"LZ4 of nothing":           {one(image.Skeleton, image.LZ4, 0, 0, page[:25]), "stand for nothing"},
 		"records too short":        {one(image.Records, image.None, 0, -1, []byte{0, 0, 1}), "too short"},
 		"no records":               {one(image.Records, image.None, 0, -1, be(nil, 0)), "0 records"},
 		"more records than fit":    {one(image.Records, image.None, 0, -1, be(nil, 5)), "5 records"},

@@ -349,6 +349,9 @@ func (sr *SegmentReader) frame(f vfs.File, h Header, at frameAt, dst []byte, fh 
 		return nil, fail(fmt.Errorf("%d bytes raw: too large", fh.raw))
 	case Checksum(payload) != fh.crc:
 		return nil, fail(ErrChecksum)
+	case fh.raw == 0 && fh.codec != None:
+		// The LZ4 decoder does not survive a destination without a byte.
+		return nil, fail(fmt.Errorf("%d bytes of %v that stand for nothing", fh.stored, fh.codec))
 	}
 	dst = grow(dst[:0], int(fh.raw))[:fh.raw]
 	if err := sr.dec.decompress(fh.codec, dst, payload); err != nil {
