@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"io"
+	"math/bits"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -56,8 +57,6 @@ type feed struct {
 	cur  *stream.Cursor
 	want int // capacity the pipe should have
 	have int
-	// ahead is how far the cursor is to read ahead of need with that.
-	ahead int
 	// released tells that nothing is held back any more.
 	released bool
 }
@@ -86,7 +85,6 @@ func (f *feed) Read(p []byte) (int, error) {
 	for try := 1; err == nil && f.want < f.have; try++ {
 		// Now is when the pipe is emptiest.
 		if f.have = f.pipe.SetCapacity(f.want); f.have <= f.want {
-			f.cur.SetReadAhead(f.ahead)
 			break
 		}
 		// The source was waiting to write and has been quicker: the kernel
@@ -106,43 +104,52 @@ func (f *feed) Read(p []byte) (int, error) {
 // does nothing but write, which QEMU is not, is quicker about every other time.
 const shrinkTries = 16
 
-// adjustEvery is how many new pages there are between two calls of adjust.
+// adjustEvery is how many new pages there are between two calls of adjust, if
+// more than that are to come.
 const adjustEvery = 128
 
-// slack is how much less than what adjust was told last may be to come.
-const slack = adjustEvery * shortestRecord
+// adjustAt tells whether the feed is to be adjusted when so many pages have
+// not come yet: now and then, and near the end the more often.
+func adjustAt(unseen uint64) bool {
+	return unseen%adjustEvery == 0 || unseen < adjustEvery && bits.OnesCount64(unseen) == 1
+}
 
-// adjust is told how many pages have not come yet.
+// adjust is told how many pages have not come yet, at least whenever adjustAt
+// says so.
 func (f *feed) adjust(unseen uint64) {
 	if f.pipe == nil || f.released {
 		return
 	}
-	budget := int(min(unseen, maxBudget)) * shortestRecord
+	pages := int(min(unseen, maxBudget))
+	// What is certainly RAM of what comes, until the next call.
+	sure := (pages - min(pages, adjustEvery, pages/2+1)) * shortestRecord
 	// Twice, because both the cursor and the pipe can hold so much; and twice
 	// again, so that there is time to make the pipe smaller before it must be.
-	safe := func(n int) bool { return budget >= 4*n+slack }
-	f.want, f.ahead = minPipe, 0
-	if safe(minPipe) {
-		for f.want < maxPipe && safe(2*f.want) {
-			f.want *= 2
-		}
-		f.ahead = min(f.want, maxAhead)
+	f.want = minPipe
+	for f.want < maxPipe && sure >= 8*f.want {
+		f.want *= 2
 	}
 	if f.want > f.have {
 		f.have = f.pipe.SetCapacity(f.want)
 	}
-	ahead := f.ahead
-	if f.have > f.want {
-		// A pipe can be made smaller only when it is almost empty, so the
-		// cursor takes all there is, again and again, but leaves enough to come
-		// for the next step down. A pipe that can hold a small machine's
-		// devices is worse than that.
-		ahead = max(ahead, (budget-slack-f.have)/2)
-		if f.have >= defaultPipe {
-			ahead = max(ahead, f.have)
-		}
+	f.readAhead(sure)
+}
+
+// readAhead sets how far the cursor reads ahead of need: never over the end of
+// RAM. A pipe can be made smaller only when it is almost empty and only by a
+// Read, so as long as it is to shrink the cursor takes all there is, but leaves
+// as much again to come.
+func (f *feed) readAhead(sure int) {
+	ahead := sure
+	if f.have > minPipe {
+		ahead /= 2
 	}
-	f.cur.SetReadAhead(ahead)
+	if f.have > f.want && f.have >= defaultPipe {
+		// A pipe that can hold a small machine's devices is worse than a
+		// cursor that has some of them.
+		ahead = max(ahead, f.have)
+	}
+	f.cur.SetReadAhead(min(ahead, max(f.have, maxAhead)))
 }
 
 // release ends the holding back.

@@ -17,11 +17,13 @@ type busySource struct {
 	n        int
 	asked    int
 	read     int64
+	reads    int
 }
 
 func (b *busySource) Read(p []byte) (int, error) {
 	n, err := b.in.Read(p[:min(len(p), b.capacity)])
 	b.read += int64(n)
+	b.reads++
 	b.held = b.capacity - n
 	return n, err
 }
@@ -49,7 +51,7 @@ func TestFeedHoldsBack(t *testing.T) {
 			f, cur := newFeed(t.Context(), source)
 			largest := 0
 			for unseen := pages; unseen > 0; unseen-- {
-				if unseen%adjustEvery == 0 {
+				if adjustAt(uint64(unseen)) {
 					f.adjust(uint64(unseen))
 				}
 				if b, err := cur.Next(shortestRecord); err != nil || !bytes.Equal(b, make([]byte, shortestRecord)) {
@@ -61,6 +63,13 @@ func TestFeedHoldsBack(t *testing.T) {
 			if delivered := source.read + int64(source.capacity); delivered > ram+int64(4*n*minPipe) {
 				t.Errorf("%d pages, every %d. attempt undisturbed: %d bytes behind RAM were delivered, the pipe holds %d",
 					pages, n, delivered-ram, source.capacity)
+			}
+			if source.read > ram {
+				t.Errorf("%d pages, every %d. attempt undisturbed: the cursor has %d bytes from behind RAM", pages, n, source.read-ram)
+			}
+			// Records of a few bytes each must not become reads of a few bytes.
+			if most := int(ram/minPipe) + 2*adjustEvery; source.reads > most {
+				t.Errorf("%d pages, every %d. attempt undisturbed: %d reads, want at most %d", pages, n, source.reads, most)
 			}
 			if pages == 1<<20 && largest != maxPipe {
 				t.Errorf("%d pages: the pipe was never larger than %d", pages, largest)

@@ -481,7 +481,7 @@ func (s *saver) page(rec *ramparse.Record) error {
 		if s.unseen > 0 {
 			s.unseen--
 		}
-		if s.unseen%adjustEvery == 0 {
+		if adjustAt(s.unseen) {
 			s.feed.adjust(s.unseen)
 		}
 		if s.unseen%1024 == 0 {

@@ -35,33 +35,17 @@ func (c Codec) String() string {
 // compressor holds one worker's codec state; it is not shared.
 type compressor struct {
 	lz4  lz4.Compressor
-	zstd map[zstd.EncoderLevel]*zstd.Encoder
-}
-
-func (c *compressor) encoder(level zstd.EncoderLevel) (*zstd.Encoder, error) {
-	if e := c.zstd[level]; e != nil {
-		return e, nil
-	}
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level),
-		zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(zstdWindow))
-	if err != nil {
-		return nil, err
-	}
-	if c.zstd == nil {
-		c.zstd = make(map[zstd.EncoderLevel]*zstd.Encoder)
-	}
-	c.zstd[level] = e
-	return e, nil
+	zstd *zstd.Encoder
 }
 
 // zstdWindow is the size of the largest chunk: a larger window would only cost
 // memory.
 const zstdWindow = 256 << 10
 
-// compress appends src, compressed (for Zstd at the given level), to dst and returns it with the codec
-// really used: None when compression gains less than 1/32, because then a
-// restore is better off without decompressing.
-func (c *compressor) compress(codec Codec, level zstd.EncoderLevel, dst, src []byte) ([]byte, Codec, error) {
+// compress appends src, compressed, to dst and returns it with the codec really
+// used: None when compression gains less than 1/32, because then a restore is
+// better off without decompressing.
+func (c *compressor) compress(codec Codec, dst, src []byte) ([]byte, Codec, error) {
 	head := len(dst)
 	limit := len(src) - len(src)/32
 	switch codec {
@@ -80,11 +64,15 @@ func (c *compressor) compress(codec Codec, level zstd.EncoderLevel, dst, src []b
 			return dst[:head+len(b)], S2, nil
 		}
 	case Zstd:
-		e, err := c.encoder(level)
-		if err != nil {
-			return nil, 0, err
+		if c.zstd == nil {
+			z, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false),
+				zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(zstdWindow))
+			if err != nil {
+				return nil, 0, err
+			}
+			c.zstd = z
 		}
-		if out := e.EncodeAll(src, dst); len(out)-head <= limit {
+		if out := c.zstd.EncodeAll(src, dst); len(out)-head <= limit {
 			return out, Zstd, nil
 		}
 	case None:

@@ -7,8 +7,6 @@ import (
 	"runtime"
 	"sync"
 
-	"github.com/klauspost/compress/zstd"
-
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -177,8 +175,7 @@ func (w *Writer) work() {
 	var c compressor
 	for b := range w.jobs {
 		b.out = grow(b.out[:0], FrameHeaderLen)[:FrameHeaderLen]
-		codec, level := w.codecFor(b.Kind)
-		b.out, b.codec, b.err = c.compress(codec, level, b.out, b.Data)
+		b.out, b.codec, b.err = c.compress(w.codecFor(b.Kind), b.out, b.Data)
 		if b.err == nil {
 			payload := b.out[FrameHeaderLen:]
 			frameHeader{
@@ -190,17 +187,17 @@ func (w *Writer) work() {
 	}
 }
 
-// codecFor spares deflated records a second compression. The chunks, read once
-// and whole, always get Zstandard, at a level whose tables are soon set up:
-// a small guest's save has little else to do.
-func (w *Writer) codecFor(k Kind) (Codec, zstd.EncoderLevel) {
+// codecFor spares deflated records a second compression. The chunks always get
+// S2: they are small beside the pages, and setting up the tables of Zstandard's
+// encoder takes a third of a small guest's save.
+func (w *Writer) codecFor(k Kind) Codec {
 	switch {
 	case w.codec == None || k == Records || k == NVRAM:
-		return None, 0
+		return None
 	case k == Pages:
-		return w.codec, zstd.SpeedDefault
+		return w.codec
 	}
-	return Zstd, zstd.SpeedFastest
+	return S2
 }
 
 func (w *Writer) append() {
