@@ -39,7 +39,7 @@ the old one when the new one is there.`,
 	fs.StringVar(&p.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	p.encoding.add(fs)
 	fs.BoolVar(&p.json, "json", false, "print the report as a JSON document")
-	fs.BoolVar(&p.quiet, "quiet", false, "no progress")
+	fs.BoolVar(&p.quiet, "quiet", false, "no progress, nothing but warnings and errors")
 	return c
 }
 

@@ -62,7 +62,7 @@ stream, because QEMU would wait for ever on an empty one.`,
 	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
 	fs.StringVar(&r.report, "report", "", "write the JSON report to this file as well, also after a failure")
 	fs.BoolVar(&r.json, "json", false, "end with the report as one line of JSON on standard error")
-	fs.BoolVar(&r.quiet, "quiet", false, "no progress")
+	fs.BoolVar(&r.quiet, "quiet", false, "no progress, nothing but warnings and errors")
 	setKey(fs, "recover", "restore-recover")
 	return c
 }
@@ -122,7 +122,7 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 	if doc.Lazy, doc.Reason, err = wantLazy(mode, c); err != nil {
 		return err
 	}
-	if doc.Reason != "" {
+	if doc.Reason != "" && !r.quiet {
 		r.log().Info("restoring eagerly", "reason", doc.Reason)
 	}
 	p := newProgress(r.stderr, r.quiet)
