@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"slices"
 )
 
 // Completion says how surely a device tail is whole.
@@ -161,6 +162,27 @@ type Tail struct {
 type TailSection struct {
 	Section
 	Offset, Length int
+
+	// Fields are the state's fields in order, subsections not among them. A
+	// section that is not as long as its description says has none: where
+	// they begin could not be told.
+	Fields []TailField
+}
+
+// TailField is a field of a device's state: Count elements of Size bytes each,
+// from Offset of the tail on. A struct is one element with all it contains.
+type TailField struct {
+	Name                string // as in QEMU's source, such as env.cr[3]
+	Offset, Size, Count int
+}
+
+// Field returns the first field with a name.
+func (s *TailSection) Field(name string) (TailField, bool) {
+	i := slices.IndexFunc(s.Fields, func(f TailField) bool { return f.Name == name })
+	if i < 0 {
+		return TailField{}, false
+	}
+	return s.Fields[i], true
 }
 
 // ParseTail walks a complete tail by the field sizes of its vmdescription. A
@@ -203,7 +225,11 @@ func ParseTail(tail []byte) (Tail, error) {
 		if !ok {
 			return t, Damaged("device tail", int64(body), "section %q does not end where the vmdescription has it, nor elsewhere", s.Name)
 		}
-		t.Sections = append(t.Sections, TailSection{Section: s, Offset: body, Length: end - body})
+		ts := TailSection{Section: s, Offset: body, Length: end - body}
+		if n, ok := d.length(end - body); ok && n == end-body {
+			ts.Fields = d.fields(body)
+		}
+		t.Sections = append(t.Sections, ts)
 		at = next
 	}
 	if len(desc.Devices) == 0 && len(sections) > 0 {
@@ -260,8 +286,9 @@ func (d *vmDevice) header(sections []byte, at int) (s Section, body int, ok bool
 // is described too, but is counted in its field's size.
 type vmState struct {
 	Fields []struct {
-		Size     int  `json:"size"`      // of one element, bytes
-		ArrayLen *int `json:"array_len"` // of an array described by its first element
+		Name     string `json:"name"`
+		Size     int    `json:"size"`      // of one element, bytes
+		ArrayLen *int   `json:"array_len"` // of an array described by its first element
 	} `json:"fields"`
 	Subsections []struct {
 		Name string `json:"vmsd_name"`
@@ -297,6 +324,27 @@ func (v *vmState) length(limit int) (int, bool) {
 		n += k
 	}
 	return n, true
+}
+
+// fields returns the fields of a state that begins at offset, whose length is
+// known to be possible. An array whose elements differ is described element by
+// element, each with the array's name: such a row is one field if the elements
+// have one size.
+func (v *vmState) fields(offset int) []TailField {
+	list := make([]TailField, 0, len(v.Fields))
+	for _, f := range v.Fields {
+		count := 1
+		if f.ArrayLen != nil {
+			count = *f.ArrayLen
+		}
+		if n := len(list); n > 0 && f.Size > 0 && list[n-1].Name == f.Name && list[n-1].Size == f.Size {
+			list[n-1].Count += count
+		} else {
+			list = append(list, TailField{f.Name, offset, f.Size, count})
+		}
+		offset += f.Size * count
+	}
+	return list
 }
 
 // runState finds the text of the globalstate section by its header: be32

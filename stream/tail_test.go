@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -44,10 +45,11 @@ func goldenTail(t testing.TB) []byte {
 }
 
 var goldenSections = []TailSection{
-	{Section{0, "timer", 0, 2}, 19, 24},
-	{Section{7, "0:1f/dev", 0, 3}, 70, 4 + 16 + 6 + 6 + 13 + 3 + 17 + 6},
-	{Section{8, "slow", 1, 1}, 164, 16},
-	{Section{9, "globalstate", 0, 1}, 210, 104},
+	{Section{0, "timer", 0, 2}, 19, 24, []TailField{{"ticks", 19, 8, 1}, {"offset", 27, 8, 1}, {"clock", 35, 8, 1}}},
+	{Section{7, "0:1f/dev", 0, 3}, 70, 4 + 16 + 6 + 6 + 13 + 3 + 17 + 6,
+		[]TailField{{"head", 70, 4, 1}, {"array", 74, 2, 8}, {"inner", 90, 6, 1}, {"few", 96, 3, 2}}},
+	{Section{8, "slow", 1, 1}, 164, 16, []TailField{{"data", 164, 16, 1}}},
+	{Section{9, "globalstate", 0, 1}, 210, 104, []TailField{{"size", 210, 4, 1}, {"runstate", 214, 100, 1}}},
 }
 
 // withoutFooters is what machine types before 2.4 make of the golden tail.
@@ -116,7 +118,14 @@ func TestParseTailErrors(t *testing.T) {
 		}
 		got, err = ParseTail(AppendDescription(AppendEOF(goldenTail(t)), []byte(description)))
 		if strings.HasPrefix(name, "length:") {
-			if err != nil || !reflect.DeepEqual(got.Sections, goldenSections) {
+			// The section whose length is wrong is found, its fields are not.
+			want := slices.Clone(goldenSections)
+			for i := range want {
+				if i < len(got.Sections) && got.Sections[i].Fields == nil {
+					want[i].Fields = nil
+				}
+			}
+			if err != nil || !reflect.DeepEqual(got.Sections, want) || reflect.DeepEqual(want, goldenSections) {
 				t.Errorf("%s: %+v, %v; want the sections found by their footers", name, got.Sections, err)
 			}
 		} else if !errors.Is(err, ErrDamaged) {
@@ -131,6 +140,19 @@ func TestParseTailErrors(t *testing.T) {
 	}
 }
 
+func TestField(t *testing.T) {
+	s := &goldenSections[1]
+	if f, ok := s.Field("array"); !ok || f != (TailField{"array", 74, 2, 8}) {
+		t.Errorf("%+v, %v", f, ok)
+	}
+	// A subsection's field is none of the section's.
+	for _, name := range []string{"x", "s", ""} {
+		if f, ok := s.Field(name); ok {
+			t.Errorf("field %q: %+v", name, f)
+		}
+	}
+}
+
 // TestParseTailFooterInBody checks that a footer's bytes in a body do not end a
 // section whose length is wrong.
 func TestParseTailFooterInBody(t *testing.T) {
@@ -138,7 +160,7 @@ func TestParseTailFooterInBody(t *testing.T) {
 		04 00000002 01 'b' 00000000 00000001 'y' 7e 00000002 7e 00000002`)
 	description := `{"devices": [{"name": "a", "fields": [{"size": 1}]}, {"name": "b", "fields": [{"size": 1}]}]}`
 	got, err := ParseTail(AppendDescription(AppendEOF(sections), []byte(description)))
-	want := []TailSection{{Section{1, "a", 0, 1}, 15, 11}, {Section{2, "b", 0, 1}, 46, 6}}
+	want := []TailSection{{Section: Section{1, "a", 0, 1}, Offset: 15, Length: 11}, {Section: Section{2, "b", 0, 1}, Offset: 46, Length: 6}}
 	if err != nil || !reflect.DeepEqual(got.Sections, want) {
 		t.Errorf("%+v, %v; want %+v", got.Sections, err, want)
 	}
@@ -288,6 +310,13 @@ func FuzzTail(f *testing.F) {
 				t.Fatalf("section %+v after %d in a tail of %d", s, at, len(in))
 			}
 			at = s.Offset + s.Length
+			field := s.Offset
+			for _, f := range s.Fields {
+				if f.Offset != field || f.Size < 0 || f.Count < 0 || f.Size > 0 && f.Count > (at-field)/f.Size {
+					t.Fatalf("field %+v at %d of section %+v", f, field, s)
+				}
+				field += f.Size * f.Count
+			}
 		}
 	})
 }
