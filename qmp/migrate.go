@@ -22,10 +22,12 @@ const (
 	StatusDevice         Status = "device"
 	StatusPostcopyActive Status = "postcopy-active"
 	StatusPostcopyPaused Status = "postcopy-paused"
-	StatusCancelling     Status = "cancelling"
-	StatusCancelled      Status = "cancelled"
-	StatusCompleted      Status = "completed"
-	StatusFailed         Status = "failed"
+	// StatusPostcopyRecover: a new server is being shaken hands with.
+	StatusPostcopyRecover Status = "postcopy-recover"
+	StatusCancelling      Status = "cancelling"
+	StatusCancelled       Status = "cancelled"
+	StatusCompleted       Status = "completed"
+	StatusFailed          Status = "failed"
 )
 
 // Ended says whether a migration in this state will not change any more.

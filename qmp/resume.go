@@ -79,6 +79,9 @@ var (
 	ErrNotIncoming = errors.New("this QEMU does not wait for a migration: start it with -incoming defer -S")
 	// ErrMismatch: the QEMU is not the machine that was saved.
 	ErrMismatch = errors.New("this QEMU is not the machine that was saved")
+	// ErrBeforeRun: the restore has failed, the guest never ran, and QEMU is
+	// of no more use.
+	ErrBeforeRun = errors.New("the restore failed before the guest could run; the checkpoint is untouched")
 	// ErrServerDied: the lazy restore's server has ended before its work. The
 	// guest waits for memory and has lost nothing; Recover goes on.
 	ErrServerDied = errors.New("the restore's server has died; the guest is held and nothing is lost")
@@ -109,14 +112,60 @@ func Resume(ctx context.Context, x Executor, o ResumeOptions) (ResumeReport, err
 	if err := prepareLazy(ctx, x, o, &rep); err != nil {
 		return rep, err
 	}
+	watched, stop := watchIncoming(ctx, x)
+	defer stop()
 	start := time.Now()
 	if err := MigrateIncoming(ctx, x, o.URI(rep.Lazy)); err != nil {
 		return rep, err
 	}
-	if err := o.run(ctx, x, start, &rep); err != nil {
-		return rep, err
+	err = o.load(watched, x, start, &rep)
+	return rep, because(watched, err)
+}
+
+// because says why a resume has failed, whatever call has noticed it.
+func because(watched context.Context, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case watched.Err() != nil:
+		return context.Cause(watched)
+	case errors.Is(err, ErrLost) && !errors.Is(err, ErrBeforeRun):
+		return fmt.Errorf("QEMU has ended before all memory was there, and its output has the reason; the checkpoint is untouched: %w", err)
 	}
-	return rep, finishResume(ctx, x, start, &rep)
+	return err
+}
+
+// load follows an incoming migration that has begun.
+func (o *ResumeOptions) load(ctx context.Context, x Executor, start time.Time, rep *ResumeReport) error {
+	if err := leaveInmigrate(ctx, x); err != nil {
+		return err
+	}
+	if err := o.run(ctx, x, start, rep); err != nil {
+		return err
+	}
+	return finishResume(ctx, x, start, rep)
+}
+
+// watchIncoming returns a context that ends when QEMU says that the migration
+// has failed or lost its server. QEMU may answer no question any more then: its
+// main thread waits for memory that nobody brings.
+func watchIncoming(ctx context.Context, x Executor) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	if events, err := x.Events(ctx); err == nil {
+		go func() {
+			for e := range events {
+				status, _ := e.Data["status"].(string)
+				switch {
+				case e.Event != "MIGRATION":
+				case Status(status) == StatusPostcopyPaused:
+					cancel(ErrServerDied)
+				case Status(status) == StatusFailed:
+					cancel(fmt.Errorf("%w: QEMU has given up; if it does not end by itself, kill it", ErrBeforeRun))
+				}
+			}
+		}()
+	}
+	return ctx, func() { cancel(nil) }
 }
 
 // prepareLazy decides how to restore and sets the capability for it.
@@ -147,9 +196,9 @@ func prepareLazy(ctx context.Context, x Executor, o ResumeOptions, rep *ResumeRe
 	return SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false})
 }
 
-// run waits until QEMU has the devices and puts the guest into its state.
+// run puts the guest into its state.
 func (o *ResumeOptions) run(ctx context.Context, x Executor, start time.Time, rep *ResumeReport) error {
-	s, err := leaveInmigrate(ctx, x)
+	s, err := QueryStatus(ctx, x)
 	if err != nil {
 		return err
 	}
@@ -178,22 +227,23 @@ func (o *ResumeOptions) run(ctx context.Context, x Executor, start time.Time, re
 // leaveInmigrate waits for the end of the run state inmigrate. There is no
 // event for it when QEMU was started with -S, so it asks, and QEMU has little
 // else to do.
-func leaveInmigrate(ctx context.Context, x Executor) (RunState, error) {
+func leaveInmigrate(ctx context.Context, x Executor) error {
 	for wait := time.Millisecond; ; wait = min(wait*2, 50*time.Millisecond) {
 		s, err := QueryStatus(ctx, x)
-		if err != nil {
-			return s, fmt.Errorf("QEMU ended while it restored (see its output for the reason; the checkpoint is untouched): %w", err)
-		}
-		if s.Status != "inmigrate" {
-			return s, nil
-		}
-		if m, err := QueryMigrate(ctx, x); err == nil && m.Status == StatusFailed {
-			return s, &MigrationError{Status: m.Status, Desc: m.ErrorDesc}
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, ErrLost):
+			return fmt.Errorf("%w: QEMU has ended, and its output has the reason: %w", ErrBeforeRun, err)
+		case errors.Is(err, context.DeadlineExceeded):
+			// A device that QEMU's main thread loads waits for memory. Ask
+			// again, as long as the caller likes.
+		case err != nil || s.Status != "inmigrate":
+			return err
 		}
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
-			return s, context.Cause(ctx)
 		}
 	}
 }
@@ -221,43 +271,62 @@ func finishResume(ctx context.Context, x Executor, start time.Time, rep *ResumeR
 	return err
 }
 
-// Recover goes on with a lazy restore whose server has died. It needs a
-// Monitor with OOB: QEMU's main loop may be waiting for the memory itself.
+// Recover goes on with a lazy restore whose server has died, and with whatever
+// Resume had still to do. It needs a Monitor with OOB: QEMU's main loop may be
+// waiting for the memory itself.
 func Recover(ctx context.Context, m *Monitor, o ResumeOptions) (ResumeReport, error) {
 	rep := ResumeReport{Lazy: true}
-	info, err := QueryMigrate(ctx, m)
-	if err != nil {
-		return rep, err
-	}
-	if info.Status != StatusPostcopyPaused {
-		return rep, fmt.Errorf("%w (its migration is %s)", ErrNotPaused, info.Status)
-	}
+	watched, stop := watchIncoming(ctx, m)
+	defer stop()
+	err := recoverPaused(watched, m, o.URI(true))
 	start := time.Now()
-	if err := m.ExecuteOOB(ctx, "migrate-recover", map[string]any{"uri": o.URI(true)}, nil); err != nil {
-		return rep, err
+	if err == nil {
+		err = o.run(watched, m, start, &rep)
 	}
-	// It stays postcopy-paused until the new server has shaken hands.
-	if err := leavePaused(ctx, m); err != nil {
-		return rep, err
+	if err == nil {
+		err = finishResume(watched, m, start, &rep)
 	}
-	rep.Running = time.Since(start)
-	return rep, finishResume(ctx, m, start, &rep)
+	return rep, because(watched, err)
 }
 
-// recoverTime is how long a new server may take to shake hands; it opens and
-// checks the checkpoint before.
-const recoverTime = time.Minute
+const (
+	// recoverTime is how long a new server may take to shake hands; it opens
+	// and checks the checkpoint before.
+	recoverTime = time.Minute
+	// askAgain is how long a question may take that QEMU's main loop answers,
+	// which waits for memory until the new server is there.
+	askAgain = time.Second
+)
 
-func leavePaused(ctx context.Context, x Executor) error {
+// recoverPaused starts a new server and waits until it has shaken hands. A
+// server that dies before it has written anything leaves QEMU as it was; one
+// that dies in the middle of the handshake takes QEMU with it
+// (migration/savevm.c, loadvm_process_command in postcopy-recover).
+func recoverPaused(ctx context.Context, m *Monitor, uri string) error {
+	// Not asked before whether it is paused: it may not be able to answer.
+	err := m.ExecuteOOB(ctx, "migrate-recover", map[string]any{"uri": uri}, nil)
+	var refused *Error
+	if errors.As(err, &refused) {
+		err = fmt.Errorf("%w: %w", ErrNotPaused, err)
+	}
+	if err != nil {
+		return err
+	}
 	for end := time.Now().Add(recoverTime); time.Now().Before(end); {
-		info, err := QueryMigrate(ctx, x)
-		if err != nil || info.Status != StatusPostcopyPaused {
+		asked, cancel := context.WithTimeout(ctx, askAgain)
+		info, err := QueryMigrate(asked, m)
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, context.DeadlineExceeded):
+			continue
+		case err != nil || info.Status != StatusPostcopyPaused && info.Status != StatusPostcopyRecover:
 			return err
 		}
 		select {
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
-			return context.Cause(ctx)
 		}
 	}
 	return fmt.Errorf("the new server did not begin within %v (see QEMU's output for its reason): %w", recoverTime, ErrServerDied)

@@ -44,9 +44,12 @@ func (e usageError) Unwrap() error { return e.error }
 // repaired.
 func exitCode(err error) int {
 	var usage usageError
+	var server serverError
 	switch {
 	case err == nil:
 		return exitOK
+	case errors.As(err, &server):
+		return server.code
 	case errors.As(err, &usage), errors.Is(err, store.ErrName):
 		return exitUsage
 	case errors.Is(err, errDamaged), image.IsCorrupt(err), errors.Is(err, nvram.ErrCorrupt), errors.Is(err, workingset.ErrCorrupt):

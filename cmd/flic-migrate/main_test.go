@@ -30,6 +30,8 @@ func TestMain(m *testing.M) {
 		// The same on a disk that has no room for more than a few writes.
 		"flic-migrate-full":   func() { os.Exit(run(fullDisk{vfs.OS}, os.Args[1:])) },
 		"flic-migrate-faulty": faulty,
+		"flic-migrate-cut":    cut,
+		"no-userfaultfd":      noUserfaultfd,
 		"mkstream":            mkstream,
 		"mkworkingset":        mkworkingset,
 		"returnpath":          printReturnPath,

@@ -75,7 +75,10 @@ func (p *progress) show(t tier.Progress) {
 	if t.BytesIn > 0 {
 		line += ", " + human(t.BytesIn) + " in"
 	}
-	fmt.Fprintf(p.w, "%s, %s out, %.0f s\n", line, human(t.BytesOut), now.Sub(p.start).Seconds())
+	if t.BytesOut > 0 {
+		line += ", " + human(t.BytesOut) + " out"
+	}
+	fmt.Fprintf(p.w, "%s, %.0f s\n", line, now.Sub(p.start).Seconds())
 }
 
 // finish takes the bar off the terminal.

@@ -23,6 +23,7 @@ type restoreCmd struct {
 	nvram   string
 	workers count
 	report  string
+	status  string
 	json    bool
 	quiet   bool
 }
@@ -61,6 +62,7 @@ stream, because QEMU would wait for ever on an empty one.`,
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
 	fs.StringVar(&r.report, "report", "", "write the JSON report to this file as well, also after a failure")
+	fs.StringVar(&r.status, "status", "", "keep in this file how far the restore is")
 	fs.BoolVar(&r.json, "json", false, "end with the report as one line of JSON on standard error")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress, nothing but warnings and errors")
 	setKey(fs, "recover", "restore-recover")
@@ -103,6 +105,8 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 	if isTerminal(r.stdout.File) {
 		return usageError{errors.New("restore writes a migration stream to its standard output, which is a terminal; see flic-migrate restore --help")}
 	}
+	// Before anything that a store can hold up.
+	beats := newStatusFile(r.status, r.log())
 	st, err := r.openStore(false)
 	if err != nil {
 		return err
@@ -127,7 +131,7 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 	}
 	p := newProgress(r.stderr, r.quiet)
 	defer p.finish()
-	o := tier.RestoreOptions{Workers: r.workers.n, Progress: p.callback()}
+	o := tier.RestoreOptions{Workers: r.workers.n, Progress: beats.wrap(p.callback())}
 	done := make(chan error, 1)
 	go func() {
 		if doc.Lazy {

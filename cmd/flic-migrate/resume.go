@@ -27,6 +27,7 @@ type resumeCmd struct {
 	recover bool
 	print   bool
 	learn   time.Duration
+	stalled time.Duration
 	nvram   string
 	json    bool
 	quiet   bool
@@ -44,8 +45,9 @@ while the rest of its memory loads (lazily, if QEMU may use userfaultfd), or
 paused if it was paused when saved, and reports when all memory is there.
 
 If the process that serves the memory dies, the guest is held and nothing is
-lost: resume --recover goes on. A QEMU in that state must not be told to stop or
-quit before; it would hang.
+lost: resume --recover goes on, with whatever the first one had still to do. A
+QEMU in that state must not be told to stop or quit before; it would hang. A
+server that makes no progress is only reported: QEMU waits for it.
 
 With --print it prints the QMP commands instead, for those who drive QMP
 themselves.`,
@@ -62,6 +64,7 @@ themselves.`,
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died")
 	fs.BoolVar(&r.print, "print", false, "print the QMP commands and do nothing")
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
+	fs.DurationVar(&r.stalled, "stalled", 10*time.Second, "say so when the process that serves the memory has made no progress for so long; 0: never")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.BoolVar(&r.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary")
@@ -74,6 +77,8 @@ themselves.`,
 // resumeReport is the JSON document of a resume.
 type resumeReport struct {
 	Checkpoint string `json:"checkpoint"` // NAME@N
+	ExitCode   int    `json:"exit_code"`
+	Error      string `json:"error,omitempty"`
 	qmp.ResumeReport
 	// Server is the report of the process that served the memory.
 	Server json.RawMessage `json:"server,omitempty"`
@@ -87,7 +92,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	if r.qmp == "" && !r.print {
 		return usageError{errors.New("resume needs QEMU's monitor: --qmp, FLIC_QMP or qmp in the configuration file")}
 	}
-	if r.recover && (r.lazy.value == "never" || r.paused) {
+	if r.recover && r.lazy.value == "never" {
 		return errRecoverEager
 	}
 	st, err := r.openStore(false)
@@ -107,13 +112,15 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		return err
 	}
 	defer c.Close()
-	report := ""
+	files := serverFiles{}
 	if !r.print {
-		report = filepath.Join(os.TempDir(), "flic-resume-"+uuid.NewString())
-		defer os.Remove(report)
+		base := filepath.Join(os.TempDir(), "flic-resume-"+uuid.NewString())
+		files = serverFiles{report: base, status: base + ".status"}
+		defer os.Remove(files.report)
+		defer os.Remove(files.status)
 	}
 	o := qmp.ResumeOptions{
-		URI:         func(lazy bool) string { return r.uri(dir, c.Ref, lazy, report) },
+		URI:         func(lazy bool) string { return r.uri(dir, c.Ref, lazy, files) },
 		Lazy:        qmp.LazyMode(r.lazy.value),
 		NotPossible: lazy.Possible(c),
 		RunState:    c.Meta.RunState,
@@ -123,41 +130,91 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	if r.print {
 		return r.printCommands(o)
 	}
-	if !r.quiet {
-		o.Running = func(rep qmp.ResumeReport) {
-			fmt.Fprintf(r.stderr, "flic-migrate: %v: %s after %d ms\n", c.Ref, rep.State, rep.Running.Milliseconds())
-		}
-	}
 	m, err := qmp.Dial(ctx, r.qmp, qmp.Options{OOB: r.recover})
 	if err != nil {
 		return err
 	}
 	defer m.Close()
 	doc := resumeReport{Checkpoint: c.Ref.String()}
+	err = r.drive(ctx, m, o, files, &doc)
+	if errors.Is(err, qmp.ErrServerDied) {
+		again := fmt.Sprintf("flic-migrate resume --recover --store %s --qmp %s %v", shellQuote(dir), shellQuote(r.qmp), c.Ref)
+		if r.paused {
+			again += " --paused"
+		}
+		err = fmt.Errorf("%w: run %s", err, again)
+	}
+	return errors.Join(err, r.show(doc, err))
+}
+
+// drive restores and watches the server meanwhile.
+func (r *resumeCmd) drive(ctx context.Context, m *qmp.Monitor, o qmp.ResumeOptions, files serverFiles, doc *resumeReport) error {
+	p := newProgress(r.stderr, r.quiet)
+	running := make(chan struct{})
+	o.Running = func(rep qmp.ResumeReport) {
+		close(running)
+		if !r.quiet {
+			fmt.Fprintf(r.stderr, "flic-migrate: %s: %s after %d ms\n", doc.Checkpoint, rep.State, rep.Running.Milliseconds())
+		}
+	}
+	w := &watch{path: files.status, report: files.report, name: doc.Checkpoint, stalled: r.stalled, show: p.callback(),
+		say: func(text string) { r.log().Warn(text) }, running: running, recover: r.recover}
+	ctx, cancel := context.WithCancelCause(ctx)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		if err := w.run(ctx); err != nil {
+			cancel(err)
+		}
+	}()
+	var err error
 	if r.recover {
 		doc.ResumeReport, err = qmp.Recover(ctx, m, o)
 	} else {
 		doc.ResumeReport, err = qmp.Resume(ctx, m, o)
 	}
-	for _, w := range doc.Warnings {
-		r.log().Warn(w)
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	cancel(nil)
+	<-watched
+	p.finish()
+	for _, text := range doc.Warnings {
+		r.log().Warn(text)
 	}
 	if doc.Reason != "" {
 		r.log().Info("restored eagerly", "reason", doc.Reason)
 	}
-	if errors.Is(err, qmp.ErrServerDied) {
-		return fmt.Errorf("%w: run flic-migrate resume --recover --store %s --qmp %s %v", err, dir, r.qmp, c.Ref)
-	}
+	doc.Server = serverReport(files.report, err == nil)
 	if err != nil {
+		err = becauseOf(err, doc.Server)
+	}
+	return err
+}
+
+// serverError is a resume's failure whose reason is the server's.
+type serverError struct {
+	error
+	code int
+}
+
+func (e serverError) Unwrap() error { return e.error }
+
+// becauseOf adds the reason that a server has left.
+func becauseOf(err error, report json.RawMessage) error {
+	var server restoreReport
+	if json.Unmarshal(report, &server) != nil || server.Error == "" {
 		return err
 	}
-	doc.Server = serverReport(report)
-	return r.show(doc)
+	return serverError{fmt.Errorf("%w (the server says: %s)", err, server.Error), server.ExitCode}
 }
+
+// serverFiles are what the restoring filter leaves for a resume; none if empty.
+type serverFiles struct{ report, status string }
 
 // uri is the exec: URI for QEMU: this program as the restoring filter. A shell
 // in between could hold the pipe open when the filter dies, hence the exec.
-func (r *resumeCmd) uri(dir string, ref store.Ref, lazy bool, report string) string {
+func (r *resumeCmd) uri(dir string, ref store.Ref, lazy bool, files serverFiles) string {
 	exe, err := os.Executable()
 	if err != nil {
 		exe = "flic-migrate"
@@ -171,8 +228,8 @@ func (r *resumeCmd) uri(dir string, ref store.Ref, lazy bool, report string) str
 			args = append(args, "--learn", r.learn.String())
 		}
 	}
-	if report != "" {
-		args = append(args, "--report", report)
+	if files.report != "" {
+		args = append(args, "--report", files.report, "--status", files.status)
 	}
 	if r.recover {
 		args = append(args, "--recover")
@@ -206,19 +263,26 @@ func expect(m *checkpoint.Meta) qmp.Expect {
 	return e
 }
 
-// serverReport reads what the restoring filter has left; it ends a moment after
-// QEMU has its last byte.
-func serverReport(path string) json.RawMessage {
-	for range 100 {
-		if b, err := os.ReadFile(path); err == nil && json.Valid(b) {
+// serverReport reads what the restoring filter has left. It ends a moment after
+// QEMU has its last byte; one that was killed leaves nothing.
+func serverReport(path string, wait bool) json.RawMessage {
+	for end := time.Now().Add(lastWord); ; time.Sleep(10 * time.Millisecond) {
+		b, err := os.ReadFile(path)
+		if err == nil && json.Valid(b) {
 			return b
 		}
-		time.Sleep(10 * time.Millisecond)
+		if !wait || time.Now().After(end) {
+			return nil
+		}
 	}
-	return nil
 }
 
-func (r *resumeCmd) show(doc resumeReport) error {
+// show prints the report of a resume, which may have failed.
+func (r *resumeCmd) show(doc resumeReport, failed error) error {
+	doc.ExitCode = exitCode(failed)
+	if failed != nil {
+		doc.Error = oneLine(failed)
+	}
 	if r.json {
 		b, err := json.Marshal(doc)
 		if err != nil {
@@ -227,7 +291,7 @@ func (r *resumeCmd) show(doc resumeReport) error {
 		_, err = fmt.Fprintf(r.stdout, "%s\n", b)
 		return err
 	}
-	if r.quiet {
+	if r.quiet || failed != nil {
 		return nil
 	}
 	how := "eagerly"

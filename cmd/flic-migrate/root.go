@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -48,7 +49,7 @@ func run(fsys vfs.FS, args []string) int {
 	}
 	if err != nil {
 		fmt.Fprintf(a.stderr, "flic-migrate: %s\n", oneLine(err))
-		if cmd.Name() == "restore" {
+		if cmd.Name() == "restore" && !recovers(cmd, args) {
 			a.stdout.spoil()
 		}
 	}
@@ -180,6 +181,14 @@ func (w *countingWriter) spoil() {
 	if w.n == 0 && !isTerminal(w.File) {
 		w.File.WriteString("flic-migrate: restore failed\n")
 	}
+}
+
+// recovers tells whether a restore, which may have failed at its flags, was to
+// be a recovery. Any byte but a right one then makes QEMU crash, and the guest
+// with it; with none it stays paused and another server can recover it.
+func recovers(cmd *cobra.Command, args []string) bool {
+	f := cmd.Flags().Lookup("recover")
+	return f != nil && f.Value.String() == "true" || slices.Contains(args, "--recover") || slices.Contains(args, "--recover=true")
 }
 
 func isTerminal(f *os.File) bool { return term.IsTerminal(int(f.Fd())) }

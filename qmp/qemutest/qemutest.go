@@ -25,6 +25,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,6 +91,9 @@ type Config struct {
 	Args []string
 	// Env is added to QEMU's environment, and so to that of its exec: children.
 	Env []string
+	// Under is a program, with its arguments, that is given QEMU's path and
+	// arguments and becomes it, such as setpriv; none if empty.
+	Under []string
 }
 
 // VM is a running QEMU.
@@ -169,11 +173,13 @@ func Launch(ctx context.Context, config Config) (*VM, error) {
 		output: new(output),
 		exited: make(chan struct{}),
 	}
-	vm.cmd = exec.Command(program, append(args,
+	command := append(append(slices.Clone(config.Under), program), args...)
+	command = append(command,
 		// Connected from the start: no waiting for a socket to appear.
 		"-chardev", "socket,id=harness,fd=3", "-mon", "chardev=harness,mode=control",
 		"-chardev", "socket,id=console,fd=4", "-serial", "chardev:console",
-		"-qmp", "unix:"+vm.Socket+",server=on,wait=off")...)
+		"-qmp", "unix:"+vm.Socket+",server=on,wait=off")
+	vm.cmd = exec.Command(command[0], command[1:]...)
 	vm.cmd.Stdout, vm.cmd.Stderr = vm.output, vm.output
 	vm.cmd.Env = append(os.Environ(), config.Env...)
 	vm.cmd.SysProcAttr = &syscall.SysProcAttr{

@@ -33,7 +33,10 @@ type Options struct {
 	// MaxHold ends HoldBackground's wait for a guest that never rests.
 	MaxHold time.Duration
 
-	Progress func(Progress) // called a few times a second; may be nil
+	// Progress is called a few times a second as long as nothing holds the
+	// server up, such as a store that does not answer or a QEMU that does not
+	// read; may be nil. It is called between two writes: it must not take long.
+	Progress func(Progress)
 	Log      *slog.Logger   // nil: none
 }
 
@@ -351,6 +354,8 @@ func (p *pump) hold(ctx context.Context) error {
 	begin := time.Now()
 	quiet := time.NewTimer(p.o.HoldBackground)
 	defer quiet.Stop()
+	beat := time.NewTicker(progressEvery)
+	defer beat.Stop()
 	for p.o.MaxHold <= 0 || time.Since(begin) < p.o.MaxHold {
 		select {
 		case d := <-p.demands:
@@ -360,6 +365,8 @@ func (p *pump) hold(ctx context.Context) error {
 			quiet.Reset(p.o.HoldBackground)
 		case <-quiet.C:
 			return nil
+		case <-beat.C:
+			p.progress()
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -518,11 +525,14 @@ func (p *pump) finish(ctx context.Context) error {
 	return p.write(stream.AppendEOF(b))
 }
 
+// progressEvery is the time between two calls of Options.Progress.
+const progressEvery = 200 * time.Millisecond
+
 func (p *pump) progress() {
 	if p.o.Progress == nil {
 		return
 	}
-	if now := time.Now(); now.Sub(p.tick) >= 200*time.Millisecond {
+	if now := time.Now(); now.Sub(p.tick) >= progressEvery {
 		p.tick = now
 		p.o.Progress(Progress{Running: true, Pages: p.rep.Pages + p.rep.Recovered, PagesAll: p.total, Demands: p.rep.Demands})
 	}
