@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -19,7 +19,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -86,36 +85,34 @@ type session struct {
 	dec *ramparse.Decoder
 	rp  *os.File
 	out *os.File
-	end chan error
+	// server writes out and reads rp.
+	server *exec.Cmd
 }
 
+// serve starts a server as QEMU does, a process of its own.
 func (s *synthetic) serve(ctx context.Context, hold time.Duration, pipe int) (*session, error) {
+	uri, err := child{Op: "lazy", Store: filepath.Join(s.dir, "store"), Hold: hold, Pipe: pipe, Report: filepath.Join(s.dir, "report")}.uri()
+	if err != nil {
+		return nil, err
+	}
 	in, rp, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
+	defer in.Close()
 	out, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
-	unix.FcntlInt(w.Fd(), unix.F_SETPIPE_SZ, pipe)
-	ses := &session{rp: rp, out: out, end: make(chan error, 1)}
+	defer w.Close()
+	ses := &session{rp: rp, out: out, server: exec.CommandContext(ctx, "/bin/sh", "-c", strings.TrimPrefix(uri, "exec:"))}
+	ses.server.Stdin, ses.server.Stdout = in, w
 	ses.cur = stream.NewCursor(out, 0)
 	// QEMU reads 32 KiB at a time.
 	ses.cur.SetReadAhead(32 << 10)
 	ses.rd = stream.NewReader(ses.cur)
 	ses.dec = ramparse.NewDecoder(ramparse.Options{PageSize: s.PageSize()})
-	go func() {
-		defer w.Close()
-		ck, err := checkpoint.Open(vfs.OS, s.st, store.Ref{VM: "vm"}, checkpoint.Options{})
-		if err == nil {
-			_, err = lazy.Serve(ctx, ck, in, w, lazy.Options{HoldBackground: hold})
-			ck.Close()
-		}
-		in.Close()
-		ses.end <- err
-	}()
-	return ses, nil
+	return ses, ses.server.Start()
 }
 
 // opening reads up to RUN.
@@ -183,7 +180,7 @@ func (ses *session) ask(page uint64) error {
 func (ses *session) close() {
 	ses.rp.Close()
 	ses.out.Close()
-	<-ses.end
+	ses.server.Wait() // fails: it is cut off
 }
 
 // wait asks for random pages, one after the other as a virtual CPU does, and

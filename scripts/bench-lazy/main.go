@@ -292,7 +292,7 @@ func (b *bench) start() error {
 		}
 		t, err := b.turns(
 			func() (restored, error) { return b.eager(s, "") },
-			func() (restored, error) { return b.child(s, child{Op: "lazy", Pipe: 64 << 10}, "") })
+			func() (restored, error) { return b.child(s, child{Op: "lazy", Pipe: 16 << 10}, "") })
 		if err != nil {
 			return err
 		}
@@ -316,13 +316,13 @@ func (b *bench) guest() error {
 	t, err := b.turns(
 		func() (restored, error) { return b.eager(s, "sum") },
 		func() (restored, error) { return b.child(s, child{Op: "eager"}, "sum") },
-		lazily(child{Op: "lazy", Pipe: 64 << 10}))
+		lazily(child{Op: "lazy", Pipe: 16 << 10}))
 	if err != nil {
 		return err
 	}
 	// In this order: the first teaches the second.
 	for _, hold := range []time.Duration{500 * time.Millisecond, 0} {
-		r, err := lazily(child{Op: "lazy", Pipe: 64 << 10, Learn: true, Hold: hold})()
+		r, err := lazily(child{Op: "lazy", Pipe: 16 << 10, Learn: true, Hold: hold})()
 		if err != nil {
 			return err
 		}
@@ -350,7 +350,7 @@ func (b *bench) flash() error {
 	const rate = 80e6
 	t, err := b.turns(
 		func() (restored, error) { return b.child(s, child{Op: "eager", Rate: rate}, "") },
-		func() (restored, error) { return b.child(s, child{Op: "lazy", Rate: rate, Pipe: 64 << 10}, "") })
+		func() (restored, error) { return b.child(s, child{Op: "lazy", Rate: rate, Pipe: 16 << 10}, "") })
 	if err != nil {
 		return err
 	}
