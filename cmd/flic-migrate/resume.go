@@ -157,7 +157,7 @@ func (r *resumeCmd) drive(ctx context.Context, m *qmp.Monitor, o qmp.ResumeOptio
 			fmt.Fprintf(r.stderr, "flic-migrate: %s: %s after %d ms\n", doc.Checkpoint, rep.State, rep.Running.Milliseconds())
 		}
 	}
-	w := &watch{path: files.status, report: files.report, name: doc.Checkpoint, stalled: r.stalled, show: p.callback(),
+	w := &serverWatch{path: files.status, report: files.report, name: doc.Checkpoint, stalled: r.stalled, show: p.callback(),
 		say: func(text string) { r.log().Warn(text) }, running: running, recover: r.recover}
 	ctx, cancel := context.WithCancelCause(ctx)
 	watched := make(chan struct{})

@@ -77,10 +77,10 @@ func (s *statusFile) wrap(next func(tier.Progress)) func(tier.Progress) {
 	}
 }
 
-// watch is the resume's end: it shows the server's progress, notices when there
+// serverWatch is the resume's end: it shows the server's progress, notices when there
 // is none, and ends a resume whose server has died before the guest ran, which
 // QEMU does not notice either.
-type watch struct {
+type serverWatch struct {
 	path    string        // of the status
 	report  string        // path of the server's report, its last word
 	name    string        // of the checkpoint
@@ -103,7 +103,7 @@ const (
 )
 
 // run returns when ctx ends, or with the reason why the resume has to.
-func (w *watch) run(ctx context.Context) error {
+func (w *serverWatch) run(ctx context.Context) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	w.at = time.Now()
@@ -138,7 +138,7 @@ func (w *watch) run(ctx context.Context) error {
 }
 
 // look reads the status.
-func (w *watch) look() {
+func (w *serverWatch) look() {
 	var s status
 	if b, err := os.ReadFile(w.path); err == nil && json.Unmarshal(b, &s) == nil && s != w.seen {
 		if w.told {

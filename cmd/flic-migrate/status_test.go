@@ -15,9 +15,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier"
 )
 
-// observed is a watch whose words are kept.
+// observed is a serverWatch whose words are kept.
 type observed struct {
-	*watch
+	*serverWatch
 	said  []string
 	shown []tier.Progress
 }
@@ -25,7 +25,7 @@ type observed struct {
 func observe(t *testing.T) *observed {
 	dir := t.TempDir()
 	o := &observed{}
-	o.watch = &watch{path: filepath.Join(dir, "status"), report: filepath.Join(dir, "report"), name: "vm@1",
+	o.serverWatch = &serverWatch{path: filepath.Join(dir, "status"), report: filepath.Join(dir, "report"), name: "vm@1",
 		running: make(chan struct{}), at: time.Now()}
 	o.say = func(text string) { o.said = append(o.said, text) }
 	o.show = func(p tier.Progress) { o.shown = append(o.shown, p) }
