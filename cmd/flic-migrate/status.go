@@ -111,6 +111,7 @@ func (w *serverWatch) run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
+			w.look() // whoever read that it hangs is to read that it went on
 			return nil
 		case <-tick.C:
 		}
