@@ -82,7 +82,9 @@ func newPlacer(s *saver) (*placer, error) {
 
 // workingSet is the set that the save was given, and with it, as hot as its
 // hottest, the pages that resumes of the VM's newest checkpoint had to wait for.
-// It is nil if there is neither.
+// It is nil if there is neither. Otherwise it has, hotter than all, what were the
+// guest's page tables in that checkpoint: most still are, and where they are now
+// is not known before everything has been placed (findTables).
 func (p *placer) workingSet() (*workingset.Set, error) {
 	blocks := p.s.meta.WorkingSetBlocks()
 	var given *workingset.Set
@@ -93,7 +95,11 @@ func (p *placer) workingSet() (*workingset.Set, error) {
 		}
 	}
 	touched := p.learned(blocks)
-	if len(touched) == 0 {
+	if len(touched) == 0 && given == nil {
+		return nil, nil
+	}
+	tables := p.formerTables(blocks)
+	if len(touched) == 0 && len(tables) == 0 {
 		return given, nil
 	}
 	ws, err := workingset.New(p.pageSize, blocks)
@@ -112,6 +118,7 @@ func (p *placer) workingSet() (*workingset.Set, error) {
 		}
 	}
 	ws.AddTouched(touched, hottest)
+	ws.AddTouched(tables, 255)
 	return ws, nil
 }
 
@@ -126,6 +133,19 @@ func (p *placer) learned(blocks []workingset.Block) []workingset.PageRun {
 	if err != nil {
 		p.s.o.Log.Warn("what resumes have learned can't be used", "error", err)
 		return nil
+	}
+	return t.Bind(p.pageSize, blocks)
+}
+
+// formerTables are the page tables that the VM's newest checkpoint had.
+func (p *placer) formerTables(blocks []workingset.Block) []workingset.PageRun {
+	m := p.s.parent
+	if m == nil {
+		return nil
+	}
+	t := workingset.Touched{PageSize: m.PageSize, Runs: m.PageTables}
+	for _, b := range m.Blocks {
+		t.Blocks = append(t.Blocks, b.Name)
 	}
 	return t.Bind(p.pageSize, blocks)
 }
@@ -164,7 +184,8 @@ func (p *placer) openNVRAM() error {
 	if err := p.s.st.UseNVRAM(path, p.nvfile.UUID()); err != nil {
 		return err
 	}
-	p.region, err = p.nvfile.Reserve(p.s.pend.UUID, p.s.st.UUID(), hot*int64(p.pageSize), p.pageSize)
+	want := (hot + p.expectTables()) * int64(p.pageSize)
+	p.region, err = p.nvfile.Reserve(p.s.pend.UUID, p.s.st.UUID(), want, p.pageSize)
 	if err != nil {
 		return err
 	}

@@ -117,7 +117,9 @@ type saver struct {
 	skel  skeleton.Writer
 	table *pagetable.Table
 	place *placer
-	rep   checkpoint.Report
+	// parent describes the VM's newest checkpoint, or is nil.
+	parent *checkpoint.Meta
+	rep    checkpoint.Report
 
 	skeletonChunks int // emitted
 	ramID          uint32
@@ -369,6 +371,7 @@ func (s *saver) checkSpace() error {
 	if err != nil {
 		return nil // no earlier checkpoint to learn from
 	}
+	s.parent = last
 	info, err := s.fs.StatFS(s.st.Dir())
 	if err != nil {
 		return err
@@ -558,6 +561,9 @@ func (s *saver) tail() error {
 		s.o.Log.Warn("device tail is not as its vmdescription says", "error", err)
 	}
 	s.meta.RunState = t.RunState
+	if err := s.findTables(sc.Bytes(), &t); err != nil {
+		return err
+	}
 	s.rep.Seconds.Tail = s.since(start)
 	// The tail gets chunks of its own: a lazy restore sends it first.
 	if err := s.skel.Flush(); err != nil {

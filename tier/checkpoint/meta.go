@@ -33,6 +33,9 @@ type Meta struct {
 	Footers      bool      `json:"footers,omitempty"`       // sections have footers
 	NVRAM        *NVRAM    `json:"nvram,omitempty"`
 
+	// PageTables are the pages of the guest's own page tables, the top ones
+	// first: what its MMU reads before it can touch anything else.
+	PageTables []workingset.PageRun `json:"page_tables,omitempty"`
 	// TailChunk is the skeleton chunk with which the device tail begins.
 	TailChunk int `json:"tail_chunk"`
 	// Table lists where the page table's chunks start.
@@ -59,18 +62,21 @@ type NVRAM struct {
 
 // Report is what a save did. Counts are pages unless they say otherwise.
 type Report struct {
-	BytesIn    int64 `json:"bytes_in"`   // of the stream
-	Pages      int64 `json:"pages"`      // of all RAM blocks
-	Zero       int64 `json:"zero"`       // zero, however they were sent
-	ZeroAsData int64 `json:"zero_data"`  // those of them that QEMU sent as data
-	Duplicate  int64 `json:"duplicate"`  // equal to another page of this checkpoint
-	Hot        int64 `json:"hot"`        // in the NVRAM part
-	Cold       int64 `json:"cold"`       // in the flash image
-	Disk       int64 `json:"disk"`       // equal to a block of a disk image
-	Delta      int64 `json:"delta"`      // stored against the parent's page
-	Resent     int64 `json:"resent"`     // records of pages that had come before
-	Superseded int64 `json:"superseded"` // stored, then replaced by a later version
-	Surplus    int64 `json:"surplus"`    // hot, but the NVRAM file had no room
+	BytesIn    int64 `json:"bytes_in"`    // of the stream
+	Pages      int64 `json:"pages"`       // of all RAM blocks
+	Zero       int64 `json:"zero"`        // zero, however they were sent
+	ZeroAsData int64 `json:"zero_data"`   // those of them that QEMU sent as data
+	Duplicate  int64 `json:"duplicate"`   // equal to another page of this checkpoint
+	Hot        int64 `json:"hot"`         // in the NVRAM part
+	Cold       int64 `json:"cold"`        // in the flash image
+	Disk       int64 `json:"disk"`        // equal to a block of a disk image
+	Delta      int64 `json:"delta"`       // stored against the parent's page
+	Resent     int64 `json:"resent"`      // records of pages that had come before
+	Superseded int64 `json:"superseded"`  // stored, then replaced by a later version
+	Surplus    int64 `json:"surplus"`     // hot, but the NVRAM file had no room
+	PageTables int64 `json:"page_tables"` // that hold the guest's page tables
+
+	NoPageTables string `json:"no_page_tables,omitempty"` // why they were not found, or not all
 
 	NVRAMBytes   int64 `json:"nvram_bytes"`   // page content in NVRAM
 	FlashBytes   int64 `json:"flash_bytes"`   // size of the image file

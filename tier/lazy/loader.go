@@ -12,10 +12,11 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
-// loader brings what nobody has asked for, in three phases: the pages that
-// earlier resumes asked for, roughly in their order; the NVRAM part in its
-// prefetch order; and all the rest in the order in which it lies in the image,
-// so that flash sees one sequential read.
+// loader brings what nobody has asked for, in four phases: the guest's page
+// tables, which its MMU reads before anything else; the pages that earlier
+// resumes asked for, roughly in their order; the NVRAM part in its prefetch order;
+// and all the rest in the order in which it lies in the image, so that flash sees
+// one sequential read.
 type loader struct {
 	c       *checkpoint.Checkpoint
 	first   []workingset.PageRun
@@ -70,7 +71,10 @@ func newLoader(c *checkpoint.Checkpoint, first []workingset.PageRun, busy func()
 func (l *loader) done(b *batch) { l.free <- b }
 
 func (l *loader) run(ctx context.Context) error {
-	if err := l.loadFirst(ctx); err != nil {
+	if err := l.loadFirst(ctx, l.c.Meta.PageTables); err != nil {
+		return err
+	}
+	if err := l.loadFirst(ctx, l.first); err != nil {
 		return err
 	}
 	if err := l.loadNVRAM(ctx); err != nil {
@@ -104,10 +108,10 @@ func (l *loader) run(ctx context.Context) error {
 	return nil
 }
 
-func (l *loader) loadFirst(ctx context.Context) error {
+func (l *loader) loadFirst(ctx context.Context, first []workingset.PageRun) error {
 	var window []slotRun
 	var pages uint64
-	for _, r := range l.first {
+	for _, r := range first {
 		if r.Block < 0 || r.Block >= l.c.Table.Blocks() || r.Page >= l.c.Table.Pages(r.Block) {
 			continue
 		}

@@ -23,8 +23,9 @@ import (
 
 // Options of Serve and Recover.
 type Options struct {
-	// First is sent before everything but demands: pages that earlier
-	// resumes asked for, in that order. Pages outside the blocks are ignored.
+	// First is sent before everything but demands and the guest's page tables:
+	// pages that earlier resumes asked for, in that order. Pages outside the
+	// blocks are ignored.
 	First []workingset.PageRun
 	// HoldBackground keeps everything back that is neither in First nor in
 	// NVRAM until the guest has asked for nothing for this long (0: not at
@@ -54,7 +55,7 @@ type Report struct {
 	Demands   int64 `json:"demands"`   // pages asked for; two vCPUs that wait for one page ask twice
 	Waited    int64 `json:"waited"`    // those of them that had not been sent when the request came
 	Zero      int64 `json:"zero"`      // demands for pages without content
-	HotPages  int64 `json:"hot_pages"` // sent from First and NVRAM
+	HotPages  int64 `json:"hot_pages"` // page tables, First, and what was in NVRAM
 	Recovered int64 `json:"recovered"` // pages that QEMU had already (Recover)
 
 	WaitP50 time.Duration `json:"wait_p50_ns"` // from a request's arrival until its page was written

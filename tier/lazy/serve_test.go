@@ -264,6 +264,36 @@ func TestOrder(t *testing.T) {
 	}
 }
 
+// TestPageTablesFirst: the guest's page tables, then what was learned, then
+// NVRAM. A list that a damaged or foreign checkpoint has does no harm.
+func TestPageTablesFirst(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 17, Blocks: threeBlocks, Mix: tiertest.Mix{0, 0, 0, 0, 1}}, 8, tier.SaveOptions{})
+	tables := []workingset.PageRun{{Block: 2, Page: 3, Count: 1}, {Block: 0, Page: 100, Count: 5}, {Block: 1, Page: 1, Count: 1}}
+	s.ck.Meta.PageTables = append([]workingset.PageRun{{Block: -1, Count: 1}, {Block: 9, Count: 1}, {Page: 1 << 63, Count: 1 << 63}}, tables...)
+	learned := []workingset.PageRun{{Block: 0, Page: 50, Count: 3}}
+	d := newFakeQEMU(s)
+	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{First: learned}).ok(t)
+	at := func(runs []workingset.PageRun) (first, last, pages int) {
+		first = 1 << 30
+		for _, r := range runs {
+			for i := range r.Count {
+				n, _ := d.position(tiertest.PageID{Block: r.Block, Page: r.Page + i})
+				first, last, pages = min(first, n), max(last, n), pages+1
+			}
+		}
+		return first, last, pages
+	}
+	if first, last, n := at(tables); first != 0 || last != n-1 {
+		t.Errorf("page tables came as numbers %d to %d of %d", first, last, n)
+	}
+	if first, last, n := at(learned); first != 7 || last != 7+n-1 {
+		t.Errorf("learned pages came as numbers %d to %d", first, last)
+	}
+	if hot := int64(len(s.ck.NVRAMSlots())); rep.HotPages < hot || rep.HotPages > hot+10 {
+		t.Errorf("%d hot pages, %d in NVRAM", rep.HotPages, hot)
+	}
+}
+
 // TestHold: nothing cold comes as long as the guest keeps asking, at most for
 // MaxHold.
 func TestHold(t *testing.T) {

@@ -4,17 +4,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
 
-	"github.com/klauspost/compress/zstd"
-
 	"github.com/flic-migrate/flic-migrate/stream"
-	"github.com/flic-migrate/flic-migrate/tier/replay"
 )
 
 // device makes a section for a tail and its description.
@@ -229,45 +223,6 @@ func TestLayoutFind(t *testing.T) {
 		block, offset, ok := l.Find(test.gpa, test.n)
 		if ok != test.ok || offset != test.offset || ok && block != 2 {
 			t.Errorf("%#x+%#x: block %d, %#x, %v", test.gpa, test.n, block, offset, ok)
-		}
-	}
-}
-
-// recordedTail is the device tail of a recorded stream.
-func recordedTail(t testing.TB, name string) []byte {
-	t.Helper()
-	f, err := os.Open(filepath.Join("..", "..", "testdata", name+".stream.zst"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	z, err := zstd.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer z.Close()
-	var tail []byte
-	err = replay.Walk(io.Reader(z), 0, replay.Visitor{Tail: func(b []byte, _ bool) error {
-		tail = append(tail, b...)
-		return nil
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tail
-}
-
-// QEMU's own tails: firmware without paging, and a Linux guest.
-func TestSpacesRecorded(t *testing.T) {
-	for name, want := range map[string]int{"q35-smp-uuid": 0, "virt-stopped": 0, "microvm-stopped": 0, "q35-linux-stopped": 1} {
-		tail := recordedTail(t, name)
-		p, err := stream.ParseTail(tail)
-		if err != nil {
-			t.Fatal(err)
-		}
-		spaces, err := Spaces(tail, &p)
-		if err != nil || len(spaces) != want {
-			t.Errorf("%s: %+v, %v", name, spaces, err)
 		}
 	}
 }

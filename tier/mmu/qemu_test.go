@@ -1,4 +1,4 @@
-package mmu
+package mmu_test
 
 import (
 	"context"
@@ -11,18 +11,63 @@ import (
 	"strconv"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
+
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier/mmu"
 	"github.com/flic-migrate/flic-migrate/tier/replay"
 )
+
+// mapping is a page or block of a guest.
+type mapping struct{ va, pa, size uint64 }
+
+// recordedTail is the device tail of a recorded stream.
+func recordedTail(t testing.TB, name string) []byte {
+	t.Helper()
+	f, err := os.Open(filepath.Join("..", "..", "testdata", name+".stream.zst"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := zstd.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer z.Close()
+	var tail []byte
+	err = replay.Walk(io.Reader(z), 0, replay.Visitor{Tail: func(b []byte, _ bool) error {
+		tail = append(tail, b...)
+		return nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tail
+}
+
+// QEMU's own tails: firmware without paging, and a Linux guest.
+func TestSpacesRecorded(t *testing.T) {
+	for name, want := range map[string]int{"q35-smp-uuid": 0, "virt-stopped": 0, "microvm-stopped": 0, "q35-linux-stopped": 1} {
+		tail := recordedTail(t, name)
+		p, err := stream.ParseTail(tail)
+		if err != nil {
+			t.Fatal(err)
+		}
+		spaces, err := mmu.Spaces(tail, &p)
+		if err != nil || len(spaces) != want {
+			t.Errorf("%s: %+v, %v", name, spaces, err)
+		}
+	}
+}
 
 // stopped is a stopped guest: its memory by block, and what its stream says.
 type stopped struct {
 	vm      *qemutest.VM
 	machine string
-	blocks  []Block
+	blocks  []mmu.Block
 	content map[string][]byte
 	tail    []byte
 }
@@ -62,7 +107,7 @@ func stop(t *testing.T, vm *qemutest.VM) *stopped {
 		Record: func(d *ramparse.Decoder, rec *ramparse.Record) error {
 			if rec.Kind == ramparse.MemSize {
 				for _, b := range d.Setup().Blocks {
-					s.blocks = append(s.blocks, Block{b.Name, b.Used})
+					s.blocks = append(s.blocks, mmu.Block{b.Name, b.Used})
 				}
 			}
 			return nil
@@ -76,20 +121,20 @@ func stop(t *testing.T, vm *qemutest.VM) *stopped {
 }
 
 // walk finds the guest's tables and mappings.
-func (s *stopped) walk(t *testing.T) (spaces []Space, tables []uint64, leaves []mapping) {
+func (s *stopped) walk(t *testing.T) (spaces []mmu.Space, tables []uint64, leaves []mapping) {
 	t.Helper()
 	p, err := stream.ParseTail(s.tail)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if spaces, err = Spaces(s.tail, &p); err != nil {
+	if spaces, err = mmu.Spaces(s.tail, &p); err != nil {
 		t.Fatal(err)
 	}
-	layout, err := NewLayout(s.machine, s.blocks, s.tail, &p)
+	layout, err := mmu.NewLayout(s.machine, s.blocks, s.tail, &p)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &Walker{
+	w := &mmu.Walker{
 		Read: func(gpa uint64, buf []byte) (bool, error) {
 			b, at, ok := layout.Find(gpa, uint64(len(buf)))
 			if ok {

@@ -1,0 +1,139 @@
+package tier_test
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// recordedLinux is the stream of a Linux guest.
+func recordedLinux(t testing.TB) []byte {
+	t.Helper()
+	f, err := os.Open("../testdata/q35-linux-stopped.stream.zst")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := zstd.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer z.Close()
+	var b bytes.Buffer
+	if _, err := b.ReadFrom(z); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// A guest's page tables are found in a stream of a real one, and are in NVRAM
+// although no working set knows of them.
+func TestPageTables(t *testing.T) {
+	b := recordedLinux(t)
+	l := newLab(t, crashfs.New(0), "/")
+	save := func(o tier.SaveOptions) (store.Ref, *checkpoint.Meta) {
+		t.Helper()
+		o.VM = "vm"
+		ref, m, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out bytes.Buffer
+		if err := l.restore(ref, &out); err != nil || !bytes.Equal(out.Bytes(), b) {
+			t.Fatalf("restored %d bytes of %d: %v", out.Len(), len(b), err)
+		}
+		if bad := l.verify(ref); len(bad) > 0 {
+			t.Fatal(bad)
+		}
+		return ref, m
+	}
+	// places counts the page tables of a checkpoint by where they are.
+	places := func(ref store.Ref) (count map[pagetable.Kind]int) {
+		t.Helper()
+		c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		count = make(map[pagetable.Kind]int)
+		seen := map[workingset.PageRun]bool{}
+		for _, r := range c.Meta.PageTables {
+			for page := r.Page; page < r.Page+r.Count; page++ {
+				run, err := c.Table.Find(r.Block, page)
+				if err != nil {
+					t.Fatal(err)
+				}
+				count[run.Entry(0).Kind()]++
+				if one := (workingset.PageRun{Block: r.Block, Page: page, Count: 1}); seen[one] {
+					t.Errorf("%+v is listed twice", one)
+				} else {
+					seen[one] = true
+				}
+			}
+		}
+		return count
+	}
+
+	cold, m := save(tier.SaveOptions{})
+	if m.Report.PageTables < 50 || m.Report.PageTables > 1000 || m.Report.NoPageTables != "" || m.Report.Hot != 0 {
+		t.Fatalf("%+v", m.Report)
+	}
+	if n := places(cold); n[pagetable.NVRAM] != 0 || int64(n[pagetable.Flash]+n[pagetable.Fill]) != m.Report.PageTables {
+		t.Errorf("without NVRAM: %v", n)
+	}
+	ws, err := workingset.New(m.PageSize, m.WorkingSetBlocks())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for page := int64(5000); page < 5400; page++ {
+		ws.SetHeat(0, page, 3)
+	}
+	// The first with NVRAM of a VM that nothing is known of, and the next.
+	if err := l.remove(cold); err != nil {
+		t.Fatal(err)
+	}
+	o := tier.SaveOptions{NVRAM: l.nvram, WorkingSet: ws}
+	first, m := save(o)
+	if n := places(first); n[pagetable.Flash] != 0 || n[pagetable.NVRAM] == 0 {
+		t.Errorf("first: %v", n)
+	}
+	if m.Report.Hot < m.Report.PageTables || m.Report.Superseded == 0 {
+		t.Errorf("first: %+v", m.Report)
+	}
+	next, m := save(o)
+	if n := places(next); n[pagetable.Flash] != 0 || m.Report.Superseded != 0 {
+		t.Errorf("next: %v, %+v", n, m.Report)
+	}
+
+	// In an NVRAM file that is too small for the working set, what were page
+	// tables last time is hotter than all of it.
+	l = newLab(t, l.fs.FS, "/small")
+	save(tier.SaveOptions{})
+	o.NVRAMSize, o.NVRAM = 1<<20, l.nvram
+	next, m = save(o)
+	if n := places(next); m.Report.Surplus == 0 || m.Report.Hot <= m.Report.PageTables/2 || n[pagetable.Flash] != 0 {
+		t.Errorf("small: %v, %+v", n, m.Report)
+	}
+}
+
+// A stream that does not tell is saved all the same, and the report says why.
+func TestPageTablesUnknown(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	s := tiertest.New(tiertest.Options{})
+	_, m := l.save(t, s, tier.SaveOptions{NVRAM: l.nvram, WorkingSet: hotSet(t, s, every(3))})
+	if m.PageTables != nil || m.Report.PageTables != 0 || !strings.Contains(m.Report.NoPageTables, "no vCPU") {
+		t.Errorf("%+v", m.Report)
+	}
+}
