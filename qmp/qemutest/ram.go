@@ -2,6 +2,7 @@ package qemutest
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -62,21 +63,18 @@ func (vm *VM) Blocks(ctx context.Context) ([]Block, error) {
 	return blocks, nil
 }
 
-// RAM returns the whole content of every block that can be read, by name. Unlike
-// pmemsave it reads the blocks and not the address space, where video memory and
-// ROM hide the part of pc.ram from 0xA0000 to 0xFFFFF. The guest must be
-// stopped, or the pages are of different moments.
-func (vm *VM) RAM(ctx context.Context) (map[string][]byte, error) {
+// hostBlock is a block and where in QEMU's memory it is.
+type hostBlock struct {
+	Block
+	host int64
+}
+
+// hosts returns the blocks that can be read.
+func (vm *VM) hosts(ctx context.Context) (list []hostBlock, err error) {
 	blocks, err := vm.Blocks(ctx)
 	if err != nil {
 		return nil, err
 	}
-	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", vm.Pid()))
-	if err != nil {
-		return nil, err
-	}
-	defer mem.Close()
-	content := make(map[string][]byte)
 	for _, b := range blocks {
 		if !b.Mapped {
 			continue
@@ -89,20 +87,81 @@ func (vm *VM) RAM(ctx context.Context) (map[string][]byte, error) {
 		if m == nil {
 			continue // a device's memory, or a ROM in flash mode
 		}
-		host, err := strconv.ParseUint(m[1], 16, 63)
+		host, err := strconv.ParseInt(m[1], 16, 64)
 		if err != nil {
 			return nil, err
 		}
+		list = append(list, hostBlock{b, host})
+	}
+	if len(list) == 0 {
+		return nil, fmt.Errorf("none of the %d blocks can be read", len(blocks))
+	}
+	return list, nil
+}
+
+// RAM returns the whole content of every block that can be read, by name. Unlike
+// pmemsave it reads the blocks and not the address space, where video memory and
+// ROM hide the part of pc.ram from 0xA0000 to 0xFFFFF. The guest must be
+// stopped, or the pages are of different moments.
+func (vm *VM) RAM(ctx context.Context) (map[string][]byte, error) {
+	blocks, err := vm.hosts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", vm.Pid()))
+	if err != nil {
+		return nil, err
+	}
+	defer mem.Close()
+	content := make(map[string][]byte)
+	for _, b := range blocks {
 		buf := make([]byte, b.Used)
-		if _, err := mem.ReadAt(buf, int64(host)); err != nil {
-			return nil, fmt.Errorf("block %s at %#x: %w", b.Name, host, err)
+		if _, err := mem.ReadAt(buf, b.host); err != nil {
+			return nil, fmt.Errorf("block %s at %#x: %w", b.Name, b.host, err)
 		}
 		content[b.Name] = buf
 	}
-	if len(content) == 0 {
-		return nil, fmt.Errorf("none of the %d blocks can be read", len(blocks))
-	}
 	return content, nil
+}
+
+// Loaded calls page with every page of RAM that is there, when others may still
+// have to come: a read of one of those would wait for it. The guest must be
+// stopped, and QEMU must answer its monitor.
+func (vm *VM) Loaded(ctx context.Context, page func(block string, offset uint64, content []byte)) error {
+	const pageSize = 4096
+	blocks, err := vm.hosts(ctx)
+	if err != nil {
+		return err
+	}
+	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", vm.Pid()))
+	if err != nil {
+		return err
+	}
+	defer mem.Close()
+	pagemap, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", vm.Pid()))
+	if err != nil {
+		return err
+	}
+	defer pagemap.Close()
+	buf := make([]byte, pageSize)
+	for _, b := range blocks {
+		// Linux, Documentation/admin-guide/mm/pagemap.rst: 64 bits a page.
+		const present, swapped = 1 << 63, 1 << 62
+		entries := make([]byte, b.Used/pageSize*8)
+		if _, err := pagemap.ReadAt(entries, b.host/pageSize*8); err != nil {
+			return err
+		}
+		for i := range b.Used / pageSize {
+			if binary.LittleEndian.Uint64(entries[8*i:])&(present|swapped) == 0 {
+				continue
+			}
+			if _, err := mem.ReadAt(buf, b.host+int64(i)*pageSize); err != nil {
+				return fmt.Errorf("block %s, page %d: %w", b.Name, i, err)
+			}
+			page(b.Name, i*pageSize, buf)
+		}
+	}
+	return nil
 }
 
 // PhysicalMemory returns size bytes of guest-physical memory from addr, as the

@@ -1,6 +1,7 @@
 package lazy_test
 
 import (
+	"bytes"
 	"context"
 	"math/rand/v2"
 	"os"
@@ -87,8 +88,9 @@ func verified(t *testing.T, c child) {
 	check(t, ck.Verify(context.Background(), func(err error) { t.Error(err) }))
 }
 
-// TestKills kills the server five times in each of four restores, at random
-// moments after RUN, and recovers each time.
+// TestKills kills the server five times in each of five restores, at random
+// moments after RUN, in four of them with the guest under load, and recovers
+// each time.
 func TestKills(t *testing.T) {
 	const kills = 5
 	ctx := context.Background()
@@ -98,7 +100,7 @@ func TestKills(t *testing.T) {
 	src := boot(t, config)
 	ram := save(t, src, c)
 	src.Kill()
-	for round := range 4 {
+	for round := range 5 {
 		r := rand.New(rand.NewPCG(uint64(round), 6))
 		next := func(op string) child {
 			c.Op, c.Hold, c.Kill = op, 0, "run"
@@ -133,6 +135,10 @@ func TestKills(t *testing.T) {
 		for kill := range kills {
 			if s := m.end(t); s != qmp.StatusPostcopyPaused {
 				t.Fatalf("restore %d, kill %d: %s", round, kill, s)
+			}
+			if paused {
+				// Were it never recovered: what the guest has by now is right.
+				loadedPages(t, vm, ram)
 			}
 			if kill == 2 {
 				// Not recovered for a while: the guest waits and sees
@@ -170,6 +176,22 @@ func TestKills(t *testing.T) {
 		vm.Kill()
 	}
 	verified(t, c)
+}
+
+// loadedPages compares what has reached a VM that still loads with the source.
+func loadedPages(t *testing.T, vm *qemutest.VM, ram map[string][]byte) {
+	t.Helper()
+	pages, wrong := 0, 0
+	check(t, vm.Loaded(context.Background(), func(block string, offset uint64, content []byte) {
+		pages++
+		if !bytes.Equal(content, ram[block][offset:][:len(content)]) {
+			wrong++
+		}
+	}))
+	t.Logf("%d pages have come", pages)
+	if pages == 0 || wrong > 0 {
+		t.Errorf("of %d pages that have come, %d are wrong", pages, wrong)
+	}
 }
 
 // TestKillsBeforeRun: what becomes of QEMU if the server dies early. Nothing is
