@@ -15,6 +15,8 @@ var (
 	ErrClosed = errors.New("the monitor connection is closed")
 	// ErrLost: QEMU has ended or the network has failed.
 	ErrLost = errors.New("the monitor connection is lost")
+	// ErrNoFiles: the monitor is no Unix socket, and only those carry files.
+	ErrNoFiles = errors.New("files can't be passed over this monitor")
 	// ErrProtocol: what came is not QMP, or more than Options.MaxMessage of it.
 	ErrProtocol = errors.New("the monitor does not speak QMP")
 )

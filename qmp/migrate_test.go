@@ -17,6 +17,7 @@ type recorder struct {
 	delay   time.Duration
 	events  chan Event
 	sent    []string
+	onSend  func(string) // called with each
 }
 
 func (r *recorder) Execute(ctx context.Context, name string, args, result any) error {
@@ -29,6 +30,9 @@ func (r *recorder) Execute(ctx context.Context, name string, args, result any) e
 		line += string(b)
 	}
 	r.sent = append(r.sent, line)
+	if r.onSend != nil {
+		r.onSend(line)
+	}
 	answer := `{}`
 	if a := r.answers[name]; len(a) > 0 {
 		answer = a[0]

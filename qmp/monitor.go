@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -30,6 +31,7 @@ import (
 	"time"
 
 	goqemu "github.com/digitalocean/go-qemu/qmp"
+	"golang.org/x/sys/unix"
 )
 
 // The types of go-qemu, under the names this module's users see.
@@ -51,6 +53,15 @@ type Executor interface {
 	// is lost; then the channel is closed. A reader that is too slow loses the
 	// oldest events, never the newest.
 	Events(ctx context.Context) (<-chan Event, error)
+}
+
+// FilePasser is an Executor that can hand open files to QEMU.
+type FilePasser interface {
+	// PassFile gives QEMU a duplicate of f, which "fd:NAME" then means on this
+	// connection (getfd in QEMU's qapi/misc.json). A connection that can't
+	// carry files fails with ErrNoFiles, one whose other end takes none with
+	// an *Error.
+	PassFile(ctx context.Context, name string, f *os.File) error
 }
 
 const (
@@ -97,7 +108,7 @@ type Monitor struct {
 	version      Version
 	capabilities []string
 
-	out  chan []byte   // to the writer; a call not yet taken is never sent
+	out  chan outgoing // to the writer; a call not yet taken is never sent
 	done chan struct{} // closed when the connection is lost or closed
 
 	lostEvents atomic.Uint64
@@ -118,10 +129,18 @@ type reply struct {
 	} `json:"error"`
 }
 
+// outgoing is one command on its way. The writer owns the file, which travels
+// with the command's first byte, and closes it.
+type outgoing struct {
+	line []byte
+	file *os.File // nil but for getfd
+}
+
 type eventReader struct{ ch chan Event }
 
 var (
 	_ Executor       = (*Monitor)(nil)
+	_ FilePasser     = (*Monitor)(nil)
 	_ goqemu.Monitor = (*Monitor)(nil)
 )
 
@@ -162,7 +181,7 @@ func New(ctx context.Context, conn net.Conn, address string, options Options) (*
 		conn:    conn,
 		addr:    address,
 		options: options,
-		out:     make(chan []byte),
+		out:     make(chan outgoing),
 		done:    make(chan struct{}),
 		waiting: make(map[uint64]chan reply),
 		readers: make(map[*eventReader]struct{}),
@@ -250,7 +269,21 @@ func (m *Monitor) Version() Version { return m.version }
 // has no deadline, for Options.Timeout. A call that is given up may still be
 // carried out by QEMU; its answer is dropped.
 func (m *Monitor) Execute(ctx context.Context, command string, args, result any) error {
-	return m.execute(ctx, "execute", command, args, result)
+	return m.execute(ctx, "execute", command, args, result, nil)
+}
+
+// PassFile implements [FilePasser]; the monitor must be a Unix socket.
+func (m *Monitor) PassFile(ctx context.Context, name string, f *os.File) error {
+	if _, ok := m.conn.(*net.UnixConn); !ok {
+		return &OpError{Op: "getfd", Addr: m.addr, Err: ErrNoFiles}
+	}
+	// A duplicate, because a call that is given up may yet be sent, when the
+	// caller has closed f and its number means another file.
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return &OpError{Op: "getfd", Addr: m.addr, Err: err}
+	}
+	return m.execute(ctx, "execute", "getfd", map[string]any{"fdname": name}, nil, os.NewFile(uintptr(fd), name))
 }
 
 // ExecuteOOB runs a command that QEMU carries out ahead of those that wait in
@@ -260,10 +293,17 @@ func (m *Monitor) ExecuteOOB(ctx context.Context, command string, args, result a
 	if !m.options.OOB {
 		return &OpError{Op: command, Addr: m.addr, Err: errors.New("out-of-band execution was not asked for")}
 	}
-	return m.execute(ctx, "exec-oob", command, args, result)
+	return m.execute(ctx, "exec-oob", command, args, result, nil)
 }
 
-func (m *Monitor) execute(ctx context.Context, how, command string, args, result any) error {
+// execute owns the file, which goes with the command.
+func (m *Monitor) execute(ctx context.Context, how, command string, args, result any, file *os.File) error {
+	sent := false
+	defer func() {
+		if !sent {
+			file.Close() // of nil is an error that nobody wants to know
+		}
+	}()
 	fail := func(err error) error { return &OpError{Op: command, Addr: m.addr, Err: err} }
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
@@ -288,7 +328,8 @@ func (m *Monitor) execute(ctx context.Context, how, command string, args, result
 		return fail(err)
 	}
 	select {
-	case m.out <- append(line, '\n'):
+	case m.out <- outgoing{append(line, '\n'), file}:
+		sent = true
 	case <-m.done:
 		return fail(m.Err())
 	case <-ctx.Done():
@@ -403,8 +444,8 @@ func (m *Monitor) end(err error) {
 func (m *Monitor) write() {
 	for {
 		select {
-		case line := <-m.out:
-			if _, err := m.conn.Write(line); err != nil {
+		case o := <-m.out:
+			if err := m.send(o); err != nil {
 				m.end(fmt.Errorf("%w: %w", ErrLost, err))
 				return
 			}
@@ -412,6 +453,21 @@ func (m *Monitor) write() {
 			return
 		}
 	}
+}
+
+func (m *Monitor) send(o outgoing) error {
+	if o.file != nil {
+		defer o.file.Close()
+		n, _, err := m.conn.(*net.UnixConn).WriteMsgUnix(o.line, unix.UnixRights(int(o.file.Fd())), nil)
+		if err != nil {
+			return err
+		}
+		if o.line = o.line[n:]; len(o.line) == 0 {
+			return nil
+		}
+	}
+	_, err := m.conn.Write(o.line)
+	return err
 }
 
 func (m *Monitor) read(in *decoder) {

@@ -3,6 +3,8 @@ package qmp
 import (
 	"context"
 	"errors"
+	"io"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -12,9 +14,12 @@ import (
 const (
 	trackOn   = `migrate-set-capabilities{"capabilities":[{"capability":"events","state":true},{"capability":"pause-before-switchover","state":true},{"capability":"return-path","state":false}]}`
 	trackBack = `migrate-set-capabilities{"capabilities":[{"capability":"events","state":false},{"capability":"pause-before-switchover","state":false},{"capability":"return-path","state":true}]}`
+	paramOn   = `migrate-set-parameters{"downtime-limit":1,"max-bandwidth":1099511689500}`
 	paramBack = `migrate-set-parameters{"downtime-limit":300,"max-bandwidth":134217728}`
 )
 
+// tracked is a QEMU with a running guest whose migration goes through these
+// states.
 func tracked(states ...string) *recorder {
 	list := []string{`{}`}
 	for _, s := range states {
@@ -31,27 +36,74 @@ func tracked(states ...string) *recorder {
 	}}
 }
 
+// opened is an OpenFunc whose stream is a pipe that has ended already, or that
+// nobody writes to or closes.
+func opened(t *testing.T, ended bool) OpenFunc {
+	return func(context.Context, Executor, Direction) (*Channel, error) {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return nil, err
+		}
+		if ended {
+			w.Close()
+		} else {
+			t.Cleanup(func() { w.Close() })
+		}
+		return &Channel{
+			URI:     "fd:test",
+			accept:  func(context.Context) (*os.File, error) { return r, nil },
+			discard: func(context.Context) {},
+		}, nil
+	}
+}
+
+// drains is a consumer that reads to the end.
+func drains(ctx context.Context, f *os.File) error {
+	stop := context.AfterFunc(ctx, func() { f.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	_, err := io.Copy(io.Discard, f)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return err
+}
+
+// restored fails the test unless the last commands put everything back.
+func restored(t *testing.T, what string, sent []string, last ...string) {
+	t.Helper()
+	if n := len(sent) - len(last); n < 0 || !slices.Equal(sent[n:], last) {
+		t.Errorf("%s: sent\n%s\nwant at its end\n%s", what, strings.Join(sent, "\n"), strings.Join(last, "\n"))
+	}
+}
+
 // Whatever happens, settings are as before at the end, and a migration that was
 // begun has been cancelled.
 func TestTrackRestores(t *testing.T) {
 	var failed *MigrationError
+	broken := errors.New("not what was expected")
+	fails := func(context.Context, *os.File) error { return broken }
+	waits := func(ctx context.Context, _ *os.File) error { <-ctx.Done(); return ctx.Err() }
 	for name, test := range map[string]struct {
-		x    *recorder
-		want func(error) bool
+		x      *recorder
+		ended  bool // the stream
+		filter Consumer
+		want   func(error) bool
 	}{
-		"nothing left":     {tracked("active", "pre-switchover", "cancelled"), func(err error) bool { return err == nil }},
-		"the filter ended": {tracked("active", "failed", "failed"), func(err error) bool { return errors.As(err, &failed) }},
-		"it completed":     {tracked("active", "completed", "completed"), func(err error) bool { return err != nil }},
+		"nothing left":      {tracked("active", "pre-switchover", "cancelled"), true, drains, func(err error) bool { return err == nil }},
+		"seen enough":       {tracked("active", "cancelled"), true, func(context.Context, *os.File) error { return nil }, func(err error) bool { return err == nil }},
+		"the filter fails":  {tracked("active", "cancelled"), true, fails, func(err error) bool { return errors.Is(err, broken) }},
+		"both fail":         {tracked("active", "failed"), true, fails, func(err error) bool { return errors.Is(err, broken) }},
+		"QEMU fails, alone": {tracked("active", "failed"), false, waits, func(err error) bool { return errors.As(err, &failed) }},
+		"it completed":      {tracked("active", "completed", "completed"), false, waits, func(err error) bool { return err != nil }},
 	} {
-		_, err := Track(t.Context(), test.x, TrackOptions{URI: "exec:x"})
+		_, err := Track(t.Context(), test.x, TrackOptions{Open: opened(t, test.ended), Filter: test.filter})
 		if !test.want(err) {
 			t.Errorf("%s: %v", name, err)
 		}
-		sent := test.x.sent
-		if !slices.Contains(sent, trackOn) || !slices.Contains(sent, "migrate_cancel") || len(sent) < 2 ||
-			sent[len(sent)-2] != paramBack || sent[len(sent)-1] != trackBack {
-			t.Errorf("%s: sent %s", name, strings.Join(sent, "\n"))
+		if !slices.Contains(test.x.sent, trackOn) || !slices.Contains(test.x.sent, paramOn) || !slices.Contains(test.x.sent, "migrate_cancel") {
+			t.Errorf("%s: sent %s", name, strings.Join(test.x.sent, "\n"))
 		}
+		restored(t, name, test.x.sent, trackBack, paramBack)
 	}
 }
 
@@ -72,33 +124,50 @@ func TestTrackRefuses(t *testing.T) {
 	}
 }
 
-// A context that ends makes the child end, and settings come back.
+// A context that ends makes the filter end, and settings come back.
 func TestTrackCancelled(t *testing.T) {
 	x := tracked("active", "active", "active", "cancelled")
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
 	defer cancel()
-	aborted := false
-	_, err := Track(ctx, x, TrackOptions{Abort: func() { aborted = true }})
-	if !errors.Is(err, context.DeadlineExceeded) || !aborted || x.sent[len(x.sent)-1] != trackBack {
-		t.Errorf("%v, aborted %v, sent %v", err, aborted, x.sent)
+	_, err := Track(ctx, x, TrackOptions{Open: opened(t, false), Filter: drains})
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v", err)
 	}
+	restored(t, "cancelled", x.sent, trackBack, paramBack)
 }
 
 func TestTrackRedials(t *testing.T) {
 	x, again := tracked("active", "lost"), tracked("cancelled")
 	x.answers["migrate_cancel"] = []string{"lost"}
 	again.answers["query-migrate"] = []string{`{"status": "cancelled"}`}
-	x.answers["migrate-set-parameters"] = []string{`{}`, "lost"}
-	_, err := Track(t.Context(), x, TrackOptions{Redial: func(context.Context) (Executor, error) { return again, nil }})
+	again.answers["query-status"] = []string{`{"status": "paused"}`}
+	_, err := Track(t.Context(), x, TrackOptions{Open: opened(t, false), Filter: drains,
+		Redial: func(context.Context) (Executor, error) { return again, nil }})
 	if !errors.Is(err, ErrLost) {
 		t.Errorf("got %v", err)
 	}
-	if n := len(again.sent); !slices.Contains(again.sent, "migrate_cancel") || again.sent[n-1] != trackBack || again.sent[n-2] != paramBack {
-		t.Errorf("sent %v", again.sent)
-	}
+	restored(t, "redialled", again.sent, "migrate_cancel", "query-migrate", "query-status", "cont", trackBack, paramBack)
 }
 
-func TestStoppedFor(t *testing.T) {
+// What a killed process has left is not taken for the user's settings, and what
+// waits for it is ended.
+func TestTrackAfterKill(t *testing.T) {
+	x := tracked("pre-switchover")
+	x.answers["query-migrate-capabilities"] = []string{`[{"capability":"events","state":true},{"capability":"pause-before-switchover","state":true},{"capability":"return-path","state":false}]`}
+	x.answers["query-migrate-parameters"] = []string{`{"max-bandwidth": 1099511689500, "downtime-limit": 1}`}
+	x.answers["query-migrate"] = []string{`{"status": "pre-switchover"}`}
+	x.onSend = func(line string) {
+		if line == "migrate_cancel" {
+			x.answers["query-migrate"] = []string{`{"status": "cancelled"}`}
+		}
+	}
+	if _, err := Track(t.Context(), x, TrackOptions{Open: opened(t, true), Filter: func(context.Context, *os.File) error { return nil }}); err != nil {
+		t.Fatal(err)
+	}
+	restored(t, "after a kill", x.sent, `migrate-set-capabilities{"capabilities":[{"capability":"events","state":false},{"capability":"pause-before-switchover","state":false}]}`, paramBack)
+}
+
+func TestPauses(t *testing.T) {
 	events := make(chan Event, 8)
 	for _, e := range []struct {
 		name string
@@ -108,7 +177,13 @@ func TestStoppedFor(t *testing.T) {
 		ev.Timestamp.Microseconds = e.us
 		events <- ev
 	}
-	if d := stoppedFor(events); d != 4*time.Millisecond {
-		t.Errorf("stopped for %v", d)
+	if d, whole := pauses(events); d != 4*time.Millisecond || !whole {
+		t.Errorf("stopped for %v, %v", d, whole)
+	}
+	left := Event{Event: "STOP"}
+	left.Timestamp.Seconds = 1
+	events <- left
+	if d, whole := pauses(events); d != 0 || whole {
+		t.Errorf("left in one: %v, %v", d, whole)
 	}
 }

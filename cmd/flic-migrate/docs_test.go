@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/flic-migrate/flic-migrate/qmp/rounds"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/replay"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -142,7 +143,7 @@ func TestDocsJSON(t *testing.T) {
 	}
 	for name, v := range map[string]any{
 		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "show": showDoc{}, "verify": verifyEntry{},
-		"rm": rmEntry{}, "gc": store.GCReport{}, "replay": replay.Result{}, "dump": dumpDoc{}, "resume": resumeReport{}, "track": trackReport{},
+		"rm": rmEntry{}, "gc": store.GCReport{}, "replay": replay.Result{}, "dump": dumpDoc{}, "resume": resumeReport{}, "track": rounds.Report{},
 	} {
 		fields(reflect.TypeOf(v), "", func(field string) {
 			t.Errorf("docs/cli.md does not explain %s in the JSON of %s", field, name)

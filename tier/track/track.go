@@ -27,18 +27,11 @@ import (
 )
 
 const (
-	// holdPages is how many pages of pass 1 are left when the hold begins.
-	// While QEMU has something of pass 1 to send it can't see that it could
-	// finish, which would stop the guest. The tail of the pass must therefore
-	// not fit into what takes bytes though nobody reads: the pipe (4 KiB) and
-	// QEMU's own buffer (32 KiB, migration/qemu-file.c), in records of 9
-	// bytes at least; and 64 pages by reference.
-	//
-	// Holding before their first sending loses nothing: QEMU clears its dirty
-	// log for a GiB at a time, with the first page sent of it.
-	holdPages = (36<<10)/9 + 64 + 448
-
 	minPipe = 4 << 10
+
+	// socketBuffer is what a Unix socket takes though nobody reads: Linux's
+	// net.core.wmem_default, which only the sender can change.
+	socketBuffer = 208 << 10
 
 	// maxPages caps what a stream may claim: 16 TiB in pages of 4 KiB.
 	maxPages = 1 << 32
@@ -52,6 +45,17 @@ const (
 	piecePause = time.Millisecond
 )
 
+// holdPages is how many pages of pass 1 are left when the hold begins. While
+// QEMU has something of pass 1 to send it can't see that it could finish, which
+// would stop the guest. The tail of the pass must therefore not fit into what
+// takes bytes though nobody reads: the pipe or socket and QEMU's own buffer
+// (32 KiB, migration/qemu-file.c), in records of 9 bytes at least; and 64 pages
+// by reference.
+//
+// Holding before their first sending loses nothing: QEMU clears its dirty log
+// for a GiB at a time, with the first page sent of it.
+func holdPages(buffer int) int64 { return int64(buffer+32<<10)/9 + 64 + 448 }
+
 var (
 	// ErrTooSmall: the guest's memory is too small for QEMU to be held.
 	ErrTooSmall = errors.New("the guest has too little memory for its writes to be tracked")
@@ -64,12 +68,14 @@ var (
 // Filter reads the stream of a migration up to the end of its second pass, with
 // the interval between the first and the second, and returns the pages that came
 // again, each with heat 1. If the migration is cancelled after the interval, the
-// set has what had come by then. The pipe is shrunk to its minimum.
-//
-// watch is called several times a second while the interval is held and once
-// after it; an error of it ends Filter.
-func Filter(ctx context.Context, in tier.Pipe, interval time.Duration, watch func() error) (*workingset.Set, error) {
-	f := &filter{ctx: ctx, in: in, interval: interval, watch: watch}
+// set has what had come by then. A pipe is shrunk to its minimum; anything else
+// is taken for a Unix socket, which holds more, so that the guest must be larger
+// (ErrTooSmall).
+func Filter(ctx context.Context, in tier.Pipe, interval time.Duration) (*workingset.Set, error) {
+	f := &filter{ctx: ctx, in: in, interval: interval, holdPages: holdPages(minPipe)}
+	if in.Capacity() == 0 {
+		f.holdPages = holdPages(socketBuffer)
+	}
 	f.cur = stream.NewCursor(f, 128<<10)
 	f.rd = stream.NewReader(f.cur)
 	err := f.frames()
@@ -92,7 +98,8 @@ type filter struct {
 	ctx      context.Context
 	in       tier.Pipe
 	interval time.Duration
-	watch    func() error
+	// holdPages are left of pass 1 when the hold begins.
+	holdPages int64
 
 	cur          *stream.Cursor
 	rd           *stream.Reader
@@ -192,8 +199,8 @@ func (f *filter) start() error {
 	if f.unseen > maxPages {
 		return stream.Damaged("ram setup", f.cur.Offset(), "%d pages", f.unseen)
 	}
-	if f.unseen < 2*holdPages {
-		return fmt.Errorf("%w: %d pages, it needs %d", ErrTooSmall, f.unseen, 2*holdPages)
+	if f.unseen < 2*f.holdPages {
+		return fmt.Errorf("%w: %d pages, it needs %d", ErrTooSmall, f.unseen, 2*f.holdPages)
 	}
 	for _, b := range blocks {
 		f.seen = append(f.seen, bitmap.New(b.Pages))
@@ -232,9 +239,9 @@ func (f *filter) page(rec *ramparse.Record) error {
 	f.unseen--
 	switch {
 	case f.held:
-	case f.unseen <= holdPages:
+	case f.unseen <= f.holdPages:
 		return f.hold()
-	case f.unseen <= 2*holdPages && (!f.shrunk || f.unseen%64 == 0 && f.in.Capacity() > minPipe):
+	case f.unseen <= 2*f.holdPages && (!f.shrunk || f.unseen%64 == 0 && f.in.Capacity() > minPipe):
 		// From here the cursor takes no more than it needs and the pipe
 		// shrinks; the kernel refuses while too much is in it, so it is tried
 		// again.
@@ -247,19 +254,10 @@ func (f *filter) page(rec *ramparse.Record) error {
 
 // hold lets the interval pass without reading.
 func (f *filter) hold() error {
-	for end := time.Now().Add(f.interval); ; {
-		if err := f.watch(); err != nil {
-			return err
-		}
-		left := time.Until(end)
-		if left <= 0 {
-			break
-		}
-		select {
-		case <-f.ctx.Done():
-			return context.Cause(f.ctx)
-		case <-time.After(min(left, 50*time.Millisecond)):
-		}
+	select {
+	case <-f.ctx.Done():
+		return context.Cause(f.ctx)
+	case <-time.After(f.interval):
 	}
 	f.held = true
 	f.cur.SetReadAhead(minPipe)

@@ -20,16 +20,18 @@ type fakePipe struct {
 
 func (p *fakePipe) Ready(time.Duration) bool { return true }
 func (p *fakePipe) Capacity() int            { return p.capacity }
-func (p *fakePipe) SetCapacity(n int) int    { p.capacity = n; return n }
+func (p *fakePipe) SetCapacity(n int) int {
+	if p.capacity > 0 { // else it is no pipe
+		p.capacity = n
+	}
+	return p.capacity
+}
 
 func source(b []byte) *fakePipe { return &fakePipe{bytes.NewReader(b), 64 << 10} }
 
-func quiet() error { return nil }
+var ramPages = 3 * int(holdPages(minPipe))
 
-const (
-	ramPages = 3 * holdPages
-	biosName = "pc.bios"
-)
+const biosName = "pc.bios"
 
 // recorded writes a stream with these pages in the passes after the first; each
 // pass is a section. It ends after them.
@@ -69,14 +71,14 @@ func recorded(pages int, later ...[]uint64) []byte {
 // The set is exactly what the second pass has, whether the stream ends after it
 // or goes on; page 0 came before the page size was known.
 func TestFilter(t *testing.T) {
-	second := []uint64{0, 5, 6, 7, 4000, ramPages - 1}
+	second := []uint64{0, 5, 6, 7, 4000, uint64(ramPages - 1)}
 	for name, b := range map[string][]byte{
 		"cancelled": recorded(ramPages, second),
 		"goes on":   recorded(ramPages, second, []uint64{1, 2, 3}),
 	} {
 		in := source(b)
 		start := time.Now()
-		set, err := Filter(t.Context(), in, 120*time.Millisecond, quiet)
+		set, err := Filter(t.Context(), in, 120*time.Millisecond)
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -100,7 +102,7 @@ func TestFilter(t *testing.T) {
 				t.Errorf("%s: %v, want %v", name, got, second)
 			}
 		}
-		if h := set.Histogram(); h[0]+h[1] != ramPages+64 || set.Blocks()[1].Name != biosName {
+		if h := set.Histogram(); h[0]+h[1] != int64(ramPages+64) || set.Blocks()[1].Name != biosName {
 			t.Errorf("%s: %v, %v", name, h[:3], set.Blocks())
 		}
 	}
@@ -108,26 +110,41 @@ func TestFilter(t *testing.T) {
 
 func TestFilterRefuses(t *testing.T) {
 	good := recorded(ramPages, []uint64{1})
-	gaveUp := errors.New("given up")
 	stopped, cancel := context.WithCancel(t.Context())
 	cancel()
 	for name, test := range map[string]struct {
-		ctx   context.Context
-		in    []byte
-		watch func() error
-		want  error
+		ctx  context.Context
+		in   []byte
+		want error
 	}{
-		"cut in pass 1": {t.Context(), good[:len(good)/4], quiet, ErrEnded},
-		"empty":         {t.Context(), nil, quiet, ErrEnded},
-		"small":         {t.Context(), recorded(2*holdPages - 65), quiet, ErrTooSmall},
-		"the devices":   {t.Context(), stream.AppendFull(good, stream.Section{ID: 3, Name: "timer"}), quiet, ErrSwitchover},
-		"no stream":     {t.Context(), []byte("not a stream"), quiet, stream.ErrNotStream},
-		"no driver":     {t.Context(), good, func() error { return gaveUp }, gaveUp},
-		"ended":         {stopped, good, quiet, context.Canceled},
+		"cut in pass 1": {t.Context(), good[:len(good)/4], ErrEnded},
+		"empty":         {t.Context(), nil, ErrEnded},
+		"small":         {t.Context(), recorded(ramPages*2/3 - 65), ErrTooSmall},
+		"the devices":   {t.Context(), stream.AppendFull(good, stream.Section{ID: 3, Name: "timer"}), ErrSwitchover},
+		"no stream":     {t.Context(), []byte("not a stream"), stream.ErrNotStream},
+		"ended":         {stopped, good, context.Canceled},
 	} {
-		if set, err := Filter(test.ctx, source(test.in), time.Millisecond, test.watch); !errors.Is(err, test.want) || set != nil {
+		if set, err := Filter(test.ctx, source(test.in), time.Millisecond); !errors.Is(err, test.want) || set != nil {
 			t.Errorf("%s: %v, want %v", name, err, test.want)
 		}
+	}
+}
+
+// What is no pipe holds more, so a guest must be larger to be held.
+func TestFilterSocket(t *testing.T) {
+	small := source(recorded(ramPages, []uint64{1}))
+	small.capacity = 0
+	if _, err := Filter(t.Context(), small, 1); !errors.Is(err, ErrTooSmall) {
+		t.Errorf("%d pages: %v", ramPages, err)
+	}
+	large := source(recorded(2*int(holdPages(socketBuffer)), []uint64{1, 7}))
+	large.capacity = 0
+	set, err := Filter(t.Context(), large, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h := set.Histogram(); h[1] != 2 {
+		t.Errorf("%d pages are hot", h[1])
 	}
 }
 
@@ -137,7 +154,7 @@ func FuzzFilter(f *testing.F) {
 	f.Add(good[:len(good)/2])
 	f.Add(recorded(8))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		set, err := Filter(t.Context(), source(b), 1, quiet)
+		set, err := Filter(t.Context(), source(b), 1)
 		if (set == nil) == (err == nil) {
 			t.Errorf("set %v, error %v", set != nil, err)
 		}
