@@ -38,7 +38,7 @@ type Options struct {
 	// server up, such as a store that does not answer or a QEMU that does not
 	// read; may be nil. It is called between two writes: it must not take long.
 	Progress func(Progress)
-	Log      *slog.Logger   // nil: none
+	Log      *slog.Logger // nil: none
 }
 
 // Progress is how far a restore is.

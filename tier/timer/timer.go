@@ -9,6 +9,11 @@ import (
 )
 
 // Params are equation (1)'s known quantities.
+//
+// The equation takes alpha for a constant. It is none: a guest that writes the
+// same pages again and again adds ever fewer to its working set, so that what a
+// short look gives is too high, and the interval from it too short. Left is for
+// watching on until the two agree.
 type Params struct {
 	Pages int64   // N_total: pages of all RAM blocks
 	Alpha float64 // pages a second that come into the working set
@@ -33,4 +38,27 @@ func (p Params) Interval() (time.Duration, error) {
 		return math.MaxInt64 / 2, nil
 	}
 	return time.Duration(seconds * float64(time.Second)), nil
+}
+
+// WorkingSet returns N_ws, the pages that are in the working set after T.
+func (p Params) WorkingSet() (int64, error) {
+	t, err := p.Interval()
+	return int64(math.Round(p.Alpha * t.Seconds())), err
+}
+
+// Left returns for how much longer to watch a guest of whose pages hot have come
+// into the working set in the time that it has been watched for, which is the
+// alpha of this question. It is 0 when the time is what the equation asks for:
+//
+//	watched = beta (N_total - hot) / r
+//
+// As alpha falls T rises, so watching for what is left and asking again comes
+// nearer to the solution from below.
+func (p Params) Left(watched time.Duration, hot int64) (time.Duration, error) {
+	if watched <= 0 {
+		return 0, fmt.Errorf("timer: watched for %v", watched)
+	}
+	p.Alpha = float64(hot) / watched.Seconds()
+	t, err := p.Interval()
+	return max(0, t-watched), err
 }

@@ -243,6 +243,10 @@ func (f *osFile) StartWriteback(off, n int64) {
 	})
 }
 
+func (f *osFile) DropCache() {
+	f.control(func(fd int) error { return unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) })
+}
+
 func (f *osFile) Lock(ctx context.Context, mode LockMode) error {
 	_, err := WaitLock(ctx, f.Name(), func() (struct{}, error) {
 		return struct{}{}, f.TryLock(mode)

@@ -137,6 +137,10 @@ type File interface {
 	// do. It promises nothing, so it has no error.
 	StartWriteback(off, n int64)
 
+	// DropCache asks the kernel to forget the file's clean pages, so that the
+	// next read is one of the medium. It promises nothing either.
+	DropCache()
+
 	// Map maps [off, off+n) of the file, shared. off is a multiple of the
 	// machine's page size, and the range lies within the file: mapped bytes
 	// beyond the end would be a SIGBUS when touched.

@@ -128,6 +128,10 @@ func TestFile(t *testing.T) {
 		if err := f.Sync(); err != nil {
 			t.Error(err)
 		}
+		f.DropCache()
+		if got := read(t, fsys, name); got != "Jel"+string(make([]byte, 11)) {
+			t.Errorf("after DropCache %q", got)
+		}
 		if f.Name() != name {
 			t.Errorf("Name %q", f.Name())
 		}

@@ -767,6 +767,9 @@ func (h *file) StartWriteback(off, n int64) {
 	}
 }
 
+// DropCache does nothing: there is no cache.
+func (h *file) DropCache() {}
+
 func (h *file) Lock(ctx context.Context, mode vfs.LockMode) error {
 	_, err := vfs.WaitLock(ctx, h.name, func() (struct{}, error) {
 		return struct{}{}, h.TryLock(mode)
