@@ -13,6 +13,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/rounds"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
+	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/track"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
@@ -40,9 +41,10 @@ save --working-set. It starts a migration into this program that never completes
 and takes it back; nothing is stored of the guest's memory. The guest runs on but
 for some milliseconds, and QEMU's migration settings are afterwards what they were.
 
-With --interval auto a first short round measures how fast the guest's working set
-grows, and FLIC's equation (1) gives the interval from that, from how fast flash
-is read and from --beta.
+With --interval auto FLIC's equation (1) says for how long to watch, from how fast
+the guest's working set grows, which the rounds show, from how fast the store is
+read and from --beta; there are as many rounds as it takes, and at least --rounds
+if the time is enough for them.
 
 Without --qmp it is the filter: it reads a migration stream from standard input.`,
 		Example: `  flic-migrate track --qmp /run/web1.qmp --out /srv/web1.ws --rounds 3
@@ -54,11 +56,11 @@ Without --qmp it is the filter: it reads a migration stream from standard input.
 	fs := c.Flags()
 	fs.StringVar(&t.qmp, "qmp", "", "QEMU's monitor: a Unix socket's path or HOST:PORT; without it, filter standard input")
 	fs.StringVar(&t.out, "out", "", "file for the working set, replaced if there (required)")
-	fs.StringVar(&t.interval, "interval", "auto", "how long the guest's writes are watched in each round: auto, or a duration such as 4s")
+	fs.StringVar(&t.interval, "interval", "auto", "how long the guest's writes are watched in each round, such as 4s; auto: by equation (1), in all rounds")
 	fs.Var(&t.rounds, "rounds", "how often; pages written in more, and in later, rounds are hotter")
 	fs.Float64Var(&t.beta, "beta", 3, "auto: safety factor on the time flash takes")
-	fs.Float64Var(&t.flashRate, "flash-rate", 500, "auto: how fast a restore reads from flash, MB/s")
-	fs.DurationVar(&t.max, "max", time.Minute, "auto: the longest interval")
+	fs.Float64Var(&t.flashRate, "flash-rate", 0, "auto: how fast a restore reads from flash, MB/s; 0: as measured in the store, or 500 if there is none")
+	fs.DurationVar(&t.max, "max", time.Minute, "auto: the longest time that the guest is watched")
 	for _, name := range []string{"out", "interval", "rounds", "max"} {
 		setKey(fs, name, "track-"+name)
 	}
@@ -76,8 +78,8 @@ func (t *trackCmd) run(ctx context.Context) error {
 	if !auto && (err != nil || interval <= 0) || auto && t.qmp == "" {
 		return usageError{fmt.Errorf("--interval %s: must be a duration such as 4s, or with --qmp auto", t.interval)}
 	}
-	if auto && (!(t.beta > 0) || !(t.flashRate > 0) || t.max <= 0) {
-		return usageError{errors.New("--beta, --flash-rate and --max must be above 0")}
+	if auto && (!(t.beta > 0) || !(t.flashRate >= 0) || t.max <= 0) {
+		return usageError{errors.New("--beta and --max must be above 0, --flash-rate not below")}
 	}
 	if t.qmp == "" {
 		return t.filter(ctx, interval)
@@ -89,8 +91,8 @@ func (t *trackCmd) run(ctx context.Context) error {
 	if t.json {
 		return printJSON(t.stdout, rep)
 	}
-	fmt.Fprintf(t.stderr, "flic-migrate: %d of %d pages are in the working set, after %d rounds of %v; the guest stood still for %v at most\n",
-		rep.Hot, rep.Pages, rep.Rounds, rep.Interval.Round(time.Millisecond), rep.Longest)
+	fmt.Fprintf(t.stderr, "flic-migrate: %d of %d pages are in the working set, after %d rounds and %v; the guest stood still for %v at most\n",
+		rep.Hot, rep.Pages, rep.Rounds, rep.Watched.Round(time.Millisecond), rep.Longest)
 	return nil
 }
 
@@ -136,8 +138,35 @@ func (t *trackCmd) write(name string, set *workingset.Set) error {
 	return t.fs.SyncDir(dir)
 }
 
+// assumedRate is what flash is taken to be read with where it can't be measured,
+// MB/s.
+const assumedRate = 500
+
+// flashRate is r of equation (1), bytes a second: what the user says, MB/s, or
+// what was measured in the store. No store is made for it.
+func (a *app) flashRate(ctx context.Context, given float64) (float64, error) {
+	if given > 0 {
+		return given * 1e6, nil
+	}
+	st, err := a.openStore(false)
+	if errors.Is(err, store.ErrNotFound) {
+		return assumedRate * 1e6, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	r, err := st.FlashRate(ctx)
+	return r.BytesPerSecond, err
+}
+
 // drive runs the rounds.
 func (t *trackCmd) drive(ctx context.Context, interval time.Duration) (rep rounds.Report, err error) {
+	var rate float64
+	if interval == 0 {
+		if rate, err = t.app.flashRate(ctx, t.flashRate); err != nil {
+			return rep, err
+		}
+	}
 	m, err := qmp.Dial(ctx, t.qmp, qmp.Options{})
 	if err != nil {
 		return rep, err
@@ -147,7 +176,7 @@ func (t *trackCmd) drive(ctx context.Context, interval time.Duration) (rep round
 	defer hangUp()
 	set, rep, err := rounds.Run(ctx, m, rounds.Options{
 		Interval: interval, Rounds: t.rounds.n,
-		Beta: t.beta, FlashRate: t.flashRate * 1e6, Longest: t.max,
+		Beta: t.beta, FlashRate: rate, Longest: t.max,
 		Redial: redial,
 	})
 	if err != nil {
