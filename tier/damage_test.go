@@ -18,6 +18,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
@@ -130,15 +131,8 @@ func (d *damaged) size(t *testing.T, name string) int64 {
 
 // names tells whether an error says which file is damaged, and an offset in it.
 func names(err error, file string, size int64) bool {
-	var c *image.CorruptError
-	var n *nvram.CorruptError
-	switch {
-	case errors.As(err, &c):
-		return c.File == file && c.Offset >= 0 && c.Offset < size
-	case errors.As(err, &n):
-		return n.File == file && n.Offset >= 0 && n.Offset < size
-	}
-	return false
+	var c *integrity.CorruptError
+	return errors.As(err, &c) && c.File == file && c.Offset >= 0 && c.Offset < size
 }
 
 // expect checks that verify names the file, and that a restore does not give
@@ -274,7 +268,7 @@ func TestFlippedBitOfStore(t *testing.T) {
 		uses: func() error {
 			rep, err := d.st.GC()
 			if err == nil && len(rep.Warnings) == 1 && strings.Contains(rep.Warnings[0], uses) {
-				return &image.CorruptError{File: uses}
+				return &integrity.CorruptError{File: uses}
 			}
 			return err
 		},

@@ -10,6 +10,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/pagetable"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -238,7 +239,7 @@ func (p *placer) rewrite(block int, page uint64, data []byte) (done bool, err er
 	}
 	p.last.ok = false
 	p.rewritten[e.Value()] = true
-	p.slots[e.Value()].CRC = image.Checksum(data)
+	p.slots[e.Value()].CRC = integrity.Checksum(data)
 	return true, p.region.Write(int(e.Value()), data)
 }
 
@@ -339,7 +340,7 @@ func (p *placer) pair(e pagetable.Entry) ([]byte, error) {
 func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagetable.Entry, error) {
 	if hot && len(p.slots) < p.region.Slots() {
 		slot := len(p.slots)
-		p.slots = append(p.slots, checkpoint.NVRAMSlot{CRC: image.Checksum(data), Block: uint32(block), Page: page})
+		p.slots = append(p.slots, checkpoint.NVRAMSlot{CRC: integrity.Checksum(data), Block: uint32(block), Page: page})
 		return pagetable.Make(pagetable.NVRAM, uint64(slot)), p.region.Write(slot, data)
 	}
 	// A full segment leaves when the next page comes, so that a pair in it

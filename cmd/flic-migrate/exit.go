@@ -6,10 +6,8 @@ import (
 	"syscall"
 
 	"github.com/flic-migrate/flic-migrate/stream"
-	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // The exit codes. Scripts rely on them: a number never changes its meaning.
@@ -52,7 +50,7 @@ func exitCode(err error) int {
 		return server.code
 	case errors.As(err, &usage), errors.Is(err, store.ErrName):
 		return exitUsage
-	case errors.Is(err, errDamaged), image.IsCorrupt(err), errors.Is(err, nvram.ErrCorrupt), errors.Is(err, workingset.ErrCorrupt):
+	case errors.Is(err, errDamaged), integrity.IsCorrupt(err):
 		return exitCorrupt
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return exitNoSpace

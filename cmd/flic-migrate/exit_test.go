@@ -13,15 +13,13 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier"
-	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // The numbers, not the constants: scripts outside of this repository have them.
 func TestExitCode(t *testing.T) {
-	corrupt := &image.CorruptError{File: "f", Offset: 7, What: "w", Err: image.ErrChecksum}
+	corrupt := &integrity.CorruptError{File: "f", Offset: 7, What: "w", Err: integrity.ErrChecksum}
 	for _, c := range []struct {
 		err  error
 		want int
@@ -37,8 +35,7 @@ func TestExitCode(t *testing.T) {
 		{fmt.Errorf("x: %w", store.ErrNotFound), 3},
 		{&fs.PathError{Op: "open", Path: "f", Err: syscall.ENOENT}, 3},
 		{fmt.Errorf("x: %w", corrupt), 4},
-		{&nvram.CorruptError{File: "f"}, 4},
-		{&workingset.CorruptError{Offset: 3}, 4},
+		{fmt.Errorf("ws: %w", &integrity.CorruptError{File: "working set", Err: errors.New("w")}), 4},
 		{fmt.Errorf("1 of 2: %w", errDamaged), 4},
 		{stream.Wrap("header", 0, io.EOF), 5},
 		{stream.Damaged("footer", 12, "x"), 5},

@@ -10,7 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -77,7 +77,7 @@ func (a *app) list(vm string, asJSON bool) error {
 		if err != nil && exitCode(err) == exitNotFound {
 			continue // removed since it was listed
 		}
-		if err != nil && !image.IsCorrupt(err) {
+		if err != nil && !integrity.IsCorrupt(err) {
 			return err
 		}
 		if err != nil {

@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -113,7 +113,7 @@ func (a *app) remove(st *store.Store, ref store.Ref) (rmEntry, error) {
 	}
 	e.FlashBytes = size
 	m, _, err := checkpoint.Describe(st, ref)
-	if err != nil && !image.IsCorrupt(err) {
+	if err != nil && !integrity.IsCorrupt(err) {
 		return e, err
 	}
 	if err != nil {

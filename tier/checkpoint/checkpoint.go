@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/pagetable"
 	"github.com/flic-migrate/flic-migrate/tier/skeleton"
@@ -36,7 +37,7 @@ type Options struct {
 }
 
 // Open opens a checkpoint and checks everything but page content, which is
-// checked as it is read: image.CorruptErrors name file and offset, an error
+// checked as it is read: integrity.CorruptErrors name file and offset, an error
 // that wraps store.ErrNotFound says what is missing.
 func Open(fsys vfs.FS, s *store.Store, ref store.Ref, o Options) (*Checkpoint, error) {
 	f, ref, err := s.OpenImage(ref)
@@ -145,7 +146,7 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 		return fmt.Errorf("NVRAM part of checkpoint %v: %w", c.Ref, err)
 	}
 	if c.nvfile.UUID() != m.UUID {
-		return &image.CorruptError{File: path, What: fmt.Sprintf("NVRAM part of checkpoint %v", c.Ref),
+		return &integrity.CorruptError{File: path, What: fmt.Sprintf("NVRAM part of checkpoint %v", c.Ref),
 			Err: errors.New("not the file it was saved to")}
 	}
 	if c.region, err = c.nvfile.OpenRegion(c.Meta.UUID, part.Extents, c.Meta.PageSize); err != nil {
@@ -226,9 +227,9 @@ func (c *Checkpoint) SkeletonChunks(first, end int, p skeleton.Player) error {
 func (c *Checkpoint) NVRAMPage(slot uint64, block int, page uint64) (b []byte, err error) {
 	err = c.region.Guard(func() error {
 		b = c.region.Page(int(slot))
-		if image.Checksum(b) != c.part.Slots[slot].CRC {
-			return &image.CorruptError{File: c.nvfile.Path(), Offset: c.region.Offset(int(slot)),
-				What: "page " + c.PageName(block, page), Err: image.ErrChecksum}
+		if integrity.Checksum(b) != c.part.Slots[slot].CRC {
+			return &integrity.CorruptError{File: c.nvfile.Path(), Offset: c.region.Offset(int(slot)),
+				What: "page " + c.PageName(block, page), Err: integrity.ErrChecksum}
 		}
 		return nil
 	})
@@ -322,7 +323,7 @@ func (c *Checkpoint) verifyTable(kinds []image.Kind, sizes []int, found func(err
 
 // report passes damage to found and anything else on.
 func report(err error, found func(error)) error {
-	if image.IsCorrupt(err) {
+	if integrity.IsCorrupt(err) {
 		found(err)
 		return nil
 	}
@@ -344,7 +345,7 @@ func (c *Checkpoint) verifyNVRAM(ctx context.Context, found func(error)) error {
 		return err
 	}
 	for _, err := range damage {
-		if e := (*nvram.CorruptError)(nil); errors.As(err, &e) && e.Offset < nvramHeaders {
+		if e := (*integrity.CorruptError)(nil); errors.As(err, &e) && e.Offset < nvramHeaders {
 			found(err)
 		}
 	}

@@ -36,10 +36,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"time"
 
 	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 )
 
 // Version is the format version this package writes. Readers accept the
@@ -126,36 +127,6 @@ func (k Kind) String() string {
 // numbered as segments.
 func (k Kind) IsSegment() bool { return k == Pages || k == Records }
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// Checksum is the format's one checksum rule: CRC-32C (Castagnoli).
-func Checksum(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
-
-// CorruptError tells where a stored file is damaged. It is what every reader
-// of stored bytes in this project returns.
-type CorruptError struct {
-	File   string // path of the file
-	Offset int64  // byte offset in File at which the damaged unit starts
-	What   string // the unit: "header", "PAGES segment 7", "page pc.ram:0x1000"
-	Err    error  // what was wrong with it
-}
-
-func (e *CorruptError) Error() string {
-	return fmt.Sprintf("%s: offset %d: %s: %v", e.File, e.Offset, e.What, e.Err)
-}
-
-func (e *CorruptError) Unwrap() error { return e.Err }
-
-// ErrChecksum is wrapped by a CorruptError when stored bytes and their
-// checksum differ.
-var ErrChecksum = errors.New("checksum mismatch")
-
-// IsCorrupt tells whether err says that stored data are damaged.
-func IsCorrupt(err error) bool {
-	var c *CorruptError
-	return errors.As(err, &c)
-}
-
 // Header is the first 64 bytes of an image.
 type Header struct {
 	PageSize     int       // bytes of a guest page (TARGET_PAGE_SIZE)
@@ -173,7 +144,7 @@ func (h Header) append(dst []byte) []byte {
 	le.PutUint32(b[16:], uint32(h.SegmentPages))
 	copy(b[24:40], h.UUID[:])
 	le.PutUint64(b[40:], uint64(h.Created.UnixNano()))
-	le.PutUint32(b[60:], Checksum(b[:60]))
+	le.PutUint32(b[60:], integrity.Checksum(b[:60]))
 	return append(dst, b...)
 }
 
@@ -182,8 +153,8 @@ func parseHeader(b []byte) (Header, error) {
 	if len(b) != HeaderLen || string(b[:8]) != headerMagic {
 		return Header{}, errors.New("not a flash image")
 	}
-	if le.Uint32(b[60:]) != Checksum(b[:60]) {
-		return Header{}, ErrChecksum
+	if le.Uint32(b[60:]) != integrity.Checksum(b[:60]) {
+		return Header{}, integrity.ErrChecksum
 	}
 	if v := le.Uint32(b[8:]); v != Version {
 		return Header{}, fmt.Errorf("format version %d is not known here", v)
@@ -241,13 +212,13 @@ func (f frameHeader) put(b []byte) {
 	le.PutUint32(b[8:], f.stored)
 	le.PutUint32(b[12:], f.number)
 	le.PutUint32(b[16:], f.crc)
-	le.PutUint32(b[20:], Checksum(b[:20]))
+	le.PutUint32(b[20:], integrity.Checksum(b[:20]))
 }
 
 func parseFrameHeader(b []byte) (frameHeader, error) {
 	le := binary.LittleEndian
-	if le.Uint32(b[20:]) != Checksum(b[:20]) {
-		return frameHeader{}, fmt.Errorf("frame header: %w", ErrChecksum)
+	if le.Uint32(b[20:]) != integrity.Checksum(b[:20]) {
+		return frameHeader{}, fmt.Errorf("frame header: %w", integrity.ErrChecksum)
 	}
 	if b[2] != 0 || b[3] != 0 {
 		return frameHeader{}, errors.New("frame header: reserved bytes in use")
@@ -280,7 +251,7 @@ func (f footer) append(dst []byte) []byte {
 	le.PutUint32(b[28:], f.frames)
 	le.PutUint64(b[32:], f.length)
 	copy(b[40:56], f.uuid[:])
-	le.PutUint32(b[60:], Checksum(b[:60]))
+	le.PutUint32(b[60:], integrity.Checksum(b[:60]))
 	return append(dst, b...)
 }
 
@@ -289,8 +260,8 @@ func parseFooter(b []byte) (footer, error) {
 	if len(b) != FooterLen || string(b[:8]) != footerMagic {
 		return footer{}, errors.New("no footer: the image is not whole")
 	}
-	if le.Uint32(b[60:]) != Checksum(b[:60]) {
-		return footer{}, ErrChecksum
+	if le.Uint32(b[60:]) != integrity.Checksum(b[:60]) {
+		return footer{}, integrity.ErrChecksum
 	}
 	if v := le.Uint32(b[8:]); v != Version {
 		return footer{}, fmt.Errorf("format version %d is not known here", v)

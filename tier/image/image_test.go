@@ -2,7 +2,6 @@ package image_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -17,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
@@ -201,10 +201,10 @@ func check(t *testing.T, s *image.Segment, want frame) {
 				t.Errorf("record %d: %v, %v", i, b, err)
 			}
 		}
-		if _, err := s.Page(0); !image.IsCorrupt(err) {
+		if _, err := s.Page(0); !integrity.IsCorrupt(err) {
 			t.Errorf("page of a segment of records: %v", err)
 		}
-		if _, err := s.Record(s.Len()); !image.IsCorrupt(err) {
+		if _, err := s.Record(s.Len()); !integrity.IsCorrupt(err) {
 			t.Errorf("record behind the last: %v", err)
 		}
 		return
@@ -219,10 +219,10 @@ func check(t *testing.T, s *image.Segment, want frame) {
 			t.Errorf("page %d could be appended to over the next", i)
 		}
 	}
-	if _, err := s.Page(s.Len()); !image.IsCorrupt(err) {
+	if _, err := s.Page(s.Len()); !integrity.IsCorrupt(err) {
 		t.Errorf("page behind the last: %v", err)
 	}
-	if _, err := s.Record(0); !image.IsCorrupt(err) {
+	if _, err := s.Record(0); !integrity.IsCorrupt(err) {
 		t.Errorf("record of a segment of pages: %v", err)
 	}
 }
@@ -244,7 +244,7 @@ func missing(t *testing.T, im *image.Image, want []frame) {
 		}
 		if !has[n] {
 			gaps++
-			if _, err := im.Segment(&sr, n); !image.IsCorrupt(err) {
+			if _, err := im.Segment(&sr, n); !integrity.IsCorrupt(err) {
 				t.Errorf("segment %d, which is not there: %v", n, err)
 			}
 		}
@@ -253,7 +253,7 @@ func missing(t *testing.T, im *image.Image, want []frame) {
 		t.Errorf("%d numbers without a segment", gaps)
 	}
 	for _, n := range []int{-1, 2} {
-		if _, err := im.Chunk(image.PageTable, n); !image.IsCorrupt(err) {
+		if _, err := im.Chunk(image.PageTable, n); !integrity.IsCorrupt(err) {
 			t.Errorf("chunk %d: %v", n, err)
 		}
 	}
@@ -397,7 +397,7 @@ func TestWriteFails(t *testing.T) {
 		}
 		w.Abort()
 		w.Abort()
-		if _, err := image.Open(f); !image.IsCorrupt(err) {
+		if _, err := image.Open(f); !integrity.IsCorrupt(err) {
 			t.Errorf("write %d: the image can be opened: %v", n, err)
 		}
 		f.Close()
@@ -478,8 +478,8 @@ func frameHead(k image.Kind, codec image.Codec, number, raw uint32, payload []by
 	h = le.AppendUint32(h, raw)
 	h = le.AppendUint32(h, uint32(len(payload)))
 	h = le.AppendUint32(h, number)
-	h = le.AppendUint32(h, image.Checksum(payload))
-	return le.AppendUint32(h, image.Checksum(h))
+	h = le.AppendUint32(h, integrity.Checksum(payload))
+	return le.AppendUint32(h, integrity.Checksum(h))
 }
 
 // done adds index and footer.
@@ -552,7 +552,7 @@ func TestContradictions(t *testing.T) {
 				off := len(b) - image.FooterLen + off
 				binary.LittleEndian.PutUint32(b[off:], v)
 				foot := b[len(b)-image.FooterLen:]
-				binary.LittleEndian.PutUint32(foot[60:], image.Checksum(foot[:60]))
+				binary.LittleEndian.PutUint32(foot[60:], integrity.Checksum(foot[:60]))
 				return b
 			}
 			binary.LittleEndian.PutUint32(b[off:], v)
@@ -627,7 +627,7 @@ func TestContradictions(t *testing.T) {
 		}, "frames end at"},
 	} {
 		err := read(c.image(t))
-		var corrupt *image.CorruptError
+		var corrupt *integrity.CorruptError
 		if !errors.As(err, &corrupt) || !strings.Contains(err.Error(), c.says) || corrupt.File != "/image" || corrupt.What == "" {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -648,7 +648,7 @@ func TestReadErrors(t *testing.T) {
 		if err == nil {
 			_, err = im.Chunk(image.Meta, 0)
 		}
-		if !errors.Is(err, syscall.EIO) || image.IsCorrupt(err) {
+		if !errors.Is(err, syscall.EIO) || integrity.IsCorrupt(err) {
 			t.Errorf("read %d: %v", n, err)
 		}
 	}
@@ -663,9 +663,6 @@ func TestNames(t *testing.T) {
 		if k.String() != want {
 			t.Errorf("%s, want %s", k, want)
 		}
-	}
-	if image.IsCorrupt(context.Canceled) {
-		t.Error("any error is damage")
 	}
 }
 
@@ -699,7 +696,7 @@ func FuzzOpen(f *testing.F) {
 	f.Add(newBuilder(f).done())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		for range 2 {
-			if err := read(b); err != nil && !image.IsCorrupt(err) {
+			if err := read(b); err != nil && !integrity.IsCorrupt(err) {
 				t.Fatalf("%v", err)
 			}
 			b = bytes.Clone(b)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -72,8 +73,8 @@ func (im *Image) readIndex(ft footer) error {
 	case err != nil:
 	case h.kind != Index || h.codec != None || h.stored != ft.indexStored || h.raw != h.stored || h.number != 0:
 		err = errors.New("not the index frame")
-	case h.crc != Checksum(payload):
-		err = ErrChecksum
+	case h.crc != integrity.Checksum(payload):
+		err = integrity.ErrChecksum
 	}
 	if err != nil {
 		return im.corrupt(off, "INDEX", err)
@@ -184,7 +185,7 @@ func (im *Image) Frames(fn func(k Kind, number uint32, off int64) error) error {
 }
 
 func (im *Image) corrupt(off int64, what string, err error) error {
-	return &CorruptError{File: im.f.Name(), Offset: off, What: what, Err: err}
+	return &integrity.CorruptError{File: im.f.Name(), Offset: off, What: what, Err: err}
 }
 
 func (im *Image) readAt(b []byte, off int64, what string) error {
@@ -196,7 +197,7 @@ func (im *Image) readAt(b []byte, off int64, what string) error {
 func readFull(f vfs.File, b []byte, off int64, what string) error {
 	_, err := f.ReadAt(b, off)
 	if isEOF(err) {
-		return &CorruptError{File: f.Name(), Offset: off, What: what, Err: errEndsInside}
+		return &integrity.CorruptError{File: f.Name(), Offset: off, What: what, Err: errEndsInside}
 	}
 	return err
 }
@@ -252,7 +253,7 @@ func (s *Segment) Record(i int) ([]byte, error) {
 }
 
 func (s *Segment) corrupt(err error) error {
-	return &CorruptError{File: s.reader.name, Offset: s.reader.off,
+	return &integrity.CorruptError{File: s.reader.name, Offset: s.reader.off,
 		What: fmt.Sprintf("%v segment %d", s.Kind, s.Number), Err: err}
 }
 
@@ -324,7 +325,7 @@ func (s *Segment) parseRecords(h Header) error {
 // before a byte is decoded.
 func (sr *SegmentReader) frame(f vfs.File, h Header, at frameAt, dst []byte, fh *frameHeader) ([]byte, error) {
 	fail := func(err error) error {
-		return &CorruptError{File: f.Name(), Offset: at.off, What: at.String(), Err: err}
+		return &integrity.CorruptError{File: f.Name(), Offset: at.off, What: at.String(), Err: err}
 	}
 	if int64(at.stored) > h.maxRaw(at.kind) {
 		return nil, fail(fmt.Errorf("%d bytes stored: too large", at.stored))
@@ -347,8 +348,8 @@ func (sr *SegmentReader) frame(f vfs.File, h Header, at frameAt, dst []byte, fh 
 		return nil, fail(fmt.Errorf("found %v %d of %d bytes in its place", fh.kind, fh.number, fh.stored))
 	case int64(fh.raw) > h.maxRaw(fh.kind):
 		return nil, fail(fmt.Errorf("%d bytes raw: too large", fh.raw))
-	case Checksum(payload) != fh.crc:
-		return nil, fail(ErrChecksum)
+	case integrity.Checksum(payload) != fh.crc:
+		return nil, fail(integrity.ErrChecksum)
 	case fh.raw == 0 && fh.codec != None:
 		// The LZ4 decoder does not survive a destination without a byte.
 		return nil, fail(fmt.Errorf("%d bytes of %v that stand for nothing", fh.stored, fh.codec))
@@ -368,7 +369,7 @@ func ReadHeader(f vfs.File) (Header, error) {
 	}
 	h, err := parseHeader(b)
 	if err != nil {
-		err = &CorruptError{File: f.Name(), What: "header", Err: err}
+		err = &integrity.CorruptError{File: f.Name(), What: "header", Err: err}
 	}
 	return h, err
 }

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"sync"
 
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -180,7 +181,7 @@ func (w *Writer) work() {
 			payload := b.out[FrameHeaderLen:]
 			frameHeader{
 				kind: b.Kind, codec: b.codec, raw: uint32(len(b.Data)),
-				stored: uint32(len(payload)), number: b.Number, crc: Checksum(payload),
+				stored: uint32(len(payload)), number: b.Number, crc: integrity.Checksum(payload),
 			}.put(b.out)
 		}
 		b.ready <- struct{}{}
@@ -329,7 +330,7 @@ func (w *Writer) Finish(meta []byte) error {
 	}
 	end := make([]byte, FrameHeaderLen, FrameHeaderLen+len(index)+FooterLen)
 	frameHeader{
-		kind: Index, raw: uint32(len(index)), stored: uint32(len(index)), crc: Checksum(index),
+		kind: Index, raw: uint32(len(index)), stored: uint32(len(index)), crc: integrity.Checksum(index),
 	}.put(end)
 	end = append(end, index...)
 	end = footer{

@@ -19,6 +19,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/pagetable"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
@@ -620,7 +621,7 @@ func TestDamage(t *testing.T) {
 		res := d.run(t, t.Context(), lazy.Serve, o)
 		_, err = f.WriteAt(b, at)
 		check(t, err)
-		if e := (*image.CorruptError)(nil); !errors.As(res.server, &e) || e.File != file || e.Offset > at || e.Offset < at-300<<10 {
+		if e := (*integrity.CorruptError)(nil); !errors.As(res.server, &e) || e.File != file || e.Offset > at || e.Offset < at-300<<10 {
 			t.Fatalf("byte %d of %s damaged: %v", at, file, res.server)
 		}
 		if !strings.Contains(res.server.Error(), "page vga.vram:0x") && !strings.Contains(res.server.Error(), "page pc.ram:0x") &&

@@ -7,7 +7,7 @@ import (
 )
 
 // Check reads headers and owner tables and returns each damage found, a
-// *CorruptError, in the order of the file. It does not read pages: their
+// *integrity.CorruptError, in the order of the file. It does not read pages: their
 // checksums are in the flash images. The error is for a check that could not be
 // done.
 func (f *File) Check() (damage []error, err error) {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -143,7 +144,7 @@ func (f *File) Capacity() int64 {
 }
 
 func (f *File) corrupt(off int64, format string, args ...any) error {
-	return &CorruptError{f.path, off, fmt.Sprintf(format, args...)}
+	return &integrity.CorruptError{File: f.path, Offset: off, Err: fmt.Errorf(format, args...)}
 }
 
 // locked runs fn with the file locked against other goroutines and processes,
@@ -216,7 +217,7 @@ func (f *File) readHeader() (h header, both bool, err error) {
 func (f *File) loadOrFormat(o Options, g geometry) error {
 	h, both, err := f.readHeader()
 	if err != nil {
-		if !o.Create || o.ReadOnly || !errors.Is(err, ErrCorrupt) {
+		if !o.Create || o.ReadOnly || !integrity.IsCorrupt(err) {
 			return err
 		}
 		blank, blankErr := f.blank(g)
@@ -610,7 +611,7 @@ func (f *File) Reserve(owner, store uuid.UUID, bytes int64, pageSize int) (*Regi
 
 // OpenRegion opens the extents of a committed checkpoint for reading. It checks
 // that each of them has been taken by this owner as that number, with that page
-// size, and lies within the file; a CorruptError otherwise. The content of the
+// size, and lies within the file; an integrity.CorruptError otherwise. The content of the
 // pages is covered by the caller's own checksums.
 func (f *File) OpenRegion(owner uuid.UUID, extents []uint32, pageSize int) (*Region, error) {
 	if !f.h.validPageSize(pageSize) {

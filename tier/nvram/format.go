@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 )
 
 // The layout of the file; docs/format-nvram.md draws it. All integers are
@@ -32,25 +34,6 @@ const (
 )
 
 var magic = [8]byte{'F', 'L', 'I', 'C', 'N', 'V', 'M', '1'}
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// ErrCorrupt is matched by every error that says that the file's content is not
-// what it should be (as against an operation that failed).
-var ErrCorrupt = errors.New("damaged NVRAM file")
-
-// CorruptError names the place of a damage. It matches ErrCorrupt.
-type CorruptError struct {
-	File   string
-	Offset int64 // bytes from the start of the file
-	Reason string
-}
-
-func (e *CorruptError) Error() string {
-	return fmt.Sprintf("%s: offset %d: %s", e.File, e.Offset, e.Reason)
-}
-
-func (e *CorruptError) Is(target error) bool { return target == ErrCorrupt }
 
 // geometry is how a file is divided. Group g is the extents g*group up to
 // (g+1)*group; the first of them holds the owner table, of `group` entries.
@@ -105,7 +88,7 @@ func (h header) encode() []byte {
 	binary.LittleEndian.PutUint64(b[24:], h.generation)
 	copy(b[32:48], h.id[:])
 	binary.LittleEndian.PutUint64(b[48:], uint64(h.capacity))
-	binary.LittleEndian.PutUint32(b[60:], crc32.Checksum(b[:60], castagnoli))
+	binary.LittleEndian.PutUint32(b[60:], integrity.Checksum(b[:60]))
 	return b
 }
 
@@ -113,7 +96,7 @@ func decodeHeader(b []byte) (header, error) {
 	if !bytes.Equal(b[:8], magic[:]) {
 		return header{}, errors.New("not an NVRAM file (no magic number)")
 	}
-	if crc32.Checksum(b[:60], castagnoli) != binary.LittleEndian.Uint32(b[60:]) {
+	if integrity.Checksum(b[:60]) != binary.LittleEndian.Uint32(b[60:]) {
 		return header{}, errors.New("header checksum mismatch")
 	}
 	if v := binary.LittleEndian.Uint32(b[8:]); v != version {
@@ -170,7 +153,7 @@ func (h header) checksum(b []byte, extent uint32) uint32 {
 	var place [20]byte
 	copy(place[:], h.id[:])
 	binary.LittleEndian.PutUint32(place[16:], extent)
-	return crc32.Update(crc32.Checksum(b[:60], castagnoli), castagnoli, place[:])
+	return crc32.Update(integrity.Checksum(b[:60]), integrity.Castagnoli, place[:])
 }
 
 func (h header) encodeEntry(b []byte, extent uint32, e entry) {

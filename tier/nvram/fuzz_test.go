@@ -3,12 +3,12 @@ package nvram
 import (
 	"bytes"
 	"encoding/binary"
-	"hash/crc32"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
 
@@ -44,7 +44,7 @@ func FuzzFile(f *testing.F) {
 		h := make([]byte, headerSize)
 		copy(h, head)
 		if fix {
-			binary.LittleEndian.PutUint32(h[60:], crc32.Checksum(h[:60], castagnoli))
+			binary.LittleEndian.PutUint32(h[60:], integrity.Checksum(h[:60]))
 		}
 		fsys := crashfs.New(64 << 20)
 		w := must(fsys.Create("/nvram"))

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"io/fs"
 	"math/rand/v2"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
@@ -410,7 +410,7 @@ func TestFormat(t *testing.T) {
 	for _, i := range []int{20, 23, 56, 59} {
 		c := bytes.Clone(h)
 		c[i] ^= 2
-		binary.LittleEndian.PutUint32(c[60:], crc32.Checksum(c[:60], castagnoli))
+		binary.LittleEndian.PutUint32(c[60:], integrity.Checksum(c[:60]))
 		if _, err := decodeHeader(c); err == nil {
 			t.Errorf("reserved header byte %d", i)
 		}
@@ -472,8 +472,8 @@ func flip(fsys vfs.FS, off int64, mask byte) {
 
 func wantCorrupt(t *testing.T, what string, err error, off int64) {
 	t.Helper()
-	var c *CorruptError
-	if !errors.As(err, &c) || !errors.Is(err, ErrCorrupt) {
+	var c *integrity.CorruptError
+	if !errors.As(err, &c) || !integrity.IsCorrupt(err) {
 		t.Errorf("%s: %v, want a CorruptError", what, err)
 		return
 	}
@@ -627,7 +627,7 @@ func TestTruncated(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = g.OpenRegion(owner(1), r.Extents(), page)
-		var c *CorruptError
+		var c *integrity.CorruptError
 		if !errors.As(err, &c) || c.Offset+small.extentSize <= cut {
 			t.Errorf("cut at %d: %v", cut, err)
 		}
@@ -669,7 +669,7 @@ func TestCutWhileReading(t *testing.T) {
 		}
 		return nil
 	})
-	var c *CorruptError
+	var c *integrity.CorruptError
 	if !errors.As(err, &c) || c.Offset != 3*small.extentSize+100 {
 		t.Errorf("%v (%d)", err, sum)
 	}
@@ -793,11 +793,11 @@ func TestDevice(t *testing.T) {
 	must(h.WriteAt(bytes.Repeat([]byte("rubbish"), 40*16384/7), 0))
 	dev := altered{FS: disk, mode: fs.ModeDevice}
 	_, err := open(dev, "/pmem0", Options{Create: true}, small)
-	if !errors.Is(err, ErrCorrupt) {
+	if !integrity.IsCorrupt(err) {
 		t.Fatalf("a device in use was formatted: %v", err)
 	}
 	must(h.WriteAt(make([]byte, small.extentSize), 0))
-	if _, err := open(dev, "/pmem0", Options{}, small); !errors.Is(err, ErrCorrupt) {
+	if _, err := open(dev, "/pmem0", Options{}, small); !integrity.IsCorrupt(err) {
 		t.Errorf("a blank device without Create: %v", err)
 	}
 	disk.SetVolatile(true) // devices are on a devtmpfs
@@ -879,7 +879,7 @@ func TestNotOurs(t *testing.T) {
 	f := header{geometry: small, generation: 1, id: uuid.New()}
 	b := f.encode()
 	b[8] = 2
-	binary.LittleEndian.PutUint32(b[60:], crc32.Checksum(b[:60], castagnoli))
+	binary.LittleEndian.PutUint32(b[60:], integrity.Checksum(b[:60]))
 	must(h.WriteAt(b, 0))
 	_, err := open(fsys, "/nvram", Options{Create: true}, small)
 	if err == nil || !strings.Contains(err.Error(), "version 2") {

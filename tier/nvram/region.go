@@ -273,7 +273,7 @@ func (r *Region) Page(slot int) []byte {
 }
 
 // Guard runs fn, in which pages may be touched, and turns a fault in the
-// region's mapping into a CorruptError with the file offset. It covers the
+// region's mapping into an integrity.CorruptError with the file offset. It covers the
 // calling goroutine only.
 func (r *Region) Guard(fn func() error) error {
 	err := vfs.CatchFault(fn)

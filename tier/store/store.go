@@ -50,6 +50,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -113,7 +114,7 @@ func (s *Store) readStoreFile() error {
 		err = errors.New("not a flic-migrate store")
 	}
 	if err != nil {
-		return &image.CorruptError{File: name, What: "store description", Err: err}
+		return &integrity.CorruptError{File: name, What: "store description", Err: err}
 	}
 	if f.Version != Version {
 		return fmt.Errorf("%s: store version %d is not known here", name, f.Version)
@@ -178,7 +179,7 @@ func seal(v any) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(sealed{image.Checksum(body), body})
+	return json.Marshal(sealed{integrity.Checksum(body), body})
 }
 
 func unseal(b []byte, v any) error {
@@ -186,8 +187,8 @@ func unseal(b []byte, v any) error {
 	if err := json.Unmarshal(b, &f); err != nil {
 		return err
 	}
-	if image.Checksum(f.Body) != f.CRC {
-		return image.ErrChecksum
+	if integrity.Checksum(f.Body) != f.CRC {
+		return integrity.ErrChecksum
 	}
 	// Only what seal wrote is accepted: a byte changed outside of the body,
 	// such as a space, is damage too.
@@ -212,7 +213,7 @@ func readSmall(fsys vfs.FS, name string) ([]byte, error) {
 		return nil, err
 	}
 	if n > maxSmall {
-		return nil, &image.CorruptError{File: name, What: "file", Err: fmt.Errorf("%d bytes", n)}
+		return nil, &integrity.CorruptError{File: name, What: "file", Err: fmt.Errorf("%d bytes", n)}
 	}
 	b := make([]byte, n)
 	if n > 0 {
@@ -531,7 +532,7 @@ func (s *Store) lastNumber(vm string) (int, error) {
 	}
 	var removed int
 	if err := unseal(b, &removed); err != nil {
-		return 0, &image.CorruptError{File: name, What: "last number", Err: err}
+		return 0, &integrity.CorruptError{File: name, What: "last number", Err: err}
 	}
 	return max(last, removed), nil
 }
@@ -599,7 +600,7 @@ func (s *Store) Touched(r Ref) (*workingset.Touched, error) {
 		return nil, err
 	}
 	if err := unseal(b, t); err != nil {
-		return nil, &image.CorruptError{File: name, What: "touched pages", Err: err}
+		return nil, &integrity.CorruptError{File: name, What: "touched pages", Err: err}
 	}
 	return t, nil
 }
@@ -787,7 +788,7 @@ func (s *Store) gcNVRAM(name string, live map[uuid.UUID]bool, rep *GCReport) err
 	}
 	var nf nvramFile
 	if err := unseal(b, &nf); err != nil {
-		return &image.CorruptError{File: path, What: "NVRAM file's name", Err: err}
+		return &integrity.CorruptError{File: path, What: "NVRAM file's name", Err: err}
 	}
 	f, err := nvram.Open(s.fs, nf.Path, nvram.Options{})
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
@@ -182,12 +183,12 @@ func TestOpen(t *testing.T) {
 		"no UUID":      sealed(storeFile{formatName, 1, uuid.Nil}),
 	} {
 		put(t, disk, "/deep/er/store/store.json", b)
-		if _, err := Open(disk, "/deep/er/store", true); !image.IsCorrupt(err) {
+		if _, err := Open(disk, "/deep/er/store", true); !integrity.IsCorrupt(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	put(t, disk, "/deep/er/store/store.json", sealed(storeFile{formatName, Version + 1, uuid.New()}))
-	if _, err := Open(disk, "/deep/er/store", true); err == nil || image.IsCorrupt(err) || !strings.Contains(err.Error(), "version 2") {
+	if _, err := Open(disk, "/deep/er/store", true); err == nil || integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "version 2") {
 		t.Errorf("a later version: %v", err)
 	}
 }
@@ -472,7 +473,7 @@ func TestGCStops(t *testing.T) {
 	s, disk := newStore(t)
 	mustCommit(t, s, "vm")
 	put(t, disk, "/store/vms/vm/00000002.flic", []byte("half an image"))
-	if _, err := s.GC(); !image.IsCorrupt(err) || !strings.Contains(err.Error(), "00000002.flic") {
+	if _, err := s.GC(); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "00000002.flic") {
 		t.Errorf("gc: %v", err)
 	}
 }
@@ -573,7 +574,7 @@ func TestTouched(t *testing.T) {
 		t.Errorf("with another page size: %+v, %v", got, err)
 	}
 	put(t, disk, "/store/vms/vm/00000001.touched", []byte("{}"))
-	if _, err := s.Touched(ref); !image.IsCorrupt(err) {
+	if _, err := s.Touched(ref); !integrity.IsCorrupt(err) {
 		t.Errorf("damaged: %v", err)
 	}
 	if err := s.AddTouched(ref, 4096, blocks, []workingset.PageRun{first}); err != nil {
@@ -644,7 +645,7 @@ func FuzzUnseal(f *testing.F) {
 		// Behind the checksum, too.
 		var s sealed
 		if json.Unmarshal(b, &s) == nil {
-			s.CRC = image.Checksum(s.Body)
+			s.CRC = integrity.Checksum(s.Body)
 			if b, err := json.Marshal(s); err == nil {
 				unsealTwice(t, b)
 			}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 )
 
 // Reseal puts right what is left of a flash image that was changed anyhow: magic
@@ -25,8 +26,8 @@ func Reseal(b []byte) {
 			break
 		}
 		payload := b[at+image.FrameHeaderLen:][:stored]
-		le.PutUint32(head[16:], image.Checksum(payload))
-		le.PutUint32(head[20:], image.Checksum(head[:20]))
+		le.PutUint32(head[16:], integrity.Checksum(payload))
+		le.PutUint32(head[20:], integrity.Checksum(head[:20]))
 		if image.Kind(head[0]) == image.Index {
 			le.PutUint64(foot[16:], uint64(at))
 			le.PutUint32(foot[24:], uint32(stored))
@@ -34,8 +35,8 @@ func Reseal(b []byte) {
 		}
 		at += image.FrameHeaderLen + stored
 	}
-	le.PutUint32(b[60:], image.Checksum(b[:60]))
+	le.PutUint32(b[60:], integrity.Checksum(b[:60]))
 	le.PutUint64(foot[32:], uint64(len(b)))
 	copy(foot[40:56], b[24:40])
-	le.PutUint32(foot[60:], image.Checksum(foot[:60]))
+	le.PutUint32(foot[60:], integrity.Checksum(foot[:60]))
 }

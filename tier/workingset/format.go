@@ -3,12 +3,13 @@ package workingset
 import (
 	"bufio"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash"
 	"hash/crc32"
 	"io"
 	"slices"
+
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 )
 
 // The file, little-endian; docs/format-workingset.md has it in full.
@@ -23,24 +24,6 @@ const (
 	blockHeader = 12
 )
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// ErrCorrupt is matched by every error of Read that says that the file is not a
-// valid working set.
-var ErrCorrupt = errors.New("damaged working set")
-
-// CorruptError names the place of a damage. It matches ErrCorrupt.
-type CorruptError struct {
-	Offset int64 // bytes from the start of the file
-	Reason string
-}
-
-func (e *CorruptError) Error() string {
-	return fmt.Sprintf("working set: offset %d: %s", e.Offset, e.Reason)
-}
-
-func (e *CorruptError) Is(target error) bool { return target == ErrCorrupt }
-
 // WriteTo writes the set in the format of docs/format-workingset.md.
 func (s *Set) WriteTo(w io.Writer) (int64, error) {
 	out := &counter{w: w}
@@ -51,10 +34,10 @@ func (s *Set) WriteTo(w io.Writer) (int64, error) {
 	h = binary.LittleEndian.AppendUint32(h, uint32(s.pageSize))
 	h = binary.LittleEndian.AppendUint32(h, uint32(len(s.blocks)))
 	h = append(h, make([]byte, 8)...)
-	h = binary.LittleEndian.AppendUint32(h, crc32.Checksum(h, castagnoli))
+	h = binary.LittleEndian.AppendUint32(h, integrity.Checksum(h))
 	buf.Write(h) // bufio keeps the first error for Flush
 	for _, b := range s.blocks {
-		crc := crc32.New(castagnoli)
+		crc := crc32.New(integrity.Castagnoli)
 		w := io.MultiWriter(buf, crc)
 		planes := b.planes
 		for len(planes) > 0 && !slices.ContainsFunc(planes[len(planes)-1], func(x uint64) bool { return x != 0 }) {
@@ -102,7 +85,7 @@ type reader struct {
 }
 
 func (r *reader) corrupt(off int64, format string, args ...any) error {
-	return &CorruptError{off, fmt.Sprintf(format, args...)}
+	return &integrity.CorruptError{File: "working set", Offset: off, Err: fmt.Errorf(format, args...)}
 }
 
 // full reads all of b; the end of the file is a damage.
@@ -131,10 +114,10 @@ func (r *reader) checksum(what string) error {
 	return nil
 }
 
-// Read reads a set up to the end of r. Damage is a CorruptError. Memory grows
+// Read reads a set up to the end of r. Damage is an integrity.CorruptError. Memory grows
 // with the bytes really read, not with what a header claims.
 func Read(r io.Reader) (*Set, error) {
-	in := &reader{r: bufio.NewReaderSize(r, 64<<10), crc: crc32.New(castagnoli)}
+	in := &reader{r: bufio.NewReaderSize(r, 64<<10), crc: crc32.New(integrity.Castagnoli)}
 	h := make([]byte, headerSize-4)
 	if err := in.full(h); err != nil {
 		return nil, err

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"math/rand/v2"
 	"runtime"
@@ -13,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 )
 
 func must[T any](v T, err error) T {
@@ -387,8 +388,8 @@ func TestDamage(t *testing.T) {
 		c := bytes.Clone(b)
 		c[bit/8] ^= 1 << (bit % 8)
 		_, err := Read(bytes.NewReader(c))
-		var ce *CorruptError
-		if !errors.As(err, &ce) || !errors.Is(err, ErrCorrupt) {
+		var ce *integrity.CorruptError
+		if !errors.As(err, &ce) || !integrity.IsCorrupt(err) {
 			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
 		}
 		if ce.Offset < 0 || ce.Offset > int64(len(b)) || !strings.Contains(err.Error(), fmt.Sprintf("offset %d", ce.Offset)) {
@@ -397,18 +398,18 @@ func TestDamage(t *testing.T) {
 	}
 	for cut := range b {
 		_, err := Read(bytes.NewReader(b[:cut]))
-		var ce *CorruptError
+		var ce *integrity.CorruptError
 		if !errors.As(err, &ce) || ce.Offset != int64(cut) {
 			t.Fatalf("cut at %d: %v", cut, err)
 		}
 	}
-	if _, err := Read(bytes.NewReader(append(bytes.Clone(b), 0))); !errors.Is(err, ErrCorrupt) {
+	if _, err := Read(bytes.NewReader(append(bytes.Clone(b), 0))); !integrity.IsCorrupt(err) {
 		t.Errorf("a byte more: %v", err)
 	}
 	broken := errors.New("broken")
 	for _, at := range []int{0, 10, len(b) / 2, len(b)} {
 		_, err := Read(io.MultiReader(bytes.NewReader(b[:at]), iotest.ErrReader(broken)))
-		if !errors.Is(err, broken) || errors.Is(err, ErrCorrupt) {
+		if !errors.Is(err, broken) || integrity.IsCorrupt(err) {
 			t.Errorf("read error at %d: %v", at, err)
 		}
 	}
@@ -417,7 +418,7 @@ func TestDamage(t *testing.T) {
 // seal makes the checksum at the end of b right.
 func seal(b []byte) []byte {
 	n := len(b) - 4
-	binary.LittleEndian.PutUint32(b[n:], crc32.Checksum(b[:n], castagnoli))
+	binary.LittleEndian.PutUint32(b[n:], integrity.Checksum(b[:n]))
 	return b
 }
 
@@ -461,7 +462,7 @@ func TestLies(t *testing.T) {
 		runtime.ReadMemStats(&before)
 		_, err := Read(bytes.NewReader(c.b))
 		runtime.ReadMemStats(&after)
-		var ce *CorruptError
+		var ce *integrity.CorruptError
 		if !errors.As(err, &ce) || ce.Offset != c.off {
 			t.Errorf("%s: %v, want offset %d", name, err, c.off)
 		}
@@ -469,7 +470,7 @@ func TestLies(t *testing.T) {
 			t.Errorf("%s: %d bytes allocated for a file of %d", name, got, len(c.b))
 		}
 	}
-	if s, err := Read(bytes.NewReader(append(one[:headerSize:headerSize], block(1, 8, 3, "x12345678")[:]...))); !errors.Is(err, ErrCorrupt) || s != nil {
+	if s, err := Read(bytes.NewReader(append(one[:headerSize:headerSize], block(1, 8, 3, "x12345678")[:]...))); !integrity.IsCorrupt(err) || s != nil {
 		t.Errorf("heat beyond the end: %v", err)
 	}
 	if s, err := Read(bytes.NewReader(append(one[:headerSize:headerSize], block(1, 1, 6, "x\x3f")...))); err != nil || s.Heat(0, 5) != 1 {
@@ -525,7 +526,7 @@ func FuzzRead(f *testing.F) {
 		}
 		s, err := Read(bytes.NewReader(b))
 		if err != nil {
-			if !errors.Is(err, ErrCorrupt) {
+			if !integrity.IsCorrupt(err) {
 				t.Fatal(err)
 			}
 			return
