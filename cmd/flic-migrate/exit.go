@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"syscall"
 
+	"github.com/flic-migrate/flic-migrate/qmp/domain"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -26,7 +27,7 @@ const exitHelp = `Exit codes:
   0  done
   1  failed for another reason than those below
   2  usage: a flag, an environment variable, the configuration file or a name is wrong
-  3  not found: the store, the VM, the checkpoint or a file that was named
+  3  not found: the store, the VM, the checkpoint, the domain or a file that was named
   4  corrupt: stored data is damaged
   5  the migration stream on the input is damaged, truncated or none at all
   6  no space left in the store, in the NVRAM file, or on a quota`
@@ -54,7 +55,7 @@ func exitCode(err error) int {
 		return exitCorrupt
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return exitNoSpace
-	case errors.Is(err, store.ErrNotFound), errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, store.ErrNotFound), errors.Is(err, domain.ErrNotFound), errors.Is(err, fs.ErrNotExist):
 		return exitNotFound
 	case errors.Is(err, stream.ErrTruncated), errors.Is(err, stream.ErrDamaged), errors.Is(err, stream.ErrNotStream):
 		return exitStream

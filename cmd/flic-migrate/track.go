@@ -20,7 +20,7 @@ import (
 
 type trackCmd struct {
 	*app
-	qmp       string
+	monitor   monitorFlags
 	out       string
 	interval  string
 	rounds    count
@@ -34,7 +34,7 @@ type trackCmd struct {
 func newTrack(a *app) *cobra.Command {
 	t := &trackCmd{app: a, rounds: count{1, 1, rounds.Max}}
 	c := &cobra.Command{
-		Use:   "track --qmp SOCKET --out FILE [flags]",
+		Use:   "track (--qmp SOCKET | --domain NAME) --out FILE [flags]",
 		Short: "Find the working set of a running VM",
 		Long: `Track watches which pages a running guest writes and writes them to a file for
 save --working-set. It starts a migration into this program that never completes,
@@ -46,15 +46,16 @@ the guest's working set grows, which the rounds show, from how fast the store is
 read and from --beta; there are as many rounds as it takes, and at least --rounds
 if the time is enough for them.
 
-Without --qmp it is the filter: it reads a migration stream from standard input.`,
+Without either it is the filter: it reads a migration stream from standard input.`,
 		Example: `  flic-migrate track --qmp /run/web1.qmp --out /srv/web1.ws --rounds 3
+  flic-migrate track --domain web1 --out /srv/web1.ws
   # then, in QEMU's monitor:
   migrate "exec:flic-migrate save --vm web1 --nvram /mnt/pmem0/flic --nvram-size 4G --working-set /srv/web1.ws"`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return t.run(cmd.Context()) },
 	}
 	fs := c.Flags()
-	fs.StringVar(&t.qmp, "qmp", "", "QEMU's monitor: a Unix socket's path or HOST:PORT; without it, filter standard input")
+	t.monitor.add(fs)
 	fs.StringVar(&t.out, "out", "", "file for the working set, replaced if there (required)")
 	fs.StringVar(&t.interval, "interval", "auto", "how long the guest's writes are watched in each round, such as 4s; auto: by equation (1), in all rounds")
 	fs.Var(&t.rounds, "rounds", "how often; pages written in more, and in later, rounds are hotter")
@@ -75,13 +76,13 @@ func (t *trackCmd) run(ctx context.Context) error {
 	}
 	interval, err := time.ParseDuration(t.interval)
 	auto := t.interval == "auto"
-	if !auto && (err != nil || interval <= 0) || auto && t.qmp == "" {
-		return usageError{fmt.Errorf("--interval %s: must be a duration such as 4s, or with --qmp auto", t.interval)}
+	if !auto && (err != nil || interval <= 0) || auto && !t.monitor.given() {
+		return usageError{fmt.Errorf("--interval %s: must be a duration such as 4s, or with --qmp or --domain auto", t.interval)}
 	}
 	if auto && (!(t.beta > 0) || !(t.flashRate >= 0) || t.max <= 0) {
 		return usageError{errors.New("--beta and --max must be above 0, --flash-rate not below")}
 	}
-	if t.qmp == "" {
+	if !t.monitor.given() {
 		return t.filter(ctx, interval)
 	}
 	rep, err := t.drive(ctx, interval)
@@ -167,12 +168,12 @@ func (t *trackCmd) drive(ctx context.Context, interval time.Duration) (rep round
 			return rep, err
 		}
 	}
-	m, err := qmp.Dial(ctx, t.qmp, qmp.Options{})
+	m, err := t.monitor.dial(ctx, qmp.Options{})
 	if err != nil {
 		return rep, err
 	}
 	defer m.Close()
-	redial, hangUp := redialer(t.qmp)
+	redial, hangUp := t.monitor.redialer()
 	defer hangUp()
 	set, rep, err := rounds.Run(ctx, m, rounds.Options{
 		Interval: interval, Rounds: t.rounds.n,
@@ -183,22 +184,4 @@ func (t *trackCmd) drive(ctx context.Context, interval time.Duration) (rep round
 		return rep, err
 	}
 	return rep, t.write(t.out, set)
-}
-
-// redialer returns what makes new connections to a monitor, and what closes
-// them.
-func redialer(address string) (qmp.Redialer, func()) {
-	var made []*qmp.Monitor
-	redial := func(ctx context.Context) (qmp.Executor, error) {
-		m, err := qmp.Dial(ctx, address, qmp.Options{})
-		if err == nil {
-			made = append(made, m)
-		}
-		return m, err
-	}
-	return redial, func() {
-		for _, m := range made {
-			m.Close()
-		}
-	}
 }
