@@ -3,6 +3,7 @@ package tier
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/pagetable"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -126,6 +128,9 @@ func (p *placer) workingSet() (*workingset.Set, error) {
 // learned is what resumes of the VM's newest checkpoint had to wait for. That
 // it is missing or damaged costs a hint and no save.
 func (p *placer) learned(blocks []workingset.Block) []workingset.PageRun {
+	if p.s.st == nil {
+		return nil
+	}
 	newest, err := p.s.st.Resolve(store.Ref{VM: p.s.o.VM})
 	if err != nil {
 		return nil
@@ -154,7 +159,7 @@ func (p *placer) formerTables(blocks []workingset.Block) []workingset.PageRun {
 // openNVRAM reserves room for the working set, if there is one.
 func (p *placer) openNVRAM() error {
 	o := &p.s.o
-	if o.NVRAM == "" {
+	if o.NVRAM == "" || p.s.st == nil {
 		return nil
 	}
 	ws, err := p.workingSet()
@@ -514,7 +519,11 @@ func (p *placer) inMemory(n uint32) []byte {
 func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
 	e := placeEntry(at)
 	for i := range p.chunkPages {
-		if err := p.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i)); err != nil {
+		err := p.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i))
+		if errors.Is(err, loose.ErrGone) {
+			err = dedup.ErrGone
+		}
+		if err != nil {
 			return nil, err
 		}
 	}

@@ -74,6 +74,27 @@ var ErrVolatile = errors.New("NVRAM file is on a volatile file system: hot pages
 // Errors wrap stream.ErrTruncated, stream.ErrDamaged or stream.ErrNotStream
 // if the stream is at fault, and syscall.ENOSPC if there is no room.
 func Save(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o SaveOptions) (ref store.Ref, meta *checkpoint.Meta, err error) {
+	s := newSaver(ctx, fsys, st, in, o)
+	defer func() { s.end(err) }()
+	if s.pend, err = st.Begin(o.VM); err != nil {
+		return ref, nil, err
+	}
+	return s.save()
+}
+
+// SaveTo is Save into a single file, which is no store's: the caller has opened
+// pend.File, and names or removes it. For a caller whose source learns of a
+// failure in another way than by the stream: nothing of it is held back.
+func SaveTo(ctx context.Context, fsys vfs.FS, pend *store.Pending, in io.Reader, o SaveOptions) (meta *checkpoint.Meta, err error) {
+	s := newSaver(ctx, fsys, nil, in, o)
+	s.pend = pend
+	defer func() { s.end(err) }()
+	s.feed.release()
+	_, meta, err = s.save()
+	return meta, err
+}
+
+func newSaver(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o SaveOptions) *saver {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -81,10 +102,10 @@ func Save(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Sav
 	s.rep.Codec = o.Codec.String()
 	s.feed, s.cur = newFeed(ctx, in)
 	s.rd = stream.NewReader(s.cur)
-	defer func() { s.end(err) }()
-	if s.pend, err = st.Begin(o.VM); err != nil {
-		return ref, nil, err
-	}
+	return s
+}
+
+func (s *saver) save() (ref store.Ref, meta *checkpoint.Meta, err error) {
 	s.skel = skeleton.Writer{Limit: image.MaxChunk, Emit: s.emitSkeleton}
 	if err = s.ram(); err != nil {
 		return ref, nil, err
@@ -102,7 +123,7 @@ func Save(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Sav
 type saver struct {
 	o     SaveOptions
 	fs    vfs.FS
-	st    *store.Store
+	st    *store.Store // nil: SaveTo
 	ctx   context.Context
 	begin time.Time
 
@@ -367,6 +388,9 @@ func (s *saver) setup(su *ramparse.Setup) error {
 // checkSpace fails at once where it can be foreseen that the save won't fit:
 // when not even half of what this VM's newest checkpoint took is free.
 func (s *saver) checkSpace() error {
+	if s.st == nil {
+		return nil
+	}
 	last, _, err := checkpoint.Describe(s.st, store.Ref{VM: s.o.VM})
 	if err != nil {
 		return nil // no earlier checkpoint to learn from

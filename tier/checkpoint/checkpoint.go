@@ -52,6 +52,26 @@ func Open(fsys vfs.FS, s *store.Store, ref store.Ref, o Options) (*Checkpoint, e
 	return c, nil
 }
 
+// OpenFile opens a checkpoint that lies in no store: f is its image, which is
+// closed with the Checkpoint, or at once if that can't be opened. Its Ref is
+// empty.
+func OpenFile(fsys vfs.FS, f vfs.File, o Options) (*Checkpoint, error) {
+	c := &Checkpoint{file: f}
+	if err := c.load(fsys, o); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// name is what messages call the checkpoint.
+func (c *Checkpoint) name() string {
+	if c.Ref == (store.Ref{}) {
+		return c.Meta.UUID.String()
+	}
+	return c.Ref.String()
+}
+
 // Describe reads only a checkpoint's META document.
 func Describe(s *store.Store, ref store.Ref) (*Meta, store.Ref, error) {
 	f, ref, err := s.OpenImage(ref)
@@ -95,7 +115,7 @@ func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
 	if c.Meta, err = readMeta(im); err != nil {
 		return err
 	}
-	if c.Meta.VM != c.Ref.VM {
+	if c.Ref != (store.Ref{}) && c.Meta.VM != c.Ref.VM {
 		return im.Corrupt(image.Meta, 0, fmt.Errorf("it is a checkpoint of VM %q in place of %v", c.Meta.VM, c.Ref))
 	}
 	if c.Meta.TailChunk < 0 || c.Meta.TailChunk > im.Chunks(image.Skeleton) {
@@ -143,14 +163,14 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 		path = o.NVRAM
 	}
 	if c.nvfile, err = nvram.Open(fsys, path, nvram.Options{ReadOnly: true}); err != nil {
-		return fmt.Errorf("NVRAM part of checkpoint %v: %w", c.Ref, err)
+		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name(), err)
 	}
 	if c.nvfile.UUID() != m.UUID {
-		return &integrity.CorruptError{File: path, What: fmt.Sprintf("NVRAM part of checkpoint %v", c.Ref),
+		return &integrity.CorruptError{File: path, What: fmt.Sprintf("NVRAM part of checkpoint %s", c.name()),
 			Err: errors.New("not the file it was saved to")}
 	}
 	if c.region, err = c.nvfile.OpenRegion(c.Meta.UUID, part.Extents, c.Meta.PageSize); err != nil {
-		return fmt.Errorf("NVRAM part of checkpoint %v: %w", c.Ref, err)
+		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name(), err)
 	}
 	if len(part.Slots) > c.region.Slots() {
 		return im.Corrupt(image.NVRAM, 0, fmt.Errorf("%d slots in extents for %d", len(part.Slots), c.region.Slots()))

@@ -17,6 +17,7 @@ package dedup
 
 import (
 	"encoding/binary"
+	"errors"
 	"math/rand/v2"
 	"slices"
 
@@ -77,6 +78,10 @@ const (
 	MaxPlace = 1<<placeBits - 1
 	hashBits = 64 - placeBits
 )
+
+// ErrGone is Fetch's answer if a stored chunk can't be read back. The Index
+// then takes the chunk in hand for a new one.
+var ErrGone = errors.New("stored chunk can't be read back")
 
 // Source is where an Index finds stored chunks again.
 type Source interface {
@@ -195,7 +200,10 @@ func (x *Index) hashStored(place Place) error {
 	}
 	x.Fetched++
 	b, err := x.src.Fetch(place)
-	if err == nil {
+	switch {
+	case errors.Is(err, ErrGone):
+		return nil
+	case err == nil:
 		x.remember(x.hash(b), place)
 	}
 	return err

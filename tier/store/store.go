@@ -442,11 +442,18 @@ func (s *Store) Begin(vm string) (*Pending, error) {
 	return p, nil
 }
 
+// BeginFile starts a save into a file that the caller has opened, names and
+// removes. It belongs to no store: Commit gives it no name, and Abort leaves it.
+func BeginFile(f vfs.File) *Pending { return &Pending{File: f, UUID: uuid.New()} }
+
 // Commit gives the image, which must be whole and synced, its name and returns
 // the checkpoint's reference once the name is durable. After an error nothing
 // is visible, unless IsUncertain says so, and the save is ended; the caller still
 // releases its NVRAM.
 func (p *Pending) Commit() (Ref, error) {
+	if p.s == nil {
+		return Ref{}, p.File.Close()
+	}
 	ref, err := p.commit()
 	if err != nil {
 		p.Abort()
@@ -508,6 +515,10 @@ func IsUncertain(err error) bool {
 // Abort ends the save and frees what it took in the store. NVRAM is the
 // caller's.
 func (p *Pending) Abort() {
+	if p.s == nil {
+		p.File.Close()
+		return
+	}
 	p.s.fs.Remove(p.path)
 	p.File.Close()
 }
