@@ -61,7 +61,7 @@ func openLoose(t *testing.T, name string) (*checkpoint.Checkpoint, error) {
 	if _, err := f.Seek(int64(len(before)), io.SeekStart); err != nil {
 		t.Fatal(err)
 	}
-	in, err := loose.NewIn(f, "")
+	in, err := loose.NewIn(f, nil, "")
 	if err != nil {
 		t.Fatal(err)
 	}

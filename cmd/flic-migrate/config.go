@@ -81,7 +81,7 @@ func knownKeys(root *cobra.Command) map[string]bool {
 	keys := make(map[string]bool)
 	add := func(f *pflag.Flag) { keys[flagKey(f)] = true }
 	root.PersistentFlags().VisitAll(add)
-	for _, c := range root.Commands() {
+	for _, c := range commands(root) {
 		if c.Name() != "completion" && c.Name() != "help" {
 			c.LocalFlags().VisitAll(add)
 		}

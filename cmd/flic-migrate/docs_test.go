@@ -86,10 +86,11 @@ func TestDocsFlags(t *testing.T) {
 		t.Errorf("docs/cli.md says of the flags of %s\n%s\nand they are\n%s", name, old, table)
 	}
 	check("all", flagTable(root, root.PersistentFlags()))
-	for _, c := range root.Commands() {
-		check(c.Name(), flagTable(c, c.LocalNonPersistentFlags()))
-		if !strings.Contains(doc, "\n### "+c.Name()+"\n") {
-			t.Errorf("docs/cli.md has no section on %s", c.Name())
+	for _, c := range commands(root) {
+		name := strings.TrimPrefix(c.CommandPath(), root.Name()+" ")
+		check(name, flagTable(c, c.LocalNonPersistentFlags()))
+		if !strings.Contains(doc, "\n### "+name+"\n") {
+			t.Errorf("docs/cli.md has no section on %s", name)
 		}
 		if !strings.Contains(c.Long, exitHelp) || c.Short == "" || c.Name() != "version" && c.Example == "" {
 			t.Errorf("the help of %s lacks its exit codes, its purpose or an example", c.Name())

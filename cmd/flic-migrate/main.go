@@ -7,8 +7,18 @@ package main
 
 import (
 	"os"
+	"path/filepath"
 
+	"github.com/flic-migrate/flic-migrate/qmp/compressor"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
-func main() { os.Exit(run(vfs.OS, os.Args[1:])) }
+func main() { os.Exit(start(vfs.OS, os.Args)) }
+
+// start is the program under whatever name it was called.
+func start(fsys vfs.FS, args []string) int {
+	if name := filepath.Base(args[0]); compressor.Known(name) {
+		return standIn(fsys, name, args[1:])
+	}
+	return run(newApp(fsys), args[1:])
+}

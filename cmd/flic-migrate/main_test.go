@@ -18,6 +18,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/flic-migrate/flic-migrate/qmp/compressor"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -25,10 +26,14 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	// A link to this binary with such a name is the command, as it is installed.
+	if compressor.Known(filepath.Base(os.Args[0])) {
+		main()
+	}
 	testscript.Main(m, map[string]func(){
 		"flic-migrate": main,
 		// The same on a disk that has no room for more than a few writes.
-		"flic-migrate-full":   func() { os.Exit(run(fullDisk{vfs.OS}, os.Args[1:])) },
+		"flic-migrate-full":   func() { os.Exit(run(newApp(fullDisk{vfs.OS}), os.Args[1:])) },
 		"flic-migrate-faulty": faulty,
 		"flic-migrate-cut":    cut,
 		"no-userfaultfd":      noUserfaultfd,

@@ -39,7 +39,7 @@ func faulty() {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", faultEnv, err)
 		os.Exit(99)
 	}
-	os.Exit(run(fsys, os.Args[1:]))
+	os.Exit(run(newApp(fsys), os.Args[1:]))
 }
 
 type faultFS struct {

@@ -23,6 +23,7 @@ import (
 type app struct {
 	fs     vfs.FS
 	stdin  *os.File
+	head   []byte // taken from stdin already
 	stdout *countingWriter
 	stderr io.Writer
 
@@ -32,15 +33,18 @@ type app struct {
 	last    []byte // the line that ends stderr: a report in JSON
 }
 
-// run is the program, on a file system: it returns the exit code.
-func run(fsys vfs.FS, args []string) int {
+func newApp(fsys vfs.FS) *app {
+	return &app{fs: fsys, stdin: os.Stdin, stdout: &countingWriter{File: os.Stdout}, stderr: os.Stderr}
+}
+
+// run is the program: it returns the exit code.
+func run(a *app, args []string) int {
 	// QEMU may be gone when we write; that is an error to report, not a
 	// reason to die without giving NVRAM back.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := withSignals(context.Background())
 	defer stop()
 
-	a := &app{fs: fsys, stdin: os.Stdin, stdout: &countingWriter{File: os.Stdout}, stderr: os.Stderr}
 	root := newRoot(a)
 	root.SetArgs(args)
 	cmd, err := root.ExecuteContextC(ctx)
@@ -119,11 +123,19 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 	root.SetErr(a.stderr)
 	root.PersistentFlags().StringVar(&a.store, "store", defaultStore(), "directory that holds the checkpoints")
 	root.PersistentFlags().StringVar(&a.config, "config", "", "configuration file (default: $XDG_CONFIG_HOME/flic-migrate/config.toml, then /etc/flic-migrate.toml)")
-	root.AddCommand(newSave(a), newRestore(a), newResume(a), newList(a), newShow(a), newVerify(a), newRm(a), newGC(a), newPersist(a), newTrack(a), newReplay(a), newDump(a), newVersion())
-	for _, c := range append(root.Commands(), root) {
+	root.AddCommand(newSave(a), newRestore(a), newResume(a), newList(a), newShow(a), newVerify(a), newRm(a), newGC(a), newPersist(a), newTrack(a), newReplay(a), newDump(a), newLibvirt(a), newVersion())
+	for _, c := range append(commands(root), root) {
 		describe(c)
 	}
 	return root
+}
+
+// commands are all commands below c, those below them included.
+func commands(c *cobra.Command) (list []*cobra.Command) {
+	for _, sub := range c.Commands() {
+		list = append(append(list, sub), commands(sub)...)
+	}
+	return list
 }
 
 // describe completes a command's help with what all of them have in common.

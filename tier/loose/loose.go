@@ -134,9 +134,9 @@ type In struct {
 
 // NewIn reads the image that begins at f's offset and ends with the file. What
 // can't be read twice, such as a pipe, is read to its end now, into a file
-// without a name in the directory spool (os.TempDir's if empty). f stays the
-// caller's to close.
-func NewIn(f *os.File, spool string) (*In, error) {
+// without a name in the directory spool (os.TempDir's if empty); head is what
+// has been taken from it before. f stays the caller's to close.
+func NewIn(f *os.File, head []byte, spool string) (*In, error) {
 	in := &In{unsupported: unsupported{f.Name()}, f: f}
 	fi, err := f.Stat()
 	if err != nil {
@@ -155,7 +155,11 @@ func NewIn(f *os.File, spool string) (*In, error) {
 	}
 	// Without a name it is gone when this process is, however that ends.
 	if err = os.Remove(tmp.Name()); err == nil {
+		_, err = tmp.Write(head)
+	}
+	if err == nil {
 		in.end, err = io.Copy(tmp, f)
+		in.end += int64(len(head))
 	}
 	if err != nil {
 		tmp.Close()

@@ -132,7 +132,14 @@ func TestIn(t *testing.T) {
 			spool := t.TempDir()
 			f := open(t)
 			defer f.Close()
-			in, err := loose.NewIn(f, spool)
+			var head []byte
+			if name == "pipe" { // somebody had to look at its beginning
+				head = make([]byte, 4)
+				if _, err := io.ReadFull(f, head); err != nil {
+					t.Fatal(err)
+				}
+			}
+			in, err := loose.NewIn(f, head, spool)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -162,7 +169,7 @@ func TestIn(t *testing.T) {
 			}
 		})
 	}
-	if _, err := loose.NewIn(open["pipe"](t), filepath.Join(t.TempDir(), "missing")); err == nil {
+	if _, err := loose.NewIn(open["pipe"](t), nil, filepath.Join(t.TempDir(), "missing")); err == nil {
 		t.Error("a spool directory that is not there")
 	}
 }

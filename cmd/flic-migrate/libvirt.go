@@ -1,0 +1,275 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/qmp/compressor"
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/loose"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+func newLibvirt(a *app) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "libvirt",
+		Short: "Stand in for the compressor of libvirt's save files",
+		Long: `Libvirt's save, managedsave and start go through flic-migrate once it stands, under
+the name of a compressor, first in the PATH of libvirt's daemon: docs/libvirt.md.`,
+		Example: `  flic-migrate libvirt install
+  virsh save web1 /srv/web1.save && virsh restore /srv/web1.save`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	c.AddCommand(newLibvirtSave(a), newLibvirtRestore(a))
+	return c
+}
+
+const (
+	streamMagic = "QEVM"
+	imageMagic  = "FLICIMG\x00"
+)
+
+// standIn is the program under the name of a compressor: what it can't do, and
+// what is not for it, the real one does. Nothing of ours, not even a broken
+// configuration file, may come between libvirt and a save file that we have not
+// written.
+func standIn(fsys vfs.FS, name string, args []string) int {
+	a := newApp(fsys)
+	verb, magic := "", ""
+	switch compressor.JobOf(args) {
+	case compressor.Compress:
+		verb, magic = "save", streamMagic
+	case compressor.Decompress:
+		verb, magic = "restore", imageMagic
+	}
+	var head []byte
+	var err error
+	if magic != "" {
+		var taken bool
+		head, taken, err = compressor.Peek(a.stdin, len(magic))
+		ours := string(head) == magic
+		if !taken {
+			head = nil
+		}
+		if ours {
+			a.head = head
+			code := run(a, []string{"libvirt", verb})
+			if code != exitOK && verb == "save" {
+				// A broken pipe would be QEMU's error, and then libvirt shows
+				// that and not the reason that was printed.
+				io.Copy(io.Discard, plainReader{a.stdin})
+			}
+			return code
+		}
+	}
+	code := exitFailed
+	if err == nil {
+		code, err = compressor.HandOver(name, args, head)
+	}
+	if err != nil {
+		fmt.Fprintf(a.stderr, "flic-migrate: as %s: %s\n", name, oneLine(err))
+		code = exitFailed
+		if verb == "restore" {
+			a.stdout.spoil()
+		}
+	}
+	return code
+}
+
+type libvirtSaveCmd struct {
+	*app
+	encoding
+	report string
+}
+
+func newLibvirtSave(a *app) *cobra.Command {
+	s := &libvirtSaveCmd{app: a}
+	c := &cobra.Command{
+		Use:   "save [flags] < STREAM > IMAGE",
+		Short: "Write a migration stream's flash image to standard output",
+		Long: `Save reads a QEMU migration stream from standard input and writes its flash image
+to standard output. It is what libvirt's "lzop -c" comes to. There are no
+arguments: settings are the configuration file's and the environment's.
+
+The image needs no store. Removing the file that it was written to removes it.`,
+		Example: `  flic-migrate libvirt save < web1.stream > web1.flic`,
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
+	}
+	fs := c.Flags()
+	s.encoding.add(fs)
+	fs.StringVar(&s.report, "report", "", "write the JSON report to this file, also after a failure")
+	return c
+}
+
+func (s *libvirtSaveCmd) run(ctx context.Context) error {
+	debug.SetGCPercent(gcPercent)
+	meta, err := s.save(ctx)
+	doc := saveReport{ExitCode: exitCode(err)}
+	if err != nil {
+		doc.Error = oneLine(err)
+	} else {
+		doc.UUID, doc.Report = meta.UUID.String(), &meta.Report
+	}
+	line, jerr := json.Marshal(doc)
+	if s.report != "" && jerr == nil {
+		jerr = writeReport(s.report, line)
+	}
+	if jerr != nil {
+		s.log().Warn("the report was not written", "error", jerr)
+	}
+	return err
+}
+
+// plainReader hides what would make io.Copy move the bytes in another way than
+// by reading them.
+type plainReader struct{ f *os.File }
+
+func (r plainReader) Read(b []byte) (int, error) {
+	for {
+		n, err := unix.Read(int(r.f.Fd()), b)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EAGAIN):
+			unix.Poll([]unix.PollFd{{Fd: int32(r.f.Fd()), Events: unix.POLLIN}}, -1)
+		case err != nil:
+			return 0, err
+		case n == 0:
+			return 0, io.EOF
+		default:
+			return n, nil
+		}
+	}
+}
+
+func (s *libvirtSaveCmd) save(ctx context.Context) (*checkpoint.Meta, error) {
+	if isTerminal(s.stdin) {
+		return nil, usageError{errors.New("libvirt save reads a migration stream from its standard input, which is a terminal")}
+	}
+	if isTerminal(s.stdout.File) {
+		return nil, usageError{errors.New("libvirt save writes a flash image to its standard output, which is a terminal")}
+	}
+	domain := compressor.Source(s.stdin)
+	o := s.encoding.options()
+	o.Log = s.log()
+	if store.CheckVM(domain.Name) == nil {
+		o.VM = domain.Name
+	}
+	in, err := pipe.New(ctx, int(s.stdin.Fd()))
+	if err != nil {
+		return nil, err
+	}
+	defer in.Close()
+	// Fewer and larger writes; no matter if it is not a pipe.
+	unix.FcntlInt(s.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
+	out := loose.NewOut(s.stdout.File, loose.DefaultWindow)
+	return tier.SaveTo(ctx, s.fs, store.BeginFile(out), &resumed{in, s.head}, o)
+}
+
+// resumed is a pipe of which something has been read already.
+type resumed struct {
+	*pipe.Reader
+	head []byte
+}
+
+func (r *resumed) Read(b []byte) (int, error) {
+	if len(r.head) > 0 {
+		n := copy(b, r.head)
+		r.head = r.head[n:]
+		return n, nil
+	}
+	return r.Reader.Read(b)
+}
+
+type libvirtRestoreCmd struct {
+	*app
+	nvram   string
+	spool   string
+	workers count
+	report  string
+}
+
+func newLibvirtRestore(a *app) *cobra.Command {
+	r := &libvirtRestoreCmd{app: a, workers: count{0, 0, 1024}}
+	c := &cobra.Command{
+		Use:   "restore [flags] < IMAGE > STREAM",
+		Short: "Write the migration stream of a flash image on standard input",
+		Long: `Restore reads the flash image that begins at the offset of standard input, and
+writes its migration stream to standard output. It is what libvirt's "lzop -dc"
+comes to. Each page is checked before it is written.
+
+A pipe, which libvirt gives for virsh restore --bypass-cache, is first copied to
+the --spool directory.`,
+		Example: `  flic-migrate libvirt restore < web1.flic > web1.stream`,
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return r.run(cmd.Context()) },
+	}
+	spool := os.Getenv("TMPDIR")
+	if spool == "" {
+		spool = "/var/tmp" // /tmp can be memory
+	}
+	fs := c.Flags()
+	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the image says")
+	fs.StringVar(&r.spool, "spool", spool, "directory for a copy of an image that comes through a pipe")
+	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
+	fs.StringVar(&r.report, "report", "", "write the JSON report to this file, also after a failure")
+	return c
+}
+
+func (r *libvirtRestoreCmd) run(ctx context.Context) error {
+	debug.SetGCPercent(gcPercent)
+	if isTerminal(r.stdout.File) {
+		return usageError{errors.New("libvirt restore writes a migration stream to its standard output, which is a terminal")}
+	}
+	var doc restoreReport
+	done := make(chan error, 1)
+	go func() { done <- r.restore(ctx, &doc) }()
+	var err error
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		// It may be in a write to a pipe that nobody reads. There is nothing
+		// to clean up, so nobody has to wait for it.
+		select {
+		case err = <-done:
+		case <-time.After(time.Second):
+			return context.Cause(ctx)
+		}
+	}
+	if r.report != "" {
+		if doc.ExitCode = exitCode(err); err != nil {
+			doc.Error = oneLine(err)
+		}
+		writeReportDoc(r.report, doc, r.log())
+	}
+	return err
+}
+
+func (r *libvirtRestoreCmd) restore(ctx context.Context, doc *restoreReport) error {
+	in, err := loose.NewIn(r.stdin, r.head, r.spool)
+	if err != nil {
+		return err
+	}
+	// Never closed: libvirt waits for the end of this process, which closes
+	// everything.
+	c, err := checkpoint.OpenFile(r.fs, in, checkpoint.Options{NVRAM: r.nvram})
+	if err != nil {
+		return err
+	}
+	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
+	doc.RestoreReport, err = tier.Restore(ctx, c, r.stdout, tier.RestoreOptions{Workers: r.workers.n})
+	return err
+}
