@@ -45,6 +45,7 @@ func (u unsupported) WriteAt([]byte, int64) (int, error)       { return 0, u.fai
 func (u unsupported) Truncate(int64) error                     { return u.fail("truncate") }
 func (u unsupported) Allocate(int64, int64) error              { return u.fail("fallocate") }
 func (u unsupported) StartWriteback(int64, int64)              {}
+func (u unsupported) DropCache()                               {}
 func (u unsupported) Lock(context.Context, vfs.LockMode) error { return u.fail("lock") }
 func (u unsupported) TryLock(vfs.LockMode) error               { return u.fail("lock") }
 func (u unsupported) Unlock() error                            { return u.fail("unlock") }
