@@ -43,6 +43,8 @@ type SaveOptions struct {
 	SegmentPages int          // 0: as many as make image.DefaultSegment
 	Workers      int          // compressing goroutines; 0: GOMAXPROCS
 
+	Libvirt *checkpoint.Libvirt // kept with the checkpoint; may be nil
+
 	// ReturnPath is where the answers to a source with the return-path
 	// capability go: the process's stdout. Nothing else is written to it.
 	ReturnPath io.Writer
@@ -191,7 +193,7 @@ func (s *saver) end(err error) {
 // ram takes everything up to the device tail, which it leaves in the pipe
 // until the RAM is durable.
 func (s *saver) ram() error {
-	s.meta = &checkpoint.Meta{VM: s.o.VM, Created: s.begin}
+	s.meta = &checkpoint.Meta{VM: s.o.VM, Created: s.begin, Libvirt: s.o.Libvirt}
 	err := s.frames()
 	if errors.Is(err, stream.ErrUnknown) {
 		return s.opaque(err)

@@ -106,6 +106,9 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta) error
 	} else {
 		line("NVRAM", "-")
 	}
+	if m.Libvirt != nil {
+		line("libvirt", "a domain, %d bytes of XML (--json shows it)", len(m.Libvirt.XML))
+	}
 	line("hashed", "%s of %s, %s sampled, chunks of %d, samples of %d", human(r.HashedBytes), human(r.NonZeroBytes),
 		human(r.SampledBytes), r.ChunkSize, r.SampleSize)
 	s := r.Seconds

@@ -43,7 +43,7 @@ func TestNVRAMPart(t *testing.T) {
 func TestMeta(t *testing.T) {
 	gpa := uint64(1 << 32)
 	good := Meta{VM: "vm", PageSize: 4096, Blocks: []Block{{Name: "a", Used: 4097, GPA: &gpa}, {Name: "b"}, {Name: "c", Used: 1 << 46}},
-		NVRAM: &NVRAM{Path: "/n", Slots: 5}}
+		NVRAM: &NVRAM{Path: "/n", Slots: 5}, Libvirt: &Libvirt{XML: "<domain/>"}}
 	doc, err := json.Marshal(good)
 	if err != nil {
 		t.Fatal(err)
@@ -64,6 +64,9 @@ func TestMeta(t *testing.T) {
 		"block of 256":      func(m *Meta) { m.Blocks = []Block{{Name: strings.Repeat("x", 256)}} },
 		"huge block":        func(m *Meta) { m.Blocks = []Block{{Name: "a", Used: 1<<46 + 1}} },
 		"negative in NVRAM": func(m *Meta) { m.NVRAM = &NVRAM{Slots: -1} },
+		"no domain":         func(m *Meta) { m.Libvirt = &Libvirt{Cookie: "<cookie/>"} },
+		"huge domain":       func(m *Meta) { m.Libvirt = &Libvirt{XML: strings.Repeat("x", MaxLibvirt+1)} },
+		"huge cookie":       func(m *Meta) { m.Libvirt = &Libvirt{XML: "x", Cookie: strings.Repeat("x", MaxLibvirt+1)} },
 	} {
 		bad := good
 		change(&bad)
@@ -95,7 +98,7 @@ func FuzzNVRAMPart(f *testing.F) {
 // FuzzMeta parses anything. Whatever is accepted can be used.
 func FuzzMeta(f *testing.F) {
 	doc, err := json.Marshal(Meta{VM: "vm", PageSize: 4096, Blocks: []Block{{Name: "pc.ram", Used: 1 << 30, PageSize: 2 << 20}},
-		Capabilities: []string{"x-ignore-shared"}, NVRAM: &NVRAM{Path: "/dev/pmem0", Slots: 3}})
+		Capabilities: []string{"x-ignore-shared"}, NVRAM: &NVRAM{Path: "/dev/pmem0", Slots: 3}, Libvirt: &Libvirt{XML: "<domain/>", Cookie: "<cookie/>"}})
 	if err != nil {
 		f.Fatal(err)
 	}

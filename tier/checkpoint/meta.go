@@ -32,6 +32,7 @@ type Meta struct {
 	Foreign      []string  `json:"foreign,omitempty"`       // names of other iterable sections
 	Footers      bool      `json:"footers,omitempty"`       // sections have footers
 	NVRAM        *NVRAM    `json:"nvram,omitempty"`
+	Libvirt      *Libvirt  `json:"libvirt,omitempty"` // if the VM is one of libvirt's
 
 	// PageTables are the pages of the guest's own page tables, the top ones
 	// first: what its MMU reads before it can touch anything else.
@@ -59,6 +60,19 @@ type NVRAM struct {
 	Slots    int       `json:"slots"`              // pages in use
 	Volatile bool      `json:"volatile,omitempty"` // lost at power-off
 }
+
+// Libvirt is what libvirt needs to start the VM again. The texts are those that a
+// save file of its own holds (src/qemu/qemu_saveimage.c).
+type Libvirt struct {
+	XML    string `json:"xml"`              // the domain; it may hold passwords
+	Cookie string `json:"cookie,omitempty"` // <cookie>, with the exact CPU model
+	// Persistent is set if the domain was defined and not only running.
+	Persistent bool `json:"persistent,omitempty"`
+}
+
+// MaxLibvirt caps the length of each of Libvirt's texts: libvirt sends and takes
+// none that are longer (VIR_NET_MESSAGE_STRING_MAX).
+const MaxLibvirt = 4 << 20
 
 // Report is what a save did. Counts are pages unless they say otherwise.
 type Report struct {
@@ -140,6 +154,9 @@ func parseMeta(b []byte) (*Meta, error) {
 	}
 	if m.NVRAM != nil && m.NVRAM.Slots < 0 {
 		return nil, errors.New("negative number of NVRAM slots")
+	}
+	if l := m.Libvirt; l != nil && (l.XML == "" || len(l.XML) > MaxLibvirt || len(l.Cookie) > MaxLibvirt) {
+		return nil, fmt.Errorf("libvirt domain of %d bytes, cookie of %d", len(l.XML), len(l.Cookie))
 	}
 	return &m, nil
 }
