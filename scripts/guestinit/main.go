@@ -23,6 +23,12 @@
 //	tick?       "tick? N"
 //	fill N      fill the buffer anew with seed N; "fill N"
 //	read PATH   read a file or directory below the mounted disk; "read BYTES"
+//	touch I N   write to N pages of the buffer from page I on each 10 ms, and to
+//	            no other; "touch I N"
+//	where I N   where N pages from page I on are in the machine's memory, as runs:
+//	            "where FRAME+COUNT FRAME+COUNT …"
+//	run COMMAND run a shell command on the disk, with /tmp in memory, until the
+//	            next run, which kills it; "run ok"
 //	off         power off
 //
 // sum, check and fill hold the changes and ticks until they are done.
@@ -31,6 +37,7 @@ package main
 import (
 	"bufio"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -38,13 +45,17 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -59,9 +70,11 @@ type guest struct {
 	sums    []uint32 // CRC-32 by page
 	random  *rand.Rand
 	perTick int    // pages changed
+	touched []byte // pages that are written to, over and over
 	bytes   int    // changed in each
 	changes uint64 // made since the fill
 	tick    uint64
+	program program
 }
 
 func main() {
@@ -101,6 +114,7 @@ func run() error {
 	}
 	fmt.Println("flic ready")
 	go g.ticker(100 * time.Millisecond)
+	go g.toucher(10 * time.Millisecond)
 	return g.serve(os.Stdin, os.Stdout)
 }
 
@@ -141,7 +155,7 @@ func (o options) number(key string, otherwise uint64) uint64 {
 }
 
 func newGuest(size int, seed uint64) (*guest, error) {
-	g := &guest{}
+	g := &guest{program: program{root: "/mnt"}}
 	if size > 0 {
 		var err error
 		g.buf, err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
@@ -200,6 +214,101 @@ func (g *guest) ticker(period time.Duration) {
 	}
 }
 
+// toucher writes to the pages of touch. What it writes is what is there, so that
+// the checksums stay right.
+func (g *guest) toucher(period time.Duration) {
+	for range time.Tick(period) {
+		g.mu.Lock()
+		for i := 0; i < len(g.touched); i += guestmem.PageSize {
+			p := (*uint32)(unsafe.Pointer(&g.touched[i]))
+			atomic.StoreUint32(p, atomic.LoadUint32(p))
+		}
+		g.mu.Unlock()
+	}
+}
+
+// where returns the page frames of a part of the buffer, as runs.
+func where(part []byte) ([]string, error) {
+	f, err := os.Open("/proc/self/pagemap")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var runs []string
+	var first, count uint64
+	flush := func() {
+		if count > 0 {
+			runs = append(runs, fmt.Sprintf("%d+%d", first, count))
+		}
+	}
+	for i := 0; i < len(part); i += guestmem.PageSize {
+		var b [8]byte
+		at := uintptr(unsafe.Pointer(&part[i])) / guestmem.PageSize
+		if _, err := f.ReadAt(b[:], int64(at)*8); err != nil {
+			return nil, err
+		}
+		// Documentation/admin-guide/mm/pagemap.rst: bit 63 is present, bits
+		// 0 to 54 are the frame.
+		e := binary.LittleEndian.Uint64(b[:])
+		if e>>63 == 0 {
+			return nil, fmt.Errorf("page %d is not in memory", i/guestmem.PageSize)
+		}
+		if frame := e & (1<<55 - 1); count > 0 && frame == first+count {
+			count++
+		} else {
+			flush()
+			first, count = frame, 1
+		}
+	}
+	flush()
+	return runs, nil
+}
+
+// part is pages [i, i+n) of the buffer, as far as it goes.
+func (g *guest) part(i, n int) []byte {
+	i = min(i, len(g.sums))
+	return g.buf[i*guestmem.PageSize : (i+min(n, len(g.sums)-i))*guestmem.PageSize]
+}
+
+// program is what run has started.
+type program struct {
+	root    string // where the disk is mounted; empty: here
+	mounted bool
+	cmd     *exec.Cmd
+}
+
+func (p *program) run(command string) error {
+	if !p.mounted {
+		for _, m := range []struct{ device, dir, kind string }{
+			{"/dev/vda", "", "ext4"}, {"tmp", "tmp", "tmpfs"}, {"proc", "proc", "proc"}, {"dev", "dev", "devtmpfs"},
+		} {
+			flags := uintptr(0)
+			if m.kind == "ext4" {
+				flags = unix.MS_RDONLY
+			}
+			err := unix.Mount(m.device, filepath.Join(p.root, m.dir), m.kind, flags, "")
+			if err != nil && !errors.Is(err, unix.EBUSY) {
+				return fmt.Errorf("mount %s: %w", m.dir, err)
+			}
+		}
+		p.mounted = true
+	}
+	if p.cmd != nil {
+		// With all that it has started.
+		_ = unix.Kill(-p.cmd.Process.Pid, unix.SIGKILL)
+		_ = p.cmd.Wait()
+		p.cmd = nil
+	}
+	if command == "" {
+		return nil
+	}
+	p.cmd = exec.Command("/bin/sh", "-c", command)
+	p.cmd.Dir = "/tmp"
+	p.cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: p.root, Setpgid: true}
+	return p.cmd.Start()
+}
+
 // serve answers commands until the console ends or "off" is said.
 func (g *guest) serve(r io.Reader, w io.Writer) error {
 	lines := bufio.NewScanner(r)
@@ -244,6 +353,20 @@ func (g *guest) answer(command string, args []string) string {
 		seed := number(0, 1)
 		g.fill(uint64(seed))
 		return fmt.Sprintf("fill %d", seed)
+	case "touch":
+		g.touched = g.part(number(0, 0), number(1, 0))
+		return fmt.Sprintf("touch %d %d", number(0, 0), len(g.touched)/guestmem.PageSize)
+	case "where":
+		runs, err := where(g.part(number(0, 0), number(1, 0)))
+		if err != nil {
+			return fmt.Sprintf("error: %v", err)
+		}
+		return strings.Join(append([]string{"where"}, runs...), " ")
+	case "run":
+		if err := g.program.run(strings.Join(args, " ")); err != nil {
+			return fmt.Sprintf("error: %v", err)
+		}
+		return "run ok"
 	case "read":
 		if len(args) != 1 {
 			return "error: read PATH"

@@ -82,6 +82,66 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// Touching changes nothing, and says of which pages; where finds each of them.
+func TestTouch(t *testing.T) {
+	g := testGuest(t, 1<<20)
+	sum := g.answer("sum", nil)
+	go g.toucher(time.Millisecond)
+	for line, want := range map[string]string{
+		"touch 10 20": "touch 10 20", "touch 250 20": "touch 250 6", "touch 300 1": "touch 300 0", "touch": "touch 0 0",
+	} {
+		words := strings.Fields(line)
+		g.mu.Lock()
+		got := g.answer(words[0], words[1:])
+		g.mu.Unlock()
+		if got != want {
+			t.Errorf("%s: %s", line, got)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.answer("sum", nil) != sum {
+		t.Error("the content has changed")
+	}
+	// Without the right to see frame numbers they are 0, and no two adjoin.
+	pages := 0
+	for _, run := range strings.Fields(g.answer("where", []string{"5", "17"}))[1:] {
+		var frame, count int
+		if _, err := fmt.Sscanf(run, "%d+%d", &frame, &count); err != nil {
+			t.Fatalf("%q: %v", run, err)
+		}
+		pages += count
+	}
+	if pages != 17 {
+		t.Errorf("where 17 pages are: %d", pages)
+	}
+}
+
+func TestRun(t *testing.T) {
+	p := program{mounted: true}
+	dir := t.TempDir()
+	if err := p.run("echo $$ > " + dir + "/new; mv " + dir + "/new " + dir + "/pid; sleep 1000; :"); err != nil {
+		t.Fatal(err)
+	}
+	defer p.run("")
+	var pid int
+	for end := time.Now().Add(10 * time.Second); pid == 0 && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if b, err := os.ReadFile(dir + "/pid"); err == nil {
+			fmt.Sscan(string(b), &pid)
+		}
+	}
+	if pid != p.cmd.Process.Pid {
+		t.Fatalf("process %d says it is %d", p.cmd.Process.Pid, pid)
+	}
+	if err := p.run(""); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); err == nil {
+		t.Error("it lives on")
+	}
+}
+
 // A guest without a buffer still ticks and answers.
 func TestNoBuffer(t *testing.T) {
 	g := testGuest(t, 0)
