@@ -20,6 +20,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp/compressor"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/stream/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -38,6 +39,7 @@ func TestMain(m *testing.M) {
 		"flic-migrate-cut":    cut,
 		"no-userfaultfd":      noUserfaultfd,
 		"mkstream":            mkstream,
+		"mksave":              mksave,
 		"mkworkingset":        mkworkingset,
 		"returnpath":          printReturnPath,
 	})
@@ -255,6 +257,30 @@ func mkstream() {
 		b[0] = 'X'
 	}
 	if _, err := os.Stdout.Write(b); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// mksave writes a save file of libvirt's to stdout: its stream is stdin.
+func mksave() {
+	name := flag.String("name", "web1", "")
+	format := flag.Uint("format", 0, "")
+	partial := flag.Bool("partial", false, "")
+	flag.Parse()
+	h, err := saveimage.New("<domain><name>"+*name+"</name></domain>", "<cookie/>", true)
+	if err == nil {
+		h.SetFormat(saveimage.Format(*format))
+		b := h.Bytes()
+		if *partial {
+			copy(b, saveimage.PartialMagic())
+		}
+		_, err = os.Stdout.Write(b)
+	}
+	if err == nil {
+		_, err = io.Copy(os.Stdout, os.Stdin)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}

@@ -28,8 +28,8 @@ import (
 	"syscall"
 )
 
-// Names are the compressors that libvirt knows (virQEMUSaveFormat; zstd from
-// 10.2 on), without raw. The first is the one to ask libvirt for: the
+// Names are the compressors that libvirt knows (virQEMUSaveFormat; zstd only in
+// newer versions), without raw. The first is the one to ask libvirt for: the
 // only one that it calls with no other option than -c.
 var Names = []string{"lzop", "gzip", "bzip2", "xz", "zstd"}
 

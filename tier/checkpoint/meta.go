@@ -68,6 +68,9 @@ type Libvirt struct {
 	Cookie string `json:"cookie,omitempty"` // <cookie>, with the exact CPU model
 	// Persistent is set if the domain was defined and not only running.
 	Persistent bool `json:"persistent,omitempty"`
+	// SaveFile is all that stood before the stream in the save file that the
+	// checkpoint was imported from, verbatim (package stream/saveimage).
+	SaveFile []byte `json:"save_file,omitempty"`
 }
 
 // MaxLibvirt caps the length of each of Libvirt's texts: libvirt sends and takes
