@@ -3,7 +3,7 @@
 GO ?= go
 FUZZTIMES ?= 1
 
-.PHONY: all build test check unit replay fuzz demo bench record clean
+.PHONY: all build test check unit replay fuzz demo bench eval-workingset record clean
 
 all: build
 
@@ -41,6 +41,11 @@ bench: build
 	scripts/deps qemu guest bench
 	$(GO) run ./scripts/bench
 	$(GO) test -run '^$$' -bench . -benchtime 1s ./stream/... ./ramparse/... ./tier/...
+
+# How good the working sets are that tracking finds, for four workloads.
+eval-workingset:
+	scripts/deps qemu guest
+	$(GO) run ./scripts/workingset
 
 # Records testdata's streams again.
 record:
