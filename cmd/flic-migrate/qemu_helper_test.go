@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -286,16 +287,18 @@ func restored(t *testing.T, ctx context.Context, c qemutest.Config, uri string, 
 	return vm
 }
 
+// tickLine is a whole line of a guest's counter.
+var tickLine = regexp.MustCompile(`tick (\w+)\r\n`)
+
 // lastTick is the number of the last whole tick line. The tiny guest's are
 // hexadecimal.
 func lastTick(t *testing.T, console string, base int) int {
 	t.Helper()
-	end := strings.LastIndex(console, "\r\n")
-	at := strings.LastIndex(console[:max(0, end)], "tick ")
-	if at < 0 {
+	ticks := tickLine.FindAllStringSubmatch(console, -1)
+	if ticks == nil {
 		t.Fatalf("no tick in %q", console)
 	}
-	n, err := strconv.ParseInt(console[at+len("tick "):end], base, 64)
+	n, err := strconv.ParseInt(ticks[len(ticks)-1][1], base, 64)
 	ok(t, err)
 	return int(n)
 }

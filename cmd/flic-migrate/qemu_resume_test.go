@@ -295,7 +295,9 @@ func TestResume(t *testing.T) {
 	// What the first resume of vm@2 waited for comes first now.
 	vm = qemutest.Start(t, destination(c, "defer"))
 	_, server = l.resume(t, vm, "--learn", "300ms", "vm@2")
-	if second := server.LazyReport; second.Waited*20 > first.Waited || second.HotPages < first.Waited {
+	// (By how much is package lazy's to test: this guest asks for so few pages
+	// that the odd new one is a tenth of them.)
+	if second := server.LazyReport; second.Waited*2 > first.Waited || second.HotPages < first.Waited {
 		t.Errorf("first resume: %+v\nsecond: %+v", first, second)
 	}
 
