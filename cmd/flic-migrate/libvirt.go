@@ -33,13 +33,13 @@ the name of a compressor, first in the PATH of libvirt's daemon: docs/libvirt.md
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	c.AddCommand(newLibvirtSave(a), newLibvirtRestore(a))
+	c.AddCommand(newLibvirtInstall(a), newLibvirtUninstall(a), newLibvirtStatus(a), newLibvirtSave(a), newLibvirtRestore(a))
 	return c
 }
 
 const (
 	streamMagic = "QEVM"
-	imageMagic  = "FLICIMG\x00"
+	imageMagic  = compressor.ImageMagic
 )
 
 // standIn is the program under the name of a compressor: what it can't do, and

@@ -35,9 +35,9 @@ const (
 	Version = 2
 	// HeaderLen is the length of the fixed part, in bytes.
 	HeaderLen = 92
-	// MaxData caps the data behind it. libvirt's XML has some 10 KB, and it
-	// pads that to 64 KiB.
-	MaxData = 8 << 20
+	// MaxData caps the data behind it. libvirt's XML has some 10 KB, which it
+	// pads to 64 KiB, and it sends none that has more than 4 MiB.
+	MaxData = 4 << 20
 )
 
 // Format says how the stream is compressed (virQEMUSaveFormat).
@@ -136,7 +136,9 @@ func (h *Header) parse() error {
 		h.cook = text(data[cookie:])
 		data = data[:cookie]
 	}
-	h.xml = text(data)
+	if h.xml = text(data); len(h.xml) == 0 {
+		return stream.Damaged("save file's domain XML", HeaderLen, "it is empty")
+	}
 	return nil
 }
 

@@ -88,6 +88,7 @@ func TestDamage(t *testing.T) {
 		"no XML":         {change(atLength, 0), stream.ErrDamaged, "20"},
 		"endless XML":    {change(atLength, MaxData+1), stream.ErrDamaged, "20"},
 		"cookie outside": {change(atCookie, 1<<20), stream.ErrDamaged, "32"},
+		"empty XML":      {file(binary.LittleEndian, 2, 0, Raw, "", "<cookie/>", 5), stream.ErrDamaged, "92"},
 		"cut header":     {good[:50], stream.ErrTruncated, "50"},
 		"cut XML":        {good[:120], stream.ErrTruncated, "120"},
 	} {
