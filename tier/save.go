@@ -36,6 +36,10 @@ type SaveOptions struct {
 	VolatileNVRAM bool            // accept an NVRAM file that power-off empties
 	WorkingSet    *workingset.Set // nil: everything is cold
 
+	// RunState is what the guest did before it was stopped to be saved, such
+	// as "running"; empty if the stream tells it.
+	RunState string
+
 	SampleSize   int          // bytes of a partial hash; 0: dedup.DefaultSampleSize
 	Energy       dedup.Energy // "": auto
 	Battery      int          // percent below which EnergyAuto saves; 0: the default
@@ -586,7 +590,9 @@ func (s *saver) tail() error {
 		// The tail is kept verbatim whether it is understood or not.
 		s.o.Log.Warn("device tail is not as its vmdescription says", "error", err)
 	}
-	s.meta.RunState = t.RunState
+	if s.meta.RunState = t.RunState; s.o.RunState != "" {
+		s.meta.RunState = s.o.RunState
+	}
 	if err := s.findTables(sc.Bytes(), &t); err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier"
@@ -26,14 +27,38 @@ const gcPercent = 25
 type saveCmd struct {
 	*app
 	encoding
-	vm         string
+	placement
+	vm     string
+	report string
+	json   bool
+	quiet  bool
+}
+
+// placement is the flags that say what goes to NVRAM.
+type placement struct {
 	nvram      string
 	nvramSize  size
 	volatile   bool
 	workingSet string
-	report     string
-	json       bool
-	quiet      bool
+}
+
+func (p *placement) add(fs *pflag.FlagSet) {
+	fs.StringVar(&p.nvram, "nvram", "", "NVRAM file for the pages of the working set; made if missing")
+	fs.Var(&p.nvramSize, "nvram-size", "cap on the NVRAM file, such as 4G; 0: the one it has")
+	fs.StringVar(&p.workingSet, "working-set", "", "file that says which pages are hot")
+	fs.BoolVar(&p.volatile, "volatile-nvram", false, "accept an NVRAM file that loses its content at power-off (tmpfs)")
+}
+
+// options sets those of a save.
+func (p *placement) options(o *tier.SaveOptions) (err error) {
+	if p.workingSet != "" && p.nvram == "" {
+		return usageError{errors.New("--working-set says what goes to NVRAM, and there is no --nvram")}
+	}
+	o.NVRAM, o.NVRAMSize, o.VolatileNVRAM = p.nvram, int64(p.nvramSize), p.volatile
+	if p.workingSet != "" {
+		o.WorkingSet, err = readWorkingSet(p.workingSet)
+	}
+	return err
 }
 
 func newSave(a *app) *cobra.Command {
@@ -66,10 +91,7 @@ Standard output belongs to that return path and carries nothing else.`,
 	}
 	fs := c.Flags()
 	fs.StringVar(&s.vm, "vm", "", "name of the VM (required)")
-	fs.StringVar(&s.nvram, "nvram", "", "NVRAM file for the pages of the working set; made if missing")
-	fs.Var(&s.nvramSize, "nvram-size", "cap on the NVRAM file, such as 4G; 0: the one it has")
-	fs.StringVar(&s.workingSet, "working-set", "", "file that says which pages are hot")
-	fs.BoolVar(&s.volatile, "volatile-nvram", false, "accept an NVRAM file that loses its content at power-off (tmpfs)")
+	s.placement.add(fs)
 	s.encoding.add(fs)
 	fs.StringVar(&s.report, "report", "", "write the JSON report to this file as well, also after a failure")
 	fs.BoolVar(&s.json, "json", false, "end with the report as one line of JSON on standard error")
@@ -123,17 +145,10 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 	if isTerminal(s.stdin) {
 		return ref, nil, usageError{errors.New("save reads a migration stream from its standard input, which is a terminal; see flic-migrate save --help")}
 	}
-	if s.workingSet != "" && s.nvram == "" {
-		return ref, nil, usageError{errors.New("--working-set says what goes to NVRAM, and there is no --nvram")}
-	}
 	o := s.encoding.options()
-	o.VM = s.vm
-	o.NVRAM, o.NVRAMSize, o.VolatileNVRAM = s.nvram, int64(s.nvramSize), s.volatile
-	o.ReturnPath, o.Log = s.stdout, s.log()
-	if s.workingSet != "" {
-		if o.WorkingSet, err = readWorkingSet(s.workingSet); err != nil {
-			return ref, nil, err
-		}
+	o.VM, o.ReturnPath, o.Log = s.vm, s.stdout, s.log()
+	if err := s.placement.options(&o); err != nil {
+		return ref, nil, err
 	}
 	st, err := s.openStore(true)
 	if err != nil {
@@ -148,10 +163,14 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 	defer p.finish()
 	o.Progress = p.callback()
 	ref, meta, err = tier.Save(ctx, s.fs, st, in, o)
+	return ref, meta, explainVolatile(err)
+}
+
+func explainVolatile(err error) error {
 	if errors.Is(err, tier.ErrVolatile) {
-		err = fmt.Errorf("%w (--volatile-nvram accepts that)", err)
+		return fmt.Errorf("%w (--volatile-nvram accepts that)", err)
 	}
-	return ref, meta, err
+	return err
 }
 
 func readWorkingSet(path string) (*workingset.Set, error) {

@@ -24,7 +24,7 @@ type Meta struct {
 	Machine      string    `json:"machine,omitempty"`       // QEMU's machine type
 	GuestUUID    string    `json:"guest_uuid,omitempty"`    // configuration/uuid
 	Capabilities []string  `json:"capabilities,omitempty"`  // configuration/capabilities
-	RunState     string    `json:"run_state,omitempty"`     // globalstate when saved
+	RunState     string    `json:"run_state,omitempty"`     // what the guest did when it was saved, or stopped for that
 	PageSize     int       `json:"page_size"`               // bytes
 	IgnoreShared bool      `json:"ignore_shared,omitempty"` // x-ignore-shared was set
 	Blocks       []Block   `json:"blocks"`                  // in the stream's order

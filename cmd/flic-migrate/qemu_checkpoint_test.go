@@ -1,0 +1,124 @@
+package main
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
+)
+
+// checkpoint saves VM "vm" through the monitor, which must succeed.
+func (l *lab) checkpoint(t *testing.T, vm *qemutest.VM, flags ...string) (rep checkpointReport) {
+	t.Helper()
+	out := l.run(t, "checkpoint", append([]string{"--qmp", vm.Socket, "--json", "vm"}, flags...)...)
+	ok(t, json.Unmarshal([]byte(out), &rep))
+	return rep
+}
+
+// pulse watches a guest's counter from outside.
+type pulse struct {
+	stop chan struct{}
+	done chan struct{}
+	// longest is the longest time between two ticks; late is by how much this
+	// process itself was late at worst: what a busy host does to all of us.
+	longest, late time.Duration
+	ticks         int
+}
+
+func pulseOf(vm *qemutest.VM) *pulse {
+	p := &pulse{stop: make(chan struct{}), done: make(chan struct{})}
+	const every = 5 * time.Millisecond
+	go func() {
+		defer close(p.done)
+		count := func() int { return strings.Count(vm.Console(), "tick ") }
+		seen, at := count(), time.Now()
+		for last := at; ; {
+			select {
+			case <-p.stop:
+				return
+			case <-time.After(every):
+			}
+			now := time.Now()
+			p.late = max(p.late, now.Sub(last)-every)
+			last = now
+			if n := count(); n != seen {
+				p.longest = max(p.longest, now.Sub(at))
+				p.ticks += n - seen
+				seen, at = n, now
+			}
+		}
+	}()
+	return p
+}
+
+func (p *pulse) end() *pulse {
+	close(p.stop)
+	<-p.done
+	return p
+}
+
+// A running guest of 512 MiB in each mode: it goes on, its counter stands still
+// for no longer than the report says, settings stay, and what was saved runs.
+func TestCheckpointModes(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	c := q35.linux("524296K", "flic.fill=96 flic.dirty=20") // 512 MiB and a little: see LiveMemory
+	vm := qemutest.Start(t, c)
+	vm.WaitFor(t, `flic ready`)
+	vm.WaitFor(t, `tick 3\r`)
+	set(t, vm, map[string]any{"max-bandwidth": int64(33 << 20), "downtime-limit": 250}, "xbzrle")
+	before := settings(t, vm)
+	usual := pulseOf(vm)
+	time.Sleep(2 * time.Second)
+	usual.end()
+
+	for i, mode := range []string{"stop", "live", "background"} {
+		p := pulseOf(vm)
+		rep := l.checkpoint(t, vm, "--mode", mode, "--nvram", l.nvram, "--nvram-size", "256M", "--timer", "1500ms")
+		runsOn(t, vm)
+		p.end()
+		r := rep.Save
+		t.Logf("%s: downtime %v (QEMU: %v), longest pause of the counter %v (usually %v, this process %v), total %v, tracking %v, %d passes; %d hot, %d resent, %d superseded, flash %d, NVRAM %d bytes",
+			mode, rep.Downtime, rep.QEMUDowntime, p.longest, usual.longest, p.late, rep.Total, rep.Tracking.Watched, rep.Passes, r.Hot, r.Resent, r.Superseded, r.FlashBytes, r.NVRAMBytes)
+		// A tick comes each 100 ms, and some work with it, which takes longer
+		// while the host saves.
+		noise := usual.longest + p.late + 500*time.Millisecond
+		if mode == "stop" {
+			// No upper bound: in a guest's first migration, which is the
+			// tracking's, TCG holds everything up for as long as it takes to
+			// look at each page of a RAM of such a size.
+			if p.longest < rep.Downtime {
+				t.Errorf("%s: the counter stood still for %v only, the report says %v", mode, p.longest, rep.Downtime)
+			}
+		} else if p.longest > rep.Downtime+noise {
+			t.Errorf("%s: the counter stood still for %v, the report says %v", mode, p.longest, rep.Downtime)
+		}
+		if rep.Downtime <= 0 || rep.Downtime > rep.Total || mode != "stop" && rep.Downtime < rep.QEMUDowntime-5*time.Millisecond {
+			t.Errorf("%s: %+v", mode, rep)
+		}
+		if string(rep.Mode) != mode || rep.State != "running" || !rep.Converged || len(rep.Warnings) > 0 {
+			t.Errorf("%s: %+v", mode, rep)
+		}
+		if r.Hot < 100 || r.Hot > r.Pages/4 || r.Cold < 10000 || rep.Tracking.Hot == 0 {
+			t.Errorf("%s: %+v", mode, r)
+		}
+		if after := settings(t, vm); after != before {
+			t.Errorf("%s: settings were\n%s\nand are\n%s", mode, before, after)
+		}
+		if m := l.show(t, rep.Checkpoint); m.RunState != "running" || rep.Checkpoint != []string{"vm@1", "vm@2", "vm@3"}[i] {
+			t.Errorf("%s: %s of a guest that is %s", mode, rep.Checkpoint, m.RunState)
+		}
+	}
+	checks(t, vm)
+	vm.Kill()
+	l.holds(t, "vm@1", "vm@2", "vm@3")
+	for _, name := range []string{"vm@1", "vm@2", "vm@3"} {
+		vm := qemutest.Start(t, destination(c, "defer"))
+		l.resume(t, vm, "--lazy", "never", name)
+		runsOn(t, vm)
+		checks(t, vm)
+		vm.Kill()
+	}
+}
