@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -24,6 +25,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // tiny is a stream of a few KB with 8 pages of 1 KiB.
@@ -129,19 +131,69 @@ func (d *damaged) size(t *testing.T, name string) int64 {
 	return fi.Size()
 }
 
-// names tells whether an error says which file is damaged, and an offset in it.
+// units are where the parts of the image begin that have a checksum of their own,
+// in order.
+func (d *damaged) units(t *testing.T) (starts []int64) {
+	t.Helper()
+	f, err := d.fs.Open(d.image())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	im, err := image.Open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	starts = []int64{0}
+	err = im.Frames(func(_ image.Kind, _ uint32, off int64) error {
+		starts = append(starts, off)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, image.FooterLen)
+	footer := d.size(t, d.image()) - image.FooterLen
+	if _, err := f.ReadAt(b, footer); err != nil {
+		t.Fatal(err)
+	}
+	return append(starts, int64(binary.LittleEndian.Uint64(b[16:])), footer)
+}
+
+// unit is the start of the unit that a byte is in.
+func unit(starts []int64, off int64) int64 {
+	i, found := slices.BinarySearch(starts, off)
+	if !found {
+		i--
+	}
+	return starts[i]
+}
+
+// namesAt tells whether an error says which file is damaged and where the damaged
+// unit begins.
+func namesAt(err error, file string, at int64) bool {
+	var c *integrity.CorruptError
+	return errors.As(err, &c) && c.File == file && c.Offset == at
+}
+
+// names is namesAt for an offset that depends on what was found first.
 func names(err error, file string, size int64) bool {
 	var c *integrity.CorruptError
 	return errors.As(err, &c) && c.File == file && c.Offset >= 0 && c.Offset < size
 }
 
-// expect checks that verify names the file, and that a restore does not give
-// wrong bytes. With mustFail it may not succeed at all.
-func (d *damaged) expect(t *testing.T, what, file string, mustFail bool) {
+// expect checks that verify names the file and the place, and that a restore does
+// not give wrong bytes. With mustFail it may not succeed at all. A negative place
+// can be any.
+func (d *damaged) expect(t *testing.T, what, file string, at int64, mustFail bool) {
 	t.Helper()
-	size := d.size(t, file)
+	named := func(err error) bool { return namesAt(err, file, at) }
+	if at < 0 {
+		size := d.size(t, file)
+		named = func(err error) bool { return names(err, file, size) }
+	}
 	found := d.verify(d.ref)
-	if !slices.ContainsFunc(found, func(err error) bool { return names(err, file, size) }) {
+	if !slices.ContainsFunc(found, named) {
 		t.Errorf("%s: verify found %v", what, found)
 	}
 	if c, err := checkpoint.Open(d.fs, d.st, d.ref, checkpoint.Options{}); err != nil {
@@ -157,7 +209,7 @@ func (d *damaged) expect(t *testing.T, what, file string, mustFail bool) {
 	if err == nil && mustFail {
 		t.Errorf("%s: restored", what)
 	}
-	if err != nil && !names(err, file, size) {
+	if err != nil && !named(err) {
 		t.Errorf("%s: restore: %v", what, err)
 	}
 	if err != nil && !bytes.HasPrefix(d.want, b.Bytes()) {
@@ -193,11 +245,11 @@ func TestFlippedBit(t *testing.T) {
 	t.Run("image", func(t *testing.T) {
 		t.Parallel()
 		d := newDamaged(t, s, image.LZ4)
-		size := d.size(t, d.image())
+		size, units := d.size(t, d.image()), d.units(t)
 		for off := range size {
 			for bit := range 8 {
 				back := d.flip(t, d.image(), off, bit)
-				d.expect(t, fmt.Sprintf("bit %d at %d of %d", bit, off, size), d.image(), true)
+				d.expect(t, fmt.Sprintf("bit %d at %d of %d", bit, off, size), d.image(), unit(units, off), true)
 				back()
 			}
 			if t.Failed() {
@@ -219,19 +271,20 @@ func TestFlippedBit(t *testing.T) {
 		type part struct {
 			name     string
 			off, len int64
+			unit     int64 // bytes that have one checksum
 			mustFail bool
 		}
 		// The file is new, so the checkpoint has extent 1. There are two
 		// copies of the header, of which one is enough.
 		parts := []part{
-			{"first header", 0, 64, false}, {"second header", 4096, 64, false},
-			{"owner", 8192 + 64, 64, true}, {"pages", nvram.ExtentSize, slots << 10, true},
+			{"first header", 0, 64, 64, false}, {"second header", 4096, 64, 64, false},
+			{"owner", 8192 + 64, 64, 64, true}, {"pages", nvram.ExtentSize, slots << 10, 1 << 10, true},
 		}
 		for _, p := range parts {
 			for off := p.off; off < p.off+p.len; off++ {
 				for bit := range 8 {
 					back := d.flip(t, d.nvram, off, bit)
-					d.expect(t, fmt.Sprintf("%s: bit %d at %d", p.name, bit, off), d.nvram, p.mustFail)
+					d.expect(t, fmt.Sprintf("%s: bit %d at %d", p.name, bit, off), d.nvram, off-off%p.unit, p.mustFail)
 					back()
 				}
 				if t.Failed() {
@@ -242,6 +295,99 @@ func TestFlippedBit(t *testing.T) {
 		d.holds(t, d.ref, s)
 		d.noLeaks(t)
 	})
+}
+
+// TestFlippedBitSampled flips bits of images that are too large, or too many, for
+// every one of them: with several chunks of each kind, and of each kind of stream.
+func TestFlippedBitSampled(t *testing.T) {
+	streams := map[string]*tiertest.Stream{
+		"many chunks": tiertest.New(tiertest.Options{Seed: 9, PageSize: 1 << 10, PageBits: true, Shuffle: true, Named: 0.5,
+			Mix:    tiertest.Mix{tiertest.Zero: 2, tiertest.Duplicate: 3, tiertest.Sparse: 2},
+			Blocks: []tiertest.Block{{Name: "ram", Size: 96 << 20}}}),
+	}
+	for i, o := range seeds {
+		o.Mix = tiertest.Mix{tiertest.Zero: 1, tiertest.Text: 2, tiertest.Random: 1}
+		streams[fmt.Sprintf("stream %d", i)] = tiny(o)
+	}
+	for name, s := range streams {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t, vfs.OS, t.TempDir())
+			o := tier.SaveOptions{VolatileNVRAM: true, WorkingSet: hotSet(t, s, func(_ int, page uint64) uint8 { return uint8(page % 6) })}
+			if name != "many chunks" {
+				o.SegmentPages = 2
+			}
+			ref, meta := l.save(t, s, o)
+			d := &damaged{lab: l, ref: ref, s: s, want: l.restored(t, ref)}
+			size, units := d.size(t, d.image()), d.units(t)
+			if name == "many chunks" {
+				f, err := d.fs.Open(d.image())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer f.Close()
+				im, err := image.Open(f)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, k := range []image.Kind{image.Skeleton, image.PageTable, image.NVRAM} {
+					if n := im.Chunks(k); n < 2 {
+						t.Errorf("%d chunks of %v", n, k)
+					}
+				}
+			}
+			// A restore has no use for a segment whose pages have all come again.
+			mustFail := meta.Report.Superseded == 0
+			r := rand.New(rand.NewPCG(1, uint64(size)))
+			// The head and the end of each unit, or of some if there are many,
+			// and anything.
+			var offs []int64
+			for _, i := range r.Perm(len(units))[:min(len(units), 8)] {
+				end := size
+				if i+1 < len(units) {
+					end = units[i+1]
+				}
+				offs = append(offs, units[i]+r.Int64N(image.FrameHeaderLen), end-1)
+			}
+			for range 8 {
+				offs = append(offs, r.Int64N(size))
+			}
+			for _, off := range offs {
+				bit := r.IntN(8)
+				back := d.flip(t, d.image(), off, bit)
+				d.expect(t, fmt.Sprintf("bit %d at %d of %d", bit, off, size), d.image(), unit(units, off), mustFail)
+				back()
+				if t.Failed() {
+					return
+				}
+			}
+			if !bytes.Equal(d.restored(t, d.ref), d.want) {
+				t.Error("whole again, it is restored differently")
+			}
+		})
+	}
+}
+
+// TestFlippedBitOfHint flips every bit of what resumes have learned: verify says
+// so, restores and saves do without.
+func TestFlippedBitOfHint(t *testing.T) {
+	s := tiny(tiertest.Options{Seed: 5, Mix: tiertest.Mix{tiertest.Text: 1}})
+	d := newDamaged(t, s, image.LZ4)
+	runs := []workingset.PageRun{{Block: 0, Page: 1, Count: 2}, {Block: 1, Page: 0, Count: 1}}
+	if err := d.st.AddTouched(d.ref, 1<<10, []string{"ram", "rom"}, runs); err != nil {
+		t.Fatal(err)
+	}
+	file := strings.TrimSuffix(d.image(), ".flic") + ".touched"
+	for off := range d.size(t, file) {
+		for bit := range 8 {
+			back := d.flip(t, file, off, bit)
+			d.expect(t, fmt.Sprintf("bit %d at %d", bit, off), file, 0, false)
+			back()
+		}
+	}
+	d.holds(t, d.ref, s)
+	d.flip(t, file, d.size(t, file)/2, 3)
+	d.save(t, s, tier.SaveOptions{})
 }
 
 // TestFlippedBitOfStore flips every bit of the store's own small files.
@@ -330,13 +476,13 @@ func TestWrongImage(t *testing.T) {
 				}
 				continue
 			}
-			d.expect(t, fmt.Sprintf("cut to %d bytes", n), d.image(), true)
+			d.expect(t, fmt.Sprintf("cut to %d bytes", n), d.image(), -1, true)
 		}
 	})
 	t.Run("longer", func(t *testing.T) {
 		d := newDamaged(t, s, image.LZ4)
 		d.rewrite(t, d.image(), func(b []byte) []byte { return append(b, 0) })
-		d.expect(t, "one more byte", d.image(), true)
+		d.expect(t, "one more byte", d.image(), -1, true)
 	})
 	t.Run("swapped segments", func(t *testing.T) {
 		// Random pages don't compress, so the first two segments are alike.
@@ -352,7 +498,7 @@ func TestWrongImage(t *testing.T) {
 			copy(h[frame:], first)
 			return b
 		})
-		d.expect(t, "swapped segments", d.image(), true)
+		d.expect(t, "swapped segments", d.image(), -1, true)
 	})
 	t.Run("another VM's", func(t *testing.T) {
 		d := newDamaged(t, s, image.LZ4)
@@ -360,7 +506,7 @@ func TestWrongImage(t *testing.T) {
 		var other []byte
 		d.rewrite(t, d.dir+"/vms/other/00000001.flic", func(b []byte) []byte { other = b; return b })
 		d.rewrite(t, d.image(), func([]byte) []byte { return other })
-		d.expect(t, "another VM's image", d.image(), true)
+		d.expect(t, "another VM's image", d.image(), -1, true)
 	})
 	t.Run("header of another", func(t *testing.T) {
 		d := newDamaged(t, s, image.LZ4)
@@ -368,7 +514,7 @@ func TestWrongImage(t *testing.T) {
 		var other []byte
 		d.rewrite(t, d.dir+"/vms/other/00000001.flic", func(b []byte) []byte { other = b; return b })
 		d.rewrite(t, d.image(), func(b []byte) []byte { return append(bytes.Clone(other[:image.HeaderLen]), b[image.HeaderLen:]...) })
-		d.expect(t, "another image's header", d.image(), true)
+		d.expect(t, "another image's header", d.image(), -1, true)
 	})
 }
 

@@ -23,6 +23,7 @@ type Checkpoint struct {
 	Image *image.Image
 	Table *pagetable.Map
 
+	store  *store.Store
 	file   vfs.File
 	nvfile *nvram.File
 	part   *NVRAMPart
@@ -44,7 +45,7 @@ func Open(fsys vfs.FS, s *store.Store, ref store.Ref, o Options) (*Checkpoint, e
 	if err != nil {
 		return nil, err
 	}
-	c := &Checkpoint{Ref: ref, file: f}
+	c := &Checkpoint{Ref: ref, store: s, file: f}
 	if err := c.load(fsys, o); err != nil {
 		c.Close()
 		return nil, err
@@ -277,8 +278,8 @@ func (c *Checkpoint) NVRAMSlots() []NVRAMSlot {
 }
 
 // Verify reads and checks every byte of the checkpoint: all frames, all NVRAM
-// slots, that each page's source exists, and that the skeleton places every
-// page that was saved exactly once. found is called for each damage, in order
+// slots, that each page's source exists, that the skeleton places every page that
+// was saved exactly once, and what resumes have learned. found is called for each damage, in order
 // of files; Verify goes on after it and returns an error only if it could not
 // go on.
 func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
@@ -309,7 +310,13 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	if err := c.verifyTable(kinds, sizes, found); err != nil {
 		return err
 	}
-	return c.verifySkeleton(found)
+	if err := c.verifySkeleton(found); err != nil {
+		return err
+	}
+	// Without this hint a guest is as whole, and only slower to resume. But what
+	// is damaged here may be the disk's first sign.
+	_, err = c.store.Touched(c.Ref)
+	return report(err, found)
 }
 
 // verifyTable checks that each page's position in its segment exists.
