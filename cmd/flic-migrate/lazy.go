@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"strings"
@@ -70,23 +71,37 @@ func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 		return err
 	}
 	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, lazyPipe)
-	lo := lazy.Options{HoldBackground: r.learn, MaxHold: 10 * r.learn, Log: r.log()}
-	blocks := c.Meta.WorkingSetBlocks()
-	if t, err := st.Touched(c.Ref); err != nil {
-		r.log().Warn("what earlier resumes learned can't be used", "error", err)
-	} else {
-		lo.First = t.Bind(c.Meta.PageSize, blocks)
-	}
+	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover}
 	if o.Progress != nil {
-		lo.Progress = func(p lazy.Progress) {
+		s.progress = func(p lazy.Progress) {
 			o.Progress(tier.Progress{Phase: "restore", Pages: p.Pages, PagesAll: p.PagesAll})
 		}
 	}
+	return s.serve(ctx, st, c, in, r.stdout, doc)
+}
+
+// lazyServer serves a checkpoint's pages to a QEMU, first those that earlier
+// resumes learned.
+type lazyServer struct {
+	*app
+	learn    time.Duration
+	recover  bool
+	progress func(lazy.Progress) // may be nil
+}
+
+func (s lazyServer) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, doc *restoreReport) error {
+	lo := lazy.Options{HoldBackground: s.learn, MaxHold: 10 * s.learn, Log: s.log(), Progress: s.progress}
+	blocks := c.Meta.WorkingSetBlocks()
+	if t, err := st.Touched(c.Ref); err != nil {
+		s.log().Warn("what earlier resumes learned can't be used", "error", err)
+	} else {
+		lo.First = t.Bind(c.Meta.PageSize, blocks)
+	}
 	run := lazy.Serve
-	if r.recover {
+	if s.recover {
 		run = lazy.Recover
 	}
-	rep, err := run(ctx, c, in, r.stdout, lo)
+	rep, err := run(ctx, c, in, out, lo)
 	doc.LazyReport = rep
 	if rep != nil && len(rep.Touched) > 0 {
 		names := make([]string, len(blocks))
@@ -94,7 +109,7 @@ func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 			names[i] = b.Name
 		}
 		if lerr := st.AddTouched(c.Ref, c.Meta.PageSize, names, rep.Touched); lerr != nil {
-			r.log().Warn("what was learned is not kept", "error", lerr)
+			s.log().Warn("what was learned is not kept", "error", lerr)
 		}
 	}
 	return err

@@ -21,7 +21,7 @@ import (
 
 type resumeCmd struct {
 	*app
-	qmp     string
+	monitor monitorFlags
 	lazy    choice
 	paused  bool
 	recover bool
@@ -36,7 +36,7 @@ type resumeCmd struct {
 func newResume(a *app) *cobra.Command {
 	r := &resumeCmd{app: a, lazy: choice{"auto", []string{"auto", "always", "never"}}}
 	c := &cobra.Command{
-		Use:   "resume [flags] --qmp SOCKET NAME[@N]",
+		Use:   "resume [flags] (--qmp SOCKET | --domain NAME) NAME[@N]",
 		Short: "Restore a checkpoint into a QEMU through its monitor, the guest running at once",
 		Long: `Resume restores a checkpoint into a QEMU that was started with
 -incoming defer -S and the arguments of the one that was saved. It checks that
@@ -49,16 +49,21 @@ lost: resume --recover goes on, with whatever the first one had still to do. A
 QEMU in that state must not be told to stop or quit before; it would hang. A
 server that makes no progress is only reported: QEMU waits for it.
 
+With --domain libvirt starts the domain that checkpoint --domain has saved, as it
+was then; it must not be running, and need not be defined.
+
 With --print it prints the QMP commands instead, for those who drive QMP
 themselves.`,
 		Example: `  qemu-system-x86_64 -machine pc-q35-7.2 -m 512 ... \
       -incoming defer -S -qmp unix:/run/web1.qmp,server=on,wait=off &
-  flic-migrate resume --store /srv/vms --qmp /run/web1.qmp web1`,
+  flic-migrate resume --store /srv/vms --qmp /run/web1.qmp web1
+
+  flic-migrate resume --store /srv/vms --domain web1 web1@3`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return r.run(cmd.Context(), args[0]) },
 	}
 	fs := c.Flags()
-	fs.StringVar(&r.qmp, "qmp", "", "QEMU's monitor: a Unix socket's path or HOST:PORT (required)")
+	r.monitor.add(fs)
 	fs.Var(&r.lazy, "lazy", "let the guest run before all of its memory is there")
 	fs.BoolVar(&r.paused, "paused", false, "leave the guest paused, even if it ran when saved")
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died")
@@ -89,8 +94,8 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if r.qmp == "" && !r.print {
-		return usageError{errors.New("resume needs QEMU's monitor: --qmp, FLIC_QMP or qmp in the configuration file")}
+	if !r.monitor.given() && !r.print {
+		return usageError{errors.New("resume needs QEMU's monitor (--qmp, FLIC_QMP or qmp in the configuration file) or libvirt's domain (--domain, FLIC_DOMAIN, domain)")}
 	}
 	if r.recover && r.lazy.value == "never" {
 		return errRecoverEager
@@ -112,6 +117,9 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		return err
 	}
 	defer c.Close()
+	if r.monitor.domain != "" && !r.print {
+		return r.runDomain(ctx, st, c)
+	}
 	files := serverFiles{}
 	if !r.print {
 		base := filepath.Join(os.TempDir(), "flic-resume-"+uuid.NewString())
@@ -130,7 +138,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	if r.print {
 		return r.printCommands(o)
 	}
-	m, err := qmp.Dial(ctx, r.qmp, qmp.Options{OOB: r.recover})
+	m, err := r.monitor.dial(ctx, qmp.Options{OOB: r.recover})
 	if err != nil {
 		return err
 	}
@@ -138,7 +146,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	doc := resumeReport{Checkpoint: c.Ref.String()}
 	err = r.drive(ctx, m, o, files, &doc)
 	if errors.Is(err, qmp.ErrServerDied) {
-		again := fmt.Sprintf("flic-migrate resume --recover --store %s --qmp %s %v", shellQuote(dir), shellQuote(r.qmp), c.Ref)
+		again := fmt.Sprintf("flic-migrate resume --recover --store %s --qmp %s %v", shellQuote(dir), shellQuote(r.monitor.qmp), c.Ref)
 		if r.paused {
 			again += " --paused"
 		}

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/domain"
+	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+)
+
+var errNoDomain = errors.New("the checkpoint does not say which libvirt domain it is of: it was neither saved with checkpoint --domain nor imported. " +
+	"It can be resumed into a QEMU that was started by hand (--qmp)")
+
+// runDomain resumes into a QEMU that libvirt starts. The pages are served by this
+// process, as that QEMU may start none.
+func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint) error {
+	if r.monitor.qmp != "" {
+		return errTwoMonitors
+	}
+	l := c.Meta.Libvirt
+	if l == nil {
+		return errNoDomain
+	}
+	d := domain.Description{XML: l.XML, Cookie: l.Cookie, Persistent: l.Persistent}
+	switch name, err := d.Name(); {
+	case err != nil:
+		return err
+	case name != r.monitor.domain:
+		return fmt.Errorf("%v is of the domain %s, not of %s", c.Ref, name, r.monitor.domain)
+	}
+	server := restoreReport{Checkpoint: c.Ref.String()}
+	o := domain.RestoreOptions{
+		Lazy:        qmp.LazyMode(r.lazy.value),
+		NotPossible: lazy.Possible(c),
+		Paused:      r.paused || c.Meta.RunState != "" && c.Meta.RunState != "running",
+		Recover:     r.recover,
+		Feed: func(ctx context.Context, conn *net.UnixConn, lazily bool, opened func()) (err error) {
+			server.Lazy = lazily
+			if !lazily {
+				server.RestoreReport, err = tier.Restore(ctx, c, conn, tier.RestoreOptions{})
+				return err
+			}
+			// A demanded page waits for what is in it.
+			conn.SetWriteBuffer(lazyPipe)
+			s := lazyServer{app: r.app, learn: r.learn, recover: r.recover}
+			s.progress = func(p lazy.Progress) {
+				if p.Running && opened != nil {
+					opened()
+					opened = nil
+				}
+			}
+			return s.serve(ctx, st, c, conn, conn, &server)
+		},
+	}
+	if !r.quiet {
+		o.Running = func(rep qmp.ResumeReport) {
+			fmt.Fprintf(r.stderr, "flic-migrate: %v: %s after %d ms\n", c.Ref, rep.State, rep.Running.Milliseconds())
+		}
+	}
+	doc := resumeReport{Checkpoint: c.Ref.String()}
+	var err error
+	doc.ResumeReport, err = domain.Restore(ctx, r.monitor.connect, d, o)
+	if doc.Reason != "" {
+		r.log().Info("restored eagerly", "reason", doc.Reason)
+	}
+	server.ExitCode = exitCode(err)
+	if line, e := json.Marshal(server); e == nil {
+		doc.Server = line
+	}
+	if errors.Is(err, qmp.ErrServerDied) {
+		err = fmt.Errorf("%w: run flic-migrate resume --recover --store %s --domain %s %v", err, shellQuote(st.Dir()), shellQuote(r.monitor.domain), c.Ref)
+	}
+	return errors.Join(err, r.show(doc, err))
+}

@@ -1,0 +1,338 @@
+package domain
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/digitalocean/go-libvirt"
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+)
+
+// A domain is started again by being migrated here. libvirt's own restore reads a
+// save file from a path, which is one way only and so never lazy; a migration's
+// destination, in libvirt's protocol of version 3, listens on a socket for any
+// source that comes (src/libvirt-domain.c, virDomainMigrateVersion3Full):
+//
+//	Prepare  libvirt starts a QEMU with -incoming on our socket's path
+//	Feed     the stream, and for a lazy restore its return path
+//	Finish   libvirt waits for QEMU, lets the guest run, waits for all memory
+//
+// Whatever goes wrong before the guest runs ends in no domain.
+
+// RestoreOptions say how to start a domain again.
+type RestoreOptions struct {
+	Lazy   qmp.LazyMode
+	Paused bool // leave the guest paused
+	// Recover goes on with a lazy restore whose Feed has failed.
+	Recover bool
+
+	// Feed writes the stream. A lazy one calls opened as soon as the guest
+	// could run, and reads requests. It must end, with an error, after ctx has.
+	Feed func(ctx context.Context, conn *net.UnixConn, lazy bool, opened func()) error
+	// NotPossible is why the stream can't be lazy, or nil.
+	NotPossible error
+	Running     func(qmp.ResumeReport) // called, if not nil, when the guest may run
+}
+
+// ErrExists: the domain's name is taken.
+var ErrExists = errors.New("the domain is running already")
+
+var errLazyPaused = errors.New("libvirt can't restore a guest lazily that is to stay paused")
+
+// finishTime bounds the taking back of a restore that has failed.
+const finishTime = 30 * time.Second
+
+// Restore starts the domain and returns when all its memory is there.
+//
+// If this process is killed before, libvirt ends the domain again; nothing that
+// was stored is touched by that.
+func Restore(ctx context.Context, uri string, d Description, o RestoreOptions) (rep qmp.ResumeReport, err error) {
+	id, err := d.identity()
+	if err != nil {
+		return rep, err
+	}
+	cpu := ""
+	if d.Cookie != "" {
+		if cpu, err = child(d.Cookie, "cpu"); err != nil {
+			return rep, err
+		}
+	}
+	c, err := open(ctx, uri)
+	if err != nil {
+		return rep, err
+	}
+	defer c.close()
+	dir, err := c.socketDir(ctx, id)
+	if err != nil {
+		return rep, err
+	}
+	defer os.RemoveAll(dir)
+	r := &restore{client: c, d: d, o: o, name: id.Name, cookie: cookie(id, cpu), socket: filepath.Join(dir, "s")}
+	start := time.Now()
+	if rep.Lazy, rep.Reason, err = r.prepare(ctx); err != nil {
+		return rep, err
+	}
+	err = r.run(ctx, start, &rep)
+	return rep, err
+}
+
+type restore struct {
+	*client
+	d      Description
+	o      RestoreOptions
+	name   string
+	cookie []byte
+	socket string
+	flags  libvirt.DomainMigrateFlags
+}
+
+// socketDir makes a directory that QEMU's user, and nobody else, can listen in.
+func (c *client) socketDir(ctx context.Context, id identity) (string, error) {
+	uid, gid, ok := id.owner()
+	if !ok {
+		host, err := ask(ctx, c, "capabilities", func() ([]byte, error) { return c.rpc.Capabilities() })
+		if err != nil {
+			return "", err
+		}
+		uid, gid, err = baseLabel(string(host))
+		if errors.Is(err, errNoOwner) {
+			uid, gid, err = os.Getuid(), os.Getgid(), nil
+		}
+		if err != nil {
+			return "", err
+		}
+	}
+	dir, err := os.MkdirTemp("", "flic-")
+	if err != nil {
+		return "", err
+	}
+	if uid == os.Getuid() {
+		return dir, nil
+	}
+	if err := os.Chown(dir, uid, gid); err != nil {
+		os.RemoveAll(dir)
+		return "", fmt.Errorf("libvirt's QEMU is user %d, to whom a directory can only be given by root: %w", uid, err)
+	}
+	return dir, nil
+}
+
+// cookie is what a source would say about itself
+// (src/qemu/qemu_migration_cookie.c). Without one libvirt 9.0 crashes, and the
+// source must be another host than the destination's.
+func cookie(id identity, cpu string) []byte {
+	var b strings.Builder
+	element := func(name, value string) {
+		b.WriteString("<" + name + ">")
+		_ = xml.EscapeText(&b, []byte(value)) // a Builder takes all
+		b.WriteString("</" + name + ">")
+	}
+	b.WriteString("<qemu-migration>")
+	element("name", id.Name)
+	element("uuid", id.UUID)
+	element("hostname", "flic-migrate")
+	element("hostuuid", uuid.NewString())
+	b.WriteString(cpu)
+	b.WriteString("<capabilities/></qemu-migration>\x00")
+	return []byte(b.String())
+}
+
+// prepare makes libvirt start a QEMU that listens, lazily if that is wanted and
+// possible.
+func (r *restore) prepare(ctx context.Context) (lazy bool, reason string, err error) {
+	r.flags = libvirt.MigrateLive
+	if r.o.Paused {
+		r.flags |= libvirt.MigratePaused
+	}
+	if r.d.Persistent {
+		_, err := ask(ctx, r.client, "look up", func() (libvirt.Domain, error) { return r.rpc.DomainLookupByName(r.name) })
+		// A definition that is there may be newer than ours.
+		if errors.Is(err, ErrNotFound) {
+			r.flags |= libvirt.MigratePersistDest
+		} else if err != nil {
+			return false, "", err
+		}
+	}
+	postcopy := libvirt.MigratePostcopy
+	if r.o.Recover {
+		r.flags |= postcopy | libvirt.MigratePostcopyResume
+		return true, "", r.listen(ctx)
+	}
+	if r.o.NotPossible == nil && r.o.Paused {
+		r.o.NotPossible = errLazyPaused
+	}
+	if why := r.o.NotPossible; why != nil && r.o.Lazy == qmp.LazyAlways {
+		return false, "", why
+	} else if why != nil && r.o.Lazy == qmp.LazyAuto {
+		reason = why.Error()
+	}
+	if r.o.Lazy != qmp.LazyNever && r.o.NotPossible == nil {
+		r.flags |= postcopy
+		err := r.listen(ctx)
+		var refused libvirt.Error
+		if err == nil || r.o.Lazy == qmp.LazyAlways || !errors.As(err, &refused) || errors.Is(err, ErrExists) {
+			return err == nil, "", err
+		}
+		// If it was not for postcopy it comes again.
+		reason = fmt.Sprintf("%v: %v", qmp.ErrPostcopy, err)
+		r.flags &^= postcopy
+	}
+	return false, reason, r.listen(ctx)
+}
+
+func parameter(name, value string) libvirt.TypedParam {
+	return libvirt.TypedParam{Field: name, Value: *libvirt.NewTypedParamValueString(value)}
+}
+
+func (r *restore) listen(ctx context.Context) error {
+	_, err := ask(ctx, r.client, "start "+r.name, func() (struct{}, error) {
+		_, _, err := r.rpc.DomainMigratePrepare3Params([]libvirt.TypedParam{
+			parameter(libvirt.MigrateParamDestXML, r.d.XML),
+			parameter(libvirt.MigrateParamURI, "unix://"+r.socket),
+		}, r.cookie, uint32(r.flags))
+		return struct{}{}, err
+	})
+	if err == nil || r.o.Recover {
+		return err
+	}
+	// libvirt's own words for it are "operation failed".
+	if dom, e := r.rpc.DomainLookupByName(r.name); e == nil {
+		if active, e := r.rpc.DomainIsActive(dom); e == nil && active != 0 {
+			return fmt.Errorf("%w: %w", ErrExists, err)
+		}
+	}
+	return err
+}
+
+// run feeds the QEMU and has libvirt finish.
+func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeReport) error {
+	var dialer net.Dialer
+	c, err := dialer.DialContext(ctx, "unix", r.socket)
+	if err != nil {
+		return errors.Join(err, r.finish(ctx, false))
+	}
+	conn := c.(*net.UnixConn)
+	defer conn.Close()
+	feeding, stop := context.WithCancel(ctx)
+	defer stop()
+	context.AfterFunc(feeding, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	opened := make(chan struct{})
+	fed := make(chan error, 1)
+	go func() {
+		err := r.o.Feed(feeding, conn, rep.Lazy, func() { close(opened) })
+		if err == nil {
+			conn.CloseWrite()
+		} else {
+			conn.Close() // what QEMU has is no whole stream
+		}
+		fed <- err
+	}()
+	select {
+	case err := <-fed:
+		if err != nil {
+			return errors.Join(err, r.finish(ctx, false))
+		}
+		fed <- nil // is looked at again below
+	case <-opened:
+	}
+	running, done := r.watch(ctx, start, *rep)
+	err = r.finish(ctx, true)
+	done()
+	if err != nil {
+		stop()
+	}
+	feedErr := <-fed
+	rep.Resident = time.Since(start)
+	rep.Running = rep.Resident
+	if d, ok := <-running; ok {
+		rep.Running = d
+	}
+	state, stateErr := r.state(ctx)
+	rep.State = state
+	switch {
+	case feedErr != nil && stateErr == nil:
+		return fmt.Errorf("%w: %w", qmp.ErrServerDied, errors.Join(feedErr, err))
+	case feedErr != nil || err != nil:
+		return errors.Join(feedErr, err)
+	}
+	return stateErr
+}
+
+// watch finds out when the guest runs, which is before a lazy restore is
+// finished. Done ends the watching.
+func (r *restore) watch(ctx context.Context, start time.Time, rep qmp.ResumeReport) (running <-chan time.Duration, done func()) {
+	ctx, done = context.WithCancel(ctx)
+	found := make(chan time.Duration, 1)
+	go func() {
+		defer close(found)
+		for {
+			state, err := r.state(ctx)
+			if err == nil && state == "running" {
+				rep.State, rep.Running = state, time.Since(start)
+				found <- rep.Running
+				if r.o.Running != nil {
+					r.o.Running(rep)
+				}
+				return
+			}
+			select {
+			case <-time.After(pollInterval):
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return found, done
+}
+
+// pollInterval is how often libvirt is asked for the guest's state.
+const pollInterval = 20 * time.Millisecond
+
+// finish makes libvirt wait for QEMU and let the guest run, or, if it is not ok,
+// end the QEMU.
+func (r *restore) finish(ctx context.Context, ok bool) error {
+	cancelled := int32(0)
+	if !ok {
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeout(context.WithoutCancel(ctx), finishTime)
+		defer stop()
+		cancelled = 1
+	}
+	_, err := ask(ctx, r.client, "finish "+r.name, func() (struct{}, error) {
+		_, _, err := r.rpc.DomainMigrateFinish3Params([]libvirt.TypedParam{
+			parameter(libvirt.MigrateParamDestName, r.name),
+		}, r.cookie, uint32(r.flags), cancelled)
+		return struct{}{}, err
+	})
+	var refused libvirt.Error
+	if !ok && (errors.As(err, &refused) || errors.Is(err, ErrNotFound)) {
+		return nil // it can't say yes to that
+	}
+	return err
+}
+
+// state is what libvirt takes the guest for.
+func (r *restore) state(ctx context.Context) (string, error) {
+	return ask(ctx, r.client, "state", func() (string, error) {
+		dom, err := r.rpc.DomainLookupByName(r.name)
+		if err != nil {
+			return "", err
+		}
+		state, _, err := r.rpc.DomainGetState(dom, 0)
+		switch libvirt.DomainState(state) {
+		case libvirt.DomainRunning:
+			return "running", err
+		case libvirt.DomainPaused:
+			return "paused", err
+		}
+		return "", errors.Join(err, ErrInactive)
+	})
+}
