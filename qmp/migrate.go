@@ -227,8 +227,33 @@ func QueryStatus(ctx context.Context, x Executor) (RunState, error) {
 // Stop stops the guest's processors.
 func Stop(ctx context.Context, x Executor) error { return x.Execute(ctx, "stop", nil, nil) }
 
-// Cont lets the guest run, also after a completed migration.
-func Cont(ctx context.Context, x Executor) error { return x.Execute(ctx, "cont", nil, nil) }
+// Cont lets the guest run, also after a completed migration. QEMU says "completed"
+// a moment before it has let go of the guest and refuses until then (qmp_cont in
+// QEMU's monitor/qmp-cmds.c); Cont tries again for as long as ctx lets it, or 30 s.
+func Cont(ctx context.Context, x Executor) error {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, defaultTimeout)
+		defer cancel()
+	}
+	for {
+		err := x.Execute(ctx, "cont", nil, nil)
+		var refused *Error
+		if !errors.As(err, &refused) || refused.Desc != notFinalized {
+			return err
+		}
+		select {
+		case <-time.After(finalizeInterval):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+const (
+	notFinalized     = "Migration is not finalized yet"
+	finalizeInterval = 2 * time.Millisecond // it takes QEMU less than that, mostly
+)
 
 // Quit ends QEMU. QEMU may be gone before its answer is out, so a connection
 // that is lost then is no error.

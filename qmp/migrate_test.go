@@ -262,3 +262,35 @@ func TestStatusEnded(t *testing.T) {
 		}
 	}
 }
+
+// Right after "completed" QEMU may not let the guest run yet; another refusal is
+// one, and so is this one when the time is up.
+func TestContAfterMigration(t *testing.T) {
+	refusals := 3
+	f := newFake(t, negotiated(func(c *client, cmd command) {
+		switch {
+		case refusals > 0:
+			refusals--
+			c.refuse(cmd, "GenericError", "Migration is not finalized yet")
+		case refusals == 0:
+			refusals--
+			c.reply(cmd, `{}`)
+		case refusals == -1:
+			refusals--
+			c.refuse(cmd, "GenericError", "Resetting the Virtual Machine is required")
+		default:
+			c.refuse(cmd, "GenericError", "Migration is not finalized yet")
+		}
+	}))
+	m := f.dial(Options{})
+	if err := Cont(t.Context(), m); err != nil || refusals != -1 {
+		t.Errorf("%v, after %d refusals", err, 3-refusals)
+	}
+	mention(t, Cont(t.Context(), m), "Resetting")
+	if refusals != -2 {
+		t.Error("a final refusal was asked for again")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	mention(t, Cont(ctx, m), "cont")
+}
