@@ -288,7 +288,7 @@ func restored(t *testing.T, ctx context.Context, c qemutest.Config, uri string, 
 }
 
 // tickLine is a whole line of a guest's counter.
-var tickLine = regexp.MustCompile(`tick (\w+)\r\n`)
+var tickLine = regexp.MustCompile(`tick (\w+)\r`)
 
 // lastTick is the number of the last whole tick line. The tiny guest's are
 // hexadecimal.
