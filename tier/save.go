@@ -47,6 +47,10 @@ type SaveOptions struct {
 	SegmentPages int          // 0: as many as make image.DefaultSegment
 	Workers      int          // compressing goroutines; 0: GOMAXPROCS
 
+	// TablesTime bounds the search for the guest's page tables, for which the
+	// guest stands still; 0: 250 ms.
+	TablesTime time.Duration
+
 	Libvirt *checkpoint.Libvirt // kept with the checkpoint; may be nil
 
 	// ReturnPath is where the answers to a source with the return-path

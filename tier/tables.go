@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	// tablesTime bounds the search for the guest's page tables: the guest
-	// stands still meanwhile, and without them it only resumes less quickly.
+	// tablesTime is short because without its page tables a guest only
+	// resumes less quickly.
 	tablesTime = 250 * time.Millisecond
 	// maxTableRuns bounds what META lists of them.
 	maxTableRuns = 1 << 16
@@ -98,7 +98,11 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 			return nil
 		},
 	}
-	ctx, cancel := context.WithTimeoutCause(s.ctx, tablesTime, fmt.Errorf("more page tables than could be read in %v", tablesTime))
+	limit := s.o.TablesTime
+	if limit == 0 {
+		limit = tablesTime
+	}
+	ctx, cancel := context.WithTimeoutCause(s.ctx, limit, fmt.Errorf("more page tables than could be read in %v", limit))
 	defer cancel()
 	return runs, w.Walk(ctx, spaces)
 }

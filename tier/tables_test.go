@@ -6,6 +6,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -45,7 +46,7 @@ func TestPageTables(t *testing.T) {
 	l := newLab(t, crashfs.New(0), "/")
 	save := func(o tier.SaveOptions) (store.Ref, *checkpoint.Meta) {
 		t.Helper()
-		o.VM = "vm"
+		o.VM, o.TablesTime = "vm", time.Minute // on a host that is busy with other tests
 		ref, m, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b), o)
 		if err != nil {
 			t.Fatal(err)
@@ -125,6 +126,16 @@ func TestPageTables(t *testing.T) {
 	next, m = save(o)
 	if n := places(next); m.Report.Surplus == 0 || m.Report.Hot <= m.Report.PageTables/2 || n[pagetable.Flash] != 0 {
 		t.Errorf("small: %v, %+v", n, m.Report)
+	}
+}
+
+// A search that takes too long is given up, and the save is not.
+func TestPageTablesTime(t *testing.T) {
+	b := recordedLinux(t)
+	l := newLab(t, crashfs.New(0), "/")
+	_, m, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b), tier.SaveOptions{VM: "vm", TablesTime: 1})
+	if err != nil || !strings.Contains(m.Report.NoPageTables, "could be read in 1ns") || m.Report.PageTables > 0 {
+		t.Errorf("%v, %+v", err, m.Report)
 	}
 }
 

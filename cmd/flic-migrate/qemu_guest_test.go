@@ -7,11 +7,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 )
 
 // The main promise: a Linux guest is saved and goes on in another QEMU, from
@@ -70,6 +72,13 @@ func TestLinuxGuests(t *testing.T) {
 			}
 			if both.Report.Hot < 2000 || both.Report.Cold < 2000 {
 				t.Errorf("with a working set: %d hot, %d cold pages", both.Report.Hot, both.Report.Cold)
+			}
+			// The kernel's tables are much the same in both saves.
+			for _, c := range []*checkpoint.Report{&cold.Report, &both.Report} {
+				late := strings.Contains(c.NoPageTables, "could be read in") // a busy host
+				if !late && (c.PageTables < 40 || c.PageTables > 400 || c.NoPageTables != "") {
+					t.Errorf("%d guest page tables found %s", c.PageTables, c.NoPageTables)
+				}
 			}
 			if cold.RunState != "paused" || cold.OpaqueBytes != 0 || cold.Report.Resent != 0 {
 				t.Errorf("saved as %s, %d bytes not understood, %d pages sent again", cold.RunState, cold.OpaqueBytes, cold.Report.Resent)
