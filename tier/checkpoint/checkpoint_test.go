@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // TestNVRAMPart reads back what was written, and refuses what can't be.
@@ -43,7 +45,8 @@ func TestNVRAMPart(t *testing.T) {
 func TestMeta(t *testing.T) {
 	gpa := uint64(1 << 32)
 	good := Meta{VM: "vm", PageSize: 4096, Blocks: []Block{{Name: "a", Used: 4097, GPA: &gpa}, {Name: "b"}, {Name: "c", Used: 1 << 46}},
-		NVRAM: &NVRAM{Path: "/n", Slots: 5}, Libvirt: &Libvirt{XML: "<domain/>"}}
+		PageTables: []workingset.PageRun{{Page: 1, Count: 1}, {Block: 2, Page: 1 << 30, Count: 1 << 20}},
+		NVRAM:      &NVRAM{Path: "/n", Slots: 5}, Libvirt: &Libvirt{XML: "<domain/>"}}
 	doc, err := json.Marshal(good)
 	if err != nil {
 		t.Fatal(err)
@@ -64,9 +67,18 @@ func TestMeta(t *testing.T) {
 		"block of 256":      func(m *Meta) { m.Blocks = []Block{{Name: strings.Repeat("x", 256)}} },
 		"huge block":        func(m *Meta) { m.Blocks = []Block{{Name: "a", Used: 1<<46 + 1}} },
 		"negative in NVRAM": func(m *Meta) { m.NVRAM = &NVRAM{Slots: -1} },
-		"no domain":         func(m *Meta) { m.Libvirt = &Libvirt{Cookie: "<cookie/>"} },
-		"huge domain":       func(m *Meta) { m.Libvirt = &Libvirt{XML: strings.Repeat("x", MaxLibvirt+1)} },
-		"huge cookie":       func(m *Meta) { m.Libvirt = &Libvirt{XML: "x", Cookie: strings.Repeat("x", MaxLibvirt+1)} },
+		"tables nowhere":    func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 3, Count: 1}} },
+		"tables before":     func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: -1, Count: 1}} },
+		"tables behind":     func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 2}} },
+		"tables overflow":   func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 1<<64 - 1}} },
+		"table in no page":  func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 1}} },
+		"too many tables": func(m *Meta) {
+			m.Blocks = m.Blocks[:1]
+			m.PageTables = []workingset.PageRun{{Count: 2}, {Page: 1, Count: 1}}
+		},
+		"no domain":   func(m *Meta) { m.Libvirt = &Libvirt{Cookie: "<cookie/>"} },
+		"huge domain": func(m *Meta) { m.Libvirt = &Libvirt{XML: strings.Repeat("x", MaxLibvirt+1)} },
+		"huge cookie": func(m *Meta) { m.Libvirt = &Libvirt{XML: "x", Cookie: strings.Repeat("x", MaxLibvirt+1)} },
 	} {
 		bad := good
 		change(&bad)

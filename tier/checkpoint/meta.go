@@ -155,6 +155,21 @@ func parseMeta(b []byte) (*Meta, error) {
 			return nil, fmt.Errorf("RAM block %q of %d bytes", blk.Name, blk.Used)
 		}
 	}
+	// More of them than pages would cost the next save of the VM time without
+	// end.
+	pages := m.BlockPages()
+	var all, tables uint64
+	for _, n := range pages {
+		all += n
+	}
+	for _, r := range m.PageTables {
+		if r.Block < 0 || r.Block >= len(pages) || r.Page >= pages[r.Block] || r.Count > pages[r.Block]-r.Page {
+			return nil, fmt.Errorf("%d guest page tables at page %d of RAM block %d", r.Count, r.Page, r.Block)
+		}
+		if tables += r.Count; tables > all {
+			return nil, errors.New("more guest page tables than pages")
+		}
+	}
 	if m.NVRAM != nil && m.NVRAM.Slots < 0 {
 		return nil, errors.New("negative number of NVRAM slots")
 	}
