@@ -95,8 +95,12 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta) error
 	}{
 		{"zero", r.Zero}, {"sent as data", r.ZeroAsData}, {"duplicate", r.Duplicate}, {"hot", r.Hot}, {"cold", r.Cold},
 		{"equal to disk", r.Disk}, {"delta", r.Delta}, {"sent again", r.Resent}, {"superseded", r.Superseded}, {"hot without room", r.Surplus},
+		{"guest page tables", r.PageTables},
 	} {
 		line("  "+p.name, "%d", p.n)
+	}
+	if r.NoPageTables != "" {
+		line("  of which not all", "%s", r.NoPageTables)
 	}
 	line("flash", "%s, %s", human(size), r.Codec)
 	if n := m.NVRAM; n != nil {
