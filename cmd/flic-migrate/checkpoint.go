@@ -129,6 +129,9 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 	if err != nil {
 		return err
 	}
+	if o.Libvirt, err = c.monitor.describe(ctx); err != nil {
+		return err
+	}
 	x, err := c.monitor.dial(ctx, qmp.Options{})
 	if err != nil {
 		return err

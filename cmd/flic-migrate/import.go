@@ -87,6 +87,9 @@ func (m *importCmd) run(ctx context.Context, name string) error {
 	o := m.encoding.options()
 	o.VM, o.Log, o.Progress, o.Libvirt = vm, m.log(), show.callback(),
 		&checkpoint.Libvirt{XML: h.XML(), Cookie: h.Cookie(), SaveFile: h.Bytes()}
+	if h.Running != 0 {
+		o.RunState = "running" // libvirt stops every guest to save it
+	}
 	o.ReturnPath = io.Discard // its source is long gone
 	ref, meta, err := tier.Save(ctx, m.fs, st, in, o)
 	if cerr := in.Close(); err == nil {

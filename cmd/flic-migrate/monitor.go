@@ -9,6 +9,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/domain"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 )
 
 // monitorFlags say which QEMU a command is about.
@@ -37,6 +38,19 @@ func (m *monitorFlags) dial(ctx context.Context, o qmp.Options) (*qmp.Monitor, e
 		return domain.Dial(ctx, m.connect, m.domain)
 	}
 	return qmp.Dial(ctx, m.qmp, o)
+}
+
+// describe returns what libvirt needs to start the domain again, nil for a QEMU
+// that is not libvirt's.
+func (m *monitorFlags) describe(ctx context.Context) (*checkpoint.Libvirt, error) {
+	if m.domain == "" || m.qmp != "" {
+		return nil, nil
+	}
+	d, err := domain.Describe(ctx, m.connect, m.domain)
+	if err != nil {
+		return nil, err
+	}
+	return &checkpoint.Libvirt{XML: d.XML, Cookie: d.Cookie, Persistent: d.Persistent}, nil
 }
 
 // redialer returns what makes new connections after the first, and what closes
