@@ -1,7 +1,6 @@
 package dedup
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -27,15 +26,6 @@ const DefaultBatteryThreshold = 30
 // PowerSupplyDir is where Linux describes batteries
 // (Documentation/ABI/testing/sysfs-class-power).
 const PowerSupplyDir = "/sys/class/power_supply"
-
-// ParseEnergy checks a policy's name.
-func ParseEnergy(s string) (Energy, error) {
-	switch e := Energy(s); e {
-	case EnergyAuto, EnergyFull, EnergyLow:
-		return e, nil
-	}
-	return "", fmt.Errorf("energy policy %q: want auto, full or low", s)
-}
 
 // ChunkPages is the number of pages a chunk has under policy e. For EnergyAuto
 // it reads the batteries below dir (PowerSupplyDir): two pages if the machine

@@ -63,16 +63,3 @@ func TestChunkPages(t *testing.T) {
 		t.Error("a machine without sysfs saves energy")
 	}
 }
-
-func TestParseEnergy(t *testing.T) {
-	for _, s := range []string{"auto", "full", "low"} {
-		if e, err := ParseEnergy(s); err != nil || string(e) != s {
-			t.Errorf("%q: %v, %v", s, e, err)
-		}
-	}
-	for _, s := range []string{"", "Low", "high"} {
-		if _, err := ParseEnergy(s); err == nil {
-			t.Errorf("%q is taken", s)
-		}
-	}
-}
