@@ -42,7 +42,7 @@ func saveToPipe(t *testing.T, s *tiertest.Stream, window int, o tier.SaveOptions
 	go func() { _, err := io.Copy(f, r); copied <- errors.Join(err, f.Close(), r.Close()) }()
 	in := s.Reader()
 	defer in.Close()
-	meta, err := tier.SaveTo(t.Context(), vfs.OS, store.BeginFile(loose.NewOut(w, window)), in, o)
+	meta, err := tier.SaveTo(t.Context(), vfs.OS, nil, store.BeginFile(loose.NewOut(w, window)), in, o)
 	w.Close()
 	if err := <-copied; err != nil {
 		t.Fatal(err)
@@ -137,7 +137,7 @@ func TestSaveToFails(t *testing.T) {
 		}
 		image := make(chan []byte)
 		go func() { b, _ := io.ReadAll(r); r.Close(); image <- b }()
-		_, err = tier.SaveTo(t.Context(), vfs.OS, store.BeginFile(loose.NewOut(w, 1<<20)), bytes.NewReader(whole[:n]), tier.SaveOptions{})
+		_, err = tier.SaveTo(t.Context(), vfs.OS, nil, store.BeginFile(loose.NewOut(w, 1<<20)), bytes.NewReader(whole[:n]), tier.SaveOptions{})
 		w.Close()
 		if !errors.Is(err, stream.ErrTruncated) && !errors.Is(err, stream.ErrNotStream) {
 			t.Errorf("cut at %d: %v", n, err)
@@ -156,7 +156,7 @@ func TestSaveToFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer full.Close()
-	_, err = tier.SaveTo(context.Background(), vfs.OS, store.BeginFile(loose.NewOut(full, 1<<20)), bytes.NewReader(whole), tier.SaveOptions{})
+	_, err = tier.SaveTo(context.Background(), vfs.OS, nil, store.BeginFile(loose.NewOut(full, 1<<20)), bytes.NewReader(whole), tier.SaveOptions{})
 	if err == nil {
 		t.Error("saved to a full device")
 	}

@@ -94,10 +94,12 @@ func Save(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Sav
 
 // SaveTo is Save into a single file, which is no store's: the caller has opened
 // pend.File, and names or removes it. For a caller whose source learns of a
-// failure in another way than by the stream: nothing of it is held back.
-func SaveTo(ctx context.Context, fsys vfs.FS, pend *store.Pending, in io.Reader, o SaveOptions) (meta *checkpoint.Meta, err error) {
-	s := newSaver(ctx, fsys, nil, in, o)
-	s.pend = pend
+// failure in another way than by the stream: nothing of it is held back. Hot pages
+// go to NVRAM only if pend was begun by a store, which is then st; otherwise that
+// is nil.
+func SaveTo(ctx context.Context, fsys vfs.FS, st *store.Store, pend *store.Pending, in io.Reader, o SaveOptions) (meta *checkpoint.Meta, err error) {
+	s := newSaver(ctx, fsys, st, in, o)
+	s.pend, s.single = pend, true
 	defer func() { s.end(err) }()
 	s.feed.release()
 	_, meta, err = s.save()
@@ -133,7 +135,7 @@ func (s *saver) save() (ref store.Ref, meta *checkpoint.Meta, err error) {
 type saver struct {
 	o     SaveOptions
 	fs    vfs.FS
-	st    *store.Store // nil: SaveTo
+	st    *store.Store // nil: SaveTo without NVRAM
 	ctx   context.Context
 	begin time.Time
 
@@ -143,11 +145,13 @@ type saver struct {
 	dec  *ramparse.Decoder
 	meta *checkpoint.Meta // filled as the stream tells
 
-	pend  *store.Pending
-	img   *image.Writer
-	skel  skeleton.Writer
-	table *pagetable.Table
-	place *placer
+	pend *store.Pending
+	// single is set if the image goes to a file that is no store's.
+	single bool
+	img    *image.Writer
+	skel   skeleton.Writer
+	table  *pagetable.Table
+	place  *placer
 	// parent describes the VM's newest checkpoint, or is nil.
 	parent *checkpoint.Meta
 	rep    checkpoint.Report
@@ -398,7 +402,7 @@ func (s *saver) setup(su *ramparse.Setup) error {
 // checkSpace fails at once where it can be foreseen that the save won't fit:
 // when not even half of what this VM's newest checkpoint took is free.
 func (s *saver) checkSpace() error {
-	if s.st == nil {
+	if s.single {
 		return nil
 	}
 	last, _, err := checkpoint.Describe(s.st, store.Ref{VM: s.o.VM})

@@ -2,12 +2,16 @@ package main
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
 func newGC(a *app) *cobra.Command {
 	var asJSON bool
+	var grace time.Duration
 	c := &cobra.Command{
 		Use:   "gc [flags]",
 		Short: "Free the space that killed saves have left",
@@ -16,18 +20,19 @@ in the store and in the NVRAM files it has used. It can run at any time, beside
 saves and restores; nothing needs it to run.`,
 		Example: `  flic-migrate gc --store /srv/vms`,
 		Args:    cobra.NoArgs,
-		RunE:    func(*cobra.Command, []string) error { return a.gc(asJSON) },
+		RunE:    func(*cobra.Command, []string) error { return a.gc(asJSON, grace) },
 	}
+	c.Flags().DurationVar(&grace, "grace", store.DefaultGrace, "how long the NVRAM of a libvirt save file is kept after the file was found to be gone without having been restored")
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
 	return c
 }
 
-func (a *app) gc(asJSON bool) error {
+func (a *app) gc(asJSON bool, grace time.Duration) error {
 	st, err := a.openStore(false)
 	if err != nil {
 		return err
 	}
-	rep, err := st.GC()
+	rep, err := st.GCAfter(grace)
 	if err != nil {
 		return err
 	}

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"time"
 
@@ -17,9 +19,11 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 func newLibvirt(a *app) *cobra.Command {
@@ -39,7 +43,7 @@ the name of a compressor, first in the PATH of libvirt's daemon: docs/libvirt.md
 
 const (
 	streamMagic = "QEVM"
-	imageMagic  = compressor.ImageMagic
+	imageMagic  = image.Magic
 )
 
 // standIn is the program under the name of a compressor: what it can't do, and
@@ -92,7 +96,11 @@ func standIn(fsys vfs.FS, name string, args []string) int {
 type libvirtSaveCmd struct {
 	*app
 	encoding
-	report string
+	nvram       string
+	nvramSize   size
+	volatile    bool
+	workingSets string
+	report      string
 }
 
 func newLibvirtSave(a *app) *cobra.Command {
@@ -110,6 +118,10 @@ The image needs no store. Removing the file that it was written to removes it.`,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	fs := c.Flags()
+	fs.StringVar(&s.nvram, "nvram", "", "NVRAM file for the pages of the working set; made if missing")
+	fs.Var(&s.nvramSize, "nvram-size", "cap on the NVRAM file, such as 4G; 0: the one it has")
+	fs.StringVar(&s.workingSets, "working-sets", "", "directory of working sets by domain, UUID.ws or NAME.ws; without one for the domain all goes to flash")
+	fs.BoolVar(&s.volatile, "volatile-nvram", false, "accept an NVRAM file that loses its content at power-off (tmpfs)")
 	s.encoding.add(fs)
 	fs.StringVar(&s.report, "report", "", "write the JSON report to this file, also after a failure")
 	return c
@@ -176,7 +188,70 @@ func (s *libvirtSaveCmd) save(ctx context.Context) (*checkpoint.Meta, error) {
 	// Fewer and larger writes; no matter if it is not a pipe.
 	unix.FcntlInt(s.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
 	out := loose.NewOut(s.stdout.File, loose.DefaultWindow)
-	return tier.SaveTo(ctx, s.fs, store.BeginFile(out), &resumed{in, s.head}, o)
+	st, pend, err := s.begin(out, domain, &o)
+	if err != nil {
+		return nil, err
+	}
+	meta, err := tier.SaveTo(ctx, s.fs, st, pend, &resumed{in, s.head}, o)
+	if errors.Is(err, tier.ErrVolatile) {
+		err = fmt.Errorf("%w (volatile-nvram = true accepts that)", err)
+	}
+	return meta, err
+}
+
+// begin starts the save: with a store if the domain has a working set and there
+// is NVRAM for it, so that the NVRAM can be given back when the file is gone.
+func (s *libvirtSaveCmd) begin(out *loose.Out, d compressor.Domain, o *tier.SaveOptions) (*store.Store, *store.Pending, error) {
+	plain := store.BeginFile(out)
+	if s.nvram == "" {
+		return nil, plain, nil
+	}
+	ws, err := findWorkingSet(s.workingSets, d)
+	if err != nil {
+		return nil, nil, err
+	}
+	if ws == nil {
+		return nil, plain, nil
+	}
+	path := compressor.Target(s.stdout.File)
+	if path == "" {
+		// Nobody could tell later when its hot pages may be given away.
+		s.log().Warn("hot pages go to flash, because it can't be seen which file this is")
+		return nil, plain, nil
+	}
+	st, err := s.openStore(true)
+	if err != nil {
+		return nil, nil, err
+	}
+	// What files that are gone have left in NVRAM is room for this one.
+	if rep, err := st.GC(); err != nil {
+		s.log().Warn("NVRAM of save files that are gone was not given back", "error", err)
+	} else {
+		for _, w := range rep.Warnings {
+			s.log().Warn(w)
+		}
+	}
+	pend, err := st.BeginLoose(out, path)
+	o.WorkingSet, o.NVRAM, o.NVRAMSize, o.VolatileNVRAM = ws, s.nvram, int64(s.nvramSize), s.volatile
+	return st, pend, err
+}
+
+// findWorkingSet reads the working set of a domain from a directory: UUID.ws, or
+// else NAME.ws. It is nil if there is none.
+func findWorkingSet(dir string, d compressor.Domain) (*workingset.Set, error) {
+	if dir == "" {
+		return nil, nil
+	}
+	for _, name := range []string{d.UUID, d.Name} {
+		if name == "" || filepath.Base(name) != name {
+			continue
+		}
+		ws, err := readWorkingSet(filepath.Join(dir, name+".ws"))
+		if !errors.Is(err, fs.ErrNotExist) {
+			return ws, err
+		}
+	}
+	return nil, nil
 }
 
 // resumed is a pipe of which something has been read already.
@@ -270,6 +345,28 @@ func (r *libvirtRestoreCmd) restore(ctx context.Context, doc *restoreReport) err
 		return err
 	}
 	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
+	done := r.use(c)
 	doc.RestoreReport, err = tier.Restore(ctx, c, r.stdout, tier.RestoreOptions{Workers: r.workers.n})
+	if derr := done(err == nil); derr != nil {
+		r.log().Warn("the store has not noted this restore", "error", derr)
+	}
 	return err
+}
+
+// use tells the store, if the image has hot pages that it looks after, that they
+// are in use, and where the image is now.
+func (r *libvirtRestoreCmd) use(c *checkpoint.Checkpoint) (done func(restored bool) error) {
+	nothing := func(bool) error { return nil }
+	if c.Meta.NVRAM == nil {
+		return nothing
+	}
+	st, err := r.openStore(false)
+	if err == nil {
+		done, err = st.UseLoose(c.Meta.UUID, compressor.Input(r.stdin))
+	}
+	if err != nil {
+		r.log().Warn("the store has not noted this restore", "error", err)
+		return nothing
+	}
+	return done
 }

@@ -3,13 +3,20 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
+	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // host is a libvirtd for a test. The wrapper is this test binary.
@@ -169,4 +176,276 @@ func differAt(a, b []byte) int {
 		}
 	}
 	return min(len(a), len(b))
+}
+
+// tinyNoise is a domain that is up at once, with so many pages that can't be
+// compressed: its save takes a while, and room.
+func (h *host) tinyNoise(t *testing.T, name string, pages int) *qemutest.VM {
+	t.Helper()
+	file := h.path(name + ".content")
+	ok(t, os.WriteFile(file, noise(pages), 0o600))
+	ok(t, h.Define(t.Context(), qemutest.Domain{Name: name, Guest: qemutest.Tiny, Memory: "262152", Args: qemutest.Load(file, contentAt)}))
+	h.Do(t, "start", name)
+	vm := h.Attach(t, name)
+	ticks(t, vm)
+	return vm
+}
+
+// TestLibvirtInstall: save files from before the installation are restored after
+// it and after it has been undone, and those of ours in between.
+func TestLibvirtInstall(t *testing.T) {
+	v := newHost(t, qemutest.LibvirtConfig{QEMU: "save_image_format = \"gzip\"\n"})
+	before, err := os.ReadFile(v.path("etc/libvirt/qemu.conf"))
+	ok(t, err)
+	v.tinyNoise(t, "a", 64)
+	gzip, lzop, ours := v.path("gzip.save"), v.path("lzop.save"), v.path("ours.save")
+	format := func(name string) {
+		t.Helper()
+		ok(t, os.WriteFile(v.path("etc/libvirt/qemu.conf"), bytes.Replace(before, []byte("gzip"), []byte(name), 1), 0o600))
+		v.Restart(t)
+	}
+	cycle := func(file string, wantOurs bool) {
+		t.Helper()
+		v.Do(t, "save", "a", file)
+		if v.ours(t, file) != wantOurs {
+			t.Errorf("%s: ours is %v", file, !wantOurs)
+		}
+		v.Do(t, "restore", file)
+		ticks(t, v.Attach(t, "a"))
+	}
+	again := func(file string) {
+		t.Helper()
+		v.Do(t, "destroy", "a")
+		v.Do(t, "restore", file)
+		ticks(t, v.Attach(t, "a"))
+	}
+	cycle(gzip, false)
+	format("lzop")
+	cycle(lzop, false)
+	format("gzip")
+
+	install := func(verb string) {
+		t.Helper()
+		out, err := exec.Command("flic-migrate", "libvirt", verb, "--root", v.Dir).CombinedOutput()
+		if err != nil {
+			t.Fatalf("libvirt %s: %v\n%s", verb, err, out)
+		}
+		v.Restart(t)
+	}
+	install("install")
+	again(gzip)
+	again(lzop)
+	cycle(ours, true)
+	again(ours)
+	again(gzip)
+
+	// A save file that needs no program of ours.
+	raw := v.path("raw.save")
+	l := newLab(t)
+	l.run(t, "import", ours)
+	l.run(t, "export", "a", raw)
+	install("uninstall")
+	after, err := os.ReadFile(v.path("etc/libvirt/qemu.conf"))
+	ok(t, err)
+	if !bytes.Equal(after, before) {
+		t.Errorf("qemu.conf is left as\n%s\nand was\n%s", after, before)
+	}
+	if _, err := os.Stat(v.path("usr/local/lib/flic-migrate")); err == nil {
+		t.Error("something of us is left")
+	}
+	again(gzip)
+	again(lzop)
+	again(raw)
+	cycle(gzip, false)
+
+	// A raw save file of libvirt's comes back byte for byte.
+	format("raw")
+	direct, back := v.path("direct.save"), v.path("back.save")
+	v.Do(t, "save", "a", direct)
+	l.run(t, "import", "--vm", "raw", direct)
+	l.run(t, "export", "raw", back)
+	want, err := os.ReadFile(direct)
+	ok(t, err)
+	got, err := os.ReadFile(back)
+	ok(t, err)
+	if !bytes.Equal(got, want) {
+		t.Errorf("exported %d bytes, imported %d: they differ", len(got), len(want))
+	}
+	v.Do(t, "restore", back)
+	ticks(t, v.Attach(t, "a"))
+}
+
+// TestLibvirtFails: whatever goes wrong, virsh save says so with our reason,
+// the domain runs on, and no file is left that looks whole.
+func TestLibvirtFails(t *testing.T) {
+	v := newHost(t, qemutest.LibvirtConfig{QEMU: ourFormats, Full: "8m"})
+	v.wrap(t, "lzop")
+	vm := v.tinyNoise(t, "a", 24<<20>>12)
+	file := v.path("a.save")
+	fails := func(what, file, reason string) {
+		t.Helper()
+		out, err := v.Virsh("save", "a", file)
+		if err == nil {
+			t.Fatalf("%s: saved", what)
+		}
+		if !strings.Contains(out, reason) && !strings.Contains(v.Log(), reason) {
+			t.Errorf("%s: neither virsh nor the log says %q: %s", what, reason, out)
+		}
+		if s := v.state(t, "a"); s != "running" {
+			t.Errorf("%s: the domain is %s", what, s)
+		}
+		ticks(t, vm)
+		// The file system is another's: seen through a process that has it.
+		view := fmt.Sprintf("/proc/%d/root%s", v.Processes("libvirtd")[0], file)
+		if b, err := os.ReadFile(view); err == nil && bytes.HasPrefix(b, []byte("LibvirtQemudSave")) {
+			t.Errorf("%s: a file is left that looks whole", what)
+		}
+	}
+	// Twice: what failed has left nothing that a second one stumbles over.
+	for range 2 {
+		fails("flash full", v.path("full/a.save"), "No space left")
+	}
+	ok(t, os.WriteFile(v.config, []byte("codec = \"none\"\nno-such-key = 1\n"), 0o600))
+	fails("bad configuration", file, "flic-migrate: "+v.config+": unknown key")
+	ok(t, os.WriteFile(v.config, []byte("codec = \"zstd\"\nsegment-pages = 256\nworkers = 1\n"), 0o600))
+
+	killed := make(chan bool, 1)
+	go func() {
+		for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			for _, pid := range v.Processes("lzop") {
+				killed <- syscall.Kill(pid, syscall.SIGKILL) == nil
+				return
+			}
+		}
+		killed <- false
+	}()
+	fails("killed", file, "")
+	if !<-killed {
+		t.Error("nothing was killed")
+	}
+
+	// After all that a save works, a damaged file is refused for our reason, and
+	// the domain does not run with wrong memory.
+	v.Do(t, "save", "a", file)
+	b, err := os.ReadFile(file)
+	ok(t, err)
+	damaged := v.path("damaged.save")
+	for _, at := range []int{len(b) / 2, len(b) - 10} {
+		bad := bytes.Clone(b)
+		bad[at] ^= 1
+		ok(t, os.WriteFile(damaged, bad, 0o600))
+		if out, err := v.Virsh("restore", damaged); err == nil {
+			t.Errorf("restored a damaged file: %s", out)
+		} else if !strings.Contains(v.Log(), "flic-migrate: ") || !strings.Contains(v.Log(), "checksum mismatch") {
+			t.Errorf("no reason in the log: %s", out)
+		}
+		if s := v.state(t, "a"); s != "shut off" {
+			t.Errorf("after a failed restore the domain is %s", s)
+		}
+	}
+	v.Do(t, "restore", file)
+	ticks(t, v.Attach(t, "a"))
+}
+
+// TestLibvirtNVRAM: the pages of a domain's working set go to NVRAM, which is
+// given back when libvirt has started the managed save again; without the store,
+// or with its own file damaged, nothing is saved or restored wrongly.
+func TestLibvirtNVRAM(t *testing.T) {
+	v := newHost(t, qemutest.LibvirtConfig{QEMU: ourFormats})
+	v.wrap(t, "lzop")
+	l := newLab(t)
+	sets := t.TempDir()
+	report := filepath.Join(l.dir, "report")
+	config := func(more string) {
+		t.Helper()
+		ok(t, os.WriteFile(v.config, fmt.Appendf(nil, "store = %q\nnvram = %q\nworking-sets = %q\nreport = %q\n%s", l.store, l.nvram, sets, report, more), 0o600))
+	}
+	config("")
+	const pages = 2048
+	vm := v.tinyNoise(t, "a", pages)
+	ws, err := workingset.New(guestmem.PageSize, []workingset.Block{{Name: "pc.ram", Pages: 262152 / 4}})
+	ok(t, err)
+	for i := int64(0); i < pages; i += 2 {
+		ws.SetHeat(0, contentAt/guestmem.PageSize+i, 1)
+	}
+	f, err := os.Create(filepath.Join(sets, "a.ws"))
+	ok(t, err)
+	_, err = ws.WriteTo(f)
+	ok(t, errors.Join(err, f.Close()))
+
+	last := func() (r saveReport) {
+		t.Helper()
+		b, err := os.ReadFile(report)
+		ok(t, err)
+		ok(t, json.Unmarshal(b, &r))
+		return r
+	}
+	v.Do(t, "suspend", "a")
+	want := v.ram(t, "a", 262152<<10)
+	v.Do(t, "managedsave", "a")
+	if r := last(); r.Hot != pages/2 || r.NVRAMBytes != pages/2*guestmem.PageSize {
+		t.Errorf("%d hot pages, %d bytes to NVRAM", r.Hot, r.NVRAMBytes)
+	}
+	if freed := l.gc(t); freed.NVRAM != 0 {
+		t.Errorf("gc frees %d bytes of a managed save", freed.NVRAM)
+	}
+	v.Do(t, "start", "a")
+	if got := v.ram(t, "a", 262152<<10); !bytes.Equal(got, want) {
+		t.Errorf("restored memory differs at %#x", differAt(got, want))
+	}
+	v.Do(t, "resume", "a")
+	vm = v.Attach(t, "a")
+	ticks(t, vm)
+	if freed := l.gc(t); freed.NVRAM < pages/2*guestmem.PageSize {
+		t.Errorf("gc frees %d bytes of a managed save that was started", freed.NVRAM)
+	}
+
+	file := v.path("a.save")
+	fails := func(what, reason string) {
+		t.Helper()
+		if out, err := v.Virsh("save", "a", file); err == nil || !strings.Contains(out, reason) {
+			t.Errorf("%s: virsh does not say %q: %s", what, reason, out)
+		}
+		if _, err := os.Stat(file); err == nil {
+			t.Errorf("%s: there is a file", what)
+		}
+		ticks(t, vm)
+	}
+	// Root may do everything, so a store is unreadable if it is no store.
+	b, err := os.ReadFile(filepath.Join(l.store, "store.json"))
+	ok(t, err)
+	ok(t, os.WriteFile(filepath.Join(l.store, "store.json"), b[:len(b)/2], 0o600))
+	fails("store unreadable", "store.json")
+	ok(t, os.WriteFile(filepath.Join(l.store, "store.json"), b, 0o600))
+	ok(t, os.WriteFile(filepath.Join(sets, "a.ws"), []byte("nothing"), 0o600))
+	fails("working set damaged", "a.ws")
+	ok(t, os.Remove(filepath.Join(sets, "a.ws")))
+
+	// NVRAM full: what does not fit goes to flash.
+	f, err = os.Create(filepath.Join(sets, "a.ws"))
+	ok(t, err)
+	_, err = ws.WriteTo(f)
+	ok(t, errors.Join(err, f.Close()))
+	config("nvram-size = \"1M\"\n")
+	v.Do(t, "save", "a", file)
+	if r := last(); r.Surplus == 0 || r.Hot == 0 || r.Hot+r.Surplus != pages/2 {
+		t.Errorf("%d pages hot, %d without room", r.Hot, r.Surplus)
+	}
+	hot, err := os.ReadFile(l.nvram)
+	ok(t, err)
+	bad := bytes.Clone(hot)
+	at := bytes.LastIndex(bad, noise(2)[:64])
+	if at < 0 {
+		t.Fatal("a hot page is not in the NVRAM file")
+	}
+	bad[at] ^= 1
+	ok(t, os.WriteFile(l.nvram, bad, 0o600))
+	if out, err := v.Virsh("restore", file); err == nil {
+		t.Errorf("restored with a damaged NVRAM file: %s", out)
+	} else if !strings.Contains(v.Log(), l.nvram+": offset") {
+		t.Errorf("no reason in the log: %s", out)
+	}
+	ok(t, os.WriteFile(l.nvram, hot, 0o600))
+	v.Do(t, "restore", file)
+	ticks(t, v.Attach(t, "a"))
 }

@@ -230,6 +230,12 @@ func (l *Libvirt) Restart(t testing.TB) {
 	if err := l.await(time.Minute); err != nil {
 		t.Fatal(err)
 	}
+	// It ends a domain if it is ended itself before it has found that again.
+	for _, name := range strings.Split(l.Do(t, "list", "--name"), "\n") {
+		if name != "" {
+			l.Do(t, "qemu-monitor-command", name, "--hmp", "info status")
+		}
+	}
 }
 
 // Processes are the ids, outside, of the processes of this libvirtd whose

@@ -50,7 +50,9 @@ import (
 const Version = 1
 
 const (
-	headerMagic = "FLICIMG\x00"
+	// Magic begins an image.
+	Magic = "FLICIMG\x00"
+
 	footerMagic = "FLICEND\x00"
 
 	// HeaderLen and FooterLen are the fixed sizes of both ends, in bytes.
@@ -137,7 +139,7 @@ type Header struct {
 
 func (h Header) append(dst []byte) []byte {
 	b := make([]byte, HeaderLen)
-	copy(b, headerMagic)
+	copy(b, Magic)
 	le := binary.LittleEndian
 	le.PutUint32(b[8:], Version)
 	le.PutUint32(b[12:], uint32(h.PageSize))
@@ -150,7 +152,7 @@ func (h Header) append(dst []byte) []byte {
 
 func parseHeader(b []byte) (Header, error) {
 	le := binary.LittleEndian
-	if len(b) != HeaderLen || string(b[:8]) != headerMagic {
+	if len(b) != HeaderLen || string(b[:8]) != Magic {
 		return Header{}, errors.New("not a flash image")
 	}
 	if le.Uint32(b[60:]) != integrity.Checksum(b[:60]) {

@@ -44,6 +44,7 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -418,6 +419,9 @@ type Pending struct {
 	s    *Store
 	vm   string
 	path string
+
+	loose *Loose   // BeginLoose
+	entry vfs.File // its entry, exclusively locked
 }
 
 // Begin starts a save of VM vm.
@@ -451,7 +455,13 @@ func BeginFile(f vfs.File) *Pending { return &Pending{File: f, UUID: uuid.New()}
 // is visible, unless IsUncertain says so, and the save is ended; the caller still
 // releases its NVRAM.
 func (p *Pending) Commit() (Ref, error) {
-	if p.s == nil {
+	if p.loose != nil {
+		if err := p.commitLoose(); err != nil {
+			p.Abort()
+			return Ref{}, err
+		}
+	}
+	if p.s == nil || p.loose != nil {
 		return Ref{}, p.File.Close()
 	}
 	ref, err := p.commit()
@@ -518,6 +528,9 @@ func (p *Pending) Abort() {
 	if p.s == nil {
 		p.File.Close()
 		return
+	}
+	if p.entry != nil {
+		p.entry.Close()
 	}
 	p.s.fs.Remove(p.path)
 	p.File.Close()
@@ -675,13 +688,18 @@ type GCReport struct {
 	Bytes        int64    `json:"flash_bytes"`        // their size
 	NVRAMExtents int      `json:"nvram_extents"`      // extents freed
 	NVRAMBytes   int64    `json:"nvram_bytes"`        // their size
+	GoneFiles    int      `json:"gone_files"`         // images outside of the store whose file is gone, their NVRAM kept for now
 	Warnings     []string `json:"warnings,omitempty"` // what could not be looked at
 }
 
 // GC frees what ended or killed saves and interrupted removals have left: their
 // files, and their extents in the NVRAM files this store has used. It can run
 // at any time beside saves and restores.
-func (s *Store) GC() (GCReport, error) {
+func (s *Store) GC() (GCReport, error) { return s.GCAfter(DefaultGrace) }
+
+// GCAfter is GC with another grace period for the hot pages of images outside of
+// the store whose file is gone.
+func (s *Store) GCAfter(grace time.Duration) (GCReport, error) {
 	var rep GCReport
 	unlock, err := s.lock()
 	if err != nil {
@@ -693,6 +711,9 @@ func (s *Store) GC() (GCReport, error) {
 		return rep, err
 	}
 	if err := s.liveImages(live); err != nil {
+		return rep, err
+	}
+	if err := s.gcLoose(grace, live, &rep); err != nil {
 		return rep, err
 	}
 	entries, err := s.fs.ReadDir(s.path("nvram"))

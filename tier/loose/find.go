@@ -1,0 +1,138 @@
+package loose
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/stream/saveimage"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+)
+
+// Place says where a loose image's file is, so that it can be found again after
+// it was renamed, and told from one that was removed. It is stored as JSON.
+type Place struct {
+	Path string `json:"path"` // absolute
+	// Handle is the file's handle (name_to_handle_at(2)), which stays its own
+	// under every name; missing on file systems that have none.
+	HandleType int32  `json:"handle_type,omitempty"`
+	Handle     []byte `json:"handle,omitempty"`
+	// FSID is the file system's (statfs(2)): of another one in its place, such
+	// as the directory that it is mounted upon, nothing follows.
+	FSID [2]int32 `json:"fsid"`
+}
+
+// State is what is known of a loose image.
+type State int
+
+const (
+	Unknown State = iota // it can't be told now
+	Present              // its file is there and holds it
+	Gone                 // its file is removed, or holds something else
+)
+
+// Locate describes the file at path, which must be there.
+func Locate(path string) (Place, error) {
+	p := Place{Path: path}
+	var st unix.Statfs_t
+	if err := unix.Statfs(filepath.Dir(path), &st); err != nil {
+		return p, &fs.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	p.FSID = st.Fsid.Val
+	if h, _, err := unix.NameToHandleAt(unix.AT_FDCWD, path, 0); err == nil {
+		p.HandleType, p.Handle = h.Type(), h.Bytes()
+	}
+	_, err := os.Stat(path)
+	return p, err
+}
+
+// Find tells whether the image id is still where it was, under whatever name.
+// Doubt is Unknown: the caller is about to give the image's hot pages away.
+func (p Place) Find(id uuid.UUID) State {
+	f, err := os.Open(p.Path)
+	if err == nil {
+		s := holds(f, id)
+		f.Close()
+		if s != Gone {
+			return s
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return Unknown
+	}
+	// Under its name it is not. Is the file system there at all? What of the
+	// path is left must be on it.
+	var st unix.Statfs_t
+	dir := filepath.Dir(p.Path)
+	for dir != "/" && errors.Is(unix.Statfs(dir, &st), unix.ENOENT) {
+		dir = filepath.Dir(dir)
+	}
+	if unix.Statfs(dir, &st) != nil || st.Fsid.Val != p.FSID {
+		return Unknown
+	}
+	if len(p.Handle) == 0 {
+		return Gone
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return Unknown
+	}
+	defer d.Close()
+	fd, err := unix.OpenByHandleAt(int(d.Fd()), unix.NewFileHandle(p.HandleType, p.Handle), unix.O_RDONLY|unix.O_CLOEXEC)
+	switch {
+	case errors.Is(err, unix.ESTALE), errors.Is(err, unix.ENOENT):
+		return Gone
+	case err != nil:
+		return Unknown // such as EPERM: not root
+	}
+	f = os.NewFile(uintptr(fd), p.Path)
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil || !fi.Mode().IsRegular() {
+		return Unknown
+	}
+	// A file without a name is gone as soon as those are who have it open.
+	if fi.Sys().(*syscall.Stat_t).Nlink == 0 {
+		return Gone
+	}
+	return holds(f, id)
+}
+
+// holds tells whether f, a save file of libvirt's or an image alone, holds image
+// id. A file that can't be read, or is being written, is Unknown.
+func holds(f *os.File, id uuid.UUID) State {
+	h, err := saveimage.Read(f)
+	at := int64(0)
+	switch {
+	case err == nil:
+		at = int64(len(h.Bytes()))
+	case errors.Is(err, saveimage.ErrPartial):
+		return Unknown
+	}
+	if _, err := f.Seek(at, io.SeekStart); err != nil {
+		return Unknown
+	}
+	in, err := NewIn(f, nil, "")
+	if err != nil {
+		return Unknown
+	}
+	head := make([]byte, len(image.Magic))
+	if _, err := in.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
+		return Unknown
+	} else if err != nil || string(head) != image.Magic {
+		return Gone
+	}
+	ih, err := image.ReadHeader(in)
+	switch {
+	case err != nil:
+		return Unknown
+	case ih.UUID == id:
+		return Present
+	}
+	return Gone
+}

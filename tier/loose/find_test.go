@@ -1,0 +1,119 @@
+package loose_test
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/stream/saveimage"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/loose"
+)
+
+// writeImage makes a file with an image in it, behind a header.
+func writeImage(t *testing.T, path string, header []byte, id uuid.UUID) {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.Write(header); err != nil {
+		t.Fatal(err)
+	}
+	w, err := image.NewWriter(loose.NewOut(f, 1<<16), image.Header{PageSize: 4096, SegmentPages: 4, UUID: id, Created: time.Now()}, image.None, 1)
+	if err == nil {
+		err = w.Finish([]byte("{}"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestFind tells an image that is there from one that is gone, and both from
+// what can't be known.
+func TestFind(t *testing.T) {
+	h, err := saveimage.New("<domain/>", "", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, header := range map[string][]byte{"alone": nil, "save file": h.Bytes()} {
+		path := filepath.Join(t.TempDir(), "dir", "f.save")
+		if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		id := uuid.New()
+		writeImage(t, path, header, id)
+		p, err := loose.Locate(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := json.Marshal(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var stored loose.Place
+		if err := json.Unmarshal(b, &stored); err != nil || !reflect.DeepEqual(stored, p) {
+			t.Errorf("%+v is stored as %+v, %v", p, stored, err)
+		}
+		find := func(what string, p loose.Place, want loose.State) {
+			t.Helper()
+			if got := p.Find(id); got != want {
+				t.Errorf("%s, %s: state %d, want %d", name, what, got, want)
+			}
+		}
+		find("there", p, loose.Present)
+		bare := p
+		bare.Handle = nil
+		find("there, no handle", bare, loose.Present)
+
+		elsewhere := p
+		elsewhere.FSID[0]++
+		if err := os.Rename(path, path+"2"); err != nil {
+			t.Fatal(err)
+		}
+		if os.Geteuid() == 0 && len(p.Handle) > 0 {
+			find("renamed", p, loose.Present)
+		}
+		find("renamed, no handle", bare, loose.Gone)
+		find("another file system", elsewhere, loose.Unknown)
+		if err := os.Rename(path+"2", path); err != nil {
+			t.Fatal(err)
+		}
+
+		whole, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		put := func(b []byte) {
+			t.Helper()
+			if err := os.WriteFile(path, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		damaged := append([]byte(nil), whole...)
+		damaged[len(header)+20] ^= 1
+		put(damaged)
+		find("image header damaged", p, loose.Unknown)
+		put(append(saveimage.PartialMagic(), whole...))
+		find("being written", p, loose.Unknown)
+		put(nil)
+		find("empty", p, loose.Gone)
+		put(append(append([]byte(nil), header...), "QEVM and more"...))
+		find("another content", p, loose.Gone)
+		writeImage(t, path, header, uuid.New())
+		find("another image", p, loose.Gone)
+		if err := os.RemoveAll(filepath.Dir(path)); err != nil {
+			t.Fatal(err)
+		}
+		find("removed with its directory", p, loose.Gone)
+	}
+	if _, err := loose.Locate(filepath.Join(t.TempDir(), "missing")); err == nil {
+		t.Error("located what is not there")
+	}
+}
