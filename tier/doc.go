@@ -14,5 +14,6 @@
 //
 // The packages below it, by noun: store (names, locks, commit), checkpoint (the
 // read side), image (the flash image), nvram (the NVRAM file), pagetable,
-// skeleton, dedup, workingset, and vfs, through which all of them write.
+// skeleton, dedup, workingset, integrity (the checksum, and the error of all that
+// fail it), and vfs, through which all of them write.
 package tier

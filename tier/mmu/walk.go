@@ -87,6 +87,9 @@ type Walker struct {
 	Max int
 }
 
+// widest is how many bits a virtual address can have: with x86's five levels.
+const widest = 57
+
 // ErrTooMany: there are more tables than a guest can have use for, so what is
 // found is not what was meant. What has been visited before may be.
 var ErrTooMany = errors.New("too many page tables to be true")
@@ -99,7 +102,8 @@ func (w *Walker) Walk(ctx context.Context, spaces []Space) error {
 	v := walk{Walker: w, seen: make(map[uint64]bool)}
 	for i := range spaces {
 		s := &spaces[i]
-		if s.Levels < 1 || s.Levels > 5 || s.Granule < 12 || s.Granule > 16 || s.TopBits < 0 || s.TopBits > s.index() {
+		if s.Levels < 1 || s.Levels > 5 || s.Granule < 12 || s.Granule > 16 || s.TopBits < 0 || s.TopBits > s.index() ||
+			s.Granule+(s.Levels-1)*s.index()+s.TopBits > widest {
 			return fmt.Errorf("mmu: impossible address space %+v", *s)
 		}
 	}

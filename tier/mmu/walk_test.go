@@ -260,6 +260,24 @@ func TestWalkErrors(t *testing.T) {
 	}
 }
 
+// What no register can say is refused, before an address is computed from it.
+func TestImpossibleSpaces(t *testing.T) {
+	for _, s := range []Space{
+		{Levels: 0, Granule: 12, TopBits: 9}, {Levels: 6, Granule: 12, TopBits: 9},
+		{Levels: 4, Granule: 11, TopBits: 8}, {Levels: 4, Granule: 17, TopBits: 9},
+		{Levels: 4, Granule: 12, TopBits: 10}, {Levels: 4, Granule: 12, TopBits: -1},
+		{Levels: 5, Granule: 16, TopBits: 4, arm: true}, {Levels: 4, Granule: 16, TopBits: 13, arm: true},
+	} {
+		w := &Walker{Max: 10, Read: func(uint64, []byte) (bool, error) {
+			t.Errorf("%+v is walked", s)
+			return false, nil
+		}}
+		if err := w.Walk(t.Context(), []Space{s}); err == nil {
+			t.Errorf("%+v is possible", s)
+		}
+	}
+}
+
 // Whatever is in memory, a walk ends, visits no table twice and none outside.
 func FuzzWalk(f *testing.F) {
 	for name, s := range forms() {
@@ -272,6 +290,8 @@ func FuzzWalk(f *testing.F) {
 			f.Add(mem.bytes[:mem.used], uint16(s.Root>>12), uint8(s.Granule), uint8(s.Levels), uint8(s.TopBits), len(name) > 20)
 		}
 	}
+	// More bits of address than there are.
+	f.Add(append([]byte{0x61}, make([]byte, 4095)...), uint16(0), uint8(16), uint8(5), uint8(4), true)
 	f.Fuzz(func(t *testing.T, bytes []byte, root uint16, granule, levels, top uint8, arm bool) {
 		if len(bytes) > 1<<20 {
 			return
