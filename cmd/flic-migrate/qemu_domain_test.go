@@ -139,6 +139,7 @@ func TestDomain(t *testing.T) {
 	ok(t, os.WriteFile(d.path("slow/go"), nil, 0o644))
 	file := d.path("web1.save")
 	d.Do(t, "save", d.name, file)
+	d.run(t, "import", "--vm", "imported", file)
 	d.Do(t, "restore", file)
 	vm = d.attach(t)
 	checks(t, vm)
@@ -152,13 +153,14 @@ func TestDomain(t *testing.T) {
 	if s := d.Do(t, "domstate", d.name, "--reason"); s != "shut off (destroyed)" {
 		t.Errorf("after --then quit the domain is %s", s)
 	}
-	if names := d.list(t); len(names) != 4 {
+	if names := d.list(t); len(names) != 5 {
 		t.Errorf("checkpoints: %v", names)
 	}
 
 	for name, args := range map[string][]string{
-		"vm@1": {"--lazy", "never"},
-		"vm@2": {"--lazy", "never", "--paused"},
+		"vm@1":       {"--lazy", "never"},
+		"vm@2":       {"--lazy", "never", "--paused"},
+		"imported@1": {},
 	} {
 		d.gone(t)
 		var rep resumeReport
@@ -176,10 +178,12 @@ func TestDomain(t *testing.T) {
 		}
 		runsOn(t, vm)
 		checks(t, vm)
-		// It is defined again, and can be saved again.
-		if out := d.Do(t, "list", "--all", "--persistent", "--name"); strings.TrimSpace(out) != d.name {
+		// It is defined again, if the checkpoint says that it was.
+		out := d.Do(t, "list", "--all", "--persistent", "--name")
+		if defined := strings.TrimSpace(out) == d.name; defined == (name == "imported@1") {
 			t.Errorf("%s: defined are %q", name, out)
 		}
+		d.Do(t, "define", d.path("domain.xml"))
 		t.Logf("%s: lazy %v (%s), running after %v", name, rep.Lazy, rep.Reason, rep.Running)
 	}
 	d.on(t, "checkpoint", "vm")
@@ -219,6 +223,43 @@ func TestDomainLazy(t *testing.T) {
 	if out := d.Do(t, "domjobinfo", d.name); !strings.Contains(out, "None") {
 		t.Errorf("libvirt's job: %s", out)
 	}
+
+	// --learn makes the server wait with what the guest does not ask for.
+	loading := func() (*exec.Cmd, *strings.Builder) {
+		d.gone(t)
+		cmd, stderr := d.command("resume", "--lazy", "always", "--learn", "1m", "vm"), new(strings.Builder)
+		cmd.Stderr = stderr
+		ok(t, cmd.Start())
+		until(t, "the guest to run", func() bool { return strings.Contains(stderr.String(), "running after") })
+		return cmd, stderr
+	}
+	cmd, stderr := loading()
+	ok(t, cmd.Process.Signal(syscall.SIGTERM))
+	if err := cmd.Wait(); err == nil || !strings.Contains(stderr.String(), "--recover") {
+		t.Errorf("the server ended: %v, %s", err, stderr.String())
+	}
+	if s := d.Do(t, "domstate", d.name, "--reason"); s != "running (post-copy failed)" {
+		t.Errorf("the server ended, the domain is %s", s)
+	}
+	d.on(t, "resume", "--recover", "vm")
+	vm = d.attach(t)
+	runsOn(t, vm)
+	checks(t, vm)
+	if s := d.Do(t, "domstate", d.name, "--reason"); !strings.HasPrefix(s, "running") || strings.Contains(s, "fail") {
+		t.Errorf("recovered, the domain is %s", s)
+	}
+	d.on(t, "checkpoint", "vm")
+
+	// The same if it is killed.
+	cmd, _ = loading()
+	ok(t, cmd.Process.Kill())
+	_ = cmd.Wait()
+	until(t, "libvirt to notice", func() bool { return d.Do(t, "domstate", d.name, "--reason") == "running (post-copy failed)" })
+	d.on(t, "resume", "--recover", "vm")
+	vm = d.attach(t)
+	runsOn(t, vm)
+	checks(t, vm)
+
 	out, err := d.command("resume", "--lazy", "always", "--paused", "vm").CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "stay paused") {
 		t.Errorf("lazy and paused: %v, %s", err, out)

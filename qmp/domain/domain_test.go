@@ -316,6 +316,28 @@ func TestMonitor(t *testing.T) {
 	}
 }
 
+// A libvirt that hands on no files leaves the stream a socket.
+func TestNoFiles(t *testing.T) {
+	m, err := Dial(t.Context(), fakeDaemon(t, func(program, procedure uint32, args []byte) (string, *libvirt.Error) {
+		if program == qemuProgram && procedure == monitorWithFiles {
+			return "", &libvirt.Error{Code: 39, Message: "unknown procedure: 7"}
+		}
+		return web1(0, 1, version)(program, procedure, args)
+	}), "web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	c, err := qmp.OpenChannel(t.Context(), m, qmp.OneWay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Discard(t.Context())
+	if !strings.HasPrefix(c.URI, "unix:") {
+		t.Errorf("the channel is %s", c.URI)
+	}
+}
+
 // A daemon that ends, and a QEMU that ends, are lost monitors.
 func TestMonitorLost(t *testing.T) {
 	active := uint32(1)

@@ -53,8 +53,9 @@ const finishTime = 30 * time.Second
 
 // Restore starts the domain and returns when all its memory is there.
 //
-// If this process is killed before, libvirt ends the domain again; nothing that
-// was stored is touched by that.
+// If this process ends before the guest runs there is no domain. After that the
+// guest waits for its memory ("post-copy failed"), and a Restore with Recover
+// goes on.
 func Restore(ctx context.Context, uri string, d Description, o RestoreOptions) (rep qmp.ResumeReport, err error) {
 	id, err := d.identity()
 	if err != nil {
@@ -244,7 +245,14 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeRepor
 	case <-opened:
 	}
 	running, done := r.watch(ctx, start, *rep)
-	err = r.finish(ctx, true)
+	finishing, stopFinish := ctx, context.CancelFunc(func() {})
+	if rep.Lazy {
+		// libvirt is to see the stream break, which it does at once, and to
+		// keep the guest, before it sees us go.
+		finishing, stopFinish = afterwards(ctx, finishTime)
+	}
+	err = r.finish(finishing, true)
+	stopFinish()
 	done()
 	if err != nil {
 		stop()
@@ -255,7 +263,9 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeRepor
 	if d, ok := <-running; ok {
 		rep.Running = d
 	}
-	state, stateErr := r.state(ctx)
+	asking, end := context.WithTimeout(context.WithoutCancel(ctx), finishTime)
+	defer end()
+	state, stateErr := r.state(asking)
 	rep.State = state
 	switch {
 	case feedErr != nil && stateErr == nil:
@@ -264,6 +274,15 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeRepor
 		return errors.Join(feedErr, err)
 	}
 	return stateErr
+}
+
+// afterwards returns a context that ends some time after ctx.
+func afterwards(ctx context.Context, more time.Duration) (context.Context, context.CancelFunc) {
+	later, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		time.AfterFunc(more, func() { end(context.Cause(ctx)) })
+	})
+	return later, func() { stop(); end(nil) }
 }
 
 // watch finds out when the guest runs, which is before a lazy restore is

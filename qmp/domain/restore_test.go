@@ -226,6 +226,7 @@ func (d *destination) said() (string, string) {
 
 func TestRestore(t *testing.T) {
 	broken := errors.New("not what was stored")
+	middle := &destination{postcopy: true, reads: true}
 	stream := func(ctx context.Context, conn *net.UnixConn, lazy bool, opened func()) error {
 		_, err := conn.Write([]byte("stream"))
 		return err
@@ -257,8 +258,11 @@ func TestRestore(t *testing.T) {
 		"always":        {o: RestoreOptions{Lazy: qmp.LazyAlways, Feed: lazily}, prepared: "0x8009", want: "Postcopy is not supported"},
 		"always, but":   {o: RestoreOptions{Lazy: qmp.LazyAlways, NotPossible: broken, Feed: lazily}, want: broken.Error()},
 		"the feed":      {o: RestoreOptions{Lazy: qmp.LazyNever, Feed: fails}, prepared: "0x9", finished: "1", want: broken.Error()},
-		"in the middle": {d: &destination{postcopy: true, reads: true}, o: RestoreOptions{Lazy: qmp.LazyAlways, Feed: func(ctx context.Context, conn *net.UnixConn, lazy bool, opened func()) error {
+		"in the middle": {d: middle, o: RestoreOptions{Lazy: qmp.LazyAlways, Feed: func(ctx context.Context, conn *net.UnixConn, lazy bool, opened func()) error {
 			opened()
+			for _, finished := middle.said(); finished == ""; _, finished = middle.said() {
+				time.Sleep(time.Millisecond)
+			}
 			return broken
 		}}, prepared: "0x8009", finished: "0", lazy: true, want: qmp.ErrServerDied.Error()},
 		"recovery": {d: &destination{postcopy: true, hasDomain: true}, o: RestoreOptions{Recover: true, Feed: lazily}, prepared: "0x88001", finished: "0", lazy: true},
