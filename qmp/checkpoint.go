@@ -219,6 +219,7 @@ func (c *checkpointer) save(ctx context.Context) error {
 			return err
 		}
 	}
+	c.drain = c.rep.Mode == ModeBackground
 	err := c.start(ctx, TwoWay, func(ctx context.Context, f *os.File) error { return c.o.Save(ctx, f, c.was) })
 	if err != nil {
 		return err
@@ -277,6 +278,9 @@ func (c *checkpointer) wait(ctx context.Context) error {
 // cancel is for a migration that nobody wants any more. What fails here fails
 // again in end.
 func (c *checkpointer) cancel(ctx context.Context) error {
+	if c.drain {
+		return nil
+	}
 	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), livesTime)
 	defer stop()
 	return MigrateCancel(ctx, c.x)

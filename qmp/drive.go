@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Consumer reads the stream of a migration into this process. When ctx ends it
@@ -46,6 +49,10 @@ type drive struct {
 	settings settings
 	was      RunState // what the guest did before
 	started  bool     // QEMU may be migrating
+	// drain makes hangUp read the stream to its end. QEMU 7.2 does not stop
+	// write-protecting memory when a background snapshot fails or is
+	// cancelled, and the guest would hang for ever at its next write.
+	drain bool
 
 	channel *Channel
 	stop    context.CancelFunc // ends the consumer
@@ -168,6 +175,12 @@ func (d *drive) hangUp() {
 	d.stop()
 	<-d.done
 	if d.stream != nil {
+		if d.drain {
+			// Fd makes it blocking, whatever the consumer has made it.
+			if unix.SetNonblock(int(d.stream.Fd()), false) == nil {
+				_, _ = io.Copy(io.Discard, d.stream)
+			}
+		}
 		d.stream.Close()
 		d.stream = nil
 	}
@@ -193,7 +206,8 @@ func (d *drive) again(ctx context.Context, do func(context.Context) error) error
 	}
 	x, dialErr := d.redial(ctx)
 	if dialErr != nil {
-		return errors.Join(err, dialErr)
+		// Not wrapped: that the socket is gone is not what went wrong.
+		return fmt.Errorf("%w; connecting again: %v", err, dialErr)
 	}
 	d.x = x
 	return do(ctx)
@@ -203,7 +217,10 @@ func (d *drive) putBack(ctx context.Context) error {
 	if d.started {
 		// Before hanging up: cancelled is what it was, and QEMU's log need not
 		// speak of a broken pipe.
-		err := MigrateCancel(ctx, d.x)
+		var err error
+		if !d.drain {
+			err = MigrateCancel(ctx, d.x)
+		}
 		d.hangUp()
 		if err != nil {
 			return err

@@ -68,7 +68,8 @@ with --working-set joins the two sets.
 Whatever goes wrong, or if it is interrupted, the guest does what it did before,
 QEMU's migration settings are what they were, and no checkpoint is left. If it is
 killed (SIGKILL) during --mode stop the guest stays paused; the next checkpoint of
-it lets it run first.`,
+it lets it run first. With QEMU 7.2 the guest is lost if it is killed during --mode
+background.`,
 		Example: `  qemu-system-x86_64 ... -qmp unix:/run/web1.qmp,server=on,wait=off &
   flic-migrate checkpoint --store /srv/vms --qmp /run/web1.qmp web1
   flic-migrate checkpoint --store /srv/vms --qmp /run/web1.qmp --mode live \
@@ -175,6 +176,9 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
 	if !c.monitor.given() {
 		return 0, usageError{errors.New("checkpoint needs a QEMU: --qmp or --domain, FLIC_QMP or FLIC_DOMAIN, qmp or domain in the configuration file")}
+	}
+	if c.monitor.qmp != "" && c.monitor.domain != "" {
+		return 0, errTwoMonitors
 	}
 	if c.timer != "auto" {
 		if timer, err = time.ParseDuration(c.timer); err != nil || timer <= 0 {

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"syscall"
 
+	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/domain"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
@@ -44,6 +45,7 @@ func (e usageError) Unwrap() error { return e.error }
 func exitCode(err error) int {
 	var usage usageError
 	var server serverError
+	var migration *qmp.MigrationError
 	switch {
 	case err == nil:
 		return exitOK
@@ -57,6 +59,9 @@ func exitCode(err error) int {
 		return exitNoSpace
 	case errors.Is(err, store.ErrNotFound), errors.Is(err, domain.ErrNotFound), errors.Is(err, fs.ErrNotExist):
 		return exitNotFound
+	case errors.As(err, &migration):
+		// QEMU has broken off the stream; it has the reason.
+		return exitFailed
 	case errors.Is(err, stream.ErrTruncated), errors.Is(err, stream.ErrDamaged), errors.Is(err, stream.ErrNotStream):
 		return exitStream
 	}
