@@ -86,10 +86,29 @@ func (s *TailScanner) Complete() Completion {
 const descriptionHead = 6
 
 // description returns the vmdescription that ends where tail ends, or nil.
+func description(tail []byte) []byte { return descriptionIf(tail, json.Valid) }
+
+// SectionsEnd returns where in a complete tail the sections end and QEMU_VM_EOF
+// is; -1 if it is no complete tail. It is for a tail that TailScanner has taken
+// for complete when it was saved: it does not look into the vmdescription, which
+// would take a hundred times as long.
+func SectionsEnd(tail []byte) int {
+	end := len(tail) - 1
+	if d := descriptionIf(tail, func([]byte) bool { return true }); d != nil {
+		end = len(tail) - len(d) - descriptionHead
+	}
+	if end < 0 || tail[end] != typeEOF {
+		return -1
+	}
+	return end
+}
+
+// descriptionIf returns the vmdescription that ends where tail ends and for
+// which valid says so, or nil.
 //
 // JSON has no zero byte and the head begins with one, so the head is at the
 // last zero byte of the tail or at most descriptionHead-1 before it.
-func description(tail []byte) []byte {
+func descriptionIf(tail []byte, valid func([]byte) bool) []byte {
 	last := bytes.LastIndexByte(tail, 0)
 	for at := last; at >= 0 && at > last-descriptionHead; at-- {
 		body := at + descriptionHead
@@ -97,7 +116,7 @@ func description(tail []byte) []byte {
 			int64(binary.BigEndian.Uint32(tail[at+2:])) != int64(len(tail)-body) {
 			continue
 		}
-		if tail[body] == '{' && json.Valid(tail[body:]) {
+		if tail[body] == '{' && valid(tail[body:]) {
 			return tail[body:]
 		}
 	}

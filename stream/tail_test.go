@@ -91,6 +91,25 @@ func TestParseTail(t *testing.T) {
 	}
 }
 
+func TestSectionsEnd(t *testing.T) {
+	sections := goldenTail(t)
+	bare := AppendEOF(slices.Clone(sections))
+	full := AppendDescription(slices.Clone(bare), []byte(tailJSON))
+	for _, tc := range []struct {
+		tail []byte
+		want int
+	}{
+		{bare, len(sections)}, {full, len(sections)},
+		// What is in the description does not matter, its length does.
+		{AppendDescription(slices.Clone(bare), []byte(`{"devices": nothing of the kind`)), len(sections)},
+		{full[:len(full)-1], -1}, {sections, -1}, {[]byte{0}, 0}, {nil, -1},
+	} {
+		if got := SectionsEnd(tc.tail); got != tc.want {
+			t.Errorf("%d bytes: %d, want %d", len(tc.tail), got, tc.want)
+		}
+	}
+}
+
 func TestParseTailErrors(t *testing.T) {
 	swap := func(old, new string) string {
 		if !strings.Contains(tailJSON, old) {

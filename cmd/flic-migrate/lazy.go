@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"runtime"
 	"strings"
 	"time"
 
@@ -18,11 +19,8 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
-
-// lazyPipe is the capacity of the pipe to QEMU of a lazy restore: a demanded
-// page waits for what is in it.
-const lazyPipe = 64 << 10
 
 // wantLazy decides for restore, which sees less than resume does: whether QEMU
 // has the capability postcopy-ram can be known only from its command line.
@@ -64,14 +62,21 @@ func userfaultfd() error {
 	return fmt.Errorf("userfaultfd: %w: QEMU can't restore lazily (set sysctl vm.unprivileged_userfaultfd=1, or, with QEMU 8.1 or later, give it /dev/userfaultfd, or CAP_SYS_PTRACE)", errno)
 }
 
+// lazyThreads is enough for all goroutines of a lazy restore.
+const lazyThreads = 8
+
 // serve restores c lazily over stdin and stdout.
 func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.RestoreOptions, doc *restoreReport) error {
 	in, err := pipe.New(ctx, int(r.stdin.Fd()))
 	if err != nil {
 		return err
 	}
-	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, lazyPipe)
-	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover}
+	fd := r.stdout.Fd()
+	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover, resize: func(n int) int {
+		unix.FcntlInt(fd, unix.F_SETPIPE_SZ, n)
+		n, _ = unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0)
+		return n
+	}}
 	if o.Progress != nil {
 		s.progress = func(p lazy.Progress) {
 			o.Progress(tier.Progress{Phase: "restore", Pages: p.Pages, PagesAll: p.PagesAll})
@@ -87,15 +92,25 @@ type lazyServer struct {
 	learn    time.Duration
 	recover  bool
 	progress func(lazy.Progress) // may be nil
+	resize   func(int) int       // lazy.Options.Resize
 }
 
 func (s lazyServer) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, doc *restoreReport) error {
-	lo := lazy.Options{HoldBackground: s.learn, MaxHold: 10 * s.learn, Log: s.log(), Progress: s.progress}
+	// The server's threads mostly wait. With as many as there are CPUs, one that
+	// wakes up for a request would wait for Go's scheduler, up to 10 ms, and not
+	// for the kernel's.
+	runtime.GOMAXPROCS(max(runtime.NumCPU(), lazyThreads))
 	blocks := c.Meta.WorkingSetBlocks()
-	if t, err := st.Touched(c.Ref); err != nil {
-		s.log().Warn("what earlier resumes learned can't be used", "error", err)
-	} else {
-		lo.First = t.Bind(c.Meta.PageSize, blocks)
+	lo := lazy.Options{
+		HoldBackground: s.learn, MaxHold: 10 * s.learn, Log: s.log(), Progress: s.progress, Resize: s.resize,
+		First: func() []workingset.PageRun {
+			t, err := st.Touched(c.Ref)
+			if err != nil {
+				s.log().Warn("what earlier resumes learned can't be used", "error", err)
+				return nil
+			}
+			return t.Bind(c.Meta.PageSize, blocks)
+		},
 	}
 	run := lazy.Serve
 	if s.recover {

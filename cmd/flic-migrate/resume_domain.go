@@ -47,9 +47,10 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 				server.RestoreReport, err = tier.Restore(ctx, c, conn, tier.RestoreOptions{})
 				return err
 			}
-			// A demanded page waits for what is in it.
-			conn.SetWriteBuffer(lazyPipe)
-			s := lazyServer{app: r.app, learn: r.learn, recover: r.recover}
+			s := lazyServer{app: r.app, learn: r.learn, recover: r.recover, resize: func(n int) int {
+				conn.SetWriteBuffer(n)
+				return n
+			}}
 			s.progress = func(p lazy.Progress) {
 				if p.Running && opened != nil {
 					opened()

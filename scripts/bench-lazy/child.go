@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 
@@ -30,7 +31,7 @@ type child struct {
 	Op     string // save, lazy, eager
 	Store  string
 	Rate   int64         // of the flash tier in bytes a second; 0: as it is
-	Pipe   int           // capacity of the pipe to QEMU
+	Pipe   int           // capacity of the pipe to QEMU; 0: as the server likes
 	Hold   time.Duration // lazy.Options
 	Learn  bool          // keep and use what was learned
 	Report string
@@ -84,16 +85,26 @@ func runChild(ctx context.Context, spec string) error {
 		_, err := tier.Restore(ctx, ck, os.Stdout, tier.RestoreOptions{})
 		return err
 	}
-	if c.Pipe > 0 {
-		unix.FcntlInt(os.Stdout.Fd(), unix.F_SETPIPE_SZ, c.Pipe)
-	}
-	o := lazy.Options{HoldBackground: c.Hold, MaxHold: 10 * c.Hold}
-	if c.Learn {
-		t, err := st.Touched(ck.Ref)
-		if err != nil {
-			return err
+	// As the command has it.
+	runtime.GOMAXPROCS(max(runtime.NumCPU(), 8))
+	fd := os.Stdout.Fd()
+	o := lazy.Options{HoldBackground: c.Hold, MaxHold: 10 * c.Hold, Resize: func(n int) int {
+		if c.Pipe > 0 {
+			n = c.Pipe
 		}
-		o.First = t.Bind(ck.Meta.PageSize, workingSetBlocks(ck.Meta))
+		unix.FcntlInt(fd, unix.F_SETPIPE_SZ, n)
+		n, _ = unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0)
+		return n
+	}}
+	if c.Learn {
+		o.First = func() []workingset.PageRun {
+			t, err := st.Touched(ck.Ref)
+			if err != nil {
+				fmt.Fprintln(os.Stderr, "child:", err)
+				return nil
+			}
+			return t.Bind(ck.Meta.PageSize, workingSetBlocks(ck.Meta))
+		}
 	}
 	rep, err := lazy.Serve(ctx, ck, in, os.Stdout, o)
 	if err != nil {

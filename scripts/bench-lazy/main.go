@@ -1,7 +1,7 @@
 // Command bench-lazy measures lazy restores beside eager ones and prints
 // Markdown tables (docs/lazy.md has those of one machine).
 //
-//	go run ./scripts/bench-lazy [-runs 5] [-only start,guest,waits,flash,filter]
+//	go run ./scripts/bench-lazy [-runs 5] [-only start,guest,all,waits,flash,filter]
 //
 // Restores take turns (eager, lazy, eager …); figures are medians. Files are in
 // the page cache unless the flash tier is limited. Everything is under TMPDIR,
@@ -35,7 +35,7 @@ func main() {
 		return
 	}
 	runs := flag.Int("runs", 5, "restores of each kind")
-	only := flag.String("only", "start,guest,waits,flash,filter", "what to measure")
+	only := flag.String("only", "start,guest,all,waits,flash,filter", "what to measure")
 	flag.Parse()
 	dir, err := os.MkdirTemp("", "bench-lazy")
 	if err != nil {
@@ -46,7 +46,7 @@ func main() {
 	b := &bench{ctx: ctx, dir: dir, runs: *runs}
 	for _, name := range strings.Split(*only, ",") {
 		part, ok := map[string]func() error{
-			"start": b.start, "guest": b.guest, "waits": b.waits, "flash": b.flash, "filter": b.filter,
+			"start": b.start, "guest": b.guest, "all": b.all, "waits": b.waits, "flash": b.flash, "filter": b.filter,
 		}[name]
 		err := fmt.Errorf("no measurement %q", name)
 		if ok {
@@ -119,7 +119,7 @@ type restored struct {
 
 // restore restores s from an exec: URI; with ask the guest runs and is asked
 // for something.
-func (b *bench) restore(s saved, uri string, postcopy bool, ask string) (r restored, err error) {
+func (b *bench) restore(s saved, uri string, postcopy bool, ask, report string) (r restored, err error) {
 	vm, err := qemutest.Launch(b.ctx, s.config)
 	if err != nil {
 		return r, err
@@ -161,7 +161,17 @@ func (b *bench) restore(s saved, uri string, postcopy bool, ask string) (r resto
 		}
 		r.work = time.Since(start)
 	}
-	return r, <-done
+	if err := <-done; err != nil || report == "" {
+		return r, err
+	}
+	// The server has written it when it ends, and ends no later than QEMU.
+	var text []byte
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if text, err = os.ReadFile(report); err == nil {
+			return r, json.Unmarshal(text, &r.rep)
+		}
+	}
+	return r, fmt.Errorf("%w\n%s", err, vm.Output())
 }
 
 // work lets the guest run and do something.
@@ -183,7 +193,7 @@ func (b *bench) work(vm *qemutest.VM, ask string) error {
 }
 
 func (b *bench) eager(s saved, ask string) (restored, error) {
-	return b.restore(s, "exec:exec cat "+s.stream, false, ask)
+	return b.restore(s, "exec:exec cat "+s.stream, false, ask, "")
 }
 
 func (b *bench) child(s saved, c child, ask string) (restored, error) {
@@ -193,17 +203,10 @@ func (b *bench) child(s saved, c child, ask string) (restored, error) {
 	if err != nil {
 		return restored{}, err
 	}
-	r, err := b.restore(s, uri, c.Op == "lazy", ask)
-	if err != nil || c.Op != "lazy" {
-		return r, err
+	if c.Op != "lazy" {
+		return b.restore(s, uri, false, ask, "")
 	}
-	var text []byte
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-		if text, err = os.ReadFile(c.Report); err == nil {
-			return r, json.Unmarshal(text, &r.rep)
-		}
-	}
-	return r, err
+	return b.restore(s, uri, true, ask, c.Report)
 }
 
 // turns runs the kinds of restores one after the other, runs times.
@@ -261,9 +264,10 @@ func (b *bench) tiny(mib int) (saved, error) {
 	return b.save(vm, config, fmt.Sprint("tiny", mib))
 }
 
-// linux saves a guest with a buffer of 64 MiB whose other memory is not empty.
-func (b *bench) linux(memory string) (saved, error) {
-	config := qemutest.Config{Guest: qemutest.Linux, Memory: memory, Kernel: "flic.fill=64"}
+// linux saves a guest with a buffer of so many MiB whose other memory is not
+// empty.
+func (b *bench) linux(memory string, buffer int) (saved, error) {
+	config := qemutest.Config{Guest: qemutest.Linux, Memory: memory, Kernel: fmt.Sprint("flic.fill=", buffer)}
 	vm, err := qemutest.Launch(b.ctx, config)
 	if err != nil {
 		return saved{}, err
@@ -292,7 +296,7 @@ func (b *bench) start() error {
 		}
 		t, err := b.turns(
 			func() (restored, error) { return b.eager(s, "") },
-			func() (restored, error) { return b.child(s, child{Op: "lazy", Pipe: 16 << 10}, "") })
+			func() (restored, error) { return b.child(s, child{Op: "lazy"}, "") })
 		if err != nil {
 			return err
 		}
@@ -305,7 +309,7 @@ func (b *bench) start() error {
 
 // guest: time until the guest has read and hashed 64 MiB.
 func (b *bench) guest() error {
-	s, err := b.linux("512M")
+	s, err := b.linux("512M", 64)
 	if err != nil {
 		return err
 	}
@@ -316,20 +320,26 @@ func (b *bench) guest() error {
 	t, err := b.turns(
 		func() (restored, error) { return b.eager(s, "sum") },
 		func() (restored, error) { return b.child(s, child{Op: "eager"}, "sum") },
-		lazily(child{Op: "lazy", Pipe: 16 << 10}))
+		lazily(child{Op: "lazy"}))
 	if err != nil {
 		return err
 	}
 	// In this order: the first teaches the second.
 	for _, hold := range []time.Duration{500 * time.Millisecond, 0} {
-		r, err := lazily(child{Op: "lazy", Pipe: 16 << 10, Learn: true, Hold: hold})()
+		r, err := lazily(child{Op: "lazy", Learn: true, Hold: hold})()
 		if err != nil {
 			return err
 		}
 		t = append(t, []restored{r})
 	}
 	fmt.Print("\n| restore | running, ms | 64 MiB hashed, ms | resident, ms | pages waited for |\n|---|---|---|---|---|\n")
-	for i, name := range []string{"`cat` of the raw stream", "eager", "lazy", "lazy, first, background held back 500 ms (one run)", "lazy, second (one run)"} {
+	works([]string{"`cat` of the raw stream", "eager", "lazy", "lazy, first, background held back 500 ms (one run)", "lazy, second (one run)"}, t)
+	return nil
+}
+
+// works prints restores whose guests had something to do.
+func works(names []string, t [][]restored) {
+	for i, name := range names {
 		var waited []int64
 		for _, r := range t[i] {
 			waited = append(waited, r.rep.Waited)
@@ -337,6 +347,26 @@ func (b *bench) guest() error {
 		slices.Sort(waited)
 		fmt.Printf("| %s | %s | %s | %s | %d |\n", name, ms(median(t[i], running)), ms(median(t[i], work)), ms(median(t[i], resident)), waited[len(waited)/2])
 	}
+}
+
+// all: time until the guest has read all its memory and compared it with the
+// sums it keeps, which no restore can do anything about but to be in front of it.
+func (b *bench) all() error {
+	s, err := b.linux("2G", 1200)
+	if err != nil {
+		return err
+	}
+	defer s.remove()
+	const ask = "check"
+	t, err := b.turns(
+		func() (restored, error) { return b.eager(s, ask) },
+		func() (restored, error) { return b.child(s, child{Op: "lazy"}, ask) },
+		func() (restored, error) { return b.child(s, child{Op: "lazy", Learn: true}, ask) })
+	if err != nil {
+		return err
+	}
+	fmt.Print("\n| 2 GiB, 1200 MiB of it read | running, ms | checked, ms | resident, ms | pages waited for |\n|---|---|---|---|---|\n")
+	works([]string{"`cat` of the raw stream", "lazy", "lazy, with what the ones before learned"}, t)
 	return nil
 }
 
@@ -350,7 +380,7 @@ func (b *bench) flash() error {
 	const rate = 80e6
 	t, err := b.turns(
 		func() (restored, error) { return b.child(s, child{Op: "eager", Rate: rate}, "") },
-		func() (restored, error) { return b.child(s, child{Op: "lazy", Rate: rate, Pipe: 16 << 10}, "") })
+		func() (restored, error) { return b.child(s, child{Op: "lazy", Rate: rate}, "") })
 	if err != nil {
 		return err
 	}

@@ -134,7 +134,8 @@ func newFakeQEMU(s *saved) *fakeQEMU {
 func (d *fakeQEMU) ask(id tiertest.PageID) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.asked[id], d.mayZero[id] = true, true
+	d.asked[id] = true
+	d.allowZero(id)
 	name := d.s.Blocks()[id.Block].Name
 	if name == d.lastName {
 		name = ""
@@ -143,6 +144,13 @@ func (d *fakeQEMU) ask(id tiertest.PageID) error {
 	}
 	_, err := d.rp.Write(returnpath.AppendReqPages(nil, name, id.Page*uint64(d.s.PageSize()), uint32(d.s.PageSize())))
 	return err
+}
+
+// allowZero allows ZERO for a page and for those that come with it.
+func (d *fakeQEMU) allowZero(id tiertest.PageID) {
+	for p := id.Page &^ 63; p <= id.Page|63; p++ {
+		d.mayZero[tiertest.PageID{Block: id.Block, Page: p}] = true
+	}
 }
 
 // pong says that the devices are loaded. A server that has ended does not care.

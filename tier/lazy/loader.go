@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sort"
+	"sync/atomic"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -19,10 +20,11 @@ import (
 // one sequential read.
 type loader struct {
 	c       *checkpoint.Checkpoint
-	first   []workingset.PageRun
+	first   func() []workingset.PageRun
 	busy    func() bool // demands are waiting
 	batches chan *batch // closed when all is loaded
 	free    chan *batch
+	next    atomic.Int64 // 1 + the segment that loadAll is to go on with, or 0
 }
 
 // batch is a decoded segment and the pages whose content it holds, or, without
@@ -56,7 +58,7 @@ const (
 	firstWindow = 1024
 )
 
-func newLoader(c *checkpoint.Checkpoint, first []workingset.PageRun, busy func() bool) *loader {
+func newLoader(c *checkpoint.Checkpoint, first func() []workingset.PageRun, busy func() bool) *loader {
 	l := &loader{
 		c: c, first: first, busy: busy,
 		batches: make(chan *batch, aheadBatches), free: make(chan *batch, aheadBatches+2),
@@ -74,8 +76,10 @@ func (l *loader) run(ctx context.Context) error {
 	if err := l.loadFirst(ctx, l.c.Meta.PageTables); err != nil {
 		return err
 	}
-	if err := l.loadFirst(ctx, l.first); err != nil {
-		return err
+	if l.first != nil {
+		if err := l.loadFirst(ctx, l.first()); err != nil {
+			return err
+		}
 	}
 	if err := l.loadNVRAM(ctx); err != nil {
 		return err
@@ -101,7 +105,7 @@ func (l *loader) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := l.load(ctx, runs, false); err != nil {
+	if err := l.loadAll(ctx, runs); err != nil {
 		return err
 	}
 	close(l.batches)
@@ -162,32 +166,93 @@ func (l *loader) loadNVRAM(ctx context.Context) error {
 	return nil
 }
 
-// load sorts runs by where their content lies and loads them segment by
-// segment.
+// load brings runs in the order in which their content lies in the image.
 func (l *loader) load(ctx context.Context, runs []slotRun, zero bool) error {
-	sort.Slice(runs, func(i, j int) bool { return runs[i].slot < runs[j].slot })
-	per := uint64(l.c.Image.SegmentPages)
+	runs = l.cut(runs)
 	for len(runs) > 0 {
-		b, err := l.take(ctx)
-		if err != nil {
+		n := l.together(runs)
+		if err := l.one(ctx, runs[:n], zero); err != nil {
 			return err
 		}
-		b.zero = zero
-		if runs[0].slot.Kind() == pagetable.Flash {
-			n := runs[0].slot.Value() / per
-			runs = b.cut(runs, pagetable.Make(pagetable.Flash, (n+1)*per))
-			if b.segment, err = l.c.Image.Segment(&b.reader, uint32(n)); err != nil {
-				return fmt.Errorf("page %s: %w", l.c.PageName(b.pages[0].block, b.pages[0].page), err)
-			}
-		} else {
-			b.pages = append(b.pages, runs[0])
-			runs = runs[1:]
+		runs = runs[n:]
+	}
+	return nil
+}
+
+// loadAll is load for what makes up most of a checkpoint: it goes round through
+// the image and goes on elsewhere when follow says so.
+func (l *loader) loadAll(ctx context.Context, runs []slotRun) error {
+	runs = l.cut(runs)
+	// The pieces of segment i of those that are needed are runs[at[i]:at[i+1]].
+	var at []int
+	for i := 0; i < len(runs); i += l.together(runs[i:]) {
+		at = append(at, i)
+	}
+	parts := len(at)
+	at = append(at, len(runs))
+	loaded := make([]bool, parts)
+	for i, left := 0, parts; left > 0; i = (i + 1) % parts {
+		if n := l.next.Swap(0); n > 0 {
+			slot := pagetable.Make(pagetable.Flash, uint64(n-1)*uint64(l.c.Image.SegmentPages))
+			i = sort.Search(parts, func(i int) bool { return runs[at[i]].slot >= slot }) % parts
 		}
-		if err := l.put(ctx, b); err != nil {
+		if loaded[i] {
+			continue
+		}
+		loaded[i] = true
+		left--
+		if err := l.one(ctx, runs[at[i]:at[i+1]], false); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// follow has loadAll go on with a segment. The pump calls it.
+func (l *loader) follow(segment uint32) { l.next.Store(int64(segment) + 1) }
+
+// cut sorts runs by where their content lies, and cuts those in two that lie in
+// two segments.
+func (l *loader) cut(runs []slotRun) []slotRun {
+	per := uint64(l.c.Image.SegmentPages)
+	for i := 0; i < len(runs); i++ { // also those that are appended
+		r := runs[i]
+		if room := per - r.slot.Value()%per; r.slot.Kind() == pagetable.Flash && r.step == 1 && r.count > room {
+			runs[i].count = room
+			runs = append(runs, slotRun{r.slot + pagetable.Entry(room), 1, r.block, r.page + room, r.count - room})
+		}
+	}
+	sort.Slice(runs, func(i, j int) bool { return runs[i].slot < runs[j].slot })
+	return runs
+}
+
+// together is how many of the runs at the beginning go into one batch.
+func (l *loader) together(runs []slotRun) int {
+	first, n := runs[0].slot, 1
+	if first.Kind() != pagetable.Flash {
+		return n
+	}
+	per := uint64(l.c.Image.SegmentPages)
+	for end := pagetable.Make(pagetable.Flash, (first.Value()/per+1)*per); n < len(runs) && runs[n].slot < end; {
+		n++
+	}
+	return n
+}
+
+// one makes a batch of runs that go together.
+func (l *loader) one(ctx context.Context, runs []slotRun, zero bool) error {
+	b, err := l.take(ctx)
+	if err != nil {
+		return err
+	}
+	b.zero = zero
+	b.pages = append(b.pages, runs...)
+	if runs[0].slot.Kind() == pagetable.Flash {
+		if b.segment, err = l.c.Image.Segment(&b.reader, segmentOf(l.c, runs[0].slot)); err != nil {
+			return fmt.Errorf("page %s: %w", l.c.PageName(runs[0].block, runs[0].page), err)
+		}
+	}
+	return l.put(ctx, b)
 }
 
 // take waits for a free batch, and then a little for demands to be served,
@@ -212,24 +277,4 @@ func (l *loader) put(ctx context.Context, b *batch) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-}
-
-// cut moves what lies before end from runs to the batch and returns the rest,
-// still sorted: the rest of a run that was cut in two starts at end, which is
-// where the next segment's runs start too.
-func (b *batch) cut(runs []slotRun, end pagetable.Entry) []slotRun {
-	var rest []slotRun
-	i := 0
-	for ; i < len(runs) && runs[i].slot < end; i++ {
-		r := runs[i]
-		if n := uint64(end - r.slot); r.step == 1 && r.count > n {
-			rest = append(rest, slotRun{end, 1, r.block, r.page + n, r.count - n})
-			r.count = n
-		}
-		b.pages = append(b.pages, r)
-	}
-	// There are no more rests than runs taken, so they fit in their place.
-	i -= len(rest)
-	copy(runs[i:], rest)
-	return runs[i:]
 }

@@ -51,9 +51,8 @@ func Possible(c *checkpoint.Checkpoint) error {
 
 // opening is what a lazy restore sends before the first page.
 type opening struct {
-	bytes    []byte
-	ramID    uint32 // section id of RAM, for PART and END
-	runState string
+	bytes []byte
+	ramID uint32 // section id of RAM, for PART and END
 }
 
 // maxOpening caps the literals before RAM's first page: configuration and RAM
@@ -164,16 +163,8 @@ const devicesLoaded = 3
 
 // devices writes the package: LISTEN, every device's section, PING, RUN.
 func (o *opening) devices(tail []byte) error {
-	t, err := stream.ParseTail(tail)
-	if err != nil {
-		return err
-	}
-	o.runState = t.RunState
-	end := len(tail) - 1 // QEMU_VM_EOF
-	if t.Description != nil {
-		end -= 1 + 4 + len(t.Description)
-	}
-	if end < 0 || tail[end] != 0 {
+	end := stream.SectionsEnd(tail)
+	if end < 0 {
 		return errors.New("device tail does not end in QEMU_VM_EOF")
 	}
 	pack := postcopy.AppendListen(nil)

@@ -103,7 +103,7 @@ func runChild(spec string) error {
 		if err != nil {
 			return err
 		}
-		o.First = t.Bind(ck.Meta.PageSize, blocks(ck.Meta))
+		o.First = func() []workingset.PageRun { return t.Bind(ck.Meta.PageSize, blocks(ck.Meta)) }
 	}
 	out := &dyingWriter{child: c, opening: 1}
 	if c.Op == "recover" {

@@ -25,14 +25,19 @@ import (
 type Options struct {
 	// First is sent before everything but demands and the guest's page tables:
 	// pages that earlier resumes asked for, in that order. Pages outside the
-	// blocks are ignored.
-	First []workingset.PageRun
+	// blocks are ignored. It is called
+	// once RUN is out, so that a long list does not keep the guest; nil: none.
+	First func() []workingset.PageRun
 	// HoldBackground keeps everything back that is neither in First nor in
 	// NVRAM until the guest has asked for nothing for this long (0: not at
 	// all), so that a first resume learns what the guest touches.
 	HoldBackground time.Duration
 	// MaxHold ends HoldBackground's wait for a guest that never rests.
 	MaxHold time.Duration
+	// Resize asks for another capacity of the pipe behind out and returns the
+	// one in force: small while the guest asks for pages, which wait for what
+	// is in the pipe, and larger when it does not. nil: the pipe is as it is.
+	Resize func(bytes int) int
 
 	// Progress is called a few times a second as long as nothing holds the
 	// server up, such as a store that does not answer or a QEMU that does not
@@ -63,6 +68,7 @@ type Report struct {
 	WaitMax time.Duration `json:"wait_max_ns"`
 
 	Opening  time.Duration `json:"opening_ns"`  // until RUN had been sent
+	Loaded   time.Duration `json:"loaded_ns"`   // until QEMU had loaded the devices (Serve)
 	Hot      time.Duration `json:"hot_ns"`      // until First and NVRAM had been sent
 	Resident time.Duration `json:"resident_ns"` // until the last page had been sent
 
@@ -191,15 +197,24 @@ type pump struct {
 	named  int // block of the last record in buf; -1 at a section's start
 	fill   []byte
 
-	pages *pageSource
+	pages  *pageSource
+	follow func(segment uint32)
+	// recent are the last demands, in a few places because there are several
+	// vCPUs; faulted is when the last one came.
+	recent  [4]demand
+	faulted time.Time
+	holding bool // hold is under way, so what is sent is what is learned
+	pipe    int  // capacity asked for and had; 0: not known
+
 	rep   Report
 	waits []time.Duration
 	total int64
 	tick  time.Time
 
 	demands chan demand
-	// loaded is closed when QEMU has loaded the devices.
-	loaded chan struct{}
+	// loaded is closed when QEMU has loaded the devices, at loadedAt.
+	loaded   chan struct{}
+	loadedAt time.Time
 }
 
 const (
@@ -209,10 +224,18 @@ const (
 	maxDemands = 1024
 	// writePages is how many pages go out in one write. A demand waits for
 	// at most one such write.
-	writePages = 8
-	// neighbours is how many pages behind a demanded one are sent with it if
-	// they lie in the same, already decoded segment.
-	neighbours = 7
+	writePages = 4
+	// askingPipe and restingPipe are the capacities of the pipe while the
+	// guest asks for pages and when it does not. With the smaller one each
+	// four pages cost two changes of context, and all memory is there half as
+	// fast again; with more than the larger one nothing is gained.
+	askingPipe, restingPipe = 16 << 10, 64 << 10
+	// asking is how long after a demand the guest is taken to be asking.
+	asking = 10 * time.Millisecond
+	// near is how many pages, the demanded one among them, are sent together
+	// as far as they cost no more decoding, and far how many if the guest
+	// reads on; powers of two.
+	near, far = 8, 64
 )
 
 func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, start time.Time) *pump {
@@ -229,6 +252,9 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 		p.sent = append(p.sent, bitmap.New(int64(n)))
 	}
 	p.total = c.Meta.Report.Hot + c.Meta.Report.Cold
+	for i := range p.recent {
+		p.recent[i].block = -1
+	}
 	return p
 }
 
@@ -243,10 +269,14 @@ func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) 
 
 	ld := newLoader(p.c, p.o.First, func() bool { return len(p.demands) > 0 })
 	g.Go(func() error { return ld.run(gctx) })
+	p.follow = ld.follow
 	g.Go(func() error { return p.serve(gctx, ld) })
 	err := g.Wait()
 	if err == nil {
 		p.rep.Resident = time.Since(p.start)
+	}
+	if !p.loadedAt.IsZero() {
+		p.rep.Loaded = p.loadedAt.Sub(p.start)
 	}
 	return p.report(), err
 }
@@ -278,6 +308,7 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 			continue // it has everything
 		case returnpath.Pong:
 			if m.Value == devicesLoaded && !p.devicesLoaded() {
+				p.loadedAt = time.Now()
 				close(p.loaded)
 			}
 			continue
@@ -304,6 +335,11 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 
 // serve sends what the loader brings, and before it whatever is asked for.
 func (p *pump) serve(ctx context.Context, ld *loader) error {
+	// What QEMU's threads do with other pages would only keep it from loading
+	// the devices, and the guest from running.
+	if err := p.untilLoaded(ctx); err != nil {
+		return err
+	}
 	for {
 		if err := p.yield(ctx); err != nil {
 			return err
@@ -325,6 +361,26 @@ func (p *pump) serve(ctx context.Context, ld *loader) error {
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// untilLoaded serves demands alone until QEMU has loaded the devices. Nor may
+// the migration end before: a zero page that a device touches after END is asked
+// for in vain, and QEMU waits for the device and the device for the page
+// (migration/savevm.c, postcopy_ram_listen_thread waits for
+// main_thread_load_event).
+func (p *pump) untilLoaded(ctx context.Context) error {
+	for !p.devicesLoaded() {
+		select {
+		case d := <-p.demands:
+			if err := p.demanded(d); err != nil {
+				return err
+			}
+		case <-p.loaded:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
 }
 
 // yield writes what is there and serves the demands that have come.
@@ -352,6 +408,8 @@ func (p *pump) hold(ctx context.Context) error {
 	if p.o.HoldBackground <= 0 {
 		return nil
 	}
+	p.holding = true
+	defer func() { p.holding = false }()
 	begin := time.Now()
 	quiet := time.NewTimer(p.o.HoldBackground)
 	defer quiet.Stop()
@@ -378,13 +436,14 @@ func (p *pump) hold(ctx context.Context) error {
 // demanded answers a request.
 func (p *pump) demanded(d demand) error {
 	p.rep.Demands++
+	p.faulted = time.Now()
 	if p.sent[d.block].Has(int64(d.page)) {
 		return nil // on its way, or another vCPU's request
 	}
 	if err := p.flush(); err != nil {
 		return err
 	}
-	err := p.pages.visit(d.block, d.page, func(block int, page uint64, data []byte) error {
+	segment, err := p.pages.visit(d.block, d.page, func(block int, page uint64, data []byte) error {
 		if data == nil {
 			p.rep.Zero++
 		}
@@ -399,17 +458,73 @@ func (p *pump) demanded(d demand) error {
 	p.rep.Waited++
 	p.waits = append(p.waits, time.Since(d.at))
 	p.touch(d.block, d.page)
-	err = p.pages.neighbours(d.block, d.page, neighbours, func(block int, page uint64, data []byte) error {
-		// Whether the guest touches it can't be seen any more once it is sent.
-		if data != nil && !p.sent[block].Has(int64(page)) {
-			p.touch(block, page)
+	return p.around(d, segment)
+}
+
+// around sends what lies near a demanded page, and has the loader go on there.
+// Otherwise a guest that reads all its memory would be in front of the loader all
+// the way and wait for each page. Guests do that in both directions: much of what
+// Linux allocates in a row lies in descending order.
+func (p *pump) around(d demand, segment int64) error {
+	n, next := uint64(near), segment
+	if !p.holding && p.devicesLoaded() {
+		if was, ok := p.readsOn(d); ok {
+			// By the time the guest is through with this, the next is there.
+			n, next = far, segment+1
+			if d.page < was.page {
+				next = segment - 1
+			}
 		}
-		return p.send(block, page, data)
+		if next >= 0 && segment >= 0 {
+			p.follow(uint32(next))
+		}
+		copy(p.recent[1:], p.recent[:])
+		p.recent[0] = d
+	}
+	err := p.pages.around(d.block, d.page, n, func(block int, page uint64, data []byte) error {
+		if p.sent[block].Has(int64(page)) {
+			return nil
+		}
+		// Whether the guest touches it can't be seen any more once it is sent.
+		p.touch(block, page)
+		if err := p.append(block, page, data); err != nil || !p.full() {
+			return err
+		}
+		if n == far && len(p.demands) > 0 {
+			return errStop // others wait for theirs
+		}
+		return p.flush()
 	})
-	if err != nil {
+	if err != nil && err != errStop {
 		return err
 	}
 	return p.flush()
+}
+
+// readsOn tells whether a demand is near a recent one, and which.
+func (p *pump) readsOn(d demand) (demand, bool) {
+	for _, r := range p.recent {
+		if r.block == d.block && r.page < d.page+2*far && d.page < r.page+2*far {
+			return r, true
+		}
+	}
+	return demand{}, false
+}
+
+// resize makes the pipe fit for what the guest does.
+func (p *pump) resize() {
+	if p.o.Resize == nil {
+		return
+	}
+	want := restingPipe
+	if time.Since(p.faulted) < asking {
+		want = askingPipe
+	}
+	// The kernel refuses while more is in it than it is to hold; then the next
+	// write tries again.
+	if p.pipe != want {
+		p.pipe = p.o.Resize(want)
+	}
 }
 
 func (p *pump) touch(block int, page uint64) {
@@ -489,6 +604,7 @@ func (p *pump) flush() error {
 	}
 	p.buf = ramparse.AppendEOS(p.buf)
 	p.buf = stream.AppendFooter(p.buf, p.ramID)
+	p.resize()
 	err := p.write(p.buf)
 	p.buf = p.buf[:0]
 	p.progress()
@@ -501,22 +617,8 @@ func (p *pump) write(b []byte) error {
 	return err
 }
 
-// finish ends the migration, but not before QEMU has loaded the devices: a zero
-// page that one of them touches after END is asked for in vain, and QEMU waits
-// for the device and the device for the page (migration/savevm.c,
-// postcopy_ram_listen_thread waits for main_thread_load_event).
+// finish ends the migration.
 func (p *pump) finish(ctx context.Context) error {
-	for !p.devicesLoaded() {
-		select {
-		case d := <-p.demands:
-			if err := p.demanded(d); err != nil {
-				return err
-			}
-		case <-p.loaded:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
 	if err := p.yield(ctx); err != nil {
 		return err
 	}

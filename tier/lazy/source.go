@@ -33,28 +33,34 @@ func newPageSource(c *checkpoint.Checkpoint) *pageSource {
 	return s
 }
 
-// visit hands a page's content to send.
-func (s *pageSource) visit(block int, page uint64, send sender) error {
+// visit hands a page's content to send and tells which segment it is in, -1 if
+// in none.
+func (s *pageSource) visit(block int, page uint64, send sender) (segment int64, err error) {
 	run, err := s.c.Table.Find(block, page)
 	if err != nil {
-		return err
+		return -1, err
 	}
 	e := run.Entry(0)
 	var seg *image.Segment
+	segment = -1
 	if e.Kind() == pagetable.Flash {
-		if seg, err = s.segment(segmentOf(s.c, e)); err != nil {
-			return fmt.Errorf("page %s: %w", s.c.PageName(block, page), err)
+		n := segmentOf(s.c, e)
+		segment = int64(n)
+		if seg, err = s.segment(n); err != nil {
+			return segment, fmt.Errorf("page %s: %w", s.c.PageName(block, page), err)
 		}
 	}
-	return content(s.c, seg, s.page, block, page, e, send)
+	return segment, content(s.c, seg, s.page, block, page, e, send)
 }
 
-// neighbours hands the pages behind a page that visit was asked for to send, up
-// to n of them, as long as they cost no more decoding.
-func (s *pageSource) neighbours(block int, page uint64, n uint64, send sender) error {
-	last := min(page+n, s.c.Table.Pages(block)-1)
-	for page++; page <= last; page++ {
-		run, err := s.c.Table.Find(block, page)
+// around hands the other pages of the aligned n pages around a page that visit was
+// asked for to send, those behind it first, as far as they cost no more decoding.
+func (s *pageSource) around(block int, page uint64, n uint64, send sender) error {
+	first := page &^ (n - 1)
+	end := min(first+n, s.c.Table.Pages(block))
+	for i := uint64(1); i < end-first; i++ {
+		other := first + (page-first+i)%(end-first)
+		run, err := s.c.Table.Find(block, other)
 		if err != nil {
 			return err
 		}
@@ -62,10 +68,10 @@ func (s *pageSource) neighbours(block int, page uint64, n uint64, send sender) e
 		var seg *image.Segment
 		if e.Kind() == pagetable.Flash {
 			if seg = s.cached(segmentOf(s.c, e)); seg == nil {
-				return nil
+				continue
 			}
 		}
-		if err := content(s.c, seg, s.page, block, page, e, send); err != nil {
+		if err := content(s.c, seg, s.page, block, other, e, send); err != nil {
 			return err
 		}
 	}
