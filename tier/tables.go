@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/mmu"
 	"github.com/flic-migrate/flic-migrate/tier/pagetable"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -88,13 +90,13 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 		},
 		Table: func(gpa uint64, n int) error {
 			block, offset, _ := layout.Find(gpa, uint64(n))
-			first, last := offset/size, (offset+uint64(n)-1)/size
-			if k := len(runs) - 1; k >= 0 && runs[k].Block == block && first-runs[k].Page <= runs[k].Count {
-				// Next to the one before, or in the same page.
-				runs[k].Count = max(runs[k].Count, last+1-runs[k].Page)
-				return nil
+			for page := offset / size; page <= (offset+uint64(n)-1)/size; page++ {
+				// A table without entries is a page of zeros: there is nothing
+				// to store, and nobody waits long for it.
+				if e := s.table.Get(block, page); e.Kind() == pagetable.NVRAM || e.Kind() == pagetable.Flash {
+					runs = appendPage(runs, block, page)
+				}
 			}
-			runs = append(runs, workingset.PageRun{Block: block, Page: first, Count: last + 1 - first})
 			return nil
 		},
 	}
@@ -107,32 +109,92 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 	return runs, w.Walk(ctx, spaces)
 }
 
+// appendPage lists a page. On aarch64 two tables can be in one page.
+func appendPage(runs []workingset.PageRun, block int, page uint64) []workingset.PageRun {
+	if n := len(runs); n > 0 && runs[n-1].Block == block {
+		switch r := &runs[n-1]; page {
+		case r.Page + r.Count:
+			r.Count++
+			return runs
+		case r.Page + r.Count - 1:
+			return runs
+		}
+	}
+	return append(runs, workingset.PageRun{Block: block, Page: page, Count: 1})
+}
+
 // promote moves pages from flash to NVRAM. Their flash slots stay, for nobody or
-// for pages that share them.
+// for pages that share them. If there is no room, pages of the lowest heat that
+// is in NVRAM make some.
 func (p *placer) promote(runs []workingset.PageRun) error {
 	if p.region == nil {
 		return nil
 	}
+	p.last.ok = false
+	victim := len(p.slots)
 	moved := false
 	for _, r := range runs {
 		for page := r.Page; page < r.Page+r.Count; page++ {
 			e := p.s.table.Get(r.Block, page)
-			if e.Kind() != pagetable.Flash || len(p.slots) >= p.region.Slots() {
+			if e.Kind() != pagetable.Flash {
 				continue
+			}
+			slot := len(p.slots)
+			if slot == p.region.Slots() {
+				var err error
+				if victim, err = p.demote(victim); err != nil {
+					return err
+				}
+				if slot = victim; slot < 0 {
+					break
+				}
+			} else {
+				p.slots = append(p.slots, checkpoint.NVRAMSlot{})
 			}
 			if err := p.content(p.s.scratch, e); err != nil {
 				return err
 			}
-			e, err := p.store(r.Block, page, p.s.scratch, true)
-			if err != nil {
+			p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(p.s.scratch), Block: uint32(r.Block), Page: page}
+			if err := p.region.Write(slot, p.s.scratch); err != nil {
 				return err
 			}
-			p.set(r.Block, page, e)
+			p.set(r.Block, page, pagetable.Make(pagetable.NVRAM, uint64(slot)))
 			moved = true
 		}
 	}
 	if !moved {
 		return nil
 	}
+	if err := p.flush(); err != nil {
+		return err
+	}
 	return p.syncNVRAM()
+}
+
+// demote moves the page of an NVRAM slot below `before` to flash and returns the
+// slot, or -1 if there is none whose page is as cold as the coldest.
+func (p *placer) demote(before int) (int, error) {
+	for slot := before - 1; slot >= 0; slot-- {
+		s := p.slots[slot]
+		block, page := int(s.Block), s.Page
+		if p.shared[slot] || p.hot.ws.Heat(block, int64(page)) > p.hot.min {
+			continue
+		}
+		p.rewritten[slot] = true
+		e := pagetable.Make(pagetable.NVRAM, uint64(slot))
+		if p.s.table.Get(block, page) != e {
+			return slot, nil // sent again as something that needs no slot
+		}
+		if err := p.content(p.s.scratch, e); err != nil {
+			return 0, err
+		}
+		e, err := p.store(block, page, p.s.scratch, false)
+		if err != nil {
+			return 0, err
+		}
+		p.set(block, page, e)
+		p.s.rep.Surplus++
+		return slot, nil
+	}
+	return -1, nil
 }

@@ -76,7 +76,7 @@ func TestLinuxGuests(t *testing.T) {
 			// The kernel's tables are much the same in both saves.
 			for _, c := range []*checkpoint.Report{&cold.Report, &both.Report} {
 				late := strings.Contains(c.NoPageTables, "could be read in") // a busy host
-				if !late && (c.PageTables < 40 || c.PageTables > 400 || c.NoPageTables != "") {
+				if !late && (c.PageTables < 25 || c.PageTables > 400 || c.NoPageTables != "") {
 					t.Errorf("%d guest page tables found %s", c.PageTables, c.NoPageTables)
 				}
 			}

@@ -34,8 +34,8 @@ type Meta struct {
 	NVRAM        *NVRAM    `json:"nvram,omitempty"`
 	Libvirt      *Libvirt  `json:"libvirt,omitempty"` // if the VM is one of libvirt's
 
-	// PageTables are the pages of the guest's own page tables, the top ones
-	// first: what its MMU reads before it can touch anything else.
+	// PageTables are the pages of the guest's own page tables that have
+	// entries, the top ones first: what its MMU reads before it can touch anything else.
 	PageTables []workingset.PageRun `json:"page_tables,omitempty"`
 	// TailChunk is the skeleton chunk with which the device tail begins.
 	TailChunk int `json:"tail_chunk"`
