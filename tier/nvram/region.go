@@ -102,8 +102,9 @@ func (r *Region) check(slot, page int) error {
 }
 
 // Write puts a page into its slot. It copies the page, which may be reused at
-// once. A slot can be written again, which needs another Sync. Several goroutines may write.
-// After an error the region can only be released.
+// once. A slot can be written again, also after Sync, which it then needs once
+// more. Several goroutines may write. After an error the region can only be
+// released.
 func (r *Region) Write(slot int, page []byte) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
