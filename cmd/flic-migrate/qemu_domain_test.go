@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -29,15 +30,15 @@ type domainLab struct {
 	name string
 }
 
-// newDomainLab starts a domain of Linux whose QEMU is this user's. libvirt's
-// saves of it wait for the file slow/go.
-func newDomainLab(t *testing.T, name string, user int) *domainLab {
+// newDomainLab starts a domain whose QEMU is this user's. libvirt's saves of it
+// wait for the file slow/go.
+func newDomainLab(t *testing.T, name string, guest qemutest.Guest, kernel string, user int) *domainLab {
 	t.Helper()
 	d := &domainLab{newHost(t, qemutest.LibvirtConfig{QEMU: ourFormats, Path: []string{"slow"}}), newLab(t), name}
 	ok(t, os.Mkdir(d.path("slow"), 0o755))
 	script := fmt.Sprintf("#!/bin/sh\ncase $1 in -c) while [ ! -e %s ]; do /bin/sleep 0.1; done ;; esac\nexec %s \"$@\"\n", d.path("slow/go"), d.path("bin/lzop"))
 	ok(t, os.WriteFile(d.path("slow/lzop"), []byte(script), 0o755))
-	ok(t, d.Define(t.Context(), qemutest.Domain{Name: name, Guest: qemutest.Linux, Memory: strings.TrimSuffix(qemutest.LiveMemory, "K"), Kernel: "flic.fill=16 flic.dirty=10"}))
+	ok(t, d.Define(t.Context(), qemutest.Domain{Name: name, Guest: guest, Memory: strings.TrimSuffix(qemutest.LiveMemory, "K"), Kernel: kernel}))
 	// That user has no way to this one's files.
 	ok(t, os.Chmod(d.Dir, 0o711))
 	text := d.Do(t, "dumpxml", "--inactive", name)
@@ -95,7 +96,7 @@ func (d *domainLab) gone(t *testing.T) {
 // A domain is watched, saved and started again, eagerly and lazily, and libvirt
 // always knows what it does.
 func TestDomain(t *testing.T) {
-	d := newDomainLab(t, "web1", libvirtUser)
+	d := newDomainLab(t, "web1", qemutest.Linux, "flic.fill=16 flic.dirty=10", libvirtUser)
 	vm := d.attach(t)
 	vm.WaitFor(t, `flic ready`)
 	before := settings(t, vm)
@@ -200,11 +201,15 @@ func TestDomain(t *testing.T) {
 // With userfaultfd, which root may use, the guest runs before its memory is there.
 // If what serves it fails, the guest waits, and goes on with another server.
 func TestDomainLazy(t *testing.T) {
-	d := newDomainLab(t, "web1", 0)
+	d := newDomainLab(t, "web1", qemutest.Debian, "flic.fill=8 flic.dirty=10 flic.read=etc", 0)
 	vm := d.attach(t)
 	vm.WaitFor(t, `flic ready`)
 	before := settings(t, vm)
-	d.on(t, "checkpoint", "--then", "quit", "vm")
+	var saved checkpointReport
+	ok(t, json.Unmarshal([]byte(d.on(t, "checkpoint", "--mode", "background", "--then", "quit", "--json", "vm")), &saved))
+	if saved.Mode != "background" || len(saved.Warnings) > 0 {
+		t.Errorf("%+v", saved)
+	}
 	d.gone(t)
 	var rep resumeReport
 	ok(t, json.Unmarshal([]byte(d.on(t, "resume", "--lazy", "always", "--json", "vm")), &rep))
@@ -215,6 +220,10 @@ func TestDomainLazy(t *testing.T) {
 	}
 	t.Logf("running after %v, all there after %v", rep.Running, rep.Resident)
 	vm = d.attach(t)
+	// Of these files it has nothing in its memory: its disk is there, too.
+	if n, err := strconv.Atoi(vm.Ask(t, "read usr/sbin")); err != nil || n < 1000 {
+		t.Errorf("read %d bytes, %v", n, err)
+	}
 	if after := settings(t, vm); after != before {
 		t.Errorf("settings were\n%s\nand are\n%s", before, after)
 	}
@@ -268,7 +277,7 @@ func TestDomainLazy(t *testing.T) {
 
 // Whatever goes wrong, the guest goes on, libvirt knows it, and nothing is left.
 func TestDomainFailures(t *testing.T) {
-	d := newDomainLab(t, "web1", libvirtUser)
+	d := newDomainLab(t, "web1", qemutest.Linux, "flic.fill=16 flic.dirty=10", libvirtUser)
 	vm := d.attach(t)
 	vm.WaitFor(t, `flic ready`)
 	before := settings(t, vm)
