@@ -62,12 +62,11 @@ type SaveOptions struct {
 
 // Progress is how far a save or a restore is.
 type Progress struct {
-	Phase     string // "ram", "sync", "tail", "commit"; "restore", "verify"
-	Pages     int64  // done
-	PagesAll  int64  // 0 while not known
-	BytesIn   int64
-	BytesOut  int64 // written to flash and NVRAM, or to the stream
-	LastPhase bool
+	Phase    string // "ram", "sync", "tail", "commit"; "restore", "verify"
+	Pages    int64  // done
+	PagesAll int64  // 0 while not known
+	BytesIn  int64
+	BytesOut int64 // written to flash and NVRAM, or to the stream
 }
 
 const progressEvery = 200 * time.Millisecond
@@ -80,6 +79,9 @@ var ErrVolatile = errors.New("NVRAM file is on a volatile file system: hot pages
 // checkpoint of o.VM. It returns when the checkpoint is durable, or with an
 // error and nothing left behind. A source that opened a return path has then
 // been told which of the two it is: QEMU's "completed" is Save's nil.
+//
+// An in that stays open when the stream has ended, as QEMU's end of a return path
+// does, must be a [Pipe]: any other is read to its end.
 //
 // Errors wrap stream.ErrTruncated, stream.ErrDamaged or stream.ErrNotStream
 // if the stream is at fault, and syscall.ENOSPC if there is no room.
@@ -572,15 +574,14 @@ func (s *saver) tail() error {
 				break
 			}
 		}
-		b, err := s.cur.Peek(1)
-		if err == io.EOF {
+		if _, err := s.cur.Peek(1); err == io.EOF {
 			done = s.complete(sc)
 			break
-		}
-		if err != nil {
+		} else if err != nil {
 			return stream.Wrap("device tail", s.cur.Offset(), err)
 		}
-		if b, err = s.cur.Next(s.cur.Buffered()); err != nil {
+		b, err := s.cur.Next(s.cur.Buffered())
+		if err != nil {
 			return err
 		}
 		if _, err := sc.Write(b); err != nil {

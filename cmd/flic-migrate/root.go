@@ -47,6 +47,13 @@ func run(a *app, args []string) int {
 
 	root := newRoot(a)
 	root.SetArgs(args)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		// The flags of a verb that is misspelt are not to blame.
+		if cmd == root && !strings.HasPrefix(args[0], "-") {
+			return noVerb(args[0])
+		}
+		return err
+	})
 	cmd, err := root.ExecuteContextC(ctx)
 	if err != nil && !a.started {
 		err = usageError{err}
@@ -61,6 +68,10 @@ func run(a *app, args []string) int {
 		fmt.Fprintf(a.stderr, "%s\n", a.last)
 	}
 	return exitCode(err)
+}
+
+func noVerb(name string) error {
+	return usageError{fmt.Errorf("there is no verb %q; see flic-migrate --help", name)}
 }
 
 // oneLine keeps messages to the one line that is promised: joined errors come
@@ -93,7 +104,7 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 		Args:          cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return usageError{fmt.Errorf("there is no verb %q; see flic-migrate --help", args[0])}
+				return noVerb(args[0])
 			}
 			if isTerminal(a.stdin) {
 				return cmd.Help()
