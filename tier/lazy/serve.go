@@ -231,7 +231,7 @@ const (
 	// fast again; with more than the larger one nothing is gained.
 	askingPipe, restingPipe = 16 << 10, 64 << 10
 	// asking is how long after a demand the guest is taken to be asking.
-	asking = 10 * time.Millisecond
+	asking = 50 * time.Millisecond
 	// near is how many pages, the demanded one among them, are sent together
 	// as far as they cost no more decoding, and far how many if the guest
 	// reads on; powers of two.

@@ -360,7 +360,7 @@ func TestResize(t *testing.T) {
 			check(t, d.ask(tiertest.PageID{Page: 4000}))
 			settle()
 		case 120:
-			settle() // longer than a guest is taken to be asking
+			time.Sleep(80 * time.Millisecond) // longer than a guest is taken to be asking
 		}
 	}
 	d.run(t, t.Context(), lazy.Serve, lazy.Options{Resize: func(n int) int {
