@@ -39,9 +39,10 @@ type placer struct {
 	hot       hotSet
 	nvfile    *nvram.File
 	region    *nvram.Region
-	slots     []checkpoint.NVRAMSlot // those in use
-	rewritten []bool                 // NVRAM slots whose content was replaced
-	shared    []bool                 // NVRAM slots that more than one page has
+	slots     []checkpoint.NVRAMSlot // those given out
+	rewritten []bool                 // slots whose content was replaced
+	users     []uint32               // by slot: pages that have it
+	free      []int                  // slots given out that no page has any more
 
 	index      *dedup.Index
 	chunkPages int
@@ -198,15 +199,30 @@ func (p *placer) openNVRAM() error {
 	p.hot = newHotSet(ws, int64(p.region.Slots()))
 	p.s.rep.Surplus = max(0, hot-int64(p.region.Slots()))
 	n := p.region.Slots()
-	p.rewritten, p.shared = make([]bool, n), make([]bool, n)
+	p.rewritten, p.users = make([]bool, n), make([]uint32, n)
 	return nil
 }
 
-// set replaces a page's entry.
+// set replaces a page's entry. It is the only one who does, so that it is known
+// who uses a slot.
 func (p *placer) set(block int, page uint64, e pagetable.Entry) {
 	old := p.s.table.Set(block, page, e)
-	if k := old.Kind(); (k == pagetable.NVRAM || k == pagetable.Flash) && old != e {
+	if old == e {
+		return
+	}
+	if e.Kind() == pagetable.NVRAM {
+		p.users[e.Value()]++
+	}
+	switch old.Kind() {
+	case pagetable.NVRAM:
 		p.s.rep.Superseded++
+		// Slots that were taken back are not there any more.
+		if p.users[old.Value()]--; p.users[old.Value()] == 0 && old.Value() < uint64(len(p.slots)) {
+			p.free = append(p.free, int(old.Value()))
+		}
+	case pagetable.Flash:
+		p.s.rep.Superseded++
+		p.s.rep.SupersededFlash++
 	}
 }
 
@@ -239,7 +255,7 @@ func (p *placer) page(block int, page uint64, data []byte) error {
 // rewrite puts a page that has an NVRAM slot of its own into it again.
 func (p *placer) rewrite(block int, page uint64, data []byte) (done bool, err error) {
 	e := p.s.table.Get(block, page)
-	if e.Kind() != pagetable.NVRAM || p.shared[e.Value()] {
+	if e.Kind() != pagetable.NVRAM || p.users[e.Value()] > 1 {
 		return false, nil
 	}
 	p.last.ok = false
@@ -272,9 +288,6 @@ func (p *placer) single(block int, page uint64, data []byte, hot bool) error {
 }
 
 func (p *placer) share(block int, page uint64, e pagetable.Entry) {
-	if e.Kind() == pagetable.NVRAM {
-		p.shared[e.Value()] = true
-	}
 	p.s.rep.Duplicate++
 	p.set(block, page, e)
 }
@@ -311,6 +324,9 @@ func (p *placer) paired(block int, page uint64, data []byte, hot bool) error {
 		p.takeBack()
 		for i, pg := range []uint64{first.page, page} {
 			p.s.rep.Superseded-- // nothing was stored after all
+			if e.Kind() == pagetable.Flash {
+				p.s.rep.SupersededFlash--
+			}
 			p.share(block, pg, known+pagetable.Entry(i))
 		}
 	}
@@ -319,7 +335,10 @@ func (p *placer) paired(block int, page uint64, data []byte, hot bool) error {
 
 // canTakeBack tells whether the pair that starts at e can still be removed.
 func (p *placer) canTakeBack(e pagetable.Entry) bool {
-	return e.Kind() == pagetable.NVRAM || p.seg != nil && e.Value() >= uint64(p.seg.Number)*uint64(p.segmentPages())
+	if e.Kind() == pagetable.NVRAM {
+		return e.Value()+2 == uint64(len(p.slots)) // and not slots used again
+	}
+	return p.seg != nil && e.Value() >= uint64(p.seg.Number)*uint64(p.segmentPages())
 }
 
 // takeBack frees the two slots that were given out last.
@@ -343,9 +362,9 @@ func (p *placer) pair(e pagetable.Entry) ([]byte, error) {
 
 // store gives content a slot of its own.
 func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagetable.Entry, error) {
-	if hot && len(p.slots) < p.region.Slots() {
-		slot := len(p.slots)
-		p.slots = append(p.slots, checkpoint.NVRAMSlot{CRC: integrity.Checksum(data), Block: uint32(block), Page: page})
+	if hot && p.room() {
+		slot := p.takeSlot()
+		p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(data), Block: uint32(block), Page: page}
 		return pagetable.Make(pagetable.NVRAM, uint64(slot)), p.region.Write(slot, data)
 	}
 	// A full segment leaves when the next page comes, so that a pair in it
@@ -361,6 +380,24 @@ func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagetable
 	slot := uint64(p.seg.Number)*uint64(p.segmentPages()) + uint64(len(p.seg.Data)/p.pageSize)
 	p.seg.Data = append(p.seg.Data, data...)
 	return pagetable.Make(pagetable.Flash, slot), nil
+}
+
+// room tells whether there is an NVRAM slot for one more page.
+func (p *placer) room() bool {
+	return p.region != nil && (len(p.free) > 0 || len(p.slots) < p.region.Slots())
+}
+
+// takeSlot gives out a slot that has been freed, or else the next: hot pages that
+// come again and again must not use up what is reserved for the others.
+func (p *placer) takeSlot() int {
+	if n := len(p.free); n > 0 {
+		slot := p.free[n-1]
+		p.free = p.free[:n-1]
+		p.rewritten[slot] = true
+		return slot
+	}
+	p.slots = append(p.slots, checkpoint.NVRAMSlot{})
+	return len(p.slots) - 1
 }
 
 func (p *placer) segmentPages() int { return p.s.img.SegmentPages() }
@@ -531,14 +568,14 @@ func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
 }
 
 // Stale implements dedup.Source: an NVRAM slot that was written again holds
-// something else.
+// something else, and one that nobody uses will.
 func (p *placer) Stale(at dedup.Place) bool {
 	e := placeEntry(at)
 	if e.Kind() != pagetable.NVRAM {
 		return false
 	}
 	for i := range uint64(p.chunkPages) {
-		if p.rewritten[e.Value()+i] {
+		if slot := e.Value() + i; p.rewritten[slot] || p.users[slot] == 0 {
 			return true
 		}
 	}

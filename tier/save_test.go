@@ -350,6 +350,36 @@ func TestNoStalePage(t *testing.T) {
 	}
 }
 
+// TestHotResent: hot pages that come again and again, many of them equal to others
+// for a while, never reach flash, and need no more NVRAM than there are of them.
+func TestHotResent(t *testing.T) {
+	resent := int64(0)
+	for seed := range uint64(20) {
+		s := tiertest.New(tiertest.Options{Seed: seed, Passes: 8, Resend: 0.7, Pool: 2,
+			Blocks: []tiertest.Block{{Name: "m", Size: 256 << 10}},
+			Mix:    tiertest.Mix{tiertest.Duplicate: 4, tiertest.Zero: 1, tiertest.Alike: 2}})
+		l := newLab(t, crashfs.New(0), "/")
+		for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
+			ref, m := l.save(t, s, tier.SaveOptions{WorkingSet: hotSet(t, s, every(1)), Energy: energy})
+			l.holds(t, ref, s)
+			if r := m.Report; r.Cold != 0 || r.SupersededFlash != 0 || r.NVRAMBytes > int64(s.Pages(0))*int64(s.PageSize()) {
+				t.Errorf("seed %d, energy %s: %d of %d pages on flash, %d written there in vain, %d bytes of NVRAM",
+					seed, energy, r.Cold, r.Pages, r.SupersededFlash, r.NVRAMBytes)
+			}
+			resent += m.Report.Resent
+		}
+		// Cold ones are written in vain, and that is said.
+		ref, m := l.save(t, s, tier.SaveOptions{Energy: dedup.EnergyFull})
+		l.holds(t, ref, s)
+		if r := m.Report; r.SupersededFlash == 0 || r.SupersededFlash != r.Superseded || r.SupersededFlash > r.Resent {
+			t.Errorf("seed %d, cold: %+v", seed, r)
+		}
+	}
+	if resent < 1000 {
+		t.Errorf("%d pages came again, which shows little", resent)
+	}
+}
+
 // TestReturnPath answers a source that waits: PONG with the value of each PING,
 // in order, and SHUT once, last.
 func TestReturnPath(t *testing.T) {

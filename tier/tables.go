@@ -139,21 +139,19 @@ func (p *placer) promote(runs []workingset.PageRun) error {
 			if e.Kind() != pagetable.Flash {
 				continue
 			}
-			slot := len(p.slots)
-			if slot == p.region.Slots() {
+			if !p.room() {
 				var err error
 				if victim, err = p.demote(victim); err != nil {
 					return err
 				}
-				if slot = victim; slot < 0 {
+				if victim < 0 {
 					break
 				}
-			} else {
-				p.slots = append(p.slots, checkpoint.NVRAMSlot{})
 			}
 			if err := p.content(p.s.scratch, e); err != nil {
 				return err
 			}
+			slot := p.takeSlot()
 			p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(p.s.scratch), Block: uint32(r.Block), Page: page}
 			if err := p.region.Write(slot, p.s.scratch); err != nil {
 				return err
@@ -171,19 +169,15 @@ func (p *placer) promote(runs []workingset.PageRun) error {
 	return p.syncNVRAM()
 }
 
-// demote moves the page of an NVRAM slot below `before` to flash and returns the
-// slot, or -1 if there is none whose page is as cold as the coldest.
+// demote frees an NVRAM slot below `before` by moving its page to flash, and
+// returns the slot, or -1 if there is none whose page is as cold as the coldest.
 func (p *placer) demote(before int) (int, error) {
 	for slot := before - 1; slot >= 0; slot-- {
 		s := p.slots[slot]
 		block, page := int(s.Block), s.Page
-		if p.shared[slot] || p.hot.ws.Heat(block, int64(page)) > p.hot.min {
-			continue
-		}
-		p.rewritten[slot] = true
 		e := pagetable.Make(pagetable.NVRAM, uint64(slot))
-		if p.s.table.Get(block, page) != e {
-			return slot, nil // sent again as something that needs no slot
+		if p.users[slot] != 1 || p.s.table.Get(block, page) != e || p.hot.ws.Heat(block, int64(page)) > p.hot.min {
+			continue
 		}
 		if err := p.content(p.s.scratch, e); err != nil {
 			return 0, err
