@@ -2,10 +2,12 @@ package main
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -120,5 +122,71 @@ func TestCheckpointModes(t *testing.T) {
 		runsOn(t, vm)
 		checks(t, vm)
 		vm.Kill()
+	}
+}
+
+// What becomes of the guest afterwards, and that what was saved is its memory,
+// byte for byte. QEMU may start no processes, and the monitors are of both kinds.
+func TestCheckpointThen(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		paused bool // before
+		flags  []string
+		state  string
+	}{
+		{"stop, pause", false, []string{"--then", "pause"}, "postmigrate"},
+		{"live, pause", false, []string{"--mode", "live", "--downtime", "20ms", "--then", "pause"}, "postmigrate"},
+		{"impatient, pause", false, []string{"--mode", "live", "--patience", "1ns", "--then", "pause"}, "postmigrate"},
+		{"paused, background", true, []string{"--mode", "background"}, "postmigrate"},
+		{"live, quit", false, []string{"--mode", "live", "--then", "quit"}, "ended"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			ctx, l := limit(t), newLab(t)
+			c := q35.tiny(t, qemutest.LiveMemory, varied(2048), 60)
+			source := c
+			port := freePort(t)
+			source.Args = append(slices.Clone(c.Args), "-sandbox", "on,spawn=deny", "-qmp", "tcp:"+port+",server=on,wait=off")
+			vm := qemutest.Start(t, source)
+			vm.WaitFor(t, `tick 00000002\r`)
+			flags := append(test.flags, l.hot(t, vm)...)
+			if test.paused {
+				ok(t, qmp.Stop(ctx, vm.QMP))
+				flags = append(flags, "--qmp", port)
+			}
+			// Split, because l.hot makes words of an exec: URI.
+			rep := l.checkpoint(t, vm, strings.Fields(strings.Join(flags, " "))...)
+			if rep.State != test.state || rep.Downtime != 0 {
+				t.Errorf("%+v", rep)
+			}
+			if impatient := strings.HasPrefix(test.name, "impatient"); rep.Converged == impatient || (len(rep.Warnings) > 0) != impatient {
+				t.Errorf("%+v", rep)
+			}
+			tick := lastTick(t, vm.Console(), 16)
+			if test.state == "ended" {
+				ok(t, vm.ExitError())
+				vm = qemutest.Start(t, destination(c, "defer"))
+				l.resume(t, vm, "--lazy", "never", "vm")
+				runsOn(t, vm)
+				if now := lastTick(t, vm.Console(), 16); now <= tick {
+					t.Errorf("the counter was at %d and is at %d", tick, now)
+				}
+				return
+			}
+			want := ram(t, ctx, vm)
+			// It has not run since, and QEMU does not save it again.
+			l.attempts(t, nil, vm.Socket).fails(exitFailed, qmp.ErrPostmigrate.Error())
+			l.holds(t, "vm@1")
+			before := "running"
+			if test.paused {
+				before = "paused"
+			}
+			if m := l.show(t, "vm@1"); m.RunState != before {
+				t.Errorf("saved as %s, was %s", m.RunState, before)
+			}
+			vm.Kill()
+			vm = restored(t, ctx, c, l.restore("vm"), want)
+			goesOn(t, ctx, vm, tick, 16)
+		})
 	}
 }
