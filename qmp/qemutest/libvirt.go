@@ -207,16 +207,24 @@ func (l *Libvirt) Do(t testing.TB, args ...string) string {
 	return out
 }
 
-// Restart ends libvirtd, whose domains run on, and waits for the next one.
+// Restart is RestartDaemon for tests.
 func (l *Libvirt) Restart(t testing.TB) {
 	t.Helper()
+	if err := l.RestartDaemon(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// RestartDaemon ends libvirtd, whose domains run on, and waits until the next one
+// has found them.
+func (l *Libvirt) RestartDaemon() error {
 	pid := filepath.Join(l.Dir, "run/libvirtd.pid")
 	if err := os.Remove(pid); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	for _, p := range l.Processes("libvirtd") {
 		if err := syscall.Kill(p, syscall.SIGTERM); err != nil {
-			t.Fatal(err)
+			return err
 		}
 	}
 	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
@@ -224,18 +232,26 @@ func (l *Libvirt) Restart(t testing.TB) {
 			break
 		}
 		if time.Now().After(end) {
-			t.Fatal("libvirtd does not come back")
+			return errors.New("libvirtd does not come back")
 		}
 	}
 	if err := l.await(time.Minute); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	// It ends a domain if it is ended itself before it has found that again.
-	for _, name := range strings.Split(l.Do(t, "list", "--name"), "\n") {
-		if name != "" {
-			l.Do(t, "qemu-monitor-command", name, "--hmp", "info status")
+	names, err := l.Virsh("list", "--name")
+	if err != nil {
+		return err
+	}
+	for _, name := range strings.Split(names, "\n") {
+		if name == "" {
+			continue
+		}
+		if _, err := l.Virsh("qemu-monitor-command", name, "--hmp", "info status"); err != nil {
+			return err
 		}
 	}
+	return nil
 }
 
 // Processes are the ids, outside, of the processes of this libvirtd whose
@@ -361,6 +377,20 @@ func (l *Libvirt) Attach(t testing.TB, domain string) *VM {
 	vm := &VM{console: newConsole(conn), output: new(output)}
 	t.Cleanup(vm.console.close)
 	return vm
+}
+
+// ExpectReady waits until a Linux guest has booted.
+func (l *Libvirt) ExpectReady(ctx context.Context, domain string) error {
+	conn, err := net.Dial("unix", l.socket(domain))
+	if err != nil {
+		return err
+	}
+	c := newConsole(conn)
+	defer c.close()
+	ctx, cancel := context.WithTimeout(ctx, ConsoleTimeout)
+	defer cancel()
+	_, err = c.expect(ctx, "flic ready")
+	return err
 }
 
 // DomainRAM returns the guest-physical memory of a paused domain, from 1 MiB on:
