@@ -96,6 +96,7 @@ func (d *domainLab) gone(t *testing.T) {
 // A domain is watched, saved and started again, eagerly and lazily, and libvirt
 // always knows what it does.
 func TestDomain(t *testing.T) {
+	t.Parallel()
 	d := newDomainLab(t, "web1", qemutest.Linux, "flic.fill=16 flic.dirty=10", libvirtUser)
 	vm := d.attach(t)
 	vm.WaitFor(t, `flic ready`)
@@ -201,6 +202,7 @@ func TestDomain(t *testing.T) {
 // With userfaultfd, which root may use, the guest runs before its memory is there.
 // If what serves it fails, the guest waits, and goes on with another server.
 func TestDomainLazy(t *testing.T) {
+	t.Parallel()
 	d := newDomainLab(t, "web1", qemutest.Debian, "flic.fill=8 flic.dirty=10 flic.read=etc", 0)
 	vm := d.attach(t)
 	vm.WaitFor(t, `flic ready`)
@@ -234,18 +236,27 @@ func TestDomainLazy(t *testing.T) {
 	}
 
 	// --learn makes the server wait with what the guest does not ask for.
-	loading := func() (*exec.Cmd, *strings.Builder) {
-		d.gone(t)
-		cmd, stderr := d.command("resume", "--lazy", "always", "--learn", "1m", "vm"), new(strings.Builder)
-		cmd.Stderr = stderr
-		ok(t, cmd.Start())
-		until(t, "the guest to run", func() bool { return strings.Contains(stderr.String(), "running after") })
-		return cmd, stderr
+	file, err := os.Create(d.path("stderr"))
+	ok(t, err)
+	defer file.Close()
+	said := func(what string) bool {
+		b, err := os.ReadFile(file.Name())
+		ok(t, err)
+		return strings.Contains(string(b), what)
 	}
-	cmd, stderr := loading()
+	loading := func() *exec.Cmd {
+		d.gone(t)
+		ok(t, file.Truncate(0))
+		cmd := d.command("resume", "--lazy", "always", "--learn", "1m", "vm")
+		cmd.Stderr = file
+		ok(t, cmd.Start())
+		until(t, "the guest to run", func() bool { return said("running after") })
+		return cmd
+	}
+	cmd := loading()
 	ok(t, cmd.Process.Signal(syscall.SIGTERM))
-	if err := cmd.Wait(); err == nil || !strings.Contains(stderr.String(), "--recover") {
-		t.Errorf("the server ended: %v, %s", err, stderr.String())
+	if err := cmd.Wait(); err == nil || !said("--recover") {
+		t.Errorf("the server ended: %v, and --recover is not mentioned", err)
 	}
 	if s := d.Do(t, "domstate", d.name, "--reason"); s != "running (post-copy failed)" {
 		t.Errorf("the server ended, the domain is %s", s)
@@ -260,7 +271,7 @@ func TestDomainLazy(t *testing.T) {
 	d.on(t, "checkpoint", "vm")
 
 	// The same if it is killed.
-	cmd, _ = loading()
+	cmd = loading()
 	ok(t, cmd.Process.Kill())
 	_ = cmd.Wait()
 	until(t, "libvirt to notice", func() bool { return d.Do(t, "domstate", d.name, "--reason") == "running (post-copy failed)" })
@@ -277,6 +288,7 @@ func TestDomainLazy(t *testing.T) {
 
 // Whatever goes wrong, the guest goes on, libvirt knows it, and nothing is left.
 func TestDomainFailures(t *testing.T) {
+	t.Parallel()
 	d := newDomainLab(t, "web1", qemutest.Linux, "flic.fill=16 flic.dirty=10", libvirtUser)
 	vm := d.attach(t)
 	vm.WaitFor(t, `flic ready`)

@@ -95,6 +95,8 @@ type client struct {
 }
 
 func open(ctx context.Context, uri string) (*client, error) {
+	ctx, cancel := context.WithTimeout(ctx, commandTime)
+	defer cancel()
 	driver, sockets, err := parseURI(uri)
 	if err != nil {
 		return nil, err
@@ -135,9 +137,16 @@ func (c *client) Dial() (net.Conn, error) { return c.conn, nil }
 // them it may yet finish.
 func (c *client) close() { c.conn.Close() }
 
-// ask makes a call that ends with ctx, which go-libvirt's do not; one that is
-// given up ends with the connection.
+// ask makes a call that libvirt answers soon.
 func ask[T any](ctx context.Context, c *client, op string, call func() (T, error)) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, commandTime)
+	defer cancel()
+	return await(ctx, c, op, call)
+}
+
+// await makes a call that ends with ctx, which go-libvirt's do not; one that is
+// given up ends with the connection.
+func await[T any](ctx context.Context, c *client, op string, call func() (T, error)) (T, error) {
 	type result struct {
 		value T
 		err   error

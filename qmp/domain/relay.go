@@ -18,7 +18,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp"
 )
 
-// commandTime is how long a command may take. libvirt itself waits for 30 s if
+// commandTime is how long most calls may take. libvirt itself waits for 30 s if
 // it is busy with the domain, and its error says with what.
 const commandTime = 45 * time.Second
 

@@ -194,7 +194,7 @@ func parameter(name, value string) libvirt.TypedParam {
 }
 
 func (r *restore) listen(ctx context.Context) error {
-	_, err := ask(ctx, r.client, "start "+r.name, func() (struct{}, error) {
+	_, err := await(ctx, r.client, "start "+r.name, func() (struct{}, error) {
 		_, _, err := r.rpc.DomainMigratePrepare3Params([]libvirt.TypedParam{
 			parameter(libvirt.MigrateParamDestXML, r.d.XML),
 			parameter(libvirt.MigrateParamURI, "unix://"+r.socket),
@@ -325,7 +325,7 @@ func (r *restore) finish(ctx context.Context, ok bool) error {
 		defer stop()
 		cancelled = 1
 	}
-	_, err := ask(ctx, r.client, "finish "+r.name, func() (struct{}, error) {
+	_, err := await(ctx, r.client, "finish "+r.name, func() (struct{}, error) {
 		_, _, err := r.rpc.DomainMigrateFinish3Params([]libvirt.TypedParam{
 			parameter(libvirt.MigrateParamDestName, r.name),
 		}, r.cookie, uint32(r.flags), cancelled)
