@@ -68,8 +68,7 @@ with --working-set joins the two sets.
 Whatever goes wrong, or if it is interrupted, the guest does what it did before,
 QEMU's migration settings are what they were, and no checkpoint is left. If it is
 killed (SIGKILL) during --mode stop the guest stays paused; the next checkpoint of
-it lets it run first. With QEMU 7.2 the guest is lost if it is killed during --mode
-background.`,
+it lets it run first.`,
 		Example: `  qemu-system-x86_64 ... -qmp unix:/run/web1.qmp,server=on,wait=off &
   flic-migrate checkpoint --store /srv/vms --qmp /run/web1.qmp web1
   flic-migrate checkpoint --store /srv/vms --qmp /run/web1.qmp --mode live \
@@ -232,6 +231,13 @@ func (c *checkpointCmd) track(ctx context.Context, x qmp.Executor, redial qmp.Re
 
 // save is the consumer of the migration's stream.
 func (c *checkpointCmd) save(ctx context.Context, st *store.Store, f *os.File, before qmp.RunState, o tier.SaveOptions) (store.Ref, *checkpoint.Meta, error) {
+	if c.mode.value == string(qmp.ModeBackground) && before.Running {
+		release, err := guard(f)
+		if err != nil {
+			return store.Ref{}, nil, err
+		}
+		defer release()
+	}
 	in, err := pipe.New(ctx, int(f.Fd()))
 	if err != nil {
 		return store.Ref{}, nil, err

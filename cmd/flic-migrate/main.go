@@ -17,7 +17,11 @@ func main() { os.Exit(start(vfs.OS, os.Args)) }
 
 // start is the program under whatever name it was called.
 func start(fsys vfs.FS, args []string) int {
-	if name := filepath.Base(args[0]); compressor.Known(name) {
+	switch name := filepath.Base(args[0]); {
+	case name == guardName:
+		guardMain()
+		return exitOK
+	case compressor.Known(name):
 		return standIn(fsys, name, args[1:])
 	}
 	return run(newApp(fsys), args[1:])

@@ -36,6 +36,7 @@ func TestMain(m *testing.M) {
 		// The same on a disk that has no room for more than a few writes.
 		"flic-migrate-full":   func() { os.Exit(run(newApp(fullDisk{vfs.OS}), os.Args[1:])) },
 		"flic-migrate-faulty": faulty,
+		guardName:             guardMain,
 		"flic-migrate-cut":    cut,
 		"no-userfaultfd":      noUserfaultfd,
 		"mkstream":            mkstream,

@@ -163,8 +163,13 @@ func TestCheckpointFailures(t *testing.T) {
 		unchanged("connection lost in mode " + mode)
 	}
 
-	// Killed: in live mode QEMU itself lets the guest run, in stop mode the next
-	// checkpoint does.
+	// Killed: in background mode another process reads on, in live mode QEMU itself
+	// lets the guest run, in stop mode the next checkpoint does.
+	a = l.attempts(t, slow(), vm.Socket, "--mode", "background")
+	ok(t, a.cmd.Process.Kill())
+	_ = a.cmd.Wait()
+	ended(t, ctx, vm, qmp.StatusCompleted)
+	runsOn(t, vm)
 	a = l.attempts(t, slow(), vm.Socket, "--mode", "live")
 	ok(t, a.cmd.Process.Kill())
 	_ = a.cmd.Wait()
