@@ -9,6 +9,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/qmp/compressor"
+	"github.com/flic-migrate/flic-migrate/tier/loose"
+	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
 // libvirtSetup is what install, uninstall and status have in common.
@@ -182,7 +184,8 @@ func newLibvirtStatus(a *app) *cobra.Command {
 		Use:   "status [flags]",
 		Short: "Say what of libvirt install is in place",
 		Long: `Status says what of an installation is there and what is not, whether the daemons
-that run find flic-migrate, and which managed saves need it. The exit code is 0 if
+that run find flic-migrate, which managed saves need it, and which save files have hot
+pages in NVRAM. The exit code is 0 if
 everything is in place, and 1 otherwise.`,
 		Example: `  flic-migrate libvirt status`,
 		Args:    cobra.NoArgs,
@@ -190,6 +193,32 @@ everything is in place, and 1 otherwise.`,
 	}
 	l.flags(c, false)
 	return c
+}
+
+// hot lists the save files that have hot pages in NVRAM.
+func (l *libvirtSetup) hot() error {
+	st, err := l.openStore(false)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	list, err := st.Loose()
+	if err != nil {
+		return err
+	}
+	for _, f := range list {
+		what, note := "hot pages", ""
+		switch f.Place.Find(f.UUID) {
+		case loose.Gone:
+			what, note = "file is gone", "; gc gives its NVRAM back"
+		case loose.Unknown:
+			what, note = "can't be told", "; its NVRAM is kept"
+		}
+		l.printf("%-14s %s, of %s%s\n", what, f.Place.Path, localTime(f.Created), note)
+	}
+	return nil
 }
 
 func (l *libvirtSetup) status() error {
@@ -222,6 +251,9 @@ func (l *libvirtSetup) status() error {
 	}
 	for _, name := range l.setup.ManagedSaves() {
 		l.printf("%-14s %s\n", "needs it", name)
+	}
+	if err := l.hot(); err != nil {
+		return err
 	}
 	if missing > 0 {
 		return fmt.Errorf("%d things are not in place; flic-migrate libvirt install makes them", missing)

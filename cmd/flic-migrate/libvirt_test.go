@@ -389,6 +389,15 @@ func TestLibvirtNVRAM(t *testing.T) {
 	if freed := l.gc(t); freed.NVRAM != 0 {
 		t.Errorf("gc frees %d bytes of a managed save", freed.NVRAM)
 	}
+	status := func(want string) {
+		t.Helper()
+		// Nothing is installed, so its exit code is 1.
+		out, _ := exec.Command("flic-migrate", "libvirt", "status", "--root", v.Dir, "--store", l.store).Output()
+		if !strings.Contains(string(out), want) {
+			t.Errorf("status does not say %q:\n%s", want, out)
+		}
+	}
+	status("hot pages      /var/lib/libvirt/qemu/save/a.save, of ")
 	v.Do(t, "start", "a")
 	if got := v.ram(t, "a", 262152<<10); !bytes.Equal(got, want) {
 		t.Errorf("restored memory differs at %#x", differAt(got, want))
@@ -396,6 +405,7 @@ func TestLibvirtNVRAM(t *testing.T) {
 	v.Do(t, "resume", "a")
 	vm = v.Attach(t, "a")
 	ticks(t, vm)
+	status("file is gone   /var/lib/libvirt/qemu/save/a.save, of ")
 	if freed := l.gc(t); freed.NVRAM < pages/2*guestmem.PageSize {
 		t.Errorf("gc frees %d bytes of a managed save that was started", freed.NVRAM)
 	}
