@@ -201,14 +201,14 @@ func (r *restore) listen(ctx context.Context) error {
 		}, r.cookie, uint32(r.flags))
 		return struct{}{}, err
 	})
-	if err == nil || r.o.Recover {
+	var refused libvirt.Error
+	if r.o.Recover || !errors.As(err, &refused) {
 		return err
 	}
-	// libvirt's own words for it are "operation failed".
-	if dom, e := r.rpc.DomainLookupByName(r.name); e == nil {
-		if active, e := r.rpc.DomainIsActive(dom); e == nil && active != 0 {
-			return fmt.Errorf("%w: %w", ErrExists, err)
-		}
+	// What libvirt says of a domain that runs already, and of one that is
+	// being started, it says with a code that stands for many things.
+	if _, e := r.state(ctx); e == nil {
+		return fmt.Errorf("%w: %w", ErrExists, err)
 	}
 	return err
 }

@@ -309,6 +309,7 @@ func FuzzDescription(f *testing.F) {
 			return
 		}
 		id.owner()
+		_, _, _ = baseLabel(saved)
 		cpu, err := child(saved, "cpu")
 		if err != nil {
 			return
