@@ -1,8 +1,10 @@
 package lazy
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"sort"
 	"sync/atomic"
 	"time"
@@ -21,8 +23,9 @@ import (
 type loader struct {
 	c       *checkpoint.Checkpoint
 	first   func() []workingset.PageRun
-	busy    func() bool // demands are waiting
-	batches chan *batch // closed when all is loaded
+	loaded  <-chan struct{} // QEMU has loaded the devices
+	busy    func() bool     // demands are waiting
+	batches chan *batch     // closed when all is loaded
 	free    chan *batch
 	next    atomic.Int64 // 1 + the segment that loadAll is to go on with, or 0
 }
@@ -58,9 +61,9 @@ const (
 	firstWindow = 1024
 )
 
-func newLoader(c *checkpoint.Checkpoint, first func() []workingset.PageRun, busy func() bool) *loader {
+func newLoader(c *checkpoint.Checkpoint, first func() []workingset.PageRun, loaded <-chan struct{}, busy func() bool) *loader {
 	l := &loader{
-		c: c, first: first, busy: busy,
+		c: c, first: first, loaded: loaded, busy: busy,
 		batches: make(chan *batch, aheadBatches), free: make(chan *batch, aheadBatches+2),
 	}
 	for range cap(l.free) {
@@ -73,6 +76,13 @@ func newLoader(c *checkpoint.Checkpoint, first func() []workingset.PageRun, busy
 func (l *loader) done(b *batch) { l.free <- b }
 
 func (l *loader) run(ctx context.Context) error {
+	// Putting a large guest's pages in order takes a CPU for some 20 ms, which
+	// QEMU needs for its devices: the guest would run later, the more RAM it has.
+	select {
+	case <-l.loaded:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	if err := l.loadFirst(ctx, l.c.Meta.PageTables); err != nil {
 		return err
 	}
@@ -222,7 +232,7 @@ func (l *loader) cut(runs []slotRun) []slotRun {
 			runs = append(runs, slotRun{r.slot + pagetable.Entry(room), 1, r.block, r.page + room, r.count - room})
 		}
 	}
-	sort.Slice(runs, func(i, j int) bool { return runs[i].slot < runs[j].slot })
+	slices.SortFunc(runs, func(a, b slotRun) int { return cmp.Compare(a.slot, b.slot) })
 	return runs
 }
 

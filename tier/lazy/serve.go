@@ -267,7 +267,7 @@ func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) 
 	// latest with the process.
 	go func() { cancel(p.receive(gctx, rd)) }()
 
-	ld := newLoader(p.c, p.o.First, func() bool { return len(p.demands) > 0 })
+	ld := newLoader(p.c, p.o.First, p.loaded, func() bool { return len(p.demands) > 0 })
 	g.Go(func() error { return ld.run(gctx) })
 	p.follow = ld.follow
 	g.Go(func() error { return p.serve(gctx, ld) })

@@ -88,7 +88,9 @@ func (m *Map) load(i int) ([]mapRun, error) {
 	if i+1 < len(m.starts) {
 		end = m.starts[i+1]
 	}
-	var runs []mapRun
+	// Runs take two bytes or more, mostly four; growing would cost more than the
+	// room that is left.
+	runs := make([]mapRun, 0, len(b)/4)
 	err = decode(b, m.pages, m.starts[i], end, func(r Run) error {
 		runs = append(runs, mapRun{uint32(r.Block), r.Page | r.Step*mapStep, Make(r.Kind, r.First)})
 		return m.check(i, r)
