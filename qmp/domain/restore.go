@@ -51,6 +51,9 @@ var errLazyPaused = errors.New("libvirt can't restore a guest lazily that is to 
 // finishTime bounds the taking back of a restore that has failed.
 const finishTime = 30 * time.Second
 
+// recoverTime is how long QEMU may take to say what it has, and the guest waits.
+const recoverTime = time.Minute
+
 // Restore starts the domain and returns when all its memory is there.
 //
 // If this process ends before the guest runs there is no domain. After that the
@@ -236,6 +239,10 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeRepor
 		}
 		fed <- err
 	}()
+	var limit <-chan time.Time
+	if r.o.Recover {
+		limit = time.After(recoverTime)
+	}
 	select {
 	case err := <-fed:
 		if err != nil {
@@ -243,6 +250,9 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeRepor
 		}
 		fed <- nil // is looked at again below
 	case <-opened:
+	case <-limit:
+		stop()
+		return fmt.Errorf("QEMU has not taken the new server within %v: %w", recoverTime, errors.Join(<-fed, r.finish(ctx, false)))
 	}
 	running, done := r.watch(ctx, start, *rep)
 	finishing, stopFinish := ctx, context.CancelFunc(func() {})
