@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -240,10 +241,21 @@ func TestArmGuest(t *testing.T) {
 	t.Parallel()
 	vm := qemutest.Start(t, qemutest.Config{Arch: "arm64", Guest: qemutest.Linux, Memory: "98312K", CPUs: 2, Kernel: "flic.fill=8"})
 	vm.WaitFor(t, `flic ready`)
+	// QEMU's gva2gpa asks whether vCPU 0 may read the address, which in user mode
+	// it may not if that is the kernel's.
 	s := stop(t, vm)
+	for end := time.Now().Add(time.Minute); !inKernel(t, vm); s = stop(t, vm) {
+		if time.Now().After(end) {
+			t.Fatal("vCPU 0 was in user mode whenever the guest was stopped")
+		}
+		if err := qmp.Cont(t.Context(), vm.QMP); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(7 * time.Millisecond)
+	}
 	spaces, tables, leaves := s.walk(t)
 	t.Logf("%d tables, %d mappings", len(tables), len(leaves))
-	var upper []mapping // the kernel's, which vCPU 0 can read whatever it runs
+	var upper []mapping
 	for _, m := range leaves {
 		if int64(m.va) < 0 {
 			upper = append(upper, m)
@@ -253,4 +265,18 @@ func TestArmGuest(t *testing.T) {
 		t.Fatalf("%+v, %d tables, %d mappings", spaces, len(tables), len(leaves))
 	}
 	s.asQEMU(t.Context(), t, upper)
+}
+
+// inKernel tells whether vCPU 0 of a stopped Arm guest is in the kernel.
+func inKernel(t *testing.T, vm *qemutest.VM) bool {
+	t.Helper()
+	text, err := qmp.HumanMonitor(t.Context(), vm.QMP, "info registers")
+	if err != nil {
+		t.Fatal(err)
+	}
+	level := regexp.MustCompile(` EL([0-3])[th]`).FindStringSubmatch(text)
+	if level == nil {
+		t.Fatalf("no exception level in %q", text)
+	}
+	return level[1] == "1"
 }
