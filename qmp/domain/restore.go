@@ -254,6 +254,9 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeRepor
 		stop()
 		return fmt.Errorf("QEMU has not taken the new server within %v: %w", recoverTime, errors.Join(<-fed, r.finish(ctx, false)))
 	}
+	if r.o.Recover {
+		r.untilRecovered(ctx)
+	}
 	running, done := r.watch(ctx, start, *rep)
 	finishing, stopFinish := ctx, context.CancelFunc(func() {})
 	if rep.Lazy {
@@ -284,6 +287,34 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeRepor
 		return errors.Join(feedErr, err)
 	}
 	return stateErr
+}
+
+// untilRecovered waits until libvirt has heard from QEMU that it goes on. If it is
+// asked to finish earlier, it takes the failure before for one of this time, and
+// gives up. QEMU's word takes it a moment; one that never comes is finish's to find
+// out.
+func (r *restore) untilRecovered(ctx context.Context) {
+	ctx, stop := context.WithTimeout(ctx, finishTime)
+	defer stop()
+	for {
+		failed, err := ask(ctx, r.client, "state", func() (bool, error) {
+			dom, err := r.rpc.DomainLookupByName(r.name)
+			if err != nil {
+				return false, err
+			}
+			state, reason, err := r.rpc.DomainGetState(dom, 0)
+			return state == int32(libvirt.DomainRunning) && reason == int32(libvirt.DomainRunningPostcopyFailed) ||
+				state == int32(libvirt.DomainPaused) && reason == int32(libvirt.DomainPausedPostcopyFailed), err
+		})
+		if err != nil || !failed {
+			return
+		}
+		select {
+		case <-time.After(pollInterval):
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // afterwards returns a context that ends some time after ctx.
