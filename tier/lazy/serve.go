@@ -230,8 +230,10 @@ const (
 	// four pages cost two changes of context, and all memory is there half as
 	// fast again; with more than the larger one nothing is gained.
 	askingPipe, restingPipe = 16 << 10, 64 << 10
-	// asking is how long after a demand the guest is taken to be asking.
-	asking = 50 * time.Millisecond
+	// asking is how long after RUN and after a demand the guest is taken to be
+	// asking. A pipe that the background keeps full can rarely be made smaller,
+	// so it must not grow in every pause.
+	asking = 500 * time.Millisecond
 	// near is how many pages, the demanded one among them, are sent together
 	// as far as they cost no more decoding, and far how many if the guest
 	// reads on; powers of two.
@@ -243,7 +245,7 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	p := &pump{
-		c: c, out: out, ramID: ramID, o: o, start: start, named: -1,
+		c: c, out: out, ramID: ramID, o: o, start: start, faulted: start, named: -1,
 		blocks: make(map[string]int), demands: make(chan demand, maxDemands), loaded: make(chan struct{}),
 		fill: make([]byte, c.Meta.PageSize), pages: newPageSource(c),
 	}

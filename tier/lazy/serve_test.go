@@ -357,23 +357,23 @@ func TestResize(t *testing.T) {
 	d.afterPart = func(n int) {
 		switch n {
 		case 100:
+			time.Sleep(600 * time.Millisecond) // longer than a guest is taken to be asking
+		case 120:
 			check(t, d.ask(tiertest.PageID{Page: 4000}))
 			settle()
-		case 120:
-			time.Sleep(80 * time.Millisecond) // longer than a guest is taken to be asking
 		}
 	}
 	d.run(t, t.Context(), lazy.Serve, lazy.Options{Resize: func(n int) int {
 		asked = append(asked, n)
-		if n < 64<<10 && refuse < 2 {
+		if n < 64<<10 && len(asked) > 1 && refuse < 2 {
 			refuse++
 			return 64 << 10
 		}
 		return n
 	}}).ok(t)
-	want := []int{64 << 10, 16 << 10, 16 << 10, 16 << 10, 64 << 10}
-	// On a busy machine the guest may be taken to rest before it was tried again.
-	if !slices.Equal(asked, want) && !slices.Equal(asked, want[:2]) && !slices.Equal(asked, want[:3]) {
+	want := []int{16 << 10, 64 << 10, 16 << 10, 16 << 10, 16 << 10}
+	// On a busy machine the guest may be taken to rest again before the end.
+	if len(asked) < len(want) || !slices.Equal(asked[:len(want)], want) {
 		t.Errorf("asked for %v, want %v", asked, want)
 	}
 }
