@@ -160,6 +160,10 @@ func TestLibvirt(t *testing.T) {
 	if !v.ours(t, memory) {
 		t.Error("the snapshot's memory is not ours")
 	}
+	// Such a snapshot is gone back to by restoring its memory.
+	if out, err := v.Virsh("snapshot-revert", "web 1", "s1"); err == nil || !strings.Contains(out, "external snapshot not supported") {
+		t.Errorf("libvirt reverts to external snapshots now: %v, %s", err, out)
+	}
 	v.Do(t, "destroy", "web 1")
 	v.Do(t, "restore", memory)
 	vm = v.Attach(t, "web 1")
