@@ -270,16 +270,6 @@ func TestDomainLazy(t *testing.T) {
 	}
 	d.on(t, "checkpoint", "vm")
 
-	// The same if it is killed.
-	cmd = loading()
-	ok(t, cmd.Process.Kill())
-	_ = cmd.Wait()
-	until(t, "libvirt to notice", func() bool { return d.Do(t, "domstate", d.name, "--reason") == "running (post-copy failed)" })
-	d.on(t, "resume", "--recover", "vm")
-	vm = d.attach(t)
-	runsOn(t, vm)
-	checks(t, vm)
-
 	out, err := d.command("resume", "--lazy", "always", "--paused", "vm").CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "stay paused") {
 		t.Errorf("lazy and paused: %v, %s", err, out)
