@@ -97,7 +97,7 @@ func TestCheckpointModes(t *testing.T) {
 		} else if p.longest > rep.Downtime+noise {
 			t.Errorf("%s: the counter stood still for %v, the report says %v", mode, p.longest, rep.Downtime)
 		}
-		if rep.Downtime <= 0 || rep.Downtime > rep.Total || mode != "stop" && rep.Downtime < rep.QEMUDowntime-5*time.Millisecond {
+		if rep.Downtime <= 0 || rep.Downtime > rep.Total || mode != "stop" && rep.Downtime < rep.QEMUDowntime-50*time.Millisecond {
 			t.Errorf("%s: %+v", mode, rep)
 		}
 		if string(rep.Mode) != mode || rep.State != "running" || !rep.Converged || len(rep.Warnings) > 0 {
