@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"sort"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -204,7 +205,8 @@ type pump struct {
 	recent  [4]demand
 	faulted time.Time
 	holding bool // hold is under way, so what is sent is what is learned
-	pipe    int  // capacity asked for and had; 0: not known
+	wanted  int  // capacity of the pipe that was asked for last
+	pipe    int  // and the one in force
 
 	rep   Report
 	waits []time.Duration
@@ -212,6 +214,7 @@ type pump struct {
 	tick  time.Time
 
 	demands chan demand
+	serving atomic.Bool // one of them is being answered
 	// loaded is closed when QEMU has loaded the devices, at loadedAt.
 	loaded   chan struct{}
 	loadedAt time.Time
@@ -222,18 +225,22 @@ const (
 	// at: each of a guest's vCPUs and of QEMU's own threads waits for one
 	// page, so this many never wait. Beyond it the return path is read later.
 	maxDemands = 1024
-	// writePages is how many pages go out in one write. A demand waits for
-	// at most one such write.
-	writePages = 4
+	// askingPages and restingPages is how many pages go out in one write while the
+	// guest asks for pages and when it does not. A demand waits for at most one
+	// such write.
+	askingPages, restingPages = 2, 8
 	// askingPipe and restingPipe are the capacities of the pipe while the
 	// guest asks for pages and when it does not. With the smaller one each
 	// four pages cost two changes of context, and all memory is there half as
 	// fast again; with more than the larger one nothing is gained.
 	askingPipe, restingPipe = 16 << 10, 64 << 10
-	// asking is how long after RUN and after a demand the guest is taken to be
-	// asking. A pipe that the background keeps full can rarely be made smaller,
-	// so it must not grow in every pause.
+	// asking is how long after a demand the guest is taken to be asking. Each time
+	// that it begins again, a request waits for a full pipe.
 	asking = 500 * time.Millisecond
+	// drainStep is the time between two looks whether QEMU has read as much as
+	// must be out of a pipe before it can be made smaller, and drainSteps how
+	// many there are at the most: it reads on in less if it reads at all.
+	drainStep, drainSteps = 50 * time.Microsecond, 20
 	// near is how many pages, the demanded one among them, are sent together
 	// as far as they cost no more decoding, and far how many if the guest
 	// reads on; powers of two.
@@ -245,7 +252,7 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	p := &pump{
-		c: c, out: out, ramID: ramID, o: o, start: start, faulted: start, named: -1,
+		c: c, out: out, ramID: ramID, o: o, start: start, named: -1,
 		blocks: make(map[string]int), demands: make(chan demand, maxDemands), loaded: make(chan struct{}),
 		fill: make([]byte, c.Meta.PageSize), pages: newPageSource(c),
 	}
@@ -269,7 +276,7 @@ func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) 
 	// latest with the process.
 	go func() { cancel(p.receive(gctx, rd)) }()
 
-	ld := newLoader(p.c, p.o.First, p.loaded, func() bool { return len(p.demands) > 0 })
+	ld := newLoader(p.c, p.o.First, p.loaded, func() bool { return p.serving.Load() || len(p.demands) > 0 })
 	g.Go(func() error { return ld.run(gctx) })
 	p.follow = ld.follow
 	g.Go(func() error { return p.serve(gctx, ld) })
@@ -437,6 +444,8 @@ func (p *pump) hold(ctx context.Context) error {
 
 // demanded answers a request.
 func (p *pump) demanded(d demand) error {
+	p.serving.Store(true)
+	defer p.serving.Store(false)
 	p.rep.Demands++
 	p.faulted = time.Now()
 	if p.sent[d.block].Has(int64(d.page)) {
@@ -513,19 +522,34 @@ func (p *pump) readsOn(d demand) (demand, bool) {
 	return demand{}, false
 }
 
+// asking tells whether the guest is taken to be asking for pages.
+func (p *pump) asking() bool { return time.Since(p.faulted) < asking }
+
 // resize makes the pipe fit for what the guest does.
 func (p *pump) resize() {
 	if p.o.Resize == nil {
 		return
 	}
 	want := restingPipe
-	if time.Since(p.faulted) < asking {
+	if p.asking() {
 		want = askingPipe
 	}
-	// The kernel refuses while more is in it than it is to hold; then the next
-	// write tries again.
-	if p.pipe != want {
-		p.pipe = p.o.Resize(want)
+	if want == p.wanted && p.pipe <= want {
+		return
+	}
+	steps := 1 // the writes that follow ask again, once each
+	if want != p.wanted {
+		p.wanted, steps = want, drainSteps
+	}
+	// The kernel refuses while more is in it than it is to hold. What is to be
+	// written now would have to wait for that, too.
+	for i := range steps {
+		if i > 0 {
+			time.Sleep(drainStep)
+		}
+		if p.pipe = p.o.Resize(want); p.pipe <= want {
+			return
+		}
 	}
 }
 
@@ -597,7 +621,13 @@ func (p *pump) append(block int, page uint64, data []byte) error {
 	return nil
 }
 
-func (p *pump) full() bool { return len(p.buf) >= writePages*p.c.Meta.PageSize }
+func (p *pump) full() bool {
+	n := restingPages
+	if p.asking() {
+		n = askingPages
+	}
+	return len(p.buf) >= n*p.c.Meta.PageSize
+}
 
 // flush ends the open section and writes it.
 func (p *pump) flush() error {
