@@ -67,16 +67,14 @@ const lazyThreads = 8
 
 // serve restores c lazily over stdin and stdout.
 func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.RestoreOptions, doc *restoreReport) error {
+	// Its waiting for requests does not end each time that QEMU has read pages from
+	// the same socket, as a plain read does.
 	in, err := pipe.New(ctx, int(r.stdin.Fd()))
 	if err != nil {
 		return err
 	}
-	fd := r.stdout.Fd()
-	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover, resize: func(n int) int {
-		unix.FcntlInt(fd, unix.F_SETPIPE_SZ, n)
-		n, _ = unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0)
-		return n
-	}}
+	fd := int(r.stdout.Fd())
+	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover, resize: func(n int) int { return pipe.SetCapacity(fd, n) }}
 	if o.Progress != nil {
 		s.progress = func(p lazy.Progress) {
 			o.Progress(tier.Progress{Phase: "restore", Pages: p.Pages, PagesAll: p.PagesAll})

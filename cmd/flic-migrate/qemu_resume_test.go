@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -110,10 +111,15 @@ func (l *lockedBuffer) String() string {
 // resumes starts a resume of vm's second monitor; program is the command.
 func (l *lab) resumes(t *testing.T, program string, vm *qemutest.VM, args ...string) *resuming {
 	t.Helper()
+	return l.resumesWith(t, program, nil, append([]string{"--qmp", vm.Socket}, args...)...)
+}
+
+func (l *lab) resumesWith(t *testing.T, program string, env []string, args ...string) *resuming {
+	t.Helper()
 	r := &resuming{ended: make(chan struct{})}
-	r.cmd = exec.Command(program, append([]string{"resume", "--store", l.store, "--qmp", vm.Socket, "--json"}, args...)...)
+	r.cmd = exec.Command(program, append([]string{"resume", "--store", l.store, "--json"}, args...)...)
 	// What is forgotten here would be found by looking into it.
-	r.cmd.Env = append(os.Environ(), "TMPDIR="+l.dir)
+	r.cmd.Env = append(append(os.Environ(), "TMPDIR="+l.dir), env...)
 	r.cmd.Stdout, r.cmd.Stderr = &r.stdout, &r.stderr
 	ok(t, r.cmd.Start())
 	go func() { r.err = r.cmd.Wait(); close(r.ended) }()
@@ -171,6 +177,13 @@ func (l *lab) resume(t *testing.T, vm *qemutest.VM, args ...string) (resumeRepor
 func (l *lab) fails(t *testing.T, program string, vm *qemutest.VM, code int, words []string, args ...string) resumeReport {
 	t.Helper()
 	doc, _ := l.resumes(t, program, vm, args...).outcome(t)
+	said(t, doc, code, words)
+	return doc
+}
+
+// said checks the report of a resume that was to fail.
+func said(t *testing.T, doc resumeReport, code int, words []string) {
+	t.Helper()
 	if doc.ExitCode != code {
 		t.Errorf("exit code %d, want %d", doc.ExitCode, code)
 	}
@@ -179,7 +192,6 @@ func (l *lab) fails(t *testing.T, program string, vm *qemutest.VM, code int, wor
 			t.Errorf("%q does not say %q", doc.Error, w)
 		}
 	}
-	return doc
 }
 
 // tidy fails if resumes have left anything outside of the store.
@@ -518,29 +530,62 @@ func TestResumeServerDies(t *testing.T) {
 	t.Parallel()
 	ctx, l := limit(t), newLab(t)
 	c, _, before, tick := saveTwice(t, ctx, l, q35)
-	untouched := []string{"failed before the guest could run", "the checkpoint is untouched"}
+	opening := openingLen(t, l, "vm@2")
 	for _, tc := range []struct {
 		name  string
 		bytes int64
-		words []string
-		ends  bool // QEMU does, by itself
+		// By whom the server was started: the resume, or QEMU, if its monitor
+		// carries no files.
+		resume, qemu []string
+		ends         bool // QEMU does, by itself
 	}{
-		{"before the first byte", 0, []string{"has died", "waits for ever"}, false},
-		{"in the header", 5, nil, true},
-		{"in the setup", 150, nil, true},
-		{"in the package", 20000, nil, true},
+		{"before the first byte", 0, []string{"could not begin", "still waits for a migration"}, []string{"has died", "waits for ever"}, false},
+		{"in the header", 5, nil, nil, true},
+		{"in the setup", 150, nil, nil, true},
+		{"in the package", 20000, nil, nil, true},
 		// Then QEMU ends, or hangs for good.
-		{"while the devices load", openingLen(t, l, "vm@2") + 4096, []string{"kill it"}, false},
+		{"while the devices load", opening + 4096, nil, nil, false},
 	} {
-		incoming := destination(c, "defer")
-		incoming.Env = []string{cutEnv + "=" + fmt.Sprint(tc.bytes)}
-		vm := qemutest.Start(t, incoming)
-		doc := l.fails(t, "flic-migrate-cut", vm, exitFailed, append(tc.words, untouched...), "vm@2")
-		t.Logf("%s: %s", tc.name, doc.Error)
-		if tc.ends {
-			<-vm.Exited()
+		limit := cutEnv + "=" + fmt.Sprint(tc.bytes)
+		for _, byQEMU := range []bool{false, true} {
+			incoming := destination(c, "defer")
+			var env []string
+			var monitor string
+			words := append([]string{"failed before the guest could run", "the checkpoint is untouched"}, tc.resume...)
+			switch {
+			case byQEMU:
+				words = append(words[:2:2], tc.qemu...)
+				incoming.Env = []string{limit}
+				monitor = tcpMonitor(t, &incoming)
+			case tc.bytes == 0:
+				words = tc.resume
+				fallthrough
+			default:
+				env = []string{limit}
+			}
+			vm := qemutest.Start(t, incoming)
+			if !byQEMU {
+				monitor = vm.Socket
+			}
+			doc, _ := l.resumesWith(t, "flic-migrate-cut", env, "--qmp", monitor, "vm@2").outcome(t)
+			said(t, doc, exitFailed, words)
+			t.Logf("%s, server started by QEMU %v: %s", tc.name, byQEMU, doc.Error)
+			if tc.ends {
+				<-vm.Exited()
+			}
+			if tc.bytes == 0 && !byQEMU {
+				// Nothing was done to it.
+				state(t, vm, "inmigrate")
+				if postcopy(t, vm) {
+					t.Error("postcopy-ram is on")
+				}
+				l.resume(t, vm, "--paused", "vm@2")
+				if diff := qemutest.DiffRAM(before, ram(t, ctx, vm)); diff != "" {
+					t.Error(diff)
+				}
+			}
+			vm.Kill()
 		}
-		vm.Kill()
 	}
 	l.run(t, "verify", "--all")
 
@@ -553,15 +598,14 @@ func TestResumeServerDies(t *testing.T) {
 	vm := qemutest.Start(t, incoming)
 	first := l.resumes(t, "flic-migrate", vm, "--learn", "20s", "vm@2")
 	first.says(t, `vm@2: running after \d+ ms`)
-	server := serverOf(t, vm)
-	ok(t, syscall.Kill(server, syscall.SIGKILL))
+	ok(t, syscall.Kill(first.server(t), syscall.SIGKILL))
 	doc, _ := first.outcome(t)
 	if doc.ExitCode != exitFailed || !strings.Contains(doc.Error, "nothing is lost") || !strings.Contains(doc.Error, advice(vm)) {
 		t.Errorf("%+v", doc)
 	}
 	second := l.resumes(t, "flic-migrate", vm, "--recover", "--learn", "20s", "vm@2")
 	second.says(t, `vm@2: running after \d+ ms`)
-	ok(t, syscall.Kill(serverOf(t, vm), syscall.SIGKILL))
+	ok(t, syscall.Kill(serverOf(t, vm.Pid()), syscall.SIGKILL))
 	if doc, _ := second.outcome(t); !strings.Contains(doc.Error, advice(vm)) {
 		t.Errorf("%+v", doc)
 	}
@@ -594,7 +638,7 @@ func TestResumeServerDies(t *testing.T) {
 	vm = qemutest.Start(t, incoming)
 	first = l.resumes(t, "flic-migrate", vm, "--paused", "--learn", "20s", "vm@2")
 	first.says(t, `vm@2: paused after \d+ ms`)
-	ok(t, syscall.Kill(serverOf(t, vm), syscall.SIGKILL))
+	ok(t, syscall.Kill(first.server(t), syscall.SIGKILL))
 	if doc, _ := first.outcome(t); !strings.Contains(doc.Error, advice(vm)+" --paused") {
 		t.Errorf("%+v", doc)
 	}
@@ -608,10 +652,22 @@ func TestResumeServerDies(t *testing.T) {
 	l.tidy(t)
 }
 
-// servers are QEMU's children that live.
-func servers(t *testing.T, vm *qemutest.VM) (pids []int) {
+// tcpMonitor gives a QEMU one more monitor, which carries no files.
+func tcpMonitor(t *testing.T, c *qemutest.Config) (address string) {
 	t.Helper()
-	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", vm.Pid()))
+	// Free a moment ago.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ok(t, err)
+	address = "tcp:" + l.Addr().String()
+	ok(t, l.Close())
+	c.Args = append(c.Args, "-qmp", address+",server=on,wait=off")
+	return address
+}
+
+// servers are a process's children that live.
+func servers(t *testing.T, parent int) (pids []int) {
+	t.Helper()
+	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", parent))
 	ok(t, err)
 	for _, name := range lists {
 		b, _ := os.ReadFile(name)
@@ -624,11 +680,18 @@ func servers(t *testing.T, vm *qemutest.VM) (pids []int) {
 	return pids
 }
 
-// serverOf waits for QEMU's one child.
-func serverOf(t *testing.T, vm *qemutest.VM) (pid int) {
+// server waits for the server that a resume has started.
+func (r *resuming) server(t *testing.T) (pid int) {
+	t.Helper()
+	return serverOf(t, r.cmd.Process.Pid)
+}
+
+// serverOf waits for a process's one child: of a resume, or of a QEMU that was told
+// to recover.
+func serverOf(t *testing.T, parent int) (pid int) {
 	t.Helper()
 	until(t, "the server", func() bool {
-		pids := servers(t, vm)
+		pids := servers(t, parent)
 		if len(pids) == 1 {
 			pid = pids[0]
 		}
@@ -646,7 +709,7 @@ func recoverWith(t *testing.T, vm *qemutest.VM, uri string) {
 	defer m.Close()
 	ok(t, m.ExecuteOOB(t.Context(), "migrate-recover", map[string]any{"uri": uri}, nil))
 	until(t, "the server's failure", func() bool {
-		return strings.Count(vm.Output(), "flic-migrate: ") > before && len(servers(t, vm)) == 0
+		return strings.Count(vm.Output(), "flic-migrate: ") > before && len(servers(t, vm.Pid())) == 0
 	})
 }
 
@@ -696,7 +759,7 @@ func TestResumeServerHangs(t *testing.T) {
 	vm := qemutest.Start(t, destination(c, "defer"))
 	r := l.resumes(t, "flic-migrate", vm, "--stalled", "1s", "--learn", "500ms", "vm@2")
 	r.says(t, `vm@2: running after`)
-	server := serverOf(t, vm)
+	server := r.server(t)
 	ok(t, syscall.Kill(server, syscall.SIGSTOP))
 	said := r.says(t, `no progress for 1s: the server, process (\d+), has sent \d+ of \d+ pages and is stopped \(SIGSTOP\).* has lost nothing.* kill -9 (\d+)`)
 	if pid := fmt.Sprint(server); said[1] != pid || said[2] != pid {
@@ -725,7 +788,7 @@ func TestResumeServerHangs(t *testing.T) {
 	vm = qemutest.Start(t, destination(c, "defer"))
 	r = l.resumes(t, "flic-migrate", vm, "--stalled", "1s", "--learn", "20s", "vm@1")
 	r.says(t, `vm@1: paused after`)
-	ok(t, syscall.Kill(serverOf(t, vm), syscall.SIGSTOP))
+	ok(t, syscall.Kill(r.server(t), syscall.SIGSTOP))
 	pid, err := strconv.Atoi(r.says(t, `kill -9 (\d+)`)[1])
 	ok(t, err)
 	ok(t, syscall.Kill(pid, syscall.SIGKILL))
@@ -737,6 +800,24 @@ func TestResumeServerHangs(t *testing.T) {
 		t.Error(diff)
 	}
 	l.tidy(t)
+}
+
+// TestResumeKilled: the guest gets its memory all the same.
+func TestResumeKilled(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	c, _, _, _ := saveTwice(t, ctx, l, q35)
+	vm := qemutest.Start(t, destination(c, "defer"))
+	r := l.resumes(t, "flic-migrate", vm, "--learn", "1s", "vm@2")
+	r.says(t, `vm@2: running after`)
+	server := r.server(t)
+	ok(t, r.cmd.Process.Kill())
+	if m, err := qmp.WaitMigration(ctx, vm.QMP); err != nil || m.Status != qmp.StatusCompleted {
+		t.Errorf("%+v, %v", m, err)
+	}
+	until(t, "the server's end", func() bool { return !alive(server) })
+	vm.WaitFor(t, `tick (\w+)\r`)
+	runsOn(t, vm)
 }
 
 // TestResumeDamage: a guest never sees a page that is damaged in the store. It

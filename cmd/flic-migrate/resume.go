@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -127,8 +129,10 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		defer os.Remove(files.report)
 		defer os.Remove(files.status)
 	}
+	server := func(lazy bool) []string { return r.server(dir, c.Ref, lazy, files) }
 	o := qmp.ResumeOptions{
-		URI:         func(lazy bool) string { return r.uri(dir, c.Ref, lazy, files) },
+		URI:         func(lazy bool) string { return execURI(server(lazy)) },
+		Serve:       func(lazy bool, out *os.File) (func(), error) { return startServer(server(lazy), out, lazy) },
 		Lazy:        qmp.LazyMode(r.lazy.value),
 		NotPossible: lazy.Possible(c),
 		RunState:    c.Meta.RunState,
@@ -220,9 +224,8 @@ func becauseOf(err error, report json.RawMessage) error {
 // serverFiles are what the restoring filter leaves for a resume; none if empty.
 type serverFiles struct{ report, status string }
 
-// uri is the exec: URI for QEMU: this program as the restoring filter. A shell
-// in between could hold the pipe open when the filter dies, hence the exec.
-func (r *resumeCmd) uri(dir string, ref store.Ref, lazy bool, files serverFiles) string {
+// server is the command line of the restoring filter.
+func (r *resumeCmd) server(dir string, ref store.Ref, lazy bool, files serverFiles) []string {
 	exe, err := os.Executable()
 	if err != nil {
 		exe = "flic-migrate"
@@ -245,11 +248,41 @@ func (r *resumeCmd) uri(dir string, ref store.Ref, lazy bool, files serverFiles)
 	if r.nvram != "" {
 		args = append(args, "--nvram-from", r.nvram)
 	}
-	args = append(args, ref.String())
+	return append(args, ref.String())
+}
+
+// execURI has QEMU start a process. A shell in between could hold the pipe open
+// when the process dies, hence the exec.
+func execURI(args []string) string {
+	words := make([]string, len(args))
 	for i, a := range args {
-		args[i] = shellQuote(a)
+		words[i] = shellQuote(a)
 	}
-	return "exec:exec " + strings.Join(args, " ")
+	return "exec:exec " + strings.Join(words, " ")
+}
+
+// startServer starts a process that writes a stream to out, and, if it is lazy, reads
+// QEMU's requests from it. It outlives this one and its terminal, because the guest
+// needs it.
+func startServer(args []string, out *os.File, lazy bool) (end func(), err error) {
+	cmd := exec.Command(args[0], args[1:]...)
+	if lazy {
+		cmd.Stdin = out
+	}
+	cmd.Stdout, cmd.Stderr = out, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait() // its report says more
+	}()
+	return func() {
+		_ = cmd.Process.Kill()
+		<-ended
+	}, nil
 }
 
 // shellQuote makes one word of s for /bin/sh.

@@ -48,7 +48,7 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 				return err
 			}
 			s := lazyServer{app: r.app, learn: r.learn, recover: r.recover, resize: func(n int) int {
-				conn.SetWriteBuffer(n)
+				conn.SetWriteBuffer(n * 3 / 8) // as pipe.SetCapacity
 				return n
 			}}
 			s.progress = func(p lazy.Progress) {

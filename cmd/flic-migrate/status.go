@@ -16,7 +16,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier"
 )
 
-// status is what a restore that QEMU started tells the resume behind it: who it
+// status is what a restore that serves a resume tells it: who it
 // is, how far it is and, by changing, that nothing holds it up. QEMU itself
 // neither says how far a restore is nor notices a server that hangs.
 type status struct {
@@ -156,7 +156,7 @@ func (w *serverWatch) look() {
 	}
 	w.told = true
 	if w.seen.PID == 0 {
-		w.say(fmt.Sprintf("%s: for %v no sign of the server that QEMU was to start; QEMU's output may say why", w.name, w.stalled))
+		w.say(fmt.Sprintf("%s: for %v no sign of the server; if QEMU was to start it, its output may say why", w.name, w.stalled))
 		return
 	}
 	w.say(fmt.Sprintf("%s: no progress for %v: the server, process %d, has sent %d of %d pages%s. The guest may be waiting for it, and has lost nothing. "+

@@ -11,8 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -87,15 +85,12 @@ func runChild(ctx context.Context, spec string) error {
 	}
 	// As the command has it.
 	runtime.GOMAXPROCS(max(runtime.NumCPU(), 8))
-	fd := os.Stdout.Fd()
-	o := lazy.Options{HoldBackground: c.Hold, MaxHold: 10 * c.Hold, Resize: func(n int) int {
-		if c.Pipe > 0 {
-			n = c.Pipe
-		}
-		unix.FcntlInt(fd, unix.F_SETPIPE_SZ, n)
-		n, _ = unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0)
-		return n
-	}}
+	resize := func(n int) int { return pipe.SetCapacity(int(os.Stdout.Fd()), n) }
+	o := lazy.Options{HoldBackground: c.Hold, MaxHold: 10 * c.Hold, Resize: resize}
+	if c.Pipe > 0 {
+		resize(c.Pipe)
+		o.Resize = nil
+	}
 	if c.Learn {
 		o.First = func() []workingset.PageRun {
 			t, err := st.Touched(ck.Ref)

@@ -11,6 +11,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -117,6 +118,7 @@ func (s saved) remove() {
 
 // restored is one restore.
 type restored struct {
+	begun             time.Duration // from the command's start until migrate-incoming
 	running, resident time.Duration // since migrate-incoming
 	work              time.Duration // until the guest had done what it was asked for
 	rep               lazy.Report
@@ -145,15 +147,8 @@ func (b *bench) restore(s saved, uri string, postcopy bool, ask, report string) 
 	if err := qmp.MigrateIncoming(b.ctx, vm.QMP, uri); err != nil {
 		return r, err
 	}
-	for {
-		state, err := qmp.QueryStatus(b.ctx, vm.QMP)
-		if err != nil {
-			return r, fmt.Errorf("%w\n%s", err, vm.Output())
-		}
-		if state.Status != "inmigrate" {
-			break
-		}
-		time.Sleep(500 * time.Microsecond)
+	if err := b.untilRunning(vm); err != nil {
+		return r, err
 	}
 	r.running = time.Since(start)
 	done := make(chan error, 1)
@@ -179,6 +174,47 @@ func (b *bench) restore(s saved, uri string, postcopy bool, ask, report string) 
 		}
 	}
 	return r, fmt.Errorf("%w\n%s", err, vm.Output())
+}
+
+func (b *bench) untilRunning(vm *qemutest.VM) error {
+	for {
+		state, err := qmp.QueryStatus(b.ctx, vm.QMP)
+		if err != nil {
+			return fmt.Errorf("%w\n%s", err, vm.Output())
+		}
+		if state.Status != "inmigrate" {
+			return nil
+		}
+		time.Sleep(500 * time.Microsecond)
+	}
+}
+
+// resume restores s with the command.
+func (b *bench) resume(s saved, command string) (r restored, err error) {
+	vm, err := qemutest.Launch(b.ctx, s.config)
+	if err != nil {
+		return r, err
+	}
+	defer vm.Kill()
+	time.Sleep(500 * time.Millisecond)
+	cmd := exec.CommandContext(b.ctx, command, "resume", "--store", s.store, "--qmp", vm.Socket, "--quiet", "--json", "--paused", "vm")
+	var out strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, os.Stderr
+	start := time.Now()
+	if err := cmd.Start(); err != nil {
+		return r, err
+	}
+	err = b.untilRunning(vm)
+	all := time.Since(start)
+	if err = errors.Join(err, cmd.Wait()); err != nil {
+		return r, err
+	}
+	var rep qmp.ResumeReport
+	if err := json.Unmarshal([]byte(out.String()), &rep); err != nil {
+		return r, err
+	}
+	r.running, r.resident, r.begun = rep.Running, rep.Resident, all-rep.Running
+	return r, nil
 }
 
 // work lets the guest run and do something.
@@ -314,7 +350,7 @@ func (b *bench) start() error {
 	if err != nil {
 		return err
 	}
-	fmt.Print("\n| RAM | stream | eager `cat`, ms | lazy running, ms | share | lazy resident, ms |\n|---|---|---|---|---|---|\n")
+	fmt.Print("\n| RAM | stream | eager `cat`, ms | resume: running, ms | share | before, ms | resident, ms | exec: running, ms | resident, ms |\n|---|---|---|---|---|---|---|---|---|\n")
 	for _, mib := range []int{256, 512, 1024, 2048} {
 		s, err := b.tiny(mib)
 		if err != nil {
@@ -322,6 +358,7 @@ func (b *bench) start() error {
 		}
 		t, err := b.turns(
 			func() (restored, error) { return b.eager(s, "") },
+			func() (restored, error) { return b.resume(s, command) },
 			func() (restored, error) {
 				return b.restore(s, fmt.Sprintf("exec:exec %s restore --quiet --lazy always --store %s vm", command, s.store), true, "", "")
 			})
@@ -330,7 +367,8 @@ func (b *bench) start() error {
 		}
 		s.remove()
 		e, l := median(t[0], running), median(t[1], running)
-		fmt.Printf("| %d MiB | %d MiB | %s | %s | %.1f %% | %s |\n", mib, s.bytes>>20, ms(e), ms(l), 100*l.Seconds()/e.Seconds(), ms(median(t[1], resident)))
+		fmt.Printf("| %d MiB | %d MiB | %s | %s | %.1f %% | %s | %s | %s | %s |\n", mib, s.bytes>>20, ms(e), ms(l), 100*l.Seconds()/e.Seconds(),
+			ms(median(t[1], func(r restored) time.Duration { return r.begun })), ms(median(t[1], resident)), ms(median(t[2], running)), ms(median(t[2], resident)))
 	}
 	return nil
 }

@@ -1,5 +1,5 @@
 // Package pipe reads the pipe that QEMU's exec: transport gives its child as
-// stdin. It adds to a plain read what a save needs: a read that can be
+// stdin, or a socket in its place. It adds to a plain read what a save needs: a read that can be
 // cancelled, a look whether more bytes are there without taking them, and
 // control over the pipe's capacity (fcntl(2), F_SETPIPE_SZ), which is part of
 // how much of the stream QEMU believes to be delivered.
@@ -23,6 +23,9 @@ type Reader struct {
 	stop  func() bool
 	drawn bool // the last Read took all there was
 	most  int  // what the pipe can hold; 0 if it is not one
+	// socket is not set to non-blocking mode, because its other direction would
+	// be, too.
+	socket bool
 }
 
 const (
@@ -35,18 +38,23 @@ const (
 	gatherWait = 30 * time.Microsecond
 )
 
-// New returns a Reader of fd, which stays the caller's to close and is set to
-// non-blocking mode: a pipe's read end belongs to this process alone. When ctx
-// is done, a waiting Read returns its cause. Close releases the Reader.
+// New returns a Reader of fd, which stays the caller's to close. Unless it is a
+// socket, it is set to non-blocking mode: a pipe's read end belongs to this process
+// alone. When ctx is done, a waiting Read returns its cause. Close releases the
+// Reader.
 func New(ctx context.Context, fd int) (*Reader, error) {
 	r := &Reader{fd: fd, ctx: ctx}
+	_, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	r.socket = err == nil
 	r.most = r.Capacity()
 	if err := unix.Pipe2(r.wake[:], unix.O_CLOEXEC); err != nil {
 		return nil, err
 	}
-	if err := unix.SetNonblock(fd, true); err != nil {
-		r.closeWake()
-		return nil, err
+	if !r.socket {
+		if err := unix.SetNonblock(fd, true); err != nil {
+			r.closeWake()
+			return nil, err
+		}
 	}
 	r.stop = context.AfterFunc(ctx, func() { unix.Close(r.wake[1]) })
 	return r, nil
@@ -75,7 +83,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 		if r.drawn && min(len(p), r.most) >= 2*gather {
 			r.gather()
 		}
-		n, err := unix.Read(r.fd, p)
+		n, err := r.take(p)
 		switch {
 		case n > 0:
 			r.drawn = n < len(p)
@@ -94,6 +102,15 @@ func (r *Reader) Read(p []byte) (int, error) {
 			return 0, err
 		}
 	}
+}
+
+// take reads without waiting.
+func (r *Reader) take(p []byte) (int, error) {
+	if !r.socket {
+		return unix.Read(r.fd, p)
+	}
+	n, _, err := unix.Recvfrom(r.fd, p, unix.MSG_DONTWAIT)
+	return n, err
 }
 
 // gather waits until there is something, and then a little for more of it.
@@ -145,8 +162,10 @@ func (r *Reader) poll(ms int) (ready bool, err error) {
 }
 
 // Capacity is the pipe's capacity in bytes; 0 if the input is not a pipe.
-func (r *Reader) Capacity() int {
-	n, err := unix.FcntlInt(uintptr(r.fd), unix.F_GETPIPE_SZ, 0)
+func (r *Reader) Capacity() int { return capacity(r.fd) }
+
+func capacity(fd int) int {
+	n, err := unix.FcntlInt(uintptr(fd), unix.F_GETPIPE_SZ, 0)
 	if err != nil {
 		return 0
 	}
@@ -160,4 +179,18 @@ func (r *Reader) SetCapacity(n int) int {
 	unix.FcntlInt(uintptr(r.fd), unix.F_SETPIPE_SZ, n)
 	r.most = r.Capacity()
 	return r.most
+}
+
+// SetCapacity bounds what waits to be read from a pipe or a socket, whose writing
+// end fd is, to about n bytes, and returns the bound in force. A pipe is as with
+// Reader.SetCapacity; a socket takes any, and what it has already stays.
+func SetCapacity(fd, n int) int {
+	if capacity(fd) == 0 {
+		// The kernel doubles it and counts its own overhead (socket(7)), but looks
+		// at it before it takes a write, not after.
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, n*3/8)
+		return n
+	}
+	unix.FcntlInt(uintptr(fd), unix.F_SETPIPE_SZ, n)
+	return capacity(fd)
 }

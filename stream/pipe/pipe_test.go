@@ -7,6 +7,8 @@ import (
 	"os"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func testPipe(t *testing.T, ctx context.Context) (*Reader, *os.File) {
@@ -49,6 +51,86 @@ func TestCancelWakesRead(t *testing.T) {
 	time.AfterFunc(20*time.Millisecond, func() { cancel(cause) })
 	if n, err := r.Read(make([]byte, 10)); n != 0 || !errors.Is(err, cause) {
 		t.Fatalf("Read = %d, %v; want 0 and the cause of the cancellation", n, err)
+	}
+}
+
+// A socket's other direction belongs to somebody else, who may rely on its mode.
+func TestSocket(t *testing.T) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[0])
+	ctx, cancel := context.WithCancelCause(context.Background())
+	r, err := New(ctx, fds[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	flags, err := unix.FcntlInt(uintptr(fds[0]), unix.F_GETFL, 0)
+	if err != nil || flags&unix.O_NONBLOCK != 0 {
+		t.Errorf("flags %#x, %v", flags, err)
+	}
+	if r.Capacity() != 0 {
+		t.Errorf("capacity %d", r.Capacity())
+	}
+	time.AfterFunc(20*time.Millisecond, func() { unix.Write(fds[1], []byte("request")) })
+	buf := make([]byte, 100)
+	if n, err := r.Read(buf); err != nil || string(buf[:n]) != "request" {
+		t.Errorf("read %q, %v", buf[:n], err)
+	}
+	cause := errors.New("told to stop")
+	time.AfterFunc(20*time.Millisecond, func() { cancel(cause) })
+	if n, err := r.Read(buf); n != 0 || !errors.Is(err, cause) {
+		t.Errorf("Read = %d, %v", n, err)
+	}
+	unix.Close(fds[1])
+	again, err := New(context.Background(), fds[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if n, err := again.Read(buf); n != 0 || err != io.EOF {
+		t.Errorf("Read = %d, %v", n, err)
+	}
+}
+
+// What is on the way to a reader that is slow stays about what was asked for.
+func TestSetCapacity(t *testing.T) {
+	var p, s [2]int // reading end, writing end
+	if err := errors.Join(unix.Pipe2(p[:], unix.O_CLOEXEC), unix.SetNonblock(p[1], true)); err != nil {
+		t.Fatal(err)
+	}
+	s, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fds := range [][2]int{p, s} {
+		defer unix.Close(fds[0])
+		defer unix.Close(fds[1])
+		for _, want := range []int{16 << 10, 64 << 10} {
+			if n := SetCapacity(fds[1], want); n != want {
+				t.Errorf("capacity %d, want %d", n, want)
+			}
+			held, buf := 0, make([]byte, 8<<10)
+			for {
+				n, err := unix.Write(fds[1], buf)
+				if err != nil {
+					break
+				}
+				held += n
+			}
+			if held < want/4 || held > want*3/2 {
+				t.Errorf("held %d bytes, asked for %d", held, want)
+			}
+			for held > 0 {
+				n, err := unix.Read(fds[0], buf)
+				if err != nil {
+					t.Fatal(err)
+				}
+				held -= n
+			}
+		}
 	}
 }
 

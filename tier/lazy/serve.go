@@ -228,7 +228,7 @@ const (
 	// askingPages and restingPages is how many pages go out in one write while the
 	// guest asks for pages and when it does not. A demand waits for at most one
 	// such write.
-	askingPages, restingPages = 2, 8
+	askingPages, restingPages = 1, 8
 	// askingPipe and restingPipe are the capacities of the pipe while the
 	// guest asks for pages and when it does not. With the smaller one each
 	// four pages cost two changes of context, and all memory is there half as
