@@ -257,6 +257,24 @@ func saved(t *testing.T, ctx context.Context, vm *qemutest.VM, uri string) {
 	if _, err := vm.Save(ctx, uri); err != nil {
 		t.Fatalf("%s: %v\n%s", uri, err, vm.Output())
 	}
+	// For QEMU it is complete a moment before it is committed.
+	until(t, "the commit", func() bool { return len(children(t, vm.Pid())) == 0 })
+}
+
+// children are those of a process that live.
+func children(t *testing.T, parent int) (pids []int) {
+	t.Helper()
+	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", parent))
+	ok(t, err)
+	for _, name := range lists {
+		b, _ := os.ReadFile(name)
+		for _, field := range strings.Fields(string(b)) {
+			if pid, err := strconv.Atoi(field); err == nil && alive(pid) {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
 }
 
 // stop stops the guest and returns its RAM.

@@ -237,8 +237,6 @@ func saveTwice(t *testing.T, ctx context.Context, l *lab, m machine) (c qemutest
 	saved(t, ctx, source, l.save())
 	running = ram(t, ctx, source) // QEMU has stopped it
 	tick = lastTick(t, source.Console(), 16)
-	// QEMU does not wait for it, and it ends with QEMU.
-	until(t, "the commit", func() bool { return len(l.list(t)) == 2 })
 	source.Kill()
 	return c, stopped, running, tick
 }
@@ -295,7 +293,6 @@ func TestResume(t *testing.T) {
 	set(t, vm, fast)
 	again := stop(t, ctx, vm)
 	saved(t, ctx, vm, l.save())
-	until(t, "the commit", func() bool { return len(l.list(t)) == 3 })
 	vm.Kill()
 	vm = qemutest.Start(t, destination(c, "defer"))
 	l.resume(t, vm, "vm@3")
@@ -664,22 +661,6 @@ func tcpMonitor(t *testing.T, c *qemutest.Config) (address string) {
 	return address
 }
 
-// servers are a process's children that live.
-func servers(t *testing.T, parent int) (pids []int) {
-	t.Helper()
-	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", parent))
-	ok(t, err)
-	for _, name := range lists {
-		b, _ := os.ReadFile(name)
-		for _, field := range strings.Fields(string(b)) {
-			if pid, err := strconv.Atoi(field); err == nil && alive(pid) {
-				pids = append(pids, pid)
-			}
-		}
-	}
-	return pids
-}
-
 // server waits for the server that a resume has started.
 func (r *resuming) server(t *testing.T) (pid int) {
 	t.Helper()
@@ -691,7 +672,7 @@ func (r *resuming) server(t *testing.T) (pid int) {
 func serverOf(t *testing.T, parent int) (pid int) {
 	t.Helper()
 	until(t, "the server", func() bool {
-		pids := servers(t, parent)
+		pids := children(t, parent)
 		if len(pids) == 1 {
 			pid = pids[0]
 		}
@@ -709,7 +690,7 @@ func recoverWith(t *testing.T, vm *qemutest.VM, uri string) {
 	defer m.Close()
 	ok(t, m.ExecuteOOB(t.Context(), "migrate-recover", map[string]any{"uri": uri}, nil))
 	until(t, "the server's failure", func() bool {
-		return strings.Count(vm.Output(), "flic-migrate: ") > before && len(servers(t, vm.Pid())) == 0
+		return strings.Count(vm.Output(), "flic-migrate: ") > before && len(children(t, vm.Pid())) == 0
 	})
 }
 
@@ -855,7 +836,6 @@ func TestRemoveWhileResuming(t *testing.T) {
 	set(t, source, fast)
 	before := stop(t, ctx, source)
 	saved(t, ctx, source, l.save(l.hot(t, source)...))
-	until(t, "the commit", func() bool { return len(l.list(t)) == 1 })
 	source.Kill()
 	var vms []*qemutest.VM
 	var clones []*resuming

@@ -154,11 +154,12 @@ func TestDemandedFirst(t *testing.T) {
 		}
 		d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
 		// One write may have been under way, and its section's end finds the
-		// next one in the making. Neighbours come with each demanded page.
+		// next one in the making. Seven neighbours come with each demanded page,
+		// each in a section of its own.
 		last := at
 		for i, id := range asked {
 			n, section := d.position(id)
-			limit := when + 2 + 4*i
+			limit := when + 2 + 8*i
 			if n < 0 || section > limit {
 				t.Errorf("round %d: demand %d, made after section %d, came as page %d in section %d", round, i, when, n, section)
 			}
