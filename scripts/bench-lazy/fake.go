@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -55,17 +56,27 @@ func (b *bench) waits() error {
 		{"running | socket, always 64 KiB", 0, true, 64 << 10},
 	}
 	n := make([]int, len(cases))
+	disturbed := 0
 	p50, p99 := make([][]time.Duration, len(cases)), make([][]time.Duration, len(cases))
 	for range b.runs {
 		for i, c := range cases {
-			list, err := s.wait(b.ctx, c.hold, c.socket, c.pipe)
-			if err != nil {
-				return err
+			var list []time.Duration
+			for range mostTries {
+				before := stolen()
+				list, err = s.wait(b.ctx, c.hold, c.socket, c.pipe)
+				if err != nil {
+					return err
+				}
+				if stolen()-before <= stolenTicks {
+					break
+				}
+				disturbed++
 			}
 			n[i] += len(list)
 			p50[i], p99[i] = append(p50[i], list[len(list)/2]), append(p99[i], list[len(list)*99/100])
 		}
 	}
+	fmt.Printf("\n%d measurements were disturbed by other virtual machines and made again, %d times at the most each.\n", disturbed, mostTries-1)
 	fmt.Print("\n| background | through | requests | p50, µs | p99, µs | of them the least | p99 / p50 without background |\n|---|---|---|---|---|---|---|\n")
 	for i, c := range cases {
 		slices.Sort(p50[i])
@@ -79,6 +90,24 @@ func (b *bench) waits() error {
 			float64(p99[i][mid])/float64(without[mid]))
 	}
 	return nil
+}
+
+const (
+	// stolenTicks is how much of a measurement, in units of 10 ms of one CPU, the
+	// host may have given to others. A wait is some wake-ups of idle processors;
+	// on a host that is busy the 99th percentile of those is milliseconds.
+	stolenTicks = 1
+	mostTries   = 5
+)
+
+// stolen is the time that the host has given to other virtual machines, in ticks
+// (proc_stat(5), steal); 0 on a real machine.
+func stolen() (ticks int) {
+	b, _ := os.ReadFile("/proc/stat")
+	if f := strings.Fields(string(b)); len(f) > 8 {
+		ticks, _ = strconv.Atoi(f[8])
+	}
+	return ticks
 }
 
 // synthetic is the checkpoint of a made-up stream.
