@@ -56,8 +56,7 @@ func OpenChannel(ctx context.Context, x Executor, d Direction) (*Channel, error)
 		return ListenChannel("")
 	}
 	c, err := passChannel(ctx, x, p, d)
-	var refused *Error
-	if errors.Is(err, ErrNoFiles) || errors.As(err, &refused) {
+	if notCarried(err) {
 		return ListenChannel("")
 	}
 	return c, err
@@ -66,6 +65,19 @@ func OpenChannel(ctx context.Context, x Executor, d Direction) (*Channel, error)
 // passedName is the channel's name in QEMU. One is enough, as QEMU runs one
 // migration at a time, and a name used again releases what it meant before.
 const passedName = "flic-migrate"
+
+// notCarried tells whether PassFile has failed because files can't be passed, to
+// this QEMU or over this monitor.
+func notCarried(err error) bool {
+	var refused *Error
+	return errors.Is(err, ErrNoFiles) || errors.As(err, &refused)
+}
+
+// takeBack has QEMU close a file that it was passed.
+func takeBack(ctx context.Context, x Executor) {
+	// Refused if a migration has taken it.
+	_ = x.Execute(ctx, "closefd", map[string]any{"fdname": passedName}, nil)
+}
 
 func passChannel(ctx context.Context, x Executor, p FilePasser, d Direction) (*Channel, error) {
 	var fds [2]int // ours, QEMU's
@@ -97,8 +109,7 @@ func passChannel(ctx context.Context, x Executor, p FilePasser, d Direction) (*C
 				return
 			}
 			ours.Close()
-			// Refused if the migration has taken it.
-			_ = x.Execute(ctx, "closefd", map[string]any{"fdname": passedName}, nil)
+			takeBack(ctx, x)
 		},
 	}, nil
 }

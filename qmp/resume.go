@@ -9,8 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Resume restores a saved VM into a QEMU that was started with
@@ -138,105 +136,6 @@ func Resume(ctx context.Context, x Executor, o ResumeOptions) (ResumeReport, err
 	}
 	err = o.load(watched, x, start, &rep)
 	return rep, because(watched, err)
-}
-
-// offer makes a stream ready and returns its URI. If the monitor carries files, the
-// server begins first: the guest need not wait for that, and a server that can't
-// costs nothing but an error. Withdraw takes back what QEMU has refused.
-func (o *ResumeOptions) offer(ctx context.Context, x Executor, lazy bool) (uri string, withdraw func(), err error) {
-	withdraw = func() {}
-	p, ok := x.(FilePasser)
-	if !ok || o.Serve == nil {
-		return o.URI(lazy), withdraw, nil
-	}
-	var fds [2]int // QEMU's, the server's
-	if lazy {
-		fds, err = unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	} else {
-		// An eager restore through a socket takes up to three times as long.
-		err = unix.Pipe2(fds[:], unix.O_CLOEXEC)
-	}
-	if err != nil {
-		return "", withdraw, err
-	}
-	theirs, ours := os.NewFile(uintptr(fds[0]), "migration stream"), os.NewFile(uintptr(fds[1]), "migration stream")
-	defer ours.Close()
-	defer theirs.Close()
-	err = p.PassFile(ctx, passedName, theirs)
-	var refused *Error
-	if errors.Is(err, ErrNoFiles) || errors.As(err, &refused) {
-		return o.URI(lazy), withdraw, nil
-	}
-	if err != nil {
-		return "", withdraw, err
-	}
-	end, err := o.Serve(lazy, ours)
-	if err != nil {
-		end = func() {}
-	}
-	withdraw = func() {
-		end()
-		_ = x.Execute(ctx, "closefd", map[string]any{"fdname": passedName}, nil)
-		if lazy {
-			_ = SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false})
-		}
-	}
-	if err == nil {
-		ours.Close() // or the server's end would not be seen
-		err = begun(ctx, theirs)
-	}
-	if err != nil {
-		withdraw()
-		return "", withdraw, err
-	}
-	return "fd:" + passedName, withdraw, nil
-}
-
-// begun waits until a migration stream begins in what QEMU has got to read.
-func begun(ctx context.Context, in *os.File) error {
-	for {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		// QEMU has the same open file, whose mode is its own business.
-		fds := []unix.PollFd{{Fd: int32(in.Fd()), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, 20)
-		if err != nil && !errors.Is(err, unix.EINTR) {
-			return err
-		}
-		if err != nil || n == 0 {
-			continue
-		}
-		magic, err := peek(int(in.Fd()), 4)
-		switch {
-		case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINTR):
-		case err != nil || len(magic) == 0 || !strings.HasPrefix("QEVM", string(magic)):
-			return ErrServer
-		case len(magic) == 4:
-			return nil
-		}
-	}
-}
-
-// peek returns the next up to n bytes of a pipe or a socket, and leaves them there.
-func peek(fd, n int) ([]byte, error) {
-	b := make([]byte, n)
-	k, _, err := unix.Recvfrom(fd, b, unix.MSG_PEEK|unix.MSG_DONTWAIT)
-	if !errors.Is(err, unix.ENOTSOCK) {
-		return b[:max(k, 0)], err
-	}
-	var copied [2]int
-	if err := unix.Pipe2(copied[:], unix.O_CLOEXEC); err != nil {
-		return nil, err
-	}
-	defer unix.Close(copied[0])
-	defer unix.Close(copied[1])
-	m, err := unix.Tee(fd, copied[1], n, unix.SPLICE_F_NONBLOCK)
-	if m <= 0 {
-		return nil, err
-	}
-	k, err = unix.Read(copied[0], b)
-	return b[:max(k, 0)], err
 }
 
 // because says why a resume has failed, whatever call has noticed it.

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -553,7 +552,8 @@ func TestResumeServerDies(t *testing.T) {
 			case byQEMU:
 				words = append(words[:2:2], tc.qemu...)
 				incoming.Env = []string{limit}
-				monitor = tcpMonitor(t, &incoming)
+				monitor = freePort(t)
+				incoming.Args = append(incoming.Args, "-qmp", "tcp:"+monitor+",server=on,wait=off")
 			case tc.bytes == 0:
 				words = tc.resume
 				fallthrough
@@ -647,18 +647,6 @@ func TestResumeServerDies(t *testing.T) {
 	}
 	l.run(t, "verify", "--all")
 	l.tidy(t)
-}
-
-// tcpMonitor gives a QEMU one more monitor, which carries no files.
-func tcpMonitor(t *testing.T, c *qemutest.Config) (address string) {
-	t.Helper()
-	// Free a moment ago.
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	ok(t, err)
-	address = "tcp:" + l.Addr().String()
-	ok(t, l.Close())
-	c.Args = append(c.Args, "-qmp", address+",server=on,wait=off")
-	return address
 }
 
 // server waits for the server that a resume has started.

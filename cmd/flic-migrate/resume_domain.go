@@ -9,6 +9,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/domain"
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
@@ -47,8 +48,12 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 				server.RestoreReport, err = tier.Restore(ctx, c, conn, tier.RestoreOptions{})
 				return err
 			}
+			socket, err := conn.SyscallConn()
+			if err != nil {
+				return err
+			}
 			s := lazyServer{app: r.app, learn: r.learn, recover: r.recover, resize: func(n int) int {
-				conn.SetWriteBuffer(n * 3 / 8) // as pipe.SetCapacity
+				_ = socket.Control(func(fd uintptr) { n = pipe.SetCapacity(int(fd), n) })
 				return n
 			}}
 			s.progress = func(p lazy.Progress) {

@@ -348,6 +348,20 @@ func Assets(ctx context.Context, kind string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
+// Build builds flic-migrate as the Makefile does, into a file.
+func Build(ctx context.Context, file string) error {
+	root, err := ModuleRoot()
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", file, "./cmd/flic-migrate")
+	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+}
+
 // ModuleRoot returns the directory of this module's go.mod, from the directory
 // the process runs in, which for a test is its package's.
 func ModuleRoot() (string, error) {

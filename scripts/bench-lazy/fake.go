@@ -150,27 +150,12 @@ func (s *synthetic) serve(ctx context.Context, hold time.Duration, socket bool, 
 	if err != nil {
 		return nil, err
 	}
-	in, rp, err := os.Pipe()
+	in, rp, out, w, err := ends(socket)
 	if err != nil {
 		return nil, err
 	}
 	defer in.Close()
-	out, w, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
 	defer w.Close()
-	if socket {
-		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return nil, err
-		}
-		rp.Close()
-		out.Close()
-		ours, theirs := os.NewFile(uintptr(fds[0]), "socket"), os.NewFile(uintptr(fds[1]), "socket")
-		defer theirs.Close()
-		in, w, rp, out = theirs, theirs, ours, ours
-	}
 	ses := &session{rp: rp, out: out, server: exec.CommandContext(ctx, "/bin/sh", "-c", strings.TrimPrefix(uri, "exec:"))}
 	ses.server.Stdin, ses.server.Stdout = in, w
 	ses.cur = stream.NewCursor(out, 0)
@@ -179,6 +164,22 @@ func (s *synthetic) serve(ctx context.Context, hold time.Duration, socket bool, 
 	ses.rd = stream.NewReader(ses.cur)
 	ses.dec = ramparse.NewDecoder(ramparse.Options{PageSize: s.PageSize()})
 	return ses, ses.server.Start()
+}
+
+// ends are those of a server's stdin and stdout, and ours of them.
+func ends(socket bool) (in, rp, out, w *os.File, err error) {
+	if socket {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return nil, nil, nil, nil, err
+		}
+		ours, theirs := os.NewFile(uintptr(fds[0]), "socket"), os.NewFile(uintptr(fds[1]), "socket")
+		return theirs, ours, ours, theirs, nil
+	}
+	if in, rp, err = os.Pipe(); err == nil {
+		out, w, err = os.Pipe()
+	}
+	return in, rp, out, w, err
 }
 
 // opening reads up to RUN.

@@ -329,25 +329,10 @@ func (b *bench) linux(memory string, buffer int) (saved, error) {
 
 func ms(d time.Duration) string { return fmt.Sprintf("%.1f", d.Seconds()*1000) }
 
-// command builds flic-migrate as it is released.
-func (b *bench) command() (string, error) {
-	root, err := qemutest.ModuleRoot()
-	if err != nil {
-		return "", err
-	}
-	name := filepath.Join(b.dir, "flic-migrate")
-	build := exec.CommandContext(b.ctx, "go", "build", "-o", name, "./cmd/flic-migrate")
-	build.Dir, build.Env = root, append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%w: %s", err, out)
-	}
-	return name, nil
-}
-
 // start: time to running by size of RAM, of the command itself.
 func (b *bench) start() error {
-	command, err := b.command()
-	if err != nil {
+	command := filepath.Join(b.dir, "flic-migrate")
+	if err := qemutest.Build(b.ctx, command); err != nil {
 		return err
 	}
 	fmt.Print("\n| RAM | stream | eager `cat`, ms | resume: running, ms | share | before, ms | resident, ms | exec: running, ms | resident, ms |\n|---|---|---|---|---|---|---|---|---|\n")

@@ -15,7 +15,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -60,10 +59,6 @@ func main() {
 }
 
 func run(ctx context.Context, runs int) error {
-	root, err := qemutest.ModuleRoot()
-	if err != nil {
-		return err
-	}
 	const links = "wrapper"
 	l, err := qemutest.LaunchLibvirt(qemutest.LibvirtConfig{Path: []string{links}, Env: []string{"FLIC_CONFIG=/dev/null"}})
 	if err != nil {
@@ -71,9 +66,7 @@ func run(ctx context.Context, runs int) error {
 	}
 	defer l.Kill()
 	binary := filepath.Join(l.Dir, "flic-migrate")
-	build := exec.Command("go", "build", "-o", binary, "./cmd/flic-migrate")
-	build.Dir, build.Stderr = root, os.Stderr
-	if err := build.Run(); err != nil {
+	if err := qemutest.Build(ctx, binary); err != nil {
 		return err
 	}
 	if err := os.Mkdir(filepath.Join(l.Dir, links), 0o755); err != nil {

@@ -148,10 +148,7 @@ func run(runs int, withQEMU bool, glob, only string) error {
 	}
 	defer os.RemoveAll(dir)
 	binary := filepath.Join(dir, "flic-migrate")
-	build := exec.Command("go", "build", "-o", binary, "./cmd/flic-migrate")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as in the Makefile
-	build.Dir, build.Stderr = root, os.Stderr
-	if err := build.Run(); err != nil {
+	if err := qemutest.Build(context.Background(), binary); err != nil {
 		return err
 	}
 	list := tools(binary)

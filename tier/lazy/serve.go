@@ -225,14 +225,14 @@ const (
 	// at: each of a guest's vCPUs and of QEMU's own threads waits for one
 	// page, so this many never wait. Beyond it the return path is read later.
 	maxDemands = 1024
-	// askingPages and restingPages is how many pages go out in one write while the
+	// askingPages and restingPages are how many pages go out in one write while the
 	// guest asks for pages and when it does not. A demand waits for at most one
 	// such write.
 	askingPages, restingPages = 1, 8
 	// askingPipe and restingPipe are the capacities of the pipe while the
-	// guest asks for pages and when it does not. With the smaller one each
-	// four pages cost two changes of context, and all memory is there half as
-	// fast again; with more than the larger one nothing is gained.
+	// guest asks for pages and when it does not. With the smaller one there are
+	// more changes of context, and it takes half as long again until all memory is
+	// there; with more than the larger one nothing is gained.
 	askingPipe, restingPipe = 16 << 10, 64 << 10
 	// asking is how long after a demand the guest is taken to be asking. Each time
 	// that it begins again, a request waits for a full pipe.
