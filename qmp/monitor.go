@@ -90,6 +90,8 @@ type Options struct {
 	// OOB asks for out-of-band execution, which ExecuteOOB needs. QEMU then
 	// queues up to eight commands instead of one.
 	OOB bool
+	// IfOffered lets a monitor without OOB do.
+	IfOffered bool
 }
 
 // Monitor is a connection to a QEMU's monitor socket. It may be used by many
@@ -197,7 +199,7 @@ func New(ctx context.Context, conn net.Conn, address string, options Options) (*
 	negotiation, cancel := context.WithTimeout(ctx, options.Greeting)
 	defer cancel()
 	var args any
-	if options.OOB {
+	if m.options.OOB {
 		args = map[string]any{"enable": []string{"oob"}}
 	}
 	if err := m.Execute(negotiation, "qmp_capabilities", args, nil); err != nil {
@@ -243,6 +245,9 @@ func (m *Monitor) greet(ctx context.Context, in *decoder) error {
 		if json.Unmarshal(c, &name) == nil {
 			m.capabilities = append(m.capabilities, name)
 		}
+	}
+	if m.options.IfOffered {
+		m.options.OOB = m.options.OOB && m.offers("oob")
 	}
 	if m.options.OOB && !m.offers("oob") {
 		return errors.New("this monitor offers no out-of-band execution")

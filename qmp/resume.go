@@ -39,10 +39,15 @@ type ResumeOptions struct {
 	// reads QEMU's requests if it is lazy, and else a pipe; end kills it. out is the
 	// caller's to close.
 	Serve func(lazy bool, out *os.File) (end func(), err error)
-	// URI has QEMU start the server. It is used for Recover, whose QEMU may be
-	// able to run only commands out of band, of which getfd is none, and by
-	// Resume if the monitor carries no files, or without Serve.
+	// URI has QEMU start the server. It is used if the monitor carries no files, or
+	// without Serve.
 	URI func(lazy bool) string
+	// RecoverURI has QEMU start a server that goes on where another has died. QEMU
+	// may be able to run only commands out of band then, of which getfd is none.
+	RecoverURI func() string
+	// Regain is asked, when a server has died, whether to start another at once. nil:
+	// never. It needs a Monitor with OOB.
+	Regain func() bool
 	// Lazy is "auto" if empty.
 	Lazy LazyMode
 	// NotPossible says why this checkpoint can't be restored lazily; nil if
@@ -134,8 +139,8 @@ func Resume(ctx context.Context, x Executor, o ResumeOptions) (ResumeReport, err
 		withdraw()
 		return rep, err
 	}
-	err = o.load(watched, x, start, &rep)
-	return rep, because(watched, err)
+	err = because(watched, o.load(watched, x, start, &rep))
+	return rep, o.regain(ctx, x, start, &rep, err)
 }
 
 // because says why a resume has failed, whatever call has noticed it.
@@ -287,67 +292,6 @@ func finishResume(ctx context.Context, x Executor, start time.Time, rep *ResumeR
 	s, err := QueryStatus(ctx, x)
 	rep.State = s.Status
 	return err
-}
-
-// Recover goes on with a lazy restore whose server has died, and with whatever
-// Resume had still to do. It needs a Monitor with OOB: QEMU's main loop may be
-// waiting for the memory itself.
-func Recover(ctx context.Context, m *Monitor, o ResumeOptions) (ResumeReport, error) {
-	rep := ResumeReport{Lazy: true}
-	watched, stop := watchIncoming(ctx, m)
-	defer stop()
-	err := recoverPaused(watched, m, o.URI(true))
-	start := time.Now()
-	if err == nil {
-		err = o.run(watched, m, start, &rep)
-	}
-	if err == nil {
-		err = finishResume(watched, m, start, &rep)
-	}
-	return rep, because(watched, err)
-}
-
-const (
-	// recoverTime is how long a new server may take to shake hands; it opens
-	// and checks the checkpoint before.
-	recoverTime = time.Minute
-	// askAgain is how long a question may take that QEMU's main loop answers,
-	// which waits for memory until the new server is there.
-	askAgain = time.Second
-)
-
-// recoverPaused starts a new server and waits until it has shaken hands. A
-// server that dies before it has written anything leaves QEMU as it was; one
-// that dies in the middle of the handshake takes QEMU with it
-// (migration/savevm.c, loadvm_process_command in postcopy-recover).
-func recoverPaused(ctx context.Context, m *Monitor, uri string) error {
-	// Not asked before whether it is paused: it may not be able to answer.
-	err := m.ExecuteOOB(ctx, "migrate-recover", map[string]any{"uri": uri}, nil)
-	var refused *Error
-	if errors.As(err, &refused) {
-		err = fmt.Errorf("%w: %w", ErrNotPaused, err)
-	}
-	if err != nil {
-		return err
-	}
-	for end := time.Now().Add(recoverTime); time.Now().Before(end); {
-		asked, cancel := context.WithTimeout(ctx, askAgain)
-		info, err := QueryMigrate(asked, m)
-		cancel()
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case errors.Is(err, context.DeadlineExceeded):
-			continue
-		case err != nil || info.Status != StatusPostcopyPaused && info.Status != StatusPostcopyRecover:
-			return err
-		}
-		select {
-		case <-time.After(5 * time.Millisecond):
-		case <-ctx.Done():
-		}
-	}
-	return fmt.Errorf("the new server did not begin within %v (see QEMU's output for its reason): %w", recoverTime, ErrServerDied)
 }
 
 // CheckMachine compares the QEMU at x with what was saved. A difference wraps

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -251,6 +253,21 @@ func TestDomainLazy(t *testing.T) {
 		cmd.Stderr = file
 		ok(t, cmd.Start())
 		until(t, "the guest to run", func() bool { return said("running after") })
+		// With what it needs for interrupts: a QEMU whose lock is held while it
+		// waits for a page does not hear libvirt.
+		console, err := net.Dial("unix", d.path(d.name+".tty"))
+		ok(t, err)
+		defer console.Close()
+		ok(t, console.SetReadDeadline(time.Now().Add(time.Minute)))
+		lines := bufio.NewScanner(console)
+		for n := 0; n < 3; {
+			if !lines.Scan() {
+				t.Fatalf("the guest stands still: %v", lines.Err())
+			}
+			if strings.Contains(lines.Text(), "tick ") {
+				n++
+			}
+		}
 		return cmd
 	}
 	cmd := loading()

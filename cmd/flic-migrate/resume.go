@@ -23,16 +23,17 @@ import (
 
 type resumeCmd struct {
 	*app
-	monitor monitorFlags
-	lazy    choice
-	paused  bool
-	recover bool
-	print   bool
-	learn   time.Duration
-	stalled time.Duration
-	nvram   string
-	json    bool
-	quiet   bool
+	monitor  monitorFlags
+	lazy     choice
+	paused   bool
+	recover  bool
+	print    bool
+	learn    time.Duration
+	stalled  time.Duration
+	restarts int
+	nvram    string
+	json     bool
+	quiet    bool
 }
 
 func newResume(a *app) *cobra.Command {
@@ -71,6 +72,7 @@ themselves.`,
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died")
 	fs.BoolVar(&r.print, "print", false, "print the QMP commands and do nothing")
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
+	fs.IntVar(&r.restarts, "restarts", 5, "how many times the process that serves the memory is started again if it dies")
 	fs.DurationVar(&r.stalled, "stalled", 10*time.Second, "say so when the process that serves the memory has made no progress for so long; 0: never")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.BoolVar(&r.json, "json", false, "print the report as JSON on standard output")
@@ -129,10 +131,11 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		defer os.Remove(files.report)
 		defer os.Remove(files.status)
 	}
-	server := func(lazy bool) []string { return r.server(dir, c.Ref, lazy, files) }
+	server := func(lazy, again bool) []string { return r.server(dir, c.Ref, lazy, again, files) }
 	o := qmp.ResumeOptions{
-		URI:         func(lazy bool) string { return execURI(server(lazy)) },
-		Serve:       func(lazy bool, out *os.File) (func(), error) { return startServer(server(lazy), out, lazy) },
+		URI:         func(lazy bool) string { return execURI(server(lazy, false)) },
+		RecoverURI:  func() string { return execURI(server(true, true)) },
+		Serve:       func(lazy bool, out *os.File) (func(), error) { return startServer(server(lazy, false), out, lazy) },
 		Lazy:        qmp.LazyMode(r.lazy.value),
 		NotPossible: lazy.Possible(c),
 		RunState:    c.Meta.RunState,
@@ -142,7 +145,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	if r.print {
 		return r.printCommands(o)
 	}
-	m, err := r.monitor.dial(ctx, qmp.Options{OOB: r.recover})
+	m, err := r.monitor.dial(ctx, qmp.Options{OOB: true, IfOffered: !r.recover})
 	if err != nil {
 		return err
 	}
@@ -171,6 +174,19 @@ func (r *resumeCmd) drive(ctx context.Context, m *qmp.Monitor, o qmp.ResumeOptio
 	}
 	w := &serverWatch{path: files.status, report: files.report, name: doc.Checkpoint, stalled: r.stalled, show: p.callback(),
 		say: func(text string) { r.log().Warn(text) }, running: running, recover: r.recover}
+	restarts := r.restarts
+	o.Regain = func() bool {
+		var last restoreReport
+		_ = json.Unmarshal(serverReport(files.report, false), &last)
+		if restarts <= 0 || last.ExitCode == exitCorrupt {
+			return false
+		}
+		restarts--
+		w.regaining.Store(true)
+		_ = os.Remove(files.report)
+		r.log().Warn("the restore's server has died; another goes on", "checkpoint", doc.Checkpoint)
+		return true
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	watched := make(chan struct{})
 	go func() {
@@ -225,7 +241,7 @@ func becauseOf(err error, report json.RawMessage) error {
 type serverFiles struct{ report, status string }
 
 // server is the command line of the restoring filter.
-func (r *resumeCmd) server(dir string, ref store.Ref, lazy bool, files serverFiles) []string {
+func (r *resumeCmd) server(dir string, ref store.Ref, lazy, again bool, files serverFiles) []string {
 	exe, err := os.Executable()
 	if err != nil {
 		exe = "flic-migrate"
@@ -242,7 +258,7 @@ func (r *resumeCmd) server(dir string, ref store.Ref, lazy bool, files serverFil
 	if files.report != "" {
 		args = append(args, "--report", files.report, "--status", files.status)
 	}
-	if r.recover {
+	if again {
 		args = append(args, "--recover")
 	}
 	if r.nvram != "" {
@@ -376,7 +392,7 @@ func (r *resumeCmd) printCommands(o qmp.ResumeOptions) error {
 	if r.recover {
 		lines = append(lines,
 			`# on a connection negotiated with {"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}, in postcopy-paused:`,
-			command("migrate-recover", map[string]any{"uri": o.URI(true)}))
+			command("migrate-recover", map[string]any{"uri": o.RecoverURI()}))
 	} else {
 		lines = append(lines, "# QEMU: -incoming defer -S", capability("events", true))
 		if lazily {

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -88,6 +89,8 @@ type serverWatch struct {
 	show    func(tier.Progress) // nil: not to be shown
 	running <-chan struct{}     // closed when the guest may run
 	recover bool
+	// regaining: that a server has died is known, and another has been started.
+	regaining atomic.Bool
 
 	seen status
 	at   time.Time // when seen was new
@@ -122,7 +125,7 @@ func (w *serverWatch) run(ctx context.Context) error {
 		default:
 		}
 		switch {
-		case w.seen.PID == 0 || w.seen.Namespace != pidNamespace() || !processEnded(w.seen.PID), exists(w.report) && !w.recover:
+		case w.regaining.Load(), w.seen.PID == 0 || w.seen.Namespace != pidNamespace() || !processEnded(w.seen.PID), exists(w.report) && !w.recover:
 			// One that leaves a report has sent all, or made QEMU end; in a
 			// recovery it must not.
 			gone = time.Time{}

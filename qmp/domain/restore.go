@@ -51,8 +51,13 @@ var errLazyPaused = errors.New("libvirt can't restore a guest lazily that is to 
 // finishTime bounds the taking back of a restore that has failed.
 const finishTime = 30 * time.Second
 
-// recoverTime is how long QEMU may take to say what it has, and the guest waits.
-const recoverTime = time.Minute
+// recoverTime is how long QEMU may take to listen for a new server, and to say what
+// it has, and the guest waits.
+var recoverTime = time.Minute
+
+// ErrStuck: QEMU has not heard libvirt's command to go on.
+var ErrStuck = errors.New("QEMU does not hear libvirt: its main loop waits for a page of the guest that nobody serves, and libvirt's monitor " +
+	"has no out-of-band commands. The domain has to be destroyed; the checkpoint is untouched")
 
 // Restore starts the domain and returns when all its memory is there.
 //
@@ -168,7 +173,9 @@ func (r *restore) prepare(ctx context.Context) (lazy bool, reason string, err er
 	postcopy := libvirt.MigratePostcopy
 	if r.o.Recover {
 		r.flags |= postcopy | libvirt.MigratePostcopyResume
-		return true, "", r.listen(ctx)
+		listening, stop := context.WithTimeoutCause(ctx, recoverTime, ErrStuck)
+		defer stop()
+		return true, "", r.listen(listening)
 	}
 	if r.o.NotPossible == nil && r.o.Paused {
 		r.o.NotPossible = errLazyPaused

@@ -147,7 +147,8 @@ type destination struct {
 	finished  []string // cancelled or not
 	postcopy  bool     // QEMU can
 	received  []byte
-	reads     bool // Finish waits for the stream's end
+	reads     bool          // Finish waits for the stream's end
+	stuck     chan struct{} // Prepare does not answer before it is closed
 	listener  net.Listener
 	got       chan struct{}
 	hasDomain bool
@@ -176,6 +177,12 @@ func (d *destination) answer(program, procedure uint32, args []byte) (string, *l
 	case prepare3:
 		flags := flagsAt(4)
 		d.prepared = append(d.prepared, fmt.Sprintf("%#x", flags))
+		if d.stuck != nil {
+			d.mu.Unlock()
+			<-d.stuck
+			d.mu.Lock()
+			return "", &libvirt.Error{Code: 1, Message: "too late"}
+		}
 		if flags&uint32(libvirt.MigratePostcopy) != 0 && !d.postcopy {
 			return "", &libvirt.Error{Code: 1, Message: "Postcopy is not supported"}
 		}
@@ -295,6 +302,19 @@ func TestRestore(t *testing.T) {
 				t.Errorf("left: %v", left)
 			}
 		})
+	}
+}
+
+// A QEMU whose main loop waits for memory never hears what libvirt tells it.
+func TestRecoverStuck(t *testing.T) {
+	defer func(d time.Duration) { recoverTime = d }(recoverTime)
+	recoverTime = 50 * time.Millisecond
+	d := &destination{postcopy: true, hasDomain: true, stuck: make(chan struct{})}
+	defer close(d.stuck)
+	t.Setenv("TMPDIR", t.TempDir())
+	_, err := Restore(t.Context(), fakeDaemon(t, d.answer), Description{XML: strings.ReplaceAll(exampleXML, "model='dac'", "model='none'")}, RestoreOptions{Recover: true})
+	if !errors.Is(err, ErrStuck) {
+		t.Errorf("error %v", err)
 	}
 }
 

@@ -1,0 +1,90 @@
+package qmp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Recover goes on with a lazy restore whose server has died, and with whatever
+// Resume had still to do. It needs a Monitor with OOB: QEMU's main loop may be
+// waiting for the memory itself.
+func Recover(ctx context.Context, m *Monitor, o ResumeOptions) (ResumeReport, error) {
+	rep := ResumeReport{Lazy: true}
+	start := time.Now()
+	err := o.goOn(ctx, m, start, &rep)
+	return rep, o.regain(ctx, m, start, &rep, err)
+}
+
+// goOn recovers once, and has the guest run unless it was let run before.
+func (o *ResumeOptions) goOn(ctx context.Context, m *Monitor, start time.Time, rep *ResumeReport) error {
+	watched, stop := watchIncoming(ctx, m)
+	defer stop()
+	err := recoverPaused(watched, m, o.RecoverURI())
+	if err == nil && rep.Running == 0 {
+		err = o.run(watched, m, start, rep)
+	}
+	if err == nil {
+		err = finishResume(watched, m, start, rep)
+	}
+	return because(watched, err)
+}
+
+// regain recovers as long as Regain allows it. A later Recover might find nobody to
+// talk to: when QEMU's main loop waits for a page, or for the lock of a vCPU that
+// waits for one, a monitor that connects can't even negotiate, which is the main
+// loop's work. The one of the Resume has, before.
+func (o *ResumeOptions) regain(ctx context.Context, x Executor, start time.Time, rep *ResumeReport, err error) error {
+	m, ok := x.(*Monitor)
+	if !ok || !m.options.OOB || o.Regain == nil {
+		return err
+	}
+	for errors.Is(err, ErrServerDied) && ctx.Err() == nil && o.Regain() {
+		err = o.goOn(ctx, m, start, rep)
+	}
+	return err
+}
+
+const (
+	// recoverTime is how long a new server may take to shake hands; it opens
+	// and checks the checkpoint before.
+	recoverTime = time.Minute
+	// askAgain is how long a question may take that QEMU's main loop answers,
+	// which waits for memory until the new server is there.
+	askAgain = time.Second
+)
+
+// recoverPaused starts a new server and waits until it has shaken hands. A
+// server that dies before it has written anything leaves QEMU as it was; one
+// that dies in the middle of the handshake takes QEMU with it
+// (migration/savevm.c, loadvm_process_command in postcopy-recover).
+func recoverPaused(ctx context.Context, m *Monitor, uri string) error {
+	// Not asked before whether it is paused: it may not be able to answer.
+	err := m.ExecuteOOB(ctx, "migrate-recover", map[string]any{"uri": uri}, nil)
+	var refused *Error
+	if errors.As(err, &refused) {
+		err = fmt.Errorf("%w: %w", ErrNotPaused, err)
+	}
+	if err != nil {
+		return err
+	}
+	for end := time.Now().Add(recoverTime); time.Now().Before(end); {
+		asked, cancel := context.WithTimeout(ctx, askAgain)
+		info, err := QueryMigrate(asked, m)
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, context.DeadlineExceeded):
+			continue
+		case err != nil || info.Status != StatusPostcopyPaused && info.Status != StatusPostcopyRecover:
+			return err
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+	return fmt.Errorf("the new server did not begin within %v (see QEMU's output for its reason): %w", recoverTime, ErrServerDied)
+}
