@@ -2,9 +2,17 @@ package qmp
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Recover goes on with a lazy restore whose server has died, and with whatever
@@ -21,7 +29,7 @@ func Recover(ctx context.Context, m *Monitor, o ResumeOptions) (ResumeReport, er
 func (o *ResumeOptions) goOn(ctx context.Context, m *Monitor, start time.Time, rep *ResumeReport) error {
 	watched, stop := watchIncoming(ctx, m)
 	defer stop()
-	err := recoverPaused(watched, m, o.RecoverURI())
+	err := o.recoverPaused(watched, m)
 	if err == nil && rep.Running == 0 {
 		err = o.run(watched, m, start, rep)
 	}
@@ -59,7 +67,15 @@ const (
 // server that dies before it has written anything leaves QEMU as it was; one
 // that dies in the middle of the handshake takes QEMU with it
 // (migration/savevm.c, loadvm_process_command in postcopy-recover).
-func recoverPaused(ctx context.Context, m *Monitor, uri string) error {
+func (o *ResumeOptions) recoverPaused(ctx context.Context, m *Monitor) error {
+	uri, begin := o.RecoverURI(), func() error { return nil }
+	if o.RecoverServe != nil && m.sandboxed() {
+		path, err := m.besides()
+		if err != nil {
+			return err
+		}
+		uri, begin = "unix:"+path, func() error { return o.connect(ctx, path) }
+	}
 	// Not asked before whether it is paused: it may not be able to answer.
 	err := m.ExecuteOOB(ctx, "migrate-recover", map[string]any{"uri": uri}, nil)
 	var refused *Error
@@ -67,6 +83,9 @@ func recoverPaused(ctx context.Context, m *Monitor, uri string) error {
 		err = fmt.Errorf("%w: %w", ErrNotPaused, err)
 	}
 	if err != nil {
+		return err
+	}
+	if err := begin(); err != nil {
 		return err
 	}
 	for end := time.Now().Add(recoverTime); time.Now().Before(end); {
@@ -87,4 +106,66 @@ func recoverPaused(ctx context.Context, m *Monitor, uri string) error {
 		}
 	}
 	return fmt.Errorf("the new server did not begin within %v (see QEMU's output for its reason): %w", recoverTime, ErrServerDied)
+}
+
+// connect starts a server on a socket on which QEMU listens.
+func (o *ResumeOptions) connect(ctx context.Context, path string) error {
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "unix", path)
+	_ = os.Remove(path)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	f, err := conn.(*net.UnixConn).File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = o.RecoverServe(f)
+	return err
+}
+
+// besides is the path of a socket for QEMU to make, where it could make its monitor's.
+func (m *Monitor) besides() (string, error) {
+	_, monitor := splitAddress(m.addr)
+	dir, err := filepath.Abs(filepath.Dir(monitor))
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, "flic-"+rand.Text()[:8])
+	if len(path) > 107 {
+		return "", &OpError{Op: "migrate-recover", Addr: m.addr, Err: errors.New("QEMU may start no processes, and the path of its monitor leaves no room for another socket beside it")}
+	}
+	return path, nil
+}
+
+// sandboxed tells whether QEMU has filters of its own for what it may call: with
+// -sandbox spawn=deny a migration to or from exec: is the end of it.
+func (m *Monitor) sandboxed() bool {
+	conn, ok := m.conn.(*net.UnixConn)
+	if !ok {
+		return false
+	}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	pid := 0
+	_ = raw.Control(func(fd uintptr) {
+		if peer, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = int(peer.Pid)
+		}
+	})
+	// Those of a container are this process's, too.
+	return pid > 0 && seccompFilters(strconv.Itoa(pid)) > seccompFilters("self")
+}
+
+// seccompFilters is how many filters a process has (proc(5)); 0 if it can't be known.
+func seccompFilters(pid string) int {
+	b, _ := os.ReadFile(filepath.Join("/proc", pid, "status"))
+	_, after, _ := strings.Cut(string(b), "\nSeccomp_filters:")
+	line, _, _ := strings.Cut(after, "\n")
+	n, _ := strconv.Atoi(strings.TrimSpace(line))
+	return n
 }

@@ -45,6 +45,9 @@ type ResumeOptions struct {
 	// RecoverURI has QEMU start a server that goes on where another has died. QEMU
 	// may be able to run only commands out of band then, of which getfd is none.
 	RecoverURI func() string
+	// RecoverServe starts such a server on a socket, for a QEMU that may start no
+	// process (-sandbox spawn=deny).
+	RecoverServe func(out *os.File) (end func(), err error)
 	// Regain is asked, when a server has died, whether to start another at once. nil:
 	// never. It needs a Monitor with OOB.
 	Regain func() bool

@@ -133,14 +133,15 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	}
 	server := func(lazy, again bool) []string { return r.server(dir, c.Ref, lazy, again, files) }
 	o := qmp.ResumeOptions{
-		URI:         func(lazy bool) string { return execURI(server(lazy, false)) },
-		RecoverURI:  func() string { return execURI(server(true, true)) },
-		Serve:       func(lazy bool, out *os.File) (func(), error) { return startServer(server(lazy, false), out, lazy) },
-		Lazy:        qmp.LazyMode(r.lazy.value),
-		NotPossible: lazy.Possible(c),
-		RunState:    c.Meta.RunState,
-		Paused:      r.paused,
-		Expect:      expect(c.Meta),
+		URI:          func(lazy bool) string { return execURI(server(lazy, false)) },
+		RecoverURI:   func() string { return execURI(server(true, true)) },
+		RecoverServe: func(out *os.File) (func(), error) { return startServer(server(true, true), out, true) },
+		Serve:        func(lazy bool, out *os.File) (func(), error) { return startServer(server(lazy, false), out, lazy) },
+		Lazy:         qmp.LazyMode(r.lazy.value),
+		NotPossible:  lazy.Possible(c),
+		RunState:     c.Meta.RunState,
+		Paused:       r.paused,
+		Expect:       expect(c.Meta),
 	}
 	if r.print {
 		return r.printCommands(o)
