@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,6 +28,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
+
+// computing is how long the guest goes on with a page before it needs another.
+const computing = 100 * time.Microsecond
 
 // placing is what the destination needs for a page besides reading it: about
 // what UFFDIO_COPY and its wake-up take.
@@ -55,6 +60,9 @@ func (b *bench) waits() error {
 		{"running | socket, always 16 KiB", 0, true, 16 << 10},
 		{"running | socket, always 64 KiB", 0, true, 64 << 10},
 	}
+	// Nor has QEMU a garbage collector, or a thread that waits for another's CPU.
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(runtime.NumCPU(), 8)))
 	n := make([]int, len(cases))
 	disturbed := 0
 	p50, p99 := make([][]time.Duration, len(cases)), make([][]time.Duration, len(cases))
@@ -176,10 +184,21 @@ func ends(socket bool) (in, rp, out, w *os.File, err error) {
 		ours, theirs := os.NewFile(uintptr(fds[0]), "socket"), os.NewFile(uintptr(fds[1]), "socket")
 		return theirs, ours, ours, theirs, nil
 	}
-	if in, rp, err = os.Pipe(); err == nil {
-		out, w, err = os.Pipe()
+	if in, rp, err = blockingPipe(); err == nil {
+		out, w, err = blockingPipe()
 	}
 	return in, rp, out, w, err
+}
+
+// blockingPipe is os.Pipe with ends that block their thread, as the socket's do and
+// as QEMU's threads are blocked. Otherwise whether Go's poller runs anyway decides
+// how late a goroutine is woken up, by up to a millisecond.
+func blockingPipe() (r, w *os.File, err error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return nil, nil, err
+	}
+	return os.NewFile(uintptr(fds[0]), "pipe"), os.NewFile(uintptr(fds[1]), "pipe"), nil
 }
 
 // opening reads up to RUN.
@@ -266,15 +285,17 @@ func (s *synthetic) wait(ctx context.Context, hold time.Duration, socket bool, p
 	var asked atomic.Int64 // when, in ns since start; 0 while nothing is
 	start := time.Now()
 	r := rand.New(rand.NewPCG(1, 7))
-	has := make(map[uint64]bool)
+	has := make([]bool, s.Pages(0))
 	wanted := uint64(0)
 	// The requests come from a goroutine of their own, as from QEMU's fault
 	// thread, after a pause in which the guest computes.
 	next := make(chan uint64)
 	defer close(next)
 	go func() {
+		runtime.LockOSThread()
 		for page := range next {
-			time.Sleep(100 * time.Microsecond)
+			pause := unix.NsecToTimespec(computing.Nanoseconds())
+			_ = unix.Nanosleep(&pause, nil)
 			asked.Store(int64(time.Since(start)))
 			if ses.ask(page) != nil {
 				return
