@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"runtime"
 	"sort"
 	"sync/atomic"
 	"time"
@@ -339,6 +340,9 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 				return context.Cause(ctx)
 			}
 		}
+		// Otherwise this thread goes back to wait in poll(2), which Go's scheduler
+		// notices late, and the pump has to be woken up on another.
+		runtime.Gosched()
 	}
 }
 
