@@ -62,6 +62,20 @@ func OpenChannel(ctx context.Context, x Executor, d Direction) (*Channel, error)
 	return c, err
 }
 
+// newEnds makes a pipe, or a pair of sockets if it is to have two ways.
+func newEnds(d Direction) (reader, writer *os.File, err error) {
+	var fds [2]int
+	if d == TwoWay {
+		fds, err = unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	} else {
+		err = unix.Pipe2(fds[:], unix.O_CLOEXEC)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return os.NewFile(uintptr(fds[0]), "migration stream"), os.NewFile(uintptr(fds[1]), "migration stream"), nil
+}
+
 // passedName is the channel's name in QEMU. One is enough, as QEMU runs one
 // migration at a time, and a name used again releases what it meant before.
 const passedName = "flic-migrate"
@@ -80,17 +94,10 @@ func takeBack(ctx context.Context, x Executor) {
 }
 
 func passChannel(ctx context.Context, x Executor, p FilePasser, d Direction) (*Channel, error) {
-	var fds [2]int // ours, QEMU's
-	var err error
-	if d == TwoWay {
-		fds, err = unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	} else {
-		err = unix.Pipe2(fds[:], unix.O_CLOEXEC)
-	}
+	ours, theirs, err := newEnds(d)
 	if err != nil {
 		return nil, err
 	}
-	ours, theirs := os.NewFile(uintptr(fds[0]), "migration stream"), os.NewFile(uintptr(fds[1]), "migration stream")
 	// Ours would hide QEMU's end.
 	defer theirs.Close()
 	if err := p.PassFile(ctx, passedName, theirs); err != nil {
@@ -154,6 +161,11 @@ func acceptOne(ctx context.Context, l *net.UnixListener) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	return fileOf(conn)
+}
+
+// fileOf turns a connection into a file.
+func fileOf(conn *net.UnixConn) (*os.File, error) {
 	defer conn.Close()
 	return conn.File()
 }

@@ -73,6 +73,8 @@ const (
 	// defaultMaxMessage caps one message from QEMU. The largest seen are the
 	// schema (200 KB) and human-monitor-command dumps of some tens of MB.
 	defaultMaxMessage = 128 << 20
+	// maxSocketPath is how long the path of a Unix socket may be in bytes (unix(7)).
+	maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 	// eventBuffer is how many events wait for a slow reader. A live migration
 	// of a busy guest sends a few a second.
 	eventBuffer = 256
@@ -159,8 +161,8 @@ func Dial(ctx context.Context, address string, options Options) (*Monitor, error
 		// QEMU does not accept while it has a client, and listens with a queue
 		// of one: the second client waits there, the third is turned away.
 		return nil, &OpError{Op: "connect", Addr: address, Err: ErrBusy}
-	case errors.Is(err, syscall.EINVAL) && network == "unix" && len(addr) > 107:
-		return nil, &OpError{Op: "connect", Addr: address, Err: errors.New("the path of a Unix socket can have at most 107 bytes")}
+	case errors.Is(err, syscall.EINVAL) && network == "unix" && len(addr) > maxSocketPath:
+		return nil, &OpError{Op: "connect", Addr: address, Err: fmt.Errorf("the path of a Unix socket can have at most %d bytes", maxSocketPath)}
 	case err != nil:
 		return nil, &OpError{Op: "connect", Addr: address, Err: err}
 	}
@@ -246,11 +248,11 @@ func (m *Monitor) greet(ctx context.Context, in *decoder) error {
 			m.capabilities = append(m.capabilities, name)
 		}
 	}
-	if m.options.IfOffered {
-		m.options.OOB = m.options.OOB && m.offers("oob")
-	}
 	if m.options.OOB && !m.offers("oob") {
-		return errors.New("this monitor offers no out-of-band execution")
+		if !m.options.IfOffered {
+			return errors.New("this monitor offers no out-of-band execution")
+		}
+		m.options.OOB = false
 	}
 	if !stop() {
 		return ctx.Err()

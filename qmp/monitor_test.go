@@ -568,13 +568,19 @@ func TestOOBNotThere(t *testing.T) {
 	f := newFake(t, func(c *client) {
 		c.send(plain)
 		cmd, _ := c.next()
+		if strings.Contains(string(cmd.Args), "oob") {
+			t.Errorf("asked for what is not offered: %s", cmd.Args)
+		}
 		c.reply(cmd, `{}`)
 		c.next()
 	})
 	_, err := Dial(t.Context(), f.addr, Options{OOB: true})
 	mention(t, err, "out-of-band")
-	m := f.dial(Options{})
-	mention(t, m.ExecuteOOB(t.Context(), "migrate-recover", nil, nil), "out-of-band")
+	for _, o := range []Options{{}, {OOB: true, IfOffered: true}} {
+		m := f.dial(o)
+		mention(t, m.ExecuteOOB(t.Context(), "migrate-recover", nil, nil), "out-of-band")
+		m.Close()
+	}
 }
 
 // Many goroutines on one connection, with events between and answers in another

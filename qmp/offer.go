@@ -13,22 +13,28 @@ import (
 // server begins first: the guest need not wait for that, and a server that can't
 // costs nothing but an error. Withdraw takes back what QEMU has refused.
 func (o *ResumeOptions) offer(ctx context.Context, x Executor, lazy bool) (uri string, withdraw func(), err error) {
+	// A pipe if it is enough: an eager restore through a socket takes up to three
+	// times as long.
+	kind, direction := EagerServer, OneWay
+	if lazy {
+		kind, direction = LazyServer, TwoWay
+	}
 	p, ok := x.(FilePasser)
 	if !ok || o.Serve == nil {
-		return o.URI(lazy), func() {}, nil
+		return o.URI(kind), func() {}, nil
 	}
-	theirs, ours, err := ends(lazy)
+	theirs, ours, err := newEnds(direction)
 	if err != nil {
 		return "", nil, err
 	}
 	defer theirs.Close()
 	defer ours.Close()
 	if err := p.PassFile(ctx, passedName, theirs); notCarried(err) {
-		return o.URI(lazy), func() {}, nil
+		return o.URI(kind), func() {}, nil
 	} else if err != nil {
 		return "", nil, err
 	}
-	end, err := o.Serve(lazy, ours)
+	end, err := o.Serve(kind, ours)
 	if err != nil {
 		end = func() {}
 	}
@@ -48,22 +54,6 @@ func (o *ResumeOptions) offer(ctx context.Context, x Executor, lazy bool) (uri s
 		return "", nil, err
 	}
 	return "fd:" + passedName, withdraw, nil
-}
-
-// ends are QEMU's end of a stream and the server's: of a socket, if QEMU is to send
-// requests, and else of a pipe, because an eager restore through a socket takes up
-// to three times as long.
-func ends(requests bool) (theirs, ours *os.File, err error) {
-	var fds [2]int
-	if requests {
-		fds, err = unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	} else {
-		err = unix.Pipe2(fds[:], unix.O_CLOEXEC)
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	return os.NewFile(uintptr(fds[0]), passedName), os.NewFile(uintptr(fds[1]), passedName), nil
 }
 
 // begun waits until a migration stream begins in what QEMU has got to read.

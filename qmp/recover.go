@@ -68,8 +68,8 @@ const (
 // that dies in the middle of the handshake takes QEMU with it
 // (migration/savevm.c, loadvm_process_command in postcopy-recover).
 func (o *ResumeOptions) recoverPaused(ctx context.Context, m *Monitor) error {
-	uri, begin := o.RecoverURI(), func() error { return nil }
-	if o.RecoverServe != nil && m.sandboxed() {
+	uri, begin := o.URI(RecoveringServer), func() error { return nil }
+	if o.Serve != nil && m.sandboxed() {
 		path, err := m.besides()
 		if err != nil {
 			return err
@@ -116,13 +116,12 @@ func (o *ResumeOptions) connect(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
-	f, err := conn.(*net.UnixConn).File()
+	f, err := fileOf(conn.(*net.UnixConn))
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	_, err = o.RecoverServe(f)
+	_, err = o.Serve(RecoveringServer, f)
 	return err
 }
 
@@ -134,7 +133,7 @@ func (m *Monitor) besides() (string, error) {
 		return "", err
 	}
 	path := filepath.Join(dir, "flic-"+rand.Text()[:8])
-	if len(path) > 107 {
+	if len(path) > maxSocketPath {
 		return "", &OpError{Op: "migrate-recover", Addr: m.addr, Err: errors.New("QEMU may start no processes, and the path of its monitor leaves no room for another socket beside it")}
 	}
 	return path, nil

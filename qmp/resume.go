@@ -33,21 +33,27 @@ const (
 	LazyNever  LazyMode = "never"
 )
 
+// ServerKind says what a server is to send.
+type ServerKind int
+
+// The kinds.
+const (
+	EagerServer      ServerKind = iota // all memory, and then the devices
+	LazyServer                         // the devices, and then memory, as it is asked for and all of it
+	RecoveringServer                   // what a LazyServer that has died did not send
+)
+
 // ResumeOptions say what to resume and how.
 type ResumeOptions struct {
-	// Serve starts a server that writes the stream to out, a socket from which it
-	// reads QEMU's requests if it is lazy, and else a pipe; end kills it. out is the
+	// Serve starts a server that writes the stream to out, a pipe for an EagerServer,
+	// and else a socket from which it reads QEMU's requests; end kills it. out is the
 	// caller's to close.
-	Serve func(lazy bool, out *os.File) (end func(), err error)
-	// URI has QEMU start the server. It is used if the monitor carries no files, or
-	// without Serve.
-	URI func(lazy bool) string
-	// RecoverURI has QEMU start a server that goes on where another has died. QEMU
-	// may be able to run only commands out of band then, of which getfd is none.
-	RecoverURI func() string
-	// RecoverServe starts such a server on a socket, for a QEMU that may start no
-	// process (-sandbox spawn=deny).
-	RecoverServe func(out *os.File) (end func(), err error)
+	Serve func(k ServerKind, out *os.File) (end func(), err error)
+	// URI has QEMU start the server. It is used if the monitor carries no files,
+	// without Serve, and for a RecoveringServer unless QEMU may start no process
+	// (-sandbox spawn=deny): QEMU may be able to run only commands out of band then, of
+	// which getfd is none.
+	URI func(k ServerKind) string
 	// Regain is asked, when a server has died, whether to start another at once. nil:
 	// never. It needs a Monitor with OOB.
 	Regain func() bool

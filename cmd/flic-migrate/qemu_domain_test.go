@@ -1,10 +1,8 @@
 package main
 
 import (
-	"bufio"
 	"encoding/json"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -69,11 +67,17 @@ func (d *domainLab) uri() string {
 func (d *domainLab) attach(t *testing.T) *qemutest.VM {
 	t.Helper()
 	vm := d.Attach(t, d.name)
+	d.dial(t, vm)
+	return vm
+}
+
+// dial gives vm a monitor through libvirt.
+func (d *domainLab) dial(t *testing.T, vm *qemutest.VM) {
+	t.Helper()
 	var err error
 	vm.QMP, err = domain.Dial(t.Context(), d.uri(), d.name)
 	ok(t, err)
 	t.Cleanup(func() { vm.QMP.Close() })
-	return vm
 }
 
 // command is a command about the domain.
@@ -246,31 +250,15 @@ func TestDomainLazy(t *testing.T) {
 		ok(t, err)
 		return strings.Contains(string(b), what)
 	}
-	loading := func() *exec.Cmd {
-		d.gone(t)
-		ok(t, file.Truncate(0))
-		cmd := d.command("resume", "--lazy", "always", "--learn", "1m", "vm")
-		cmd.Stderr = file
-		ok(t, cmd.Start())
-		until(t, "the guest to run", func() bool { return said("running after") })
-		// With what it needs for interrupts: a QEMU whose lock is held while it
-		// waits for a page does not hear libvirt.
-		console, err := net.Dial("unix", d.path(d.name+".tty"))
-		ok(t, err)
-		defer console.Close()
-		ok(t, console.SetReadDeadline(time.Now().Add(time.Minute)))
-		lines := bufio.NewScanner(console)
-		for n := 0; n < 3; {
-			if !lines.Scan() {
-				t.Fatalf("the guest stands still: %v", lines.Err())
-			}
-			if strings.Contains(lines.Text(), "tick ") {
-				n++
-			}
-		}
-		return cmd
-	}
-	cmd := loading()
+	d.gone(t)
+	cmd := d.command("resume", "--lazy", "always", "--learn", "1m", "vm")
+	cmd.Stderr = file
+	ok(t, cmd.Start())
+	until(t, "the guest to run", func() bool { return said("running after") })
+	// With what it needs for interrupts: a QEMU whose lock is held while it waits for
+	// a page does not hear libvirt.
+	vm = d.Attach(t, d.name)
+	until(t, "three ticks", func() bool { return strings.Count(vm.Console(), "tick ") >= 3 })
 	ok(t, cmd.Process.Signal(syscall.SIGTERM))
 	if err := cmd.Wait(); err == nil || !said("--recover") {
 		t.Errorf("the server ended: %v, and --recover is not mentioned", err)
@@ -279,7 +267,7 @@ func TestDomainLazy(t *testing.T) {
 		t.Errorf("the server ended, the domain is %s", s)
 	}
 	d.on(t, "resume", "--recover", "vm")
-	vm = d.attach(t)
+	d.dial(t, vm)
 	runsOn(t, vm)
 	checks(t, vm)
 	if s := d.Do(t, "domstate", d.name, "--reason"); !strings.HasPrefix(s, "running") || strings.Contains(s, "fail") {
@@ -365,8 +353,7 @@ func TestDomainFailures(t *testing.T) {
 			t.Errorf("%s, libvirtd killed: %v, %s", what, err, stderr.String())
 		}
 		vm.QMP.Close()
-		vm.QMP, err = domain.Dial(t.Context(), d.uri(), d.name)
-		ok(t, err)
+		d.dial(t, vm)
 		unchanged(what + ", libvirtd killed")
 	}
 	// Or while the guest is stopped for a save, which is held up meanwhile.
@@ -382,8 +369,7 @@ func TestDomainFailures(t *testing.T) {
 		t.Errorf("saving, libvirtd killed: %v, %s", err, stderr.String())
 	}
 	vm.QMP.Close()
-	vm.QMP, err = domain.Dial(t.Context(), d.uri(), d.name)
-	ok(t, err)
+	d.dial(t, vm)
 	unchanged("saving, libvirtd killed")
 	checks(t, vm)
 

@@ -651,12 +651,6 @@ func TestResumeServerDies(t *testing.T) {
 	l.tidy(t)
 }
 
-// server waits for the server that a resume has started.
-func (r *resuming) server(t *testing.T) (pid int) {
-	t.Helper()
-	return serverOf(t, r.cmd.Process.Pid)
-}
-
 // TestResumeRegains has servers die while a Linux guest touches its memory for the
 // first time. What interrupts need is touched with QEMU's lock held: then QEMU can't
 // negotiate with a new monitor, and only the resume that is there can recover. Every
@@ -694,6 +688,12 @@ func TestResumeRegains(t *testing.T) {
 		checks(t, vm)
 		vm.Kill()
 	}
+}
+
+// server waits for the server that a resume has started.
+func (r *resuming) server(t *testing.T) (pid int) {
+	t.Helper()
+	return serverOf(t, r.cmd.Process.Pid)
 }
 
 // serverOf waits for a process's one child: of a resume, or of a QEMU that was told

@@ -72,7 +72,7 @@ themselves.`,
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died")
 	fs.BoolVar(&r.print, "print", false, "print the QMP commands and do nothing")
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
-	fs.IntVar(&r.restarts, "restarts", 5, "how many times the process that serves the memory is started again if it dies")
+	fs.IntVar(&r.restarts, "restarts", 5, "with --qmp: how many times the process that serves the memory is started again if it dies")
 	fs.DurationVar(&r.stalled, "stalled", 10*time.Second, "say so when the process that serves the memory has made no progress for so long; 0: never")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.BoolVar(&r.json, "json", false, "print the report as JSON on standard output")
@@ -131,17 +131,17 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		defer os.Remove(files.report)
 		defer os.Remove(files.status)
 	}
-	server := func(lazy, again bool) []string { return r.server(dir, c.Ref, lazy, again, files) }
+	server := func(k qmp.ServerKind) []string { return r.server(dir, c.Ref, k, files) }
 	o := qmp.ResumeOptions{
-		URI:          func(lazy bool) string { return execURI(server(lazy, false)) },
-		RecoverURI:   func() string { return execURI(server(true, true)) },
-		RecoverServe: func(out *os.File) (func(), error) { return startServer(server(true, true), out, true) },
-		Serve:        func(lazy bool, out *os.File) (func(), error) { return startServer(server(lazy, false), out, lazy) },
-		Lazy:         qmp.LazyMode(r.lazy.value),
-		NotPossible:  lazy.Possible(c),
-		RunState:     c.Meta.RunState,
-		Paused:       r.paused,
-		Expect:       expect(c.Meta),
+		URI: func(k qmp.ServerKind) string { return execURI(server(k)) },
+		Serve: func(k qmp.ServerKind, out *os.File) (func(), error) {
+			return startServer(server(k), out, k != qmp.EagerServer)
+		},
+		Lazy:        qmp.LazyMode(r.lazy.value),
+		NotPossible: lazy.Possible(c),
+		RunState:    c.Meta.RunState,
+		Paused:      r.paused,
+		Expect:      expect(c.Meta),
 	}
 	if r.print {
 		return r.printCommands(o)
@@ -242,13 +242,13 @@ func becauseOf(err error, report json.RawMessage) error {
 type serverFiles struct{ report, status string }
 
 // server is the command line of the restoring filter.
-func (r *resumeCmd) server(dir string, ref store.Ref, lazy, again bool, files serverFiles) []string {
+func (r *resumeCmd) server(dir string, ref store.Ref, k qmp.ServerKind, files serverFiles) []string {
 	exe, err := os.Executable()
 	if err != nil {
 		exe = "flic-migrate"
 	}
 	args := []string{exe, "restore", "--quiet", "--store", dir, "--lazy"}
-	if !lazy {
+	if k == qmp.EagerServer {
 		args = append(args, "never")
 	} else {
 		args = append(args, "always")
@@ -259,7 +259,7 @@ func (r *resumeCmd) server(dir string, ref store.Ref, lazy, again bool, files se
 	if files.report != "" {
 		args = append(args, "--report", files.report, "--status", files.status)
 	}
-	if again {
+	if k == qmp.RecoveringServer {
 		args = append(args, "--recover")
 	}
 	if r.nvram != "" {
@@ -278,12 +278,12 @@ func execURI(args []string) string {
 	return "exec:exec " + strings.Join(words, " ")
 }
 
-// startServer starts a process that writes a stream to out, and, if it is lazy, reads
+// startServer starts a process that writes a stream to out, and, if it is both ways, reads
 // QEMU's requests from it. It outlives this one and its terminal, because the guest
 // needs it.
-func startServer(args []string, out *os.File, lazy bool) (end func(), err error) {
+func startServer(args []string, out *os.File, bothWays bool) (end func(), err error) {
 	cmd := exec.Command(args[0], args[1:]...)
-	if lazy {
+	if bothWays {
 		cmd.Stdin = out
 	}
 	cmd.Stdout, cmd.Stderr = out, os.Stderr
@@ -373,7 +373,10 @@ func (r *resumeCmd) show(doc resumeReport, failed error) error {
 
 // printCommands writes what Resume would do as QMP commands.
 func (r *resumeCmd) printCommands(o qmp.ResumeOptions) error {
-	lazily := o.NotPossible == nil && o.Lazy != qmp.LazyNever
+	lazily, kind := o.NotPossible == nil && o.Lazy != qmp.LazyNever, qmp.EagerServer
+	if lazily {
+		kind = qmp.LazyServer
+	}
 	command := func(name string, args any) string {
 		doc := map[string]any{"execute": name}
 		if r.recover && name == "migrate-recover" {
@@ -393,13 +396,13 @@ func (r *resumeCmd) printCommands(o qmp.ResumeOptions) error {
 	if r.recover {
 		lines = append(lines,
 			`# on a connection negotiated with {"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}, in postcopy-paused:`,
-			command("migrate-recover", map[string]any{"uri": o.RecoverURI()}))
+			command("migrate-recover", map[string]any{"uri": o.URI(qmp.RecoveringServer)}))
 	} else {
 		lines = append(lines, "# QEMU: -incoming defer -S", capability("events", true))
 		if lazily {
 			lines = append(lines, capability("postcopy-ram", true))
 		}
-		lines = append(lines, command("migrate-incoming", map[string]any{"uri": o.URI(lazily)}),
+		lines = append(lines, command("migrate-incoming", map[string]any{"uri": o.URI(kind)}),
 			"# when query-status is no longer inmigrate:")
 		if !o.Paused && (o.RunState == "" || o.RunState == "running") {
 			lines = append(lines, command("cont", nil))

@@ -18,7 +18,8 @@ import (
 )
 
 // status is what a restore that serves a resume tells it: who it is, how far it is
-// and, by changing, that nothing holds it up. QEMU itself neither says how far a restore is nor notices a server that hangs.
+// and, by changing, that nothing holds it up. QEMU itself neither says how far a
+// restore is nor notices a server that hangs.
 type status struct {
 	PID       int    `json:"pid"`
 	Namespace string `json:"pid_namespace"`

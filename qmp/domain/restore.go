@@ -55,8 +55,8 @@ const finishTime = 30 * time.Second
 // it has, and the guest waits.
 var recoverTime = time.Minute
 
-// ErrStuck: QEMU has not heard libvirt's command to go on.
-var ErrStuck = errors.New("QEMU does not hear libvirt: its main loop waits for a page of the guest that nobody serves, and libvirt's monitor " +
+// errStuck: QEMU has not heard libvirt's command to go on.
+var errStuck = errors.New("QEMU does not hear libvirt: its main loop waits for a page of the guest that nobody serves, and libvirt's monitor " +
 	"has no out-of-band commands. The domain has to be destroyed; the checkpoint is untouched")
 
 // Restore starts the domain and returns when all its memory is there.
@@ -173,7 +173,7 @@ func (r *restore) prepare(ctx context.Context) (lazy bool, reason string, err er
 	postcopy := libvirt.MigratePostcopy
 	if r.o.Recover {
 		r.flags |= postcopy | libvirt.MigratePostcopyResume
-		listening, stop := context.WithTimeoutCause(ctx, recoverTime, ErrStuck)
+		listening, stop := context.WithTimeoutCause(ctx, recoverTime, errStuck)
 		defer stop()
 		return true, "", r.listen(listening)
 	}

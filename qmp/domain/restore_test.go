@@ -313,7 +313,7 @@ func TestRecoverStuck(t *testing.T) {
 	defer close(d.stuck)
 	t.Setenv("TMPDIR", t.TempDir())
 	_, err := Restore(t.Context(), fakeDaemon(t, d.answer), Description{XML: strings.ReplaceAll(exampleXML, "model='dac'", "model='none'")}, RestoreOptions{Recover: true})
-	if !errors.Is(err, ErrStuck) {
+	if !errors.Is(err, errStuck) {
 		t.Errorf("error %v", err)
 	}
 }
