@@ -639,7 +639,8 @@ func (h *hotSet) has(block int, page uint64) bool {
 		(block < h.boundary.block || block == h.boundary.block && int64(page) < h.boundary.page))
 }
 
-// segmentCache keeps the segments that were read back last.
+// segmentCache keeps the segments that were read back last. What get returns is
+// valid until the next get.
 type segmentCache struct {
 	reader image.SegmentReader
 	slots  [cachedSegments]*image.Segment
@@ -654,11 +655,10 @@ func (c *segmentCache) get(w *image.Writer, n uint32) (*image.Segment, error) {
 			return s, nil
 		}
 	}
-	s, err := w.ReadSegment(&c.reader, n)
-	if err != nil {
-		return nil, err
-	}
-	c.slots[c.next] = s
+	oldest := &c.slots[c.next]
 	c.next = (c.next + 1) % len(c.slots)
-	return s, nil
+	c.reader.Recycle(*oldest)
+	s, err := w.ReadSegment(&c.reader, n)
+	*oldest = s // nil if it failed
+	return s, err
 }

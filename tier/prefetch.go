@@ -46,8 +46,6 @@ type access struct {
 	err     error
 	refs    atomic.Int32
 	used    uint64 // the planner's clock at the last access
-
-	reader image.SegmentReader // holds the buffer
 }
 
 const (
@@ -69,7 +67,7 @@ func newPrefetcher(c *checkpoint.Checkpoint, workers int) *prefetcher {
 		cache: make(map[uint32]*access), seen: make([]bool, c.Image.Segments()),
 	}
 	for range cap(p.free) {
-		p.free <- &access{reader: image.SegmentReader{Reuse: true}}
+		p.free <- new(access)
 	}
 	return p
 }
@@ -188,11 +186,13 @@ func (p *prefetcher) release(a *access) {
 
 // work decompresses planned segments.
 func (p *prefetcher) work(ctx context.Context) error {
+	var reader image.SegmentReader
 	for a := range p.jobs {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		a.segment, a.err = p.c.Image.Segment(&a.reader, a.number)
+		reader.Recycle(a.segment) // what the access was for before
+		a.segment, a.err = p.c.Image.Segment(&reader, a.number)
 		close(a.ready)
 	}
 	return nil

@@ -285,7 +285,7 @@ func (c *Checkpoint) NVRAMSlots() []NVRAMSlot {
 func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	kinds := make([]image.Kind, c.Image.Segments())
 	sizes := make([]int, c.Image.Segments())
-	sr := image.SegmentReader{Reuse: true}
+	var sr image.SegmentReader
 	err := c.Image.Frames(func(k image.Kind, n uint32, off int64) error {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
@@ -295,6 +295,7 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 			var s *image.Segment
 			if s, err = c.Image.Segment(&sr, n); err == nil {
 				kinds[n], sizes[n] = s.Kind, s.Len()
+				sr.Recycle(s)
 			}
 		} else {
 			_, err = c.Image.Chunk(k, int(n))

@@ -154,8 +154,7 @@ func TestRoundTrip(t *testing.T) {
 				if err != nil || i != len(want) {
 					t.Errorf("%d frames of %d, %v", i, len(want), err)
 				}
-				var sr image.SegmentReader
-				reused := image.SegmentReader{Reuse: true}
+				var sr, reused image.SegmentReader
 				var segments int
 				for _, w := range want {
 					if !w.kind.IsSegment() {
@@ -172,6 +171,9 @@ func TestRoundTrip(t *testing.T) {
 							t.Fatalf("segment %d: %v", w.number, err)
 						}
 						check(t, s, w)
+						if sr == &reused {
+							sr.Recycle(s)
+						}
 					}
 				}
 				if im.Segments() != segments || im.Chunks(image.Skeleton) != 5 || im.Chunks(image.PageTable) != 2 {
@@ -512,7 +514,7 @@ func read(b []byte) error {
 	if err != nil {
 		return err
 	}
-	sr := image.SegmentReader{Reuse: true}
+	var sr image.SegmentReader
 	return im.Frames(func(k image.Kind, n uint32, _ int64) error {
 		if k.IsSegment() {
 			s, err := im.Segment(&sr, n)
@@ -528,6 +530,10 @@ func read(b []byte) error {
 				if err != nil {
 					return err
 				}
+			}
+			sr.Recycle(s)
+			if s.Len() != 0 {
+				return errors.New("a recycled segment has pages")
 			}
 			return nil
 		}

@@ -206,8 +206,7 @@ var errEndsInside = errors.New("the file ends inside it")
 
 func isEOF(err error) bool { return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) }
 
-// Segment is a decoded segment. Its pages are valid until its SegmentReader
-// reads the next one into the same buffer.
+// Segment is a decoded segment. Its pages are valid until it is recycled.
 type Segment struct {
 	Number uint32
 	Kind   Kind
@@ -265,25 +264,25 @@ func (s *Segment) Bytes() int { return len(s.data) }
 type SegmentReader struct {
 	stored []byte
 	dec    decompressor
-	// Reuse makes every segment decode into the same memory, so that the
-	// previous one becomes invalid. Without it each gets memory of its own.
-	Reuse bool
-	data  []byte
+	free   []byte // for the next segment's content
+}
+
+// Recycle gives the memory of a segment that nobody uses any more to the next one
+// that is read. It may come from another reader; nil is none. After that the segment
+// has no pages.
+func (sr *SegmentReader) Recycle(s *Segment) {
+	if s != nil {
+		sr.free, s.data, s.ends = s.data, nil, nil
+	}
 }
 
 func (sr *SegmentReader) read(f vfs.File, h Header, at frameAt) (*Segment, error) {
-	var dst []byte
-	if sr.Reuse {
-		dst = sr.data
-	}
 	var fh frameHeader
-	data, err := sr.frame(f, h, at, dst, &fh)
+	data, err := sr.frame(f, h, at, sr.free, &fh)
 	if err != nil {
 		return nil, err
 	}
-	if sr.Reuse {
-		sr.data = data
-	}
+	sr.free = nil
 	s := &Segment{Number: at.number, Kind: at.kind, data: data, size: h.PageSize, reader: frameSource{f.Name(), at.off}}
 	if s.Kind == Records {
 		err = s.parseRecords(h)

@@ -25,7 +25,8 @@ type loader struct {
 	first   func() []workingset.PageRun
 	loaded  <-chan struct{} // QEMU has loaded the devices
 	busy    func() bool     // demands are waiting
-	batches chan *batch     // closed when all is loaded
+	reader  image.SegmentReader
+	batches chan *batch // closed when all is loaded
 	free    chan *batch
 	next    atomic.Int64 // 1 + the segment that loadAll is to go on with, or 0
 }
@@ -34,7 +35,6 @@ type loader struct {
 // a segment, pages whose content is elsewhere.
 type batch struct {
 	segment *image.Segment
-	reader  image.SegmentReader
 	pages   []slotRun
 	// zero tells that pages without content are to be sent as well.
 	zero bool
@@ -67,7 +67,7 @@ func newLoader(c *checkpoint.Checkpoint, first func() []workingset.PageRun, load
 		batches: make(chan *batch, aheadBatches), free: make(chan *batch, aheadBatches+2),
 	}
 	for range cap(l.free) {
-		l.free <- &batch{reader: image.SegmentReader{Reuse: true}}
+		l.free <- new(batch)
 	}
 	return l
 }
@@ -258,7 +258,7 @@ func (l *loader) one(ctx context.Context, runs []slotRun, zero bool) error {
 	b.zero = zero
 	b.pages = append(b.pages, runs...)
 	if runs[0].slot.Kind() == pagetable.Flash {
-		if b.segment, err = l.c.Image.Segment(&b.reader, segmentOf(l.c, runs[0].slot)); err != nil {
+		if b.segment, err = l.c.Image.Segment(&l.reader, segmentOf(l.c, runs[0].slot)); err != nil {
 			return fmt.Errorf("page %s: %w", l.c.PageName(runs[0].block, runs[0].page), err)
 		}
 	}
@@ -273,7 +273,8 @@ func (l *loader) take(ctx context.Context) (*batch, error) {
 		for i := 0; i < 20 && l.busy(); i++ {
 			time.Sleep(100 * time.Microsecond)
 		}
-		b.segment, b.pages, b.zero, b.hotEnd = nil, b.pages[:0], false, false
+		l.reader.Recycle(b.segment)
+		*b = batch{pages: b.pages[:0]}
 		return b, nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)

@@ -16,21 +16,17 @@ type sender func(block int, page uint64, data []byte) error
 // pageSource finds single pages for the pump. It keeps the segments it decoded
 // last, because a guest that touches a page touches its neighbours.
 type pageSource struct {
-	c       *checkpoint.Checkpoint
-	cache   [demandSegments]*image.Segment
-	readers [demandSegments]image.SegmentReader
-	next    int
-	page    []byte // for pages that lie nowhere as they are
+	c      *checkpoint.Checkpoint
+	cache  [demandSegments]*image.Segment
+	reader image.SegmentReader
+	next   int
+	page   []byte // for pages that lie nowhere as they are
 }
 
 const demandSegments = 32
 
 func newPageSource(c *checkpoint.Checkpoint) *pageSource {
-	s := &pageSource{c: c, page: make([]byte, c.Meta.PageSize)}
-	for i := range s.readers {
-		s.readers[i].Reuse = true
-	}
-	return s
+	return &pageSource{c: c, page: make([]byte, c.Meta.PageSize)}
 }
 
 // visit hands a page's content to send and tells which segment it is in, -1 if
@@ -97,10 +93,9 @@ func (s *pageSource) segment(n uint32) (*image.Segment, error) {
 	}
 	i := s.next
 	s.next = (i + 1) % demandSegments
-	// The reader's buffer is about to be overwritten, whatever comes of it.
-	s.cache[i] = nil
-	seg, err := s.c.Image.Segment(&s.readers[i], n)
-	s.cache[i] = seg
+	s.reader.Recycle(s.cache[i])
+	seg, err := s.c.Image.Segment(&s.reader, n)
+	s.cache[i] = seg // nil if it failed
 	return seg, err
 }
 
