@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"runtime"
 	"strings"
 	"time"
 
@@ -62,9 +61,6 @@ func userfaultfd() error {
 	return fmt.Errorf("userfaultfd: %w: QEMU can't restore lazily (set sysctl vm.unprivileged_userfaultfd=1, or, with QEMU 8.1 or later, give it /dev/userfaultfd, or CAP_SYS_PTRACE)", errno)
 }
 
-// lazyThreads is enough for all goroutines of a lazy restore.
-const lazyThreads = 8
-
 // serve restores c lazily over stdin and stdout.
 func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.RestoreOptions, doc *restoreReport) error {
 	// Its waiting for requests does not end each time that QEMU has read pages from
@@ -94,10 +90,7 @@ type lazyServer struct {
 }
 
 func (s lazyServer) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, doc *restoreReport) error {
-	// The server's threads mostly wait. With as many as there are CPUs, one that
-	// wakes up for a request would wait for Go's scheduler, up to 10 ms, and not
-	// for the kernel's.
-	runtime.GOMAXPROCS(max(runtime.NumCPU(), lazyThreads))
+	lazy.TuneProcess()
 	blocks := c.Meta.WorkingSetBlocks()
 	lo := lazy.Options{
 		HoldBackground: s.learn, MaxHold: 10 * s.learn, Log: s.log(), Progress: s.progress, Resize: s.resize,

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"time"
 
@@ -83,8 +82,7 @@ func runChild(ctx context.Context, spec string) error {
 		_, err := tier.Restore(ctx, ck, os.Stdout, tier.RestoreOptions{})
 		return err
 	}
-	// As the command has it.
-	runtime.GOMAXPROCS(max(runtime.NumCPU(), 8))
+	lazy.TuneProcess()
 	resize := func(n int) int { return pipe.SetCapacity(int(os.Stdout.Fd()), n) }
 	o := lazy.Options{HoldBackground: c.Hold, MaxHold: 10 * c.Hold, Resize: resize}
 	if c.Pipe > 0 {
