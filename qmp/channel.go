@@ -161,11 +161,6 @@ func acceptOne(ctx context.Context, l *net.UnixListener) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return fileOf(conn)
-}
-
-// fileOf turns a connection into a file.
-func fileOf(conn *net.UnixConn) (*os.File, error) {
 	defer conn.Close()
 	return conn.File()
 }

@@ -21,6 +21,7 @@ import (
 func Recover(ctx context.Context, m *Monitor, o ResumeOptions) (ResumeReport, error) {
 	rep := ResumeReport{Lazy: true}
 	start := time.Now()
+	o.recovering = true
 	err := o.goOn(ctx, m, start, &rep)
 	return rep, o.regain(ctx, m, start, &rep, err)
 }
@@ -54,27 +55,30 @@ func (o *ResumeOptions) regain(ctx context.Context, x Executor, start time.Time,
 	return err
 }
 
+// RecoverTime is how long a new server may take to shake hands; it opens and checks
+// the checkpoint before. One that is not ready by then must not begin any more:
+// QEMU does not survive two (migration/migration.c, migration_ioc_process_incoming).
+const RecoverTime = time.Minute
+
 const (
-	// recoverTime is how long a new server may take to shake hands; it opens
-	// and checks the checkpoint before.
-	recoverTime = time.Minute
 	// askAgain is how long a question may take that QEMU's main loop answers,
 	// which waits for memory until the new server is there.
 	askAgain = time.Second
 )
 
 // recoverPaused starts a new server and waits until it has shaken hands. A
-// server that dies before it has written anything leaves QEMU as it was; one
-// that dies in the middle of the handshake takes QEMU with it
+// server that dies before it has written anything, or connected, leaves QEMU as it
+// was; one that dies in the middle of the handshake takes QEMU with it
 // (migration/savevm.c, loadvm_process_command in postcopy-recover).
 func (o *ResumeOptions) recoverPaused(ctx context.Context, m *Monitor) error {
 	uri, begin := o.URI(RecoveringServer), func() error { return nil }
-	if o.Serve != nil && m.sandboxed() {
+	if o.Connect != nil && m.sandboxed() {
 		path, err := m.besides()
 		if err != nil {
 			return err
 		}
-		uri, begin = "unix:"+path, func() error { return o.connect(ctx, path) }
+		defer os.Remove(path)
+		uri, begin = "unix:"+path, func() error { return o.Connect(path) }
 	}
 	// Not asked before whether it is paused: it may not be able to answer.
 	err := m.ExecuteOOB(ctx, "migrate-recover", map[string]any{"uri": uri}, nil)
@@ -88,7 +92,8 @@ func (o *ResumeOptions) recoverPaused(ctx context.Context, m *Monitor) error {
 	if err := begin(); err != nil {
 		return err
 	}
-	for end := time.Now().Add(recoverTime); time.Now().Before(end); {
+	for end := time.Now().Add(RecoverTime); time.Now().Before(end); {
+		gone := o.Gone != nil && o.Gone() // before QEMU is asked what has come of it
 		asked, cancel := context.WithTimeout(ctx, askAgain)
 		info, err := QueryMigrate(asked, m)
 		cancel()
@@ -99,30 +104,15 @@ func (o *ResumeOptions) recoverPaused(ctx context.Context, m *Monitor) error {
 			continue
 		case err != nil || info.Status != StatusPostcopyPaused && info.Status != StatusPostcopyRecover:
 			return err
+		case gone && info.Status == StatusPostcopyPaused:
+			return fmt.Errorf("%w (the new one too)", ErrServerDied)
 		}
 		select {
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
 		}
 	}
-	return fmt.Errorf("the new server did not begin within %v (see QEMU's output for its reason): %w", recoverTime, ErrServerDied)
-}
-
-// connect starts a server on a socket on which QEMU listens.
-func (o *ResumeOptions) connect(ctx context.Context, path string) error {
-	var dialer net.Dialer
-	conn, err := dialer.DialContext(ctx, "unix", path)
-	_ = os.Remove(path)
-	if err != nil {
-		return err
-	}
-	f, err := fileOf(conn.(*net.UnixConn))
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = o.Serve(RecoveringServer, f)
-	return err
+	return fmt.Errorf("the new server did not begin within %v (see QEMU's output for its reason): %w", RecoverTime, ErrServerDied)
 }
 
 // besides is the path of a socket for QEMU to make, where it could make its monitor's.

@@ -45,15 +45,23 @@ const (
 
 // ResumeOptions say what to resume and how.
 type ResumeOptions struct {
-	// Serve starts a server that writes the stream to out, a pipe for an EagerServer,
-	// and else a socket from which it reads QEMU's requests; end kills it. out is the
-	// caller's to close.
+	// Serve starts an eager or a lazy server that writes the stream to out, a pipe if
+	// it is eager, and else a socket from which it reads QEMU's requests; end kills
+	// it. out is the caller's to close.
 	Serve func(k ServerKind, out *os.File) (end func(), err error)
 	// URI has QEMU start the server. It is used if the monitor carries no files,
-	// without Serve, and for a RecoveringServer unless QEMU may start no process
-	// (-sandbox spawn=deny): QEMU may be able to run only commands out of band then, of
-	// which getfd is none.
+	// without Serve, and for a RecoveringServer: QEMU may be able to run only commands
+	// out of band then, of which getfd is none.
 	URI func(k ServerKind) string
+	// Connect starts a RecoveringServer for a QEMU that may start no process (-sandbox
+	// spawn=deny) and listens on a socket. The server connects when nothing can keep
+	// it from speaking any more: a connection that ends before is the end of QEMU.
+	Connect func(socket string) error
+	// Gone tells that the server which was started last has ended, which QEMU notices
+	// only if it has heard from it. nil: not known.
+	Gone func() bool
+	// recovering: the guest may have run before, and been stopped by somebody.
+	recovering bool
 	// Regain is asked, when a server has died, whether to start another at once. nil:
 	// never. It needs a Monitor with OOB.
 	Regain func() bool
@@ -128,8 +136,13 @@ func Resume(ctx context.Context, x Executor, o ResumeOptions) (ResumeReport, err
 	if s.Status != "inmigrate" {
 		return rep, fmt.Errorf("%w (it is %s)", ErrNotIncoming, s.Status)
 	}
-	if err := CheckMachine(ctx, x, o.Expect); err != nil {
+	more, err := CheckMachine(ctx, x, o.Expect)
+	if err != nil {
 		return rep, err
+	}
+	if o.NotPossible == nil && more != nil {
+		// Of ROM, for example, which the eager one leaves as it is.
+		o.NotPossible = fmt.Errorf("this QEMU has RAM that was not saved and that a lazy restore would empty: %s", strings.Join(more, ", "))
 	}
 	if err := SetCapabilities(ctx, x, map[string]bool{"events": true}); err != nil {
 		return rep, err
@@ -228,23 +241,28 @@ func prepareLazy(ctx context.Context, x Executor, o ResumeOptions, rep *ResumeRe
 
 // run puts the guest into its state.
 func (o *ResumeOptions) run(ctx context.Context, x Executor, start time.Time, rep *ResumeReport) error {
-	s, err := QueryStatus(ctx, x)
-	if err != nil {
+	var s RunState
+	asks := func() (err error) {
+		s, err = QueryStatus(ctx, x)
+		return err
+	}
+	if err := patiently(ctx, asks); err != nil {
 		return err
 	}
 	runs := !o.Paused && (o.RunState == "" || o.RunState == "running")
+	var err error
 	switch {
 	case runs && !s.Running:
-		err = Cont(ctx, x)
-	case !runs && s.Running:
+		err = patiently(ctx, func() error { return Cont(ctx, x) })
+	case !runs && s.Running && !o.recovering:
 		rep.Warnings = append(rep.Warnings, "the guest was to stay paused and ran for a moment: this QEMU was started without -S")
-		err = Stop(ctx, x)
+		err = patiently(ctx, func() error { return Stop(ctx, x) })
 	}
 	if err != nil {
 		return err
 	}
 	rep.Running = time.Since(start)
-	if s, err = QueryStatus(ctx, x); err != nil {
+	if err := patiently(ctx, asks); err != nil {
 		return err
 	}
 	rep.State = s.Status
@@ -252,6 +270,16 @@ func (o *ResumeOptions) run(ctx context.Context, x Executor, start time.Time, re
 		o.Running(*rep)
 	}
 	return nil
+}
+
+// patiently asks again when QEMU's main loop has not answered: it may be waiting for
+// memory, or for a vCPU that does, and then for a server that is slow or hangs.
+func patiently(ctx context.Context, ask func() error) error {
+	for {
+		if err := ask(); !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
 // leaveInmigrate waits for the end of the run state inmigrate. There is no
@@ -304,24 +332,25 @@ func finishResume(ctx context.Context, x Executor, start time.Time, rep *ResumeR
 }
 
 // CheckMachine compares the QEMU at x with what was saved. A difference wraps
-// ErrMismatch and says what differs.
-func CheckMachine(ctx context.Context, x Executor, want Expect) error {
+// ErrMismatch and says what differs. more are the RAM blocks that only the QEMU has,
+// which QEMU itself allows.
+func CheckMachine(ctx context.Context, x Executor, want Expect) (more []string, err error) {
 	if want.Machine != "" {
 		var typ string
 		err := x.Execute(ctx, "qom-get", map[string]any{"path": "/machine", "property": "type"}, &typ)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if have := strings.TrimSuffix(typ, "-machine"); have != want.Machine {
-			return fmt.Errorf("%w: machine type %s was saved, this is %s (use -machine %s)", ErrMismatch, want.Machine, have, want.Machine)
+			return nil, fmt.Errorf("%w: machine type %s was saved, this is %s (use -machine %s)", ErrMismatch, want.Machine, have, want.Machine)
 		}
 	}
 	if want.Blocks == nil {
-		return nil
+		return nil, nil
 	}
 	blocks, err := RAMBlocks(ctx, x)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	have := make(map[string]RAMBlock)
 	for _, b := range blocks {
@@ -330,6 +359,7 @@ func CheckMachine(ctx context.Context, x Executor, want Expect) error {
 	var differ []string
 	for _, w := range want.Blocks {
 		h, ok := have[w.Name]
+		delete(have, w.Name)
 		switch {
 		case !ok:
 			differ = append(differ, fmt.Sprintf("RAM block %s of %d bytes is missing", w.Name, w.Used))
@@ -338,9 +368,14 @@ func CheckMachine(ctx context.Context, x Executor, want Expect) error {
 		}
 	}
 	if differ != nil {
-		return fmt.Errorf("%w: %s", ErrMismatch, strings.Join(differ, "; "))
+		return nil, fmt.Errorf("%w: %s", ErrMismatch, strings.Join(differ, "; "))
 	}
-	return nil
+	for _, b := range blocks {
+		if _, ok := have[b.Name]; ok {
+			more = append(more, b.Name)
+		}
+	}
+	return more, nil
 }
 
 // resizable tells whether a block takes the size that the stream gives it

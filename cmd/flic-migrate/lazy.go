@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -63,20 +65,53 @@ func userfaultfd() error {
 
 // serve restores c lazily over stdin and stdout.
 func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.RestoreOptions, doc *restoreReport) error {
-	// Its waiting for requests does not end each time that QEMU has read pages from
-	// the same socket, as a plain read does.
-	in, err := pipe.New(ctx, int(r.stdin.Fd()))
-	if err != nil {
+	var ends lateEnds
+	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover}
+	s.begin = func() error {
+		if r.recover && time.Since(started) > beginTime {
+			return errTooLate
+		}
+		in, out := r.stdin, r.stdout.File
+		if r.socket != "" {
+			conn, err := net.Dial("unix", r.socket)
+			if err != nil {
+				return err
+			}
+			f, err := conn.(*net.UnixConn).File()
+			if err != nil {
+				return err
+			}
+			in, out = f, f
+		}
+		// Its waiting for requests does not end each time that QEMU has read pages
+		// from the same socket, as a plain read does.
+		reader, err := pipe.New(ctx, int(in.Fd()))
+		ends = lateEnds{reader, out}
+		fd := int(out.Fd())
+		s.resize = func(n int) int { return pipe.SetCapacity(fd, n) }
 		return err
 	}
-	fd := int(r.stdout.Fd())
-	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover, resize: func(n int) int { return pipe.SetCapacity(fd, n) }}
 	if o.Progress != nil {
 		s.progress = func(p lazy.Progress) {
 			o.Progress(tier.Progress{Phase: "restore", Pages: p.Pages, PagesAll: p.PagesAll})
 		}
 	}
-	return s.serve(ctx, st, c, in, r.stdout, doc)
+	return s.serve(ctx, st, c, &ends, doc)
+}
+
+var (
+	started = time.Now()
+	// beginTime is how long the process may take to be ready for a QEMU that is to
+	// recover: one that was held up for longer, by its store, may have been given
+	// up and another asked for, and QEMU does not survive two.
+	beginTime  = qmp.RecoverTime - 10*time.Second
+	errTooLate = fmt.Errorf("not ready within %v: another server may have been started", beginTime)
+)
+
+// lateEnds are a stream and its return path, which are there when a server begins.
+type lateEnds struct {
+	io.Reader
+	io.Writer
 }
 
 // lazyServer serves a checkpoint's pages to a QEMU, first those that earlier
@@ -86,14 +121,16 @@ type lazyServer struct {
 	learn    time.Duration
 	recover  bool
 	progress func(lazy.Progress) // may be nil
-	resize   func(int) int       // lazy.Options.Resize
+	begin    func() error        // lazy.Options.Begin
+	resize   func(int) int       // lazy.Options.Resize, from begin on
 }
 
-func (s lazyServer) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, doc *restoreReport) error {
+func (s *lazyServer) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, ends io.ReadWriter, doc *restoreReport) error {
 	lazy.TuneProcess()
 	blocks := c.Meta.WorkingSetBlocks()
 	lo := lazy.Options{
-		HoldBackground: s.learn, MaxHold: 10 * s.learn, Log: s.log(), Progress: s.progress, Resize: s.resize,
+		HoldBackground: s.learn, MaxHold: 10 * s.learn, Log: s.log(), Progress: s.progress,
+		Begin: s.begin, Resize: func(n int) int { return s.resize(n) },
 		First: func() []workingset.PageRun {
 			t, err := st.Touched(c.Ref)
 			if err != nil {
@@ -107,7 +144,7 @@ func (s lazyServer) serve(ctx context.Context, st *store.Store, c *checkpoint.Ch
 	if s.recover {
 		run = lazy.Recover
 	}
-	rep, err := run(ctx, c, in, out, lo)
+	rep, err := run(ctx, c, ends, ends, lo)
 	doc.LazyReport = rep
 	if rep != nil && len(rep.Touched) > 0 {
 		names := make([]string, len(blocks))
@@ -118,7 +155,10 @@ func (s lazyServer) serve(ctx context.Context, st *store.Store, c *checkpoint.Ch
 			s.log().Warn("what was learned is not kept", "error", lerr)
 		}
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return rep.Wait(ctx)
 }
 
 // writeReportDoc writes a command's report where --report says.
@@ -134,6 +174,8 @@ func writeReportDoc(path string, doc any, log *slog.Logger) []byte {
 }
 
 var errRecoverEager = usageError{errors.New("--recover goes on with a lazy restore: it does not go with --lazy never")}
+
+var errRecoverWhich = usageError{errors.New("--recover needs the checkpoint that is being restored, NAME@N: the newest may be another, and QEMU can't tell one's pages from another's")}
 
 // learnDefault: the background is not held back unless it is asked for.
 const learnDefault = time.Duration(0)

@@ -266,7 +266,7 @@ func TestDomainLazy(t *testing.T) {
 	if s := d.Do(t, "domstate", d.name, "--reason"); s != "running (post-copy failed)" {
 		t.Errorf("the server ended, the domain is %s", s)
 	}
-	d.on(t, "resume", "--recover", "vm")
+	d.on(t, "resume", "--recover", "vm@1")
 	d.dial(t, vm)
 	runsOn(t, vm)
 	checks(t, vm)

@@ -30,12 +30,19 @@ import (
 // kill -9.
 const cutEnv = "FLIC_TEST_CUT"
 
+// stillborn is a file that makes a recovery by flic-migrate-cut end before it begins.
+func stillborn(store string) string { return store + ".stillborn" }
+
 // cut is the main function of flic-migrate-cut: flic-migrate whose restores, but not
 // its recoveries, come to a sudden end, at a byte that no signal sent from outside
 // would hit.
 func cut() {
 	limit, err := strconv.ParseInt(os.Getenv(cutEnv), 10, 64)
-	if len(os.Args) < 2 || os.Args[1] != "restore" || slices.Contains(os.Args, "--recover") || err != nil {
+	recovers := slices.Contains(os.Args, "--recover")
+	if i := slices.Index(os.Args, "--store"); recovers && os.Remove(stillborn(os.Args[i+1])) == nil {
+		os.Args[slices.Index(os.Args, "vm@1")] = "vm@9"
+	}
+	if len(os.Args) < 2 || os.Args[1] != "restore" || recovers || err != nil {
 		main()
 		return
 	}
@@ -254,7 +261,7 @@ func TestResume(t *testing.T) {
 	if doc.Checkpoint != "vm@1" || !doc.Lazy || doc.State != "paused" || doc.Running <= 0 || doc.Resident < doc.Running || doc.Warnings != nil {
 		t.Errorf("%+v", doc)
 	}
-	if r := server.LazyReport; r == nil || r.Pages < 1000 || r.BytesOut < r.Pages*4096 || r.Opening <= 0 || r.Resident < r.Opening {
+	if r := server.LazyReport; r == nil || r.Pages < 1000 || r.BytesOut < r.Pages*4096 || r.Opening <= 0 || r.Resident < r.Opening || r.Taken < r.Resident {
 		t.Errorf("server: %+v", server.LazyReport)
 	}
 	state(t, vm, "paused")
@@ -474,8 +481,19 @@ func TestResumeRefused(t *testing.T) {
 		vm.Kill()
 	}
 
+	// A lazy restore would empty RAM that was not saved.
+	other := destination(c, "defer")
+	other.Args = append(other.Args, "-device", "secondary-vga")
+	vm := qemutest.Start(t, other)
+	l.fails(t, "flic-migrate", vm, exitFailed, []string{"vga.vram"}, "--lazy", "always", "vm@1")
+	state(t, vm, "inmigrate")
+	if doc, _ := l.resume(t, vm, "vm@1"); doc.Lazy || !strings.Contains(doc.Reason, "vga.vram") {
+		t.Errorf("a QEMU with more RAM: %+v", doc)
+	}
+	vm.Kill()
+
 	// No such checkpoint, a damaged one.
-	vm := qemutest.Start(t, destination(c, "defer"))
+	vm = qemutest.Start(t, destination(c, "defer"))
 	l.fails(t, "flic-migrate", vm, exitNotFound, []string{"vm@9"}, "vm@9")
 	image := l.image(t, 2)
 	flipBytes(t, image, -1)
@@ -611,6 +629,7 @@ func TestResumeServerDies(t *testing.T) {
 	// Recoveries that fail before they begin do no harm: any byte that is not
 	// right would make QEMU crash.
 	l.fails(t, "flic-migrate", vm, exitUsage, nil, "--recover", "--lazy", "never", "vm@2")
+	l.fails(t, "flic-migrate", vm, exitUsage, []string{"NAME@N"}, "--recover", "vm")
 	image := l.image(t, 2)
 	recoverWith(t, vm, l.restore("--recover", "--nosuchflag", "vm@2"))
 	recoverWith(t, vm, l.restore("--recover", "vm@9"))
@@ -677,11 +696,13 @@ func TestResumeRegains(t *testing.T) {
 		for _, name := range touched {
 			ok(t, os.Remove(name))
 		}
+		// The next server has nothing to say, and QEMU must not notice.
+		ok(t, os.WriteFile(stillborn(l.store), nil, 0o600))
 		dies := cutEnv + "=" + fmt.Sprint(opening+int64(8*(i+1))*4200)
 		r := l.resumesWith(t, "flic-migrate-cut", []string{dies}, "--lazy", "always", "--learn", "200ms", "--qmp", vm.Socket, "vm@1")
 		doc, _ := r.outcome(t)
 		t.Logf("running after %v, all there after %v", doc.Running, doc.Resident)
-		if doc.ExitCode != 0 || doc.State != "running" || !strings.Contains(r.stderr.String(), "another goes on") {
+		if doc.ExitCode != 0 || doc.State != "running" || strings.Count(r.stderr.String(), "another goes on") != 2 || doc.Resident > qmp.RecoverTime/2 {
 			t.Errorf("%+v\n%s", doc, r.stderr.String())
 		}
 		runsOn(t, vm)

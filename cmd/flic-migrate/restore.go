@@ -19,6 +19,7 @@ type restoreCmd struct {
 	*app
 	lazy    choice
 	recover bool
+	socket  string
 	learn   time.Duration
 	nvram   string
 	workers count
@@ -58,6 +59,7 @@ stream, because QEMU would wait for ever on an empty one.`,
 	fs := c.Flags()
 	fs.Var(&r.lazy, "lazy", "let the guest run before all of its memory is there")
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died, for QEMU's migrate-recover")
+	fs.StringVar(&r.socket, "socket", "", "with --recover: the path of a socket on which QEMU listens, instead of standard input and output")
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
@@ -102,7 +104,15 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 	if err != nil {
 		return err
 	}
-	if isTerminal(r.stdout.File) {
+	switch {
+	case r.recover && ref.N == 0:
+		return errRecoverWhich
+	case r.recover && r.lazy.value == "never":
+		return errRecoverEager
+	case r.socket != "" && !r.recover:
+		return usageError{errors.New("--socket goes with --recover")}
+	}
+	if isTerminal(r.stdout.File) && r.socket == "" {
 		return usageError{errors.New("restore writes a migration stream to its standard output, which is a terminal; see flic-migrate restore --help")}
 	}
 	// Before anything that a store can hold up.
@@ -116,9 +126,6 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 		return err
 	}
 	doc.Checkpoint = c.Ref.String()
-	if r.recover && r.lazy.value == "never" {
-		return errRecoverEager
-	}
 	mode := r.lazy.value
 	if r.recover {
 		mode = "always"

@@ -101,8 +101,11 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	if !r.monitor.given() && !r.print {
 		return usageError{errors.New("resume needs QEMU's monitor (--qmp, FLIC_QMP or qmp in the configuration file) or libvirt's domain (--domain, FLIC_DOMAIN, domain)")}
 	}
-	if r.recover && r.lazy.value == "never" {
+	switch {
+	case r.recover && r.lazy.value == "never":
 		return errRecoverEager
+	case r.recover && ref.N == 0:
+		return errRecoverWhich
 	}
 	st, err := r.openStore(false)
 	if err != nil {
@@ -137,6 +140,11 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		Serve: func(k qmp.ServerKind, out *os.File) (func(), error) {
 			return startServer(server(k), out, k != qmp.EagerServer)
 		},
+		Connect: func(socket string) error {
+			_, err := startServer(append(server(qmp.RecoveringServer), "--socket", socket), nil, false)
+			return err
+		},
+		Gone:        func() bool { return files.serverGone() },
 		Lazy:        qmp.LazyMode(r.lazy.value),
 		NotPossible: lazy.Possible(c),
 		RunState:    c.Meta.RunState,
@@ -154,13 +162,22 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	doc := resumeReport{Checkpoint: c.Ref.String()}
 	err = r.drive(ctx, m, o, files, &doc)
 	if errors.Is(err, qmp.ErrServerDied) {
-		again := fmt.Sprintf("flic-migrate resume --recover --store %s --qmp %s %v", shellQuote(dir), shellQuote(r.monitor.qmp), c.Ref)
-		if r.paused {
-			again += " --paused"
-		}
-		err = fmt.Errorf("%w: run %s", err, again)
+		err = fmt.Errorf("%w: run %s", err, r.again(dir, c.Ref, "--qmp", r.monitor.qmp))
 	}
 	return errors.Join(err, r.show(doc, err))
+}
+
+// again is the command that goes on with a resume whose server has died.
+func (r *resumeCmd) again(dir string, ref store.Ref, flags ...string) string {
+	words := append([]string{"flic-migrate", "resume", "--recover", "--store", dir}, flags...)
+	words = append(words, ref.String())
+	if r.paused {
+		words = append(words, "--paused")
+	}
+	if r.nvram != "" {
+		words = append(words, "--nvram-from", r.nvram)
+	}
+	return shellWords(words)
 }
 
 // drive restores and watches the server meanwhile.
@@ -184,7 +201,9 @@ func (r *resumeCmd) drive(ctx context.Context, m *qmp.Monitor, o qmp.ResumeOptio
 		}
 		restarts--
 		w.regaining.Store(true)
+		// Those of the next one, which may be another user's.
 		_ = os.Remove(files.report)
+		_ = os.Remove(files.status)
 		r.log().Warn("the restore's server has died; another goes on", "checkpoint", doc.Checkpoint)
 		return true
 	}
@@ -241,6 +260,16 @@ func becauseOf(err error, report json.RawMessage) error {
 // serverFiles are what the restoring filter leaves for a resume; none if empty.
 type serverFiles struct{ report, status string }
 
+// serverGone tells whether the server that these files are of has ended.
+func (f serverFiles) serverGone() bool {
+	if exists(f.report) {
+		return true
+	}
+	var s status
+	b, err := os.ReadFile(f.status)
+	return err == nil && json.Unmarshal(b, &s) == nil && s.ended()
+}
+
 // server is the command line of the restoring filter.
 func (r *resumeCmd) server(dir string, ref store.Ref, k qmp.ServerKind, files serverFiles) []string {
 	exe, err := os.Executable()
@@ -271,22 +300,21 @@ func (r *resumeCmd) server(dir string, ref store.Ref, k qmp.ServerKind, files se
 // execURI has QEMU start a process. A shell in between could hold the pipe open
 // when the process dies, hence the exec.
 func execURI(args []string) string {
-	words := make([]string, len(args))
-	for i, a := range args {
-		words[i] = shellQuote(a)
-	}
-	return "exec:exec " + strings.Join(words, " ")
+	return "exec:exec " + shellWords(args)
 }
 
-// startServer starts a process that writes a stream to out, and, if it is both ways, reads
-// QEMU's requests from it. It outlives this one and its terminal, because the guest
+// startServer starts a process that writes a stream to out, unless that is nil, and,
+// if it is both ways, reads QEMU's requests from it. It outlives this one and its terminal, because the guest
 // needs it.
 func startServer(args []string, out *os.File, bothWays bool) (end func(), err error) {
 	cmd := exec.Command(args[0], args[1:]...)
 	if bothWays {
 		cmd.Stdin = out
 	}
-	cmd.Stdout, cmd.Stderr = out, os.Stderr
+	if out != nil {
+		cmd.Stdout = out
+	}
+	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, err
@@ -300,6 +328,14 @@ func startServer(args []string, out *os.File, bothWays bool) (end func(), err er
 		_ = cmd.Process.Kill()
 		<-ended
 	}, nil
+}
+
+func shellWords(args []string) string {
+	words := make([]string, len(args))
+	for i, a := range args {
+		words[i] = shellQuote(a)
+	}
+	return strings.Join(words, " ")
 }
 
 // shellQuote makes one word of s for /bin/sh.

@@ -42,27 +42,37 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 		NotPossible: lazy.Possible(c),
 		Paused:      r.paused || c.Meta.RunState != "" && c.Meta.RunState != "running",
 		Recover:     r.recover,
-		Feed: func(ctx context.Context, conn *net.UnixConn, lazily bool, opened func()) (err error) {
+		Feed: func(ctx context.Context, connect func() (*net.UnixConn, error), lazily bool, opened func()) error {
 			server.Lazy = lazily
 			if !lazily {
-				server.RestoreReport, err = tier.Restore(ctx, c, conn, tier.RestoreOptions{})
+				conn, err := connect()
+				if err == nil {
+					server.RestoreReport, err = tier.Restore(ctx, c, conn, tier.RestoreOptions{})
+				}
 				return err
 			}
-			socket, err := conn.SyscallConn()
-			if err != nil {
+			var ends lateEnds
+			s := lazyServer{app: r.app, learn: r.learn, recover: r.recover}
+			s.begin = func() error {
+				conn, err := connect()
+				if err != nil {
+					return err
+				}
+				socket, err := conn.SyscallConn()
+				s.resize = func(n int) int {
+					_ = socket.Control(func(fd uintptr) { n = pipe.SetCapacity(int(fd), n) })
+					return n
+				}
+				ends = lateEnds{conn, conn}
 				return err
 			}
-			s := lazyServer{app: r.app, learn: r.learn, recover: r.recover, resize: func(n int) int {
-				_ = socket.Control(func(fd uintptr) { n = pipe.SetCapacity(int(fd), n) })
-				return n
-			}}
 			s.progress = func(p lazy.Progress) {
 				if p.Running && opened != nil {
 					opened()
 					opened = nil
 				}
 			}
-			return s.serve(ctx, st, c, conn, conn, &server)
+			return s.serve(ctx, st, c, &ends, &server)
 		},
 	}
 	if !r.quiet {
@@ -81,7 +91,11 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 		doc.Server = line
 	}
 	if errors.Is(err, qmp.ErrServerDied) {
-		err = fmt.Errorf("%w: run flic-migrate resume --recover --store %s --domain %s %v", err, shellQuote(st.Dir()), shellQuote(r.monitor.domain), c.Ref)
+		flags := []string{"--domain", r.monitor.domain}
+		if r.monitor.connect != "" {
+			flags = append(flags, "--connect", r.monitor.connect)
+		}
+		err = fmt.Errorf("%w: run %s", err, r.again(st.Dir(), c.Ref, flags...))
 	}
 	return errors.Join(err, r.show(doc, err))
 }

@@ -126,7 +126,7 @@ func (w *serverWatch) run(ctx context.Context) error {
 		default:
 		}
 		switch {
-		case w.regaining.Load(), w.seen.PID == 0 || w.seen.Namespace != pidNamespace() || !processEnded(w.seen.PID), exists(w.report) && !w.recover:
+		case w.regaining.Load(), !w.seen.ended(), exists(w.report) && !w.recover:
 			// One that leaves a report has sent all, or made QEMU end; in a
 			// recovery it must not.
 			gone = time.Time{}
@@ -144,7 +144,11 @@ func (w *serverWatch) run(ctx context.Context) error {
 // look reads the status.
 func (w *serverWatch) look() {
 	var s status
-	if b, err := os.ReadFile(w.path); err == nil && json.Unmarshal(b, &s) == nil && s != w.seen {
+	b, err := os.ReadFile(w.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		w.seen = s // there is another to come
+	}
+	if err == nil && json.Unmarshal(b, &s) == nil && s != w.seen {
 		if w.told {
 			w.say(fmt.Sprintf("%s: the server goes on", w.name))
 		}
@@ -164,6 +168,11 @@ func (w *serverWatch) look() {
 	}
 	w.say(fmt.Sprintf("%s: no progress for %v: the server, process %d, has sent %d of %d pages%s. The guest may be waiting for it, and has lost nothing. "+
 		"If the server does not go on, end it with kill -9 %d", w.name, w.stalled, w.seen.PID, w.seen.Pages, w.seen.PagesAll, doing(w.seen.PID), w.seen.PID))
+}
+
+// ended tells whether the server is known to be no more.
+func (s status) ended() bool {
+	return s.PID != 0 && s.Namespace == pidNamespace() && processEnded(s.PID)
 }
 
 // processEnded tells whether a process of this PID namespace is no more.

@@ -35,9 +35,11 @@ type RestoreOptions struct {
 	// Recover goes on with a lazy restore whose Feed has failed.
 	Recover bool
 
-	// Feed writes the stream. A lazy one calls opened as soon as the guest
-	// could run, and reads requests. It must end, with an error, after ctx has.
-	Feed func(ctx context.Context, conn *net.UnixConn, lazy bool, opened func()) error
+	// Feed connects to QEMU, once, and writes the stream. A lazy one calls opened as
+	// soon as the guest could run, and reads requests. It must end, with an error,
+	// after ctx has. When it recovers it connects only when nothing can keep it from
+	// writing any more: a connection that ends before is the end of QEMU.
+	Feed func(ctx context.Context, connect func() (*net.UnixConn, error), lazy bool, opened func()) error
 	// NotPossible is why the stream can't be lazy, or nil.
 	NotPossible error
 	Running     func(qmp.ResumeReport) // called, if not nil, when the guest may run
@@ -225,23 +227,33 @@ func (r *restore) listen(ctx context.Context) error {
 
 // run feeds the QEMU and has libvirt finish.
 func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeReport) error {
-	var dialer net.Dialer
-	c, err := dialer.DialContext(ctx, "unix", r.socket)
-	if err != nil {
-		return errors.Join(err, r.finish(ctx, false))
-	}
-	conn := c.(*net.UnixConn)
-	defer conn.Close()
 	feeding, stop := context.WithCancel(ctx)
 	defer stop()
-	context.AfterFunc(feeding, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	var conn *net.UnixConn // Feed's, until it has ended
+	defer func() {
+		if conn != nil {
+			conn.Close()
+		}
+	}()
+	connect := func() (*net.UnixConn, error) {
+		var dialer net.Dialer
+		c, err := dialer.DialContext(feeding, "unix", r.socket)
+		if err != nil {
+			return nil, err
+		}
+		conn = c.(*net.UnixConn)
+		context.AfterFunc(feeding, func() { c.SetDeadline(time.Unix(1, 0)) })
+		return conn, nil
+	}
 	opened := make(chan struct{})
 	fed := make(chan error, 1)
 	go func() {
-		err := r.o.Feed(feeding, conn, rep.Lazy, func() { close(opened) })
-		if err == nil {
+		err := r.o.Feed(feeding, connect, rep.Lazy, func() { close(opened) })
+		switch {
+		case conn == nil:
+		case err == nil:
 			conn.CloseWrite()
-		} else {
+		default:
 			conn.Close() // what QEMU has is no whole stream
 		}
 		fed <- err
@@ -271,7 +283,7 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *qmp.ResumeRepor
 		// keep the guest, before it sees us go.
 		finishing, stopFinish = afterwards(ctx, finishTime)
 	}
-	err = r.finish(finishing, true)
+	err := r.finish(finishing, true)
 	stopFinish()
 	done()
 	if err != nil {

@@ -234,17 +234,23 @@ func (d *destination) said() (string, string) {
 func TestRestore(t *testing.T) {
 	broken := errors.New("not what was stored")
 	middle := &destination{postcopy: true, reads: true}
-	stream := func(ctx context.Context, conn *net.UnixConn, lazy bool, opened func()) error {
-		_, err := conn.Write([]byte("stream"))
+	stream := func(ctx context.Context, connect func() (*net.UnixConn, error), lazy bool, opened func()) error {
+		conn, err := connect()
+		if err == nil {
+			_, err = conn.Write([]byte("stream"))
+		}
 		return err
 	}
-	lazily := func(ctx context.Context, conn *net.UnixConn, lazy bool, opened func()) error {
+	lazily := func(ctx context.Context, connect func() (*net.UnixConn, error), lazy bool, opened func()) error {
 		if lazy {
 			opened()
 		}
-		return stream(ctx, conn, lazy, opened)
+		return stream(ctx, connect, lazy, opened)
 	}
-	fails := func(ctx context.Context, conn *net.UnixConn, lazy bool, opened func()) error {
+	fails := func(ctx context.Context, connect func() (*net.UnixConn, error), lazy bool, opened func()) error {
+		if _, err := connect(); err != nil {
+			return err
+		}
 		return broken
 	}
 	for name, test := range map[string]struct {
@@ -265,7 +271,10 @@ func TestRestore(t *testing.T) {
 		"always":        {o: RestoreOptions{Lazy: qmp.LazyAlways, Feed: lazily}, prepared: "0x8009", want: "Postcopy is not supported"},
 		"always, but":   {o: RestoreOptions{Lazy: qmp.LazyAlways, NotPossible: broken, Feed: lazily}, want: broken.Error()},
 		"the feed":      {o: RestoreOptions{Lazy: qmp.LazyNever, Feed: fails}, prepared: "0x9", finished: "1", want: broken.Error()},
-		"in the middle": {d: middle, o: RestoreOptions{Lazy: qmp.LazyAlways, Feed: func(ctx context.Context, conn *net.UnixConn, lazy bool, opened func()) error {
+		"in the middle": {d: middle, o: RestoreOptions{Lazy: qmp.LazyAlways, Feed: func(ctx context.Context, connect func() (*net.UnixConn, error), lazy bool, opened func()) error {
+			if _, err := connect(); err != nil {
+				return err
+			}
 			opened()
 			for _, finished := middle.said(); finished == ""; _, finished = middle.said() {
 				time.Sleep(time.Millisecond)

@@ -110,6 +110,7 @@ func runChild(ctx context.Context, spec string) error {
 		}
 		err = st.AddTouched(ck.Ref, ck.Meta.PageSize, names, rep.Touched)
 	}
+	err = errors.Join(err, rep.Wait(ctx))
 	b, jerr := json.Marshal(rep)
 	return errors.Join(err, jerr, os.WriteFile(c.Report+".new", b, 0o600), os.Rename(c.Report+".new", c.Report))
 }

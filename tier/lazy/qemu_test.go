@@ -124,6 +124,9 @@ func runChild(spec string) error {
 			names = append(names, b.Name)
 		}
 		err = errors.Join(err, st.AddTouched(ck.Ref, ck.Meta.PageSize, names, rep.Touched))
+		if err == nil {
+			err = rep.Wait(ctx)
+		}
 		b, _ := json.Marshal(rep)
 		err = errors.Join(err, os.WriteFile(c.Report+".new", b, 0o600), os.Rename(c.Report+".new", c.Report))
 	}

@@ -40,12 +40,23 @@ type Options struct {
 	// one in force: small while the guest asks for pages, which wait for what
 	// is in the pipe, and larger when it does not. nil: the pipe is as it is.
 	Resize func(bytes int) int
+	// Begin is called before the first byte is written, when all is done that can
+	// fail without QEMU; may be nil. An error ends the server. Neither in nor out is
+	// used before.
+	Begin func() error
 
 	// Progress is called a few times a second as long as nothing holds the
 	// server up, such as a store that does not answer or a QEMU that does not
 	// read; may be nil. It is called between two writes: it must not take long.
 	Progress func(Progress)
 	Log      *slog.Logger // nil: none
+}
+
+func (o *Options) begin() error {
+	if o.Begin == nil {
+		return nil
+	}
+	return o.Begin()
 }
 
 // Progress is how far a restore is.
@@ -73,18 +84,47 @@ type Report struct {
 	Loaded   time.Duration `json:"loaded_ns"`   // until QEMU had loaded the devices (Serve)
 	Hot      time.Duration `json:"hot_ns"`      // until First and NVRAM had been sent
 	Resident time.Duration `json:"resident_ns"` // until the last page had been sent
+	Taken    time.Duration `json:"taken_ns"`    // until QEMU said that it has all (Wait); 0 if it did not
 
 	// Touched are the pages that were waited for and the neighbours that were
 	// sent with them, in that order: what the next resume's First should have.
 	Touched []workingset.PageRun `json:"-"`
+
+	start    time.Time
+	received <-chan error    // why requests are no longer received
+	shut     <-chan struct{} // closed when QEMU says that it has taken in all
+}
+
+// shutTime is how long QEMU may take to read what is in a pipe and to clean up. It
+// is a guard against one that waits for this process first.
+const shutTime = 10 * time.Second
+
+// Wait waits, after a Serve or a Recover without an error, until QEMU has taken in
+// everything. A process that ends before that takes the return path away from a
+// guest that touches a page which was never sent: QEMU's fault thread takes it for a
+// broken migration and waits to be recovered, and the end of the migration waits
+// for the fault thread (migration/postcopy-ram.c, postcopy_ram_incoming_cleanup).
+// The error is QEMU's.
+func (r *Report) Wait(ctx context.Context) error {
+	select {
+	case <-r.shut:
+		r.Taken = time.Since(r.start)
+	case err := <-r.received:
+		if !errors.Is(err, ErrGone) {
+			return err
+		}
+	case <-time.After(shutTime):
+	case <-ctx.Done():
+	}
+	return nil
 }
 
 // ErrGone: QEMU closed its end before everything was sent.
 var ErrGone = errors.New("QEMU has closed the return path: it has ended or given up the restore")
 
 // Serve restores c to the QEMU at the other ends of in (its return path) and
-// out. It returns after the last byte is written, without waiting for QEMU to
-// read it; the caller then ends the process, because QEMU may wait for that.
+// out. It returns after the last byte is written; the caller then calls Report.Wait,
+// and ends the process, because QEMU may wait for that.
 // An error leaves QEMU in postcopy-paused if RUN had been sent, from where
 // Recover goes on.
 func Serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options) (*Report, error) {
@@ -97,6 +137,9 @@ func Serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.W
 		return nil, err
 	}
 	p := newPump(c, out, op.ramID, o, start)
+	if err := o.begin(); err != nil {
+		return p.report(), err
+	}
 	if err := p.write(op.bytes); err != nil {
 		return p.report(), err
 	}
@@ -106,9 +149,10 @@ func Serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.W
 
 // Recover goes on where a Serve of the same checkpoint was cut off, after
 // QEMU's migrate-recover. Nothing of the first server's state is needed: QEMU
-// says what it has. Once the first byte is written QEMU must hear everything
-// up to RESUME or it crashes (lazy restore's rule), so all that can fail is
-// done before.
+// says what it has. Once the first byte is written, or a socket is connected, QEMU
+// must hear everything up to RESUME or it crashes (migration/savevm.c,
+// postcopy_pause_incoming), so all that can fail is done before, and then
+// Options.Begin is called.
 func Recover(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options) (*Report, error) {
 	if err := Possible(c); err != nil {
 		return nil, err
@@ -120,6 +164,9 @@ func Recover(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io
 	}
 	p := newPump(c, out, op.ramID, o, start)
 	close(p.loaded) // or QEMU would not be in postcopy-paused
+	if err := o.begin(); err != nil {
+		return p.report(), err
+	}
 	rd := returnpath.NewReader(in)
 	if err := p.handshake(rd); err != nil {
 		return p.report(), err
@@ -219,6 +266,8 @@ type pump struct {
 	// loaded is closed when QEMU has loaded the devices, at loadedAt.
 	loaded   chan struct{}
 	loadedAt time.Time
+	ended    chan struct{} // closed when END is written
+	shut     chan struct{} // closed when QEMU says that it has taken in all
 }
 
 const (
@@ -254,7 +303,7 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 	}
 	p := &pump{
 		c: c, out: out, ramID: ramID, o: o, start: start, named: -1,
-		blocks: make(map[string]int), demands: make(chan demand, maxDemands), loaded: make(chan struct{}),
+		blocks: make(map[string]int), demands: make(chan demand, maxDemands), loaded: make(chan struct{}), ended: make(chan struct{}), shut: make(chan struct{}),
 		fill: make([]byte, c.Meta.PageSize), pages: newPageSource(c),
 	}
 	for i, n := range c.Meta.BlockPages() {
@@ -275,7 +324,13 @@ func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) 
 	g, gctx := errgroup.WithContext(ctx)
 	// The receiver is not waited for: it ends when its pipe does, at the
 	// latest with the process.
-	go func() { cancel(p.receive(gctx, rd)) }()
+	received := make(chan error, 1)
+	p.rep.start, p.rep.received, p.rep.shut = p.start, received, p.shut
+	go func() {
+		err := p.receive(gctx, rd)
+		received <- err
+		cancel(err)
+	}()
 
 	ld := newLoader(p.c, p.o.First, p.loaded, func() bool { return p.serving.Load() || len(p.demands) > 0 })
 	g.Go(func() error { return ld.run(gctx) })
@@ -291,9 +346,11 @@ func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) 
 	return p.report(), err
 }
 
-func (p *pump) devicesLoaded() bool {
+func (p *pump) devicesLoaded() bool { return closed(p.loaded) }
+
+func closed(c <-chan struct{}) bool {
 	select {
-	case <-p.loaded:
+	case <-c:
 		return true
 	default:
 		return false
@@ -315,7 +372,10 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 			if m.Value != 0 {
 				return fmt.Errorf("QEMU reports that loading failed (SHUT %d)", m.Value)
 			}
-			continue // it has everything
+			if !closed(p.shut) {
+				close(p.shut)
+			}
+			continue
 		case returnpath.Pong:
 			if m.Value == devicesLoaded && !p.devicesLoaded() {
 				p.loadedAt = time.Now()
@@ -336,8 +396,11 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 		for page := first; page < first+n; page++ {
 			select {
 			case p.demands <- demand{b, page, at}:
+			case <-p.ended: // it reads as zero, as soon as QEMU has read END
 			case <-ctx.Done():
-				return context.Cause(ctx)
+				if !closed(p.ended) {
+					return context.Cause(ctx)
+				}
 			}
 		}
 		// Otherwise this thread goes back to wait in poll(2), which Go's scheduler
@@ -661,7 +724,11 @@ func (p *pump) finish(ctx context.Context) error {
 	b := stream.AppendEnd(nil, p.ramID)
 	b = ramparse.AppendEOS(b)
 	b = stream.AppendFooter(b, p.ramID)
-	return p.write(stream.AppendEOF(b))
+	if err := p.write(stream.AppendEOF(b)); err != nil {
+		return err
+	}
+	close(p.ended)
+	return nil
 }
 
 // progressEvery is the time between two calls of Options.Progress.

@@ -584,6 +584,67 @@ func TestGone(t *testing.T) {
 	}
 }
 
+// TestWait: a server ends when QEMU has said that it has everything, and not before,
+// whatever it still asks for.
+func TestWait(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	for name, tc := range map[string]struct {
+		last []byte // nil: QEMU is gone
+		says string
+	}{
+		"done":   {returnpath.AppendShut(nil, 0), ""},
+		"gone":   {nil, ""},
+		"failed": {returnpath.AppendShut(nil, 1), "SHUT 1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in, rp := io.Pipe()
+			defer rp.Close()
+			go rp.Write(returnpath.AppendPong(nil, 3))
+			rep, err := lazy.Serve(t.Context(), s.ck, in, io.Discard, lazy.Options{})
+			check(t, err)
+			ended := make(chan error, 1)
+			go func() { ended <- rep.Wait(t.Context()) }()
+			// More than the server has room for: nobody takes them any more.
+			for range 3000 {
+				rp.Write(returnpath.AppendReqPages(nil, "pc.ram", 4096, 4096))
+			}
+			settle()
+			select {
+			case err := <-ended:
+				t.Errorf("ended before QEMU had everything: %v", err)
+			default:
+			}
+			if tc.last == nil {
+				rp.Close()
+			} else {
+				rp.Write(tc.last)
+			}
+			err = <-ended
+			if tc.says == "" && err != nil || tc.says != "" && (err == nil || !strings.Contains(err.Error(), tc.says)) {
+				t.Errorf("ended with %v", err)
+			}
+			if (rep.Taken >= rep.Resident) != (name == "done") {
+				t.Errorf("%+v", rep)
+			}
+		})
+	}
+}
+
+// TestBegin: nothing is read or written before Begin, and if it fails nothing at all.
+func TestBegin(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	for name, serve := range map[string]server{"serve": lazy.Serve, "recover": lazy.Recover} {
+		failure := errors.New("too late")
+		var out bytes.Buffer
+		_, err := serve(t.Context(), s.ck, nil, &out, lazy.Options{Begin: func() error { return failure }})
+		if !errors.Is(err, failure) || out.Len() > 0 {
+			t.Errorf("%s: %v, %d bytes written", name, err, out.Len())
+		}
+	}
+}
+
 type failingWriter struct {
 	left int
 	err  error
