@@ -21,7 +21,12 @@ import (
 func Recover(ctx context.Context, m *Monitor, o ResumeOptions) (ResumeReport, error) {
 	rep := ResumeReport{Lazy: true}
 	start := time.Now()
+	if err := o.checkMark(ctx, m); err != nil {
+		return rep, err
+	}
 	o.recovering = true
+	ctx, end := patient(ctx)
+	defer end()
 	err := o.goOn(ctx, m, start, &rep)
 	return rep, o.regain(ctx, m, start, &rep, err)
 }
@@ -35,7 +40,7 @@ func (o *ResumeOptions) goOn(ctx context.Context, m *Monitor, start time.Time, r
 		err = o.run(watched, m, start, rep)
 	}
 	if err == nil {
-		err = finishResume(watched, m, start, rep)
+		err = o.finishResume(watched, m, start, rep)
 	}
 	return because(watched, err)
 }
@@ -61,9 +66,11 @@ func (o *ResumeOptions) regain(ctx context.Context, x Executor, start time.Time,
 const RecoverTime = time.Minute
 
 const (
-	// askAgain is how long a question may take that QEMU's main loop answers,
-	// which waits for memory until the new server is there.
-	askAgain = time.Second
+	// recoverAnswer is how long QEMU may take to answer migrate-recover, for which it
+	// needs neither its main loop nor memory.
+	recoverAnswer = 30 * time.Second
+	// goneEvery is the time between two looks whether the new server has ended.
+	goneEvery = 50 * time.Millisecond
 )
 
 // recoverPaused starts a new server and waits until it has shaken hands. A
@@ -81,7 +88,9 @@ func (o *ResumeOptions) recoverPaused(ctx context.Context, m *Monitor) error {
 		uri, begin = "unix:"+path, func() error { return o.Connect(path) }
 	}
 	// Not asked before whether it is paused: it may not be able to answer.
-	err := m.ExecuteOOB(ctx, "migrate-recover", map[string]any{"uri": uri}, nil)
+	asked, cancel := context.WithTimeout(ctx, recoverAnswer)
+	err := m.ExecuteOOB(asked, "migrate-recover", map[string]any{"uri": uri}, nil)
+	cancel()
 	var refused *Error
 	if errors.As(err, &refused) {
 		err = fmt.Errorf("%w: %w", ErrNotPaused, err)
@@ -92,27 +101,61 @@ func (o *ResumeOptions) recoverPaused(ctx context.Context, m *Monitor) error {
 	if err := begin(); err != nil {
 		return err
 	}
-	for end := time.Now().Add(RecoverTime); time.Now().Before(end); {
-		gone := o.Gone != nil && o.Gone() // before QEMU is asked what has come of it
-		asked, cancel := context.WithTimeout(ctx, askAgain)
-		info, err := QueryMigrate(asked, m)
-		cancel()
+	giveUp := time.After(RecoverTime)
+	for {
+		gone, info, err := o.askMigration(ctx, m, giveUp)
 		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case errors.Is(err, context.DeadlineExceeded):
-			continue
-		case err != nil || info.Status != StatusPostcopyPaused && info.Status != StatusPostcopyRecover:
+		case err != nil:
 			return err
-		case gone && info.Status == StatusPostcopyPaused:
+		case info.Status != StatusPostcopyPaused && info.Status != StatusPostcopyRecover:
+			return nil
+		case gone:
 			return fmt.Errorf("%w (the new one too)", ErrServerDied)
 		}
 		select {
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
-	return fmt.Errorf("the new server did not begin within %v (see QEMU's output for its reason): %w", RecoverTime, ErrServerDied)
+}
+
+// askMigration asks how the migration is, and whether the new server had ended
+// before. QEMU's main loop, which answers, may wait for memory until the new server
+// is there: then that it has ended is all that there is to know, and QEMU is taken
+// to be paused.
+func (o *ResumeOptions) askMigration(ctx context.Context, m *Monitor, giveUp <-chan time.Time) (gone bool, info MigrationInfo, err error) {
+	isGone := func() bool { return o.Gone != nil && o.Gone() }
+	gone = isGone()
+	answered := make(chan error, 1)
+	var answer MigrationInfo
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		var err error
+		answer, err = QueryMigrate(ctx, m)
+		answered <- err
+	}()
+	tick := time.NewTicker(goneEvery)
+	defer tick.Stop()
+	var seen time.Time
+	for {
+		select {
+		case err := <-answered:
+			return gone, answer, err
+		case <-giveUp:
+			return false, info, fmt.Errorf("the new server did not begin within %v (see QEMU's output for its reason): %w", RecoverTime, ErrServerDied)
+		case <-tick.C:
+			// A main loop that is not held up answers within this time.
+			if !isGone() {
+				seen = time.Time{}
+			} else if seen.IsZero() {
+				seen = time.Now()
+			} else if time.Since(seen) > time.Second {
+				return true, MigrationInfo{Status: StatusPostcopyPaused}, nil
+			}
+		}
+	}
 }
 
 // besides is the path of a socket for QEMU to make, where it could make its monitor's.

@@ -65,6 +65,9 @@ type ResumeOptions struct {
 	// Regain is asked, when a server has died, whether to start another at once. nil:
 	// never. It needs a Monitor with OOB.
 	Regain func() bool
+	// ID tells checkpoints apart, in letters, digits and "-": a Recover refuses to
+	// go on with another than was begun with. Empty: it is the caller's to know.
+	ID string
 	// Lazy is "auto" if empty.
 	Lazy LazyMode
 	// NotPossible says why this checkpoint can't be restored lazily; nil if
@@ -150,15 +153,22 @@ func Resume(ctx context.Context, x Executor, o ResumeOptions) (ResumeReport, err
 	if err := prepareLazy(ctx, x, o, &rep); err != nil {
 		return rep, err
 	}
+	if rep.Lazy {
+		o.mark(ctx, x)
+	}
 	uri, withdraw, err := o.offer(ctx, x, rep.Lazy)
 	if err != nil {
+		o.unmark(ctx, x)
 		return rep, err
 	}
+	ctx, end := patient(ctx)
+	defer end()
 	watched, stop := watchIncoming(ctx, x)
 	defer stop()
 	start := time.Now()
 	if err := MigrateIncoming(ctx, x, uri); err != nil {
 		withdraw()
+		o.unmark(ctx, x)
 		return rep, err
 	}
 	err = because(watched, o.load(watched, x, start, &rep))
@@ -186,7 +196,7 @@ func (o *ResumeOptions) load(ctx context.Context, x Executor, start time.Time, r
 	if err := o.run(ctx, x, start, rep); err != nil {
 		return err
 	}
-	return finishResume(ctx, x, start, rep)
+	return o.finishResume(ctx, x, start, rep)
 }
 
 // watchIncoming returns a context that ends when QEMU says that the migration
@@ -241,28 +251,23 @@ func prepareLazy(ctx context.Context, x Executor, o ResumeOptions, rep *ResumeRe
 
 // run puts the guest into its state.
 func (o *ResumeOptions) run(ctx context.Context, x Executor, start time.Time, rep *ResumeReport) error {
-	var s RunState
-	asks := func() (err error) {
-		s, err = QueryStatus(ctx, x)
-		return err
-	}
-	if err := patiently(ctx, asks); err != nil {
+	s, err := QueryStatus(ctx, x)
+	if err != nil {
 		return err
 	}
 	runs := !o.Paused && (o.RunState == "" || o.RunState == "running")
-	var err error
 	switch {
 	case runs && !s.Running:
-		err = patiently(ctx, func() error { return Cont(ctx, x) })
+		err = Cont(ctx, x)
 	case !runs && s.Running && !o.recovering:
 		rep.Warnings = append(rep.Warnings, "the guest was to stay paused and ran for a moment: this QEMU was started without -S")
-		err = patiently(ctx, func() error { return Stop(ctx, x) })
+		err = Stop(ctx, x)
 	}
 	if err != nil {
 		return err
 	}
 	rep.Running = time.Since(start)
-	if err := patiently(ctx, asks); err != nil {
+	if s, err = QueryStatus(ctx, x); err != nil {
 		return err
 	}
 	rep.State = s.Status
@@ -272,14 +277,13 @@ func (o *ResumeOptions) run(ctx context.Context, x Executor, start time.Time, re
 	return nil
 }
 
-// patiently asks again when QEMU's main loop has not answered: it may be waiting for
-// memory, or for a vCPU that does, and then for a server that is slow or hangs.
-func patiently(ctx context.Context, ask func() error) error {
-	for {
-		if err := ask(); !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
-			return err
-		}
-	}
+// patient returns a context whose calls wait for an answer as long as ctx lasts:
+// QEMU's main loop may be waiting for memory, or for a vCPU that does, and then for a
+// server that is slow or hangs. What is given up and asked again stays in QEMU's
+// queue, and with eight commands there it reads no more, out-of-band ones included
+// (monitor/qmp.c, QMP_REQ_QUEUE_LEN_MAX).
+func patient(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, 365*24*time.Hour)
 }
 
 // leaveInmigrate waits for the end of the run state inmigrate. There is no
@@ -293,9 +297,6 @@ func leaveInmigrate(ctx context.Context, x Executor) error {
 			return ctx.Err()
 		case errors.Is(err, ErrLost):
 			return fmt.Errorf("%w: QEMU has ended, and its output has the reason: %w", ErrBeforeRun, err)
-		case errors.Is(err, context.DeadlineExceeded):
-			// A device that QEMU's main thread loads waits for memory. Ask
-			// again, as long as the caller likes.
 		case err != nil || s.Status != "inmigrate":
 			return err
 		}
@@ -310,7 +311,7 @@ func leaveInmigrate(ctx context.Context, x Executor) error {
 
 // finishResume waits until all memory is there and makes the QEMU fit for
 // being saved again.
-func finishResume(ctx context.Context, x Executor, start time.Time, rep *ResumeReport) error {
+func (o *ResumeOptions) finishResume(ctx context.Context, x Executor, start time.Time, rep *ResumeReport) error {
 	m, err := WaitMigration(ctx, x, StatusPostcopyPaused)
 	if err != nil {
 		return err
@@ -320,6 +321,7 @@ func finishResume(ctx context.Context, x Executor, start time.Time, rep *ResumeR
 	}
 	rep.Resident = time.Since(start)
 	if rep.Lazy {
+		o.unmark(ctx, x)
 		// With it set, the next migration to exec: would wait for answers on
 		// a return path.
 		if err := SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false}); err != nil {

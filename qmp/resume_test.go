@@ -5,26 +5,21 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 )
 
-// slowQEMU answers some commands only when they come again, as one does whose main
-// loop waits for memory.
-type slowQEMU struct {
+// runState is a QEMU that has nothing but a run state.
+type runState struct {
 	RunState
-	silent map[string]int // how often a command is not answered
-	asked  []string
+	asked []string
 }
 
-func (q *slowQEMU) Events(context.Context) (<-chan Event, error) { return nil, errors.New("none") }
+func (q *runState) Events(context.Context) (<-chan Event, error) { return nil, errors.New("none") }
 
-func (q *slowQEMU) Execute(ctx context.Context, command string, _, result any) error {
+func (q *runState) Execute(ctx context.Context, command string, _, result any) error {
 	q.asked = append(q.asked, command)
-	if q.silent[command] > 0 {
-		q.silent[command]--
-		return fmt.Errorf("no answer: %w", context.DeadlineExceeded)
-	}
 	switch command {
 	case "cont":
 		q.RunState = RunState{Status: "running", Running: true}
@@ -36,18 +31,31 @@ func (q *slowQEMU) Execute(ctx context.Context, command string, _, result any) e
 	return nil
 }
 
-// TestRunWaits: a guest is let run by a QEMU that does not answer for a while.
-func TestRunWaits(t *testing.T) {
-	q := &slowQEMU{RunState: RunState{Status: "paused"}, silent: map[string]int{"cont": 1, "query-status": 3}}
+// TestPatient: a guest is let run by a QEMU that does not answer for longer than
+// others may take, and is asked only once.
+func TestPatient(t *testing.T) {
+	var mu sync.Mutex
+	var asked []string
+	f := newFake(t, negotiated(func(c *client, cmd command) {
+		mu.Lock()
+		defer mu.Unlock()
+		asked = append(asked, cmd.Execute)
+		if cmd.Execute == "cont" {
+			time.Sleep(200 * time.Millisecond)
+		}
+		c.reply(cmd, fmt.Sprintf(`{"status": "paused", "running": %v}`, len(asked) > 1))
+	}))
+	m := f.dial(Options{Timeout: 20 * time.Millisecond})
+	ctx, cancel := patient(t.Context())
+	defer cancel()
 	var rep ResumeReport
-	if err := new(ResumeOptions).run(t.Context(), q, time.Now(), &rep); err != nil || rep.State != "running" || rep.Running <= 0 {
+	if err := new(ResumeOptions).run(ctx, m, time.Now(), &rep); err != nil || rep.Running < 200*time.Millisecond {
 		t.Errorf("%v, %+v", err, rep)
 	}
-	q.silent["query-status"] = 1000
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := new(ResumeOptions).run(ctx, q, time.Now(), &rep); err == nil {
-		t.Error("waits on although nobody wants it to")
+	mu.Lock()
+	defer mu.Unlock()
+	if want := []string{"query-status", "cont", "query-status"}; !slices.Equal(asked, want) {
+		t.Errorf("asked %v", asked)
 	}
 }
 
@@ -55,7 +63,7 @@ func TestRunWaits(t *testing.T) {
 // that somebody has let run since; who resumes does.
 func TestRunLeavesAlone(t *testing.T) {
 	for _, recovering := range []bool{false, true} {
-		q := &slowQEMU{RunState: RunState{Status: "running", Running: true}}
+		q := &runState{RunState: RunState{Status: "running", Running: true}}
 		o := ResumeOptions{Paused: true, recovering: recovering}
 		var rep ResumeReport
 		if err := o.run(t.Context(), q, time.Now(), &rep); err != nil {

@@ -630,6 +630,7 @@ func TestResumeServerDies(t *testing.T) {
 	// right would make QEMU crash.
 	l.fails(t, "flic-migrate", vm, exitUsage, nil, "--recover", "--lazy", "never", "vm@2")
 	l.fails(t, "flic-migrate", vm, exitUsage, []string{"NAME@N"}, "--recover", "vm")
+	l.fails(t, "flic-migrate", vm, exitFailed, []string{"another checkpoint", l.show(t, "vm@2").UUID.String()}, "--recover", "vm@1")
 	image := l.image(t, 2)
 	recoverWith(t, vm, l.restore("--recover", "--nosuchflag", "vm@2"))
 	recoverWith(t, vm, l.restore("--recover", "vm@9"))

@@ -145,6 +145,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 			return err
 		},
 		Gone:        func() bool { return files.serverGone() },
+		ID:          c.Meta.UUID.String(),
 		Lazy:        qmp.LazyMode(r.lazy.value),
 		NotPossible: lazy.Possible(c),
 		RunState:    c.Meta.RunState,
@@ -260,10 +261,12 @@ func becauseOf(err error, report json.RawMessage) error {
 // serverFiles are what the restoring filter leaves for a resume; none if empty.
 type serverFiles struct{ report, status string }
 
-// serverGone tells whether the server that these files are of has ended.
+// serverGone tells whether the server that these files are of has ended before its
+// work.
 func (f serverFiles) serverGone() bool {
-	if exists(f.report) {
-		return true
+	if report := serverReport(f.report, false); report != nil {
+		var last restoreReport
+		return json.Unmarshal(report, &last) == nil && last.ExitCode != 0
 	}
 	var s status
 	b, err := os.ReadFile(f.status)

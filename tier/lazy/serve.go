@@ -108,13 +108,15 @@ const shutTime = 10 * time.Second
 func (r *Report) Wait(ctx context.Context) error {
 	select {
 	case <-r.shut:
-		r.Taken = time.Since(r.start)
 	case err := <-r.received:
 		if !errors.Is(err, ErrGone) {
 			return err
 		}
 	case <-time.After(shutTime):
 	case <-ctx.Done():
+	}
+	if closed(r.shut) {
+		r.Taken = time.Since(r.start)
 	}
 	return nil
 }
