@@ -145,8 +145,8 @@ func (w *serverWatch) run(ctx context.Context) error {
 func (w *serverWatch) look() {
 	var s status
 	b, err := os.ReadFile(w.path)
-	if errors.Is(err, fs.ErrNotExist) {
-		w.seen = s // there is another to come
+	if w.regaining.Load() && errors.Is(err, fs.ErrNotExist) {
+		w.seen = s // nothing is known yet of the one to come
 	}
 	if err == nil && json.Unmarshal(b, &s) == nil && s != w.seen {
 		if w.told {
