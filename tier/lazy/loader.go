@@ -56,9 +56,10 @@ const (
 	// for them. More would only put more reads before a demanded one's on
 	// slow flash.
 	aheadBatches = 2
-	// firstWindow is how many pages of the first phase are looked at together,
-	// so that a segment that holds several of them is decoded once.
-	firstWindow = 1024
+	// firstWindow is how many pages of the first phases are looked at together, so
+	// that a segment that holds several of them is decoded once. It begins with
+	// few, because the guest asks for the first of them at once, and doubles.
+	firstWindow, mostWindow = 64, 1024
 )
 
 func newLoader(c *checkpoint.Checkpoint, first func() []workingset.PageRun, loaded <-chan struct{}, busy func() bool) *loader {
@@ -125,6 +126,7 @@ func (l *loader) run(ctx context.Context) error {
 func (l *loader) loadFirst(ctx context.Context, first []workingset.PageRun) error {
 	var window []slotRun
 	var pages uint64
+	most := uint64(firstWindow)
 	for _, r := range first {
 		if r.Block < 0 || r.Block >= l.c.Table.Blocks() || r.Page >= l.c.Table.Pages(r.Block) {
 			continue
@@ -135,14 +137,15 @@ func (l *loader) loadFirst(ctx context.Context, first []workingset.PageRun) erro
 			if err != nil {
 				return err
 			}
-			n := min(run.Count, end-page, firstWindow)
+			n := min(run.Count, end-page, most)
 			window = append(window, slotRun{run.Entry(0), run.Step, r.Block, page, n})
 			page += n
-			if pages += n; pages >= firstWindow {
+			if pages += n; pages >= most {
 				if err := l.load(ctx, window, true); err != nil {
 					return err
 				}
 				window, pages = window[:0], 0
+				most = min(2*most, mostWindow)
 			}
 		}
 	}
