@@ -61,7 +61,8 @@ func linuxSaveAndRestore(t *testing.T, config Config) {
 		t.Fatal(err)
 	}
 	ticks := vm.Console()
-	tick := number(t, ticks[strings.LastIndex(ticks, "tick ")+5:strings.LastIndex(ticks, "\r\n")], 10)
+	ticks = ticks[:strings.LastIndex(ticks, "\r\n")] // the guest may be in the middle of a line
+	tick := number(t, ticks[strings.LastIndex(ticks, "tick ")+5:], 10)
 	vm.Kill()
 
 	config.Incoming, config.Paused = "exec:cat "+file, true
