@@ -267,7 +267,18 @@ func save(t *testing.T, vm *qemutest.VM, c child) map[string][]byte {
 	if _, err := vm.Save(ctx, uri(t, c)); err != nil {
 		t.Fatalf("%v\n%s", err, vm.Output())
 	}
-	return ram
+	// Without a return path QEMU may be done before the checkpoint is.
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		st, err := store.Open(vfs.OS, c.Store, false)
+		if err == nil {
+			if _, _, err = checkpoint.Describe(st, store.Ref{VM: c.VM}); err == nil {
+				return ram
+			}
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%v\n%s", err, vm.Output())
+		}
+	}
 }
 
 // guestOK has the guest compare its buffer with what it knows of it.
