@@ -63,7 +63,7 @@ func userfaultfd() error {
 	return fmt.Errorf("userfaultfd: %w: QEMU can't restore lazily (set sysctl vm.unprivileged_userfaultfd=1, or, with QEMU 8.1 or later, give it /dev/userfaultfd, or CAP_SYS_PTRACE)", errno)
 }
 
-// serve restores c lazily over stdin and stdout.
+// serve restores c lazily over stdin and stdout, or over the socket that it was given.
 func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.RestoreOptions, doc *restoreReport) error {
 	var ends lateEnds
 	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover}
@@ -77,6 +77,7 @@ func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 			if err != nil {
 				return err
 			}
+			defer conn.Close()
 			f, err := conn.(*net.UnixConn).File()
 			if err != nil {
 				return err
@@ -86,10 +87,13 @@ func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 		// Its waiting for requests does not end each time that QEMU has read pages
 		// from the same socket, as a plain read does.
 		reader, err := pipe.New(ctx, int(in.Fd()))
+		if err != nil {
+			return err
+		}
 		ends = lateEnds{reader, out}
 		fd := int(out.Fd())
 		s.resize = func(n int) int { return pipe.SetCapacity(fd, n) }
-		return err
+		return nil
 	}
 	if o.Progress != nil {
 		s.progress = func(p lazy.Progress) {

@@ -144,7 +144,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 			_, err := startServer(append(server(qmp.RecoveringServer), "--socket", socket), nil, false)
 			return err
 		},
-		Gone:        func() bool { return files.serverGone() },
+		Gone:        files.serverGone,
 		ID:          c.Meta.UUID.String(),
 		Lazy:        qmp.LazyMode(r.lazy.value),
 		NotPossible: lazy.Possible(c),

@@ -55,7 +55,7 @@ const finishTime = 30 * time.Second
 
 // recoverTime is how long QEMU may take to listen for a new server, and to say what
 // it has, and the guest waits.
-var recoverTime = time.Minute
+var recoverTime = qmp.RecoverTime
 
 // errStuck: QEMU has not heard libvirt's command to go on.
 var errStuck = errors.New("QEMU does not hear libvirt: its main loop waits for a page of the guest that nobody serves, and libvirt's monitor " +

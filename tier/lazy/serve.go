@@ -91,8 +91,8 @@ type Report struct {
 	Touched []workingset.PageRun `json:"-"`
 
 	start    time.Time
-	received <-chan error    // why requests are no longer received
-	shut     <-chan struct{} // closed when QEMU says that it has taken in all
+	received chan error    // why requests are no longer received
+	shut     chan struct{} // closed when QEMU says that it has taken in all
 }
 
 // shutTime is how long QEMU may take to read what is in a pipe and to clean up. It
@@ -269,7 +269,6 @@ type pump struct {
 	loaded   chan struct{}
 	loadedAt time.Time
 	ended    chan struct{} // closed when END is written
-	shut     chan struct{} // closed when QEMU says that it has taken in all
 }
 
 const (
@@ -305,8 +304,10 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 	}
 	p := &pump{
 		c: c, out: out, ramID: ramID, o: o, start: start, named: -1,
-		blocks: make(map[string]int), demands: make(chan demand, maxDemands), loaded: make(chan struct{}), ended: make(chan struct{}), shut: make(chan struct{}),
+		blocks: make(map[string]int), demands: make(chan demand, maxDemands),
+		loaded: make(chan struct{}), ended: make(chan struct{}),
 		fill: make([]byte, c.Meta.PageSize), pages: newPageSource(c),
+		rep: Report{start: start, received: make(chan error, 1), shut: make(chan struct{})},
 	}
 	for i, n := range c.Meta.BlockPages() {
 		p.blocks[c.Meta.Blocks[i].Name] = i
@@ -326,11 +327,9 @@ func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) 
 	g, gctx := errgroup.WithContext(ctx)
 	// The receiver is not waited for: it ends when its pipe does, at the
 	// latest with the process.
-	received := make(chan error, 1)
-	p.rep.start, p.rep.received, p.rep.shut = p.start, received, p.shut
 	go func() {
 		err := p.receive(gctx, rd)
-		received <- err
+		p.rep.received <- err
 		cancel(err)
 	}()
 
@@ -374,8 +373,8 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 			if m.Value != 0 {
 				return fmt.Errorf("QEMU reports that loading failed (SHUT %d)", m.Value)
 			}
-			if !closed(p.shut) {
-				close(p.shut)
+			if !closed(p.rep.shut) {
+				close(p.rep.shut)
 			}
 			continue
 		case returnpath.Pong:
