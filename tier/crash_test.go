@@ -10,9 +10,9 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
@@ -34,8 +34,8 @@ func small(seed uint64) *tiertest.Stream {
 		Blocks: []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}})
 }
 
-func smallOptions(t testing.TB, s *tiertest.Stream) tier.SaveOptions {
-	return tier.SaveOptions{WorkingSet: hotSet(t, s, every(2)), NVRAMSize: 10 << 18, SegmentPages: 6, Energy: dedup.EnergyFull, Codec: image.LZ4, Workers: 1}
+func smallOptions(t testing.TB, s *tiertest.Stream) save.Options {
+	return save.Options{WorkingSet: hotSet(t, s, every(2)), NVRAMSize: 10 << 18, SegmentPages: 6, Energy: dedup.EnergyFull, Codec: image.LZ4, Workers: 1}
 }
 
 // newScene makes a store with checkpoints 1 to n of "vm".
@@ -196,7 +196,7 @@ func TestKillOpen(t *testing.T) {
 			if rep, err := l.st.GC(); err != nil {
 				t.Errorf("gc: %+v, %v", rep, err)
 			}
-			l.save(t, small(1), tier.SaveOptions{})
+			l.save(t, small(1), save.Options{})
 		}
 		return disk.Killed()
 	})
@@ -372,7 +372,7 @@ func TestKillRemove(t *testing.T) {
 					if err == nil && len(ns) != 1 {
 						t.Errorf("removed, and back again: %v", ns)
 					}
-					ref, _ := l.save(t, next, tier.SaveOptions{})
+					ref, _ := l.save(t, next, save.Options{})
 					if ref.N != 3 {
 						t.Errorf("the next checkpoint is %v", ref)
 					}

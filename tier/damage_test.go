@@ -15,12 +15,13 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -54,7 +55,7 @@ func TestTruncated(t *testing.T) {
 			s := tiny(o)
 			b, layout := s.Bytes(), s.Layout()
 			l := newLab(t, crashfs.New(0), "/")
-			so := tier.SaveOptions{VM: "vm", NVRAM: l.nvram, WorkingSet: hotSet(t, s, every(2)), Workers: 1}
+			so := save.Options{VM: "vm", NVRAM: l.nvram, WorkingSet: hotSet(t, s, every(2)), Workers: 1}
 			for n := range b {
 				if n%200 == 199 {
 					// The disk gets slower with each name it has seen.
@@ -63,7 +64,7 @@ func TestTruncated(t *testing.T) {
 				}
 				var answers bytes.Buffer
 				so.ReturnPath = &answers
-				_, _, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b[:n]), so)
+				_, _, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b[:n]), so)
 				if int64(n) == layout.EOF+1 {
 					if err != nil {
 						t.Errorf("without its vmdescription: %v", err)
@@ -93,7 +94,7 @@ func TestTruncatedOld(t *testing.T) {
 	b, layout := s.Bytes(), s.Layout()
 	l := newLab(t, crashfs.New(0), "/")
 	for n := 0; n <= int(layout.Tail); n += 7 {
-		_, _, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b[:n]), tier.SaveOptions{VM: "vm", Workers: 1})
+		_, _, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b[:n]), save.Options{VM: "vm", Workers: 1})
 		if !errors.Is(err, stream.ErrTruncated) {
 			t.Errorf("cut after %d bytes: %v", n, err)
 		}
@@ -111,7 +112,7 @@ type damaged struct {
 
 func newDamaged(t *testing.T, s *tiertest.Stream, codec image.Codec) *damaged {
 	l := newLab(t, crashfs.New(0), "/")
-	ref, meta := l.save(t, s, tier.SaveOptions{WorkingSet: hotSet(t, s, func(b int, p uint64) uint8 { return uint8(1 - min(b+int(p), 1)) }), Codec: codec, SegmentPages: 2, Energy: dedup.EnergyFull})
+	ref, meta := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, func(b int, p uint64) uint8 { return uint8(1 - min(b+int(p), 1)) }), Codec: codec, SegmentPages: 2, Energy: dedup.EnergyFull})
 	if meta.NVRAM == nil || meta.Report.Cold == 0 {
 		t.Fatal("the checkpoint is not in both tiers")
 	}
@@ -313,7 +314,7 @@ func TestFlippedBitSampled(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t, vfs.OS, t.TempDir())
-			o := tier.SaveOptions{VolatileNVRAM: true, WorkingSet: hotSet(t, s, func(_ int, page uint64) uint8 { return uint8(page % 6) })}
+			o := save.Options{VolatileNVRAM: true, WorkingSet: hotSet(t, s, func(_ int, page uint64) uint8 { return uint8(page % 6) })}
 			if name != "many chunks" {
 				o.SegmentPages = 2
 			}
@@ -387,7 +388,7 @@ func TestFlippedBitOfHint(t *testing.T) {
 	}
 	d.holds(t, d.ref, s)
 	d.flip(t, file, d.size(t, file)/2, 3)
-	d.save(t, s, tier.SaveOptions{})
+	d.save(t, s, save.Options{})
 }
 
 // TestFlippedBitOfStore flips every bit of the store's own small files.
@@ -408,7 +409,7 @@ func TestFlippedBitOfStore(t *testing.T) {
 			return err
 		},
 		d.dir + "/vms/vm/last": func() error {
-			_, _, err := d.trySave(d.s, tier.SaveOptions{Workers: 1})
+			_, _, err := d.trySave(d.s, save.Options{Workers: 1})
 			return err
 		},
 		uses: func() error {
@@ -433,7 +434,7 @@ func TestFlippedBitOfStore(t *testing.T) {
 	}
 	// In order again, all of it works.
 	d.open(t)
-	if ref, _ := d.save(t, d.s, tier.SaveOptions{}); ref.N != 2 {
+	if ref, _ := d.save(t, d.s, save.Options{}); ref.N != 2 {
 		t.Errorf("the next checkpoint is %v", ref)
 	}
 }
@@ -502,7 +503,7 @@ func TestWrongImage(t *testing.T) {
 	})
 	t.Run("another VM's", func(t *testing.T) {
 		d := newDamaged(t, s, image.LZ4)
-		d.save(t, tiny(tiertest.Options{Seed: 8}), tier.SaveOptions{VM: "other"})
+		d.save(t, tiny(tiertest.Options{Seed: 8}), save.Options{VM: "other"})
 		var other []byte
 		d.rewrite(t, d.dir+"/vms/other/00000001.flic", func(b []byte) []byte { other = b; return b })
 		d.rewrite(t, d.image(), func([]byte) []byte { return other })
@@ -510,7 +511,7 @@ func TestWrongImage(t *testing.T) {
 	})
 	t.Run("header of another", func(t *testing.T) {
 		d := newDamaged(t, s, image.LZ4)
-		d.save(t, s, tier.SaveOptions{VM: "other", SegmentPages: 2})
+		d.save(t, s, save.Options{VM: "other", SegmentPages: 2})
 		var other []byte
 		d.rewrite(t, d.dir+"/vms/other/00000001.flic", func(b []byte) []byte { other = b; return b })
 		d.rewrite(t, d.image(), func(b []byte) []byte { return append(bytes.Clone(other[:image.HeaderLen]), b[image.HeaderLen:]...) })
@@ -549,7 +550,7 @@ func TestWrongNVRAM(t *testing.T) {
 	})
 	t.Run("another file", func(t *testing.T) {
 		d := newDamaged(t, s, image.LZ4)
-		d.save(t, s, tier.SaveOptions{VM: "other", NVRAM: "/other.img", WorkingSet: hotSet(t, s, every(3)), Energy: dedup.EnergyFull})
+		d.save(t, s, save.Options{VM: "other", NVRAM: "/other.img", WorkingSet: hotSet(t, s, every(3)), Energy: dedup.EnergyFull})
 		var other []byte
 		d.rewrite(t, "/other.img", func(b []byte) []byte { other = bytes.Clone(b); return b })
 		d.rewrite(t, d.nvram, func([]byte) []byte { return other })
@@ -566,7 +567,7 @@ func TestWrongNVRAM(t *testing.T) {
 		}
 		defer c.Close()
 		var b bytes.Buffer
-		if _, err := tier.Restore(context.Background(), c, &b, tier.RestoreOptions{}); err != nil || !bytes.Equal(b.Bytes(), d.want) {
+		if _, err := restore.Run(context.Background(), c, &b, restore.Options{}); err != nil || !bytes.Equal(b.Bytes(), d.want) {
 			t.Errorf("restore from a moved file: %v", err)
 		}
 	})
@@ -585,7 +586,7 @@ func TestWrongNVRAM(t *testing.T) {
 		}
 		f.Close()
 		say(t, d, "extents freed")
-		d.save(t, s, tier.SaveOptions{VM: "other", WorkingSet: hotSet(t, s, every(3))})
+		d.save(t, s, save.Options{VM: "other", WorkingSet: hotSet(t, s, every(3))})
 		say(t, d, "extents another's")
 	})
 }
@@ -597,7 +598,7 @@ func TestCutWhileOpen(t *testing.T) {
 	for _, which := range []string{"nvram", "image"} {
 		t.Run(which, func(t *testing.T) {
 			l := newLab(t, vfs.OS, t.TempDir())
-			ref, _ := l.save(t, s, tier.SaveOptions{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
+			ref, _ := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
 			c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
 			if err != nil {
 				t.Fatal(err)
@@ -619,7 +620,7 @@ func TestCutWhileOpen(t *testing.T) {
 			if len(found) == 0 || !names(found[0], name, 2<<20) {
 				t.Errorf("verify found %v", found)
 			}
-			if _, err := tier.Restore(context.Background(), c, io.Discard, tier.RestoreOptions{}); !names(err, name, 2<<20) {
+			if _, err := restore.Run(context.Background(), c, io.Discard, restore.Options{}); !names(err, name, 2<<20) {
 				t.Errorf("restore: %v", err)
 			}
 		})

@@ -14,6 +14,6 @@
 //
 // The packages below it, by noun: store (names, locks, commit), checkpoint (the
 // read side), image (the flash image), loose (images that are in no store), nvram
-// (the NVRAM file), pagetable, skeleton, dedup, workingset, integrity (the checksum,
+// (the NVRAM file), pagemap, skeleton, dedup, workingset, integrity (the checksum,
 // and the error of all that fail it), and vfs, through which all of them write.
 package tier

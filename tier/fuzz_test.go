@@ -9,10 +9,11 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/stream"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
@@ -46,7 +47,7 @@ func FuzzSave(f *testing.F) {
 		f.Add(tiny(o).Bytes(), byte(i))
 	}
 	f.Fuzz(func(t *testing.T, b []byte, mode byte) {
-		o := tier.SaveOptions{VM: "vm", Codec: image.LZ4, SegmentPages: 2, Workers: 1, Energy: dedup.EnergyFull, ReturnPath: io.Discard}
+		o := save.Options{VM: "vm", Codec: image.LZ4, SegmentPages: 2, Workers: 1, Energy: dedup.EnergyFull, ReturnPath: io.Discard}
 		if mode&1 != 0 {
 			o.Energy = dedup.EnergyLow
 		}
@@ -55,7 +56,7 @@ func FuzzSave(f *testing.F) {
 			o.NVRAM, o.WorkingSet = l.nvram, hotSet(t, tiny(tiertest.Options{}), every(2))
 		}
 		before := allocated()
-		ref, meta, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b), o)
+		ref, meta, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), o)
 		// A page record can make a leaf of the page table.
 		if n := allocated() - before; n > 64<<20+4096*uint64(len(b)) {
 			t.Errorf("%d bytes allocated for a stream of %d", n, len(b))
@@ -74,7 +75,7 @@ func FuzzSave(f *testing.F) {
 		if meta.Report.Resent == 0 && !bytes.Equal(once, b) {
 			t.Error("each page came once, and the restored stream is another")
 		}
-		again, againMeta, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(once), o)
+		again, againMeta, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(once), o)
 		if err != nil {
 			t.Fatalf("the restored stream can't be saved: %v", err)
 		}
@@ -126,7 +127,7 @@ func FuzzCheckpoint(f *testing.F) {
 	}
 	for i, o := range seeds {
 		s := tiny(o)
-		so := tier.SaveOptions{Codec: image.None, SegmentPages: 2}
+		so := save.Options{Codec: image.None, SegmentPages: 2}
 		if i == len(seeds)-1 {
 			// The one whose NVRAM part there is later on.
 			so.WorkingSet = hotSet(f, s, every(3))
@@ -177,7 +178,7 @@ func readAll(t *testing.T, l *lab) {
 		t.Errorf("verify: %v", err)
 	}
 	enough := errors.New("enough")
-	_, err = tier.Restore(context.Background(), c, &failingWriter{left: 4 << 20, err: enough}, tier.RestoreOptions{Workers: 1})
+	_, err = restore.Run(context.Background(), c, &failingWriter{left: 4 << 20, err: enough}, restore.Options{Workers: 1})
 	if err != nil && !errors.Is(err, enough) && len(found) == 0 {
 		t.Errorf("verify found nothing, and the restore: %v", err)
 	}

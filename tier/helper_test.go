@@ -11,9 +11,10 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -72,7 +73,7 @@ func (l *lab) noLeaks(t testing.TB) {
 }
 
 // save saves a stream under o and must succeed.
-func (l *lab) save(t testing.TB, s *tiertest.Stream, o tier.SaveOptions) (store.Ref, *checkpoint.Meta) {
+func (l *lab) save(t testing.TB, s *tiertest.Stream, o save.Options) (store.Ref, *checkpoint.Meta) {
 	t.Helper()
 	ref, meta, err := l.trySave(s, o)
 	if err != nil {
@@ -81,7 +82,7 @@ func (l *lab) save(t testing.TB, s *tiertest.Stream, o tier.SaveOptions) (store.
 	return ref, meta
 }
 
-func (l *lab) trySave(s *tiertest.Stream, o tier.SaveOptions) (store.Ref, *checkpoint.Meta, error) {
+func (l *lab) trySave(s *tiertest.Stream, o save.Options) (store.Ref, *checkpoint.Meta, error) {
 	r := s.Reader()
 	defer r.Close()
 	if o.VM == "" {
@@ -90,7 +91,7 @@ func (l *lab) trySave(s *tiertest.Stream, o tier.SaveOptions) (store.Ref, *check
 	if o.WorkingSet != nil && o.NVRAM == "" {
 		o.NVRAM = l.nvram
 	}
-	return tier.Save(context.Background(), l.fs, l.st, r, o)
+	return save.Run(context.Background(), l.fs, l.st, r, o)
 }
 
 // restore writes a checkpoint's stream to w.
@@ -99,7 +100,7 @@ func (l *lab) restore(ref store.Ref, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	_, err = tier.Restore(context.Background(), c, w, tier.RestoreOptions{})
+	_, err = restore.Run(context.Background(), c, w, restore.Options{})
 	return errors.Join(err, c.Close())
 }
 

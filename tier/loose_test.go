@@ -10,11 +10,12 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/stream"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -24,7 +25,7 @@ const before = "what somebody has written before the image"
 
 // saveToPipe saves a stream into a pipe whose reader writes a file with
 // something before the image, as libvirt's helper does.
-func saveToPipe(t *testing.T, s *tiertest.Stream, window int, o tier.SaveOptions) (string, *checkpoint.Meta, error) {
+func saveToPipe(t *testing.T, s *tiertest.Stream, window int, o save.Options) (string, *checkpoint.Meta, error) {
 	t.Helper()
 	name := filepath.Join(t.TempDir(), "file")
 	f, err := os.Create(name)
@@ -42,7 +43,7 @@ func saveToPipe(t *testing.T, s *tiertest.Stream, window int, o tier.SaveOptions
 	go func() { _, err := io.Copy(f, r); copied <- errors.Join(err, f.Close(), r.Close()) }()
 	in := s.Reader()
 	defer in.Close()
-	meta, err := tier.SaveTo(t.Context(), vfs.OS, nil, store.BeginFile(loose.NewOut(w, window)), in, o)
+	meta, err := save.To(t.Context(), vfs.OS, nil, store.BeginFile(loose.NewOut(w, window)), in, o)
 	w.Close()
 	if err := <-copied; err != nil {
 		t.Fatal(err)
@@ -75,7 +76,7 @@ func TestSaveTo(t *testing.T) {
 		for _, window := range []int{loose.DefaultWindow, 4 << 10} {
 			for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
 				s := tiertest.New(so)
-				file, meta, err := saveToPipe(t, s, window, tier.SaveOptions{Energy: energy, SegmentPages: 4, Workers: 1, ReturnPath: &bytes.Buffer{}})
+				file, meta, err := saveToPipe(t, s, window, save.Options{Energy: energy, SegmentPages: 4, Workers: 1, ReturnPath: &bytes.Buffer{}})
 				if so.XBZRLE && errors.Is(err, loose.ErrGone) {
 					if window == loose.DefaultWindow {
 						t.Errorf("%s: %v", name, err)
@@ -93,7 +94,7 @@ func TestSaveTo(t *testing.T) {
 					t.Errorf("%s: verify: %v", name, err)
 				}
 				var out bytes.Buffer
-				if _, err := tier.Restore(t.Context(), c, &out, tier.RestoreOptions{}); err != nil {
+				if _, err := restore.Run(t.Context(), c, &out, restore.Options{}); err != nil {
 					t.Errorf("%s: restore: %v", name, err)
 				}
 				if !bytes.Equal(out.Bytes(), s.ExpectedBytes()) {
@@ -115,7 +116,7 @@ func TestSaveToWindow(t *testing.T) {
 		Mix: tiertest.Mix{tiertest.Random: 1, tiertest.Duplicate: 3}, Pool: 40})
 	var found [2]int64
 	for i, window := range []int{loose.DefaultWindow, 4 << 10} {
-		_, meta, err := saveToPipe(t, s, window, tier.SaveOptions{Energy: dedup.EnergyFull, Codec: image.None})
+		_, meta, err := saveToPipe(t, s, window, save.Options{Energy: dedup.EnergyFull, Codec: image.None})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -137,7 +138,7 @@ func TestSaveToFails(t *testing.T) {
 		}
 		image := make(chan []byte)
 		go func() { b, _ := io.ReadAll(r); r.Close(); image <- b }()
-		_, err = tier.SaveTo(t.Context(), vfs.OS, nil, store.BeginFile(loose.NewOut(w, 1<<20)), bytes.NewReader(whole[:n]), tier.SaveOptions{})
+		_, err = save.To(t.Context(), vfs.OS, nil, store.BeginFile(loose.NewOut(w, 1<<20)), bytes.NewReader(whole[:n]), save.Options{})
 		w.Close()
 		if !errors.Is(err, stream.ErrTruncated) && !errors.Is(err, stream.ErrNotStream) {
 			t.Errorf("cut at %d: %v", n, err)
@@ -156,7 +157,7 @@ func TestSaveToFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer full.Close()
-	_, err = tier.SaveTo(context.Background(), vfs.OS, nil, store.BeginFile(loose.NewOut(full, 1<<20)), bytes.NewReader(whole), tier.SaveOptions{})
+	_, err = save.To(context.Background(), vfs.OS, nil, store.BeginFile(loose.NewOut(full, 1<<20)), bytes.NewReader(whole), save.Options{})
 	if err == nil {
 		t.Error("saved to a full device")
 	}

@@ -15,10 +15,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -58,7 +59,7 @@ func runChild(doc string) error {
 	var d done
 	switch j.Verb {
 	case "save":
-		o := tier.SaveOptions{VM: "vm", Codec: image.LZ4, Energy: dedup.EnergyFull}
+		o := save.Options{VM: "vm", Codec: image.LZ4, Energy: dedup.EnergyFull}
 		if j.Hot > 0 {
 			o.NVRAM, o.VolatileNVRAM = filepath.Join(j.Dir, "nvram.img"), true
 			if o.WorkingSet, err = newHotSet(s, every(j.Hot)); err != nil {
@@ -67,7 +68,7 @@ func runChild(doc string) error {
 		}
 		r := s.Reader()
 		defer r.Close()
-		_, meta, err := tier.Save(context.Background(), vfs.OS, st, r, o)
+		_, meta, err := save.Run(context.Background(), vfs.OS, st, r, o)
 		if err != nil {
 			return err
 		}
@@ -81,7 +82,7 @@ func runChild(doc string) error {
 		r := s.Expected()
 		defer r.Close()
 		cmp := &tiertest.Compare{R: r}
-		if _, err := tier.Restore(context.Background(), c, cmp, tier.RestoreOptions{}); err != nil {
+		if _, err := restore.Run(context.Background(), c, cmp, restore.Options{}); err != nil {
 			return err
 		}
 		if err := cmp.Close(); err != nil {

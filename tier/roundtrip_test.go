@@ -5,11 +5,11 @@ import (
 	"fmt"
 	"testing"
 
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 )
@@ -53,19 +53,19 @@ var streams = map[string]tiertest.Options{
 // setting is how a round trip saves.
 type setting struct {
 	name string
-	o    tier.SaveOptions
+	o    save.Options
 	heat func(block int, page uint64) uint8 // nil: no working set
 }
 
 var settings = []setting{
-	{name: "cold lz4", o: tier.SaveOptions{Codec: image.LZ4, Energy: dedup.EnergyFull}},
-	{name: "cold none, short segments", o: tier.SaveOptions{Codec: image.None, SegmentPages: 1, Energy: dedup.EnergyFull, SampleSize: 8}},
-	{name: "cold zstd, pairs", o: tier.SaveOptions{Codec: image.Zstd, Energy: dedup.EnergyLow, SegmentPages: 5, Workers: 1}},
-	{name: "hot 5 %, s2", o: tier.SaveOptions{Codec: image.S2, SegmentPages: 256, Energy: dedup.EnergyFull}, heat: every(20)},
-	{name: "hot half, pairs", o: tier.SaveOptions{Codec: image.LZ4, Energy: dedup.EnergyLow}, heat: func(_ int, p uint64) uint8 { return uint8(p / 4 % 2) }},
-	{name: "all hot", o: tier.SaveOptions{Codec: image.LZ4, Energy: dedup.EnergyFull}, heat: every(1)},
-	{name: "all hot, pairs", o: tier.SaveOptions{Codec: image.S2, Energy: dedup.EnergyLow}, heat: every(1)},
-	{name: "hot over budget", o: tier.SaveOptions{Codec: image.LZ4, Energy: dedup.EnergyFull, NVRAMSize: 2 << 18},
+	{name: "cold lz4", o: save.Options{Codec: image.LZ4, Energy: dedup.EnergyFull}},
+	{name: "cold none, short segments", o: save.Options{Codec: image.None, SegmentPages: 1, Energy: dedup.EnergyFull, SampleSize: 8}},
+	{name: "cold zstd, pairs", o: save.Options{Codec: image.Zstd, Energy: dedup.EnergyLow, SegmentPages: 5, Workers: 1}},
+	{name: "hot 5 %, s2", o: save.Options{Codec: image.S2, SegmentPages: 256, Energy: dedup.EnergyFull}, heat: every(20)},
+	{name: "hot half, pairs", o: save.Options{Codec: image.LZ4, Energy: dedup.EnergyLow}, heat: func(_ int, p uint64) uint8 { return uint8(p / 4 % 2) }},
+	{name: "all hot", o: save.Options{Codec: image.LZ4, Energy: dedup.EnergyFull}, heat: every(1)},
+	{name: "all hot, pairs", o: save.Options{Codec: image.S2, Energy: dedup.EnergyLow}, heat: every(1)},
+	{name: "hot over budget", o: save.Options{Codec: image.LZ4, Energy: dedup.EnergyFull, NVRAMSize: 2 << 18},
 		heat: func(b int, p uint64) uint8 { return uint8(p%7) + uint8(b) }},
 }
 
@@ -184,11 +184,11 @@ func checkPlacement(t *testing.T, l *lab, ref store.Ref, s *tiertest.Stream, set
 				t.Fatal(err)
 			}
 			switch {
-			case run.Kind == pagetable.NVRAM && set.heat(b, p) > 0:
+			case run.Kind == pagemap.NVRAM && set.heat(b, p) > 0:
 				inNVRAM[run.First] = true
-			case run.Kind == pagetable.NVRAM:
+			case run.Kind == pagemap.NVRAM:
 				cold = append(cold, where{b, p})
-			case run.Kind == pagetable.Flash && set.heat(b, p) > 0 && c.Meta.Report.Surplus == 0 && !hasRecords(c, run.First):
+			case run.Kind == pagemap.Flash && set.heat(b, p) > 0 && c.Meta.Report.Surplus == 0 && !hasRecords(c, run.First):
 				t.Errorf("hot page %s is on flash", c.PageName(b, p))
 			}
 		}

@@ -15,11 +15,13 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -47,7 +49,7 @@ func TestOpaque(t *testing.T) {
 				o.Seed = seed
 				s := tiertest.New(o)
 				l := newLab(t, crashfs.New(0), "/")
-				so := tier.SaveOptions{Energy: dedup.EnergyFull, Codec: image.LZ4}
+				so := save.Options{Energy: dedup.EnergyFull, Codec: image.LZ4}
 				if seed%2 == 1 {
 					so.WorkingSet = hotSet(t, s, every(3))
 				}
@@ -115,7 +117,7 @@ func TestLateRAM(t *testing.T) {
 				copy(b[bytes.Index(b, page[:256])+4096:], "\x00\x00\x00\x00\x00\x00\x00\x08\x04ram?")
 			}
 			l := newLab(t, crashfs.New(0), "/")
-			ref, _, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b), tier.SaveOptions{VM: "vm"})
+			ref, _, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), save.Options{VM: "vm"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -136,7 +138,7 @@ func TestPageSizeLate(t *testing.T) {
 		s := tiertest.New(tiertest.Options{Seed: seed, PageSize: 8 << 10, ReturnPath: true, PartLen: 1,
 			Blocks: []tiertest.Block{{Name: "m", Size: 256 << 10}}, Mix: tiertest.Mix{tiertest.Zero: 3, tiertest.Text: 1}})
 		l := newLab(t, crashfs.New(0), "/")
-		ref, meta := l.save(t, s, tier.SaveOptions{ReturnPath: io.Discard})
+		ref, meta := l.save(t, s, save.Options{ReturnPath: io.Discard})
 		if meta.OpaqueBytes > 0 {
 			opaque++
 		}
@@ -161,7 +163,7 @@ func TestDiskBeforeRAM(t *testing.T) {
 	disk = stream.AppendFooter(disk, 99)
 	b = slices.Insert(b, int(at), disk...)
 	l := newLab(t, crashfs.New(0), "/")
-	ref, _, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b), tier.SaveOptions{VM: "vm"})
+	ref, _, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), save.Options{VM: "vm"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -188,7 +190,7 @@ func TestBudget(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t, crashfs.New(0), "/")
-			ref, meta := l.save(t, s, tier.SaveOptions{WorkingSet: hotSet(t, s, heat), NVRAMSize: 3 << 18, Energy: dedup.EnergyFull})
+			ref, meta := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, heat), NVRAMSize: 3 << 18, Energy: dedup.EnergyFull})
 			l.holds(t, ref, s)
 			var hot int64
 			type place struct {
@@ -216,7 +218,7 @@ func TestBudget(t *testing.T) {
 			defer c.Close()
 			for i, w := range want {
 				run, err := c.Table.Find(w.block, w.page)
-				if err != nil || (run.Kind == pagetable.NVRAM) != (i < room) {
+				if err != nil || (run.Kind == pagemap.NVRAM) != (i < room) {
 					t.Fatalf("page %v, number %d by heat, is in %v (%v)", w, i, run.Kind, err)
 				}
 			}
@@ -240,16 +242,16 @@ func TestSharedNVRAM(t *testing.T) {
 		s   *tiertest.Stream
 	}
 	var all []saved
-	save := func(l *lab, vm string, seed uint64) {
+	put := func(l *lab, vm string, seed uint64) {
 		t.Helper()
 		s := stream(seed)
-		ref, _ := l.save(t, s, tier.SaveOptions{VM: vm, WorkingSet: hotSet(t, s, every(2)), NVRAMSize: 40 << 18})
+		ref, _ := l.save(t, s, save.Options{VM: vm, WorkingSet: hotSet(t, s, every(2)), NVRAMSize: 40 << 18})
 		all = append(all, saved{l, ref, s})
 	}
 	for i := range uint64(3) {
-		save(a, "one", 10+i)
-		save(b, "one", 20+i)
-		save(a, "two", 30+i)
+		put(a, "one", 10+i)
+		put(b, "one", 20+i)
+		put(a, "two", 30+i)
 	}
 	free, used := a.nvramFree(t), int64(0)
 	if size, err := a.fs.Stat(a.nvram); err == nil {
@@ -279,9 +281,9 @@ func TestSharedNVRAM(t *testing.T) {
 	if now := a.nvramFree(t); now <= free {
 		t.Errorf("%d bytes free, %d before three checkpoints were removed", now, free)
 	}
-	save(b, "one", 41)
-	save(a, "one", 42)
-	save(a, "two", 43)
+	put(b, "one", 41)
+	put(a, "one", 42)
+	put(a, "two", 43)
 	check()
 	if size, err := a.fs.Stat(a.nvram); err != nil || size.Size() != used {
 		t.Errorf("the file had %d bytes, now %d: removed space was not used again", used, size.Size())
@@ -303,7 +305,7 @@ func TestDuplicates(t *testing.T) {
 	s := tiertest.New(tiertest.Options{Mix: tiertest.Mix{tiertest.Duplicate: 1, tiertest.Text: 1}, Pool: 4,
 		Blocks: []tiertest.Block{{Name: "m", Size: 8 << 20}}})
 	l := newLab(t, crashfs.New(0), "/")
-	ref, meta := l.save(t, s, tier.SaveOptions{Energy: dedup.EnergyFull, Codec: image.None, SampleSize: 64})
+	ref, meta := l.save(t, s, save.Options{Energy: dedup.EnergyFull, Codec: image.None, SampleSize: 64})
 	l.holds(t, ref, s)
 	var dup int64
 	for p := range s.Pages(0) {
@@ -341,7 +343,7 @@ func TestNoStalePage(t *testing.T) {
 				Mix:    tiertest.Mix{tiertest.Duplicate: 4, tiertest.Zero: 1, tiertest.Alike: 1}})
 			l := newLab(t, crashfs.New(0), "/")
 			heat := every(1 + seed%3)
-			ref, _ := l.save(t, s, tier.SaveOptions{WorkingSet: hotSet(t, s, heat), Energy: energy, SegmentPages: 2 + int(seed%5)})
+			ref, _ := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, heat), Energy: energy, SegmentPages: 2 + int(seed%5)})
 			l.holds(t, ref, s)
 			if t.Failed() {
 				t.Fatalf("seed %d, energy %s", seed, energy)
@@ -360,7 +362,7 @@ func TestHotResent(t *testing.T) {
 			Mix:    tiertest.Mix{tiertest.Duplicate: 4, tiertest.Zero: 1, tiertest.Alike: 2}})
 		l := newLab(t, crashfs.New(0), "/")
 		for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
-			ref, m := l.save(t, s, tier.SaveOptions{WorkingSet: hotSet(t, s, every(1)), Energy: energy})
+			ref, m := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, every(1)), Energy: energy})
 			l.holds(t, ref, s)
 			if r := m.Report; r.Cold != 0 || r.SupersededFlash != 0 || r.NVRAMBytes > int64(s.Pages(0))*int64(s.PageSize()) {
 				t.Errorf("seed %d, energy %s: %d of %d pages on flash, %d written there in vain, %d bytes of NVRAM",
@@ -369,7 +371,7 @@ func TestHotResent(t *testing.T) {
 			resent += m.Report.Resent
 		}
 		// Cold ones are written in vain, and that is said.
-		ref, m := l.save(t, s, tier.SaveOptions{Energy: dedup.EnergyFull})
+		ref, m := l.save(t, s, save.Options{Energy: dedup.EnergyFull})
 		l.holds(t, ref, s)
 		if r := m.Report; r.SupersededFlash == 0 || r.SupersededFlash != r.Superseded || r.SupersededFlash > r.Resent {
 			t.Errorf("seed %d, cold: %+v", seed, r)
@@ -386,7 +388,7 @@ func TestReturnPath(t *testing.T) {
 	s := tiertest.New(tiertest.Options{ReturnPath: true, PartLen: 10})
 	l := newLab(t, crashfs.New(0), "/")
 	var answers bytes.Buffer
-	l.save(t, s, tier.SaveOptions{ReturnPath: &answers})
+	l.save(t, s, save.Options{ReturnPath: &answers})
 	r := returnpath.NewReader(&answers)
 	var pongs int
 	for {
@@ -413,7 +415,7 @@ func TestReturnPath(t *testing.T) {
 
 	// Without the capability nothing may be written: nobody reads there.
 	answers.Reset()
-	l.save(t, tiertest.New(tiertest.Options{}), tier.SaveOptions{ReturnPath: &answers})
+	l.save(t, tiertest.New(tiertest.Options{}), save.Options{ReturnPath: &answers})
 	if answers.Len() != 0 {
 		t.Errorf("%d bytes to a source without return path", answers.Len())
 	}
@@ -464,8 +466,8 @@ func TestEndWithoutEOF(t *testing.T) {
 			s := tiertest.New(o)
 			l := newLab(t, crashfs.New(0), "/")
 			b := s.Bytes()
-			ref, _, err := tier.Save(context.Background(), l.fs, l.st, &openPipe{Reader: bytes.NewReader(b)},
-				tier.SaveOptions{VM: "vm", ReturnPath: io.Discard})
+			ref, _, err := save.Run(context.Background(), l.fs, l.st, &openPipe{Reader: bytes.NewReader(b)},
+				save.Options{VM: "vm", ReturnPath: io.Discard})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -560,7 +562,7 @@ func TestHoldBack(t *testing.T) {
 				}
 			}}
 			l := newLab(t, fsys, "/")
-			ref, _, err := tier.Save(context.Background(), l.fs, l.st, p, tier.SaveOptions{VM: "vm"})
+			ref, _, err := save.Run(context.Background(), l.fs, l.st, p, save.Options{VM: "vm"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -589,7 +591,7 @@ func TestCancel(t *testing.T) {
 	why := errors.New("operator's wish")
 	var answers bytes.Buffer
 	half := &atOffset{r: r, left: s.Layout().Len / 2, fn: func() { cancel(why) }}
-	_, _, err := tier.Save(ctx, l.fs, l.st, half, tier.SaveOptions{VM: "vm", ReturnPath: &answers,
+	_, _, err := save.Run(ctx, l.fs, l.st, half, save.Options{VM: "vm", ReturnPath: &answers,
 		WorkingSet: hotSet(t, s, every(2)), NVRAM: l.nvram})
 	if !errors.Is(err, why) {
 		t.Fatalf("save: %v", err)
@@ -649,7 +651,7 @@ func TestRelativeNVRAM(t *testing.T) {
 	t.Chdir(dir)
 	l := newLab(t, vfs.OS, dir)
 	s := tiertest.New(tiertest.Options{})
-	ref, _ := l.save(t, s, tier.SaveOptions{NVRAM: "nvram.img", WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
+	ref, _ := l.save(t, s, save.Options{NVRAM: "nvram.img", WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
 	t.Chdir(t.TempDir())
 	l.holds(t, ref, s)
 }
@@ -660,11 +662,11 @@ func TestVolatile(t *testing.T) {
 	fsys.SetVolatile(true)
 	l := newLab(t, fsys, "/")
 	s := tiertest.New(tiertest.Options{})
-	if _, _, err := l.trySave(s, tier.SaveOptions{WorkingSet: hotSet(t, s, every(2))}); !errors.Is(err, tier.ErrVolatile) {
+	if _, _, err := l.trySave(s, save.Options{WorkingSet: hotSet(t, s, every(2))}); !errors.Is(err, save.ErrVolatile) {
 		t.Fatalf("save to volatile NVRAM: %v", err)
 	}
 	nothingLeft(t, l)
-	ref, meta := l.save(t, s, tier.SaveOptions{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
+	ref, meta := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
 	if meta.NVRAM == nil || !meta.NVRAM.Volatile {
 		t.Error("META does not say that the NVRAM is volatile")
 	}
@@ -678,12 +680,12 @@ func TestNoSpaceForeseen(t *testing.T) {
 	l := newLab(t, fsys, "/")
 	s := tiertest.New(tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 8 << 20}},
 		Mix: tiertest.Mix{tiertest.Random: 1, tiertest.Zero: 1}})
-	l.save(t, s, tier.SaveOptions{Codec: image.LZ4})
+	l.save(t, s, save.Options{Codec: image.LZ4})
 	r := s.Reader()
 	defer r.Close()
 	counted := &atOffset{r: r}
-	_, _, err := tier.Save(context.Background(), l.fs, l.st, counted, tier.SaveOptions{VM: "vm"})
-	var space *tier.SpaceError
+	_, _, err := save.Run(context.Background(), l.fs, l.st, counted, save.Options{VM: "vm"})
+	var space *save.SpaceError
 	if !errors.As(err, &space) {
 		t.Fatalf("save without space: %v", err)
 	}
@@ -698,8 +700,8 @@ func TestProgress(t *testing.T) {
 	s := tiertest.New(tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}})
 	l := newLab(t, vfs.OS, t.TempDir())
 	var phases []string
-	var last tier.Progress
-	ref, _ := l.save(t, s, tier.SaveOptions{Progress: func(p tier.Progress) {
+	var last progress.State
+	ref, _ := l.save(t, s, save.Options{Progress: func(p progress.State) {
 		if len(phases) == 0 || phases[len(phases)-1] != p.Phase {
 			phases = append(phases, p.Phase)
 		}
@@ -720,7 +722,7 @@ func TestProgress(t *testing.T) {
 	}
 	defer c.Close()
 	var calls int
-	rep, err := tier.Restore(context.Background(), c, io.Discard, tier.RestoreOptions{Workers: 1, Progress: func(p tier.Progress) {
+	rep, err := restore.Run(context.Background(), c, io.Discard, restore.Options{Workers: 1, Progress: func(p progress.State) {
 		if calls++; p.Phase != "restore" || p.PagesAll != 4096 {
 			t.Errorf("%+v", p)
 		}
@@ -735,19 +737,19 @@ func TestProgress(t *testing.T) {
 func TestRestoreStops(t *testing.T) {
 	s := tiertest.New(tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 64 << 20}}, Mix: tiertest.Mix{tiertest.Sparse: 1}})
 	l := newLab(t, vfs.OS, t.TempDir())
-	ref, _ := l.save(t, s, tier.SaveOptions{Codec: image.LZ4})
+	ref, _ := l.save(t, s, save.Options{Codec: image.LZ4})
 	c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	gone := errors.New("reader is gone")
 	w := &failingWriter{left: 20 << 20, err: gone}
-	if _, err := tier.Restore(context.Background(), c, w, tier.RestoreOptions{}); !errors.Is(err, gone) {
+	if _, err := restore.Run(context.Background(), c, w, restore.Options{}); !errors.Is(err, gone) {
 		t.Errorf("restore to a writer that fails: %v", err)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	w = &failingWriter{left: 20 << 20, fn: func() { cancel(gone) }}
-	if _, err := tier.Restore(ctx, c, w, tier.RestoreOptions{}); !errors.Is(err, gone) {
+	if _, err := restore.Run(ctx, c, w, restore.Options{}); !errors.Is(err, gone) {
 		t.Errorf("restore that was cancelled: %v", err)
 	}
 	if err := c.Close(); err != nil {
@@ -779,7 +781,7 @@ func TestRefetch(t *testing.T) {
 	s := tiertest.New(tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 128 << 20}}, Pool: 200, Shuffle: true,
 		Mix: tiertest.Mix{tiertest.Duplicate: 1, tiertest.Sparse: 3}})
 	l := newLab(t, vfs.OS, t.TempDir())
-	ref, _ := l.save(t, s, tier.SaveOptions{Codec: image.LZ4, SegmentPages: 64})
+	ref, _ := l.save(t, s, save.Options{Codec: image.LZ4, SegmentPages: 64})
 	for _, workers := range []int{1, 2, 7} {
 		c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
 		if err != nil {
@@ -787,7 +789,7 @@ func TestRefetch(t *testing.T) {
 		}
 		r := s.Expected()
 		cmp := &tiertest.Compare{R: r}
-		rep, err := tier.Restore(context.Background(), c, cmp, tier.RestoreOptions{Workers: workers})
+		rep, err := restore.Run(context.Background(), c, cmp, restore.Options{Workers: workers})
 		if err != nil || rep.Refetch == 0 {
 			t.Errorf("%d workers: %+v, %v", workers, rep, err)
 		} else if err := cmp.Close(); err != nil {
@@ -803,11 +805,11 @@ func TestSecrets(t *testing.T) {
 	dir := t.TempDir()
 	l := newLab(t, vfs.OS, dir)
 	s := tiertest.New(tiertest.Options{})
-	ref, _ := l.save(t, s, tier.SaveOptions{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
+	ref, _ := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
 	if err := l.remove(ref); err != nil {
 		t.Fatal(err)
 	}
-	l.save(t, s, tier.SaveOptions{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
+	l.save(t, s, save.Options{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
 	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
 		if err != nil || path == dir {
 			return err
@@ -844,7 +846,7 @@ func TestUnknownAmidForeign(t *testing.T) {
 		at := bytes.LastIndex(b, known)
 		broken := slices.Concat(b[:at], unknown, b[at+len(known):])
 		l := newLab(t, crashfs.New(0), "/")
-		ref, meta, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(broken), tier.SaveOptions{VM: "vm"})
+		ref, meta, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(broken), save.Options{VM: "vm"})
 		if err != nil {
 			if refused++; !errors.Is(err, stream.ErrUnknown) {
 				t.Error(err)

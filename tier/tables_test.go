@@ -10,9 +10,9 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
@@ -44,10 +44,10 @@ func recordedLinux(t testing.TB) []byte {
 func TestPageTables(t *testing.T) {
 	b := recordedLinux(t)
 	l := newLab(t, crashfs.New(0), "/")
-	save := func(o tier.SaveOptions) (store.Ref, *checkpoint.Meta) {
+	put := func(o save.Options) (store.Ref, *checkpoint.Meta) {
 		t.Helper()
 		o.VM, o.TablesTime = "vm", time.Minute // on a host that is busy with other tests
-		ref, m, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b), o)
+		ref, m, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), o)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -61,14 +61,14 @@ func TestPageTables(t *testing.T) {
 		return ref, m
 	}
 	// places counts the page tables of a checkpoint by where they are.
-	places := func(ref store.Ref) (count map[pagetable.Kind]int) {
+	places := func(ref store.Ref) (count map[pagemap.Kind]int) {
 		t.Helper()
 		c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		count = make(map[pagetable.Kind]int)
+		count = make(map[pagemap.Kind]int)
 		seen := map[workingset.PageRun]bool{}
 		for _, r := range c.Meta.PageTables {
 			for page := r.Page; page < r.Page+r.Count; page++ {
@@ -87,11 +87,11 @@ func TestPageTables(t *testing.T) {
 		return count
 	}
 
-	cold, m := save(tier.SaveOptions{})
+	cold, m := put(save.Options{})
 	if m.Report.PageTables < 30 || m.Report.PageTables > 1000 || m.Report.NoPageTables != "" || m.Report.Hot != 0 {
 		t.Fatalf("%+v", m.Report)
 	}
-	if n := places(cold); n[pagetable.NVRAM] != 0 || int64(n[pagetable.Flash]) != m.Report.PageTables {
+	if n := places(cold); n[pagemap.NVRAM] != 0 || int64(n[pagemap.Flash]) != m.Report.PageTables {
 		t.Errorf("without NVRAM: %v", n)
 	}
 	ws, err := workingset.New(m.PageSize, m.WorkingSetBlocks())
@@ -105,16 +105,16 @@ func TestPageTables(t *testing.T) {
 	if err := l.remove(cold); err != nil {
 		t.Fatal(err)
 	}
-	o := tier.SaveOptions{NVRAM: l.nvram, WorkingSet: ws}
-	first, m := save(o)
-	if n := places(first); n[pagetable.Flash] != 0 || n[pagetable.NVRAM] == 0 {
+	o := save.Options{NVRAM: l.nvram, WorkingSet: ws}
+	first, m := put(o)
+	if n := places(first); n[pagemap.Flash] != 0 || n[pagemap.NVRAM] == 0 {
 		t.Errorf("first: %v", n)
 	}
 	if m.Report.Hot < m.Report.PageTables || m.Report.Superseded == 0 {
 		t.Errorf("first: %+v", m.Report)
 	}
-	next, m := save(o)
-	if n := places(next); n[pagetable.Flash] != 0 || m.Report.Superseded != 0 {
+	next, m := put(o)
+	if n := places(next); n[pagemap.Flash] != 0 || m.Report.Superseded != 0 {
 		t.Errorf("next: %v, %+v", n, m.Report)
 	}
 
@@ -127,8 +127,8 @@ func TestPageTables(t *testing.T) {
 	l = newLab(t, l.fs.FS, "/small")
 	o.NVRAMSize, o.NVRAM = 1<<20, l.nvram
 	for i := range 2 {
-		ref, m := save(o)
-		if n := places(ref); n[pagetable.Flash] != 0 || m.Report.Surplus < 200 || m.Report.Hot != 192 || (m.Report.Superseded == 0) != (i == 1) {
+		ref, m := put(o)
+		if n := places(ref); n[pagemap.Flash] != 0 || m.Report.Surplus < 200 || m.Report.Hot != 192 || (m.Report.Superseded == 0) != (i == 1) {
 			t.Errorf("small, %d: %v, %+v", i, n, m.Report)
 		}
 		c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
@@ -136,14 +136,14 @@ func TestPageTables(t *testing.T) {
 			t.Fatal(err)
 		}
 		for page := uint64(5000); page < 5010; page++ {
-			if run, err := c.Table.Find(0, page); err != nil || run.Entry(0).Kind() == pagetable.Flash {
+			if run, err := c.Table.Find(0, page); err != nil || run.Entry(0).Kind() == pagemap.Flash {
 				t.Errorf("small, %d: the hottest page %d is in flash, %v", i, page, err)
 			}
 		}
 		c.Close()
 		if err := l.remove(ref); i == 0 && err == nil {
 			// Its page tables are what the next save knows.
-			_, _ = save(tier.SaveOptions{})
+			_, _ = put(save.Options{})
 		}
 	}
 }
@@ -152,7 +152,7 @@ func TestPageTables(t *testing.T) {
 func TestPageTablesTime(t *testing.T) {
 	b := recordedLinux(t)
 	l := newLab(t, crashfs.New(0), "/")
-	_, m, err := tier.Save(context.Background(), l.fs, l.st, bytes.NewReader(b), tier.SaveOptions{VM: "vm", TablesTime: 1})
+	_, m, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), save.Options{VM: "vm", TablesTime: 1})
 	if err != nil || !strings.Contains(m.Report.NoPageTables, "could be read in 1ns") || m.Report.PageTables > 0 {
 		t.Errorf("%v, %+v", err, m.Report)
 	}
@@ -162,7 +162,7 @@ func TestPageTablesTime(t *testing.T) {
 func TestPageTablesUnknown(t *testing.T) {
 	l := newLab(t, crashfs.New(0), "/")
 	s := tiertest.New(tiertest.Options{})
-	_, m := l.save(t, s, tier.SaveOptions{NVRAM: l.nvram, WorkingSet: hotSet(t, s, every(3))})
+	_, m := l.save(t, s, save.Options{NVRAM: l.nvram, WorkingSet: hotSet(t, s, every(3))})
 	if m.PageTables != nil || m.Report.PageTables != 0 || !strings.Contains(m.Report.NoPageTables, "no vCPU") {
 		t.Errorf("%+v", m.Report)
 	}

@@ -13,8 +13,8 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/rounds"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/track"
 )
@@ -194,7 +194,7 @@ func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
 }
 
 // track adds the pages that the guest writes to the working set.
-func (c *checkpointCmd) track(ctx context.Context, x qmp.Executor, redial qmp.Redialer, timer time.Duration, o *tier.SaveOptions, doc *checkpointReport) error {
+func (c *checkpointCmd) track(ctx context.Context, x qmp.Executor, redial qmp.Redialer, timer time.Duration, o *save.Options, doc *checkpointReport) error {
 	var rate float64
 	if timer == 0 {
 		var err error
@@ -230,7 +230,7 @@ func (c *checkpointCmd) track(ctx context.Context, x qmp.Executor, redial qmp.Re
 }
 
 // save is the consumer of the migration's stream.
-func (c *checkpointCmd) save(ctx context.Context, st *store.Store, f *os.File, before qmp.RunState, o tier.SaveOptions) (store.Ref, *checkpoint.Meta, error) {
+func (c *checkpointCmd) save(ctx context.Context, st *store.Store, f *os.File, before qmp.RunState, o save.Options) (store.Ref, *checkpoint.Meta, error) {
 	if c.mode.value == string(qmp.ModeBackground) && before.Running {
 		release, err := guard(f)
 		if err != nil {
@@ -250,7 +250,7 @@ func (c *checkpointCmd) save(ctx context.Context, st *store.Store, f *os.File, b
 	p := newProgress(c.stderr, c.quiet)
 	defer p.finish()
 	o.Progress = p.callback()
-	ref, meta, err := tier.Save(ctx, c.fs, st, in, o)
+	ref, meta, err := save.Run(ctx, c.fs, st, in, o)
 	return ref, meta, explainVolatile(err)
 }
 

@@ -13,8 +13,8 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/stream"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -29,7 +29,7 @@ func TestExitCode(t *testing.T) {
 		{errors.New("anything"), 1},
 		{&fs.PathError{Op: "open", Path: "f", Err: syscall.EACCES}, 1},
 		{syscall.EIO, 1},
-		{fmt.Errorf("x: %w", tier.ErrVolatile), 1},
+		{fmt.Errorf("x: %w", save.ErrVolatile), 1},
 		{store.ErrInUse, 1},
 		{usageError{errors.New("no such flag")}, 2},
 		{store.CheckVM("../etc"), 2},
@@ -44,7 +44,7 @@ func TestExitCode(t *testing.T) {
 		{&stream.Error{Op: "header", Err: stream.ErrNotStream}, 5},
 		{&fs.PathError{Op: "write", Path: "f", Err: syscall.ENOSPC}, 6},
 		{&fs.PathError{Op: "write", Path: "f", Err: syscall.EDQUOT}, 6},
-		{&tier.SpaceError{Dir: "d"}, 6},
+		{&save.SpaceError{Dir: "d"}, 6},
 		// A save fed by a restore: what is stored is at fault.
 		{stream.Wrap("page", 9, corrupt), 4},
 		// The name was not found because it can't be one.

@@ -13,8 +13,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/stream/saveimage"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -90,7 +90,7 @@ func (e *exportCmd) run(ctx context.Context, name, file string) (err error) {
 	if _, err := w.Write(append(saveimage.PartialMagic(), h.Bytes()[len(saveimage.Magic()):]...)); err != nil {
 		return err
 	}
-	if _, err := tier.Restore(ctx, c, w, tier.RestoreOptions{Progress: show.callback()}); err != nil {
+	if _, err := restore.Run(ctx, c, w, restore.Options{Progress: show.callback()}); err != nil {
 		return err
 	}
 	if err := w.Flush(); err != nil {

@@ -8,9 +8,9 @@ import (
 
 	"github.com/spf13/pflag"
 
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 )
 
 // size is a flag in bytes with an optional suffix K, M, G or T, powers of 1024.
@@ -107,8 +107,8 @@ func (e *encoding) add(fs *pflag.FlagSet) {
 	fs.Var(&e.worker, "workers", "compressing threads; 0: one for each CPU")
 }
 
-func (e *encoding) options() tier.SaveOptions {
-	return tier.SaveOptions{
+func (e *encoding) options() save.Options {
+	return save.Options{
 		Codec:        image.Codecs[e.codec.value],
 		Energy:       dedup.Energy(e.energy.value),
 		Battery:      e.battery.n,

@@ -14,9 +14,10 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp/compressor"
 	"github.com/flic-migrate/flic-migrate/stream/saveimage"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -91,7 +92,7 @@ func (m *importCmd) run(ctx context.Context, name string) error {
 		o.RunState = "running" // libvirt stops every guest to save it
 	}
 	o.ReturnPath = io.Discard // its source is long gone
-	ref, meta, err := tier.Save(ctx, m.fs, st, in, o)
+	ref, meta, err := save.Run(ctx, m.fs, st, in, o)
 	if cerr := in.Close(); err == nil {
 		err = cerr
 	}
@@ -148,7 +149,7 @@ func (m *importCmd) image(ctx context.Context, f *os.File) (io.ReadCloser, error
 	}
 	r, w := io.Pipe()
 	go func() {
-		_, err := tier.Restore(ctx, c, w, tier.RestoreOptions{Workers: m.worker.n})
+		_, err := restore.Run(ctx, c, w, restore.Options{Workers: m.worker.n})
 		c.Close()
 		w.CloseWithError(err)
 	}()

@@ -16,9 +16,10 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
@@ -64,7 +65,7 @@ func userfaultfd() error {
 }
 
 // serve restores c lazily over stdin and stdout, or over the socket that it was given.
-func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.RestoreOptions, doc *restoreReport) error {
+func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o restore.Options, doc *restoreReport) error {
 	var ends lateEnds
 	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover}
 	s.begin = func() error {
@@ -97,7 +98,7 @@ func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 	}
 	if o.Progress != nil {
 		s.progress = func(p lazy.Progress) {
-			o.Progress(tier.Progress{Phase: "restore", Pages: p.Pages, PagesAll: p.PagesAll})
+			o.Progress(progress.State{Phase: "restore", Pages: p.Pages, PagesAll: p.PagesAll})
 		}
 	}
 	return s.serve(ctx, st, c, &ends, doc)

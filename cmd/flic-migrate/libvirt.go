@@ -17,10 +17,11 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp/compressor"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -192,8 +193,8 @@ func (s *libvirtSaveCmd) save(ctx context.Context) (*checkpoint.Meta, error) {
 	if err != nil {
 		return nil, err
 	}
-	meta, err := tier.SaveTo(ctx, s.fs, st, pend, &resumed{in, s.head}, o)
-	if errors.Is(err, tier.ErrVolatile) {
+	meta, err := save.To(ctx, s.fs, st, pend, &resumed{in, s.head}, o)
+	if errors.Is(err, save.ErrVolatile) {
 		err = fmt.Errorf("%w (volatile-nvram = true accepts that)", err)
 	}
 	return meta, err
@@ -201,7 +202,7 @@ func (s *libvirtSaveCmd) save(ctx context.Context) (*checkpoint.Meta, error) {
 
 // begin starts the save: with a store if the domain has a working set and there
 // is NVRAM for it, so that the NVRAM can be given back when the file is gone.
-func (s *libvirtSaveCmd) begin(out *loose.Out, d compressor.Domain, o *tier.SaveOptions) (*store.Store, *store.Pending, error) {
+func (s *libvirtSaveCmd) begin(out *loose.Out, d compressor.Domain, o *save.Options) (*store.Store, *store.Pending, error) {
 	plain := store.BeginFile(out)
 	if s.nvram == "" {
 		return nil, plain, nil
@@ -346,7 +347,7 @@ func (r *libvirtRestoreCmd) restore(ctx context.Context, doc *restoreReport) err
 	}
 	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
 	done := r.use(c)
-	doc.RestoreReport, err = tier.Restore(ctx, c, r.stdout, tier.RestoreOptions{Workers: r.workers.n})
+	doc.Report, err = restore.Run(ctx, c, r.stdout, restore.Options{Workers: r.workers.n})
 	if derr := done(err == nil); derr != nil {
 		r.log().Warn("the store has not noted this restore", "error", derr)
 	}

@@ -8,8 +8,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -77,17 +78,17 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 }
 
 // persist is a restore piped into a save.
-func (p *persistCmd) persist(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o tier.SaveOptions) (store.Ref, *checkpoint.Meta, error) {
+func (p *persistCmd) persist(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o save.Options) (store.Ref, *checkpoint.Meta, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	r, w := io.Pipe()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_, err := tier.Restore(ctx, c, w, tier.RestoreOptions{Workers: o.Workers})
+		_, err := restore.Run(ctx, c, w, restore.Options{Workers: o.Workers})
 		w.CloseWithError(err) // the save's read then fails with the cause
 	}()
-	ref, meta, err := tier.Save(ctx, p.fs, st, r, o)
+	ref, meta, err := save.Run(ctx, p.fs, st, r, o)
 	// A save that fails stops reading, which ends the restore's write; the
 	// checkpoint must not be closed while the restore still reads it.
 	r.CloseWithError(context.Canceled)

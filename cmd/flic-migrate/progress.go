@@ -6,14 +6,13 @@ import (
 	"os"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/schollz/progressbar/v3"
-
-	"github.com/flic-migrate/flic-migrate/tier"
 )
 
-// progress shows how far a save or restore is: as a bar on a terminal, as a
+// meter shows how far a save or restore is: as a bar on a terminal, as a
 // line now and then elsewhere.
-type progress struct {
+type meter struct {
 	w     io.Writer
 	bar   *progressbar.ProgressBar // nil: lines
 	start time.Time
@@ -27,11 +26,11 @@ const lineEvery = 2 * time.Second
 
 // newProgress returns the function to be called with each progress; nil with
 // quiet.
-func newProgress(w io.Writer, quiet bool) *progress {
+func newProgress(w io.Writer, quiet bool) *meter {
 	if quiet {
 		return nil
 	}
-	p := &progress{w: w, start: time.Now()}
+	p := &meter{w: w, start: time.Now()}
 	if f, ok := w.(*os.File); ok && isTerminal(f) {
 		p.bar = progressbar.NewOptions64(-1,
 			progressbar.OptionSetWriter(w),
@@ -45,14 +44,14 @@ func newProgress(w io.Writer, quiet bool) *progress {
 }
 
 // callback is p.show, or nil if there is nothing to show.
-func (p *progress) callback() func(tier.Progress) {
+func (p *meter) callback() func(progress.State) {
 	if p == nil {
 		return nil
 	}
 	return p.show
 }
 
-func (p *progress) show(t tier.Progress) {
+func (p *meter) show(t progress.State) {
 	if p.bar != nil {
 		if t.PagesAll > 0 && p.bar.GetMax64() != t.PagesAll {
 			p.bar.ChangeMax64(t.PagesAll)
@@ -82,7 +81,7 @@ func (p *progress) show(t tier.Progress) {
 }
 
 // finish takes the bar off the terminal.
-func (p *progress) finish() {
+func (p *meter) finish() {
 	if p != nil && p.bar != nil {
 		p.bar.Finish()
 	}

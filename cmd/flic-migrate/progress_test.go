@@ -6,7 +6,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
 )
 
 // Lines are shown of what takes long only, at changes of phase and every two
@@ -15,17 +15,17 @@ func TestProgressLines(t *testing.T) {
 	var out bytes.Buffer
 	p := newProgress(&out, false)
 	show := p.callback()
-	show(tier.Progress{Phase: "ram", Pages: 10, PagesAll: 100})
-	show(tier.Progress{Phase: "sync", Pages: 100, PagesAll: 100})
+	show(progress.State{Phase: "ram", Pages: 10, PagesAll: 100})
+	show(progress.State{Phase: "sync", Pages: 100, PagesAll: 100})
 	if out.Len() > 0 {
 		t.Fatalf("a short save has progress: %q", out.String())
 	}
 	p.start = time.Now().Add(-10 * time.Second)
-	show(tier.Progress{Phase: "ram", Pages: 50, PagesAll: 200, BytesIn: 3 << 20, BytesOut: 1 << 10})
-	show(tier.Progress{Phase: "ram", Pages: 51, PagesAll: 200})
-	show(tier.Progress{Phase: "tail", Pages: 200, PagesAll: 200})
+	show(progress.State{Phase: "ram", Pages: 50, PagesAll: 200, BytesIn: 3 << 20, BytesOut: 1 << 10})
+	show(progress.State{Phase: "ram", Pages: 51, PagesAll: 200})
+	show(progress.State{Phase: "tail", Pages: 200, PagesAll: 200})
 	p.last = p.last.Add(-lineEvery)
-	show(tier.Progress{Phase: "tail", Pages: 7})
+	show(progress.State{Phase: "tail", Pages: 7})
 	p.finish()
 	want := []string{
 		"flic-migrate: ram: 25 % of 200 pages, 3.0 MiB in, 1.0 KiB out, 10 s",

@@ -15,8 +15,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -51,7 +52,7 @@ func whole(t *testing.T, disk *crashfs.FS, ref store.Ref) []byte {
 	defer c.Close()
 	ok(t, c.Verify(context.Background(), func(err error) { t.Errorf("after the power cut: %v", err) }))
 	var b bytes.Buffer
-	if _, err := tier.Restore(context.Background(), c, &b, tier.RestoreOptions{}); err != nil {
+	if _, err := restore.Run(context.Background(), c, &b, restore.Options{}); err != nil {
 		t.Errorf("after the power cut: %v", err)
 	}
 	return b.Bytes()
@@ -107,7 +108,7 @@ func TestPowerCutAtCompleted(t *testing.T) {
 				return err
 			}
 			defer in.Close()
-			o := tier.SaveOptions{VM: "vm", NVRAM: "/nvram", WorkingSet: ws, ReturnPath: beforeShut{conn, func(value uint32) {
+			o := save.Options{VM: "vm", NVRAM: "/nvram", WorkingSet: ws, ReturnPath: beforeShut{conn, func(value uint32) {
 				told++
 				if value != 0 {
 					return
@@ -117,7 +118,7 @@ func TestPowerCutAtCompleted(t *testing.T) {
 					t.Errorf("before it was told, QEMU says %s, %v", info.Status, err)
 				}
 			}}}
-			_, _, err = tier.Save(ctx, disk, st, in, o)
+			_, _, err = save.Run(ctx, disk, st, in, o)
 			return err
 		}
 		go func() { done <- save() }()

@@ -9,9 +9,9 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -78,7 +78,7 @@ type restoreReport struct {
 	Error      string `json:"error,omitempty"`
 	Lazy       bool   `json:"lazy"`
 	Reason     string `json:"reason,omitempty"` // why it is eager although it might have been lazy
-	tier.RestoreReport
+	restore.Report
 	LazyReport *lazy.Report `json:"lazy_report,omitempty"`
 }
 
@@ -138,7 +138,7 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 	}
 	p := newProgress(r.stderr, r.quiet)
 	defer p.finish()
-	o := tier.RestoreOptions{Workers: r.workers.n, Progress: beats.wrap(p.callback())}
+	o := restore.Options{Workers: r.workers.n, Progress: beats.wrap(p.callback())}
 	done := make(chan error, 1)
 	go func() {
 		if doc.Lazy {
@@ -149,7 +149,7 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 		// kernel's limit for pipes says no.
 		unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
 		var err error
-		doc.RestoreReport, err = tier.Restore(ctx, c, r.stdout, o)
+		doc.Report, err = restore.Run(ctx, c, r.stdout, o)
 		done <- err
 	}()
 	select {

@@ -10,9 +10,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/domain"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -47,7 +47,7 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 			if !lazily {
 				conn, err := connect()
 				if err == nil {
-					server.RestoreReport, err = tier.Restore(ctx, c, conn, tier.RestoreOptions{})
+					server.Report, err = restore.Run(ctx, c, conn, restore.Options{})
 				}
 				return err
 			}

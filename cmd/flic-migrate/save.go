@@ -13,8 +13,8 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
@@ -50,7 +50,7 @@ func (p *placement) add(fs *pflag.FlagSet) {
 }
 
 // options sets those of a save.
-func (p *placement) options(o *tier.SaveOptions) (err error) {
+func (p *placement) options(o *save.Options) (err error) {
 	if p.workingSet != "" && p.nvram == "" {
 		return usageError{errors.New("--working-set says what goes to NVRAM, and there is no --nvram")}
 	}
@@ -162,12 +162,12 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 	p := newProgress(s.stderr, s.quiet)
 	defer p.finish()
 	o.Progress = p.callback()
-	ref, meta, err = tier.Save(ctx, s.fs, st, in, o)
+	ref, meta, err = save.Run(ctx, s.fs, st, in, o)
 	return ref, meta, explainVolatile(err)
 }
 
 func explainVolatile(err error) error {
-	if errors.Is(err, tier.ErrVolatile) {
+	if errors.Is(err, save.ErrVolatile) {
 		return fmt.Errorf("%w (--volatile-nvram accepts that)", err)
 	}
 	return err

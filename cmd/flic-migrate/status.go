@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
 )
 
 // status is what a restore that serves a resume tells it: who it is, how far it is
@@ -64,11 +64,11 @@ func (s *statusFile) write() {
 }
 
 // wrap returns a progress callback that keeps the file up to date.
-func (s *statusFile) wrap(next func(tier.Progress)) func(tier.Progress) {
+func (s *statusFile) wrap(next func(progress.State)) func(progress.State) {
 	if s == nil {
 		return next
 	}
-	return func(p tier.Progress) {
+	return func(p progress.State) {
 		s.last.Pages, s.last.PagesAll = p.Pages, p.PagesAll
 		s.last.Beat++
 		s.write()
@@ -87,8 +87,8 @@ type serverWatch struct {
 	name    string        // of the checkpoint
 	stalled time.Duration // how long without a beat is worth a word; 0: any time
 	say     func(string)
-	show    func(tier.Progress) // nil: not to be shown
-	running <-chan struct{}     // closed when the guest may run
+	show    func(progress.State) // nil: not to be shown
+	running <-chan struct{}      // closed when the guest may run
 	recover bool
 	// regaining: that a server has died is known, and another has been started.
 	regaining atomic.Bool
@@ -154,7 +154,7 @@ func (w *serverWatch) look() {
 		}
 		w.seen, w.at, w.told = s, time.Now(), false
 		if w.show != nil {
-			w.show(tier.Progress{Phase: "resume", Pages: s.Pages, PagesAll: s.PagesAll})
+			w.show(progress.State{Phase: "resume", Pages: s.Pages, PagesAll: s.PagesAll})
 		}
 		return
 	}

@@ -12,14 +12,14 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/tier"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
 )
 
 // observed is a serverWatch whose words are kept.
 type observed struct {
 	*serverWatch
 	said  []string
-	shown []tier.Progress
+	shown []progress.State
 }
 
 func observe(t *testing.T) *observed {
@@ -28,20 +28,20 @@ func observe(t *testing.T) *observed {
 	o.serverWatch = &serverWatch{path: filepath.Join(dir, "status"), report: filepath.Join(dir, "report"), name: "vm@1",
 		running: make(chan struct{}), at: time.Now()}
 	o.say = func(text string) { o.said = append(o.said, text) }
-	o.show = func(p tier.Progress) { o.shown = append(o.shown, p) }
+	o.show = func(p progress.State) { o.shown = append(o.shown, p) }
 	return o
 }
 
 func TestStatus(t *testing.T) {
 	o := observe(t)
 	s := newStatusFile(o.path, slog.New(slog.DiscardHandler))
-	var next []tier.Progress
-	beat := s.wrap(func(p tier.Progress) { next = append(next, p) })
+	var next []progress.State
+	beat := s.wrap(func(p progress.State) { next = append(next, p) })
 	o.look()
-	beat(tier.Progress{Pages: 12345678, PagesAll: 1 << 34})
+	beat(progress.State{Pages: 12345678, PagesAll: 1 << 34})
 	o.look()
 	o.look()
-	beat(tier.Progress{Pages: 7, PagesAll: 9}) // shorter than what is there
+	beat(progress.State{Pages: 7, PagesAll: 9}) // shorter than what is there
 	o.look()
 	if want := (status{PID: os.Getpid(), Namespace: pidNamespace(), Pages: 7, PagesAll: 9, Beat: 2}); o.seen != want {
 		t.Errorf("read %+v, want %+v", o.seen, want)
@@ -83,7 +83,7 @@ func TestStalled(t *testing.T) {
 	o.look()
 	o.look()
 	o.look()
-	s.wrap(nil)(tier.Progress{})
+	s.wrap(nil)(progress.State{})
 	o.look()
 	if len(o.said) != 4 || o.said[1] != "vm@1: the server goes on" || !strings.Contains(o.said[2], "kill -9") || o.said[3] != o.said[1] {
 		t.Errorf("said %q", o.said)

@@ -11,10 +11,11 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -71,7 +72,7 @@ func runChild(ctx context.Context, spec string) error {
 		return err
 	}
 	if c.Op == "save" {
-		_, _, err := tier.Save(ctx, fsys, st, in, tier.SaveOptions{VM: "vm", Codec: image.S2, ReturnPath: os.Stdout})
+		_, _, err := save.Run(ctx, fsys, st, in, save.Options{VM: "vm", Codec: image.S2, ReturnPath: os.Stdout})
 		return err
 	}
 	ck, err := checkpoint.Open(fsys, st, store.Ref{VM: "vm"}, checkpoint.Options{})
@@ -79,7 +80,7 @@ func runChild(ctx context.Context, spec string) error {
 		return err
 	}
 	if c.Op == "eager" {
-		_, err := tier.Restore(ctx, ck, os.Stdout, tier.RestoreOptions{})
+		_, err := restore.Run(ctx, ck, os.Stdout, restore.Options{})
 		return err
 	}
 	lazy.TuneProcess()

@@ -23,9 +23,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -157,7 +157,7 @@ func (b *bench) synthetic(size uint64, mix tiertest.Mix) (*synthetic, error) {
 	}
 	r := s.Reader()
 	defer r.Close()
-	_, _, err = tier.Save(b.ctx, vfs.OS, s.st, r, tier.SaveOptions{VM: "vm"})
+	_, _, err = save.Run(b.ctx, vfs.OS, s.st, r, save.Options{VM: "vm"})
 	unix.Sync()
 	return s, err
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/qmp/rounds"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -241,7 +241,7 @@ func saveIn(ctx context.Context, dir, stream string) (pages, error) {
 		return nil, err
 	}
 	defer f.Close()
-	_, m, err := tier.Save(ctx, vfs.OS, st, f, tier.SaveOptions{VM: "vm", SegmentPages: 1})
+	_, m, err := save.Run(ctx, vfs.OS, st, f, save.Options{VM: "vm", SegmentPages: 1})
 	if err != nil {
 		return nil, err
 	}

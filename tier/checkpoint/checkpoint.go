@@ -8,7 +8,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/skeleton"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -21,7 +21,7 @@ type Checkpoint struct {
 	Ref   store.Ref
 	Meta  *Meta
 	Image *image.Image
-	Table *pagetable.Map
+	Table *pagemap.Map
 
 	store  *store.Store
 	file   vfs.File
@@ -125,7 +125,7 @@ func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
 	if im.Chunks(image.PageTable) != len(c.Meta.Table) {
 		return im.Corrupt(image.Meta, 0, fmt.Errorf("%d page table chunks, %d in the image", len(c.Meta.Table), im.Chunks(image.PageTable)))
 	}
-	c.Table, err = pagetable.NewMap(pagetable.Source{
+	c.Table, err = pagemap.NewMap(pagemap.Source{
 		Pages: c.Meta.BlockPages(), Starts: c.Meta.Table,
 		Read:  func(i int) ([]byte, error) { return im.Chunk(image.PageTable, i) },
 		Check: c.checkRun,
@@ -180,17 +180,17 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 }
 
 // checkRun finds pages whose source can't exist before any page is given out.
-func (c *Checkpoint) checkRun(chunk int, r pagetable.Run) error {
+func (c *Checkpoint) checkRun(chunk int, r pagemap.Run) error {
 	last := r.First + r.Step*(r.Count-1)
 	var err error
 	switch r.Kind {
-	case pagetable.Absent, pagetable.Fill, pagetable.ZeroData:
+	case pagemap.Absent, pagemap.Fill, pagemap.ZeroData:
 		return nil
-	case pagetable.NVRAM:
+	case pagemap.NVRAM:
 		if c.part == nil || last >= uint64(len(c.part.Slots)) {
 			err = fmt.Errorf("NVRAM slot %d does not exist", last)
 		}
-	case pagetable.Flash:
+	case pagemap.Flash:
 		if last/uint64(c.Image.SegmentPages) >= uint64(c.Image.Segments()) {
 			err = fmt.Errorf("flash slot %d does not exist", last)
 		}
@@ -326,8 +326,8 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 // verifyTable checks that each page's position in its segment exists.
 func (c *Checkpoint) verifyTable(kinds []image.Kind, sizes []int, found func(error)) error {
 	per := uint64(c.Image.SegmentPages)
-	err := c.Table.Runs(func(r pagetable.Run) error {
-		if r.Kind != pagetable.Flash {
+	err := c.Table.Runs(func(r pagemap.Run) error {
+		if r.Kind != pagemap.Flash {
 			return nil
 		}
 		// The pages of a run without steps are all in one place; a run with
@@ -407,8 +407,8 @@ func (c *Checkpoint) verifySkeleton(found func(error)) error {
 		return report(err, found)
 	}
 	var saved uint64
-	err := c.Table.Runs(func(r pagetable.Run) error {
-		if r.Kind != pagetable.Absent {
+	err := c.Table.Runs(func(r pagemap.Run) error {
+		if r.Kind != pagemap.Absent {
 			saved += r.Count
 		}
 		return nil

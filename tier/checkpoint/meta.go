@@ -12,7 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -40,7 +40,7 @@ type Meta struct {
 	// TailChunk is the skeleton chunk with which the device tail begins.
 	TailChunk int `json:"tail_chunk"`
 	// Table lists where the page table's chunks start.
-	Table []pagetable.Start `json:"table"`
+	Table []pagemap.Start `json:"table"`
 
 	Report Report `json:"report"`
 }

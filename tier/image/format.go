@@ -95,7 +95,7 @@ const (
 	Records Kind = 2
 	// Skeleton is a chunk of the skeleton log (package skeleton).
 	Skeleton Kind = 3
-	// PageTable is a chunk of the page table (package pagetable).
+	// PageTable is a chunk of the page table (package pagemap).
 	PageTable Kind = 4
 	// NVRAM lists the NVRAM part's extents and the CRC-32C of each slot.
 	NVRAM Kind = 5

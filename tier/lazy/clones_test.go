@@ -24,7 +24,7 @@ func TestClones(t *testing.T) {
 	src := boot(t, config)
 	c.NVRAM, c.WorkingSet = filepath.Join(filepath.Dir(c.Store), "nvram"), filepath.Join(filepath.Dir(c.Store), "set")
 	writeWorkingSet(t, src, c.WorkingSet, 0.2)
-	save(t, src, c)
+	saveGuest(t, src, c)
 	src.Kill()
 	st, err := store.Open(vfs.OS, c.Store, false)
 	check(t, err)

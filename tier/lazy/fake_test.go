@@ -16,9 +16,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/stream/postcopy"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -35,7 +35,7 @@ type saved struct {
 
 // newSaved saves a stream of the given shape. Every hot-th page goes to NVRAM,
 // none if hot is 0.
-func newSaved(t testing.TB, o tiertest.Options, hot uint64, so tier.SaveOptions) *saved {
+func newSaved(t testing.TB, o tiertest.Options, hot uint64, so save.Options) *saved {
 	t.Helper()
 	s := &saved{Stream: tiertest.New(o), dir: t.TempDir()}
 	var err error
@@ -55,7 +55,7 @@ func newSaved(t testing.TB, o tiertest.Options, hot uint64, so tier.SaveOptions)
 	}
 	r := s.Reader()
 	defer r.Close()
-	_, _, err = tier.Save(context.Background(), vfs.OS, s.st, r, so)
+	_, _, err = save.Run(context.Background(), vfs.OS, s.st, r, so)
 	check(t, err)
 	s.ck = s.open(t)
 	return s

@@ -11,7 +11,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -44,7 +44,7 @@ type batch struct {
 
 // slotRun is a stretch of pages and where their content is.
 type slotRun struct {
-	slot  pagetable.Entry // of the first page
+	slot  pagemap.Entry // of the first page
 	step  uint64
 	block int
 	page  uint64
@@ -105,9 +105,9 @@ func (l *loader) run(ctx context.Context) error {
 	}
 	// The whole table is looked at only now, when the guest runs already.
 	var runs []slotRun
-	err = l.c.Table.Runs(func(r pagetable.Run) error {
+	err = l.c.Table.Runs(func(r pagemap.Run) error {
 		switch {
-		case r.Kind == pagetable.Absent, r.Kind == pagetable.ZeroData, r.Kind == pagetable.Fill && r.First == 0:
+		case r.Kind == pagemap.Absent, r.Kind == pagemap.ZeroData, r.Kind == pagemap.Fill && r.First == 0:
 			return nil
 		}
 		runs = append(runs, slotRun{r.Entry(0), r.Step, r.Block, r.Page, r.Count})
@@ -167,7 +167,7 @@ func (l *loader) loadNVRAM(ctx context.Context) error {
 			}
 			// A page that a live save sent again as zero has left its slot, and
 			// what is elsewhere is not in reach here.
-			if run.Kind == pagetable.NVRAM {
+			if run.Kind == pagemap.NVRAM {
 				b.pages = append(b.pages, slotRun{run.Entry(0), 0, int(s.Block), s.Page, 1})
 			}
 		}
@@ -206,7 +206,7 @@ func (l *loader) loadAll(ctx context.Context, runs []slotRun) error {
 	loaded := make([]bool, parts)
 	for i, left := 0, parts; left > 0; i = (i + 1) % parts {
 		if n := l.next.Swap(0); n > 0 {
-			slot := pagetable.Make(pagetable.Flash, uint64(n-1)*uint64(l.c.Image.SegmentPages))
+			slot := pagemap.Make(pagemap.Flash, uint64(n-1)*uint64(l.c.Image.SegmentPages))
 			i = sort.Search(parts, func(i int) bool { return runs[at[i]].slot >= slot }) % parts
 		}
 		if loaded[i] {
@@ -230,9 +230,9 @@ func (l *loader) cut(runs []slotRun) []slotRun {
 	per := uint64(l.c.Image.SegmentPages)
 	for i := 0; i < len(runs); i++ { // also those that are appended
 		r := runs[i]
-		if room := per - r.slot.Value()%per; r.slot.Kind() == pagetable.Flash && r.step == 1 && r.count > room {
+		if room := per - r.slot.Value()%per; r.slot.Kind() == pagemap.Flash && r.step == 1 && r.count > room {
 			runs[i].count = room
-			runs = append(runs, slotRun{r.slot + pagetable.Entry(room), 1, r.block, r.page + room, r.count - room})
+			runs = append(runs, slotRun{r.slot + pagemap.Entry(room), 1, r.block, r.page + room, r.count - room})
 		}
 	}
 	slices.SortFunc(runs, func(a, b slotRun) int { return cmp.Compare(a.slot, b.slot) })
@@ -242,11 +242,11 @@ func (l *loader) cut(runs []slotRun) []slotRun {
 // together is how many of the runs at the beginning go into one batch.
 func (l *loader) together(runs []slotRun) int {
 	first, n := runs[0].slot, 1
-	if first.Kind() != pagetable.Flash {
+	if first.Kind() != pagemap.Flash {
 		return n
 	}
 	per := uint64(l.c.Image.SegmentPages)
-	for end := pagetable.Make(pagetable.Flash, (first.Value()/per+1)*per); n < len(runs) && runs[n].slot < end; {
+	for end := pagemap.Make(pagemap.Flash, (first.Value()/per+1)*per); n < len(runs) && runs[n].slot < end; {
 		n++
 	}
 	return n
@@ -260,7 +260,7 @@ func (l *loader) one(ctx context.Context, runs []slotRun, zero bool) error {
 	}
 	b.zero = zero
 	b.pages = append(b.pages, runs...)
-	if runs[0].slot.Kind() == pagetable.Flash {
+	if runs[0].slot.Kind() == pagemap.Flash {
 		if b.segment, err = l.c.Image.Segment(&l.reader, segmentOf(l.c, runs[0].slot)); err != nil {
 			return fmt.Errorf("page %s: %w", l.c.PageName(runs[0].block, runs[0].page), err)
 		}

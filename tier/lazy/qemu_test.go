@@ -14,10 +14,10 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -79,7 +79,7 @@ func runChild(spec string) error {
 		return err
 	}
 	if c.Op == "save" {
-		o := tier.SaveOptions{VM: c.VM, Codec: image.S2, NVRAM: c.NVRAM, ReturnPath: os.Stdout}
+		o := save.Options{VM: c.VM, Codec: image.S2, NVRAM: c.NVRAM, ReturnPath: os.Stdout}
 		if c.WorkingSet != "" {
 			f, err := os.Open(c.WorkingSet)
 			if err != nil {
@@ -89,7 +89,7 @@ func runChild(spec string) error {
 				return err
 			}
 		}
-		_, _, err := tier.Save(ctx, vfs.OS, st, in, o)
+		_, _, err := save.Run(ctx, vfs.OS, st, in, o)
 		return err
 	}
 	ref := store.Ref{VM: c.VM}
@@ -256,8 +256,8 @@ func boot(t *testing.T, config qemutest.Config) *qemutest.VM {
 	return vm
 }
 
-// save stops a guest, saves it, and returns its RAM.
-func save(t *testing.T, vm *qemutest.VM, c child) map[string][]byte {
+// saveGuest stops a guest, saves it, and returns its RAM.
+func saveGuest(t *testing.T, vm *qemutest.VM, c child) map[string][]byte {
 	t.Helper()
 	ctx := context.Background()
 	c.Op = "save"
@@ -326,7 +326,7 @@ func TestServe(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			c := newChild(t)
 			vm := boot(t, tc.config)
-			ram := save(t, vm, c)
+			ram := saveGuest(t, vm, c)
 			vm.Kill()
 
 			// Stopped: every byte of RAM is that of the source.

@@ -98,7 +98,7 @@ func TestKills(t *testing.T) {
 	config := qemutest.Config{Guest: qemutest.Linux, Machine: "pc", CPUs: 2, Memory: "128M", Disk: disk, Kernel: "flic.fill=24 flic.read=boot"}
 	c := newChild(t)
 	src := boot(t, config)
-	ram := save(t, src, c)
+	ram := saveGuest(t, src, c)
 	src.Kill()
 	for round := range 5 {
 		r := rand.New(rand.NewPCG(uint64(round), 6))
@@ -206,7 +206,7 @@ func TestKillsBeforeRun(t *testing.T) {
 	src := qemutest.Start(t, config)
 	src.WaitFor(t, `tick 00000002`)
 	c := newChild(t)
-	ram := save(t, src, c)
+	ram := saveGuest(t, src, c)
 	src.Kill()
 	config.Args = nil // not again after the restore
 

@@ -19,7 +19,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -646,7 +646,7 @@ func (p *pump) batch(ctx context.Context, b *batch) error {
 			if p.sent[r.block].Has(int64(r.page + i)) {
 				continue
 			}
-			e := r.slot + pagetable.Entry(i*r.step)
+			e := r.slot + pagemap.Entry(i*r.step)
 			if err := content(p.c, b.segment, p.fill, r.block, r.page+i, e, send); err != nil {
 				return err
 			}

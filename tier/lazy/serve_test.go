@@ -19,11 +19,11 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
@@ -38,17 +38,17 @@ var shapes = []struct {
 	name string
 	o    tiertest.Options
 	hot  uint64
-	so   tier.SaveOptions
+	so   save.Options
 }{
-	{"cold", tiertest.Options{Seed: 1, Blocks: threeBlocks}, 0, tier.SaveOptions{}},
-	{"nvram", tiertest.Options{Seed: 2, Blocks: threeBlocks}, 1, tier.SaveOptions{}},
-	{"some in nvram", tiertest.Options{Seed: 3, Blocks: threeBlocks, Fill: true, Named: 0.2}, 7, tier.SaveOptions{Codec: image.Zstd}},
-	{"live", tiertest.Options{Seed: 4, Blocks: threeBlocks, Passes: 4, Resend: 0.4, XBZRLE: true, Fill: true}, 3, tier.SaveOptions{}},
-	{"compressed records", tiertest.Options{Seed: 5, Blocks: threeBlocks, Compress: 0.5, Shuffle: true}, 5, tier.SaveOptions{}},
-	{"absent", tiertest.Options{Seed: 6, Blocks: threeBlocks, Mix: tiertest.Mix{4, 1, 1, 1, 1, 1, 1, 1}}, 4, tier.SaveOptions{}},
-	{"duplicates", tiertest.Options{Seed: 7, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 20, 1}, Pool: 3}, 11, tier.SaveOptions{Codec: image.LZ4}},
-	{"one page a segment", tiertest.Options{Seed: 8, Blocks: threeBlocks}, 9, tier.SaveOptions{SegmentPages: 1}},
-	{"with a return path", tiertest.Options{Seed: 9, ReturnPath: true, Advise: true}, 2, tier.SaveOptions{ReturnPath: io.Discard}},
+	{"cold", tiertest.Options{Seed: 1, Blocks: threeBlocks}, 0, save.Options{}},
+	{"nvram", tiertest.Options{Seed: 2, Blocks: threeBlocks}, 1, save.Options{}},
+	{"some in nvram", tiertest.Options{Seed: 3, Blocks: threeBlocks, Fill: true, Named: 0.2}, 7, save.Options{Codec: image.Zstd}},
+	{"live", tiertest.Options{Seed: 4, Blocks: threeBlocks, Passes: 4, Resend: 0.4, XBZRLE: true, Fill: true}, 3, save.Options{}},
+	{"compressed records", tiertest.Options{Seed: 5, Blocks: threeBlocks, Compress: 0.5, Shuffle: true}, 5, save.Options{}},
+	{"absent", tiertest.Options{Seed: 6, Blocks: threeBlocks, Mix: tiertest.Mix{4, 1, 1, 1, 1, 1, 1, 1}}, 4, save.Options{}},
+	{"duplicates", tiertest.Options{Seed: 7, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 20, 1}, Pool: 3}, 11, save.Options{Codec: image.LZ4}},
+	{"one page a segment", tiertest.Options{Seed: 8, Blocks: threeBlocks}, 9, save.Options{SegmentPages: 1}},
+	{"with a return path", tiertest.Options{Seed: 9, ReturnPath: true, Advise: true}, 2, save.Options{ReturnPath: io.Discard}},
 }
 
 // TestWire restores every shape with demands at random moments.
@@ -92,7 +92,7 @@ func TestWire(t *testing.T) {
 
 // TestOpeningBytes compares the opening with one put together by hand.
 func TestOpeningBytes(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Blocks: threeBlocks[1:]}, 0, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Blocks: threeBlocks[1:]}, 0, save.Options{})
 	all, layout := s.Bytes(), s.Layout()
 	setup, err := s.setup()
 	check(t, err)
@@ -125,7 +125,7 @@ func TestOpeningBytes(t *testing.T) {
 // TestDemandedFirst: what is asked for comes before what is not, in the order
 // of asking, however much of it is waiting.
 func TestDemandedFirst(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 10, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 0, 4, 4}}, 8, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 10, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 0, 4, 4}}, 8, save.Options{})
 	for round := range uint64(8) {
 		r := rand.New(rand.NewPCG(round, 2))
 		d := newFakeQEMU(s)
@@ -174,7 +174,7 @@ func TestDemandedFirst(t *testing.T) {
 
 // TestZeroOnDemand asks for pages without content, twice each.
 func TestZeroOnDemand(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 11, Blocks: threeBlocks, Mix: tiertest.Mix{3, 3, 3, 1}}, 4, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 11, Blocks: threeBlocks, Mix: tiertest.Mix{3, 3, 3, 1}}, 4, save.Options{})
 	d := newFakeQEMU(s)
 	zeros := 0
 	d.onRun = func() {
@@ -208,7 +208,7 @@ func list(runs []workingset.PageRun) func() []workingset.PageRun {
 // TestLearned: what one resume had to wait for comes first in the next, zero
 // pages included, and the list is not trusted.
 func TestLearned(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 12, Blocks: threeBlocks, Mix: tiertest.Mix{1, 1, 1, 1, 4}}, 0, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 12, Blocks: threeBlocks, Mix: tiertest.Mix{1, 1, 1, 1, 4}}, 0, save.Options{})
 	r := rand.New(rand.NewPCG(1, 3))
 	d := newFakeQEMU(s)
 	var asked []tiertest.PageID
@@ -254,14 +254,14 @@ func TestLearned(t *testing.T) {
 
 // TestOrder: NVRAM in prefetch order, then flash as it lies in the image.
 func TestOrder(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 13, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 0, 4, 4}}, 8, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 13, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 0, 4, 4}}, 8, save.Options{})
 	d := newFakeQEMU(s)
 	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
 	slots := s.ck.NVRAMSlots()
 	if rep.HotPages != int64(len(slots)) || len(slots) < 100 {
 		t.Fatalf("%d slots, %+v", len(slots), rep)
 	}
-	var last pagetable.Entry
+	var last pagemap.Entry
 	for i, a := range d.order {
 		if i < len(slots) {
 			if int(slots[i].Block) != a.Block || slots[i].Page != a.Page {
@@ -282,7 +282,7 @@ func TestOrder(t *testing.T) {
 // TestPageTablesFirst: the guest's page tables, then what was learned, then
 // NVRAM. A list that a damaged or foreign checkpoint has does no harm.
 func TestPageTablesFirst(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 17, Blocks: threeBlocks, Mix: tiertest.Mix{0, 0, 0, 0, 1}}, 8, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 17, Blocks: threeBlocks, Mix: tiertest.Mix{0, 0, 0, 0, 1}}, 8, save.Options{})
 	tables := []workingset.PageRun{{Block: 2, Page: 3, Count: 1}, {Block: 0, Page: 100, Count: 5}, {Block: 1, Page: 1, Count: 1}}
 	s.ck.Meta.PageTables = append([]workingset.PageRun{{Block: -1, Count: 1}, {Block: 9, Count: 1}, {Page: 1 << 63, Count: 1 << 63}}, tables...)
 	learned := []workingset.PageRun{{Block: 0, Page: 50, Count: 3}}
@@ -312,7 +312,7 @@ func TestPageTablesFirst(t *testing.T) {
 // TestFollow: the background goes on where a guest reads on, in either
 // direction, and comes back for the rest.
 func TestFollow(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 30, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}, Mix: tiertest.Mix{0, 0, 0, 0, 1}}, 0, tier.SaveOptions{SegmentPages: 8})
+	s := newSaved(t, tiertest.Options{Seed: 30, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}, Mix: tiertest.Mix{0, 0, 0, 0, 1}}, 0, save.Options{SegmentPages: 8})
 	position := func(asked ...uint64) func(uint64) int {
 		d := newFakeQEMU(s)
 		d.afterPart = func(n int) {
@@ -352,7 +352,7 @@ func TestFollow(t *testing.T) {
 // if the kernel refuses, but not for ever.
 func TestResize(t *testing.T) {
 	for _, refusals := range []int{2, 1 << 30} {
-		s := newSaved(t, tiertest.Options{Seed: 31, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}}, 0, tier.SaveOptions{})
+		s := newSaved(t, tiertest.Options{Seed: 31, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}}, 0, save.Options{})
 		var asked []int
 		d := newFakeQEMU(s)
 		d.afterPart = func(n int) {
@@ -388,7 +388,7 @@ func TestResize(t *testing.T) {
 // TestHold: nothing cold comes as long as the guest keeps asking, at most for
 // MaxHold.
 func TestHold(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 14, Blocks: threeBlocks}, 0, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 14, Blocks: threeBlocks}, 0, save.Options{})
 	d := newFakeQEMU(s)
 	d.onRun = func() {
 		for p := range uint64(5) {
@@ -432,7 +432,7 @@ func TestHold(t *testing.T) {
 // TestRefused: what QEMU never asks for ends the restore with a reason.
 func TestRefused(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	s := newSaved(t, tiertest.Options{Seed: 15, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 15, Blocks: threeBlocks}, 3, save.Options{})
 	page := func(name string, start uint64, n uint32) []byte {
 		return returnpath.AppendReqPages(nil, name, start, n)
 	}
@@ -473,7 +473,7 @@ func TestRefused(t *testing.T) {
 
 // TestHarmless: messages that say nothing to a restore do not disturb it.
 func TestHarmless(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 16, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 16, Blocks: threeBlocks}, 3, save.Options{})
 	d := newFakeQEMU(s)
 	d.onRun = func() {
 		b := returnpath.AppendPong(nil, 7)
@@ -495,7 +495,7 @@ func TestHarmless(t *testing.T) {
 // TestDevicesFirst: until the devices are loaded there is nothing but what they
 // touch, and no END.
 func TestDevicesFirst(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 24, Blocks: threeBlocks, Mix: tiertest.Mix{1, 1, 1, 1, 4}}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 24, Blocks: threeBlocks, Mix: tiertest.Mix{1, 1, 1, 1, 4}}, 3, save.Options{})
 	d := newFakeQEMU(s)
 	d.loading = true
 	var late []tiertest.PageID
@@ -545,7 +545,7 @@ func TestDevicesFirst(t *testing.T) {
 
 // TestManyPages: one request for a stretch of pages, longer than the queue.
 func TestManyPages(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 17, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 17, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}}, 3, save.Options{})
 	d := newFakeQEMU(s)
 	for p := range s.Pages(0) {
 		d.mayZero[tiertest.PageID{Page: p}] = true
@@ -563,7 +563,7 @@ func TestManyPages(t *testing.T) {
 // TestGone: QEMU's end, seen on the return path or on writing.
 func TestGone(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, save.Options{})
 	d := newFakeQEMU(s)
 	d.onRun = func() {
 		d.rp.(io.Closer).Close()
@@ -588,7 +588,7 @@ func TestGone(t *testing.T) {
 // whatever it still asks for.
 func TestWait(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, save.Options{})
 	for name, tc := range map[string]struct {
 		last []byte // nil: QEMU is gone
 		says string
@@ -634,7 +634,7 @@ func TestWait(t *testing.T) {
 // TestBegin: nothing is read or written before Begin, and if it fails nothing at all.
 func TestBegin(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, save.Options{})
 	for name, serve := range map[string]server{"serve": lazy.Serve, "recover": lazy.Recover} {
 		failure := errors.New("too late")
 		var out bytes.Buffer
@@ -659,7 +659,7 @@ func (w *failingWriter) Write(b []byte) (int, error) {
 
 func TestCancel(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	s := newSaved(t, tiertest.Options{Seed: 19, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 19, Blocks: threeBlocks}, 3, save.Options{})
 	reason := errors.New("the user has had enough")
 	for _, o := range []lazy.Options{{}, {HoldBackground: time.Hour}} {
 		for _, after := range []int{1, 10, 40} {
@@ -721,7 +721,7 @@ func TestRecover(t *testing.T) {
 // that is not the block's would make a page come twice.
 func TestRecoverRefused(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	s := newSaved(t, tiertest.Options{Seed: 20, Blocks: threeBlocks[1:]}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 20, Blocks: threeBlocks[1:]}, 3, save.Options{})
 	bitmap := func(b []byte, name string, pages uint64) []byte {
 		return returnpath.AppendRecvBitmap(b, name, make([]byte, (pages+7)/8))
 	}
@@ -770,7 +770,7 @@ func TestRecoverRefused(t *testing.T) {
 // an error that names file, offset and page, and a wrong byte is never sent.
 func TestDamage(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	s := newSaved(t, tiertest.Options{Seed: 21, Blocks: threeBlocks, Compress: 0.3}, 6, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 21, Blocks: threeBlocks, Compress: 0.3}, 6, save.Options{})
 	files := []string{s.ck.Image.Name(), s.ck.Meta.NVRAM.Path}
 	names := map[string]bool{}
 	damage := func(t *testing.T, file string, at int64, d *fakeQEMU, o lazy.Options) {
@@ -814,7 +814,7 @@ func TestDamage(t *testing.T) {
 			run, err := s.ck.Table.Find(b, p)
 			check(t, err)
 			content := s.page(id)
-			if run.Kind != pagetable.NVRAM || p%25 != 0 || content == nil || bytes.Count(nv, content) != 1 {
+			if run.Kind != pagemap.NVRAM || p%25 != 0 || content == nil || bytes.Count(nv, content) != 1 {
 				continue
 			}
 			tried++
@@ -851,7 +851,7 @@ func TestNotPossible(t *testing.T) {
 		{tiertest.Options{NoConfiguration: true}, "footers"},
 		{tiertest.Options{Blocks: []tiertest.Block{{Name: "huge", Size: 4 << 20, HostPage: 2 << 20}}, Advise: true}, `"huge" has pages of 2097152`},
 	} {
-		s := newSaved(t, tc.o, 0, tier.SaveOptions{})
+		s := newSaved(t, tc.o, 0, save.Options{})
 		for name, serve := range map[string]server{"serve": lazy.Serve, "recover": lazy.Recover} {
 			var out bytes.Buffer
 			_, err := serve(t.Context(), s.ck, bytes.NewReader(nil), &out, lazy.Options{})
@@ -863,7 +863,7 @@ func TestNotPossible(t *testing.T) {
 }
 
 func TestProgress(t *testing.T) {
-	s := newSaved(t, tiertest.Options{Seed: 22, Blocks: threeBlocks}, 3, tier.SaveOptions{})
+	s := newSaved(t, tiertest.Options{Seed: 22, Blocks: threeBlocks}, 3, save.Options{})
 	var seen []lazy.Progress
 	d := newFakeQEMU(s)
 	d.afterPart = func(int) { time.Sleep(4 * time.Millisecond) }
@@ -883,7 +883,7 @@ func TestProgress(t *testing.T) {
 
 // fuzzed are the parts of FuzzServe and FuzzRecover that are made once.
 func fuzzed(f *testing.F) (*saved, [][]byte) {
-	s := newSaved(f, tiertest.Options{Seed: 23, Blocks: []tiertest.Block{{Name: "a", Size: 128 << 10}, {Name: "b", Size: 12 << 10}}, Fill: true}, 4, tier.SaveOptions{})
+	s := newSaved(f, tiertest.Options{Seed: 23, Blocks: []tiertest.Block{{Name: "a", Size: 128 << 10}, {Name: "b", Size: 12 << 10}}, Fill: true}, 4, save.Options{})
 	b := returnpath.AppendReqPages(nil, "a", 0x3000, 4096)
 	b = returnpath.AppendReqPages(b, "", 0x4000, 4096)
 	b = returnpath.AppendReqPages(b, "b", 0, 4096)

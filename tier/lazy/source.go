@@ -6,7 +6,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 )
 
 // sender takes a page. data is nil if the page reads as zero, and otherwise
@@ -39,7 +39,7 @@ func (s *pageSource) visit(block int, page uint64, send sender) (segment int64, 
 	e := run.Entry(0)
 	var seg *image.Segment
 	segment = -1
-	if e.Kind() == pagetable.Flash {
+	if e.Kind() == pagemap.Flash {
 		n := segmentOf(s.c, e)
 		segment = int64(n)
 		if seg, err = s.segment(n); err != nil {
@@ -62,7 +62,7 @@ func (s *pageSource) around(block int, page uint64, n uint64, send sender) error
 		}
 		e := run.Entry(0)
 		var seg *image.Segment
-		if e.Kind() == pagetable.Flash {
+		if e.Kind() == pagemap.Flash {
 			if seg = s.cached(segmentOf(s.c, e)); seg == nil {
 				continue
 			}
@@ -74,7 +74,7 @@ func (s *pageSource) around(block int, page uint64, n uint64, send sender) error
 	return nil
 }
 
-func segmentOf(c *checkpoint.Checkpoint, e pagetable.Entry) uint32 {
+func segmentOf(c *checkpoint.Checkpoint, e pagemap.Entry) uint32 {
 	return uint32(e.Value() / uint64(c.Image.SegmentPages))
 }
 
@@ -101,11 +101,11 @@ func (s *pageSource) segment(n uint32) (*image.Segment, error) {
 
 // content hands the content of a page with entry e to send; seg is its decoded
 // segment if it is in flash, buf is room for one page.
-func content(c *checkpoint.Checkpoint, seg *image.Segment, buf []byte, block int, page uint64, e pagetable.Entry, send sender) error {
+func content(c *checkpoint.Checkpoint, seg *image.Segment, buf []byte, block int, page uint64, e pagemap.Entry, send sender) error {
 	switch e.Kind() {
-	case pagetable.Absent, pagetable.ZeroData:
+	case pagemap.Absent, pagemap.ZeroData:
 		return send(block, page, nil)
-	case pagetable.Fill:
+	case pagemap.Fill:
 		if e.Value() == 0 {
 			return send(block, page, nil)
 		}
@@ -113,7 +113,7 @@ func content(c *checkpoint.Checkpoint, seg *image.Segment, buf []byte, block int
 			buf[i] = byte(e.Value())
 		}
 		return send(block, page, buf)
-	case pagetable.NVRAM:
+	case pagemap.NVRAM:
 		return c.GuardNVRAM(func() error {
 			data, err := c.NVRAMPage(e.Value(), block, page)
 			if err != nil {

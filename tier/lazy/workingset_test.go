@@ -27,7 +27,7 @@ func TestWorkingSets(t *testing.T) {
 			c.WorkingSet = filepath.Join(filepath.Dir(c.Store), "set")
 			writeWorkingSet(t, src, c.WorkingSet, share)
 		}
-		ram := save(t, src, c)
+		ram := saveGuest(t, src, c)
 
 		c.Op = "serve"
 		vm, _ := destination(t, config, uri(t, c))

@@ -23,9 +23,10 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -69,7 +70,7 @@ type Replayer struct {
 	HotEvery int
 	// Options of the save. VM, ReturnPath, Progress and Log are the
 	// Replayer's own, and with HotEvery what concerns NVRAM too.
-	Options tier.SaveOptions
+	Options save.Options
 }
 
 // vm is the name that streams are saved under.
@@ -96,7 +97,7 @@ func (p *Replayer) Stream(ctx context.Context, path string) (Result, error) {
 	}
 	counted := &counter{r: in}
 	start := time.Now()
-	ref, meta, err := tier.Save(ctx, p.FS, p.Store, counted, o)
+	ref, meta, err := save.Run(ctx, p.FS, p.Store, counted, o)
 	res.SaveSeconds = time.Since(start).Seconds()
 	res.Bytes = counted.n
 	if err != nil {
@@ -219,7 +220,7 @@ func (p *Replayer) bytes(ctx context.Context, path string, c *checkpoint.Checkpo
 	}
 	defer in.Close()
 	cmp := &comparer{r: in}
-	rep, err := tier.Restore(ctx, c, cmp, tier.RestoreOptions{Workers: p.Options.Workers})
+	rep, err := restore.Run(ctx, c, cmp, restore.Options{Workers: p.Options.Workers})
 	res.RestoreSeconds = rep.Seconds
 	if err != nil {
 		return err
@@ -246,7 +247,7 @@ func (p *Replayer) memory(ctx context.Context, path string, c *checkpoint.Checkp
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_, err := tier.Restore(ctx, c, w, tier.RestoreOptions{Workers: p.Options.Workers})
+		_, err := restore.Run(ctx, c, w, restore.Options{Workers: p.Options.Workers})
 		w.CloseWithError(err)
 	}()
 	err = m.compare(r)

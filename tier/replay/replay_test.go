@@ -11,8 +11,8 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/flic-migrate/flic-migrate/tier"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -26,7 +26,7 @@ func newReplayer(t testing.TB, fsys vfs.FS) *Replayer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &Replayer{FS: fsys, Store: st, Scratch: t.TempDir(), Options: tier.SaveOptions{Codec: image.S2}}
+	return &Replayer{FS: fsys, Store: st, Scratch: t.TempDir(), Options: save.Options{Codec: image.S2}}
 }
 
 func write(t testing.TB, name string, b []byte) string {
@@ -130,7 +130,7 @@ func TestCheckFindsDifference(t *testing.T) {
 		"nothing is sent": {tiertest.Options{}, tiertest.Options{Mix: tiertest.Mix{tiertest.Absent: 1}}},
 	} {
 		p := newReplayer(t, vfs.OS)
-		ref, meta, err := tier.Save(ctx, p.FS, p.Store, tiertest.New(c.saved).Reader(), tier.SaveOptions{VM: vm})
+		ref, meta, err := save.Run(ctx, p.FS, p.Store, tiertest.New(c.saved).Reader(), save.Options{VM: vm})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -147,7 +147,7 @@ func TestCheckFindsDamage(t *testing.T) {
 	ctx := context.Background()
 	p := newReplayer(t, vfs.OS)
 	b := tiertest.New(tiertest.Options{}).Bytes()
-	ref, meta, err := tier.Save(ctx, p.FS, p.Store, strings.NewReader(string(b)), tier.SaveOptions{VM: vm})
+	ref, meta, err := save.Run(ctx, p.FS, p.Store, strings.NewReader(string(b)), save.Options{VM: vm})
 	if err != nil {
 		t.Fatal(err)
 	}

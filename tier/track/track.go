@@ -21,7 +21,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
-	"github.com/flic-migrate/flic-migrate/tier"
+
 	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
@@ -71,7 +71,7 @@ var (
 // set has what had come by then. A pipe is shrunk to its minimum; anything else
 // is taken for a Unix socket, which holds more, so that the guest must be larger
 // (ErrTooSmall).
-func Filter(ctx context.Context, in tier.Pipe, interval time.Duration) (*workingset.Set, error) {
+func Filter(ctx context.Context, in stream.Pipe, interval time.Duration) (*workingset.Set, error) {
 	f := &filter{ctx: ctx, in: in, interval: interval, holdPages: holdPages(minPipe)}
 	if in.Capacity() == 0 {
 		f.holdPages = holdPages(socketBuffer)
@@ -96,7 +96,7 @@ var errDone = errors.New("the second pass is over")
 
 type filter struct {
 	ctx      context.Context
-	in       tier.Pipe
+	in       stream.Pipe
 	interval time.Duration
 	// holdPages are left of pass 1 when the hold begins.
 	holdPages int64

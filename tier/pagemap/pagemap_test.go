@@ -1,4 +1,4 @@
-package pagetable
+package pagemap
 
 import (
 	"bytes"

@@ -1,4 +1,4 @@
-package tier
+package restore
 
 import (
 	"context"
@@ -8,7 +8,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 )
 
 // prefetcher decompresses segments ahead of a replayer. The whole restore is
@@ -100,7 +100,7 @@ func (p *planner) Pages(block int, page, count uint64, _ bool) error {
 		run.Count = min(run.Count, count)
 		page += run.Count
 		count -= run.Count
-		if run.Kind != pagetable.Flash {
+		if run.Kind != pagemap.Flash {
 			continue
 		}
 		per := uint64(p.c.Image.SegmentPages)

@@ -1,4 +1,4 @@
-package tier
+package save
 
 import (
 	"context"
@@ -9,18 +9,6 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream"
 )
-
-// Pipe is what Save can use of its input besides reading, if it has it
-// (package stream/pipe has).
-type Pipe interface {
-	io.Reader
-	// Ready waits up to d and tells whether a Read would return at once.
-	Ready(d time.Duration) bool
-	// Capacity in bytes, 0 if it is no pipe; SetCapacity asks for another
-	// and returns the one in force.
-	Capacity() int
-	SetCapacity(n int) int
-}
 
 const (
 	// minPipe is the smallest capacity a pipe can have.
@@ -53,7 +41,7 @@ const (
 type feed struct {
 	ctx  context.Context
 	in   io.Reader
-	pipe Pipe // nil if in is not one
+	pipe stream.Pipe // nil if in is not one
 	cur  *stream.Cursor
 	want int // capacity the pipe should have
 	have int
@@ -65,7 +53,7 @@ type feed struct {
 func newFeed(ctx context.Context, in io.Reader) (*feed, *stream.Cursor) {
 	f := &feed{ctx: ctx, in: in}
 	f.cur = stream.NewCursor(f, 2*maxAhead)
-	if p, ok := in.(Pipe); ok && p.Capacity() > 0 {
+	if p, ok := in.(stream.Pipe); ok && p.Capacity() > 0 {
 		f.pipe, f.have = p, p.Capacity()
 		f.want = f.have
 		// Nothing is known yet of how much RAM is to come.
@@ -164,7 +152,7 @@ func (f *feed) release() {
 
 // ready waits up to d for more input or its end.
 func (f *feed) ready(d time.Duration) bool {
-	p, ok := f.in.(Pipe)
+	p, ok := f.in.(stream.Pipe)
 	return !ok || p.Ready(d)
 }
 

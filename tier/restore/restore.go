@@ -1,4 +1,4 @@
-package tier
+package restore
 
 import (
 	"context"
@@ -11,17 +11,18 @@ import (
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
 )
 
-// RestoreOptions of an eager restore.
-type RestoreOptions struct {
-	Workers  int            // decompressing goroutines; 0: GOMAXPROCS
-	Progress func(Progress) // called a few times a second; may be nil
+// Options of an eager restore.
+type Options struct {
+	Workers  int                  // decompressing goroutines; 0: GOMAXPROCS
+	Progress func(progress.State) // called a few times a second; may be nil
 }
 
-// RestoreReport is what an eager restore did.
-type RestoreReport struct {
+// Report is what an eager restore did.
+type Report struct {
 	BytesOut int64   `json:"bytes_out"` // of the stream
 	Pages    int64   `json:"pages"`     // page records written
 	Refetch  int64   `json:"refetched"` // segments that had to be decompressed again
@@ -33,12 +34,12 @@ type RestoreReport struct {
 // last version once, where the page first appeared. Each page is checked before
 // it is written. After an error w has an incomplete stream, which QEMU refuses
 // before the guest runs.
-func Restore(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o RestoreOptions) (RestoreReport, error) {
+func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) (Report, error) {
 	start := time.Now()
 	// A page whose source can't exist is found before the first byte goes
 	// out.
 	if err := c.Table.LoadAll(); err != nil {
-		return RestoreReport{}, err
+		return Report{}, err
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	r := newReplayer(ctx, c, w, o)
@@ -65,10 +66,10 @@ type replayer struct {
 	ctx   context.Context
 	c     *checkpoint.Checkpoint
 	w     io.Writer
-	o     RestoreOptions
+	o     Options
 	next  func(ctx context.Context, before *access) (*access, error)
 	buf   []byte
-	rep   RestoreReport
+	rep   Report
 	total int64
 
 	block    int                                 // of the last record, for CONTINUE; -1 before the first
@@ -82,7 +83,7 @@ type replayer struct {
 // hold.
 const outBuffer = 256 << 10
 
-func newReplayer(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o RestoreOptions) *replayer {
+func newReplayer(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) *replayer {
 	r := &replayer{ctx: ctx, c: c, w: w, o: o, block: -1, zeroPage: make([]byte, c.Meta.PageSize)}
 	r.buf = make([]byte, 0, outBuffer)
 	for _, n := range c.Meta.BlockPages() {
@@ -122,7 +123,7 @@ func (r *replayer) Pages(block int, page, count uint64, named bool) error {
 	return nil
 }
 
-func (r *replayer) run(run pagetable.Run, named bool) error {
+func (r *replayer) run(run pagemap.Run, named bool) error {
 	pageSize := uint64(r.c.Meta.PageSize)
 	for i := range run.Count {
 		// A record of a page whose block is not the last record's must carry
@@ -141,13 +142,13 @@ func (r *replayer) run(run pagetable.Run, named bool) error {
 		value := run.First + i*run.Step
 		var err error
 		switch run.Kind {
-		case pagetable.Fill:
+		case pagemap.Fill:
 			r.buf = ramparse.AppendZero(r.buf, name, addr, byte(value))
-		case pagetable.ZeroData:
+		case pagemap.ZeroData:
 			r.buf = ramparse.AppendPage(r.buf, name, addr, r.zeroPage)
-		case pagetable.NVRAM:
+		case pagemap.NVRAM:
 			err = r.nvramPage(run, i, name, addr, value)
-		case pagetable.Flash:
+		case pagemap.Flash:
 			err = r.flashPage(name, addr, value)
 		default:
 			err = r.c.Image.Corrupt(image.Skeleton, 0, fmt.Errorf("places page %s, which was never saved", r.c.PageName(run.Block, run.Page+i)))
@@ -167,7 +168,7 @@ func (r *replayer) run(run pagetable.Run, named bool) error {
 // pages count as the process's memory as long as they are mapped.
 const dropEvery = 1024
 
-func (r *replayer) nvramPage(run pagetable.Run, i uint64, name string, addr, slot uint64) error {
+func (r *replayer) nvramPage(run pagemap.Run, i uint64, name string, addr, slot uint64) error {
 	r.letGo(slot)
 	return r.c.GuardNVRAM(func() error {
 		b, err := r.c.NVRAMPage(slot, run.Block, run.Page+i)
@@ -234,8 +235,8 @@ func (r *replayer) flush() error {
 }
 
 func (r *replayer) progress() {
-	if now := time.Now(); r.o.Progress != nil && now.Sub(r.tick) >= progressEvery {
+	if now := time.Now(); r.o.Progress != nil && now.Sub(r.tick) >= progress.Every {
 		r.tick = now
-		r.o.Progress(Progress{Phase: "restore", Pages: r.rep.Pages, PagesAll: r.total, BytesOut: r.rep.BytesOut})
+		r.o.Progress(progress.State{Phase: "restore", Pages: r.rep.Pages, PagesAll: r.total, BytesOut: r.rep.BytesOut})
 	}
 }

@@ -1,4 +1,4 @@
-package tier
+package save
 
 import (
 	"bytes"
@@ -14,7 +14,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
@@ -56,7 +56,7 @@ type placer struct {
 type placed struct {
 	block int
 	page  uint64
-	entry pagetable.Entry
+	entry pagemap.Entry
 	ok    bool // it took a slot of its own
 }
 
@@ -205,22 +205,22 @@ func (p *placer) openNVRAM() error {
 
 // set replaces a page's entry. It is the only one who does, so that it is known
 // who uses a slot.
-func (p *placer) set(block int, page uint64, e pagetable.Entry) {
+func (p *placer) set(block int, page uint64, e pagemap.Entry) {
 	old := p.s.table.Set(block, page, e)
 	if old == e {
 		return
 	}
-	if e.Kind() == pagetable.NVRAM {
+	if e.Kind() == pagemap.NVRAM {
 		p.users[e.Value()]++
 	}
 	switch old.Kind() {
-	case pagetable.NVRAM:
+	case pagemap.NVRAM:
 		p.s.rep.Superseded++
 		// Slots that were taken back are not there any more.
 		if p.users[old.Value()]--; p.users[old.Value()] == 0 && old.Value() < uint64(len(p.slots)) {
 			p.free = append(p.free, int(old.Value()))
 		}
-	case pagetable.Flash:
+	case pagemap.Flash:
 		p.s.rep.Superseded++
 		p.s.rep.SupersededFlash++
 	}
@@ -229,14 +229,14 @@ func (p *placer) set(block int, page uint64, e pagetable.Entry) {
 // fill places a ZERO record.
 func (p *placer) fill(block int, page uint64, fill byte) {
 	p.last.ok = false
-	p.set(block, page, pagetable.Make(pagetable.Fill, uint64(fill)))
+	p.set(block, page, pagemap.Make(pagemap.Fill, uint64(fill)))
 }
 
 // page places a page's content.
 func (p *placer) page(block int, page uint64, data []byte) error {
 	if data[0] == 0 && bytes.Equal(data, p.zero) {
 		p.last.ok = false
-		p.set(block, page, pagetable.Make(pagetable.ZeroData, 0))
+		p.set(block, page, pagemap.Make(pagemap.ZeroData, 0))
 		return nil
 	}
 	p.s.rep.NonZeroBytes += int64(len(data))
@@ -255,7 +255,7 @@ func (p *placer) page(block int, page uint64, data []byte) error {
 // rewrite puts a page that has an NVRAM slot of its own into it again.
 func (p *placer) rewrite(block int, page uint64, data []byte) (done bool, err error) {
 	e := p.s.table.Get(block, page)
-	if e.Kind() != pagetable.NVRAM || p.users[e.Value()] > 1 {
+	if e.Kind() != pagemap.NVRAM || p.users[e.Value()] > 1 {
 		return false, nil
 	}
 	p.last.ok = false
@@ -273,7 +273,7 @@ func (p *placer) single(block int, page uint64, data []byte, hot bool) error {
 	e := placeEntry(at)
 	// A hot page that equals a cold one is stored a second time: what the
 	// guest waits for must not be on flash.
-	if found && !(hot && e.Kind() == pagetable.Flash) {
+	if found && !(hot && e.Kind() == pagemap.Flash) {
 		p.share(block, page, e)
 		return nil
 	}
@@ -287,7 +287,7 @@ func (p *placer) single(block int, page uint64, data []byte, hot bool) error {
 	return nil
 }
 
-func (p *placer) share(block int, page uint64, e pagetable.Entry) {
+func (p *placer) share(block int, page uint64, e pagemap.Entry) {
 	p.s.rep.Duplicate++
 	p.set(block, page, e)
 }
@@ -320,22 +320,22 @@ func (p *placer) paired(block int, page uint64, data []byte, hot bool) error {
 	switch {
 	case !found:
 		p.index.Add(pending, entryPlace(first.entry))
-	case known.Kind() == pagetable.NVRAM || e.Kind() == pagetable.Flash:
+	case known.Kind() == pagemap.NVRAM || e.Kind() == pagemap.Flash:
 		p.takeBack()
 		for i, pg := range []uint64{first.page, page} {
 			p.s.rep.Superseded-- // nothing was stored after all
-			if e.Kind() == pagetable.Flash {
+			if e.Kind() == pagemap.Flash {
 				p.s.rep.SupersededFlash--
 			}
-			p.share(block, pg, known+pagetable.Entry(i))
+			p.share(block, pg, known+pagemap.Entry(i))
 		}
 	}
 	return nil
 }
 
 // canTakeBack tells whether the pair that starts at e can still be removed.
-func (p *placer) canTakeBack(e pagetable.Entry) bool {
-	if e.Kind() == pagetable.NVRAM {
+func (p *placer) canTakeBack(e pagemap.Entry) bool {
+	if e.Kind() == pagemap.NVRAM {
 		return e.Value()+2 == uint64(len(p.slots)) // and not slots used again
 	}
 	return p.seg != nil && e.Value() >= uint64(p.seg.Number)*uint64(p.segmentPages())
@@ -343,7 +343,7 @@ func (p *placer) canTakeBack(e pagetable.Entry) bool {
 
 // takeBack frees the two slots that were given out last.
 func (p *placer) takeBack() {
-	if p.last.entry.Kind() == pagetable.NVRAM {
+	if p.last.entry.Kind() == pagemap.NVRAM {
 		p.slots = p.slots[:len(p.slots)-2]
 		return
 	}
@@ -351,9 +351,9 @@ func (p *placer) takeBack() {
 }
 
 // pair is the content of the two slots from e on.
-func (p *placer) pair(e pagetable.Entry) ([]byte, error) {
+func (p *placer) pair(e pagemap.Entry) ([]byte, error) {
 	for i := range 2 {
-		if err := p.content(p.pairBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i)); err != nil {
+		if err := p.content(p.pairBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagemap.Entry(i)); err != nil {
 			return nil, err
 		}
 	}
@@ -361,11 +361,11 @@ func (p *placer) pair(e pagetable.Entry) ([]byte, error) {
 }
 
 // store gives content a slot of its own.
-func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagetable.Entry, error) {
+func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagemap.Entry, error) {
 	if hot && p.room() {
 		slot := p.takeSlot()
 		p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(data), Block: uint32(block), Page: page}
-		return pagetable.Make(pagetable.NVRAM, uint64(slot)), p.region.Write(slot, data)
+		return pagemap.Make(pagemap.NVRAM, uint64(slot)), p.region.Write(slot, data)
 	}
 	// A full segment leaves when the next page comes, so that a pair in it
 	// can be taken back until then.
@@ -379,7 +379,7 @@ func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagetable
 	}
 	slot := uint64(p.seg.Number)*uint64(p.segmentPages()) + uint64(len(p.seg.Data)/p.pageSize)
 	p.seg.Data = append(p.seg.Data, data...)
-	return pagetable.Make(pagetable.Flash, slot), nil
+	return pagemap.Make(pagemap.Flash, slot), nil
 }
 
 // room tells whether there is an NVRAM slot for one more page.
@@ -434,7 +434,7 @@ func (p *placer) record(block int, page uint64, payload []byte) error {
 	slot := uint64(p.records.Number)*uint64(p.segmentPages()) + uint64(len(p.lengths))
 	p.lengths = append(p.lengths, uint32(len(payload)))
 	p.records.Data = append(p.records.Data, payload...)
-	p.set(block, page, pagetable.Make(pagetable.Flash, slot))
+	p.set(block, page, pagemap.Make(pagemap.Flash, slot))
 	return nil
 }
 
@@ -504,17 +504,17 @@ func (p *placer) report(r *checkpoint.Report) {
 }
 
 // content copies the content of a page with entry e into dst.
-func (p *placer) content(dst []byte, e pagetable.Entry) error {
+func (p *placer) content(dst []byte, e pagemap.Entry) error {
 	switch e.Kind() {
-	case pagetable.Absent, pagetable.ZeroData:
+	case pagemap.Absent, pagemap.ZeroData:
 		clear(dst)
 		return nil
-	case pagetable.Fill:
+	case pagemap.Fill:
 		for i := range dst {
 			dst[i] = byte(e.Value())
 		}
 		return nil
-	case pagetable.NVRAM:
+	case pagemap.NVRAM:
 		return p.region.ReadPage(int(e.Value()), dst)
 	}
 	n, i := uint32(e.Value()/uint64(p.segmentPages())), int(e.Value()%uint64(p.segmentPages()))
@@ -556,7 +556,7 @@ func (p *placer) inMemory(n uint32) []byte {
 func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
 	e := placeEntry(at)
 	for i := range p.chunkPages {
-		err := p.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagetable.Entry(i))
+		err := p.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagemap.Entry(i))
 		if errors.Is(err, loose.ErrGone) {
 			err = dedup.ErrGone
 		}
@@ -571,7 +571,7 @@ func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
 // something else, and one that nobody uses will.
 func (p *placer) Stale(at dedup.Place) bool {
 	e := placeEntry(at)
-	if e.Kind() != pagetable.NVRAM {
+	if e.Kind() != pagemap.NVRAM {
 		return false
 	}
 	for i := range uint64(p.chunkPages) {
@@ -584,19 +584,19 @@ func (p *placer) Stale(at dedup.Place) bool {
 
 // A dedup.Place is a slot and, in bit 0, whether it is one of flash.
 
-func entryPlace(e pagetable.Entry) dedup.Place {
+func entryPlace(e pagemap.Entry) dedup.Place {
 	at := dedup.Place(e.Value() << 1)
-	if e.Kind() == pagetable.Flash {
+	if e.Kind() == pagemap.Flash {
 		at |= 1
 	}
 	return at
 }
 
-func placeEntry(at dedup.Place) pagetable.Entry {
+func placeEntry(at dedup.Place) pagemap.Entry {
 	if at&1 != 0 {
-		return pagetable.Make(pagetable.Flash, uint64(at>>1))
+		return pagemap.Make(pagemap.Flash, uint64(at>>1))
 	}
-	return pagetable.Make(pagetable.NVRAM, uint64(at>>1))
+	return pagemap.Make(pagemap.NVRAM, uint64(at>>1))
 }
 
 // hotSet is the part of a working set that the NVRAM region has room for: all

@@ -1,4 +1,4 @@
-package tier
+package save
 
 import (
 	"bytes"
@@ -19,16 +19,17 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/skeleton"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
-// SaveOptions say where a save goes and how. The zero value of everything but
+// Options say where a save goes and how. The zero value of everything but
 // VM is usable.
-type SaveOptions struct {
+type Options struct {
 	VM string
 
 	NVRAM         string          // path of the NVRAM file; empty: everything is cold
@@ -56,25 +57,14 @@ type SaveOptions struct {
 	// ReturnPath is where the answers to a source with the return-path
 	// capability go: the process's stdout. Nothing else is written to it.
 	ReturnPath io.Writer
-	Progress   func(Progress) // called a few times a second; may be nil
-	Log        *slog.Logger   // warnings; nil: none
-}
-
-// Progress is how far a save or a restore is.
-type Progress struct {
-	Phase    string // "ram", "sync", "tail", "commit"; "restore", "verify"
-	Pages    int64  // done
-	PagesAll int64  // 0 while not known
-	BytesIn  int64
-	BytesOut int64 // written to flash and NVRAM, or to the stream
+	Progress   func(progress.State) // called a few times a second; may be nil
+	Log        *slog.Logger         // warnings; nil: none
 }
 
 // tableChunk is how many bytes of the page table are decoded to find one page.
 // A lazy restore looks some up before the guest runs: with the largest possible
 // chunks, 256 KiB, that took 5 ms and 3 MB for a guest of 2 GB.
 const tableChunk = 32 << 10
-
-const progressEvery = 200 * time.Millisecond
 
 // ErrVolatile: the NVRAM file is on a file system that does not survive
 // power-off, and nobody said that this is fine.
@@ -90,7 +80,7 @@ var ErrVolatile = errors.New("NVRAM file is on a volatile file system: hot pages
 //
 // Errors wrap stream.ErrTruncated, stream.ErrDamaged or stream.ErrNotStream
 // if the stream is at fault, and syscall.ENOSPC if there is no room.
-func Save(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o SaveOptions) (ref store.Ref, meta *checkpoint.Meta, err error) {
+func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Options) (ref store.Ref, meta *checkpoint.Meta, err error) {
 	s := newSaver(ctx, fsys, st, in, o)
 	defer func() { s.end(err) }()
 	if s.pend, err = st.Begin(o.VM); err != nil {
@@ -99,12 +89,12 @@ func Save(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Sav
 	return s.save()
 }
 
-// SaveTo is Save into a single file, which is no store's: the caller has opened
+// To is Save into a single file, which is no store's: the caller has opened
 // pend.File, and names or removes it. For a caller whose source learns of a
 // failure in another way than by the stream: nothing of it is held back. Hot pages
 // go to NVRAM only if pend was begun by a store, which is then st; otherwise that
 // is nil.
-func SaveTo(ctx context.Context, fsys vfs.FS, st *store.Store, pend *store.Pending, in io.Reader, o SaveOptions) (meta *checkpoint.Meta, err error) {
+func To(ctx context.Context, fsys vfs.FS, st *store.Store, pend *store.Pending, in io.Reader, o Options) (meta *checkpoint.Meta, err error) {
 	s := newSaver(ctx, fsys, st, in, o)
 	s.pend, s.single = pend, true
 	defer func() { s.end(err) }()
@@ -113,7 +103,7 @@ func SaveTo(ctx context.Context, fsys vfs.FS, st *store.Store, pend *store.Pendi
 	return meta, err
 }
 
-func newSaver(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o SaveOptions) *saver {
+func newSaver(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Options) *saver {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -140,9 +130,9 @@ func (s *saver) save() (ref store.Ref, meta *checkpoint.Meta, err error) {
 
 // saver is one save. One goroutine runs it; the image's Writer has its own.
 type saver struct {
-	o     SaveOptions
+	o     Options
 	fs    vfs.FS
-	st    *store.Store // nil: SaveTo without NVRAM
+	st    *store.Store // nil: To without NVRAM
 	ctx   context.Context
 	begin time.Time
 
@@ -157,7 +147,7 @@ type saver struct {
 	single bool
 	img    *image.Writer
 	skel   skeleton.Writer
-	table  *pagetable.Table
+	table  *pagemap.Table
 	place  *placer
 	// parent describes the VM's newest checkpoint, or is nil.
 	parent *checkpoint.Meta
@@ -469,7 +459,7 @@ func (s *saver) start() error {
 		return err
 	}
 	pages := s.meta.BlockPages()
-	if s.table, err = pagetable.New(pages); err != nil {
+	if s.table, err = pagemap.New(pages); err != nil {
 		return stream.Damaged("ram setup", s.cur.Offset(), "%v", err)
 	}
 	for _, n := range pages {
@@ -521,7 +511,7 @@ func (s *saver) page(rec *ramparse.Record) error {
 	}
 	s.last.block, s.last.page = uint64(rec.Block), rec.Page
 	old := s.table.Get(rec.Block, rec.Page)
-	if old.Kind() == pagetable.Absent {
+	if old.Kind() == pagemap.Absent {
 		s.placedBlock = uint64(rec.Block)
 		if err := s.skel.Page(rec.Block, rec.Page, rec.Named); err != nil {
 			return err
@@ -732,7 +722,7 @@ func (s *saver) commit() (store.Ref, error) {
 	if err := s.skel.Flush(); err != nil {
 		return store.Ref{}, err
 	}
-	err := s.table.Encode(tableChunk, func(at pagetable.Start, b []byte) error {
+	err := s.table.Encode(tableChunk, func(at pagemap.Start, b []byte) error {
 		s.meta.Table = append(s.meta.Table, at)
 		return s.chunk(image.PageTable, b)
 	})
@@ -776,19 +766,19 @@ func (s *saver) commit() (store.Ref, error) {
 func (s *saver) report() {
 	s.rep.BytesIn = s.cur.Offset()
 	s.place.report(&s.rep)
-	s.table.Runs(func(r pagetable.Run) error {
+	s.table.Runs(func(r pagemap.Run) error {
 		n := int64(r.Count)
 		switch r.Kind {
-		case pagetable.Fill:
+		case pagemap.Fill:
 			if r.First == 0 {
 				s.rep.Zero += n
 			}
-		case pagetable.ZeroData:
+		case pagemap.ZeroData:
 			s.rep.Zero += n
 			s.rep.ZeroAsData += n
-		case pagetable.NVRAM:
+		case pagemap.NVRAM:
 			s.rep.Hot += n
-		case pagetable.Flash:
+		case pagemap.Flash:
 			s.rep.Cold += n
 		}
 		return nil
@@ -800,11 +790,11 @@ func (s *saver) tick(phase string, always bool) {
 		return
 	}
 	now := time.Now()
-	if !always && now.Sub(s.lastTick) < progressEvery {
+	if !always && now.Sub(s.lastTick) < progress.Every {
 		return
 	}
 	s.lastTick = now
-	p := Progress{Phase: phase, PagesAll: s.rep.Pages, Pages: s.rep.Pages - int64(s.unseen), BytesIn: s.cur.Offset()}
+	p := progress.State{Phase: phase, PagesAll: s.rep.Pages, Pages: s.rep.Pages - int64(s.unseen), BytesIn: s.cur.Offset()}
 	if s.img != nil {
 		p.BytesOut = s.img.Len() + s.place.nvramBytes()
 	}

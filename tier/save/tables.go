@@ -1,4 +1,4 @@
-package tier
+package save
 
 import (
 	"context"
@@ -9,7 +9,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/mmu"
-	"github.com/flic-migrate/flic-migrate/tier/pagetable"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -93,7 +93,7 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 			for page := offset / size; page <= (offset+uint64(n)-1)/size; page++ {
 				// A table without entries is a page of zeros: there is nothing
 				// to store, and nobody waits long for it.
-				if e := s.table.Get(block, page); e.Kind() == pagetable.NVRAM || e.Kind() == pagetable.Flash {
+				if e := s.table.Get(block, page); e.Kind() == pagemap.NVRAM || e.Kind() == pagemap.Flash {
 					runs = appendPage(runs, block, page)
 				}
 			}
@@ -136,7 +136,7 @@ func (p *placer) promote(runs []workingset.PageRun) error {
 	for _, r := range runs {
 		for page := r.Page; page < r.Page+r.Count; page++ {
 			e := p.s.table.Get(r.Block, page)
-			if e.Kind() != pagetable.Flash {
+			if e.Kind() != pagemap.Flash {
 				continue
 			}
 			if !p.room() {
@@ -156,7 +156,7 @@ func (p *placer) promote(runs []workingset.PageRun) error {
 			if err := p.region.Write(slot, p.s.scratch); err != nil {
 				return err
 			}
-			p.set(r.Block, page, pagetable.Make(pagetable.NVRAM, uint64(slot)))
+			p.set(r.Block, page, pagemap.Make(pagemap.NVRAM, uint64(slot)))
 			moved = true
 		}
 	}
@@ -175,7 +175,7 @@ func (p *placer) demote(before int) (int, error) {
 	for slot := before - 1; slot >= 0; slot-- {
 		s := p.slots[slot]
 		block, page := int(s.Block), s.Page
-		e := pagetable.Make(pagetable.NVRAM, uint64(slot))
+		e := pagemap.Make(pagemap.NVRAM, uint64(slot))
 		if p.users[slot] != 1 || p.s.table.Get(block, page) != e || p.hot.ws.Heat(block, int64(page)) > p.hot.min {
 			continue
 		}

@@ -1,4 +1,4 @@
-// Package pagetable keeps, for every guest page of a checkpoint, where its
+// Package pagemap keeps, for every guest page of a checkpoint, where its
 // content comes from.
 //
 // In memory the table is one Entry (8 B) a page, in leaves that are allocated
@@ -9,7 +9,7 @@
 // A page whose content equals another page's (FLIC Alg. III.1, the redundant
 // vector) has the same slot as that page. The vector is resolved while saving,
 // so that a reader, a lazy one above all, never follows a chain.
-package pagetable
+package pagemap
 
 import "fmt"
 
