@@ -61,10 +61,10 @@ var settings = []setting{
 	{name: "cold lz4", o: save.Options{Codec: image.LZ4, Energy: dedup.EnergyFull}},
 	{name: "cold none, short segments", o: save.Options{Codec: image.None, SegmentPages: 1, Energy: dedup.EnergyFull, SampleSize: 8}},
 	{name: "cold zstd, pairs", o: save.Options{Codec: image.Zstd, Energy: dedup.EnergyLow, SegmentPages: 5, Workers: 1}},
-	{name: "hot 5 %, s2", o: save.Options{Codec: image.S2, SegmentPages: 256, Energy: dedup.EnergyFull}, heat: every(20)},
+	{name: "hot 5 %, s2", o: save.Options{Codec: image.MinLZ, SegmentPages: 256, Energy: dedup.EnergyFull}, heat: every(20)},
 	{name: "hot half, pairs", o: save.Options{Codec: image.LZ4, Energy: dedup.EnergyLow}, heat: func(_ int, p uint64) uint8 { return uint8(p / 4 % 2) }},
 	{name: "all hot", o: save.Options{Codec: image.LZ4, Energy: dedup.EnergyFull}, heat: every(1)},
-	{name: "all hot, pairs", o: save.Options{Codec: image.S2, Energy: dedup.EnergyLow}, heat: every(1)},
+	{name: "all hot, pairs", o: save.Options{Codec: image.MinLZ, Energy: dedup.EnergyLow}, heat: every(1)},
 	{name: "hot over budget", o: save.Options{Codec: image.LZ4, Energy: dedup.EnergyFull, NVRAMSize: 2 << 18},
 		heat: func(b int, p uint64) uint8 { return uint8(p%7) + uint8(b) }},
 }

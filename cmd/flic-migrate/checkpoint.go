@@ -41,8 +41,8 @@ type checkpointCmd struct {
 func newCheckpoint(a *app) *cobra.Command {
 	c := &checkpointCmd{
 		app:    a,
-		mode:   choice{"stop", []string{"stop", "live", "background"}},
-		then:   choice{"", []string{"run", "pause", "quit"}},
+		mode:   choice{value: "stop", choices: []string{"stop", "live", "background"}},
+		then:   choice{value: "", choices: []string{"run", "pause", "quit"}},
 		rounds: count{1, 1, rounds.Max},
 	}
 	cmd := &cobra.Command{

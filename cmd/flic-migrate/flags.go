@@ -49,12 +49,16 @@ func (s *size) Set(v string) error {
 type choice struct {
 	value   string
 	choices []string
+	former  map[string]string // names that are no longer offered, and what stands for them
 }
 
 func (c *choice) Type() string   { return strings.Join(c.choices, "|") }
 func (c *choice) String() string { return c.value }
 
 func (c *choice) Set(v string) error {
+	if now, ok := c.former[v]; ok {
+		v = now
+	}
 	for _, ok := range c.choices {
 		if v == ok {
 			c.value = v
@@ -93,8 +97,8 @@ func (e *encoding) add(fs *pflag.FlagSet) {
 		codecs = append(codecs, name)
 	}
 	sort.Strings(codecs)
-	e.codec = choice{image.S2.String(), codecs}
-	e.energy = choice{string(dedup.EnergyAuto), []string{string(dedup.EnergyAuto), string(dedup.EnergyFull), string(dedup.EnergyLow)}}
+	e.codec = choice{image.DefaultCodec.String(), codecs, map[string]string{"s2": image.MinLZ.String()}}
+	e.energy = choice{value: string(dedup.EnergyAuto), choices: []string{string(dedup.EnergyAuto), string(dedup.EnergyFull), string(dedup.EnergyLow)}}
 	e.sample = count{dedup.DefaultSampleSize, 8, 64 << 10}
 	e.battery = count{dedup.DefaultBatteryThreshold, 0, 100}
 	e.segmentPages = count{0, 0, image.MaxSegmentPages}
@@ -103,7 +107,7 @@ func (e *encoding) add(fs *pflag.FlagSet) {
 	fs.Var(&e.energy, "energy", "low halves the hashing work and finds fewer duplicates; auto does so on a low battery")
 	fs.Var(&e.battery, "battery-threshold", "charge in percent below which --energy auto saves energy")
 	fs.Var(&e.sample, "sample-size", "bytes of a page that decide whether it is compared as a whole")
-	fs.Var(&e.segmentPages, "segment-pages", "pages compressed together; 0: as many as make 128 KiB")
+	fs.Var(&e.segmentPages, "segment-pages", "pages compressed together; 0: as many as make 128 KiB, with zstd 256 KiB")
 	fs.Var(&e.worker, "workers", "compressing threads; 0: one for each CPU")
 }
 

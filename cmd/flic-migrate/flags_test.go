@@ -49,7 +49,7 @@ func TestSize(t *testing.T) {
 }
 
 func TestChoiceAndCount(t *testing.T) {
-	c := choice{"a", []string{"a", "b"}}
+	c := choice{value: "a", choices: []string{"a", "b"}}
 	if err := c.Set("c"); err == nil || c.value != "a" {
 		t.Errorf("c was taken: %v, %v", c.value, err)
 	}

@@ -32,7 +32,7 @@ type restoreCmd struct {
 func newRestore(a *app) *cobra.Command {
 	r := &restoreCmd{
 		app:     a,
-		lazy:    choice{"auto", []string{"auto", "always", "never"}},
+		lazy:    choice{value: "auto", choices: []string{"auto", "always", "never"}},
 		workers: count{0, 0, 1024},
 	}
 	c := &cobra.Command{

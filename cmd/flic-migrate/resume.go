@@ -37,7 +37,7 @@ type resumeCmd struct {
 }
 
 func newResume(a *app) *cobra.Command {
-	r := &resumeCmd{app: a, lazy: choice{"auto", []string{"auto", "always", "never"}}}
+	r := &resumeCmd{app: a, lazy: choice{value: "auto", choices: []string{"auto", "always", "never"}}}
 	c := &cobra.Command{
 		Use:   "resume [flags] (--qmp SOCKET | --domain NAME) NAME[@N]",
 		Short: "Restore a checkpoint into a QEMU through its monitor, the guest running at once",

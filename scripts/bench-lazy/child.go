@@ -72,7 +72,7 @@ func runChild(ctx context.Context, spec string) error {
 		return err
 	}
 	if c.Op == "save" {
-		_, _, err := save.Run(ctx, fsys, st, in, save.Options{VM: "vm", Codec: image.S2, ReturnPath: os.Stdout})
+		_, _, err := save.Run(ctx, fsys, st, in, save.Options{VM: "vm", Codec: image.MinLZ, ReturnPath: os.Stdout})
 		return err
 	}
 	ck, err := checkpoint.Open(fsys, st, store.Ref{VM: "vm"}, checkpoint.Options{})

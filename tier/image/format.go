@@ -62,11 +62,6 @@ const (
 	FrameHeaderLen = 24
 	indexEntryLen  = 9
 
-	// DefaultSegment is the size of a full segment, in bytes, when nothing
-	// else is asked for: small enough that a lazy restore's demand for one
-	// page costs about 50 µs of decompression, large enough that the codec
-	// finds its matches.
-	DefaultSegment = 128 << 10
 	// MaxSegmentPages caps the header's field.
 	MaxSegmentPages = 256
 

@@ -598,8 +598,8 @@ func TestContradictions(t *testing.T) {
 		"no whole pages":           {one(image.Pages, image.None, 0, -1, page[:1000]), "no whole pages"},
 		"empty segment":            {one(image.Pages, image.None, 0, -1, nil), "no whole pages"},
 		"bad LZ4":                  {one(image.Pages, image.LZ4, 0, pageSize, page), ""},
-		"bad S2":                   {one(image.Pages, image.S2, 0, pageSize, page), ""},
-		"S2 that claims 1 GiB":     {one(image.Pages, image.S2, 0, pageSize, []byte{0x80, 0x80, 0x80, 0x80, 4, 0}), ""},
+		"bad MinLZ":                {one(image.Pages, image.MinLZ, 0, pageSize, page), ""},
+		"MinLZ that claims 1 GiB":  {one(image.Pages, image.MinLZ, 0, pageSize, []byte{0, 0x80, 0x80, 0x80, 0x80, 4, 0}), ""},
 		"bad Zstandard":            {one(image.Pages, image.Zstd, 0, pageSize, page), ""},
 		"empty Zstandard":          {one(image.Pages, image.Zstd, 0, pageSize, nil), ""},
 		"LZ4 of nothing":           {one(image.Skeleton, image.LZ4, 0, 0, page[:25]), "stand for nothing"},
@@ -664,7 +664,7 @@ func TestNames(t *testing.T) {
 	for k, want := range map[fmt.Stringer]string{
 		image.Pages: "PAGES", image.Records: "RECORDS", image.Skeleton: "SKELETON", image.PageTable: "PAGE TABLE", image.NVRAM: "NVRAM",
 		image.Meta: "META", image.Index: "INDEX", image.Kind(77): "kind 77",
-		image.None: "none", image.LZ4: "lz4", image.S2: "s2", image.Zstd: "zstd", image.Codec(77): "codec 77",
+		image.None: "none", image.LZ4: "lz4", image.MinLZ: "minlz", image.Zstd: "zstd", image.Codec(77): "codec 77",
 	} {
 		if k.String() != want {
 			t.Errorf("%s, want %s", k, want)

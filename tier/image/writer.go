@@ -189,7 +189,7 @@ func (w *Writer) work() {
 }
 
 // codecFor spares deflated records a second compression. The chunks always get
-// S2: they are small beside the pages, and setting up the tables of Zstandard's
+// MinLZ: they are small beside the pages, and setting up the tables of Zstandard's
 // encoder takes a third of a small guest's save.
 func (w *Writer) codecFor(k Kind) Codec {
 	switch {
@@ -198,7 +198,7 @@ func (w *Writer) codecFor(k Kind) Codec {
 	case k == Pages:
 		return w.codec
 	}
-	return S2
+	return MinLZ
 }
 
 func (w *Writer) append() {

@@ -79,7 +79,7 @@ func runChild(spec string) error {
 		return err
 	}
 	if c.Op == "save" {
-		o := save.Options{VM: c.VM, Codec: image.S2, NVRAM: c.NVRAM, ReturnPath: os.Stdout}
+		o := save.Options{VM: c.VM, Codec: image.MinLZ, NVRAM: c.NVRAM, ReturnPath: os.Stdout}
 		if c.WorkingSet != "" {
 			f, err := os.Open(c.WorkingSet)
 			if err != nil {

@@ -26,7 +26,7 @@ func newReplayer(t testing.TB, fsys vfs.FS) *Replayer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &Replayer{FS: fsys, Store: st, Scratch: t.TempDir(), Options: save.Options{Codec: image.S2}}
+	return &Replayer{FS: fsys, Store: st, Scratch: t.TempDir(), Options: save.Options{Codec: image.MinLZ}}
 }
 
 func write(t testing.TB, name string, b []byte) string {

@@ -45,7 +45,7 @@ type Options struct {
 	Energy       dedup.Energy // "": auto
 	Battery      int          // percent below which EnergyAuto saves; 0: the default
 	Codec        image.Codec  // of cold pages
-	SegmentPages int          // 0: as many as make image.DefaultSegment
+	SegmentPages int          // 0: as many as make the codec's DefaultSegment
 	Workers      int          // compressing goroutines; 0: GOMAXPROCS
 
 	// TablesTime bounds the search for the guest's page tables, for which the
@@ -438,7 +438,7 @@ func (s *saver) openImage() error {
 	}
 	segment := s.o.SegmentPages
 	if segment == 0 {
-		segment = max(2, image.DefaultSegment/s.meta.PageSize)
+		segment = max(2, s.o.Codec.DefaultSegment()/s.meta.PageSize)
 	}
 	s.meta.UUID = s.pend.UUID
 	var err error

@@ -81,7 +81,7 @@ func (s *Store) measureRate(ctx context.Context) (r Rate, err error) {
 		}
 	}()
 	// Random, so that a file system that compresses stores it all.
-	buf := make([]byte, image.DefaultSegment)
+	buf := make([]byte, image.DefaultCodec.DefaultSegment())
 	random := rand.NewChaCha8([32]byte{1})
 	for n := 0; n < rateSample && err == nil; n += len(buf) {
 		if err = context.Cause(ctx); err == nil {
