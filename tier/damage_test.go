@@ -64,7 +64,7 @@ func TestTruncated(t *testing.T) {
 				}
 				var answers bytes.Buffer
 				so.ReturnPath = &answers
-				_, _, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b[:n]), so)
+				_, _, err := l.run(context.Background(), bytes.NewReader(b[:n]), so)
 				if int64(n) == layout.EOF+1 {
 					if err != nil {
 						t.Errorf("without its vmdescription: %v", err)
@@ -94,7 +94,7 @@ func TestTruncatedOld(t *testing.T) {
 	b, layout := s.Bytes(), s.Layout()
 	l := newLab(t, crashfs.New(0), "/")
 	for n := 0; n <= int(layout.Tail); n += 7 {
-		_, _, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b[:n]), save.Options{VM: "vm", Workers: 1})
+		_, _, err := l.run(context.Background(), bytes.NewReader(b[:n]), save.Options{VM: "vm", Workers: 1})
 		if !errors.Is(err, stream.ErrTruncated) {
 			t.Errorf("cut after %d bytes: %v", n, err)
 		}

@@ -56,7 +56,7 @@ func FuzzSave(f *testing.F) {
 			o.NVRAM, o.WorkingSet = l.nvram, hotSet(t, tiny(tiertest.Options{}), every(2))
 		}
 		before := allocated()
-		ref, meta, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), o)
+		ref, meta, err := l.run(context.Background(), bytes.NewReader(b), o)
 		// A page record can make a leaf of the page table.
 		if n := allocated() - before; n > 64<<20+4096*uint64(len(b)) {
 			t.Errorf("%d bytes allocated for a stream of %d", n, len(b))
@@ -75,7 +75,7 @@ func FuzzSave(f *testing.F) {
 		if meta.Report.Resent == 0 && !bytes.Equal(once, b) {
 			t.Error("each page came once, and the restored stream is another")
 		}
-		again, againMeta, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(once), o)
+		again, againMeta, err := l.run(context.Background(), bytes.NewReader(once), o)
 		if err != nil {
 			t.Fatalf("the restored stream can't be saved: %v", err)
 		}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -91,7 +92,15 @@ func (l *lab) trySave(s *tiertest.Stream, o save.Options) (store.Ref, *checkpoin
 	if o.WorkingSet != nil && o.NVRAM == "" {
 		o.NVRAM = l.nvram
 	}
-	return save.Run(context.Background(), l.fs, l.st, r, o)
+	return l.run(context.Background(), r, o)
+}
+
+// run is save.Run into the lab's store, with progress on as the command has it.
+func (l *lab) run(ctx context.Context, in io.Reader, o save.Options) (store.Ref, *checkpoint.Meta, error) {
+	if o.Progress == nil {
+		o.Progress = func(progress.State) {}
+	}
+	return save.Run(ctx, l.fs, l.st, in, o)
 }
 
 // restore writes a checkpoint's stream to w.

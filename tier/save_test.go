@@ -117,7 +117,7 @@ func TestLateRAM(t *testing.T) {
 				copy(b[bytes.Index(b, page[:256])+4096:], "\x00\x00\x00\x00\x00\x00\x00\x08\x04ram?")
 			}
 			l := newLab(t, crashfs.New(0), "/")
-			ref, _, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), save.Options{VM: "vm"})
+			ref, _, err := l.run(context.Background(), bytes.NewReader(b), save.Options{VM: "vm"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -163,7 +163,7 @@ func TestDiskBeforeRAM(t *testing.T) {
 	disk = stream.AppendFooter(disk, 99)
 	b = slices.Insert(b, int(at), disk...)
 	l := newLab(t, crashfs.New(0), "/")
-	ref, _, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), save.Options{VM: "vm"})
+	ref, _, err := l.run(context.Background(), bytes.NewReader(b), save.Options{VM: "vm"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -466,7 +466,7 @@ func TestEndWithoutEOF(t *testing.T) {
 			s := tiertest.New(o)
 			l := newLab(t, crashfs.New(0), "/")
 			b := s.Bytes()
-			ref, _, err := save.Run(context.Background(), l.fs, l.st, &openPipe{Reader: bytes.NewReader(b)},
+			ref, _, err := l.run(context.Background(), &openPipe{Reader: bytes.NewReader(b)},
 				save.Options{VM: "vm", ReturnPath: io.Discard})
 			if err != nil {
 				t.Fatal(err)
@@ -562,7 +562,7 @@ func TestHoldBack(t *testing.T) {
 				}
 			}}
 			l := newLab(t, fsys, "/")
-			ref, _, err := save.Run(context.Background(), l.fs, l.st, p, save.Options{VM: "vm"})
+			ref, _, err := l.run(context.Background(), p, save.Options{VM: "vm"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -591,7 +591,7 @@ func TestCancel(t *testing.T) {
 	why := errors.New("operator's wish")
 	var answers bytes.Buffer
 	half := &atOffset{r: r, left: s.Layout().Len / 2, fn: func() { cancel(why) }}
-	_, _, err := save.Run(ctx, l.fs, l.st, half, save.Options{VM: "vm", ReturnPath: &answers,
+	_, _, err := l.run(ctx, half, save.Options{VM: "vm", ReturnPath: &answers,
 		WorkingSet: hotSet(t, s, every(2)), NVRAM: l.nvram})
 	if !errors.Is(err, why) {
 		t.Fatalf("save: %v", err)
@@ -684,7 +684,7 @@ func TestNoSpaceForeseen(t *testing.T) {
 	r := s.Reader()
 	defer r.Close()
 	counted := &atOffset{r: r}
-	_, _, err := save.Run(context.Background(), l.fs, l.st, counted, save.Options{VM: "vm"})
+	_, _, err := l.run(context.Background(), counted, save.Options{VM: "vm"})
 	var space *save.SpaceError
 	if !errors.As(err, &space) {
 		t.Fatalf("save without space: %v", err)
@@ -846,7 +846,7 @@ func TestUnknownAmidForeign(t *testing.T) {
 		at := bytes.LastIndex(b, known)
 		broken := slices.Concat(b[:at], unknown, b[at+len(known):])
 		l := newLab(t, crashfs.New(0), "/")
-		ref, meta, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(broken), save.Options{VM: "vm"})
+		ref, meta, err := l.run(context.Background(), bytes.NewReader(broken), save.Options{VM: "vm"})
 		if err != nil {
 			if refused++; !errors.Is(err, stream.ErrUnknown) {
 				t.Error(err)

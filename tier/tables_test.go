@@ -47,7 +47,7 @@ func TestPageTables(t *testing.T) {
 	put := func(o save.Options) (store.Ref, *checkpoint.Meta) {
 		t.Helper()
 		o.VM, o.TablesTime = "vm", time.Minute // on a host that is busy with other tests
-		ref, m, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), o)
+		ref, m, err := l.run(context.Background(), bytes.NewReader(b), o)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -152,7 +152,7 @@ func TestPageTables(t *testing.T) {
 func TestPageTablesTime(t *testing.T) {
 	b := recordedLinux(t)
 	l := newLab(t, crashfs.New(0), "/")
-	_, m, err := save.Run(context.Background(), l.fs, l.st, bytes.NewReader(b), save.Options{VM: "vm", TablesTime: 1})
+	_, m, err := l.run(context.Background(), bytes.NewReader(b), save.Options{VM: "vm", TablesTime: 1})
 	if err != nil || !strings.Contains(m.Report.NoPageTables, "could be read in 1ns") || m.Report.PageTables > 0 {
 		t.Errorf("%v, %+v", err, m.Report)
 	}

@@ -34,7 +34,9 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"flic-migrate": main,
 		// The same on a disk that has no room for more than a few writes.
-		"flic-migrate-full":   func() { os.Exit(run(newApp(fullDisk{vfs.OS}), os.Args[1:])) },
+		"flic-migrate-full": func() { os.Exit(run(newApp(fullDisk{vfs.OS}), os.Args[1:])) },
+		// The same with a bug that shows at the last sync of an image.
+		"flic-migrate-buggy":  func() { os.Exit(run(newApp(buggyDisk{vfs.OS}), os.Args[1:])) },
 		"flic-migrate-faulty": faulty,
 		guardName:             guardMain,
 		"flic-migrate-cut":    cut,
@@ -97,6 +99,26 @@ func (f *fullFile) Write(b []byte) (int, error) {
 		return 0, &os.PathError{Op: "write", Path: f.Name(), Err: syscall.ENOSPC}
 	}
 	return f.File.Write(b)
+}
+
+// buggyDisk panics when an image is synced a second time: when it is finished.
+type buggyDisk struct{ vfs.FS }
+
+type buggyFile struct {
+	vfs.File
+	syncs int
+}
+
+func (d buggyDisk) Create(name string) (vfs.File, error) {
+	f, err := d.FS.Create(name)
+	return &buggyFile{File: f}, err
+}
+
+func (f *buggyFile) Sync() error {
+	if f.syncs++; f.syncs == 2 {
+		panic("a bug")
+	}
+	return f.File.Sync()
 }
 
 // exits CODE COMMAND... runs a command, with $WORK/in as stdin if there is
@@ -223,6 +245,7 @@ func mkstream() {
 	returnPath := flag.Bool("return-path", false, "")
 	old := flag.Bool("old", false, "a machine type before 2.4")
 	bitmap := flag.Bool("bitmap", false, "")
+	late := flag.Bool("late", false, "2 MiB of a disk's data before the first page")
 	unknown := flag.Bool("unknown", false, "")
 	emptyTail := flag.Bool("empty-tail", false, "")
 	expected := flag.Bool("expected", false, "what a restore gives")
@@ -233,6 +256,9 @@ func mkstream() {
 		Seed: *seed, Blocks: []tiertest.Block{{Name: "pc.ram", Size: *size}, {Name: "vga.vram", Size: 64 << 10}},
 		Passes: *passes, Resend: 0.3, XBZRLE: *xbzrle, Compress: *compress, ReturnPath: *returnPath,
 		NoConfiguration: *old, DirtyBitmap: *bitmap, EmptyTail: *emptyTail,
+	}
+	if *late {
+		o.BlocksFirst, o.BlockMigration = 2, true
 	}
 	if *zero {
 		o.Mix = tiertest.Mix{tiertest.Zero: 1}

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
@@ -54,8 +55,17 @@ func run(a *app, args []string) int {
 		}
 		return err
 	})
-	cmd, err := root.ExecuteContextC(ctx)
-	if err != nil && !a.started {
+	cmd := root
+	err := rescue.Call(func() (err error) {
+		cmd, err = root.ExecuteContextC(ctx)
+		return err
+	})
+	var bug *rescue.Error
+	switch {
+	case errors.As(err, &bug):
+		// It must not end in Go's exit code for a panic, 2, which is usage here.
+		fmt.Fprintf(a.stderr, "%s\n", bug.Stack)
+	case err != nil && !a.started:
 		err = usageError{err}
 	}
 	if err != nil {

@@ -185,10 +185,10 @@ func answer(in io.Reader, out io.Writer, file string) error {
 		return err
 	}
 	defer f.Close()
-	value := uint32(0)
+	value := uint32(1) // failed, until all is there
 	_, err = surveyStream(io.TeeReader(in, f))
-	if err = errors.Join(err, f.Close()); err != nil {
-		value = 1
+	if err = errors.Join(err, f.Close()); err == nil {
+		value = 0
 	}
 	_, shut := out.Write(returnpath.AppendShut(nil, value))
 	return errors.Join(err, shut)

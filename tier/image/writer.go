@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -175,17 +176,25 @@ func (w *Writer) work() {
 	defer w.workers.Done()
 	var c compressor
 	for b := range w.jobs {
-		b.out = grow(b.out[:0], FrameHeaderLen)[:FrameHeaderLen]
-		b.out, b.codec, b.err = c.compress(w.codecFor(b.Kind), b.out, b.Data)
-		if b.err == nil {
-			payload := b.out[FrameHeaderLen:]
-			frameHeader{
-				kind: b.Kind, codec: b.codec, raw: uint32(len(b.Data)),
-				stored: uint32(len(payload)), number: b.Number, crc: integrity.Checksum(payload),
-			}.put(b.out)
-		}
+		// A panic ends the save like a failed write. This goroutine goes on: the
+		// appender waits for each buffer.
+		b.err = rescue.Call(func() error { return w.encode(&c, b) })
 		b.ready <- struct{}{}
 	}
+}
+
+// encode makes b.out of b.Data.
+func (w *Writer) encode(c *compressor, b *Buffer) (err error) {
+	b.out = grow(b.out[:0], FrameHeaderLen)[:FrameHeaderLen]
+	if b.out, b.codec, err = c.compress(w.codecFor(b.Kind), b.out, b.Data); err != nil {
+		return err
+	}
+	payload := b.out[FrameHeaderLen:]
+	frameHeader{
+		kind: b.Kind, codec: b.codec, raw: uint32(len(b.Data)),
+		stored: uint32(len(payload)), number: b.Number, crc: integrity.Checksum(payload),
+	}.put(b.out)
+	return nil
 }
 
 // codecFor spares deflated records a second compression. The chunks always get
@@ -207,7 +216,7 @@ func (w *Writer) append() {
 		<-b.ready
 		err := b.err
 		if err == nil && w.failed() == nil {
-			_, err = w.f.Write(b.out)
+			err = rescue.Call(func() error { _, err := w.f.Write(b.out); return err })
 		}
 		w.appended(b, err)
 		w.free <- b
@@ -233,7 +242,7 @@ func (w *Writer) appended(b *Buffer, err error) {
 		w.off += int64(len(b.out))
 		if w.off-w.flushed >= writebackEvery {
 			// Advisory: a failure to write shows up in Sync.
-			w.f.StartWriteback(w.flushed, w.off-w.flushed)
+			w.err = rescue.Call(func() error { w.f.StartWriteback(w.flushed, w.off-w.flushed); return nil })
 			w.flushed = w.off
 		}
 	}

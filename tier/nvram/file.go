@@ -83,8 +83,9 @@ func open(fsys vfs.FS, path string, o Options, g geometry) (_ *File, err error) 
 	if err != nil {
 		return nil, err
 	}
+	opened := false
 	defer func() {
-		if err != nil {
+		if !opened { // also while panicking
 			f.f.Close()
 		}
 	}()
@@ -118,6 +119,7 @@ func open(fsys vfs.FS, path string, o Options, g geometry) (_ *File, err error) 
 	if err != nil {
 		return nil, err
 	}
+	opened = true
 	return f, nil
 }
 

@@ -60,7 +60,8 @@ type placed struct {
 	ok    bool // it took a slot of its own
 }
 
-func newPlacer(s *saver) (*placer, error) {
+// newPlacer returns a placer that still has to open its NVRAM.
+func newPlacer(s *saver) *placer {
 	p := &placer{s: s, pageSize: s.meta.PageSize, zero: make([]byte, s.meta.PageSize)}
 	battery := s.o.Battery
 	if battery == 0 {
@@ -81,7 +82,7 @@ func newPlacer(s *saver) (*placer, error) {
 	// the promise of 32 B a page.
 	p.index = dedup.New(chunk, sample, max(1<<16, int(s.rep.Pages/8)), p)
 	s.rep.ChunkSize, s.rep.SampleSize = chunk, sample
-	return p, p.openNVRAM()
+	return p
 }
 
 // workingSet is the set that the save was given, and with it, as hot as its

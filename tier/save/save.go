@@ -21,6 +21,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/skeleton"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -80,13 +81,12 @@ var ErrVolatile = errors.New("NVRAM file is on a volatile file system: hot pages
 //
 // Errors wrap stream.ErrTruncated, stream.ErrDamaged or stream.ErrNotStream
 // if the stream is at fault, and syscall.ENOSPC if there is no room.
-func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Options) (ref store.Ref, meta *checkpoint.Meta, err error) {
+func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Options) (store.Ref, *checkpoint.Meta, error) {
 	s := newSaver(ctx, fsys, st, in, o)
-	defer func() { s.end(err) }()
-	if s.pend, err = st.Begin(o.VM); err != nil {
-		return ref, nil, err
-	}
-	return s.save()
+	return s.run(func() (err error) {
+		s.pend, err = st.Begin(o.VM)
+		return err
+	})
 }
 
 // To is Save into a single file, which is no store's: the caller has opened
@@ -94,12 +94,13 @@ func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Opti
 // failure in another way than by the stream: nothing of it is held back. Hot pages
 // go to NVRAM only if pend was begun by a store, which is then st; otherwise that
 // is nil.
-func To(ctx context.Context, fsys vfs.FS, st *store.Store, pend *store.Pending, in io.Reader, o Options) (meta *checkpoint.Meta, err error) {
+func To(ctx context.Context, fsys vfs.FS, st *store.Store, pend *store.Pending, in io.Reader, o Options) (*checkpoint.Meta, error) {
 	s := newSaver(ctx, fsys, st, in, o)
 	s.pend, s.single = pend, true
-	defer func() { s.end(err) }()
-	s.feed.release()
-	_, meta, err = s.save()
+	_, meta, err := s.run(func() error {
+		s.feed.release()
+		return nil
+	})
 	return meta, err
 }
 
@@ -114,18 +115,40 @@ func newSaver(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o
 	return s
 }
 
-func (s *saver) save() (ref store.Ref, meta *checkpoint.Meta, err error) {
-	s.skel = skeleton.Writer{Limit: image.MaxChunk, Emit: s.emitSkeleton}
-	if err = s.ram(); err != nil {
-		return ref, nil, err
-	}
-	if err = s.tail(); err != nil {
-		return ref, nil, err
-	}
-	if ref, err = s.commit(); err != nil {
+// run is a whole save: begin gets it what it needs, and whatever happens then, the
+// save has failed until its commit has returned nil. A panic is a failure too.
+func (s *saver) run(begin func() error) (ref store.Ref, meta *checkpoint.Meta, err error) {
+	err = rescue.Call(func() (err error) {
+		if err = begin(); err != nil {
+			return err
+		}
+		ref, err = s.save()
+		return err
+	})
+	if err != nil {
+		s.abandon(err)
 		return store.Ref{}, nil, err
 	}
+	// The checkpoint stands, and nothing that fails from here on changes that.
+	s.step("close of the NVRAM file", s.closeNVRAM)
+	if s.returnPath {
+		s.step("answer", func() error {
+			_, err := s.o.ReturnPath.Write(returnpath.AppendShut(nil, 0)) // the tree's only "all is well"
+			return err
+		})
+	}
 	return ref, s.meta, nil
+}
+
+func (s *saver) save() (store.Ref, error) {
+	s.skel = skeleton.Writer{Limit: image.MaxChunk, Emit: s.emitSkeleton}
+	if err := s.ram(); err != nil {
+		return store.Ref{}, err
+	}
+	if err := s.tail(); err != nil {
+		return store.Ref{}, err
+	}
+	return s.commit()
 }
 
 // saver is one save. One goroutine runs it; the image's Writer has its own.
@@ -145,6 +168,9 @@ type saver struct {
 	pend *store.Pending
 	// single is set if the image goes to a file that is no store's.
 	single bool
+	// naming is set while the image may have its name and nobody knows: a panic out
+	// of the commit leaves it set.
+	naming bool
 	img    *image.Writer
 	skel   skeleton.Writer
 	table  *pagemap.Table
@@ -168,35 +194,57 @@ type saver struct {
 	scratch    []byte // one page
 }
 
-// end ends a save either way. The source is told last: when QEMU hears of a
-// failure, the space is free already.
-func (s *saver) end(err error) {
-	if err != nil {
-		if s.img != nil {
-			s.img.Abort()
-		}
-		if s.place != nil && s.place.region != nil && !store.IsUncertain(err) {
-			if rerr := s.place.region.Release(); rerr != nil {
-				s.o.Log.Warn("NVRAM was not given back; gc will", "error", rerr)
-			}
-		}
-		if s.pend != nil {
-			s.pend.Abort()
-		}
+// abandon ends a save that failed with cause, and leaves nothing of it. The source
+// is told last: when QEMU hears of a failure, the space is free already. A step that
+// fails, or panics, keeps none of the others from being done.
+func (s *saver) abandon(cause error) {
+	var bug *rescue.Error
+	if errors.As(cause, &bug) {
+		s.step("log", func() error {
+			s.o.Log.Error(bug.Error(), "stack", string(bug.Stack))
+			return nil
+		})
 	}
-	if s.place != nil && s.place.nvfile != nil {
-		if s.place.region != nil {
-			s.place.region.Close()
-		}
-		s.place.nvfile.Close()
+	if s.img != nil {
+		s.step("end of the image", func() error { s.img.Abort(); return nil })
 	}
+	// An image that may have got its name keeps its NVRAM; gc decides.
+	if s.place != nil && s.place.region != nil && !s.naming && !store.IsUncertain(cause) {
+		s.step("release of the NVRAM, which gc will do,", s.place.region.Release)
+	}
+	if s.pend != nil {
+		s.step("removal of the image", func() error { s.pend.Abort(); return nil })
+	}
+	s.step("close of the NVRAM file", s.closeNVRAM)
 	if s.returnPath {
-		var value uint32
-		if err != nil {
-			value = 1
-		}
-		s.o.ReturnPath.Write(returnpath.AppendShut(nil, value))
+		s.step("answer", func() error {
+			_, err := s.o.ReturnPath.Write(returnpath.AppendShut(nil, failed))
+			return err
+		})
 	}
+}
+
+// failed is what SHUT says of a save that left no checkpoint: anything but 0.
+const failed = 1
+
+// step does one thing of a save's end. That it fails is worth a warning and no more.
+func (s *saver) step(what string, fn func() error) {
+	if err := rescue.Call(fn); err != nil {
+		_ = rescue.Call(func() error {
+			s.o.Log.Warn(what+" failed", "error", err)
+			return nil
+		})
+	}
+}
+
+func (s *saver) closeNVRAM() error {
+	if s.place == nil || s.place.nvfile == nil {
+		return nil
+	}
+	if s.place.region != nil {
+		s.place.region.Close()
+	}
+	return s.place.nvfile.Close()
 }
 
 // ram takes everything up to the device tail, which it leaves in the pipe
@@ -473,8 +521,8 @@ func (s *saver) start() error {
 	}
 	s.scratch = make([]byte, s.meta.PageSize)
 	s.feed.adjust(s.unseen)
-	s.place, err = newPlacer(s)
-	return err
+	s.place = newPlacer(s)
+	return s.place.openNVRAM()
 }
 
 const defaultPageSize = 4096
@@ -750,7 +798,9 @@ func (s *saver) commit() (store.Ref, error) {
 		return store.Ref{}, err
 	}
 	s.rep.FlashBytes = s.img.Len()
+	s.naming = true
 	ref, err := s.pend.Commit()
+	s.naming = false
 	pend := s.pend
 	s.pend = nil
 	if err != nil {
@@ -796,7 +846,11 @@ func (s *saver) tick(phase string, always bool) {
 	s.lastTick = now
 	p := progress.State{Phase: phase, PagesAll: s.rep.Pages, Pages: s.rep.Pages - int64(s.unseen), BytesIn: s.cur.Offset()}
 	if s.img != nil {
-		p.BytesOut = s.img.Len() + s.place.nvramBytes()
+		p.BytesOut = s.img.Len()
+	}
+	if s.place != nil {
+		// The image can be open before there is a page to place.
+		p.BytesOut += s.place.nvramBytes()
 	}
 	s.o.Progress(p)
 }

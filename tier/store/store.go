@@ -53,6 +53,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
@@ -233,15 +234,18 @@ func (s *Store) writeSmall(name string, b []byte) error {
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
+	err = rescue.Call(func() error {
+		_, err := f.Write(b)
+		if err == nil {
+			err = f.Sync()
+		}
+		return err
+	})
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
 	if err == nil {
-		err = s.fs.Replace(tmp, name)
+		err = rescue.Call(func() error { return s.fs.Replace(tmp, name) })
 	}
 	if err != nil {
 		s.fs.Remove(tmp)
@@ -439,7 +443,7 @@ func (s *Store) Begin(vm string) (*Pending, error) {
 	if p.File, err = s.fs.Create(p.path); err != nil {
 		return nil, err
 	}
-	if err = p.File.TryLock(vfs.Exclusive); err != nil {
+	if err = rescue.Call(func() error { return p.File.TryLock(vfs.Exclusive) }); err != nil {
 		p.Abort()
 		return nil, err
 	}
@@ -464,7 +468,11 @@ func (p *Pending) Commit() (Ref, error) {
 	if p.s == nil || p.loose != nil {
 		return Ref{}, p.File.Close()
 	}
-	ref, err := p.commit()
+	var ref Ref
+	err := rescue.Call(func() (err error) {
+		ref, err = p.commit()
+		return err
+	})
 	if err != nil {
 		p.Abort()
 		return Ref{}, err
@@ -473,7 +481,7 @@ func (p *Pending) Commit() (Ref, error) {
 	return ref, nil
 }
 
-func (p *Pending) commit() (Ref, error) {
+func (p *Pending) commit() (ref Ref, err error) {
 	s := p.s
 	unlock, err := s.lock()
 	if err != nil {
@@ -488,15 +496,18 @@ func (p *Pending) commit() (Ref, error) {
 	if err != nil {
 		return Ref{}, err
 	}
-	ref := Ref{p.vm, n + 1}
+	ref = Ref{p.vm, n + 1}
 	if ref.N > MaxNumber {
 		return Ref{}, fmt.Errorf("VM %q has used up its checkpoint numbers", p.vm)
 	}
 	final := s.imagePath(ref)
-	if err := s.fs.Rename(p.path, final); err != nil {
+	var bug *rescue.Error
+	if err := rescue.Call(func() error { return s.fs.Rename(p.path, final) }); errors.As(err, &bug) {
+		return Ref{}, &uncertainError{err}
+	} else if err != nil {
 		return Ref{}, err
 	}
-	if err := s.fs.SyncDir(dir); err != nil {
+	if err := rescue.Call(func() error { return s.fs.SyncDir(dir) }); err != nil {
 		// The name may or may not be durable; take it back. If that does not
 		// become durable either, or can't be done, the name is or can come
 		// up, so the NVRAM part must stay its own until GC has seen the
