@@ -67,18 +67,25 @@ func (t tool) size(f string) int64 {
 }
 
 func tools(binary string) []tool {
-	list := []tool{{
-		"flic-migrate", "exec " + binary + " save --quiet --store $F --vm vm",
-		"exec " + binary + " restore --quiet --store $F vm",
-		"exec " + binary + " rm --all --store $F vm > /dev/null",
-	}}
+	var list []tool
+	for _, codec := range []string{"", " zstd", " lz4"} {
+		flag := ""
+		if codec != "" {
+			flag = " --codec" + codec
+		}
+		list = append(list, tool{
+			"flic-migrate" + codec, "exec " + binary + " save --quiet --store $F --vm vm" + flag,
+			"exec " + binary + " restore --quiet --store $F vm",
+			"exec " + binary + " rm --all --store $F vm > /dev/null",
+		})
+	}
 	for _, c := range [][3]string{
 		{"cat", "cat", "cat"},
 		{"lz4", "lz4 -c", "lz4 -dc"},
 		{"lzop", "lzop -c", "lzop -dc"},
 		{"gzip -1", "gzip -1 -c", "gzip -dc"},
-		{"zstd -1", "zstd -q -1 -c", "zstd -q -dc"},
-		{"zstd -3", "zstd -q -3 -c", "zstd -q -dc"},
+		{"zstd -1 -T2", "zstd -q -1 -T2 -c", "zstd -q -dc"},
+		{"zstd -3 -T2", "zstd -q -3 -T2 -c", "zstd -q -dc"},
 	} {
 		list = append(list, tool{c[0], c[1] + " > $F && sync $F", "exec " + c[2] + " < $F", ""})
 	}
