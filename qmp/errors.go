@@ -45,19 +45,6 @@ type OpError struct {
 func (e *OpError) Error() string { return fmt.Sprintf("qmp: %s: %s: %v", e.Addr, e.Op, e.Err) }
 func (e *OpError) Unwrap() error { return e.Err }
 
-// MigrationError is a migration that did not complete.
-type MigrationError struct {
-	Status Status // failed, cancelled, ...
-	Desc   string // QEMU's reason; empty when it gave none
-}
-
-func (e *MigrationError) Error() string {
-	if e.Desc == "" {
-		return fmt.Sprintf("qmp: migration %s", e.Status)
-	}
-	return fmt.Sprintf("qmp: migration %s: %s", e.Status, e.Desc)
-}
-
 // unanswered says what was being waited for when a call's context ended. A
 // context that was cancelled rather than overdue needs no explanation.
 func unanswered(ctx context.Context, what string) error {

@@ -1,5 +1,4 @@
-// Package qmp speaks the QEMU Machine Protocol: monitor commands, events, and
-// the ones that drive a migration.
+// Package qmp speaks the QEMU Machine Protocol: monitor commands and events.
 //
 // The wire (docs/interop/qmp-spec.txt in QEMU) is a sequence of JSON objects:
 //
@@ -10,8 +9,14 @@
 //	QEMU → {"event": "STOP", "timestamp": {...}}                  at any time
 //	QEMU → {"return": {...}, "id": 2}  or  {"error": {...}, "id": 2}
 //
-// A [Monitor] is one such connection. The functions in migrate.go take any
-// [Executor], so that they work over another transport as well.
+// A [Monitor] is one such connection. Whatever is built on it, here and in the
+// packages below, takes any [Executor], so that it works over another transport as
+// well:
+//
+//	migration            what is done with migrations: track, checkpoint, resume
+//	libvirt/domain       the QEMUs that libvirt runs
+//	libvirt/saveimage    its save files
+//	libvirt/compressor   its way to call a compressor for them
 package qmp
 
 import (
@@ -73,8 +78,8 @@ const (
 	// defaultMaxMessage caps one message from QEMU. The largest seen are the
 	// schema (200 KB) and human-monitor-command dumps of some tens of MB.
 	defaultMaxMessage = 128 << 20
-	// maxSocketPath is how long the path of a Unix socket may be in bytes (unix(7)).
-	maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
+	// MaxSocketPath is how long the path of a Unix socket may be in bytes (unix(7)).
+	MaxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 	// eventBuffer is how many events wait for a slow reader. A live migration
 	// of a busy guest sends a few a second.
 	eventBuffer = 256
@@ -161,8 +166,8 @@ func Dial(ctx context.Context, address string, options Options) (*Monitor, error
 		// QEMU does not accept while it has a client, and listens with a queue
 		// of one: the second client waits there, the third is turned away.
 		return nil, &OpError{Op: "connect", Addr: address, Err: ErrBusy}
-	case errors.Is(err, syscall.EINVAL) && network == "unix" && len(addr) > maxSocketPath:
-		return nil, &OpError{Op: "connect", Addr: address, Err: fmt.Errorf("the path of a Unix socket can have at most %d bytes", maxSocketPath)}
+	case errors.Is(err, syscall.EINVAL) && network == "unix" && len(addr) > MaxSocketPath:
+		return nil, &OpError{Op: "connect", Addr: address, Err: fmt.Errorf("the path of a Unix socket can have at most %d bytes", MaxSocketPath)}
 	case err != nil:
 		return nil, &OpError{Op: "connect", Addr: address, Err: err}
 	}
@@ -271,6 +276,40 @@ func (m *Monitor) offers(capability string) bool {
 
 // Version returns QEMU's version.
 func (m *Monitor) Version() Version { return m.version }
+
+// Address is where the monitor is, as it was given to Dial.
+func (m *Monitor) Address() string { return m.addr }
+
+// OOB tells whether ExecuteOOB can be used on this connection.
+func (m *Monitor) OOB() bool { return m.options.OOB }
+
+// SocketPath is the path of the monitor's Unix socket, and empty for another kind
+// of monitor.
+func (m *Monitor) SocketPath() string {
+	if network, path := splitAddress(m.addr); network == "unix" {
+		return path
+	}
+	return ""
+}
+
+// Peer is who listens at the other end of a Unix socket (SO_PEERCRED in unix(7)).
+// It is not known of another kind of monitor.
+func (m *Monitor) Peer() (peer unix.Ucred, known bool) {
+	conn, ok := m.conn.(*net.UnixConn)
+	if !ok {
+		return peer, false
+	}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return peer, false
+	}
+	_ = raw.Control(func(fd uintptr) {
+		if c, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			peer, known = *c, true
+		}
+	})
+	return peer, known
+}
 
 // Execute runs one command and waits for its answer, until ctx ends or, if ctx
 // has no deadline, for Options.Timeout. A call that is given up may still be

@@ -13,16 +13,18 @@ import (
 	"time"
 
 	goqemu "github.com/digitalocean/go-qemu/qmp"
+
+	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 )
 
 func TestVersionAndResult(t *testing.T) {
-	f := newFake(t, negotiated(func(c *client, cmd command) {
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
 		if cmd.Execute != "query-status" || cmd.Args != nil {
 			t.Errorf("command %+v", cmd)
 		}
-		c.reply(cmd, `{"status": "running", "running": true}`)
+		c.Reply(cmd, `{"status": "running", "running": true}`)
 	}))
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	if v := m.Version().String(); v != "7.2.22" {
 		t.Errorf("version %q", v)
 	}
@@ -50,11 +52,11 @@ func TestTCP(t *testing.T) {
 			return
 		}
 		defer conn.Close()
-		c := &client{Conn: conn, t: t}
-		c.send(greeting)
+		c := qmptest.NewConn(t, conn)
+		c.Send(qmptest.Greeting)
 		// One byte at a time, on a connection without Nagle's delay.
 		for _, b := range []byte(`{"return": {}, "id": 1}` + "\n") {
-			c.send(string(b))
+			c.Send(string(b))
 			time.Sleep(time.Millisecond)
 		}
 	}()
@@ -68,16 +70,16 @@ func TestTCP(t *testing.T) {
 
 // A reply may come in any number of pieces, with others in the same piece.
 func TestSplitReplies(t *testing.T) {
-	f := newFake(t, negotiated(func(c *client, cmd command) {
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
 		whole := fmt.Sprintf("{\"event\": \"A\", \"data\": {},\n \"timestamp\": {}}\n{\"return\":\n {\"v\": \"{]\\\"\"}, \"id\": %d}{\"event\": \"B\"}", cmd.ID)
 		for i := range len(whole) {
-			c.send(whole[i : i+1])
+			c.Send(whole[i : i+1])
 			if i%16 == 0 {
 				time.Sleep(time.Millisecond)
 			}
 		}
 	}))
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	events, err := m.Events(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -100,10 +102,10 @@ func TestSplitReplies(t *testing.T) {
 
 func TestGiantReply(t *testing.T) {
 	const size = 20 << 20
-	f := newFake(t, negotiated(func(c *client, cmd command) {
-		c.reply(cmd, `"`+strings.Repeat("x", size)+`"`)
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+		c.Reply(cmd, `"`+strings.Repeat("x", size)+`"`)
 	}))
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	// Two of them: the second must not overwrite what the first caller holds.
 	var first, second json.RawMessage
 	for _, r := range []*json.RawMessage{&first, &second} {
@@ -125,15 +127,15 @@ func TestEndlessLineIsCapped(t *testing.T) {
 		"nesting": `{"return": ` + strings.Repeat("[", 20000),
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFake(t, negotiated(func(c *client, _ command) {
-				c.send(sends)
+			f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, _ qmptest.Command) {
+				c.Send(sends)
 				for {
 					if _, err := c.Write([]byte(strings.Repeat(" ", 64<<10))); err != nil {
 						return
 					}
 				}
 			}))
-			m := f.dial(Options{MaxMessage: 1 << 20})
+			m := dial(t, f, Options{MaxMessage: 1 << 20})
 			err := m.Execute(t.Context(), "query-status", nil, nil)
 			if !errors.Is(err, ErrProtocol) {
 				t.Fatalf("got %v, want ErrProtocol", err)
@@ -158,11 +160,11 @@ func TestHostileMessages(t *testing.T) {
 		"too deep":           strings.Repeat(`{"a":`, 20000),
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFake(t, negotiated(func(c *client, _ command) {
-				c.send(message)
-				c.next() // until the Monitor hangs up
+			f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, _ qmptest.Command) {
+				c.Send(message)
+				c.Next() // until the Monitor hangs up
 			}))
-			m := f.dial(Options{})
+			m := dial(t, f, Options{})
 			err := m.Execute(t.Context(), "query-status", nil, nil)
 			if !errors.Is(err, ErrProtocol) {
 				t.Fatalf("got %v, want ErrProtocol", err)
@@ -180,12 +182,12 @@ func TestHostileMessages(t *testing.T) {
 
 // Answers to calls that nobody made, or that were answered already, are dropped.
 func TestStrayAnswers(t *testing.T) {
-	f := newFake(t, negotiated(func(c *client, cmd command) {
-		c.send(`{"return": 1, "id": 999}` + "\n")
-		c.reply(cmd, `2`)
-		c.reply(cmd, `3`)
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+		c.Send(`{"return": 1, "id": 999}` + "\n")
+		c.Reply(cmd, `2`)
+		c.Reply(cmd, `3`)
 	}))
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	for range 3 {
 		var n int
 		if err := m.Execute(t.Context(), "x", nil, &n); err != nil || n != 2 {
@@ -195,10 +197,10 @@ func TestStrayAnswers(t *testing.T) {
 }
 
 func TestRefusal(t *testing.T) {
-	f := newFake(t, negotiated(func(c *client, cmd command) {
-		c.refuse(cmd, "CommandNotFound", "The command frobnicate has not been found")
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+		c.Refuse(cmd, "CommandNotFound", "The command frobnicate has not been found")
 	}))
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	err := m.Execute(t.Context(), "frobnicate", nil, nil)
 	var refusal *Error
 	if !errors.As(err, &refusal) {
@@ -207,24 +209,24 @@ func TestRefusal(t *testing.T) {
 	if *refusal != (Error{Command: "frobnicate", Class: "CommandNotFound", Desc: "The command frobnicate has not been found"}) {
 		t.Errorf("got %+v", *refusal)
 	}
-	mention(t, err, "frobnicate", "CommandNotFound", "not been found")
+	qmptest.Mention(t, err, "frobnicate", "CommandNotFound", "not been found")
 	if m.Err() != nil {
 		t.Error("a refusal has ended the connection")
 	}
 }
 
 func TestResultOfAnotherShape(t *testing.T) {
-	f := newFake(t, negotiated(func(c *client, cmd command) { c.reply(cmd, `[1]`) }))
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) { c.Reply(cmd, `[1]`) }))
 	var s RunState
-	if err := f.dial(Options{}).Execute(t.Context(), "query-status", nil, &s); !errors.Is(err, ErrProtocol) {
+	if err := dial(t, f, Options{}).Execute(t.Context(), "query-status", nil, &s); !errors.Is(err, ErrProtocol) {
 		t.Errorf("got %v", err)
 	}
 }
 
 func TestArgumentsThatCannotBeSent(t *testing.T) {
-	f := newFake(t, negotiated(func(c *client, cmd command) { c.reply(cmd, `{}`) }))
-	m := f.dial(Options{})
-	mention(t, m.Execute(t.Context(), "x", map[string]any{"f": func() {}}, nil), "x", "unsupported type")
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) { c.Reply(cmd, `{}`) }))
+	m := dial(t, f, Options{})
+	qmptest.Mention(t, m.Execute(t.Context(), "x", map[string]any{"f": func() {}}, nil), "x", "unsupported type")
 	if err := m.Execute(t.Context(), "x", map[string]any{"f": 1}, nil); err != nil {
 		t.Errorf("the next call: %v", err)
 	}
@@ -234,13 +236,13 @@ func TestArgumentsThatCannotBeSent(t *testing.T) {
 // them or a reader has fallen asleep.
 func TestEventFlood(t *testing.T) {
 	const flood = 20000
-	f := newFake(t, negotiated(func(c *client, cmd command) {
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
 		for i := range flood {
-			c.send(fmt.Sprintf(`{"event": "E", "data": {"n": %d}}`+"\n", i))
+			c.Send(fmt.Sprintf(`{"event": "E", "data": {"n": %d}}`+"\n", i))
 		}
-		c.reply(cmd, `{}`)
+		c.Reply(cmd, `{}`)
 	}))
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	if err := m.Execute(t.Context(), "x", nil, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -264,11 +266,11 @@ func TestEventFlood(t *testing.T) {
 }
 
 func TestEventReaders(t *testing.T) {
-	f := newFake(t, negotiated(func(c *client, cmd command) {
-		c.event("STOP")
-		c.reply(cmd, `{}`)
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+		c.Event("STOP")
+		c.Reply(cmd, `{}`)
 	}))
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	ctx, cancel := context.WithCancel(t.Context())
 	one, err := m.Events(ctx)
 	if err != nil {
@@ -311,22 +313,22 @@ func TestServerDies(t *testing.T) {
 	const calls = 20
 	var arrived sync.WaitGroup
 	arrived.Add(calls)
-	f := newFake(t, func(c *client) {
-		c.send(greeting)
+	f := qmptest.New(t, func(c *qmptest.Conn) {
+		c.Send(qmptest.Greeting)
 		for range calls + 1 {
-			cmd, ok := c.next()
+			cmd, ok := c.Next()
 			if !ok {
 				return
 			}
 			if cmd.Execute == "qmp_capabilities" {
-				c.reply(cmd, `{}`)
+				c.Reply(cmd, `{}`)
 				continue
 			}
 			arrived.Done()
 		}
-		c.send(`{"return": {"status": "runn`)
+		c.Send(`{"return": {"status": "runn`)
 	})
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	events, err := m.Events(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -341,7 +343,7 @@ func TestServerDies(t *testing.T) {
 		if !errors.Is(err, ErrLost) {
 			t.Fatalf("got %v, want ErrLost", err)
 		}
-		mention(t, err, "query-status", f.addr, "lost")
+		qmptest.Mention(t, err, "query-status", f.Addr, "lost")
 	}
 	if _, ok := <-events; ok {
 		t.Error("an event from a dead QEMU")
@@ -358,20 +360,20 @@ func TestServerDies(t *testing.T) {
 // The answer to quit and the end of the connection come in one piece.
 func TestAnswerBeforeTheEnd(t *testing.T) {
 	for range 50 {
-		f := newFake(t, func(c *client) {
-			c.send(greeting)
+		f := qmptest.New(t, func(c *qmptest.Conn) {
+			c.Send(qmptest.Greeting)
 			for {
-				cmd, ok := c.next()
+				cmd, ok := c.Next()
 				if !ok {
 					return
 				}
-				c.reply(cmd, `{}`)
+				c.Reply(cmd, `{}`)
 				if cmd.Execute == "quit" {
 					return
 				}
 			}
 		})
-		m := f.dial(Options{})
+		m := dial(t, f, Options{})
 		if err := m.Execute(t.Context(), "quit", nil, nil); err != nil {
 			t.Fatal(err)
 		}
@@ -380,8 +382,8 @@ func TestAnswerBeforeTheEnd(t *testing.T) {
 
 func TestCloseEndsCalls(t *testing.T) {
 	arrived := make(chan struct{})
-	f := newFake(t, negotiated(func(*client, command) { close(arrived) }))
-	m := f.dial(Options{})
+	f := qmptest.New(t, qmptest.Negotiated(func(*qmptest.Conn, qmptest.Command) { close(arrived) }))
+	m := dial(t, f, Options{})
 	go func() {
 		<-arrived
 		m.Close()
@@ -399,20 +401,20 @@ func TestCloseEndsCalls(t *testing.T) {
 // answer is nobody else's.
 func TestTimeout(t *testing.T) {
 	release := make(chan struct{})
-	f := newFake(t, negotiated(func(c *client, cmd command) {
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
 		if cmd.Execute == "slow" {
 			<-release
-			c.reply(cmd, `"late"`)
+			c.Reply(cmd, `"late"`)
 			return
 		}
-		c.reply(cmd, `"ok"`)
+		c.Reply(cmd, `"ok"`)
 	}))
-	m := f.dial(Options{Timeout: 50 * time.Millisecond})
+	m := dial(t, f, Options{Timeout: 50 * time.Millisecond})
 	err := m.Execute(t.Context(), "slow", nil, nil)
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("got %v", err)
 	}
-	mention(t, err, "slow", "no answer")
+	qmptest.Mention(t, err, "slow", "no answer")
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := m.Execute(ctx, "never", nil, nil); !errors.Is(err, context.Canceled) {
@@ -431,25 +433,25 @@ func TestTimeout(t *testing.T) {
 // is half written must not be given up.
 func TestSocketIsFull(t *testing.T) {
 	begun, read := make(chan struct{}), make(chan struct{})
-	f := newFake(t, func(c *client) {
-		c.send(greeting)
-		cmd, _ := c.next()
-		c.reply(cmd, `{}`)
+	f := qmptest.New(t, func(c *qmptest.Conn) {
+		c.Send(qmptest.Greeting)
+		cmd, _ := c.Next()
+		c.Reply(cmd, `{}`)
 		// One piece of the big command is taken, and the rest waits.
-		if _, err := c.lines.Peek(1); err != nil {
+		if _, err := c.Lines.Peek(1); err != nil {
 			return
 		}
 		close(begun)
 		<-read
 		for {
-			cmd, ok := c.next()
+			cmd, ok := c.Next()
 			if !ok {
 				return
 			}
-			c.reply(cmd, `{}`)
+			c.Reply(cmd, `{}`)
 		}
 	})
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	ctx, giveUp := context.WithCancel(t.Context())
 	big := make(chan error, 1)
 	go func() {
@@ -458,7 +460,7 @@ func TestSocketIsFull(t *testing.T) {
 	<-begun
 	short, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	mention(t, m.Execute(short, "second", nil, nil), "second", "not sent")
+	qmptest.Mention(t, m.Execute(short, "second", nil, nil), "second", "not sent")
 	giveUp()
 	if err := <-big; !errors.Is(err, context.Canceled) {
 		t.Errorf("the big one: %v", err)
@@ -471,20 +473,20 @@ func TestSocketIsFull(t *testing.T) {
 
 func TestBusy(t *testing.T) {
 	release := make(chan struct{})
-	f := newFake(t, func(c *client) { <-release })
+	f := qmptest.New(t, func(c *qmptest.Conn) { <-release })
 	defer close(release)
 	start := time.Now()
-	_, err := Dial(t.Context(), f.addr, Options{Greeting: 50 * time.Millisecond})
+	_, err := Dial(t.Context(), f.Addr, Options{Greeting: 50 * time.Millisecond})
 	if !errors.Is(err, ErrBusy) {
 		t.Fatalf("got %v, want ErrBusy", err)
 	}
-	mention(t, err, "another client", f.addr, "no greeting within 50ms")
+	qmptest.Mention(t, err, "another client", f.Addr, "no greeting within 50ms")
 	if d := time.Since(start); d > 5*time.Second {
 		t.Errorf("took %v", d)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(50*time.Millisecond, cancel)
-	if _, err := Dial(ctx, f.addr, Options{Greeting: time.Hour}); !errors.Is(err, context.Canceled) {
+	if _, err := Dial(ctx, f.Addr, Options{Greeting: time.Hour}); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled while it waited for the greeting: %v", err)
 	}
 }
@@ -500,20 +502,20 @@ func TestNotAMonitor(t *testing.T) {
 		"another proto": {"SSH-2.0-x\r\n", []string{"invalid character", "does not speak QMP"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFake(t, func(c *client) { c.send(test.sends) })
-			_, err := Dial(t.Context(), f.addr, Options{})
-			mention(t, err, append(test.words, f.addr)...)
+			f := qmptest.New(t, func(c *qmptest.Conn) { c.Send(test.sends) })
+			_, err := Dial(t.Context(), f.Addr, Options{})
+			qmptest.Mention(t, err, append(test.words, f.Addr)...)
 		})
 	}
 }
 
 func TestNegotiationRefused(t *testing.T) {
-	f := newFake(t, func(c *client) {
-		c.send(greeting)
-		cmd, _ := c.next()
-		c.refuse(cmd, "GenericError", "no")
+	f := qmptest.New(t, func(c *qmptest.Conn) {
+		c.Send(qmptest.Greeting)
+		cmd, _ := c.Next()
+		c.Refuse(cmd, "GenericError", "no")
 	})
-	_, err := Dial(t.Context(), f.addr, Options{})
+	_, err := Dial(t.Context(), f.Addr, Options{})
 	var refusal *Error
 	if !errors.As(err, &refusal) || refusal.Command != "qmp_capabilities" {
 		t.Errorf("got %v", err)
@@ -523,31 +525,31 @@ func TestNegotiationRefused(t *testing.T) {
 func TestDialErrors(t *testing.T) {
 	dir := t.TempDir()
 	_, err := Dial(t.Context(), filepath.Join(dir, "none"), Options{})
-	mention(t, err, "connect", "no such file")
+	qmptest.Mention(t, err, "connect", "no such file")
 	_, err = Dial(t.Context(), filepath.Join(dir, strings.Repeat("x", 200)), Options{})
-	mention(t, err, "107 bytes")
+	qmptest.Mention(t, err, "107 bytes")
 }
 
 func TestOOB(t *testing.T) {
 	slowIsOut := make(chan struct{})
-	f := newFake(t, func(c *client) {
-		c.send(greeting)
-		cmd, _ := c.next()
+	f := qmptest.New(t, func(c *qmptest.Conn) {
+		c.Send(qmptest.Greeting)
+		cmd, _ := c.Next()
 		if string(cmd.Args) != `{"enable":["oob"]}` {
 			t.Errorf("negotiation with %s", cmd.Args)
 		}
-		c.reply(cmd, `{}`)
-		slow, _ := c.next()
+		c.Reply(cmd, `{}`)
+		slow, _ := c.Next()
 		close(slowIsOut)
-		fast, _ := c.next()
+		fast, _ := c.Next()
 		if fast.OOB != "migrate-recover" || fast.Execute != "" {
 			t.Errorf("got %+v", fast)
 		}
-		c.reply(fast, `"fast"`)
-		c.reply(slow, `"slow"`)
-		c.next()
+		c.Reply(fast, `"fast"`)
+		c.Reply(slow, `"slow"`)
+		c.Next()
 	})
-	m := f.dial(Options{OOB: true})
+	m := dial(t, f, Options{OOB: true})
 	slow := make(chan error, 1)
 	var slowAnswer, fastAnswer string
 	go func() { slow <- m.Execute(t.Context(), "query-status", nil, &slowAnswer) }()
@@ -564,21 +566,21 @@ func TestOOB(t *testing.T) {
 }
 
 func TestOOBNotThere(t *testing.T) {
-	plain := strings.Replace(greeting, `"oob"`, `{"new": 1}`, 1)
-	f := newFake(t, func(c *client) {
-		c.send(plain)
-		cmd, _ := c.next()
+	plain := strings.Replace(qmptest.Greeting, `"oob"`, `{"new": 1}`, 1)
+	f := qmptest.New(t, func(c *qmptest.Conn) {
+		c.Send(plain)
+		cmd, _ := c.Next()
 		if strings.Contains(string(cmd.Args), "oob") {
 			t.Errorf("asked for what is not offered: %s", cmd.Args)
 		}
-		c.reply(cmd, `{}`)
-		c.next()
+		c.Reply(cmd, `{}`)
+		c.Next()
 	})
-	_, err := Dial(t.Context(), f.addr, Options{OOB: true})
-	mention(t, err, "out-of-band")
+	_, err := Dial(t.Context(), f.Addr, Options{OOB: true})
+	qmptest.Mention(t, err, "out-of-band")
 	for _, o := range []Options{{}, {OOB: true, IfOffered: true}} {
-		m := f.dial(o)
-		mention(t, m.ExecuteOOB(t.Context(), "migrate-recover", nil, nil), "out-of-band")
+		m := dial(t, f, o)
+		qmptest.Mention(t, m.ExecuteOOB(t.Context(), "migrate-recover", nil, nil), "out-of-band")
 		m.Close()
 	}
 }
@@ -586,18 +588,18 @@ func TestOOBNotThere(t *testing.T) {
 // Many goroutines on one connection, with events between and answers in another
 // order: each gets its own.
 func TestConcurrentCalls(t *testing.T) {
-	var held []command
-	f := newFake(t, negotiated(func(c *client, cmd command) {
+	var held []qmptest.Command
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
 		held = append(held, cmd)
 		if len(held) == 4 {
 			for i := range held {
-				c.event("E")
-				c.reply(held[3-i], string(held[3-i].Args))
+				c.Event("E")
+				c.Reply(held[3-i], string(held[3-i].Args))
 			}
 			held = nil
 		}
 	}))
-	m := f.dial(Options{})
+	m := dial(t, f, Options{})
 	if _, err := m.Events(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -622,14 +624,14 @@ func TestConcurrentCalls(t *testing.T) {
 }
 
 func TestGoQEMUInterface(t *testing.T) {
-	f := newFake(t, negotiated(func(c *client, cmd command) {
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
 		if cmd.Execute == "bad" {
-			c.refuse(cmd, "GenericError", "bad")
+			c.Refuse(cmd, "GenericError", "bad")
 			return
 		}
-		c.reply(cmd, fmt.Sprintf(`[%q, %s]`, cmd.Execute, cmd.Args))
+		c.Reply(cmd, fmt.Sprintf(`[%q, %s]`, cmd.Execute, cmd.Args))
 	}))
-	var m goqemu.Monitor = f.dial(Options{})
+	var m goqemu.Monitor = dial(t, f, Options{})
 	if err := m.Connect(); err != nil {
 		t.Fatal(err)
 	}
@@ -688,13 +690,13 @@ func FuzzMonitor(f *testing.F) {
 		go func() {
 			defer close(ended)
 			defer theirs.Close()
-			c := &client{Conn: theirs, t: t}
-			c.send(greeting)
+			c := qmptest.NewConn(t, theirs)
+			c.Send(qmptest.Greeting)
 			buf := make([]byte, 4096)
 			if _, err := theirs.Read(buf); err != nil {
 				return
 			}
-			c.send(`{"return": {}, "id": 1}`)
+			c.Send(`{"return": {}, "id": 1}`)
 			if _, err := theirs.Read(buf); err != nil {
 				return
 			}

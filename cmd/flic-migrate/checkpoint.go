@@ -11,7 +11,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/qmp/rounds"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -104,7 +105,7 @@ it lets it run first.`,
 // checkpointReport is the JSON document of a checkpoint.
 type checkpointReport struct {
 	Checkpoint string `json:"checkpoint"` // NAME@N
-	qmp.CheckpointReport
+	migration.CheckpointReport
 	// Tracking is missing if the guest was not watched.
 	Tracking *rounds.Report     `json:"tracking,omitempty"`
 	Save     *checkpoint.Report `json:"save"`
@@ -146,8 +147,8 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		}
 	}
 	var meta *checkpoint.Meta
-	doc.CheckpointReport, err = qmp.Checkpoint(ctx, x, qmp.CheckpointOptions{
-		Mode: qmp.Mode(c.mode.value), Then: qmp.Then(c.then.value),
+	doc.CheckpointReport, err = migration.Checkpoint(ctx, x, migration.CheckpointOptions{
+		Mode: migration.Mode(c.mode.value), Then: migration.Then(c.then.value),
 		Downtime: c.downtime, Patience: c.patience, GiveUp: c.giveUp,
 		Redial: redial,
 		Save: func(ctx context.Context, f *os.File, before qmp.RunState) (err error) {
@@ -194,7 +195,7 @@ func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
 }
 
 // track adds the pages that the guest writes to the working set.
-func (c *checkpointCmd) track(ctx context.Context, x qmp.Executor, redial qmp.Redialer, timer time.Duration, o *save.Options, doc *checkpointReport) error {
+func (c *checkpointCmd) track(ctx context.Context, x qmp.Executor, redial migration.Redialer, timer time.Duration, o *save.Options, doc *checkpointReport) error {
 	var rate float64
 	if timer == 0 {
 		var err error
@@ -208,7 +209,7 @@ func (c *checkpointCmd) track(ctx context.Context, x qmp.Executor, redial qmp.Re
 		Redial: redial,
 	})
 	switch {
-	case errors.Is(err, qmp.ErrNotRunning):
+	case errors.Is(err, migration.ErrNotRunning):
 		c.log().Warn("the guest is not running, so its working set is not known")
 		return nil
 	case errors.Is(err, track.ErrTooSmall):
@@ -231,7 +232,7 @@ func (c *checkpointCmd) track(ctx context.Context, x qmp.Executor, redial qmp.Re
 
 // save is the consumer of the migration's stream.
 func (c *checkpointCmd) save(ctx context.Context, st *store.Store, f *os.File, before qmp.RunState, o save.Options) (store.Ref, *checkpoint.Meta, error) {
-	if c.mode.value == string(qmp.ModeBackground) && before.Running {
+	if c.mode.value == string(migration.ModeBackground) && before.Running {
 		release, err := guard(f)
 		if err != nil {
 			return store.Ref{}, nil, err

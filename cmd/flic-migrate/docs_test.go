@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/flic-migrate/flic-migrate/qmp/rounds"
+	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/replay"
 	"github.com/flic-migrate/flic-migrate/tier/store"

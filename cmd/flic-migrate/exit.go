@@ -5,8 +5,8 @@ import (
 	"io/fs"
 	"syscall"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/qmp/domain"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -45,7 +45,7 @@ func (e usageError) Unwrap() error { return e.error }
 func exitCode(err error) int {
 	var usage usageError
 	var server serverError
-	var migration *qmp.MigrationError
+	var migration *migration.Error
 	switch {
 	case err == nil:
 		return exitOK

@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -38,7 +38,7 @@ func TestExitCode(t *testing.T) {
 		{fmt.Errorf("x: %w", corrupt), 4},
 		{fmt.Errorf("ws: %w", &integrity.CorruptError{File: "working set", Err: errors.New("w")}), 4},
 		{fmt.Errorf("1 of 2: %w", errDamaged), 4},
-		{fmt.Errorf("%w: %w", &qmp.MigrationError{Status: qmp.StatusFailed}, stream.Wrap("header", 0, io.EOF)), 1},
+		{fmt.Errorf("%w: %w", &migration.Error{Status: migration.StatusFailed}, stream.Wrap("header", 0, io.EOF)), 1},
 		{stream.Wrap("header", 0, io.EOF), 5},
 		{stream.Damaged("footer", 12, "x"), 5},
 		{&stream.Error{Op: "header", Err: stream.ErrNotStream}, 5},

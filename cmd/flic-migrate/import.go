@@ -12,8 +12,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/flic-migrate/flic-migrate/qmp/compressor"
-	"github.com/flic-migrate/flic-migrate/stream/saveimage"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/compressor"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/restore"

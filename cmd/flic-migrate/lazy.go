@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
@@ -109,7 +109,7 @@ var (
 	// beginTime is how long the process may take to be ready for a QEMU that is to
 	// recover: one that was held up for longer, by its store, may have been given
 	// up and another asked for, and QEMU does not survive two.
-	beginTime  = qmp.RecoverTime - 10*time.Second
+	beginTime  = migration.RecoverTime - 10*time.Second
 	errTooLate = fmt.Errorf("not ready within %v: another server may have been started", beginTime)
 )
 

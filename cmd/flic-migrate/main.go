@@ -11,7 +11,7 @@ import (
 	"runtime"
 	"runtime/debug"
 
-	"github.com/flic-migrate/flic-migrate/qmp/compressor"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/compressor"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 

@@ -18,9 +18,9 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/flic-migrate/flic-migrate/qmp/compressor"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/compressor"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
-	"github.com/flic-migrate/flic-migrate/stream/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"

@@ -8,7 +8,8 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/qmp/domain"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 )
 
@@ -55,7 +56,7 @@ func (m *monitorFlags) describe(ctx context.Context) (*checkpoint.Libvirt, error
 
 // redialer returns what makes new connections after the first, and what closes
 // them.
-func (m *monitorFlags) redialer() (qmp.Redialer, func()) {
+func (m *monitorFlags) redialer() (migration.Redialer, func()) {
 	var made []*qmp.Monitor
 	redial := func(ctx context.Context) (qmp.Executor, error) {
 		// libvirt's daemon, when it is restarted, is away for some seconds.

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -81,9 +82,9 @@ func TestCheckpointFailures(t *testing.T) {
 		}
 	}
 	slow := func() *fault { return &fault{op: "write", n: 2, stall: time.Second} }
-	status := func(want ...qmp.Status) {
+	status := func(want ...migration.Status) {
 		t.Helper()
-		info, err := qmp.QueryMigrate(ctx, vm.QMP)
+		info, err := migration.Query(ctx, vm.QMP)
 		ok(t, err)
 		if !slices.Contains(want, info.Status) {
 			t.Errorf("QEMU says %s, want %s", info.Status, want)
@@ -93,9 +94,9 @@ func TestCheckpointFailures(t *testing.T) {
 	// Interrupted.
 	a := l.attempts(t, nil, vm.Socket, "--timer", "1m")
 	until(t, "the tracking", func() bool {
-		info, err := qmp.QueryMigrate(ctx, vm.QMP)
+		info, err := migration.Query(ctx, vm.QMP)
 		ok(t, err)
-		return info.Status == qmp.StatusActive && info.RAM.Remaining < 32<<20
+		return info.Status == migration.StatusActive && info.RAM.Remaining < 32<<20
 	})
 	ok(t, a.cmd.Process.Signal(os.Interrupt))
 	a.fails(exitFailed, "stopped by signal: interrupt")
@@ -106,9 +107,9 @@ func TestCheckpointFailures(t *testing.T) {
 		a.fails(exitFailed, "stopped by signal: terminated")
 		unchanged("terminated in mode " + mode)
 		if mode == "background" {
-			status(qmp.StatusCompleted) // QEMU survives nothing else
+			status(migration.StatusCompleted) // QEMU survives nothing else
 		} else {
-			status(qmp.StatusCancelled, qmp.StatusFailed) // we are two who tell it
+			status(migration.StatusCancelled, migration.StatusFailed) // we are two who tell it
 		}
 	}
 
@@ -117,25 +118,25 @@ func TestCheckpointFailures(t *testing.T) {
 		for _, mode := range []string{"stop", "live"} {
 			l.attempts(t, &f, vm.Socket, "--mode", mode).fails(exitNoSpace, unix.ENOSPC.Error())
 			unchanged(fmt.Sprint(f.op, " fails in mode ", mode))
-			status(qmp.StatusFailed)
+			status(migration.StatusFailed)
 		}
 	}
 	l.attempts(t, &fault{op: "syncdir", n: 1, errno: unix.EIO}, vm.Socket, "--mode", "background").fails(exitFailed, unix.EIO.Error())
 	unchanged("the last sync fails in mode background")
-	status(qmp.StatusCompleted) // nobody can tell QEMU
+	status(migration.StatusCompleted) // nobody can tell QEMU
 
 	// Something else is going on.
-	ok(t, qmp.Migrate(ctx, vm.QMP, "exec:exec sleep 1"))
+	ok(t, migration.Start(ctx, vm.QMP, "exec:exec sleep 1"))
 	l.attempts(t, nil, vm.Socket).fails(exitFailed, "already running")
-	ended(t, ctx, vm, qmp.StatusFailed)
+	ended(t, ctx, vm, migration.StatusFailed)
 	unchanged("a migration is running")
 	a = l.attempts(t, slow(), vm.Socket)
-	ok(t, qmp.MigrateCancel(ctx, vm.QMP))
+	ok(t, migration.Cancel(ctx, vm.QMP))
 	a.fails(exitFailed, "qmp: migration ") // cancelled, or failed if it was writing
 	unchanged("somebody has cancelled it")
 
 	// The guest writes too fast.
-	l.attempts(t, nil, vm.Socket, "--mode", "live", "--patience", "1ns", "--give-up").fails(exitFailed, qmp.ErrNoConvergence.Error())
+	l.attempts(t, nil, vm.Socket, "--mode", "live", "--patience", "1ns", "--give-up").fails(exitFailed, migration.ErrNoConvergence.Error())
 	unchanged("given up")
 
 	// Somebody else has the monitor.
@@ -149,9 +150,9 @@ func TestCheckpointFailures(t *testing.T) {
 	p := newProxy(t, vm.Socket)
 	a = l.attempts(t, nil, p.path, "--timer", "1m")
 	until(t, "the tracking", func() bool {
-		info, err := qmp.QueryMigrate(ctx, vm.QMP)
+		info, err := migration.Query(ctx, vm.QMP)
 		ok(t, err)
-		return info.Status == qmp.StatusActive
+		return info.Status == migration.StatusActive
 	})
 	p.cut()
 	a.fails(exitFailed, "lost")
@@ -168,17 +169,17 @@ func TestCheckpointFailures(t *testing.T) {
 	a = l.attempts(t, slow(), vm.Socket, "--mode", "background")
 	ok(t, a.cmd.Process.Kill())
 	_ = a.cmd.Wait()
-	ended(t, ctx, vm, qmp.StatusCompleted)
+	ended(t, ctx, vm, migration.StatusCompleted)
 	runsOn(t, vm)
 	a = l.attempts(t, slow(), vm.Socket, "--mode", "live")
 	ok(t, a.cmd.Process.Kill())
 	_ = a.cmd.Wait()
-	ended(t, ctx, vm, qmp.StatusFailed)
+	ended(t, ctx, vm, migration.StatusFailed)
 	runsOn(t, vm)
 	a = l.attempts(t, slow(), vm.Socket)
 	ok(t, a.cmd.Process.Kill())
 	_ = a.cmd.Wait()
-	ended(t, ctx, vm, qmp.StatusFailed)
+	ended(t, ctx, vm, migration.StatusFailed)
 	if s, err := qmp.QueryStatus(ctx, vm.QMP); err != nil || s.Running {
 		t.Fatalf("%+v, %v: the guest runs, so this shows nothing", s, err)
 	}
@@ -203,7 +204,7 @@ func TestCheckpointBlocked(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	vm := qemutest.Start(t, qemutest.Config{Args: []string{"-device", "nvme,serial=1"}})
-	l.attempts(t, nil, vm.Socket).fails(exitFailed, qmp.ErrBlocked.Error(), "nvme")
+	l.attempts(t, nil, vm.Socket).fails(exitFailed, migration.ErrBlocked.Error(), "nvme")
 	if s, err := qmp.QueryStatus(t.Context(), vm.QMP); err != nil || !s.Running {
 		t.Errorf("%+v, %v", s, err)
 	}

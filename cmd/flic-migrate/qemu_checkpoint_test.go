@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -180,7 +181,7 @@ func TestCheckpointThen(t *testing.T) {
 			}
 			want := ram(t, ctx, vm)
 			// It has not run since, and QEMU does not save it again.
-			l.attempts(t, nil, vm.Socket).fails(exitFailed, qmp.ErrPostmigrate.Error())
+			l.attempts(t, nil, vm.Socket).fails(exitFailed, migration.ErrPostmigrate.Error())
 			l.holds(t, "vm@1")
 			before := "running"
 			if test.paused {

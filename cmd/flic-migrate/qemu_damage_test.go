@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
@@ -225,8 +226,8 @@ func TestSavesThatCannotBegin(t *testing.T) {
 				{"flic-migrate save --vm vm --config " + file + " " + store, file},
 			} {
 				before := len(vm.Output())
-				ok(t, qmp.Migrate(ctx, vm.QMP, "exec:"+test.command+" | tee "+out))
-				ended(t, ctx, vm, qmp.StatusFailed)
+				ok(t, migration.Start(ctx, vm.QMP, "exec:"+test.command+" | tee "+out))
+				ended(t, ctx, vm, migration.StatusFailed)
 				runsOn(t, vm)
 				var lines []string
 				until(t, "the reason", func() bool {

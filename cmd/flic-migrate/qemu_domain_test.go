@@ -14,9 +14,10 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/qmp/domain"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
-	"github.com/flic-migrate/flic-migrate/qmp/rounds"
 )
 
 // libvirtUser is whom the domain's QEMU runs as: anybody but the user of the
@@ -315,7 +316,7 @@ func TestDomainFailures(t *testing.T) {
 	fails("elsewhere", exec.Command("flic-migrate", "track", "--connect", "qemu+ssh://host/system", "--domain", "web1", "--out", d.ws), exitFailed, "another machine")
 	fails("two", d.command("checkpoint", "--qmp", "/x", "vm"), exitUsage, "--qmp and --domain")
 	var refused *qmp.Error
-	if err := qmp.Migrate(t.Context(), vm.QMP, "exec:cat"); err == nil || !strings.Contains(err.Error(), "spawn=deny") {
+	if err := migration.Start(t.Context(), vm.QMP, "exec:cat"); err == nil || !strings.Contains(err.Error(), "spawn=deny") {
 		t.Errorf("exec: %v, %v", err, refused)
 	}
 	unchanged("refused")
@@ -343,9 +344,9 @@ func TestDomainFailures(t *testing.T) {
 		cmd.Stderr = &stderr
 		ok(t, cmd.Start())
 		until(t, "the first pass", func() bool {
-			info, err := qmp.QueryMigrate(t.Context(), vm.QMP)
+			info, err := migration.Query(t.Context(), vm.QMP)
 			ok(t, err)
-			return info.Status == qmp.StatusActive && info.RAM.Remaining < 32<<20
+			return info.Status == migration.StatusActive && info.RAM.Remaining < 32<<20
 		})
 		time.Sleep(300 * time.Millisecond) // into the hold
 		d.Restart(t)

@@ -17,13 +17,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
 // ended waits for a migration's end, which must be the wanted one.
-func ended(t *testing.T, ctx context.Context, vm *qemutest.VM, want qmp.Status) {
+func ended(t *testing.T, ctx context.Context, vm *qemutest.VM, want migration.Status) {
 	t.Helper()
-	info, err := qmp.WaitMigration(ctx, vm.QMP, qmp.StatusFailed, qmp.StatusCancelled)
+	info, err := migration.Wait(ctx, vm.QMP, migration.StatusFailed, migration.StatusCancelled)
 	ok(t, err)
 	if info.Status != want {
 		t.Fatalf("the migration has %s, want %s\n%s", info.Status, want, vm.Output())
@@ -136,11 +137,11 @@ func TestFaults(t *testing.T) {
 			} {
 				t.Logf("%s %d: %v", test.op, test.n, test.errno)
 				f := fault{op: test.op, n: test.n, errno: test.errno, mark: filepath.Join(l.dir, "mark")}
-				ok(t, qmp.Migrate(ctx, vm.QMP, f.uri(l, flags...)))
-				info, err := qmp.WaitMigration(ctx, vm.QMP, qmp.StatusFailed)
+				ok(t, migration.Start(ctx, vm.QMP, f.uri(l, flags...)))
+				info, err := migration.Wait(ctx, vm.QMP, migration.StatusFailed)
 				ok(t, err)
 				switch {
-				case info.Status == qmp.StatusFailed:
+				case info.Status == migration.StatusFailed:
 				case returnPath || !test.late:
 					t.Errorf("QEMU says %s", info.Status)
 					fallthrough
@@ -200,12 +201,12 @@ func TestHoldBack(t *testing.T) {
 					ok(t, qmp.Stop(ctx, vm.QMP))
 				}
 				f := fault{op: "sync", n: 1, stall: 2 * time.Second, errno: unix.EIO, mark: filepath.Join(l.dir, "mark")}
-				ok(t, qmp.Migrate(ctx, vm.QMP, f.uri(l, "--report", l.report())))
+				ok(t, migration.Start(ctx, vm.QMP, f.uri(l, "--report", l.report())))
 				waitForFile(t, f.mark)
 				// QEMU may be in a write of the device tail, and then its
 				// monitor waits with it.
 				for {
-					info, err := qmp.QueryMigrate(ctx, vm.QMP)
+					info, err := migration.Query(ctx, vm.QMP)
 					ok(t, err)
 					if _, err := os.Stat(f.mark + ".end"); err == nil {
 						break
@@ -216,7 +217,7 @@ func TestHoldBack(t *testing.T) {
 					}
 					time.Sleep(10 * time.Millisecond)
 				}
-				ended(t, ctx, vm, qmp.StatusFailed)
+				ended(t, ctx, vm, migration.StatusFailed)
 				if !running {
 					ok(t, qmp.Cont(ctx, vm.QMP))
 				}
@@ -243,11 +244,11 @@ func TestCompletedMeansCommitted(t *testing.T) {
 			vm.WaitFor(t, `tick 00000002\r`)
 			set(t, vm, map[string]any{"max-bandwidth": int64(1) << 40, "downtime-limit": 100}, "return-path")
 			f.stall, f.mark = time.Second, filepath.Join(l.dir, "mark")
-			ok(t, qmp.Migrate(ctx, vm.QMP, f.uri(l)))
+			ok(t, migration.Start(ctx, vm.QMP, f.uri(l)))
 			waitForFile(t, f.mark)
 			answers := 0
 			for {
-				info, err := qmp.QueryMigrate(ctx, vm.QMP)
+				info, err := migration.Query(ctx, vm.QMP)
 				ok(t, err)
 				if _, err := os.Stat(f.mark + ".end"); err == nil {
 					break
@@ -261,7 +262,7 @@ func TestCompletedMeansCommitted(t *testing.T) {
 			if answers < 3 {
 				t.Errorf("QEMU's monitor has answered %d times in %v", answers, f.stall)
 			}
-			ended(t, ctx, vm, qmp.StatusCompleted)
+			ended(t, ctx, vm, migration.StatusCompleted)
 			l.holds(t, "vm@1")
 			restored(t, ctx, c, l.restore("vm"), ram(t, ctx, vm))
 		})
@@ -281,16 +282,16 @@ func TestKilledSaves(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	killed := 0
 	for range 10 {
-		ok(t, qmp.Migrate(ctx, vm.QMP, l.withPid(l.save(hot...))))
+		ok(t, migration.Start(ctx, vm.QMP, l.withPid(l.save(hot...))))
 		pid := l.pid(t)
 		time.Sleep(time.Duration(r.IntN(1000)) * time.Millisecond)
-		info, err := qmp.QueryMigrate(ctx, vm.QMP)
+		info, err := migration.Query(ctx, vm.QMP)
 		ok(t, err)
 		ok(t, syscall.Kill(pid, syscall.SIGKILL))
-		if info.Status != qmp.StatusActive && info.Status != qmp.StatusSetup {
+		if info.Status != migration.StatusActive && info.Status != migration.StatusSetup {
 			t.Fatalf("the migration is %s: too late to kill the save", info.Status)
 		}
-		ended(t, ctx, vm, qmp.StatusFailed)
+		ended(t, ctx, vm, migration.StatusFailed)
 		runsOn(t, vm)
 		if _, err := os.Stat(l.store + "/store.json"); err == nil {
 			if names := l.list(t); len(names) > 0 {
@@ -323,15 +324,15 @@ func TestCancelledSaves(t *testing.T) {
 			vm.WaitFor(t, `tick 00000002\r`)
 			set(t, vm, map[string]any{"max-bandwidth": 16 << 20, "downtime-limit": 100}, capabilities...)
 			flags := append(l.hot(t, vm), "--report", l.report())
-			ok(t, qmp.Migrate(ctx, vm.QMP, l.withPid(l.save(flags...))))
+			ok(t, migration.Start(ctx, vm.QMP, l.withPid(l.save(flags...))))
 			pid := l.pid(t)
 			until(t, "some of the RAM", func() bool {
-				info, err := qmp.QueryMigrate(ctx, vm.QMP)
+				info, err := migration.Query(ctx, vm.QMP)
 				ok(t, err)
 				return info.RAM != nil && info.RAM.Transferred > 2<<20
 			})
-			ok(t, qmp.MigrateCancel(ctx, vm.QMP))
-			ended(t, ctx, vm, qmp.StatusCancelled)
+			ok(t, migration.Cancel(ctx, vm.QMP))
+			ended(t, ctx, vm, migration.StatusCancelled)
 			runsOn(t, vm)
 			gone(t, pid)
 			if o := l.outcome(t); o.ExitCode != exitStream {
@@ -368,8 +369,8 @@ func TestFullStore(t *testing.T) {
 	fails := func(reason string) {
 		t.Helper()
 		before := free()
-		ok(t, qmp.Migrate(ctx, vm.QMP, l.save("--report", l.report())))
-		ended(t, ctx, vm, qmp.StatusFailed)
+		ok(t, migration.Start(ctx, vm.QMP, l.save("--report", l.report())))
+		ended(t, ctx, vm, migration.StatusFailed)
 		runsOn(t, vm)
 		if o := l.outcome(t); o.ExitCode != exitNoSpace || !strings.Contains(o.Error, reason) {
 			t.Errorf("the save says %+v", o)

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -101,13 +102,13 @@ func endOf(t *testing.T, pid int) <-chan time.Time {
 
 // ending waits for the event that says how a migration ended, and returns the time
 // in it. The capability events must be on.
-func ending(t *testing.T, ctx context.Context, events <-chan qmp.Event) (qmp.Status, time.Time) {
+func ending(t *testing.T, ctx context.Context, events <-chan qmp.Event) (migration.Status, time.Time) {
 	t.Helper()
 	for {
 		select {
 		case e := <-events:
-			if status, _ := e.Data["status"].(string); e.Event == "MIGRATION" && qmp.Status(status).Ended() {
-				return qmp.Status(status), time.Unix(e.Timestamp.Seconds, e.Timestamp.Microseconds*1000)
+			if status, _ := e.Data["status"].(string); e.Event == "MIGRATION" && migration.Status(status).Ended() {
+				return migration.Status(status), time.Unix(e.Timestamp.Seconds, e.Timestamp.Microseconds*1000)
 			}
 		case <-ctx.Done():
 			t.Fatal(ctx.Err())
@@ -163,7 +164,7 @@ func TestSavesDoNotHang(t *testing.T) {
 				}
 				soon(t, func() string {
 					w.wait(t)
-					ok(t, qmp.Migrate(ctx, vm.QMP, l.withPid(uri)))
+					ok(t, migration.Start(ctx, vm.QMP, l.withPid(uri)))
 					end := endOf(t, l.pid(t))
 					status, ended := ending(t, ctx, events)
 					gone := <-end
@@ -188,7 +189,7 @@ func TestSavesDoNotHang(t *testing.T) {
 					late := fmt.Sprintf("%s, %s: gone %v after its report and %v after QEMU's word; QEMU's monitor took up to %v, with %v allowed",
 						what, status, lag, gone.Sub(ended), wait, within)
 					t.Log(late)
-					if status == qmp.StatusCompleted {
+					if status == migration.StatusCompleted {
 						ok(t, qmp.Cont(ctx, vm.QMP))
 					}
 					runsOn(t, vm)
@@ -223,10 +224,10 @@ func TestRestoresDoNotHang(t *testing.T) {
 		events, err := vm.QMP.Events(ctx)
 		ok(t, err)
 		w.wait(t)
-		ok(t, qmp.MigrateIncoming(ctx, vm.QMP, l.withPid(uri)))
+		ok(t, migration.Incoming(ctx, vm.QMP, l.withPid(uri)))
 		end := endOf(t, l.pid(t))
 		status, ended := ending(t, ctx, events)
-		if status != qmp.StatusCompleted {
+		if status != migration.StatusCompleted {
 			t.Fatalf("%s: %s\n%s", uri, status, vm.Output())
 		}
 		lag = (<-end).Sub(ended)

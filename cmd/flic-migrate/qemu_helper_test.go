@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -242,9 +243,9 @@ func set(t *testing.T, vm *qemutest.VM, parameters map[string]any, capabilities 
 	for _, name := range capabilities {
 		on[name] = true
 	}
-	ok(t, qmp.SetCapabilities(t.Context(), vm.QMP, on))
+	ok(t, migration.SetCapabilities(t.Context(), vm.QMP, on))
 	if parameters != nil {
-		ok(t, qmp.SetParameters(t.Context(), vm.QMP, parameters))
+		ok(t, migration.SetParameters(t.Context(), vm.QMP, parameters))
 	}
 }
 
@@ -296,7 +297,7 @@ func ram(t *testing.T, ctx context.Context, vm *qemutest.VM) map[string][]byte {
 func restored(t *testing.T, ctx context.Context, c qemutest.Config, uri string, want map[string][]byte) *qemutest.VM {
 	t.Helper()
 	vm := qemutest.Start(t, destination(c, uri))
-	if _, err := qmp.WaitMigration(ctx, vm.QMP); err != nil {
+	if _, err := migration.Wait(ctx, vm.QMP); err != nil {
 		t.Fatalf("%s: %v\n%s", uri, err, vm.Output())
 	}
 	if diff := qemutest.DiffRAM(want, ram(t, ctx, vm)); diff != "" {

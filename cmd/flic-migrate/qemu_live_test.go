@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -80,13 +81,13 @@ func TestRunningLinux(t *testing.T) {
 	before := stop(t, ctx, source)
 	tick := lastTick(t, source.Console(), 10)
 	set(t, source, map[string]any{"max-bandwidth": 16 << 20}, "background-snapshot")
-	ok(t, qmp.Migrate(ctx, source.QMP, l.save()))
+	ok(t, migration.Start(ctx, source.QMP, l.save()))
 	// QEMU 7.2 lets the guest run by itself, later ones as it was.
-	if _, err := qmp.WaitMigration(ctx, source.QMP, qmp.StatusActive); err != nil {
+	if _, err := migration.Wait(ctx, source.QMP, migration.StatusActive); err != nil {
 		t.Fatal(err)
 	}
 	ok(t, qmp.Cont(ctx, source.QMP))
-	if _, err := qmp.WaitMigration(ctx, source.QMP); err != nil {
+	if _, err := migration.Wait(ctx, source.QMP); err != nil {
 		t.Fatalf("%v\n%s", err, source.Output())
 	}
 	if now := lastTick(t, source.Console(), 10); now < tick+3 {
@@ -99,7 +100,7 @@ func TestRunningLinux(t *testing.T) {
 	checks(t, vm)
 	vm.Kill()
 
-	ok(t, qmp.SetCapabilities(ctx, source.QMP, map[string]bool{"background-snapshot": false}))
+	ok(t, migration.SetCapabilities(ctx, source.QMP, map[string]bool{"background-snapshot": false}))
 	set(t, source, map[string]any{"max-bandwidth": 64 << 20, "downtime-limit": 20})
 	saved(t, ctx, source, l.save(l.hot(t, source)...))
 	tick = lastTick(t, source.Console(), 10)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
@@ -113,7 +114,7 @@ func TestPowerCutAtCompleted(t *testing.T) {
 				if value != 0 {
 					return
 				}
-				info, err := qmp.QueryMigrate(ctx, vm.QMP)
+				info, err := migration.Query(ctx, vm.QMP)
 				if err != nil || info.Status.Ended() {
 					t.Errorf("before it was told, QEMU says %s, %v", info.Status, err)
 				}
@@ -122,13 +123,13 @@ func TestPowerCutAtCompleted(t *testing.T) {
 			return err
 		}
 		go func() { done <- save() }()
-		ok(t, qmp.Migrate(ctx, vm.QMP, "unix:"+filepath.Join(dir, "migration")))
+		ok(t, migration.Start(ctx, vm.QMP, "unix:"+filepath.Join(dir, "migration")))
 		// The disk of each instant, with QEMU's word from just before it.
 		var cuts []*crashfs.FS
 		for {
-			info, err := qmp.QueryMigrate(ctx, vm.QMP)
+			info, err := migration.Query(ctx, vm.QMP)
 			ok(t, err)
-			if info.Status == qmp.StatusCompleted {
+			if info.Status == migration.StatusCompleted {
 				for seed := range uint64(5) {
 					cuts = append(cuts, disk.CrashClone(seed))
 				}
@@ -159,7 +160,7 @@ func TestPowerCutAtCompleted(t *testing.T) {
 		ok(t, err)
 		_, err = conn.Write(whole(t, cuts[n], ref))
 		ok(t, errors.Join(err, conn.Close()))
-		_, err = qmp.WaitMigration(ctx, destination.QMP)
+		_, err = migration.Wait(ctx, destination.QMP)
 		ok(t, err)
 		if diff := qemutest.DiffRAM(want, ram(t, ctx, destination)); diff != "" {
 			t.Errorf("restored RAM differs: %s", diff)

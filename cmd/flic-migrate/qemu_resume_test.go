@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -224,7 +225,7 @@ func state(t *testing.T, vm *qemutest.VM, want string) {
 // postcopy tells whether the capability is on, with which a save would hang.
 func postcopy(t *testing.T, vm *qemutest.VM) bool {
 	t.Helper()
-	c, err := qmp.Capabilities(t.Context(), vm.QMP)
+	c, err := migration.Capabilities(t.Context(), vm.QMP)
 	ok(t, err)
 	return c["postcopy-ram"]
 }
@@ -353,7 +354,7 @@ func TestResumeText(t *testing.T) {
 				return s.Status != "inmigrate"
 			})
 		case strings.HasPrefix(line, "# after the MIGRATION"):
-			_, err := qmp.WaitMigration(ctx, vm.QMP)
+			_, err := migration.Wait(ctx, vm.QMP)
 			ok(t, err)
 		case strings.HasPrefix(line, "{"):
 			var command struct {
@@ -426,8 +427,8 @@ func TestResumeEagerly(t *testing.T) {
 			incoming.Args = append(incoming.Args, "-global", "migration.x-postcopy-ram=on")
 		}
 		vm := qemutest.Start(t, incoming)
-		ok(t, qmp.MigrateIncoming(ctx, vm.QMP, l.restore("--lazy", tc.lazy, "--report", report, "vm@1")))
-		if _, err := qmp.WaitMigration(ctx, vm.QMP); err != nil {
+		ok(t, migration.Incoming(ctx, vm.QMP, l.restore("--lazy", tc.lazy, "--report", report, "vm@1")))
+		if _, err := migration.Wait(ctx, vm.QMP); err != nil {
 			t.Fatalf("%+v: %v\n%s", tc, err, vm.Output())
 		}
 		if diff := qemutest.DiffRAM(before, ram(t, ctx, vm)); diff != "" {
@@ -472,7 +473,7 @@ func TestResumeRefused(t *testing.T) {
 		vm := qemutest.Start(t, other)
 		l.fails(t, "flic-migrate", vm, exitFailed, append(tc.words, "not the machine that was saved"), "vm@1")
 		state(t, vm, "inmigrate")
-		if m, err := qmp.QueryMigrate(ctx, vm.QMP); err != nil || m.Status != qmp.StatusNone {
+		if m, err := migration.Query(ctx, vm.QMP); err != nil || m.Status != migration.StatusNone {
 			t.Errorf("%s: the migration is %s, %v", tc.name, m.Status, err)
 		}
 		if postcopy(t, vm) {
@@ -704,7 +705,7 @@ func TestResumeRegains(t *testing.T) {
 		r := l.resumesWith(t, "flic-migrate-cut", []string{dies}, "--lazy", "always", "--learn", "200ms", "--qmp", vm.Socket, "vm@1")
 		doc, _ := r.outcome(t)
 		t.Logf("running after %v, all there after %v", doc.Running, doc.Resident)
-		if doc.ExitCode != 0 || doc.State != "running" || strings.Count(r.stderr.String(), "another goes on") != 2 || doc.Resident > qmp.RecoverTime/2 {
+		if doc.ExitCode != 0 || doc.State != "running" || strings.Count(r.stderr.String(), "another goes on") != 2 || doc.Resident > migration.RecoverTime/2 {
 			t.Errorf("%+v\n%s", doc, r.stderr.String())
 		}
 		runsOn(t, vm)
@@ -844,7 +845,7 @@ func TestResumeKilled(t *testing.T) {
 	r.says(t, `vm@2: running after`)
 	server := r.server(t)
 	ok(t, r.cmd.Process.Kill())
-	if m, err := qmp.WaitMigration(ctx, vm.QMP); err != nil || m.Status != qmp.StatusCompleted {
+	if m, err := migration.Wait(ctx, vm.QMP); err != nil || m.Status != migration.StatusCompleted {
 		t.Errorf("%+v, %v", m, err)
 	}
 	until(t, "the server's end", func() bool { return !alive(server) })

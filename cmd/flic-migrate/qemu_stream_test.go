@@ -6,7 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -64,7 +64,7 @@ func TestByteIdentity(t *testing.T) {
 
 			copyOf := func() *qemutest.VM {
 				vm := qemutest.Start(t, destination(c, "exec:cat "+file("ran")))
-				_, err := qmp.WaitMigration(ctx, vm.QMP)
+				_, err := migration.Wait(ctx, vm.QMP)
 				ok(t, err)
 				set(t, vm, fast)
 				return vm

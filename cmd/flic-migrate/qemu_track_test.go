@@ -13,17 +13,18 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
-	"github.com/flic-migrate/flic-migrate/qmp/rounds"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // settings are a QEMU's migration capabilities and parameters.
 func settings(t *testing.T, vm *qemutest.VM) string {
 	t.Helper()
-	c, err := qmp.Capabilities(t.Context(), vm.QMP)
+	c, err := migration.Capabilities(t.Context(), vm.QMP)
 	ok(t, err)
-	p, err := qmp.Parameters(t.Context(), vm.QMP)
+	p, err := migration.Parameters(t.Context(), vm.QMP)
 	ok(t, err)
 	b, err := json.Marshal([]any{c, p})
 	ok(t, err)
@@ -188,9 +189,9 @@ func TestTrackFailures(t *testing.T) {
 		cmd.Stderr = &stderr
 		ok(t, cmd.Start())
 		until(t, "the first pass", func() bool {
-			info, err := qmp.QueryMigrate(ctx, vm.QMP)
+			info, err := migration.Query(ctx, vm.QMP)
 			ok(t, err)
-			return info.Status == qmp.StatusActive && info.RAM.Remaining < 32<<20
+			return info.Status == migration.StatusActive && info.RAM.Remaining < 32<<20
 		})
 		time.Sleep(500 * time.Millisecond) // into the hold
 		return cmd, &stderr
@@ -222,10 +223,10 @@ func TestTrackFailures(t *testing.T) {
 	}
 	unchanged("terminated")
 
-	ok(t, qmp.Migrate(ctx, vm.QMP, "exec:exec sleep 1"))
+	ok(t, migration.Start(ctx, vm.QMP, "exec:exec sleep 1"))
 	out, err := exec.Command("flic-migrate", "track", "--qmp", vm.Socket, "--out", l.ws, "--interval", "1s").CombinedOutput()
 	failed("migrating", err, string(out), "already running")
-	_, _ = qmp.WaitMigration(ctx, vm.QMP, qmp.StatusFailed)
+	_, _ = migration.Wait(ctx, vm.QMP, migration.StatusFailed)
 	unchanged("migrating")
 
 	// A process that is killed can't put settings back, but the guest runs. The
@@ -233,7 +234,7 @@ func TestTrackFailures(t *testing.T) {
 	cmd, _ = begin()
 	ok(t, cmd.Process.Kill())
 	_ = cmd.Wait()
-	ended(t, ctx, vm, qmp.StatusFailed)
+	ended(t, ctx, vm, migration.StatusFailed)
 	runsOn(t, vm)
 	if after := settings(t, vm); after == before {
 		t.Error("a killed process has restored settings: this shows nothing")

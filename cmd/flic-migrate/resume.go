@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -88,7 +89,7 @@ type resumeReport struct {
 	Checkpoint string `json:"checkpoint"` // NAME@N
 	ExitCode   int    `json:"exit_code"`
 	Error      string `json:"error,omitempty"`
-	qmp.ResumeReport
+	migration.ResumeReport
 	// Server is the report of the process that served the memory.
 	Server json.RawMessage `json:"server,omitempty"`
 }
@@ -134,19 +135,19 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		defer os.Remove(files.report)
 		defer os.Remove(files.status)
 	}
-	server := func(k qmp.ServerKind) []string { return r.server(dir, c.Ref, k, files) }
-	o := qmp.ResumeOptions{
-		URI: func(k qmp.ServerKind) string { return execURI(server(k)) },
-		Serve: func(k qmp.ServerKind, out *os.File) (func(), error) {
-			return startServer(server(k), out, k != qmp.EagerServer)
+	server := func(k migration.ServerKind) []string { return r.server(dir, c.Ref, k, files) }
+	o := migration.ResumeOptions{
+		URI: func(k migration.ServerKind) string { return execURI(server(k)) },
+		Serve: func(k migration.ServerKind, out *os.File) (func(), error) {
+			return startServer(server(k), out, k != migration.EagerServer)
 		},
 		Connect: func(socket string) error {
-			_, err := startServer(append(server(qmp.RecoveringServer), "--socket", socket), nil, false)
+			_, err := startServer(append(server(migration.RecoveringServer), "--socket", socket), nil, false)
 			return err
 		},
 		Gone:        files.serverGone,
 		ID:          c.Meta.UUID.String(),
-		Lazy:        qmp.LazyMode(r.lazy.value),
+		Lazy:        migration.LazyMode(r.lazy.value),
 		NotPossible: lazy.Possible(c),
 		RunState:    c.Meta.RunState,
 		Paused:      r.paused,
@@ -162,7 +163,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	defer m.Close()
 	doc := resumeReport{Checkpoint: c.Ref.String()}
 	err = r.drive(ctx, m, o, files, &doc)
-	if errors.Is(err, qmp.ErrServerDied) {
+	if errors.Is(err, migration.ErrServerDied) {
 		err = fmt.Errorf("%w: run %s", err, r.again(dir, c.Ref, "--qmp", r.monitor.qmp))
 	}
 	return errors.Join(err, r.show(doc, err))
@@ -182,10 +183,10 @@ func (r *resumeCmd) again(dir string, ref store.Ref, flags ...string) string {
 }
 
 // drive restores and watches the server meanwhile.
-func (r *resumeCmd) drive(ctx context.Context, m *qmp.Monitor, o qmp.ResumeOptions, files serverFiles, doc *resumeReport) error {
+func (r *resumeCmd) drive(ctx context.Context, m *qmp.Monitor, o migration.ResumeOptions, files serverFiles, doc *resumeReport) error {
 	p := newProgress(r.stderr, r.quiet)
 	running := make(chan struct{})
-	o.Running = func(rep qmp.ResumeReport) {
+	o.Running = func(rep migration.ResumeReport) {
 		close(running)
 		if !r.quiet {
 			fmt.Fprintf(r.stderr, "flic-migrate: %s: %s after %d ms\n", doc.Checkpoint, rep.State, rep.Running.Milliseconds())
@@ -218,9 +219,9 @@ func (r *resumeCmd) drive(ctx context.Context, m *qmp.Monitor, o qmp.ResumeOptio
 	}()
 	var err error
 	if r.recover {
-		doc.ResumeReport, err = qmp.Recover(ctx, m, o)
+		doc.ResumeReport, err = migration.Recover(ctx, m, o)
 	} else {
-		doc.ResumeReport, err = qmp.Resume(ctx, m, o)
+		doc.ResumeReport, err = migration.Resume(ctx, m, o)
 	}
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -274,13 +275,13 @@ func (f serverFiles) serverGone() bool {
 }
 
 // server is the command line of the restoring filter.
-func (r *resumeCmd) server(dir string, ref store.Ref, k qmp.ServerKind, files serverFiles) []string {
+func (r *resumeCmd) server(dir string, ref store.Ref, k migration.ServerKind, files serverFiles) []string {
 	exe, err := os.Executable()
 	if err != nil {
 		exe = "flic-migrate"
 	}
 	args := []string{exe, "restore", "--quiet", "--store", dir, "--lazy"}
-	if k == qmp.EagerServer {
+	if k == migration.EagerServer {
 		args = append(args, "never")
 	} else {
 		args = append(args, "always")
@@ -291,7 +292,7 @@ func (r *resumeCmd) server(dir string, ref store.Ref, k qmp.ServerKind, files se
 	if files.report != "" {
 		args = append(args, "--report", files.report, "--status", files.status)
 	}
-	if k == qmp.RecoveringServer {
+	if k == migration.RecoveringServer {
 		args = append(args, "--recover")
 	}
 	if r.nvram != "" {
@@ -352,10 +353,10 @@ func shellQuote(s string) string {
 	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
-func expect(m *checkpoint.Meta) qmp.Expect {
-	e := qmp.Expect{Machine: m.Machine}
+func expect(m *checkpoint.Meta) migration.Expect {
+	e := migration.Expect{Machine: m.Machine}
 	for _, b := range m.Blocks {
-		e.Blocks = append(e.Blocks, qmp.RAMBlock{Name: b.Name, Used: b.Used})
+		e.Blocks = append(e.Blocks, migration.RAMBlock{Name: b.Name, Used: b.Used})
 	}
 	return e
 }
@@ -411,10 +412,10 @@ func (r *resumeCmd) show(doc resumeReport, failed error) error {
 }
 
 // printCommands writes what Resume would do as QMP commands.
-func (r *resumeCmd) printCommands(o qmp.ResumeOptions) error {
-	lazily, kind := o.NotPossible == nil && o.Lazy != qmp.LazyNever, qmp.EagerServer
+func (r *resumeCmd) printCommands(o migration.ResumeOptions) error {
+	lazily, kind := o.NotPossible == nil && o.Lazy != migration.LazyNever, migration.EagerServer
 	if lazily {
-		kind = qmp.LazyServer
+		kind = migration.LazyServer
 	}
 	command := func(name string, args any) string {
 		doc := map[string]any{"execute": name}
@@ -435,7 +436,7 @@ func (r *resumeCmd) printCommands(o qmp.ResumeOptions) error {
 	if r.recover {
 		lines = append(lines,
 			`# on a connection negotiated with {"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}, in postcopy-paused:`,
-			command("migrate-recover", map[string]any{"uri": o.URI(qmp.RecoveringServer)}))
+			command("migrate-recover", map[string]any{"uri": o.URI(migration.RecoveringServer)}))
 	} else {
 		lines = append(lines, "# QEMU: -incoming defer -S", capability("events", true))
 		if lazily {

@@ -7,8 +7,8 @@ import (
 	"fmt"
 	"net"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/qmp/domain"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
@@ -38,7 +38,7 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 	}
 	server := restoreReport{Checkpoint: c.Ref.String()}
 	o := domain.RestoreOptions{
-		Lazy:        qmp.LazyMode(r.lazy.value),
+		Lazy:        migration.LazyMode(r.lazy.value),
 		NotPossible: lazy.Possible(c),
 		Paused:      r.paused || c.Meta.RunState != "" && c.Meta.RunState != "running",
 		Recover:     r.recover,
@@ -76,7 +76,7 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 		},
 	}
 	if !r.quiet {
-		o.Running = func(rep qmp.ResumeReport) {
+		o.Running = func(rep migration.ResumeReport) {
 			fmt.Fprintf(r.stderr, "flic-migrate: %v: %s after %d ms\n", c.Ref, rep.State, rep.Running.Milliseconds())
 		}
 	}
@@ -90,7 +90,7 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 	if line, e := json.Marshal(server); e == nil {
 		doc.Server = line
 	}
-	if errors.Is(err, qmp.ErrServerDied) {
+	if errors.Is(err, migration.ErrServerDied) {
 		flags := []string{"--domain", r.monitor.domain}
 		if r.monitor.connect != "" {
 			flags = append(flags, "--connect", r.monitor.connect)

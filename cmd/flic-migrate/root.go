@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -171,7 +172,11 @@ func describe(c *cobra.Command) {
 
 // openStore opens the store of --store.
 func (a *app) openStore(create bool) (*store.Store, error) {
-	return store.Open(a.fs, a.store, create)
+	st, err := store.Open(a.fs, a.store, create)
+	if err == nil {
+		st.LooseHeader = saveimage.Skip
+	}
+	return st, err
 }
 
 // log is where warnings of the library go: to stderr, a line each.

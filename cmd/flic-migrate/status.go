@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 )
 
@@ -134,9 +134,9 @@ func (w *serverWatch) run(ctx context.Context) error {
 			gone = time.Now()
 		case time.Since(gone) > lastWord:
 			if w.recover {
-				return fmt.Errorf("%w (the new one too)", qmp.ErrServerDied)
+				return fmt.Errorf("%w (the new one too)", migration.ErrServerDied)
 			}
-			return fmt.Errorf("%w: its server, process %d, has died, and this QEMU waits for ever: end it and start another", qmp.ErrBeforeRun, w.seen.PID)
+			return fmt.Errorf("%w: its server, process %d, has died, and this QEMU waits for ever: end it and start another", migration.ErrBeforeRun, w.seen.PID)
 		}
 	}
 }

@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 )
 
@@ -113,8 +113,8 @@ func TestServerGone(t *testing.T) {
 		recover bool
 		want    error
 	}{
-		{"died", dead, false, false, false, qmp.ErrBeforeRun},
-		{"died in a recovery", dead, true, false, true, qmp.ErrServerDied},
+		{"died", dead, false, false, false, migration.ErrBeforeRun},
+		{"died in a recovery", dead, true, false, true, migration.ErrServerDied},
 		{"ended with a report", dead, true, false, false, nil},
 		{"died after RUN", dead, false, true, false, nil},
 		{"lives", status{PID: os.Getpid(), Namespace: pidNamespace()}, false, false, false, nil},

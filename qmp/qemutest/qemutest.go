@@ -36,6 +36,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 )
 
 // LiveMemory is a memory size for guests that are migrated while they run: large
@@ -82,7 +83,7 @@ type Config struct {
 	// never written: QEMU keeps what the guest writes in a temporary file.
 	Disk string
 	// Incoming is the value of -incoming, none if empty. A restore that is meant
-	// to fail needs "defer" and qmp.MigrateIncoming: QEMU exits when a restore
+	// to fail needs "defer" and migration.Incoming: QEMU exits when a restore
 	// fails, and with "exec:..." may do so before the harness is connected.
 	Incoming string
 	// Paused starts the VM with -S.
@@ -404,11 +405,11 @@ func Change(arch string, first, pages, perTick uint32) []string {
 }
 
 // Save stops nothing: it migrates to the uri and waits for the end.
-func (vm *VM) Save(ctx context.Context, uri string) (qmp.MigrationInfo, error) {
-	if err := qmp.Migrate(ctx, vm.QMP, uri); err != nil {
-		return qmp.MigrationInfo{}, err
+func (vm *VM) Save(ctx context.Context, uri string) (migration.Info, error) {
+	if err := migration.Start(ctx, vm.QMP, uri); err != nil {
+		return migration.Info{}, err
 	}
-	return qmp.WaitMigration(ctx, vm.QMP)
+	return migration.Wait(ctx, vm.QMP)
 }
 
 // Pid returns QEMU's process id.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
 )
 
@@ -67,7 +68,7 @@ func linuxSaveAndRestore(t *testing.T, config Config) {
 
 	config.Incoming, config.Paused = "exec:cat "+file, true
 	vm = Start(t, config)
-	if _, err := qmp.WaitMigration(ctx, vm.QMP); err != nil {
+	if _, err := migration.Wait(ctx, vm.QMP); err != nil {
 		t.Fatal(err)
 	}
 	after, err := vm.RAM(ctx)
@@ -253,7 +254,7 @@ func TestFailures(t *testing.T) {
 		t.Error("a vax was launched")
 	}
 	vm := Start(t, Config{Memory: "16M", Incoming: "defer"})
-	if err := qmp.MigrateIncoming(t.Context(), vm.QMP, "exec:echo nonsense"); err != nil {
+	if err := migration.Incoming(t.Context(), vm.QMP, "exec:echo nonsense"); err != nil {
 		t.Fatal(err)
 	}
 	if err := vm.ExitError(); err == nil || !strings.Contains(vm.Output(), "Not a migration stream") {
@@ -284,7 +285,7 @@ func TestKillEndsChildren(t *testing.T) {
 	ctx := timeout(t)
 	vm := Start(t, Config{Memory: "16M", Paused: true})
 	file := filepath.Join(t.TempDir(), "pid")
-	if err := qmp.Migrate(ctx, vm.QMP, "exec:echo $$ > "+file+"; exec sleep 10000"); err != nil {
+	if err := migration.Start(ctx, vm.QMP, "exec:echo $$ > "+file+"; exec sleep 10000"); err != nil {
 		t.Fatal(err)
 	}
 	var stat string

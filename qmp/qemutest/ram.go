@@ -11,11 +11,12 @@ import (
 	"strings"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 )
 
 // Block is one of QEMU's RAM blocks.
 type Block struct {
-	qmp.RAMBlock
+	migration.RAMBlock
 	// Guest is the guest-physical address of its beginning. A block that the
 	// guest cannot see has none, and cannot be read by this package.
 	Guest  uint64
@@ -32,7 +33,7 @@ var (
 
 // Blocks returns the RAM blocks, in the order QEMU names them.
 func (vm *VM) Blocks(ctx context.Context) ([]Block, error) {
-	named, err := qmp.RAMBlocks(ctx, vm.QMP)
+	named, err := migration.RAMBlocks(ctx, vm.QMP)
 	if err != nil {
 		return nil, err
 	}

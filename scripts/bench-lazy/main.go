@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
@@ -83,7 +84,7 @@ func (b *bench) save(vm *qemutest.VM, config qemutest.Config, name string) (save
 	s := saved{config: config, stream: filepath.Join(b.dir, name+".stream"), store: filepath.Join(b.dir, name+".store")}
 	s.config.Args = nil // not loaded again
 	s.config.Incoming, s.config.Paused = "defer", true
-	if err := qmp.SetParameters(b.ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
+	if err := migration.SetParameters(b.ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
 		return s, err
 	}
 	uri, err := child{Op: "save", Store: s.store}.uri()
@@ -137,14 +138,14 @@ func (b *bench) restore(s saved, uri string, postcopy bool, ask, report string) 
 		capabilities = capabilities[:1]
 	}
 	for _, c := range capabilities {
-		if err := qmp.SetCapabilities(b.ctx, vm.QMP, c); err != nil {
+		if err := migration.SetCapabilities(b.ctx, vm.QMP, c); err != nil {
 			return r, err
 		}
 	}
 	// The kernel still takes back the memory of the one before.
 	time.Sleep(500 * time.Millisecond)
 	start := time.Now()
-	if err := qmp.MigrateIncoming(b.ctx, vm.QMP, uri); err != nil {
+	if err := migration.Incoming(b.ctx, vm.QMP, uri); err != nil {
 		return r, err
 	}
 	if err := b.untilRunning(vm); err != nil {
@@ -153,7 +154,7 @@ func (b *bench) restore(s saved, uri string, postcopy bool, ask, report string) 
 	r.running = time.Since(start)
 	done := make(chan error, 1)
 	go func() {
-		_, err := qmp.WaitMigration(b.ctx, vm.QMP)
+		_, err := migration.Wait(b.ctx, vm.QMP)
 		r.resident = time.Since(start)
 		done <- err
 	}()
@@ -209,7 +210,7 @@ func (b *bench) resume(s saved, command string) (r restored, err error) {
 	if err = errors.Join(err, cmd.Wait()); err != nil {
 		return r, err
 	}
-	var rep qmp.ResumeReport
+	var rep migration.ResumeReport
 	if err := json.Unmarshal([]byte(out.String()), &rep); err != nil {
 		return r, err
 	}

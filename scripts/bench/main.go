@@ -29,6 +29,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -316,7 +317,7 @@ func (b *bench) qemu() error {
 		return err
 	}
 	// Nothing but the tool is to be the limit.
-	if err := qmp.SetParameters(ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
+	if err := migration.SetParameters(ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
 		return err
 	}
 	b.recorded = filepath.Join(b.dir, "debian-512M.stream")
@@ -383,10 +384,10 @@ func (b *bench) restore(ctx context.Context, command, file string) (sample, erro
 	}
 	defer vm.Kill()
 	start := time.Now()
-	if err := qmp.MigrateIncoming(ctx, vm.QMP, "exec:"+strings.ReplaceAll(command, "$F", "'"+file+"'")); err != nil {
+	if err := migration.Incoming(ctx, vm.QMP, "exec:"+strings.ReplaceAll(command, "$F", "'"+file+"'")); err != nil {
 		return sample{}, err
 	}
-	if _, err := qmp.WaitMigration(ctx, vm.QMP); err != nil {
+	if _, err := migration.Wait(ctx, vm.QMP); err != nil {
 		return sample{}, fmt.Errorf("%w\n%s", err, vm.Output())
 	}
 	return sample{wall: time.Since(start)}, nil

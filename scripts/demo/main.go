@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -204,7 +205,7 @@ func (d *demo) expect(vm *qemutest.VM, pattern string) ([]string, error) {
 }
 
 func (d *demo) save(vm *qemutest.VM, command string) (time.Duration, error) {
-	if err := qmp.SetParameters(d.ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
+	if err := migration.SetParameters(d.ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
 		return 0, err
 	}
 	start := time.Now()
@@ -218,9 +219,9 @@ func (d *demo) restore(command string) (*qemutest.VM, time.Duration, error) {
 		return nil, 0, err
 	}
 	start := time.Now()
-	err = qmp.MigrateIncoming(d.ctx, vm.QMP, "exec:"+command)
+	err = migration.Incoming(d.ctx, vm.QMP, "exec:"+command)
 	if err == nil {
-		_, err = qmp.WaitMigration(d.ctx, vm.QMP)
+		_, err = migration.Wait(d.ctx, vm.QMP)
 	}
 	if err != nil {
 		vm.Kill()

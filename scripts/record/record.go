@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
@@ -143,7 +144,7 @@ func setCapabilities(ctx context.Context, vm *qemutest.VM, names []string) error
 	for _, name := range names {
 		on[name] = true
 	}
-	return qmp.SetCapabilities(ctx, vm.QMP, on)
+	return migration.SetCapabilities(ctx, vm.QMP, on)
 }
 
 func (r *recording) save(ctx context.Context, vm *qemutest.VM, file string) error {
@@ -155,7 +156,7 @@ func (r *recording) save(ctx context.Context, vm *qemutest.VM, file string) erro
 	for name, value := range r.parameters {
 		parameters[name] = value
 	}
-	if err := qmp.SetParameters(ctx, vm.QMP, parameters); err != nil {
+	if err := migration.SetParameters(ctx, vm.QMP, parameters); err != nil {
 		return err
 	}
 	uri := "exec:cat > " + file
@@ -172,7 +173,7 @@ func (r *recording) save(ctx context.Context, vm *qemutest.VM, file string) erro
 	if err := vm.QMP.Execute(ctx, "migrate", map[string]any{"uri": uri, "blk": r.blocks}, nil); err != nil {
 		return err
 	}
-	_, err := qmp.WaitMigration(ctx, vm.QMP)
+	_, err := migration.Wait(ctx, vm.QMP)
 	return err
 }
 
@@ -202,7 +203,7 @@ func (r *recording) restore(ctx context.Context, dir, file string, before map[st
 		return err
 	}
 	defer vm.Kill()
-	if _, err := qmp.WaitMigration(ctx, vm.QMP); err != nil {
+	if _, err := migration.Wait(ctx, vm.QMP); err != nil {
 		return fmt.Errorf("%w\n%s", err, vm.Output())
 	}
 	after, err := vm.RAM(ctx)
@@ -241,7 +242,7 @@ func (r *recording) load(ctx context.Context, dir, file string) (*qemutest.VM, e
 		vm.Kill()
 		return nil, err
 	}
-	if err := qmp.MigrateIncoming(ctx, vm.QMP, "exec:cat "+file); err != nil {
+	if err := migration.Incoming(ctx, vm.QMP, "exec:cat "+file); err != nil {
 		vm.Kill()
 		return nil, err
 	}

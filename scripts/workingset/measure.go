@@ -11,8 +11,9 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
-	"github.com/flic-migrate/flic-migrate/qmp/rounds"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -156,7 +157,7 @@ func hotPages(s *workingset.Set) pages {
 // save stops the guest, saves its stream and lets it run on; it returns what it
 // had in memory.
 func (e *evaluation) save(file string) (ram []byte, err error) {
-	if err := qmp.SetParameters(e.ctx, e.vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
+	if err := migration.SetParameters(e.ctx, e.vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
 		return nil, err
 	}
 	if err := qmp.Stop(e.ctx, e.vm.QMP); err != nil {
@@ -180,9 +181,9 @@ func (e *evaluation) resume(uri string, postcopy bool) (*qemutest.VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = qmp.SetCapabilities(e.ctx, vm.QMP, map[string]bool{"postcopy-ram": postcopy})
+	err = migration.SetCapabilities(e.ctx, vm.QMP, map[string]bool{"postcopy-ram": postcopy})
 	if err == nil {
-		err = qmp.MigrateIncoming(e.ctx, vm.QMP, uri)
+		err = migration.Incoming(e.ctx, vm.QMP, uri)
 	}
 	for err == nil {
 		var s qmp.RunState

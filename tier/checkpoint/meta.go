@@ -69,7 +69,7 @@ type Libvirt struct {
 	// Persistent is set if the domain was defined and not only running.
 	Persistent bool `json:"persistent,omitempty"`
 	// SaveFile is all that stood before the stream in the save file that the
-	// checkpoint was imported from, verbatim (package stream/saveimage).
+	// checkpoint was imported from, verbatim (package saveimage).
 	SaveFile []byte `json:"save_file,omitempty"`
 }
 

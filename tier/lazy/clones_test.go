@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -36,7 +37,7 @@ func TestClones(t *testing.T) {
 		c.Op, c.Report = "serve", filepath.Join(filepath.Dir(c.Store), fmt.Sprint("report", i))
 		c.Hold, c.KillAfter = 3*time.Second, 0 // they load at least so long
 		vm, m := incoming(t, config)
-		check(t, qmp.MigrateIncoming(ctx, vm.QMP, uri(t, c)))
+		check(t, migration.Incoming(ctx, vm.QMP, uri(t, c)))
 		vms, monitors, reports = append(vms, vm), append(monitors, m), append(reports, c.Report)
 	}
 	for _, vm := range vms {
@@ -55,7 +56,7 @@ func TestClones(t *testing.T) {
 	}
 	for i, vm := range vms {
 		vm.WaitFor(t, `check ok 4096 0\r`)
-		if s := monitors[i].end(t); s != qmp.StatusCompleted {
+		if s := monitors[i].end(t); s != migration.StatusCompleted {
 			t.Fatalf("clone %d: %s", i, s)
 		}
 		guestOK(t, vm)

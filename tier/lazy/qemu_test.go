@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -210,10 +211,10 @@ func destination(t *testing.T, config qemutest.Config, u string) (*qemutest.VM, 
 	ctx := context.Background()
 	config.Incoming, config.Paused = "defer", true
 	vm := qemutest.Start(t, config)
-	check(t, qmp.SetCapabilities(ctx, vm.QMP, map[string]bool{"events": true}))
-	check(t, qmp.SetCapabilities(ctx, vm.QMP, map[string]bool{"postcopy-ram": true}))
+	check(t, migration.SetCapabilities(ctx, vm.QMP, map[string]bool{"events": true}))
+	check(t, migration.SetCapabilities(ctx, vm.QMP, map[string]bool{"postcopy-ram": true}))
 	start := time.Now()
-	check(t, qmp.MigrateIncoming(ctx, vm.QMP, u))
+	check(t, migration.Incoming(ctx, vm.QMP, u))
 	waitFor(t, vm, func(s qmp.RunState) bool { return s.Status != "inmigrate" })
 	return vm, time.Since(start)
 }
@@ -241,7 +242,7 @@ func completed(t *testing.T, vm *qemutest.VM) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	if _, err := qmp.WaitMigration(ctx, vm.QMP); err != nil {
+	if _, err := migration.Wait(ctx, vm.QMP); err != nil {
 		t.Fatalf("%v\n%s", err, vm.Output())
 	}
 }
@@ -252,7 +253,7 @@ func boot(t *testing.T, config qemutest.Config) *qemutest.VM {
 	vm := qemutest.Start(t, config)
 	vm.WaitFor(t, `flic ready`)
 	vm.WaitFor(t, `tick \d+`)
-	check(t, qmp.SetParameters(context.Background(), vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}))
+	check(t, migration.SetParameters(context.Background(), vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}))
 	return vm
 }
 

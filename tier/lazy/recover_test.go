@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -23,7 +24,7 @@ type monitor struct {
 	*qmp.Monitor
 	vm *qemutest.VM
 	// states are those in which a migration is over or paused.
-	states chan qmp.Status
+	states chan migration.Status
 }
 
 func newMonitor(t *testing.T, vm *qemutest.VM) *monitor {
@@ -33,12 +34,12 @@ func newMonitor(t *testing.T, vm *qemutest.VM) *monitor {
 	t.Cleanup(func() { m.Close() })
 	events, err := m.Events(context.Background())
 	check(t, err)
-	states := make(chan qmp.Status, 64)
+	states := make(chan migration.Status, 64)
 	go func() {
 		defer close(states)
 		for e := range events {
 			text, _ := e.Data["status"].(string)
-			if s := qmp.Status(text); e.Event == "MIGRATION" && (s.Ended() || s == qmp.StatusPostcopyPaused) {
+			if s := migration.Status(text); e.Event == "MIGRATION" && (s.Ended() || s == migration.StatusPostcopyPaused) {
 				states <- s
 			}
 		}
@@ -47,7 +48,7 @@ func newMonitor(t *testing.T, vm *qemutest.VM) *monitor {
 }
 
 // end waits until the migration is completed, paused or failed.
-func (m *monitor) end(t *testing.T) qmp.Status {
+func (m *monitor) end(t *testing.T) migration.Status {
 	t.Helper()
 	select {
 	case s, ok := <-m.states:
@@ -72,8 +73,8 @@ func incoming(t *testing.T, config qemutest.Config) (*qemutest.VM, *monitor) {
 	ctx := context.Background()
 	config.Incoming, config.Paused = "defer", true
 	vm := qemutest.Start(t, config)
-	check(t, qmp.SetCapabilities(ctx, vm.QMP, map[string]bool{"events": true}))
-	check(t, qmp.SetCapabilities(ctx, vm.QMP, map[string]bool{"postcopy-ram": true}))
+	check(t, migration.SetCapabilities(ctx, vm.QMP, map[string]bool{"events": true}))
+	check(t, migration.SetCapabilities(ctx, vm.QMP, map[string]bool{"postcopy-ram": true}))
 	return vm, newMonitor(t, vm)
 }
 
@@ -115,7 +116,7 @@ func TestKills(t *testing.T) {
 		vm, m := incoming(t, config)
 		first := next("serve")
 		first.Armed = filepath.Join(t.TempDir(), "armed")
-		check(t, qmp.MigrateIncoming(ctx, vm.QMP, uri(t, first)))
+		check(t, migration.Incoming(ctx, vm.QMP, uri(t, first)))
 		waitFor(t, vm, func(s qmp.RunState) bool { return s.Status != "inmigrate" })
 		check(t, os.WriteFile(first.Armed, nil, 0o600))
 		busy, done := context.WithCancel(ctx)
@@ -133,7 +134,7 @@ func TestKills(t *testing.T) {
 			}()
 		}
 		for kill := range kills {
-			if s := m.end(t); s != qmp.StatusPostcopyPaused {
+			if s := m.end(t); s != migration.StatusPostcopyPaused {
 				t.Fatalf("restore %d, kill %d: %s", round, kill, s)
 			}
 			if paused {
@@ -152,7 +153,7 @@ func TestKills(t *testing.T) {
 				m.recover(t, uri(t, next("recover")))
 			}
 		}
-		if s := m.end(t); s != qmp.StatusCompleted {
+		if s := m.end(t); s != migration.StatusCompleted {
 			t.Fatalf("restore %d: %s", round, s)
 		}
 		rep := readReport(t, c.Report)
@@ -245,7 +246,7 @@ func TestKillsBeforeRun(t *testing.T) {
 			select {
 			case <-vm.Exited():
 			case s, ok := <-m.states:
-				if ok && s != qmp.StatusFailed {
+				if ok && s != migration.StatusFailed {
 					t.Errorf("the migration is %s", s)
 				}
 			case <-time.After(20 * time.Second):
@@ -256,7 +257,7 @@ func TestKillsBeforeRun(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			c.Op, c.Kill, c.KillBytes = "serve", tc.kill, tc.bytes
 			vm, m := incoming(t, config)
-			check(t, qmp.MigrateIncoming(ctx, vm.QMP, uri(t, c)))
+			check(t, migration.Incoming(ctx, vm.QMP, uri(t, c)))
 			tc.after(t, vm, m)
 			vm.Kill()
 			restores(t)

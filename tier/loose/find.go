@@ -11,7 +11,6 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
-	"github.com/flic-migrate/flic-migrate/stream/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 )
 
@@ -52,12 +51,18 @@ func Locate(path string) (Place, error) {
 	return p, err
 }
 
+// Header reads what somebody else has put before an image, and returns its length
+// in bytes, 0 if the image is alone or there is none. An error means that the file
+// is being written.
+type Header func(io.Reader) (int64, error)
+
 // Find tells whether the image id is still where it was, under whatever name.
-// Doubt is Unknown: the caller is about to give the image's hot pages away.
-func (p Place) Find(id uuid.UUID) State {
+// Doubt is Unknown: the caller is about to give the image's hot pages away. So is,
+// without a header (nil), every file that does not begin with an image.
+func (p Place) Find(id uuid.UUID, header Header) State {
 	f, err := os.Open(p.Path)
 	if err == nil {
-		s := holds(f, id)
+		s := holds(f, id, header)
 		f.Close()
 		if s != Gone {
 			return s
@@ -100,22 +105,22 @@ func (p Place) Find(id uuid.UUID) State {
 	if fi.Sys().(*syscall.Stat_t).Nlink == 0 {
 		return Gone
 	}
-	return holds(f, id)
+	return holds(f, id, header)
 }
 
-// holds tells whether f, a save file of libvirt's or an image alone, holds image
+// holds tells whether f, an image alone or behind somebody's header, holds image
 // id. A file that can't be read, or is being written, is Unknown.
-func holds(f *os.File, id uuid.UUID) State {
-	h, err := saveimage.Read(f)
-	at := int64(0)
-	switch {
-	case err == nil:
-		at = int64(len(h.Bytes()))
-	case errors.Is(err, saveimage.ErrPartial):
-		return Unknown
-	}
-	if _, err := f.Seek(at, io.SeekStart); err != nil {
-		return Unknown
+func holds(f *os.File, id uuid.UUID, header Header) State {
+	other := Unknown // what a file is that holds no image
+	if header != nil {
+		n, err := header(f)
+		if err != nil {
+			return Unknown
+		}
+		if _, err := f.Seek(n, io.SeekStart); err != nil {
+			return Unknown
+		}
+		other = Gone
 	}
 	in, err := NewIn(f, nil, "")
 	if err != nil {
@@ -125,7 +130,7 @@ func holds(f *os.File, id uuid.UUID) State {
 	if _, err := in.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
 		return Unknown
 	} else if err != nil || string(head) != image.Magic {
-		return Gone
+		return other
 	}
 	ih, err := image.ReadHeader(in)
 	switch {

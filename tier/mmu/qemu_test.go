@@ -15,6 +15,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -89,10 +90,10 @@ func stop(t *testing.T, vm *qemutest.VM) *stopped {
 	s.content, err = vm.RAM(ctx)
 	must(err)
 	file := filepath.Join(t.TempDir(), "stream")
-	must(qmp.SetParameters(ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}))
+	must(migration.SetParameters(ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}))
 	info, err := vm.Save(ctx, "exec:exec cat > "+file)
 	must(err)
-	if info.Status != qmp.StatusCompleted {
+	if info.Status != migration.StatusCompleted {
 		t.Fatalf("save: %+v", info)
 	}
 	f, err := os.Open(file)

@@ -217,7 +217,7 @@ func (s *Store) looseIsDead(l *Loose, grace time.Duration, rep *GCReport) (bool,
 		return false, err
 	}
 	was := l.Gone
-	switch l.Place.Find(l.UUID) {
+	switch l.Place.Find(l.UUID, s.LooseHeader) {
 	case loose.Unknown:
 		rep.Warnings = append(rep.Warnings, fmt.Sprintf("can't tell whether %s still needs its hot pages in NVRAM; they are kept", l.Place.Path))
 		return false, nil

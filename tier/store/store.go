@@ -52,6 +52,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -79,6 +80,10 @@ type Store struct {
 	fs   vfs.FS
 	dir  string
 	uuid uuid.UUID
+
+	// LooseHeader knows what stands before an image in the files that loose images
+	// are parts of. Without it GC keeps the hot pages of all of them.
+	LooseHeader loose.Header
 }
 
 type storeFile struct {

@@ -1,0 +1,417 @@
+package domain
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/digitalocean/go-libvirt"
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+)
+
+// A domain is started again by being migrated here. libvirt's own restore reads a
+// save file from a path, which is one way only and so never lazy; a migration's
+// destination, in libvirt's protocol of version 3, listens on a socket for any
+// source that comes (src/libvirt-domain.c, virDomainMigrateVersion3Full):
+//
+//	Prepare  libvirt starts a QEMU with -incoming on our socket's path
+//	Feed     the stream, and for a lazy restore its return path
+//	Finish   libvirt waits for QEMU, lets the guest run, waits for all memory
+//
+// Whatever goes wrong before the guest runs ends in no domain.
+
+// RestoreOptions say how to start a domain again.
+type RestoreOptions struct {
+	Lazy   migration.LazyMode
+	Paused bool // leave the guest paused
+	// Recover goes on with a lazy restore whose Feed has failed.
+	Recover bool
+
+	// Feed connects to QEMU, once, and writes the stream. A lazy one calls opened as
+	// soon as the guest could run, and reads requests. It must end, with an error,
+	// after ctx has. When it recovers it connects only when nothing can keep it from
+	// writing any more: a connection that ends before is the end of QEMU.
+	Feed func(ctx context.Context, connect func() (*net.UnixConn, error), lazy bool, opened func()) error
+	// NotPossible is why the stream can't be lazy, or nil.
+	NotPossible error
+	Running     func(migration.ResumeReport) // called, if not nil, when the guest may run
+}
+
+// ErrExists: the domain's name is taken.
+var ErrExists = errors.New("the domain is running already")
+
+var errLazyPaused = errors.New("libvirt can't restore a guest lazily that is to stay paused")
+
+// finishTime bounds the taking back of a restore that has failed.
+const finishTime = 30 * time.Second
+
+// recoverTime is how long QEMU may take to listen for a new server, and to say what
+// it has, and the guest waits.
+var recoverTime = migration.RecoverTime
+
+// errStuck: QEMU has not heard libvirt's command to go on.
+var errStuck = errors.New("QEMU does not hear libvirt: its main loop waits for a page of the guest that nobody serves, and libvirt's monitor " +
+	"has no out-of-band commands. The domain has to be destroyed; the checkpoint is untouched")
+
+// Restore starts the domain and returns when all its memory is there.
+//
+// If this process ends before the guest runs there is no domain. After that the
+// guest waits for its memory ("post-copy failed"), and a Restore with Recover
+// goes on.
+func Restore(ctx context.Context, uri string, d Description, o RestoreOptions) (rep migration.ResumeReport, err error) {
+	id, err := d.identity()
+	if err != nil {
+		return rep, err
+	}
+	cpu := ""
+	if d.Cookie != "" {
+		if cpu, err = child(d.Cookie, "cpu"); err != nil {
+			return rep, err
+		}
+	}
+	c, err := open(ctx, uri)
+	if err != nil {
+		return rep, err
+	}
+	defer c.close()
+	dir, err := c.socketDir(ctx, id)
+	if err != nil {
+		return rep, err
+	}
+	defer os.RemoveAll(dir)
+	r := &restore{client: c, d: d, o: o, name: id.Name, cookie: cookie(id, cpu), socket: filepath.Join(dir, "s")}
+	start := time.Now()
+	if rep.Lazy, rep.Reason, err = r.prepare(ctx); err != nil {
+		return rep, err
+	}
+	err = r.run(ctx, start, &rep)
+	return rep, err
+}
+
+type restore struct {
+	*client
+	d      Description
+	o      RestoreOptions
+	name   string
+	cookie []byte
+	socket string
+	flags  libvirt.DomainMigrateFlags
+}
+
+// socketDir makes a directory that QEMU's user, and nobody else, can listen in.
+func (c *client) socketDir(ctx context.Context, id identity) (string, error) {
+	uid, gid, ok := id.owner()
+	if !ok {
+		host, err := ask(ctx, c, "capabilities", func() ([]byte, error) { return c.rpc.Capabilities() })
+		if err != nil {
+			return "", err
+		}
+		uid, gid, err = baseLabel(string(host))
+		if errors.Is(err, errNoOwner) {
+			uid, gid, err = os.Getuid(), os.Getgid(), nil
+		}
+		if err != nil {
+			return "", err
+		}
+	}
+	dir, err := os.MkdirTemp("", "flic-")
+	if err != nil {
+		return "", err
+	}
+	if uid == os.Getuid() {
+		return dir, nil
+	}
+	if err := os.Chown(dir, uid, gid); err != nil {
+		os.RemoveAll(dir)
+		return "", fmt.Errorf("libvirt's QEMU is user %d, to whom a directory can only be given by root: %w", uid, err)
+	}
+	return dir, nil
+}
+
+// cookie is what a source would say about itself
+// (src/qemu/qemu_migration_cookie.c). Without one libvirt 9.0 crashes, and the
+// source must be another host than the destination's.
+func cookie(id identity, cpu string) []byte {
+	var b strings.Builder
+	element := func(name, value string) {
+		b.WriteString("<" + name + ">")
+		_ = xml.EscapeText(&b, []byte(value)) // a Builder takes all
+		b.WriteString("</" + name + ">")
+	}
+	b.WriteString("<qemu-migration>")
+	element("name", id.Name)
+	element("uuid", id.UUID)
+	element("hostname", "flic-migrate")
+	element("hostuuid", uuid.NewString())
+	b.WriteString(cpu)
+	b.WriteString("<capabilities/></qemu-migration>\x00")
+	return []byte(b.String())
+}
+
+// prepare makes libvirt start a QEMU that listens, lazily if that is wanted and
+// possible.
+func (r *restore) prepare(ctx context.Context) (lazy bool, reason string, err error) {
+	r.flags = libvirt.MigrateLive
+	if r.o.Paused {
+		r.flags |= libvirt.MigratePaused
+	}
+	if r.d.Persistent {
+		_, err := ask(ctx, r.client, "look up", func() (libvirt.Domain, error) { return r.rpc.DomainLookupByName(r.name) })
+		// A definition that is there may be newer than ours.
+		if errors.Is(err, ErrNotFound) {
+			r.flags |= libvirt.MigratePersistDest
+		} else if err != nil {
+			return false, "", err
+		}
+	}
+	postcopy := libvirt.MigratePostcopy
+	if r.o.Recover {
+		r.flags |= postcopy | libvirt.MigratePostcopyResume
+		listening, stop := context.WithTimeoutCause(ctx, recoverTime, errStuck)
+		defer stop()
+		return true, "", r.listen(listening)
+	}
+	if r.o.NotPossible == nil && r.o.Paused {
+		r.o.NotPossible = errLazyPaused
+	}
+	if why := r.o.NotPossible; why != nil && r.o.Lazy == migration.LazyAlways {
+		return false, "", why
+	} else if why != nil && r.o.Lazy == migration.LazyAuto {
+		reason = why.Error()
+	}
+	if r.o.Lazy != migration.LazyNever && r.o.NotPossible == nil {
+		r.flags |= postcopy
+		err := r.listen(ctx)
+		var refused libvirt.Error
+		if err == nil || r.o.Lazy == migration.LazyAlways || !errors.As(err, &refused) || errors.Is(err, ErrExists) {
+			return err == nil, "", err
+		}
+		// If it was not for postcopy it comes again.
+		reason = fmt.Sprintf("%v: %v", migration.ErrPostcopy, err)
+		r.flags &^= postcopy
+	}
+	return false, reason, r.listen(ctx)
+}
+
+func parameter(name, value string) libvirt.TypedParam {
+	return libvirt.TypedParam{Field: name, Value: *libvirt.NewTypedParamValueString(value)}
+}
+
+func (r *restore) listen(ctx context.Context) error {
+	_, err := await(ctx, r.client, "start "+r.name, func() (struct{}, error) {
+		_, _, err := r.rpc.DomainMigratePrepare3Params([]libvirt.TypedParam{
+			parameter(libvirt.MigrateParamDestXML, r.d.XML),
+			parameter(libvirt.MigrateParamURI, "unix://"+r.socket),
+		}, r.cookie, uint32(r.flags))
+		return struct{}{}, err
+	})
+	var refused libvirt.Error
+	if r.o.Recover || !errors.As(err, &refused) {
+		return err
+	}
+	// What libvirt says of a domain that runs already, and of one that is
+	// being started, it says with a code that stands for many things.
+	if _, e := r.state(ctx); e == nil {
+		return fmt.Errorf("%w: %w", ErrExists, err)
+	}
+	return err
+}
+
+// run feeds the QEMU and has libvirt finish.
+func (r *restore) run(ctx context.Context, start time.Time, rep *migration.ResumeReport) error {
+	feeding, stop := context.WithCancel(ctx)
+	defer stop()
+	var conn *net.UnixConn // Feed's, until it has ended
+	defer func() {
+		if conn != nil {
+			conn.Close()
+		}
+	}()
+	connect := func() (*net.UnixConn, error) {
+		var dialer net.Dialer
+		c, err := dialer.DialContext(feeding, "unix", r.socket)
+		if err != nil {
+			return nil, err
+		}
+		conn = c.(*net.UnixConn)
+		context.AfterFunc(feeding, func() { c.SetDeadline(time.Unix(1, 0)) })
+		return conn, nil
+	}
+	opened := make(chan struct{})
+	fed := make(chan error, 1)
+	go func() {
+		err := r.o.Feed(feeding, connect, rep.Lazy, func() { close(opened) })
+		switch {
+		case conn == nil:
+		case err == nil:
+			conn.CloseWrite()
+		default:
+			conn.Close() // what QEMU has is no whole stream
+		}
+		fed <- err
+	}()
+	var limit <-chan time.Time
+	if r.o.Recover {
+		limit = time.After(recoverTime)
+	}
+	select {
+	case err := <-fed:
+		if err != nil {
+			return errors.Join(err, r.finish(ctx, false))
+		}
+		fed <- nil // is looked at again below
+	case <-opened:
+	case <-limit:
+		stop()
+		return fmt.Errorf("QEMU has not taken the new server within %v: %w", recoverTime, errors.Join(<-fed, r.finish(ctx, false)))
+	}
+	if r.o.Recover {
+		r.untilRecovered(ctx)
+	}
+	running, done := r.watch(ctx, start, *rep)
+	finishing, stopFinish := ctx, context.CancelFunc(func() {})
+	if rep.Lazy {
+		// libvirt is to see the stream break, which it does at once, and to
+		// keep the guest, before it sees us go.
+		finishing, stopFinish = afterwards(ctx, finishTime)
+	}
+	err := r.finish(finishing, true)
+	stopFinish()
+	done()
+	if err != nil {
+		stop()
+	}
+	feedErr := <-fed
+	rep.Resident = time.Since(start)
+	rep.Running = rep.Resident
+	if d, ok := <-running; ok {
+		rep.Running = d
+	}
+	asking, end := context.WithTimeout(context.WithoutCancel(ctx), finishTime)
+	defer end()
+	state, stateErr := r.state(asking)
+	rep.State = state
+	switch {
+	case feedErr != nil && stateErr == nil:
+		return fmt.Errorf("%w: %w", migration.ErrServerDied, errors.Join(feedErr, err))
+	case feedErr != nil || err != nil:
+		return errors.Join(feedErr, err)
+	}
+	return stateErr
+}
+
+// untilRecovered waits until libvirt has heard from QEMU that it goes on. If it is
+// asked to finish earlier, it takes the failure before for one of this time, and
+// gives up. QEMU's word takes it a moment; one that never comes is finish's to find
+// out.
+func (r *restore) untilRecovered(ctx context.Context) {
+	ctx, stop := context.WithTimeout(ctx, finishTime)
+	defer stop()
+	for {
+		failed, err := ask(ctx, r.client, "state", func() (bool, error) {
+			dom, err := r.rpc.DomainLookupByName(r.name)
+			if err != nil {
+				return false, err
+			}
+			state, reason, err := r.rpc.DomainGetState(dom, 0)
+			return state == int32(libvirt.DomainRunning) && reason == int32(libvirt.DomainRunningPostcopyFailed) ||
+				state == int32(libvirt.DomainPaused) && reason == int32(libvirt.DomainPausedPostcopyFailed), err
+		})
+		if err != nil || !failed {
+			return
+		}
+		select {
+		case <-time.After(pollInterval):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// afterwards returns a context that ends some time after ctx.
+func afterwards(ctx context.Context, more time.Duration) (context.Context, context.CancelFunc) {
+	later, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		time.AfterFunc(more, func() { end(context.Cause(ctx)) })
+	})
+	return later, func() { stop(); end(nil) }
+}
+
+// watch finds out when the guest runs, which is before a lazy restore is
+// finished. Done ends the watching.
+func (r *restore) watch(ctx context.Context, start time.Time, rep migration.ResumeReport) (running <-chan time.Duration, done func()) {
+	ctx, done = context.WithCancel(ctx)
+	found := make(chan time.Duration, 1)
+	go func() {
+		defer close(found)
+		for {
+			state, err := r.state(ctx)
+			if err == nil && state == "running" {
+				rep.State, rep.Running = state, time.Since(start)
+				found <- rep.Running
+				if r.o.Running != nil {
+					r.o.Running(rep)
+				}
+				return
+			}
+			select {
+			case <-time.After(pollInterval):
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return found, done
+}
+
+// pollInterval is how often libvirt is asked for the guest's state.
+const pollInterval = 20 * time.Millisecond
+
+// finish makes libvirt wait for QEMU and let the guest run, or, if it is not ok,
+// end the QEMU.
+func (r *restore) finish(ctx context.Context, ok bool) error {
+	cancelled := int32(0)
+	if !ok {
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeout(context.WithoutCancel(ctx), finishTime)
+		defer stop()
+		cancelled = 1
+	}
+	_, err := await(ctx, r.client, "finish "+r.name, func() (struct{}, error) {
+		_, _, err := r.rpc.DomainMigrateFinish3Params([]libvirt.TypedParam{
+			parameter(libvirt.MigrateParamDestName, r.name),
+		}, r.cookie, uint32(r.flags), cancelled)
+		return struct{}{}, err
+	})
+	var refused libvirt.Error
+	if !ok && (errors.As(err, &refused) || errors.Is(err, ErrNotFound)) {
+		return nil // it can't say yes to that
+	}
+	return err
+}
+
+// state is what libvirt takes the guest for.
+func (r *restore) state(ctx context.Context) (string, error) {
+	return ask(ctx, r.client, "state", func() (string, error) {
+		dom, err := r.rpc.DomainLookupByName(r.name)
+		if err != nil {
+			return "", err
+		}
+		state, _, err := r.rpc.DomainGetState(dom, 0)
+		switch libvirt.DomainState(state) {
+		case libvirt.DomainRunning:
+			return "running", err
+		case libvirt.DomainPaused:
+			return "paused", err
+		}
+		return "", errors.Join(err, ErrInactive)
+	})
+}

@@ -1,0 +1,168 @@
+package migration
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+)
+
+// Channel carries the stream of one outgoing migration from QEMU into this
+// process. Compared with an exec: child that is nothing to start, so it works
+// where QEMU may start nothing (libvirt's -sandbox spawn=deny), needs no common
+// user or directory, and ends with this process.
+//
+// It is opened before the migration; a migration to URI then feeds the stream
+// that Accept returns.
+type Channel struct {
+	URI     string
+	accept  func(context.Context) (*os.File, error)
+	discard func(context.Context)
+}
+
+// Direction says what a Channel is for.
+type Direction bool
+
+// The directions.
+const (
+	// OneWay is for a reader that lets QEMU wait. If the channel is a pipe,
+	// how much it holds is the reader's to say.
+	OneWay Direction = false
+	// TwoWay has a return path.
+	TwoWay Direction = true
+)
+
+// OpenFunc opens a Channel from the QEMU at x.
+type OpenFunc func(ctx context.Context, x qmp.Executor, d Direction) (*Channel, error)
+
+// Accept waits until QEMU has connected, which it does during the command
+// migrate, or after it. The file is the caller's. It may be called once.
+func (c *Channel) Accept(ctx context.Context) (*os.File, error) { return c.accept(ctx) }
+
+// Discard releases what Accept has not handed out. It is called in any case.
+func (c *Channel) Discard(ctx context.Context) { c.discard(ctx) }
+
+// OpenChannel is the OpenFunc for who has no better one: QEMU is given one end
+// of a pipe or a socket pair if the monitor can carry it, and else the path of a
+// socket in the temporary directory.
+func OpenChannel(ctx context.Context, x qmp.Executor, d Direction) (*Channel, error) {
+	p, ok := x.(qmp.FilePasser)
+	if !ok {
+		return ListenChannel("")
+	}
+	c, err := passChannel(ctx, x, p, d)
+	if notCarried(err) {
+		return ListenChannel("")
+	}
+	return c, err
+}
+
+// newEnds makes a pipe, or a pair of sockets if it is to have two ways.
+func newEnds(d Direction) (reader, writer *os.File, err error) {
+	var fds [2]int
+	if d == TwoWay {
+		fds, err = unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	} else {
+		err = unix.Pipe2(fds[:], unix.O_CLOEXEC)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return os.NewFile(uintptr(fds[0]), "migration stream"), os.NewFile(uintptr(fds[1]), "migration stream"), nil
+}
+
+// passedName is the channel's name in QEMU. One is enough, as QEMU runs one
+// migration at a time, and a name used again releases what it meant before.
+const passedName = "flic-migrate"
+
+// notCarried tells whether PassFile has failed because files can't be passed, to
+// this QEMU or over this monitor.
+func notCarried(err error) bool {
+	var refused *qmp.Error
+	return errors.Is(err, qmp.ErrNoFiles) || errors.As(err, &refused)
+}
+
+// takeBack has QEMU close a file that it was passed.
+func takeBack(ctx context.Context, x qmp.Executor) {
+	// Refused if a migration has taken it.
+	_ = x.Execute(ctx, "closefd", map[string]any{"fdname": passedName}, nil)
+}
+
+func passChannel(ctx context.Context, x qmp.Executor, p qmp.FilePasser, d Direction) (*Channel, error) {
+	ours, theirs, err := newEnds(d)
+	if err != nil {
+		return nil, err
+	}
+	// Ours would hide QEMU's end.
+	defer theirs.Close()
+	if err := p.PassFile(ctx, passedName, theirs); err != nil {
+		ours.Close()
+		return nil, err
+	}
+	return &Channel{
+		URI: "fd:" + passedName,
+		accept: func(context.Context) (*os.File, error) {
+			f := ours
+			ours = nil
+			return f, nil
+		},
+		discard: func(ctx context.Context) {
+			if ours == nil {
+				return
+			}
+			ours.Close()
+			takeBack(ctx, x)
+		},
+	}, nil
+}
+
+// ListenChannel returns a Channel that is a socket in dir, which QEMU must be
+// able to reach under the same path; "" is the temporary directory. Both
+// directions are possible.
+func ListenChannel(dir string) (*Channel, error) {
+	// QEMU may be another user's. Whoever connects first is taken for QEMU, so
+	// the socket must be one that nobody can find: its directory can be passed
+	// and not listed.
+	dir, err := os.MkdirTemp(dir, "flic-")
+	if err != nil {
+		return nil, err
+	}
+	path := filepath.Join(dir, rand.Text())
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err == nil {
+		err = errors.Join(os.Chmod(path, 0o666), os.Chmod(dir, 0o711))
+	}
+	if err != nil {
+		os.RemoveAll(dir)
+		return nil, fmt.Errorf("a socket for the migration stream: %w", err)
+	}
+	return &Channel{
+		URI:     "unix:" + path,
+		accept:  func(ctx context.Context) (*os.File, error) { return acceptOne(ctx, l) },
+		discard: func(context.Context) { l.Close(); os.RemoveAll(dir) },
+	}, nil
+}
+
+func acceptOne(ctx context.Context, l *net.UnixListener) (*os.File, error) {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	conn, err := l.AcceptUnix()
+	if ctx.Err() != nil {
+		if err == nil {
+			conn.Close()
+		}
+		return nil, context.Cause(ctx)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	return conn.File()
+}

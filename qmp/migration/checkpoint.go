@@ -1,0 +1,369 @@
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+)
+
+// A checkpoint is a migration into this process of a guest that goes on to exist:
+//
+//	stop        stop ─► migrate ─────────────────► completed ─► cont
+//	live        migrate ─► pass 1, 2 … ─► QEMU stops the guest,
+//	            sends the rest ──────────────────► completed ─► cont
+//	background  migrate ─► QEMU stops the guest for a moment and sends
+//	            its memory as it was then, running ─► completed
+//
+// In the first two QEMU's completed waits on the return path for the consumer's
+// word.
+
+// Mode says when the guest runs during a checkpoint.
+type Mode string
+
+// The modes.
+const (
+	ModeStop       Mode = "stop"       // not at all
+	ModeLive       Mode = "live"       // until little is left to save
+	ModeBackground Mode = "background" // almost throughout (QEMU's background-snapshot)
+)
+
+// Then says what becomes of the guest after a checkpoint.
+type Then string
+
+// What can become of it.
+const (
+	ThenAsBefore Then = ""
+	ThenRun      Then = "run"
+	ThenPause    Then = "pause"
+	ThenQuit     Then = "quit" // QEMU ends
+)
+
+// CheckpointOptions say how to make a checkpoint.
+type CheckpointOptions struct {
+	Mode Mode
+	Then Then
+
+	// Downtime is for how long a live checkpoint may stop the guest; QEMU
+	// decides by it when to do so. 0 leaves that at what it is set to.
+	Downtime time.Duration
+	// Patience is how long a live checkpoint may try to keep to Downtime.
+	// After that the guest is stopped for as long as it takes, or with
+	// GiveUp the checkpoint fails with ErrNoConvergence. 0: for ever.
+	Patience time.Duration
+	GiveUp   bool
+
+	// Save reads the stream, answers on its return path if it opens one, and
+	// makes it durable. The run state is the guest's before the checkpoint,
+	// which a stream of a guest that was stopped for it does not tell.
+	Save   func(ctx context.Context, stream *os.File, before qmp.RunState) error
+	Open   OpenFunc // nil: OpenChannel
+	Redial Redialer // may be nil
+}
+
+// CheckpointReport is what a checkpoint did to the guest.
+type CheckpointReport struct {
+	Mode Mode `json:"mode"` // stop for a guest that did not run
+	// Saved tells, beside an error, that Save has succeeded: then the guest is
+	// not as it should be, or the settings are not.
+	Saved bool `json:"-"`
+	// State is the guest's run state at the end, "ended" if QEMU has.
+	State string `json:"state"`
+	// Downtime is how long the guest stood still, by the times of QEMU's
+	// events; 0 if it did not run before, or not again.
+	Downtime time.Duration `json:"downtime_ns"`
+	// QEMUDowntime is what QEMU says of that. It does not count what it is
+	// not responsible for: that a stopped guest is stopped, and the time
+	// until somebody lets it run again.
+	QEMUDowntime time.Duration `json:"qemu_downtime_ns"`
+	Total        time.Duration `json:"total_ns"`  // from migrate until the guest is as it should be
+	Passes       int64         `json:"passes"`    // over the memory, by QEMU's count
+	Converged    bool          `json:"converged"` // false if Patience has run out
+	Warnings     []string      `json:"warnings,omitempty"`
+}
+
+var (
+	// ErrBlocked: a device or something else of this VM can't be saved.
+	ErrBlocked = errors.New("this VM can't be migrated, and so not be saved")
+	// ErrBackground: QEMU refuses background-snapshot.
+	ErrBackground = errors.New("QEMU can't make background snapshots: it may not write-protect memory with userfaultfd " +
+		"(needs Linux 5.7 and sysctl vm.unprivileged_userfaultfd=1, or root), or its memory backend does not allow it; " +
+		"--mode live and stop don't need that")
+	// ErrNoConvergence: the guest writes faster than it is saved.
+	ErrNoConvergence = errors.New("the guest writes its memory faster than it is saved")
+	// ErrPostmigrate: QEMU migrates no guest that has not run since its last
+	// migration.
+	ErrPostmigrate = errors.New("the guest has not run since it was saved last, and QEMU does not save it again before it has (cont)")
+)
+
+// maxDowntime is the largest downtime-limit there is (MAX_MIGRATE_DOWNTIME in
+// QEMU's migration/migration.c), in ms: QEMU then finds at once that it can stop
+// the guest.
+const maxDowntime = 2000 * 1000
+
+// Checkpoint saves the guest of the QEMU at x and returns when that has been
+// done and the guest is as it should be, or with an error.
+//
+// After a failure, also when ctx ends, the guest does what it did before. In
+// every case capabilities and parameters are then as they were; if that fails
+// the error says so.
+func Checkpoint(ctx context.Context, x qmp.Executor, o CheckpointOptions) (rep CheckpointReport, err error) {
+	c := &checkpointer{drive: drive{x: x, open: o.Open, redial: o.Redial}, o: o}
+	if err := c.check(ctx); err != nil {
+		return c.rep, err
+	}
+	listening, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	events, eventsErr := x.Events(listening)
+	start := time.Now()
+	err = c.save(ctx)
+	if c.rep.Saved = err == nil; c.rep.Saved {
+		err = c.finish(ctx)
+	} else if e := c.end(ctx); e != nil {
+		err = errors.Join(err, fmt.Errorf("after the checkpoint: %w", e))
+	}
+	c.rep.Total = time.Since(start)
+	if eventsErr != nil {
+		c.rep.Downtime = c.rep.QEMUDowntime
+	} else if d, whole := pauses(events); whole {
+		c.rep.Downtime = d
+	}
+	return c.rep, err
+}
+
+type checkpointer struct {
+	drive
+	o   CheckpointOptions
+	rep CheckpointReport
+}
+
+// check finds out whether the checkpoint can be made, before anything is
+// changed.
+func (c *checkpointer) check(ctx context.Context) error {
+	c.rep.Mode, c.rep.Converged = c.o.Mode, true
+	during := map[string]any{}
+	if c.o.Mode == ModeLive {
+		parameters, err := Parameters(ctx, c.x)
+		if err != nil {
+			return err
+		}
+		// Set in any case, so that it is put back in any case.
+		during["downtime-limit"] = parameters["downtime-limit"]
+		if c.o.Downtime > 0 {
+			during["downtime-limit"] = min(c.o.Downtime.Milliseconds(), maxDowntime)
+		}
+	}
+	if err := c.prepare(ctx, c.needs, during); err != nil {
+		return err
+	}
+	switch {
+	case c.was.Status == "postmigrate":
+		return ErrPostmigrate
+	case !c.was.Running && c.o.Mode != ModeStop:
+		// It changes nothing, so there is nothing to be clever about; and QEMU
+		// 7.2 lets a guest run that background-snapshot has found paused.
+		c.rep.Mode = ModeStop
+		if err := c.prepare(ctx, c.needs, map[string]any{}); err != nil {
+			return err
+		}
+	case c.rep.Mode == ModeBackground:
+		if _, ok := c.settings.have["background-snapshot"]; !ok {
+			return fmt.Errorf("%w: it is too old", ErrBackground)
+		}
+	}
+	if c.settings.left != leftNothing {
+		c.warn("an earlier run was killed: the migration settings will be QEMU's defaults")
+	}
+	info, err := Query(ctx, c.x)
+	if err == nil && len(info.BlockedReasons) > 0 {
+		err = fmt.Errorf("%w: %s", ErrBlocked, strings.Join(info.BlockedReasons, "; "))
+	}
+	return err
+}
+
+// harmless are capabilities that may be as the user has set them. All others are
+// off: multifd and postcopy want another kind of stream, release-ram gives the
+// guest's memory away, x-ignore-shared leaves some of it out.
+var harmless = []string{"validate-uuid", "dirty-bitmaps", "auto-converge"}
+
+func (c *checkpointer) needs(name string, is bool) bool {
+	switch {
+	case name == "events":
+		return true
+	case name == "return-path":
+		return c.rep.Mode != ModeBackground
+	case name == "background-snapshot":
+		return c.rep.Mode == ModeBackground
+	}
+	// QEMU allows next to nothing beside background-snapshot.
+	return is && c.rep.Mode != ModeBackground && slices.Contains(harmless, name)
+}
+
+// save does it, up to QEMU's completed.
+func (c *checkpointer) save(ctx context.Context) error {
+	if c.rep.Mode == ModeStop && c.was.Running {
+		c.settings.during["max-bandwidth"] = stoppedBandwidth
+	}
+	if err := c.settings.set(ctx, c.x); err != nil {
+		var refused *qmp.Error
+		if c.rep.Mode == ModeBackground && errors.As(err, &refused) {
+			err = fmt.Errorf("%w: %w", ErrBackground, err)
+		}
+		return err
+	}
+	if c.rep.Mode == ModeStop && c.was.Running {
+		if err := qmp.Stop(ctx, c.x); err != nil {
+			return err
+		}
+	}
+	c.drain = c.rep.Mode == ModeBackground
+	err := c.start(ctx, TwoWay, func(ctx context.Context, f *os.File) error { return c.o.Save(ctx, f, c.was) })
+	if err != nil {
+		return err
+	}
+	return c.wait(ctx)
+}
+
+// wait waits for the end of the migration and of Save. What Save says counts: it
+// may have been done before it could hear of a failure elsewhere.
+func (c *checkpointer) wait(ctx context.Context) error {
+	waiting, stop := context.WithCancel(ctx)
+	defer stop()
+	go func() {
+		select {
+		case <-c.done:
+			if c.err != nil {
+				stop()
+			}
+		case <-waiting.Done():
+		}
+	}()
+	info, err := c.waitPatiently(waiting)
+	c.rep.QEMUDowntime = time.Duration(info.Downtime) * time.Millisecond
+	if info.RAM != nil {
+		c.rep.Passes = info.RAM.DirtySyncCount
+	}
+	var ended *Error
+	switch {
+	case err == nil:
+		<-c.done // without a return path QEMU is ready before Save is
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+		_ = c.cancel(ctx)
+	case waiting.Err() != nil:
+		// Save has failed. QEMU has heard of it on the return path or does so
+		// when it writes on; or it is QEMU that has failed, which Save was
+		// quicker to see.
+		c.hangUp()
+		if err = c.waitEnded(ctx); errors.As(err, &ended) {
+			err = fmt.Errorf("%w: %w", ended, c.err)
+		} else {
+			err = c.err
+		}
+	case errors.As(err, &ended):
+		err = c.brokenOff(ended)
+	case errors.Is(err, ErrNoConvergence):
+		_ = c.cancel(ctx)
+	}
+	c.hangUp()
+	if c.err == nil || err == nil {
+		return c.err
+	}
+	return err
+}
+
+// cancel is for a migration that nobody wants any more. What fails here fails
+// again in end.
+func (c *checkpointer) cancel(ctx context.Context) error {
+	if c.drain {
+		return nil
+	}
+	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), livesTime)
+	defer stop()
+	return Cancel(ctx, c.x)
+}
+
+// waitEnded waits a little for QEMU's own failure.
+func (c *checkpointer) waitEnded(ctx context.Context) error {
+	ctx, stop := context.WithTimeout(ctx, livesTime)
+	defer stop()
+	_, err := Wait(ctx, c.x)
+	return err
+}
+
+// waitPatiently is Wait with a bound on convergence.
+func (c *checkpointer) waitPatiently(ctx context.Context) (Info, error) {
+	if c.rep.Mode != ModeLive || c.o.Patience <= 0 {
+		return Wait(ctx, c.x)
+	}
+	patient, stop := context.WithTimeout(ctx, c.o.Patience)
+	defer stop()
+	info, err := Wait(patient, c.x)
+	if err == nil || ctx.Err() != nil || patient.Err() == nil {
+		return info, err
+	}
+	s, err := qmp.QueryStatus(ctx, c.x)
+	if err != nil {
+		return info, err
+	}
+	if s.Running { // else QEMU has just found that it can stop it
+		c.rep.Converged = false
+		if c.o.GiveUp {
+			return info, fmt.Errorf("%w: not done within %v", ErrNoConvergence, c.o.Patience)
+		}
+		c.warn("%v: after %v it was stopped for the rest", ErrNoConvergence, c.o.Patience)
+		if err := SetParameters(ctx, c.x, map[string]any{"downtime-limit": maxDowntime}); err != nil {
+			return info, err
+		}
+	}
+	return Wait(ctx, c.x)
+}
+
+func (c *checkpointer) warn(format string, args ...any) {
+	c.rep.Warnings = append(c.rep.Warnings, fmt.Sprintf(format, args...))
+}
+
+// finish makes the guest what it is to be after a success.
+func (c *checkpointer) finish(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTime)
+	defer cancel()
+	defer c.channel.Discard(ctx)
+	return c.again(ctx, c.then)
+}
+
+func (c *checkpointer) then(ctx context.Context) error {
+	info, err := Wait(ctx, c.x, StatusFailed, StatusCancelled, StatusNone)
+	if err != nil {
+		return err
+	}
+	if info.Status != StatusCompleted {
+		// The guest has run on, so it is not what was saved that would be ended.
+		c.warn("all was saved, but QEMU's migration is %s; the guest was left as it was", info.Status)
+		c.o.Then = ThenAsBefore
+	}
+	switch c.o.Then {
+	case ThenAsBefore:
+		err = c.guestAsBefore(ctx)
+	case ThenRun:
+		err = cont(ctx, c.x)
+	case ThenPause:
+		err = qmp.Stop(ctx, c.x) // does nothing to one that does not run
+	case ThenQuit:
+		c.rep.State = "ended"
+		return qmp.Quit(ctx, c.x)
+	}
+	if err != nil {
+		return err
+	}
+	if err := c.settings.restore(ctx, c.x); err != nil {
+		return err
+	}
+	s, err := qmp.QueryStatus(ctx, c.x)
+	c.rep.State = s.Status
+	return err
+}

@@ -1,0 +1,237 @@
+// Package migration drives migrations through a monitor ([qmp.Executor]): the
+// single commands, and what can be made of them.
+//
+//	Track       a migration that never completes, to see what the guest writes
+//	Checkpoint  one that the guest survives, into this process
+//	Resume      an incoming one, eager or lazy
+//	Recover     the rest of a lazy one whose server has died
+//
+// It knows nothing of what is in the stream: that is for the functions that it is
+// given. Package rounds, below it, adds up what several Tracks have seen.
+package migration
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+)
+
+// Status is the state of a migration (MigrationStatus in QEMU's
+// qapi/migration.json).
+type Status string
+
+// The states of a migration. A newer QEMU may have more; an unknown one is
+// neither an end nor an error.
+const (
+	StatusNone           Status = "none"
+	StatusSetup          Status = "setup"
+	StatusActive         Status = "active"
+	StatusPreSwitchover  Status = "pre-switchover" // guest stopped, waits for Continue
+	StatusDevice         Status = "device"
+	StatusPostcopyActive Status = "postcopy-active"
+	StatusPostcopyPaused Status = "postcopy-paused"
+	// StatusPostcopyRecover: a new server is being shaken hands with.
+	StatusPostcopyRecover Status = "postcopy-recover"
+	StatusCancelling      Status = "cancelling"
+	StatusCancelled       Status = "cancelled"
+	StatusCompleted       Status = "completed"
+	StatusFailed          Status = "failed"
+)
+
+// Ended says whether a migration in this state will not change any more.
+func (s Status) Ended() bool {
+	return s == StatusCompleted || s == StatusFailed || s == StatusCancelled
+}
+
+// Info is QEMU's report of a migration. What QEMU did not say is zero.
+type Info struct {
+	Status           Status    `json:"status"`
+	ErrorDesc        string    `json:"error-desc"`
+	TotalTime        int64     `json:"total-time"`        // ms
+	SetupTime        int64     `json:"setup-time"`        // ms
+	Downtime         int64     `json:"downtime"`          // ms; once completed
+	ExpectedDowntime int64     `json:"expected-downtime"` // ms; while active
+	RAM              *RAMStats `json:"ram"`
+	BlockedReasons   []string  `json:"blocked-reasons"`
+}
+
+// RAMStats is the part of the report on guest memory. Sizes are in bytes.
+type RAMStats struct {
+	Total          int64   `json:"total"`
+	Transferred    int64   `json:"transferred"`
+	Remaining      int64   `json:"remaining"`
+	Duplicate      int64   `json:"duplicate"` // zero pages
+	Normal         int64   `json:"normal"`    // pages sent as they are
+	NormalBytes    int64   `json:"normal-bytes"`
+	PageSize       int64   `json:"page-size"`
+	DirtySyncCount int64   `json:"dirty-sync-count"` // passes begun
+	DirtyPagesRate int64   `json:"dirty-pages-rate"` // pages a second
+	Mbps           float64 `json:"mbps"`             // megabits a second
+	PrecopyBytes   int64   `json:"precopy-bytes"`
+	DowntimeBytes  int64   `json:"downtime-bytes"`
+	PostcopyBytes  int64   `json:"postcopy-bytes"`
+}
+
+// Query returns the state of the newest migration, on the source or the
+// destination. A QEMU that never had one says StatusNone.
+func Query(ctx context.Context, x qmp.Executor) (Info, error) {
+	var info Info
+	err := x.Execute(ctx, "query-migrate", nil, &info)
+	if err == nil && info.Status == "" {
+		info.Status = StatusNone
+	}
+	return info, err
+}
+
+// SetCapabilities turns migration capabilities on and off. QEMU refuses while a
+// migration runs, and names one that it does not know.
+func SetCapabilities(ctx context.Context, x qmp.Executor, capabilities map[string]bool) error {
+	type state struct {
+		Capability string `json:"capability"`
+		State      bool   `json:"state"`
+	}
+	list := make([]state, 0, len(capabilities))
+	for name, on := range capabilities {
+		list = append(list, state{name, on})
+	}
+	// In a fixed order, so that the one QEMU complains about is always the same.
+	slices.SortFunc(list, func(a, b state) int {
+		if a.Capability < b.Capability {
+			return -1
+		}
+		return 1
+	})
+	return x.Execute(ctx, "migrate-set-capabilities", map[string]any{"capabilities": list}, nil)
+}
+
+// Capabilities returns every migration capability this QEMU knows and whether
+// it is on.
+func Capabilities(ctx context.Context, x qmp.Executor) (map[string]bool, error) {
+	var list []struct {
+		Capability string `json:"capability"`
+		State      bool   `json:"state"`
+	}
+	if err := x.Execute(ctx, "query-migrate-capabilities", nil, &list); err != nil {
+		return nil, err
+	}
+	capabilities := make(map[string]bool, len(list))
+	for _, c := range list {
+		capabilities[c.Capability] = c.State
+	}
+	return capabilities, nil
+}
+
+// SetParameters sets migration parameters, such as max-bandwidth (bytes a
+// second) and downtime-limit (ms).
+func SetParameters(ctx context.Context, x qmp.Executor, parameters map[string]any) error {
+	return x.Execute(ctx, "migrate-set-parameters", parameters, nil)
+}
+
+// Parameters returns the migration parameters, each as QEMU wrote it, so that
+// those changed can be set back with SetParameters.
+func Parameters(ctx context.Context, x qmp.Executor) (map[string]json.RawMessage, error) {
+	var parameters map[string]json.RawMessage
+	err := x.Execute(ctx, "query-migrate-parameters", nil, &parameters)
+	return parameters, err
+}
+
+// Error is a migration that did not complete.
+type Error struct {
+	Status Status // failed, cancelled, ...
+	Desc   string // QEMU's reason; empty when it gave none
+}
+
+func (e *Error) Error() string {
+	if e.Desc == "" {
+		return fmt.Sprintf("qmp: migration %s", e.Status)
+	}
+	return fmt.Sprintf("qmp: migration %s: %s", e.Status, e.Desc)
+}
+
+// Start begins an outgoing migration, to a uri such as "exec:cat > file". It
+// returns when the migration has begun; Wait waits for its end.
+func Start(ctx context.Context, x qmp.Executor, uri string) error {
+	return x.Execute(ctx, "migrate", map[string]any{"uri": uri}, nil)
+}
+
+// Incoming starts the incoming migration of a QEMU that was started with
+// -incoming defer.
+func Incoming(ctx context.Context, x qmp.Executor, uri string) error {
+	return x.Execute(ctx, "migrate-incoming", map[string]any{"uri": uri}, nil)
+}
+
+// Cancel ends an outgoing migration; without one it does nothing. It
+// returns at once: the state is cancelling until an exec: child has read on or
+// ended. A guest that waits in StatusPreSwitchover runs again.
+func Cancel(ctx context.Context, x qmp.Executor) error {
+	return x.Execute(ctx, "migrate_cancel", nil, nil)
+}
+
+// Continue lets a migration go on that waits in the given state, which
+// is StatusPreSwitchover with the capability pause-before-switchover.
+func Continue(ctx context.Context, x qmp.Executor, state Status) error {
+	return x.Execute(ctx, "migrate-continue", map[string]any{"state": state}, nil)
+}
+
+// pollInterval is how often Wait asks: often enough that a save is not
+// measurably longer for it, rarely enough that QEMU's main loop does not notice.
+const pollInterval = 20 * time.Millisecond
+
+// Wait waits until the migration has completed, or is in one of the
+// states in until. A migration that failed or was cancelled is a
+// *Error, unless until names that state; the report comes with it.
+//
+// It asks again and again, and is only sped up by MIGRATION events, which come
+// with the capability events alone and not over every transport. It waits as
+// long as ctx lets it: an exec: child that is slow to end keeps QEMU from
+// answering, and that alone is no failure.
+func Wait(ctx context.Context, x qmp.Executor, until ...Status) (Info, error) {
+	listening, stop := context.WithCancel(ctx)
+	defer stop()
+	events, err := x.Events(listening)
+	if err != nil {
+		events = nil // blocks for ever: polling is enough
+	}
+	for {
+		info, err := Query(ctx, x)
+		unanswered := errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil
+		switch {
+		case unanswered: // only this question; ask again
+		case err != nil:
+			return info, err
+		case slices.Contains(until, info.Status), info.Status == StatusCompleted:
+			return info, nil
+		case info.Status.Ended():
+			return info, &Error{Status: info.Status, Desc: info.ErrorDesc}
+		}
+		if events, err = waitEvent(ctx, events, "MIGRATION"); err != nil {
+			return info, err
+		}
+	}
+}
+
+// waitEvent waits for an event of this name or for pollInterval. It returns nil
+// for a channel that has ended, which then is not looked at again.
+func waitEvent(ctx context.Context, events <-chan qmp.Event, name string) (<-chan qmp.Event, error) {
+	timer := time.NewTimer(pollInterval)
+	defer timer.Stop()
+	for {
+		select {
+		case e, ok := <-events:
+			if !ok {
+				events = nil
+			} else if e.Event == name {
+				return events, nil
+			}
+		case <-timer.C:
+			return events, nil
+		case <-ctx.Done():
+			return events, ctx.Err()
+		}
+	}
+}

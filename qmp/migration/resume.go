@@ -1,0 +1,413 @@
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+)
+
+// Resume restores a saved VM into a QEMU that was started with
+// `-incoming defer -S`, eagerly or lazily.
+//
+//	           lazy                                        eager
+//	           events, postcopy-ram on
+//	           the server begins on one end of a socket    … of a pipe
+//	           getfd, migrate-incoming fd:… ─► inmigrate   the same
+//	           paused (running on what is there) ◄──┐      paused (all is there)
+//	           cont, if it ran when saved           │      cont, if it ran when saved
+//	           postcopy-active … completed          │
+//	           postcopy-paused (the server died) ───┘ Recover
+
+// LazyMode says whether a guest is to run before all of its memory is there.
+type LazyMode string
+
+// The modes.
+const (
+	LazyAuto   LazyMode = "auto"   // if it is possible
+	LazyAlways LazyMode = "always" // or fail
+	LazyNever  LazyMode = "never"
+)
+
+// ServerKind says what a server is to send.
+type ServerKind int
+
+// The kinds.
+const (
+	EagerServer      ServerKind = iota // all memory, and then the devices
+	LazyServer                         // the devices, and then memory, as it is asked for and all of it
+	RecoveringServer                   // what a LazyServer that has died did not send
+)
+
+// ResumeOptions say what to resume and how.
+type ResumeOptions struct {
+	// Serve starts an eager or a lazy server that writes the stream to out, a pipe if
+	// it is eager, and else a socket from which it reads QEMU's requests; end kills
+	// it. out is the caller's to close.
+	Serve func(k ServerKind, out *os.File) (end func(), err error)
+	// URI has QEMU start the server. It is used if the monitor carries no files,
+	// without Serve, and for a RecoveringServer: QEMU may be able to run only commands
+	// out of band then, of which getfd is none.
+	URI func(k ServerKind) string
+	// Connect starts a RecoveringServer for a QEMU that may start no process (-sandbox
+	// spawn=deny) and listens on a socket. The server connects when nothing can keep
+	// it from speaking any more: a connection that ends before is the end of QEMU.
+	Connect func(socket string) error
+	// Gone tells that the server which was started last has ended, which QEMU notices
+	// only if it has heard from it. nil: not known.
+	Gone func() bool
+	// recovering: the guest may have run before, and been stopped by somebody.
+	recovering bool
+	// Regain is asked, when a server has died, whether to start another at once. nil:
+	// never. It needs a Monitor with OOB.
+	Regain func() bool
+	// ID tells checkpoints apart, in letters, digits and "-": a Recover refuses to
+	// go on with another than was begun with. Empty: it is the caller's to know.
+	ID string
+	// Lazy is "auto" if empty.
+	Lazy LazyMode
+	// NotPossible says why this checkpoint can't be restored lazily; nil if
+	// it can.
+	NotPossible error
+	// RunState is the saved VM's globalstate, "running" or "paused" …
+	RunState string
+	// Paused leaves the guest paused, whatever it was when saved.
+	Paused bool
+	// Expect is what the saved VM was; what differs ends the resume before
+	// the guest could run.
+	Expect Expect
+	// Running is called, if not nil, when the guest may run.
+	Running func(ResumeReport)
+}
+
+// Expect describes the machine that a stream was saved from. Empty fields are
+// not checked.
+type Expect struct {
+	Machine string // QEMU's machine type, such as pc-q35-7.2
+	Blocks  []RAMBlock
+}
+
+// RAMBlock is one of QEMU's RAM blocks.
+type RAMBlock struct {
+	Name string
+	Used uint64 // bytes that a migration carries
+}
+
+// ResumeReport is what a resume did.
+type ResumeReport struct {
+	Lazy     bool          `json:"lazy"`
+	Reason   string        `json:"reason,omitempty"`   // why it is eager although auto was asked for
+	State    string        `json:"state"`              // QEMU's run state at the end
+	Running  time.Duration `json:"running_ns"`         // from migrate-incoming until the guest may run
+	Resident time.Duration `json:"resident_ns"`        // until all memory is there
+	Warnings []string      `json:"warnings,omitempty"` // what was not as it should be
+}
+
+var (
+	// ErrNotIncoming: the QEMU does not wait for a migration.
+	ErrNotIncoming = errors.New("this QEMU does not wait for a migration: start it with -incoming defer -S")
+	// ErrMismatch: the QEMU is not the machine that was saved.
+	ErrMismatch = errors.New("this QEMU is not the machine that was saved")
+	// ErrBeforeRun: the restore has failed, the guest never ran, and QEMU is
+	// of no more use.
+	ErrBeforeRun = errors.New("the restore failed before the guest could run; the checkpoint is untouched")
+	// ErrServer: the server had nothing to send. QEMU has not been told of it, and
+	// can be used for another Resume.
+	ErrServer = errors.New("the restore could not begin; this QEMU still waits for a migration")
+	// ErrServerDied: the lazy restore's server has ended before its work. The
+	// guest waits for memory and has lost nothing; Recover goes on.
+	ErrServerDied = errors.New("the restore's server has died; the guest is held and nothing is lost")
+	// ErrNotPaused: there is nothing to recover.
+	ErrNotPaused = errors.New("this QEMU's restore has not been interrupted")
+	// ErrPostcopy: QEMU refuses postcopy-ram.
+	ErrPostcopy = errors.New("QEMU can't restore lazily: it may not use userfaultfd (needs sysctl vm.unprivileged_userfaultfd=1, " +
+		"access to /dev/userfaultfd with QEMU 8.1 or later, or CAP_SYS_PTRACE), or its memory backend does not allow it")
+)
+
+// Resume restores into the QEMU at x and returns when all memory is there. The
+// guest is let run, if it is to, as soon as QEMU can.
+func Resume(ctx context.Context, x qmp.Executor, o ResumeOptions) (ResumeReport, error) {
+	var rep ResumeReport
+	s, err := qmp.QueryStatus(ctx, x)
+	if err != nil {
+		return rep, err
+	}
+	if s.Status != "inmigrate" {
+		return rep, fmt.Errorf("%w (it is %s)", ErrNotIncoming, s.Status)
+	}
+	more, err := CheckMachine(ctx, x, o.Expect)
+	if err != nil {
+		return rep, err
+	}
+	if o.NotPossible == nil && more != nil {
+		// Of ROM, for example, which the eager one leaves as it is.
+		o.NotPossible = fmt.Errorf("this QEMU has RAM that was not saved and that a lazy restore would empty: %s", strings.Join(more, ", "))
+	}
+	if err := SetCapabilities(ctx, x, map[string]bool{"events": true}); err != nil {
+		return rep, err
+	}
+	if err := prepareLazy(ctx, x, o, &rep); err != nil {
+		return rep, err
+	}
+	if rep.Lazy {
+		o.mark(ctx, x)
+	}
+	uri, withdraw, err := o.offer(ctx, x, rep.Lazy)
+	if err != nil {
+		o.unmark(ctx, x)
+		return rep, err
+	}
+	ctx, end := patient(ctx)
+	defer end()
+	watched, stop := watchIncoming(ctx, x)
+	defer stop()
+	start := time.Now()
+	if err := Incoming(ctx, x, uri); err != nil {
+		withdraw()
+		o.unmark(ctx, x)
+		return rep, err
+	}
+	err = because(watched, o.load(watched, x, start, &rep))
+	return rep, o.regain(ctx, x, start, &rep, err)
+}
+
+// because says why a resume has failed, whatever call has noticed it.
+func because(watched context.Context, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case watched.Err() != nil:
+		return context.Cause(watched)
+	case errors.Is(err, qmp.ErrLost) && !errors.Is(err, ErrBeforeRun):
+		return fmt.Errorf("QEMU has ended before all memory was there, and its output has the reason; the checkpoint is untouched: %w", err)
+	}
+	return err
+}
+
+// load follows an incoming migration that has begun.
+func (o *ResumeOptions) load(ctx context.Context, x qmp.Executor, start time.Time, rep *ResumeReport) error {
+	if err := leaveInmigrate(ctx, x); err != nil {
+		return err
+	}
+	if err := o.run(ctx, x, start, rep); err != nil {
+		return err
+	}
+	return o.finishResume(ctx, x, start, rep)
+}
+
+// watchIncoming returns a context that ends when QEMU says that the migration
+// has failed or lost its server. QEMU may answer no question any more then: its
+// main thread waits for memory that nobody brings.
+func watchIncoming(ctx context.Context, x qmp.Executor) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	if events, err := x.Events(ctx); err == nil {
+		go func() {
+			for e := range events {
+				status, _ := e.Data["status"].(string)
+				switch {
+				case e.Event != "MIGRATION":
+				case Status(status) == StatusPostcopyPaused:
+					cancel(ErrServerDied)
+				case Status(status) == StatusFailed:
+					cancel(fmt.Errorf("%w: QEMU has given up; if it does not end by itself, kill it", ErrBeforeRun))
+				}
+			}
+		}()
+	}
+	return ctx, func() { cancel(nil) }
+}
+
+// prepareLazy decides how to restore and sets the capability for it.
+func prepareLazy(ctx context.Context, x qmp.Executor, o ResumeOptions, rep *ResumeReport) error {
+	why := o.NotPossible
+	if o.Lazy != LazyNever && why == nil {
+		// In a call of its own: QEMU takes all of a call's capabilities or
+		// none.
+		err := SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": true})
+		var refused *qmp.Error
+		if err != nil && !errors.As(err, &refused) {
+			return err
+		}
+		if err == nil {
+			rep.Lazy = true
+			return nil
+		}
+		why = fmt.Errorf("%w: %w", ErrPostcopy, err)
+	}
+	if o.Lazy == LazyAlways {
+		return why
+	}
+	if o.Lazy != LazyNever {
+		rep.Reason = why.Error()
+	}
+	// A stream without its own advice must not meet the capability: a later
+	// save from this QEMU would wait for a return path.
+	return SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false})
+}
+
+// run puts the guest into its state.
+func (o *ResumeOptions) run(ctx context.Context, x qmp.Executor, start time.Time, rep *ResumeReport) error {
+	s, err := qmp.QueryStatus(ctx, x)
+	if err != nil {
+		return err
+	}
+	runs := !o.Paused && (o.RunState == "" || o.RunState == "running")
+	switch {
+	case runs && !s.Running:
+		err = qmp.Cont(ctx, x)
+	case !runs && s.Running && !o.recovering:
+		rep.Warnings = append(rep.Warnings, "the guest was to stay paused and ran for a moment: this QEMU was started without -S")
+		err = qmp.Stop(ctx, x)
+	}
+	if err != nil {
+		return err
+	}
+	rep.Running = time.Since(start)
+	if s, err = qmp.QueryStatus(ctx, x); err != nil {
+		return err
+	}
+	rep.State = s.Status
+	if o.Running != nil {
+		o.Running(*rep)
+	}
+	return nil
+}
+
+// patient returns a context whose calls wait for an answer as long as ctx lasts:
+// QEMU's main loop may be waiting for memory, or for a vCPU that does, and then for a
+// server that is slow or hangs. What is given up and asked again stays in QEMU's
+// queue, and with eight commands there it reads no more, out-of-band ones included
+// (monitor/qmp.c, QMP_REQ_QUEUE_LEN_MAX).
+func patient(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, 365*24*time.Hour)
+}
+
+// leaveInmigrate waits for the end of the run state inmigrate. There is no
+// event for it when QEMU was started with -S, so it asks, and QEMU has little
+// else to do.
+func leaveInmigrate(ctx context.Context, x qmp.Executor) error {
+	for start := time.Now(); ; {
+		s, err := qmp.QueryStatus(ctx, x)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, qmp.ErrLost):
+			return fmt.Errorf("%w: QEMU has ended, and its output has the reason: %w", ErrBeforeRun, err)
+		case err != nil || s.Status != "inmigrate":
+			return err
+		}
+		// So that it is known a twentieth too late at the most.
+		wait := time.Since(start) / 20
+		select {
+		case <-time.After(min(max(wait, time.Millisecond/2), 50*time.Millisecond)):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// finishResume waits until all memory is there and makes the QEMU fit for
+// being saved again.
+func (o *ResumeOptions) finishResume(ctx context.Context, x qmp.Executor, start time.Time, rep *ResumeReport) error {
+	m, err := Wait(ctx, x, StatusPostcopyPaused)
+	if err != nil {
+		return err
+	}
+	if m.Status == StatusPostcopyPaused {
+		return ErrServerDied
+	}
+	rep.Resident = time.Since(start)
+	if rep.Lazy {
+		o.unmark(ctx, x)
+		// With it set, the next migration to exec: would wait for answers on
+		// a return path.
+		if err := SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false}); err != nil {
+			return err
+		}
+	}
+	s, err := qmp.QueryStatus(ctx, x)
+	rep.State = s.Status
+	return err
+}
+
+// CheckMachine compares the QEMU at x with what was saved. A difference wraps
+// ErrMismatch and says what differs. more are the RAM blocks that only the QEMU has,
+// which QEMU itself allows.
+func CheckMachine(ctx context.Context, x qmp.Executor, want Expect) (more []string, err error) {
+	if want.Machine != "" {
+		var typ string
+		err := x.Execute(ctx, "qom-get", map[string]any{"path": "/machine", "property": "type"}, &typ)
+		if err != nil {
+			return nil, err
+		}
+		if have := strings.TrimSuffix(typ, "-machine"); have != want.Machine {
+			return nil, fmt.Errorf("%w: machine type %s was saved, this is %s (use -machine %s)", ErrMismatch, want.Machine, have, want.Machine)
+		}
+	}
+	if want.Blocks == nil {
+		return nil, nil
+	}
+	blocks, err := RAMBlocks(ctx, x)
+	if err != nil {
+		return nil, err
+	}
+	have := make(map[string]RAMBlock)
+	for _, b := range blocks {
+		have[b.Name] = b
+	}
+	var differ []string
+	for _, w := range want.Blocks {
+		h, ok := have[w.Name]
+		delete(have, w.Name)
+		switch {
+		case !ok:
+			differ = append(differ, fmt.Sprintf("RAM block %s of %d bytes is missing", w.Name, w.Used))
+		case h.Used != w.Used && !resizable(w.Name):
+			differ = append(differ, fmt.Sprintf("RAM block %s has %d bytes, %d were saved", w.Name, h.Used, w.Used))
+		}
+	}
+	if differ != nil {
+		return nil, fmt.Errorf("%w: %s", ErrMismatch, strings.Join(differ, "; "))
+	}
+	for _, b := range blocks {
+		if _, ok := have[b.Name]; ok {
+			more = append(more, b.Name)
+		}
+	}
+	return more, nil
+}
+
+// resizable tells whether a block takes the size that the stream gives it
+// (qemu_ram_resize, used for firmware tables).
+func resizable(name string) bool { return strings.HasPrefix(name, "/rom@") }
+
+// ramblockLine is a line of HMP's "info ramblock": name, page size, then
+// offset, used and total length in hexadecimal, and in newer versions more:
+//
+//	pc.ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000
+var ramblockLine = regexp.MustCompile(`(?m)^\s*(\S+)\s+\d+ \w+\s+0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+`)
+
+// RAMBlocks lists QEMU's RAM blocks. QMP has no command for that.
+func RAMBlocks(ctx context.Context, x qmp.Executor) ([]RAMBlock, error) {
+	text, err := qmp.HumanMonitor(ctx, x, "info ramblock")
+	if err != nil {
+		return nil, err
+	}
+	var blocks []RAMBlock
+	for _, m := range ramblockLine.FindAllStringSubmatch(text, -1) {
+		used, err := strconv.ParseUint(m[2], 16, 64)
+		if err != nil {
+			return nil, err
+		}
+		blocks = append(blocks, RAMBlock{m[1], used})
+	}
+	if len(blocks) == 0 {
+		return nil, fmt.Errorf("no block in QEMU's answer to info ramblock: %q", text)
+	}
+	return blocks, nil
+}

@@ -1,0 +1,79 @@
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
+)
+
+// runState is a QEMU that has nothing but a run state.
+type runState struct {
+	qmp.RunState
+	asked []string
+}
+
+func (q *runState) Events(context.Context) (<-chan qmp.Event, error) { return nil, errors.New("none") }
+
+func (q *runState) Execute(ctx context.Context, command string, _, result any) error {
+	q.asked = append(q.asked, command)
+	switch command {
+	case "cont":
+		q.RunState = qmp.RunState{Status: "running", Running: true}
+	case "stop":
+		q.RunState = qmp.RunState{Status: "paused"}
+	case "query-status":
+		*result.(*qmp.RunState) = q.RunState
+	}
+	return nil
+}
+
+// TestPatient: a guest is let run by a QEMU that does not answer for longer than
+// others may take, and is asked only once.
+func TestPatient(t *testing.T) {
+	var mu sync.Mutex
+	var asked []string
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+		mu.Lock()
+		defer mu.Unlock()
+		asked = append(asked, cmd.Execute)
+		if cmd.Execute == "cont" {
+			time.Sleep(200 * time.Millisecond)
+		}
+		c.Reply(cmd, fmt.Sprintf(`{"status": "paused", "running": %v}`, len(asked) > 1))
+	}))
+	m := dial(t, f, qmp.Options{Timeout: 20 * time.Millisecond})
+	ctx, cancel := patient(t.Context())
+	defer cancel()
+	var rep ResumeReport
+	if err := new(ResumeOptions).run(ctx, m, time.Now(), &rep); err != nil || rep.Running < 200*time.Millisecond {
+		t.Errorf("%v, %+v", err, rep)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if want := []string{"query-status", "cont", "query-status"}; !slices.Equal(asked, want) {
+		t.Errorf("asked %v", asked)
+	}
+}
+
+// TestRunLeavesAlone: who recovers does not stop a guest that was to stay paused and
+// that somebody has let run since; who resumes does.
+func TestRunLeavesAlone(t *testing.T) {
+	for _, recovering := range []bool{false, true} {
+		q := &runState{RunState: qmp.RunState{Status: "running", Running: true}}
+		o := ResumeOptions{Paused: true, recovering: recovering}
+		var rep ResumeReport
+		if err := o.run(t.Context(), q, time.Now(), &rep); err != nil {
+			t.Fatal(err)
+		}
+		if stopped := slices.Contains(q.asked, "stop"); stopped == recovering || (rep.Warnings != nil) == recovering {
+			t.Errorf("recovering %v: %v, %+v", recovering, q.asked, rep)
+		}
+	}
+}

@@ -1,0 +1,109 @@
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+)
+
+// settings are the migration capabilities and parameters that a migration of
+// ours needs, and what they were before. Only what differs is touched.
+type settings struct {
+	have             map[string]bool // all capabilities QEMU knows
+	on, off          map[string]bool // capabilities: needed, before
+	during, formerly map[string]any  // parameters: needed, before
+	left             leftover
+}
+
+// The value of max-bandwidth while a migration of ours is prepared or runs. It
+// is no limit, and it is one that nobody else sets: a process that is killed
+// can't put anything back, and whoever comes next knows by it that it found no
+// setting of the user's, and whether it was us who stopped the guest.
+const (
+	ourBandwidth     int64 = 1<<40 + 0xf11c
+	stoppedBandwidth       = ourBandwidth + 1
+)
+
+// leftover is what a killed process of ours has left of itself.
+type leftover int
+
+const (
+	leftNothing  leftover = iota
+	leftSettings          // settings that were not the user's
+	leftStopped           // and a guest that we stopped and should have let run
+)
+
+// QEMU's defaults (migration/migration.c), for settings whose former values
+// went with a killed process.
+const (
+	defaultBandwidth = 128 << 20
+	defaultDowntime  = 300
+)
+
+// planSettings finds out what there is to change: need tells for each capability
+// QEMU knows what it must be, given what it is. A parameter QEMU does not know
+// is an error.
+func planSettings(ctx context.Context, x qmp.Executor, need func(name string, is bool) bool, during map[string]any) (settings, error) {
+	s := settings{on: map[string]bool{}, off: map[string]bool{}, during: maps.Clone(during), formerly: map[string]any{}}
+	s.during["max-bandwidth"] = ourBandwidth
+	var err error
+	if s.have, err = Capabilities(ctx, x); err != nil {
+		return s, err
+	}
+	parameters, err := Parameters(ctx, x)
+	if err != nil {
+		return s, err
+	}
+	// With credentials set, QEMU would talk TLS to us.
+	if was, ok := parameters["tls-creds"]; ok && string(was) != `""` && string(was) != "null" {
+		s.during["tls-creds"] = ""
+	}
+	for name := range s.during {
+		was, ok := parameters[name]
+		if !ok {
+			return s, fmt.Errorf("this QEMU has no migration parameter %s", name)
+		}
+		s.formerly[name] = was
+	}
+	switch string(parameters["max-bandwidth"]) {
+	case fmt.Sprint(ourBandwidth):
+		s.left = leftSettings
+	case fmt.Sprint(stoppedBandwidth):
+		s.left = leftStopped
+	}
+	if s.left != leftNothing {
+		s.formerly["max-bandwidth"] = defaultBandwidth
+		s.formerly["downtime-limit"] = defaultDowntime
+	}
+	for name, is := range s.have {
+		was := is
+		if s.left != leftNothing && slices.Contains(ourCapabilities, name) {
+			was = false
+		}
+		if want := need(name, is); want != is || want != was {
+			s.on[name], s.off[name] = want, was
+		}
+	}
+	return s, nil
+}
+
+// ourCapabilities are those that migrations of ours turn on.
+var ourCapabilities = []string{"events", "pause-before-switchover", "return-path", "background-snapshot"}
+
+// set sets the mark first, so that whatever is changed can be known as ours.
+func (s settings) set(ctx context.Context, x qmp.Executor) error {
+	if err := SetParameters(ctx, x, s.during); err != nil {
+		return err
+	}
+	return SetCapabilities(ctx, x, s.on)
+}
+
+// restore is refused by QEMU while a migration runs.
+func (s settings) restore(ctx context.Context, x qmp.Executor) error {
+	err := SetCapabilities(ctx, x, s.off)
+	return errors.Join(err, SetParameters(ctx, x, s.formerly))
+}
