@@ -68,7 +68,7 @@ func TestDocsFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	doc := string(raw)
-	root := newRoot(&app{stdout: &countingWriter{File: os.Stdout}, stdin: os.Stdin, stderr: os.Stderr})
+	root := newRoot(&app{stdout: &output{File: os.Stdout}, stdin: os.Stdin, stderr: os.Stderr})
 	check := func(name, table string) {
 		start := "<!-- flags " + name + " -->\n"
 		before, rest, ok := strings.Cut(doc, start)

@@ -73,7 +73,9 @@ func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 			return errTooLate
 		}
 		in, out := r.stdin, r.stdout.File
-		if r.socket != "" {
+		if r.socket == "" {
+			r.stdout.used.Store(true) // nothing but stream may follow
+		} else {
 			conn, err := net.Dial("unix", r.socket)
 			if err != nil {
 				return err
@@ -91,7 +93,11 @@ func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 		if err != nil {
 			return err
 		}
-		ends = lateEnds{reader, out}
+		writer, err := pipe.NewWriter(out)
+		if err != nil {
+			return err
+		}
+		ends = lateEnds{reader, writer}
 		fd := int(out.Fd())
 		s.resize = func(n int) int { return pipe.SetCapacity(fd, n) }
 		return nil
@@ -116,7 +122,13 @@ var (
 // lateEnds are a stream and its return path, which are there when a server begins.
 type lateEnds struct {
 	io.Reader
+	deadlineWriter
+}
+
+// deadlineWriter is a Writer that does not have to wait for ever for who reads.
+type deadlineWriter interface {
 	io.Writer
+	SetWriteDeadline(time.Time) error
 }
 
 // lazyServer serves a checkpoint's pages to a QEMU, first those that earlier

@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -26,7 +27,7 @@ type app struct {
 	fs     vfs.FS
 	stdin  *os.File
 	head   []byte // taken from stdin already
-	stdout *countingWriter
+	stdout *output
 	stderr io.Writer
 
 	store   string // --store
@@ -36,7 +37,7 @@ type app struct {
 }
 
 func newApp(fsys vfs.FS) *app {
-	return &app{fs: fsys, stdin: os.Stdin, stdout: &countingWriter{File: os.Stdout}, stderr: os.Stderr}
+	return &app{fs: fsys, stdin: os.Stdin, stdout: &output{File: os.Stdout}, stderr: os.Stderr}
 }
 
 // run is the program: it returns the exit code.
@@ -199,24 +200,24 @@ func (p prefixWriter) Write(b []byte) (int, error) {
 	return len(b), err
 }
 
-// countingWriter is the standard output. It knows whether anything has been
+// output is the standard output. It knows whether anything may have been
 // written, which decides what a failing restore owes to QEMU.
-type countingWriter struct {
+type output struct {
 	*os.File
-	n int64
+	used atomic.Bool
 }
 
-func (w *countingWriter) Write(b []byte) (int, error) {
-	n, err := w.File.Write(b)
-	w.n += int64(n)
-	return n, err
+func (w *output) Write(b []byte) (int, error) {
+	// Before, because one that waits for its reader has written something.
+	w.used.Store(true)
+	return w.File.Write(b)
 }
 
 // spoil makes sure that a QEMU that waits for a stream ends. An empty stream
 // leaves it in the state inmigrate for ever, without an event; a line that is no
 // stream makes it say so and exit.
-func (w *countingWriter) spoil() {
-	if w.n == 0 && !isTerminal(w.File) {
+func (w *output) spoil() {
+	if !w.used.Load() && !isTerminal(w.File) {
 		w.File.WriteString("flic-migrate: restore failed\n")
 	}
 }

@@ -100,7 +100,11 @@ func runChild(ctx context.Context, spec string) error {
 			return t.Bind(ck.Meta.PageSize, workingSetBlocks(ck.Meta))
 		}
 	}
-	rep, err := lazy.Serve(ctx, ck, in, os.Stdout, o)
+	out, err := pipe.NewWriter(os.Stdout)
+	if err != nil {
+		return err
+	}
+	rep, err := lazy.Serve(ctx, ck, in, out, o)
 	if err != nil {
 		return err
 	}

@@ -153,6 +153,15 @@ func (d *fakeQEMU) allowZero(id tiertest.PageID) {
 	}
 }
 
+// mayZeroAll allows ZERO for every page.
+func (d *fakeQEMU) mayZeroAll() {
+	for b := range d.s.Blocks() {
+		for p := range d.s.Pages(b) {
+			d.mayZero[tiertest.PageID{Block: b, Page: p}] = true
+		}
+	}
+}
+
 // pong says that the devices are loaded. A server that has ended does not care.
 func (d *fakeQEMU) pong() { d.rp.Write(returnpath.AppendPong(nil, 3)) }
 

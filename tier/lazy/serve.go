@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"runtime"
 	"sort"
 	"sync/atomic"
@@ -36,6 +37,12 @@ type Options struct {
 	HoldBackground time.Duration
 	// MaxHold ends HoldBackground's wait for a guest that never rests.
 	MaxHold time.Duration
+	// ZeroRest has every page that has not been sent by then sent as zero before
+	// END. QEMU 10.2 and later need it: they say completed, and switch userfaultfd
+	// off later, with their lock held, so whoever then touches a page that will
+	// never come waits for ever. Earlier ones read such pages as zero. It takes QEMU
+	// 3 to 4 µs a page, so it should be left out where the version says that it can.
+	ZeroRest bool
 	// Resize asks for another capacity of the pipe behind out and returns the
 	// one in force: small while the guest asks for pages, which wait for what
 	// is in the pipe, and larger when it does not. nil: the pipe is as it is.
@@ -75,6 +82,7 @@ type Report struct {
 	Zero      int64 `json:"zero"`      // demands for pages without content
 	HotPages  int64 `json:"hot_pages"` // page tables, First, and what was in NVRAM
 	Recovered int64 `json:"recovered"` // pages that QEMU had already (Recover)
+	ZeroRest  int64 `json:"zero_rest"` // pages sent as zero because nothing else had been (Options.ZeroRest)
 
 	WaitP50 time.Duration `json:"wait_p50_ns"` // from a request's arrival until its page was written
 	WaitP99 time.Duration `json:"wait_p99_ns"`
@@ -95,58 +103,59 @@ type Report struct {
 	shut     chan struct{} // closed when QEMU says that it has taken in all
 }
 
-// shutTime is how long QEMU may take to read what is in a pipe and to clean up. It
-// is a guard against one that waits for this process first.
+// shutTime is how long QEMU may take, after the last byte has been written, to read
+// what is in the pipe, to clean up, and to say that it is done.
 const shutTime = 10 * time.Second
 
+// ErrNoShut: QEMU has read everything, as far as can be seen, and has not said that
+// its memory is whole.
+var ErrNoShut = fmt.Errorf("QEMU has not said within %v that it has all memory: the guest may wait for pages for ever", shutTime)
+
 // Wait waits, after a Serve or a Recover without an error, until QEMU has taken in
-// everything. A process that ends before that takes the return path away from a
-// guest that touches a page which was never sent: QEMU's fault thread takes it for a
-// broken migration and waits to be recovered, and the end of the migration waits
-// for the fault thread (migration/postcopy-ram.c, postcopy_ram_incoming_cleanup).
-// The error is QEMU's.
+// everything, for shutTime at the most. A process that ends before that takes the
+// return path away from a guest that touches a page which was never sent: QEMU's
+// fault thread takes it for a broken migration and waits to be recovered, and the
+// end of the migration waits for the fault thread (migration/postcopy-ram.c,
+// postcopy_ram_incoming_cleanup).
+//
+// The error is QEMU's, or ErrGone if it ends without a word, ErrNoShut if it stays
+// silent, ctx's cause: in each case nobody has said that the guest is whole.
 func (r *Report) Wait(ctx context.Context) error {
+	limit := time.NewTimer(shutTime)
+	defer limit.Stop()
+	var err error
 	select {
 	case <-r.shut:
-	case err := <-r.received:
-		if !errors.Is(err, ErrGone) {
-			return err
-		}
-	case <-time.After(shutTime):
+	case err = <-r.received:
+	case <-limit.C:
+		err = ErrNoShut
 	case <-ctx.Done():
+		err = context.Cause(ctx)
 	}
+	// Whatever came after that word does no harm.
 	if closed(r.shut) {
-		r.Taken = time.Since(r.start)
+		r.Taken, err = time.Since(r.start), nil
 	}
-	return nil
+	return err
 }
 
-// ErrGone: QEMU closed its end before everything was sent.
+// ErrGone: QEMU closed its end before it had everything.
 var ErrGone = errors.New("QEMU has closed the return path: it has ended or given up the restore")
 
 // Serve restores c to the QEMU at the other ends of in (its return path) and
 // out. It returns after the last byte is written; the caller then calls Report.Wait,
 // and ends the process, because QEMU may wait for that.
 // An error leaves QEMU in postcopy-paused if RUN had been sent, from where
-// Recover goes on.
+// Recover goes on. Nothing but stream is written in any case.
+//
+// QEMU may stop reading, or never answer. So that ctx ends Serve then as well, in
+// and out should have SetReadDeadline and SetWriteDeadline, as a net.Conn and a
+// pipe.Writer do, or end with ctx by themselves, as a pipe.Reader does. After a
+// Serve that ctx has ended their deadlines have passed.
 func Serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options) (*Report, error) {
-	if err := Possible(c); err != nil {
-		return nil, err
-	}
-	start := time.Now()
-	op, err := newOpening(c)
-	if err != nil {
-		return nil, err
-	}
-	p := newPump(c, out, op.ramID, o, start)
-	if err := o.begin(); err != nil {
-		return p.report(), err
-	}
-	if err := p.write(op.bytes); err != nil {
-		return p.report(), err
-	}
-	p.rep.Opening = time.Since(start)
-	return p.run(ctx, returnpath.NewReader(in))
+	return serve(ctx, c, in, out, o, func(p *pump, op *opening, _ *returnpath.Reader) error {
+		return p.write(op.bytes)
+	})
 }
 
 // Recover goes on where a Serve of the same checkpoint was cut off, after
@@ -154,8 +163,17 @@ func Serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.W
 // says what it has. Once the first byte is written, or a socket is connected, QEMU
 // must hear everything up to RESUME or it crashes (migration/savevm.c,
 // postcopy_pause_incoming), so all that can fail is done before, and then
-// Options.Begin is called.
+// Options.Begin is called. Otherwise it is as Serve.
 func Recover(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options) (*Report, error) {
+	return serve(ctx, c, in, out, o, func(p *pump, _ *opening, rd *returnpath.Reader) error {
+		close(p.loaded) // or QEMU would not be in postcopy-paused
+		return p.handshake(rd)
+	})
+}
+
+// serve is Serve and Recover, which begin the conversation differently.
+func serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options,
+	hello func(*pump, *opening, *returnpath.Reader) error) (*Report, error) {
 	if err := Possible(c); err != nil {
 		return nil, err
 	}
@@ -165,16 +183,42 @@ func Recover(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io
 		return nil, err
 	}
 	p := newPump(c, out, op.ramID, o, start)
-	close(p.loaded) // or QEMU would not be in postcopy-paused
 	if err := o.begin(); err != nil {
 		return p.report(), err
 	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer endWith(ctx, in, out)()
 	rd := returnpath.NewReader(in)
-	if err := p.handshake(rd); err != nil {
-		return p.report(), err
+	if err = hello(p, op, rd); err == nil {
+		p.rep.Opening = time.Since(start)
+		err = p.run(ctx, cancel, rd)
 	}
-	p.rep.Opening = time.Since(start)
-	return p.run(ctx, rd)
+	if errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return p.report(), err
+}
+
+// endWith has the reads of in and the writes of out that wait end when ctx does,
+// until release is called.
+func endWith(ctx context.Context, in io.Reader, out io.Writer) (release func()) {
+	passed := time.Unix(1, 0)
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		if r, ok := in.(interface{ SetReadDeadline(time.Time) error }); ok {
+			_ = r.SetReadDeadline(passed)
+		}
+		if w, ok := out.(interface{ SetWriteDeadline(time.Time) error }); ok {
+			_ = w.SetWriteDeadline(passed)
+		}
+	})
+	return func() {
+		if !stop() {
+			<-ended // the caller may close both now
+		}
+	}
 }
 
 // handshake tells QEMU that the migration goes on and learns which pages it
@@ -296,6 +340,11 @@ const (
 	// as far as they cost no more decoding, and far how many if the guest
 	// reads on; powers of two.
 	near, far = 8, 64
+	// zeroChunk is how many pages zeroRest sends in one write, and zeroPause how
+	// long it then waits: about as long as QEMU takes for them. A zero page's record
+	// has 9 bytes, so a full pipe holds two thousand, behind which a demand would
+	// wait for 7 ms.
+	zeroChunk, zeroPause = 256, time.Millisecond
 )
 
 func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, start time.Time) *pump {
@@ -314,37 +363,52 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 		p.sent = append(p.sent, bitmap.New(int64(n)))
 	}
 	p.total = c.Meta.Report.Hot + c.Meta.Report.Cold
+	if o.ZeroRest {
+		p.total = 0
+		for _, b := range p.sent {
+			p.total += b.Pages()
+		}
+	}
 	for i := range p.recent {
 		p.recent[i].block = -1
 	}
 	return p
 }
 
-// run serves until all pages are sent.
-func (p *pump) run(ctx context.Context, rd *returnpath.Reader) (*Report, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	g, gctx := errgroup.WithContext(ctx)
+// run serves until all pages are sent. What goes wrong in one goroutine cancels
+// ctx, and so ends the others.
+func (p *pump) run(ctx context.Context, cancel context.CancelCauseFunc, rd *returnpath.Reader) error {
 	// The receiver is not waited for: it ends when its pipe does, at the
 	// latest with the process.
 	go func() {
-		err := p.receive(gctx, rd)
+		err := p.receive(ctx, rd)
 		p.rep.received <- err
 		cancel(err)
 	}()
 
+	var g errgroup.Group
+	start := func(fn func(context.Context) error) {
+		g.Go(func() error {
+			err := fn(ctx)
+			if err != nil {
+				cancel(err)
+			}
+			return err
+		})
+	}
 	ld := newLoader(p.c, p.o.First, p.loaded, func() bool { return p.serving.Load() || len(p.demands) > 0 })
-	g.Go(func() error { return ld.run(gctx) })
 	p.follow = ld.follow
-	g.Go(func() error { return p.serve(gctx, ld) })
+	start(ld.run)
+	start(func(ctx context.Context) error { return p.serve(ctx, ld) })
 	err := g.Wait()
 	if err == nil {
 		p.rep.Resident = time.Since(p.start)
 	}
-	if !p.loadedAt.IsZero() {
+	// The receiver may still be at work, and writes loadedAt before it closes loaded.
+	if p.devicesLoaded() && !p.loadedAt.IsZero() {
 		p.rep.Loaded = p.loadedAt.Sub(p.start)
 	}
-	return p.report(), err
+	return err
 }
 
 func (p *pump) devicesLoaded() bool { return closed(p.loaded) }
@@ -717,8 +781,59 @@ func (p *pump) write(b []byte) error {
 	return err
 }
 
+// zeroRest sends all pages that have not been sent as zero, in pieces between
+// which demands are answered: what a guest begins to use now is among them.
+func (p *pump) zeroRest(ctx context.Context) error {
+	pause := time.NewTimer(0)
+	defer pause.Stop()
+	n := 0
+	for block, sent := range p.sent {
+		for page := range sent.Pages() {
+			if sent.Has(page) {
+				continue
+			}
+			if err := p.append(block, uint64(page), nil); err != nil {
+				return err
+			}
+			p.rep.ZeroRest++
+			if n++; n%zeroChunk > 0 {
+				continue
+			}
+			if err := p.flush(); err != nil {
+				return err
+			}
+			pause.Reset(zeroPause)
+			if err := p.serveUntil(ctx, pause.C); err != nil {
+				return err
+			}
+		}
+	}
+	return p.flush()
+}
+
+// serveUntil serves demands alone until something comes from done.
+func (p *pump) serveUntil(ctx context.Context, done <-chan time.Time) error {
+	for {
+		select {
+		case d := <-p.demands:
+			if err := p.demanded(d); err != nil {
+				return err
+			}
+		case <-done:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
 // finish ends the migration.
 func (p *pump) finish(ctx context.Context) error {
+	if p.o.ZeroRest {
+		if err := p.zeroRest(ctx); err != nil {
+			return err
+		}
+	}
 	if err := p.yield(ctx); err != nil {
 		return err
 	}

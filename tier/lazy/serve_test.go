@@ -8,16 +8,20 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
@@ -547,9 +551,7 @@ func TestDevicesFirst(t *testing.T) {
 func TestManyPages(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 17, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}}, 3, save.Options{})
 	d := newFakeQEMU(s)
-	for p := range s.Pages(0) {
-		d.mayZero[tiertest.PageID{Page: p}] = true
-	}
+	d.mayZeroAll()
 	d.onRun = func() {
 		_, err := d.rp.Write(returnpath.AppendReqPages(nil, "m", 0, 16<<20))
 		check(t, err)
@@ -585,49 +587,248 @@ func TestGone(t *testing.T) {
 }
 
 // TestWait: a server ends when QEMU has said that it has everything, and not before,
-// whatever it still asks for.
+// whatever it still asks for. Without that word it fails: nobody knows whether the
+// guest is whole.
 func TestWait(t *testing.T) {
-	defer goleak.VerifyNone(t)
 	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, save.Options{})
+	enough := errors.New("the user has had enough")
 	for name, tc := range map[string]struct {
-		last []byte // nil: QEMU is gone
-		says string
+		last  func(rp *io.PipeWriter, cancel context.CancelCauseFunc)
+		err   error         // that Wait returns
+		says  string        // if there is no such value
+		after time.Duration // that it takes
 	}{
-		"done":   {returnpath.AppendShut(nil, 0), ""},
-		"gone":   {nil, ""},
-		"failed": {returnpath.AppendShut(nil, 1), "SHUT 1"},
+		"done": {last: func(rp *io.PipeWriter, _ context.CancelCauseFunc) { rp.Write(returnpath.AppendShut(nil, 0)) }},
+		"done and gone": {last: func(rp *io.PipeWriter, _ context.CancelCauseFunc) {
+			rp.Write(returnpath.AppendShut(nil, 0))
+			rp.Close()
+		}},
+		"gone":     {last: func(rp *io.PipeWriter, _ context.CancelCauseFunc) { rp.Close() }, err: lazy.ErrGone},
+		"failed":   {last: func(rp *io.PipeWriter, _ context.CancelCauseFunc) { rp.Write(returnpath.AppendShut(nil, 1)) }, says: "SHUT 1"},
+		"silent":   {last: func(*io.PipeWriter, context.CancelCauseFunc) {}, err: lazy.ErrNoShut, after: 10 * time.Second},
+		"too late": {last: func(_ *io.PipeWriter, cancel context.CancelCauseFunc) { cancel(enough) }, err: enough},
 	} {
 		t.Run(name, func(t *testing.T) {
-			in, rp := io.Pipe()
-			defer rp.Close()
-			go rp.Write(returnpath.AppendPong(nil, 3))
-			rep, err := lazy.Serve(t.Context(), s.ck, in, io.Discard, lazy.Options{})
-			check(t, err)
-			ended := make(chan error, 1)
-			go func() { ended <- rep.Wait(t.Context()) }()
-			// More than the server has room for: nobody takes them any more.
-			for range 3000 {
-				rp.Write(returnpath.AppendReqPages(nil, "pc.ram", 4096, 4096))
-			}
-			settle()
-			select {
-			case err := <-ended:
-				t.Errorf("ended before QEMU had everything: %v", err)
-			default:
-			}
-			if tc.last == nil {
-				rp.Close()
-			} else {
-				rp.Write(tc.last)
-			}
-			err = <-ended
-			if tc.says == "" && err != nil || tc.says != "" && (err == nil || !strings.Contains(err.Error(), tc.says)) {
-				t.Errorf("ended with %v", err)
-			}
-			if (rep.Taken >= rep.Resident) != (name == "done") {
-				t.Errorf("%+v", rep)
-			}
+			synctest.Test(t, func(t *testing.T) {
+				in, rp := io.Pipe()
+				defer rp.Close()
+				go rp.Write(returnpath.AppendPong(nil, 3))
+				rep, err := lazy.Serve(t.Context(), s.ck, in, io.Discard, lazy.Options{})
+				check(t, err)
+				ctx, cancel := context.WithCancelCause(t.Context())
+				defer cancel(nil)
+				start := time.Now()
+				var waited error
+				ended := make(chan struct{})
+				go func() { waited = rep.Wait(ctx); close(ended) }()
+				// More than the server has room for: nobody takes them any more.
+				for range 3000 {
+					rp.Write(returnpath.AppendReqPages(nil, "pc.ram", 4096, 4096))
+				}
+				time.Sleep(time.Second)
+				select {
+				case <-ended:
+					t.Errorf("ended before QEMU had everything: %v", waited)
+				default:
+				}
+				tc.last(rp, cancel)
+				<-ended
+				switch {
+				case tc.says != "":
+					if waited == nil || !strings.Contains(waited.Error(), tc.says) {
+						t.Errorf("ended with %v, which does not say %q", waited, tc.says)
+					}
+				case !errors.Is(waited, tc.err):
+					t.Errorf("ended with %v, want %v", waited, tc.err)
+				}
+				if took := time.Since(start); took != max(tc.after, time.Second) {
+					t.Errorf("ended after %v, want %v", took, tc.after)
+				}
+				if (rep.Taken > rep.Resident) != (waited == nil) {
+					t.Errorf("%+v", rep)
+				}
+			})
 		})
+	}
+}
+
+// TestStuck: a QEMU that stops reading, or that does not answer, does not keep a
+// server that is to end, whatever carries the stream. What has been written by then
+// is the beginning of a stream.
+func TestStuck(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 19, Blocks: threeBlocks}, 3, save.Options{})
+	enough := errors.New("the user has had enough")
+	socket := func(t *testing.T) (server, qemu *net.UnixConn) {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		check(t, err)
+		var ends [2]*net.UnixConn
+		for i, fd := range fds {
+			f := os.NewFile(uintptr(fd), "socket")
+			c, err := net.FileConn(f)
+			check(t, err)
+			f.Close()
+			t.Cleanup(func() { c.Close() })
+			ends[i] = c.(*net.UnixConn)
+		}
+		return ends[0], ends[1]
+	}
+	for name, open := range map[string]func(t *testing.T) (in io.Reader, out io.Writer, qemu net.Conn){
+		"pipe": func(t *testing.T) (io.Reader, io.Writer, net.Conn) {
+			in, qemu := socket(t) // the return path alone
+			r, w, err := os.Pipe()
+			check(t, err)
+			out, err := pipe.NewWriter(w)
+			check(t, err)
+			t.Cleanup(func() { out.Close(); r.Close(); w.Close() })
+			return in, out, readsFrom{qemu, r}
+		},
+		"socket": func(t *testing.T) (io.Reader, io.Writer, net.Conn) {
+			server, qemu := socket(t)
+			f, err := server.File()
+			check(t, err)
+			out, err := pipe.NewWriter(f)
+			check(t, err)
+			t.Cleanup(func() { out.Close(); f.Close() })
+			return server, out, qemu
+		},
+		"connection": func(t *testing.T) (io.Reader, io.Writer, net.Conn) {
+			server, qemu := socket(t)
+			return server, server, qemu
+		},
+	} {
+		for _, running := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, guest runs %v", name, running), func(t *testing.T) {
+				in, out, qemu := open(t)
+				if running {
+					_, err := qemu.Write(returnpath.AppendPong(nil, 3))
+					check(t, err)
+				}
+				ctx, cancel := context.WithCancelCause(t.Context())
+				time.AfterFunc(100*time.Millisecond, func() { cancel(enough) })
+				start := time.Now()
+				rep, err := lazy.Serve(ctx, s.ck, in, out, lazy.Options{})
+				if took := time.Since(start); !errors.Is(err, enough) || took > 5*time.Second {
+					t.Fatalf("after %v: %v", took, err)
+				}
+				got := make([]byte, rep.BytesOut)
+				_, err = io.ReadFull(qemu, got)
+				check(t, err)
+				check(t, qemu.SetReadDeadline(time.Now().Add(10*time.Millisecond)))
+				if n, err := qemu.Read(make([]byte, 1)); n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("more than the %d bytes reported was written: %v", rep.BytesOut, err)
+				}
+				d := newFakeQEMU(s)
+				d.rp = io.Discard
+				if err := d.load(bytes.NewReader(got)); !errors.Is(err, stream.ErrTruncated) {
+					t.Errorf("what was written is no stream's beginning: %v", err)
+				}
+			})
+		}
+	}
+	t.Run("no answer to a recovery", func(t *testing.T) {
+		server, qemu := socket(t)
+		ctx, cancel := context.WithCancelCause(t.Context())
+		time.AfterFunc(50*time.Millisecond, func() { cancel(enough) })
+		if _, err := lazy.Recover(ctx, s.ck, server, server, lazy.Options{}); !errors.Is(err, enough) {
+			t.Error(err)
+		}
+		qemu.Close()
+	})
+}
+
+// readsFrom is a connection whose other direction is a pipe.
+type readsFrom struct {
+	net.Conn
+	r *os.File
+}
+
+func (c readsFrom) Read(b []byte) (int, error)        { return c.r.Read(b) }
+func (c readsFrom) SetReadDeadline(t time.Time) error { return c.r.SetReadDeadline(t) }
+
+// TestLoadedLate: QEMU says that the devices are loaded while the server fails for
+// another reason. For the race detector: the receiver is still at work then.
+func TestLoadedLate(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, save.Options{})
+	failure := errors.New("broken pipe")
+	for range 20 {
+		in, rp := io.Pipe()
+		go rp.Write(returnpath.AppendPong(returnpath.AppendReqPages(nil, "pc.ram", 0, 4096), 3))
+		writes := 0 // the first is the opening
+		out := writerFunc(func(b []byte) (int, error) {
+			if writes++; writes > 1 {
+				return 0, failure
+			}
+			return len(b), nil
+		})
+		if _, err := lazy.Serve(t.Context(), s.ck, in, out, lazy.Options{}); !errors.Is(err, failure) {
+			t.Fatal(err)
+		}
+		rp.Close()
+	}
+}
+
+// TestZeroRest: with it every page comes, those without content last, and what is
+// asked for meanwhile does not wait for them.
+func TestZeroRest(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 26, Blocks: []tiertest.Block{{Name: "m", Size: 64 << 20}, {Name: "b", Size: 20 << 10}}, Mix: tiertest.Mix{200, 0, 0, 1}}, 5, save.Options{})
+	all := func() *fakeQEMU {
+		d := newFakeQEMU(s)
+		d.mayZeroAll()
+		return d
+	}
+	content := 0
+	for b := range s.Blocks() {
+		for p := range s.Pages(b) {
+			if s.page(tiertest.PageID{Block: b, Page: p}) != nil {
+				content++
+			}
+		}
+	}
+	total := int(s.Pages(0) + s.Pages(1))
+
+	d := all()
+	var asked []tiertest.PageID
+	var when []int
+	d.afterPart = func(n int) {
+		if len(d.order) < content+1000*(len(asked)+1) || len(asked) == 5 {
+			return
+		}
+		id := tiertest.PageID{Block: 0, Page: s.Pages(0) - 1 - uint64(1000*len(asked))}
+		asked, when = append(asked, id), append(when, d.sections)
+		check(t, d.ask(id))
+		settle()
+	}
+	var last lazy.Progress
+	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{ZeroRest: true, Progress: func(p lazy.Progress) { last = p }}).ok(t)
+	if len(d.got) != total || rep.Pages != int64(total) || last.PagesAll != int64(total) {
+		t.Errorf("%d of %d pages came, %+v, %+v", len(d.got), total, rep, last)
+	}
+	if min, max := total-content-8*len(asked), total-content; rep.ZeroRest < int64(min) || rep.ZeroRest > int64(max) {
+		t.Errorf("%d pages were the rest, not %d to %d", rep.ZeroRest, min, max)
+	}
+	if len(asked) != 5 {
+		t.Fatalf("asked for %d pages", len(asked))
+	}
+	for i, id := range asked {
+		if _, section := d.position(id); section > when[i]+3 {
+			t.Errorf("page %v, asked for after section %d, came in section %d", id, when[i], section)
+		}
+	}
+
+	// After a recovery: only what QEMU does not have.
+	d = all()
+	had := 0
+	for b := range s.Blocks() {
+		m := make(map[uint64]bool)
+		for p := uint64(0); p < s.Pages(b); p += 3 {
+			m[p] = true
+			had++
+		}
+		d.had = append(d.had, m)
+	}
+	rep = d.run(t, t.Context(), lazy.Recover, lazy.Options{ZeroRest: true}).ok(t)
+	if len(d.got) != total || rep.Pages != int64(total-had) {
+		t.Errorf("recovery: %d of %d pages are there, %d were: %+v", len(d.got), total, had, rep)
 	}
 }
 
@@ -644,6 +845,10 @@ func TestBegin(t *testing.T) {
 		}
 	}
 }
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
 type failingWriter struct {
 	left int
@@ -919,11 +1124,7 @@ func FuzzServe(f *testing.F) {
 		var out bytes.Buffer
 		_, err := lazy.Serve(t.Context(), s.ck, in, &out, lazy.Options{})
 		d := newFakeQEMU(s)
-		for blk := range s.Blocks() {
-			for p := range s.Pages(blk) {
-				d.mayZero[tiertest.PageID{Block: blk, Page: p}] = true
-			}
-		}
+		d.mayZeroAll()
 		d.loading = true // the PONG has been said
 		loaded := d.load(&out)
 		if err == nil && loaded != nil || err != nil && !errors.Is(loaded, stream.ErrTruncated) {
