@@ -259,6 +259,11 @@ type countingFS struct {
 	open map[any]string
 }
 
+func (c *countingFS) NoLinks(dir string) (_ vfs.FS, err error) {
+	c.FS, err = c.FS.NoLinks(dir)
+	return c, err
+}
+
 func (c *countingFS) leaks() (names []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

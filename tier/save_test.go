@@ -521,6 +521,11 @@ type watchedFile struct {
 	w *syncWatch
 }
 
+func (w *syncWatch) NoLinks(dir string) (_ vfs.FS, err error) {
+	w.FS, err = w.FS.NoLinks(dir)
+	return w, err
+}
+
 func (w *syncWatch) Create(name string) (vfs.File, error) {
 	f, err := w.FS.Create(name)
 	if err != nil {

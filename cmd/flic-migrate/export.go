@@ -6,16 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime/debug"
 
-	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 type exportCmd struct {
@@ -69,47 +68,30 @@ func (e *exportCmd) run(ctx context.Context, name, file string) (err error) {
 	if err != nil {
 		return fmt.Errorf("checkpoint %v: %w", c.Ref, err)
 	}
-	// The name is taken first for an early word; Rename is what sees to it.
+	// For an early word; WriteFile is what sees to it.
 	if _, err := e.fs.Stat(file); err == nil {
 		return fmt.Errorf("%s: %w", file, os.ErrExist)
 	}
-	part := filepath.Join(filepath.Dir(file), ".flic-export-"+uuid.NewString())
-	f, err := e.fs.Create(part)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		f.Close()
-		if err != nil {
-			e.fs.Remove(part)
-		}
-	}()
 	show := newProgress(e.stderr, e.quiet)
 	defer show.finish()
-	w := bufio.NewWriterSize(f, 1<<20)
-	if _, err := w.Write(append(saveimage.PartialMagic(), h.Bytes()[len(saveimage.Magic()):]...)); err != nil {
+	return vfs.WriteFile(e.fs, file, vfs.Writing{New: true}, func(f vfs.File) error {
+		w := bufio.NewWriterSize(f, 1<<20)
+		if _, err := w.Write(append(saveimage.PartialMagic(), h.Bytes()[len(saveimage.Magic()):]...)); err != nil {
+			return err
+		}
+		if _, err := restore.Run(ctx, c, w, restore.Options{Progress: show.callback()}); err != nil {
+			return err
+		}
+		if err := w.Flush(); err != nil {
+			return err
+		}
+		if err := f.Sync(); err != nil {
+			return err
+		}
+		// As libvirt does: a file is whole when its first bytes say so.
+		_, err := f.WriteAt(saveimage.Magic(), 0)
 		return err
-	}
-	if _, err := restore.Run(ctx, c, w, restore.Options{Progress: show.callback()}); err != nil {
-		return err
-	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	// As libvirt does: a file is whole when its first bytes say so.
-	if _, err := f.WriteAt(saveimage.Magic(), 0); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := e.fs.Rename(part, file); err != nil {
-		return err
-	}
-	return e.fs.SyncDir(filepath.Dir(file))
+	})
 }
 
 // header is what goes before the stream.

@@ -48,6 +48,11 @@ type faultFS struct {
 	count atomic.Int64 // of the fault's kind of operation
 }
 
+func (f *faultFS) NoLinks(dir string) (_ vfs.FS, err error) {
+	f.FS, err = f.FS.NoLinks(dir)
+	return f, err
+}
+
 // strike is called before an operation.
 func (f *faultFS) strike(op, name string) error {
 	if op != f.op || f.count.Add(1) != int64(f.n) {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
@@ -16,6 +15,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -190,21 +190,7 @@ func readWorkingSet(path string) (*workingset.Set, error) {
 // monitor stands still until this process is gone, and the report of a save
 // that a power cut follows is worth less than that time.
 func writeReport(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".flic-report-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(b, '\n'))
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
+	return vfs.WriteFile(vfs.OS, path, vfs.Writing{NoSync: true}, vfs.Bytes(append(b, '\n')))
 }
 
 // summary is the line that a save ends with.

@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
@@ -15,6 +13,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/track"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -116,27 +115,10 @@ func (t *trackCmd) filter(ctx context.Context, interval time.Duration) error {
 
 // write makes the file appear whole or not at all.
 func (t *trackCmd) write(name string, set *workingset.Set) error {
-	dir := filepath.Dir(name)
-	tmp := filepath.Join(dir, ".flic-"+uuid.NewString())
-	f, err := t.fs.Create(tmp)
-	if err != nil {
+	return vfs.WriteFile(t.fs, name, vfs.Writing{}, func(f vfs.File) error {
+		_, err := set.WriteTo(f)
 		return err
-	}
-	_, err = set.WriteTo(f)
-	if err == nil {
-		err = f.Sync()
-	}
-	if e := f.Close(); err == nil {
-		err = e
-	}
-	if err == nil {
-		err = t.fs.Replace(tmp, name)
-	}
-	if err != nil {
-		t.fs.Remove(tmp)
-		return err
-	}
-	return t.fs.SyncDir(dir)
+	})
 }
 
 // assumedRate is what flash is taken to be read with where it can't be measured,

@@ -144,6 +144,11 @@ type limitedFS struct {
 	free time.Time // when the device has done what it was asked for
 }
 
+func (l *limitedFS) NoLinks(dir string) (_ vfs.FS, err error) {
+	l.FS, err = l.FS.NoLinks(dir)
+	return l, err
+}
+
 func (l *limitedFS) Open(name string) (vfs.File, error) {
 	f, err := l.FS.Open(name)
 	return &limitedFile{f, l}, err

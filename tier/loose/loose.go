@@ -44,6 +44,8 @@ func (u unsupported) Write([]byte) (int, error)                { return 0, u.fai
 func (u unsupported) WriteAt([]byte, int64) (int, error)       { return 0, u.fail("write") }
 func (u unsupported) Truncate(int64) error                     { return u.fail("truncate") }
 func (u unsupported) Allocate(int64, int64) error              { return u.fail("fallocate") }
+func (u unsupported) Punch(int64, int64) error                 { return u.fail("punch") }
+func (u unsupported) Data(off int64) (int64, error)            { return off, nil }
 func (u unsupported) StartWriteback(int64, int64)              {}
 func (u unsupported) DropCache()                               {}
 func (u unsupported) Lock(context.Context, vfs.LockMode) error { return u.fail("lock") }

@@ -1,15 +1,14 @@
 package vfs
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
 	"syscall"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -18,31 +17,38 @@ import (
 // OS is the operating system's file system.
 var OS FS = osFS{}
 
-type osFS struct{}
+type osFS struct {
+	guarded string // the directory of NoLinks, absolute; empty for none
+}
+
+func (o osFS) NoLinks(dir string) (FS, error) {
+	abs, err := filepath.Abs(dir)
+	return osFS{guarded: abs}, err
+}
 
 type osFile struct {
 	*os.File
 }
 
-func open(name string, flag int) (File, error) {
-	f, err := os.OpenFile(name, flag, 0o600)
+func (o osFS) open(name string, flag int) (File, error) {
+	f, err := o.openFile(name, flag)
 	if err != nil {
 		return nil, err
 	}
 	return &osFile{f}, nil
 }
 
-func (osFS) Create(name string) (File, error) {
-	return open(name, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+func (o osFS) Create(name string) (File, error) {
+	return o.open(name, os.O_RDWR|os.O_CREATE|os.O_EXCL)
 }
-func (osFS) Open(name string) (File, error)   { return open(name, os.O_RDONLY) }
-func (osFS) OpenRW(name string) (File, error) { return open(name, os.O_RDWR) }
+func (o osFS) Open(name string) (File, error)   { return o.open(name, os.O_RDONLY) }
+func (o osFS) OpenRW(name string) (File, error) { return o.open(name, os.O_RDWR) }
 
 func (o osFS) MkdirAll(dir string) error {
 	dir = filepath.Clean(dir)
 	// Down from the deepest directory that exists: whoever sees a directory
 	// then knows that its parents were synced before it was made.
-	fi, err := os.Stat(dir)
+	fi, err := o.Stat(dir)
 	if err == nil {
 		if !fi.IsDir() {
 			return &fs.PathError{Op: "mkdir", Path: dir, Err: syscall.ENOTDIR}
@@ -62,80 +68,20 @@ func (o osFS) MkdirAll(dir string) error {
 	if err := o.MkdirAll(parent); err != nil {
 		return err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := o.mkdir(dir); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
 	return o.SyncDir(parent)
 }
 
-func (osFS) Rename(oldname, newname string) error {
-	err := unix.Renameat2(unix.AT_FDCWD, oldname, unix.AT_FDCWD, newname, unix.RENAME_NOREPLACE)
-	if err == unix.EINVAL || err == unix.ENOSYS {
-		// NFS and a few FUSE file systems. A hard link is the other
-		// operation that is atomic and never replaces.
-		if err = unix.Link(oldname, newname); err == nil {
-			err = unix.Unlink(oldname)
-		}
-	}
-	if err != nil {
-		return &os.LinkError{Op: "rename", Old: oldname, New: newname, Err: err}
-	}
-	return nil
-}
-
-func (osFS) Replace(oldname, newname string) error     { return os.Rename(oldname, newname) }
-func (osFS) Remove(name string) error                  { return os.Remove(name) }
-func (osFS) ReadDir(dir string) ([]fs.DirEntry, error) { return os.ReadDir(dir) }
-func (osFS) Stat(name string) (fs.FileInfo, error)     { return os.Stat(name) }
-
-func (osFS) SyncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	if errors.Is(err, syscall.EINVAL) {
-		err = nil // a file system without directory sync has nothing to lose
-	}
-	return errors.Join(err, d.Close())
-}
-
-func (o osFS) Lock(ctx context.Context, name string, mode LockMode) (Locked, error) {
-	return WaitLock(ctx, name, func() (Locked, error) { return o.TryLock(name, mode) })
-}
-
-func (osFS) TryLock(name string, mode LockMode) (Locked, error) {
-	for {
-		f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
-		if errors.Is(err, syscall.EROFS) || errors.Is(err, fs.ErrPermission) {
-			// flock needs no write permission, so a store can be read by
-			// those who may only read it.
-			f, err = os.Open(name)
-		}
-		if err != nil {
-			return nil, err
-		}
-		if err := flock(f, mode); err != nil {
-			f.Close()
-			return nil, err
-		}
-		// Between open and flock the holder before us may have removed the
-		// file: then this lock is on a file that nobody else will open.
-		have, err := f.Stat()
-		if err != nil {
-			f.Close()
-			return nil, err
-		}
-		if now, err := os.Stat(name); err == nil && os.SameFile(have, now) {
-			return f, nil
-		}
-		f.Close()
-	}
-}
-
-func (osFS) StatFS(name string) (FSInfo, error) {
+func (o osFS) StatFS(name string) (FSInfo, error) {
 	var st unix.Statfs_t
-	if err := ignoringEINTR(func() error { return unix.Statfs(name, &st) }); err != nil {
+	f, err := o.lookAt(name, 0)
+	if err == nil {
+		defer f.Close()
+		err = ignoringEINTR(func() error { return unix.Fstatfs(int(f.Fd()), &st) })
+	}
+	if err != nil {
 		return FSInfo{}, &fs.PathError{Op: "statfs", Path: name, Err: err}
 	}
 	info := FSInfo{
@@ -187,12 +133,6 @@ func (f *osFile) Size() (int64, error) {
 	if fi.Mode().IsRegular() {
 		return fi.Size(), nil
 	}
-	if fi.Mode()&fs.ModeCharDevice != 0 {
-		// A device-DAX node can be mapped only: no read, write or fsync,
-		// and its lines must be flushed by user code. Its file-system or
-		// block form does all this in the kernel.
-		return 0, f.pathError("size", fmt.Errorf("a character device can't hold an NVRAM file (use /dev/pmem* or a file on a file system mounted with -o dax): %w", errors.ErrUnsupported))
-	}
 	var size uint64
 	err = f.control(func(fd int) error {
 		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.BLKGETSIZE64, uintptr(unsafe.Pointer(&size)))
@@ -237,6 +177,31 @@ func (f *osFile) Allocate(off, n int64) error {
 	return f.pathError("fallocate", err)
 }
 
+func (f *osFile) Punch(off, n int64) error {
+	err := f.control(func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	})
+	if err == unix.EOPNOTSUPP || err == unix.ENOSYS || err == unix.ENODEV {
+		err = fmt.Errorf("%w (%w)", errors.ErrUnsupported, err)
+	}
+	return f.pathError("punch", err)
+}
+
+func (f *osFile) Data(off int64) (int64, error) {
+	var at int64
+	err := f.control(func(fd int) (err error) {
+		at, err = unix.Seek(fd, off, unix.SEEK_DATA)
+		return err
+	})
+	switch err {
+	case unix.ENXIO: // nothing but a hole from off to the end
+		return 0, io.EOF
+	case unix.EINVAL, unix.EOPNOTSUPP, unix.ENOTTY: // it does not know: all may be data
+		return off, nil
+	}
+	return at, f.pathError("seek", err)
+}
+
 func (f *osFile) StartWriteback(off, n int64) {
 	f.control(func(fd int) error {
 		return unix.SyncFileRange(fd, off, n, unix.SYNC_FILE_RANGE_WRITE)
@@ -245,53 +210,6 @@ func (f *osFile) StartWriteback(off, n int64) {
 
 func (f *osFile) DropCache() {
 	f.control(func(fd int) error { return unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) })
-}
-
-func (f *osFile) Lock(ctx context.Context, mode LockMode) error {
-	_, err := WaitLock(ctx, f.Name(), func() (struct{}, error) {
-		return struct{}{}, f.TryLock(mode)
-	})
-	return err
-}
-
-func (f *osFile) TryLock(mode LockMode) error { return flock(f.File, mode) }
-
-func (f *osFile) Unlock() error {
-	return f.pathError("unlock", f.control(func(fd int) error { return unix.Flock(fd, unix.LOCK_UN) }))
-}
-
-func flock(f *os.File, mode LockMode) error {
-	how := unix.LOCK_SH
-	if mode == Exclusive {
-		how = unix.LOCK_EX
-	}
-	of := &osFile{f}
-	err := of.control(func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
-	if err == unix.EWOULDBLOCK {
-		err = ErrLocked
-	}
-	return of.pathError("lock", err)
-}
-
-// WaitLock repeats try until it doesn't say ErrLocked any more, or until ctx is
-// done. It is for implementations of FS and File. A blocking flock
-// would be fairer, but can be neither cancelled nor timed out. The pauses grow
-// to 20 ms: locks here are held for milliseconds (allocation) or for a whole
-// save, and neither is worth more wake-ups.
-func WaitLock[T any](ctx context.Context, name string, try func() (T, error)) (T, error) {
-	pause := 500 * time.Microsecond
-	for {
-		l, err := try()
-		if !errors.Is(err, ErrLocked) {
-			return l, err
-		}
-		select {
-		case <-ctx.Done():
-			return l, &fs.PathError{Op: "lock", Path: name, Err: context.Cause(ctx)}
-		case <-time.After(pause):
-			pause = min(2*pause, 20*time.Millisecond)
-		}
-	}
 }
 
 func addrOf(b []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(b))) }

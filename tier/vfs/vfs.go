@@ -30,6 +30,13 @@ import (
 // lock.
 var ErrLocked = errors.New("locked by another process")
 
+var (
+	// ErrNotRegular: where a regular file has to be there is something else.
+	ErrNotRegular = errors.New("not a regular file")
+	// ErrLink: a symbolic link stands where none is followed.
+	ErrLink = errors.New("a symbolic link, which is not followed here")
+)
+
 // LockMode says who else may hold a lock at the same time.
 type LockMode int
 
@@ -49,18 +56,30 @@ func (m LockMode) String() string {
 // Errors are *fs.PathError or *os.LinkError, so they carry operation and name,
 // and match fs.ErrExist, fs.ErrNotExist and the syscall.Errno behind them.
 type FS interface {
-	// Create makes a new file of mode 0600, open for reading and writing.
-	// It fails with fs.ErrExist rather than touch a file that is there.
+	// NoLinks returns the same file system with one difference: on the way
+	// from dir down to a name, and as that name, a symbolic link is refused
+	// (ErrLink), and a file can only be a regular one. dir itself may be named
+	// by a link. Names that are not below dir are as before. A store is read
+	// and written through it, so that what somebody has put into its directory
+	// leads nobody out of it. One directory can be guarded at a time.
+	NoLinks(dir string) (FS, error)
+
+	// Create makes a new file of mode 0600, whatever the umask is, open for
+	// reading and writing. It fails with fs.ErrExist rather than touch a file
+	// that is there.
 	Create(name string) (File, error)
 
-	// Open opens an existing file for reading.
+	// Open opens an existing file for reading. It never waits: a FIFO, a
+	// socket, a character device is ErrNotRegular. A block device can be an
+	// NVRAM file.
 	Open(name string) (File, error)
 
-	// OpenRW opens an existing file for reading and writing. The offset of
-	// Write starts at 0.
+	// OpenRW opens an existing file for reading and writing, of the kinds that
+	// Open opens. The offset of Write starts at 0.
 	OpenRW(name string) (File, error)
 
-	// MkdirAll makes dir and its missing parents with mode 0700, durably: it
+	// MkdirAll makes dir and its missing parents, durably, with mode 0700
+	// whatever the umask is: it
 	// syncs the parent of each directory made, and of the deepest one found,
 	// because another process may have made that one a moment ago and not
 	// have got to the sync.
@@ -79,15 +98,17 @@ type FS interface {
 	// ReadDir returns the entries of a directory, sorted by name.
 	ReadDir(dir string) ([]fs.DirEntry, error)
 
-	// Stat follows symbolic links.
+	// Stat follows symbolic links, Lstat describes the last one itself.
 	Stat(name string) (fs.FileInfo, error)
+	Lstat(name string) (fs.FileInfo, error)
 
 	// SyncDir makes the creations, renames and removals of names in dir
 	// durable.
 	SyncDir(dir string) error
 
 	// Lock opens the lock file name, creating it if missing, and waits for
-	// the lock until ctx is done. The caller closes the returned Locked to
+	// the lock until ctx is done, and no longer than LockLimit. The error says
+	// for what it waited and how long. The caller closes the returned Locked to
 	// give the lock up; the end of the process does it too. The file stays; a
 	// holder that removes it gives the lock up with that.
 	Lock(ctx context.Context, name string, mode LockMode) (Locked, error)
@@ -132,6 +153,17 @@ type File interface {
 	// in a mapping later. errors.ErrUnsupported if the file system can't.
 	Allocate(off, n int64) error
 
+	// Punch gives the disk blocks of [off, off+n) back; the range then reads as
+	// zero, also in mappings, and the length stays. It is durable, or has not
+	// happened, or in a part of its blocks, as a write: only after Sync.
+	// errors.ErrUnsupported if the file system can't.
+	Punch(off, n int64) error
+
+	// Data returns the first offset from off on that may hold something else
+	// than zero because it has disk blocks; io.EOF if only a hole follows, or
+	// the end of the file. A file system that knows no holes says off.
+	Data(off int64) (int64, error)
+
 	// StartWriteback asks the kernel to begin writing dirty pages of
 	// [off, off+n) without waiting, so that a later Sync has little left to
 	// do. It promises nothing, so it has no error.
@@ -146,7 +178,7 @@ type File interface {
 	// beyond the end would be a SIGBUS when touched.
 	Map(off, n int64, writable bool) (Mapping, error)
 
-	// Lock waits for a lock on this open file until ctx is done; TryLock
+	// Lock waits for a lock on this open file as FS.Lock does; TryLock
 	// returns ErrLocked instead of waiting. A lock belongs to the open file:
 	// two opens of one file by the same process exclude each other. It ends
 	// with Unlock, Close or the end of the process.

@@ -578,16 +578,56 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestCharacterDevice: /dev/dax* can be mapped but neither written nor synced; it
-// must be refused before anything relies on it.
-func TestCharacterDevice(t *testing.T) {
-	f, err := vfs.OS.OpenRW("/dev/zero")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	_, err = f.Size()
-	wantErr(t, "size", err, errors.ErrUnsupported)
-	_, err = f.Map(0, 4096, true)
-	wantErr(t, "map", err, errors.ErrUnsupported)
+// TestPunch: blocks are given back, and nothing is left to read there.
+func TestPunch(t *testing.T) {
+	forEach(t, func(t *testing.T, fsys vfs.FS, dir string) {
+		const block = 64 << 10
+		f, err := fsys.Create(filepath.Join(dir, "f"))
+		must(t, err)
+		defer f.Close()
+		_, err = f.WriteAt(bytes.Repeat([]byte("x"), 4*block), 0)
+		must(t, err)
+		m, err := f.Map(0, 4*block, false)
+		must(t, err)
+		defer m.Close()
+		if at, err := f.Data(block); at != block || err != nil {
+			t.Errorf("Data: %d, %v", at, err)
+		}
+		must(t, f.Punch(block, 2*block))
+		must(t, f.Punch(0, 1)) // not a whole block: zero, and still there
+		want := make([]byte, 4*block)
+		for i := range want {
+			if i > 0 && i < block || i >= 3*block {
+				want[i] = 'x'
+			}
+		}
+		if got := read(t, fsys, f.Name()); got != string(want) {
+			t.Error("content after Punch")
+		}
+		if !bytes.Equal(m.Bytes(), want) {
+			t.Error("content of the mapping after Punch")
+		}
+		for off, data := range map[int64]int64{0: 0, 1: 1, block: 3 * block, 2*block + 7: 3 * block, 4*block - 1: 4*block - 1} {
+			if at, err := f.Data(off); at != data || err != nil {
+				t.Errorf("Data from %d: %d, %v, want %d", off, at, err, data)
+			}
+		}
+		_, err = f.Data(4 * block)
+		wantErr(t, "Data at the end", err, io.EOF)
+		must(t, f.Punch(3*block, 9*block)) // beyond the end
+		if n, err := f.Size(); n != 4*block || err != nil {
+			t.Errorf("Size: %d, %v", n, err)
+		}
+		_, err = f.Data(block)
+		wantErr(t, "Data before a hole", err, io.EOF)
+		must(t, f.Allocate(block, block))
+		if got := read(t, fsys, f.Name()); got[block:] != string(make([]byte, 3*block)) {
+			t.Error("content after Allocate")
+		}
+		wantErr(t, "nothing to punch", f.Punch(0, 0), syscall.EINVAL)
+		ro, err := fsys.Open(f.Name())
+		must(t, err)
+		defer ro.Close()
+		wantErr(t, "punch of a file opened for reading", ro.Punch(0, block), syscall.EBADF)
+	})
 }

@@ -164,6 +164,7 @@ func (f *FS) CrashClone(seed uint64) *FS {
 				c.durable = slices.Clone(c.data)
 				c.blocks = i.blocks.clone()
 				c.blocks.truncate(c.size())
+				c.backContent()
 				c.modTime = i.modTime
 				clone.d.used += c.blocks.bytes()
 			}
@@ -265,6 +266,9 @@ func pathErr(op, name string, err error) error {
 func linkErr(oldname, newname string, err error) error {
 	return &os.LinkError{Op: "rename", Old: oldname, New: newname, Err: err}
 }
+
+// NoLinks implements vfs.FS. There are no links.
+func (f *FS) NoLinks(string) (vfs.FS, error) { return f, nil }
 
 // Create implements vfs.FS.
 func (f *FS) Create(name string) (vfs.File, error) {
@@ -481,6 +485,9 @@ func (f *FS) Stat(name string) (fs.FileInfo, error) {
 	return i.info(path.Base(name)), nil
 }
 
+// Lstat implements vfs.FS.
+func (f *FS) Lstat(name string) (fs.FileInfo, error) { return f.Stat(name) }
+
 // SyncDir implements vfs.FS.
 func (f *FS) SyncDir(name string) error {
 	f.d.mu.Lock()
@@ -603,7 +610,7 @@ func (h *file) begin(kind Kind) error {
 	if h.closed && !h.fs.faults.killed {
 		return fs.ErrClosed
 	}
-	if !h.writable && (kind == Write || kind == Truncate || kind == Allocate) {
+	if !h.writable && (kind == Write || kind == Truncate || kind == Allocate || kind == Punch) {
 		return syscall.EBADF
 	}
 	return h.fs.begin(kind, h.name)
@@ -755,6 +762,58 @@ func (h *file) Allocate(off, n int64) error {
 	}
 	h.i.resize(max(h.i.size(), off+n))
 	return nil
+}
+
+// Punch clears the range. Its blocks are free at once. That it is not durable
+// before a sync is as with a write of zeros; where a crash brings content back,
+// it brings its blocks back too.
+func (h *file) Punch(off, n int64) error {
+	h.fs.d.mu.Lock()
+	defer h.fs.d.mu.Unlock()
+	err := h.begin(Punch)
+	if err == nil && (off < 0 || n <= 0) {
+		err = syscall.EINVAL
+	}
+	if err != nil {
+		return pathErr("punch", h.name, err)
+	}
+	end := min(off+n, h.i.size())
+	if off >= end {
+		return nil
+	}
+	clear(h.i.data[off:end])
+	h.i.redirty(off, end)
+	// A block goes when all of it does; the last one of the file ends with it.
+	before := h.i.blocks.bytes()
+	first, last := (off+blockSize-1)/blockSize, end/blockSize
+	if end == h.i.size() {
+		last = (end + blockSize - 1) / blockSize
+	}
+	for b := first; b < last; b++ {
+		h.i.blocks.clear(b)
+	}
+	h.fs.d.used -= before - h.i.blocks.bytes()
+	h.i.modTime = time.Now()
+	h.i.writeBack(h.fs.d.rnd)
+	return nil
+}
+
+// Data looks for a block.
+func (h *file) Data(off int64) (int64, error) {
+	h.fs.d.mu.Lock()
+	defer h.fs.d.mu.Unlock()
+	if err := h.begin(Read); err != nil {
+		return 0, pathErr("seek", h.name, err)
+	}
+	if off < 0 {
+		return 0, pathErr("seek", h.name, syscall.EINVAL)
+	}
+	for ; off < h.i.size(); off = (off/blockSize + 1) * blockSize {
+		if h.i.blocks.has(off / blockSize) {
+			return off, nil
+		}
+	}
+	return 0, io.EOF
 }
 
 // StartWriteback writes back some sectors at random, which is as much as the

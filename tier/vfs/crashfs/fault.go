@@ -22,6 +22,7 @@ const (
 	Write // and WriteAt
 	Truncate
 	Allocate
+	Punch
 	Sync
 	MapSync // Mapping.Sync
 	Lock    // of a lock file or an open file, each try
@@ -31,7 +32,7 @@ const (
 )
 
 var kindNames = [...]string{"create", "mkdir", "rename", "remove", "fsync of directory", "write", "truncate",
-	"fallocate", "fsync", "msync", "lock", "mmap", "open", "read"}
+	"fallocate", "punch", "fsync", "msync", "lock", "mmap", "open", "read"}
 
 func (k Kind) String() string { return kindNames[k] }
 

@@ -204,6 +204,16 @@ func (i *inode) crash(rnd *rand.Rand) []byte {
 	return c[:size:size]
 }
 
+// backContent gives blocks to content that a crash has brought back: a hole that
+// was punched without a sync is one on the disk or is not.
+func (i *inode) backContent() {
+	for off := int64(0); off < i.size(); off += blockSize {
+		if b := off / blockSize; !i.blocks.has(b) && !isZero(i.data[off:min(off+blockSize, i.size())]) {
+			i.blocks.set(b)
+		}
+	}
+}
+
 type fileInfo struct {
 	name string
 	size int64
@@ -232,6 +242,12 @@ func (m *bitmap) set(b int64) {
 		*m = append(*m, 0)
 	}
 	(*m)[b/64] |= 1 << (b % 64)
+}
+
+func (m bitmap) clear(b int64) {
+	if b/64 < int64(len(m)) {
+		m[b/64] &^= 1 << (b % 64)
+	}
 }
 
 // truncate drops the blocks beyond a file of size bytes.

@@ -1,0 +1,109 @@
+package vfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// LockLimit bounds every wait for a lock. Those that are waited for are held for
+// one change of names or of a table, and its sync: whoever holds one for longer
+// hangs, and a save that waits for it for ever freezes its guest.
+const LockLimit = 30 * time.Second
+
+func (o osFS) Lock(ctx context.Context, name string, mode LockMode) (Locked, error) {
+	return WaitLock(ctx, name, func() (Locked, error) { return o.TryLock(name, mode) })
+}
+
+func (o osFS) TryLock(name string, mode LockMode) (Locked, error) {
+	for {
+		// A lock file is ours: a link or FIFO in its place is somebody else's.
+		f, err := o.openFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW)
+		if errors.Is(err, syscall.EROFS) || errors.Is(err, fs.ErrPermission) {
+			// flock needs no write permission, so a store can be read by
+			// those who may only read it.
+			f, err = o.openFile(name, os.O_RDONLY|unix.O_NOFOLLOW)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if err := flock(f, mode); err != nil {
+			f.Close()
+			return nil, err
+		}
+		// Between open and flock the holder before us may have removed the
+		// file: then this lock is on a file that nobody else will open.
+		have, err := f.Stat()
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		if now, err := o.Lstat(name); err == nil && os.SameFile(have, now) {
+			return f, nil
+		}
+		f.Close()
+	}
+}
+
+func (f *osFile) Lock(ctx context.Context, mode LockMode) error {
+	_, err := WaitLock(ctx, f.Name(), func() (struct{}, error) {
+		return struct{}{}, f.TryLock(mode)
+	})
+	return err
+}
+
+func (f *osFile) TryLock(mode LockMode) error { return flock(f.File, mode) }
+
+func (f *osFile) Unlock() error {
+	return f.pathError("unlock", f.control(func(fd int) error { return unix.Flock(fd, unix.LOCK_UN) }))
+}
+
+func flock(f *os.File, mode LockMode) error {
+	how := unix.LOCK_SH
+	if mode == Exclusive {
+		how = unix.LOCK_EX
+	}
+	of := &osFile{f}
+	err := of.control(func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
+	if err == unix.EWOULDBLOCK {
+		err = ErrLocked
+	}
+	return of.pathError("lock", err)
+}
+
+// WaitLock repeats try until it says something else than ErrLocked, until ctx is
+// done, or for LockLimit, and says how long it waited for what. After LockLimit
+// the error is ErrLocked, else ctx's cause. It is for implementations of FS and
+// File. A blocking flock would be fairer, but can be neither cancelled nor timed
+// out. The pauses grow to 20 ms: locks here are held for milliseconds, which
+// are not worth more wake-ups.
+func WaitLock[T any](ctx context.Context, name string, try func() (T, error)) (T, error) {
+	began := time.Now()
+	pause := 500 * time.Microsecond
+	for {
+		l, err := try()
+		if !errors.Is(err, ErrLocked) {
+			return l, err
+		}
+		waited := time.Since(began)
+		why := ErrLocked
+		if waited < LockLimit {
+			select {
+			case <-time.After(pause):
+				pause = min(2*pause, 20*time.Millisecond)
+				continue
+			case <-ctx.Done():
+				waited = time.Since(began)
+				why = context.Cause(ctx)
+			}
+		}
+		return l, &fs.PathError{Op: "lock", Path: name,
+			Err: fmt.Errorf("waited %v for another process to give it up: %w", waited.Round(time.Millisecond), why)}
+	}
+}
