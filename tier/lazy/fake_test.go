@@ -416,9 +416,6 @@ func (d *fakeQEMU) position(id tiertest.PageID) (n, section int) {
 	return -1, -1
 }
 
-// settle gives the server time to take in what was asked for.
-func settle() { time.Sleep(20 * time.Millisecond) }
-
 // server is Serve or Recover.
 type server func(context.Context, *checkpoint.Checkpoint, io.Reader, io.Writer, lazy.Options) (*lazy.Report, error)
 
@@ -430,7 +427,9 @@ type outcome struct {
 }
 
 // run lets a server of the checkpoint talk to d over unbuffered pipes, so that
-// the server is never further than the write that d has not read to its end.
+// the server is never further than the write that d has not read to its end. In a
+// synctest bubble a hook's synctest.Wait gives the server the time to take in what
+// was asked for.
 func (d *fakeQEMU) run(t testing.TB, ctx context.Context, serve server, o lazy.Options) outcome {
 	t.Helper()
 	in, rp := io.Pipe()

@@ -17,7 +17,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -59,36 +58,37 @@ var shapes = []struct {
 func TestWire(t *testing.T) {
 	for _, tc := range shapes {
 		t.Run(tc.name, func(t *testing.T) {
-			defer goleak.VerifyNone(t)
 			s := newSaved(t, tc.o, tc.hot, tc.so)
 			for round := range uint64(4) {
-				r := rand.New(rand.NewPCG(round, 1))
-				d := newFakeQEMU(s)
-				demands := 0
-				ask := func(n int) {
-					for range n {
-						// Some pages twice, as two vCPUs do.
-						id := s.random(r)
-						for range 1 + r.IntN(2) {
-							check(t, d.ask(id))
-							demands++
+				synctest.Test(t, func(t *testing.T) {
+					r := rand.New(rand.NewPCG(round, 1))
+					d := newFakeQEMU(s)
+					demands := 0
+					ask := func(n int) {
+						for range n {
+							// Some pages twice, as two vCPUs do.
+							id := s.random(r)
+							for range 1 + r.IntN(2) {
+								check(t, d.ask(id))
+								demands++
+							}
 						}
 					}
-				}
-				d.onRun = func() { ask(int(round) * 10) }
-				d.afterPart = func(int) {
-					if round > 0 && r.IntN(3) == 0 {
-						ask(1 + r.IntN(3))
+					d.onRun = func() { ask(int(round) * 10) }
+					d.afterPart = func(int) {
+						if round > 0 && r.IntN(3) == 0 {
+							ask(1 + r.IntN(3))
+						}
 					}
-				}
-				rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
-				if !d.ended || rep.Pages != int64(len(d.order)) {
-					t.Errorf("ended is %v, %d pages reported, %d came", d.ended, rep.Pages, len(d.order))
-				}
-				// What was asked for after the last page may stay unread.
-				if rep.Demands > int64(demands) || round > 0 && rep.Demands == 0 || rep.Waited > rep.Demands {
-					t.Errorf("asked %d times, reported %+v", demands, rep)
-				}
+					rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+					if !d.ended || rep.Pages != int64(len(d.order)) {
+						t.Errorf("ended is %v, %d pages reported, %d came", d.ended, rep.Pages, len(d.order))
+					}
+					// What was asked for after the last page may stay unread.
+					if rep.Demands > int64(demands) || round > 0 && rep.Demands == 0 || rep.Waited > rep.Demands {
+						t.Errorf("asked %d times, reported %+v", demands, rep)
+					}
+				})
 			}
 		})
 	}
@@ -100,108 +100,114 @@ func TestOpeningBytes(t *testing.T) {
 	all, layout := s.Bytes(), s.Layout()
 	setup, err := s.setup()
 	check(t, err)
-	pack := "\x08\x00\x04\x00\x00" + string(all[layout.Tail:layout.EOF]) + "\x08\x00\x02\x00\x04\x00\x00\x00\x03" + "\x08\x00\x05\x00\x00"
-	want := string(all[:layout.RAM]) +
-		"\x08\x00\x01\x00\x00" + // OPEN_RETURN_PATH
-		"\x08\x00\x03\x00\x10\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00\x00\x10\x00" + // ADVISE
-		string(setup[layout.RAM:]) +
-		"\x08\x00\x06\x00\x19\x00\x06pc.ram\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x3f\xd0\x00" +
-		"\x08\x00\x06\x00\x1a\x00\x07pc.bios\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x50\x00" +
-		"\x08\x00\x07\x00\x04" + string(binary.BigEndian.AppendUint32(nil, uint32(len(pack)))) + pack
-	var out bytes.Buffer
-	in := lasting{bytes.NewReader(returnpath.AppendPong(nil, 3)), make(chan struct{})}
-	defer close(in.end)
-	_, err = lazy.Serve(t.Context(), s.ck, in, &out, lazy.Options{})
-	check(t, err)
-	got := out.String()
-	if !strings.HasPrefix(got, want) {
-		n := 0
-		for n < len(want) && n < len(got) && want[n] == got[n] {
-			n++
+	synctest.Test(t, func(t *testing.T) {
+		pack := "\x08\x00\x04\x00\x00" + string(all[layout.Tail:layout.EOF]) + "\x08\x00\x02\x00\x04\x00\x00\x00\x03" + "\x08\x00\x05\x00\x00"
+		want := string(all[:layout.RAM]) +
+			"\x08\x00\x01\x00\x00" + // OPEN_RETURN_PATH
+			"\x08\x00\x03\x00\x10\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00\x00\x10\x00" + // ADVISE
+			string(setup[layout.RAM:]) +
+			"\x08\x00\x06\x00\x19\x00\x06pc.ram\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x3f\xd0\x00" +
+			"\x08\x00\x06\x00\x1a\x00\x07pc.bios\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x50\x00" +
+			"\x08\x00\x07\x00\x04" + string(binary.BigEndian.AppendUint32(nil, uint32(len(pack)))) + pack
+		var out bytes.Buffer
+		in := lasting{bytes.NewReader(returnpath.AppendPong(nil, 3)), make(chan struct{})}
+		defer close(in.end)
+		_, err = lazy.Serve(t.Context(), s.ck, in, &out, lazy.Options{})
+		check(t, err)
+		got := out.String()
+		if !strings.HasPrefix(got, want) {
+			n := 0
+			for n < len(want) && n < len(got) && want[n] == got[n] {
+				n++
+			}
+			t.Errorf("differs at byte %d of %d: % x, expected % x", n, len(want), got[n:min(n+20, len(got))], want[n:min(n+20, len(want))])
 		}
-		t.Errorf("differs at byte %d of %d: % x, expected % x", n, len(want), got[n:min(n+20, len(got))], want[n:min(n+20, len(want))])
-	}
-	if end := "\x03\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x10\x7e\x00\x00\x00\x02\x00"; !strings.HasSuffix(got, end) {
-		t.Errorf("ends in % x", got[len(got)-30:])
-	}
+		if end := "\x03\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x10\x7e\x00\x00\x00\x02\x00"; !strings.HasSuffix(got, end) {
+			t.Errorf("ends in % x", got[len(got)-30:])
+		}
+	})
 }
 
 // TestDemandedFirst: what is asked for comes before what is not, in the order
 // of asking, however much of it is waiting.
 func TestDemandedFirst(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 10, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 0, 4, 4}}, 8, save.Options{})
-	for round := range uint64(8) {
-		r := rand.New(rand.NewPCG(round, 2))
-		d := newFakeQEMU(s)
-		var asked []tiertest.PageID
-		at := -1
-		ask := func() {
-			for len(asked) < 6 {
-				id := s.random(r)
-				if d.got[id] || d.asked[id] {
+	synctest.Test(t, func(t *testing.T) {
+		for round := range uint64(8) {
+			r := rand.New(rand.NewPCG(round, 2))
+			d := newFakeQEMU(s)
+			var asked []tiertest.PageID
+			at := -1
+			ask := func() {
+				for len(asked) < 6 {
+					id := s.random(r)
+					if d.got[id] || d.asked[id] {
+						continue
+					}
+					check(t, d.ask(id))
+					asked = append(asked, id)
+				}
+				at = len(d.order)
+				synctest.Wait()
+			}
+			when := int(round) * 5
+			if when == 0 {
+				d.onRun = ask
+			}
+			d.afterPart = func(n int) {
+				if n == when {
+					ask()
+				}
+			}
+			d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+			// One write may have been under way, and its section's end finds the
+			// next one in the making. Seven neighbours come with each demanded page,
+			// each in a section of its own.
+			last := at
+			for i, id := range asked {
+				n, section := d.position(id)
+				limit := when + 2 + 8*i
+				if n < 0 || section > limit {
+					t.Errorf("round %d: demand %d, made after section %d, came as page %d in section %d", round, i, when, n, section)
+				}
+				if n < last && n >= at {
+					// A neighbour of an earlier one.
 					continue
 				}
-				check(t, d.ask(id))
-				asked = append(asked, id)
-			}
-			at = len(d.order)
-			settle()
-		}
-		when := int(round) * 5
-		if when == 0 {
-			d.onRun = ask
-		}
-		d.afterPart = func(n int) {
-			if n == when {
-				ask()
+				last = n
 			}
 		}
-		d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
-		// One write may have been under way, and its section's end finds the
-		// next one in the making. Seven neighbours come with each demanded page,
-		// each in a section of its own.
-		last := at
-		for i, id := range asked {
-			n, section := d.position(id)
-			limit := when + 2 + 8*i
-			if n < 0 || section > limit {
-				t.Errorf("round %d: demand %d, made after section %d, came as page %d in section %d", round, i, when, n, section)
-			}
-			if n < last && n >= at {
-				// A neighbour of an earlier one.
-				continue
-			}
-			last = n
-		}
-	}
+	})
 }
 
 // TestZeroOnDemand asks for pages without content, twice each.
 func TestZeroOnDemand(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 11, Blocks: threeBlocks, Mix: tiertest.Mix{3, 3, 3, 1}}, 4, save.Options{})
-	d := newFakeQEMU(s)
-	zeros := 0
-	d.onRun = func() {
-		for p := range s.Pages(1) {
-			// Fewer than the server's queue holds: nobody reads pages meanwhile.
-			if id := (tiertest.PageID{Block: 1, Page: p}); s.page(id) == nil && zeros < 400 {
-				zeros++
-				check(t, d.ask(id))
-				check(t, d.ask(id))
+	synctest.Test(t, func(t *testing.T) {
+		d := newFakeQEMU(s)
+		zeros := 0
+		d.onRun = func() {
+			for p := range s.Pages(1) {
+				// Fewer than the server's queue holds: nobody reads pages meanwhile.
+				if id := (tiertest.PageID{Block: 1, Page: p}); s.page(id) == nil && zeros < 400 {
+					zeros++
+					check(t, d.ask(id))
+					check(t, d.ask(id))
+				}
+			}
+			synctest.Wait()
+		}
+		rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+		// Some come with others that were asked for before.
+		if zeros < 400 || rep.Zero == 0 || rep.Zero > int64(zeros) || rep.Waited != rep.Zero || rep.Demands != int64(2*zeros) {
+			t.Errorf("%d zero pages, each asked for twice: %+v", zeros, rep)
+		}
+		for id := range d.asked {
+			if !d.got[id] {
+				t.Errorf("page %v has not come", id)
 			}
 		}
-		settle()
-	}
-	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
-	// Some come with others that were asked for before.
-	if zeros < 400 || rep.Zero == 0 || rep.Zero > int64(zeros) || rep.Waited != rep.Zero || rep.Demands != int64(2*zeros) {
-		t.Errorf("%d zero pages, each asked for twice: %+v", zeros, rep)
-	}
-	for id := range d.asked {
-		if !d.got[id] {
-			t.Errorf("page %v has not come", id)
-		}
-	}
+	})
 }
 
 // list makes an Options.First.
@@ -213,143 +219,151 @@ func list(runs []workingset.PageRun) func() []workingset.PageRun {
 // pages included, and the list is not trusted.
 func TestLearned(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 12, Blocks: threeBlocks, Mix: tiertest.Mix{1, 1, 1, 1, 4}}, 0, save.Options{})
-	r := rand.New(rand.NewPCG(1, 3))
-	d := newFakeQEMU(s)
-	var asked []tiertest.PageID
-	d.onRun = func() {
-		for range 40 {
-			id := s.random(r)
-			asked = append(asked, id)
-			check(t, d.ask(id))
+	synctest.Test(t, func(t *testing.T) {
+		r := rand.New(rand.NewPCG(1, 3))
+		d := newFakeQEMU(s)
+		var asked []tiertest.PageID
+		d.onRun = func() {
+			for range 40 {
+				id := s.random(r)
+				asked = append(asked, id)
+				check(t, d.ask(id))
+			}
+			synctest.Wait()
 		}
-		settle()
-	}
-	// Held back, so that no page is on its way before it is asked for.
-	first := d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: 100 * time.Millisecond}).ok(t)
-	learned := 0
-	for _, run := range first.Touched {
-		learned += int(run.Count)
-	}
-	for _, id := range asked {
-		found := false
+		// Held back, so that no page is on its way before it is asked for.
+		first := d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: 100 * time.Millisecond}).ok(t)
+		learned := 0
 		for _, run := range first.Touched {
-			found = found || run.Block == id.Block && run.Page <= id.Page && id.Page < run.Page+run.Count
+			learned += int(run.Count)
 		}
-		if !found {
-			t.Errorf("page %v was asked for and not learned", id)
+		for _, id := range asked {
+			found := false
+			for _, run := range first.Touched {
+				found = found || run.Block == id.Block && run.Page <= id.Page && id.Page < run.Page+run.Count
+			}
+			if !found {
+				t.Errorf("page %v was asked for and not learned", id)
+			}
 		}
-	}
 
-	d = newFakeQEMU(s)
-	for _, run := range first.Touched {
-		for i := range run.Count {
-			d.mayZero[tiertest.PageID{Block: run.Block, Page: run.Page + i}] = true
+		d = newFakeQEMU(s)
+		for _, run := range first.Touched {
+			for i := range run.Count {
+				d.mayZero[tiertest.PageID{Block: run.Block, Page: run.Page + i}] = true
+			}
 		}
-	}
-	runs := append([]workingset.PageRun{{Block: -1, Page: 0, Count: 1}, {Block: 3, Page: 0, Count: 1},
-		{Block: 2, Page: 5, Count: 1}, {Block: 2, Page: 1 << 60, Count: 1 << 60}}, first.Touched...)
-	d.run(t, t.Context(), lazy.Serve, lazy.Options{First: list(append(runs, first.Touched...))}).ok(t)
-	for _, id := range asked {
-		if n, _ := d.position(id); n < 0 || n >= learned {
-			t.Errorf("learned page %v came as number %d of %d learned ones", id, n, learned)
+		runs := append([]workingset.PageRun{{Block: -1, Page: 0, Count: 1}, {Block: 3, Page: 0, Count: 1},
+			{Block: 2, Page: 5, Count: 1}, {Block: 2, Page: 1 << 60, Count: 1 << 60}}, first.Touched...)
+		d.run(t, t.Context(), lazy.Serve, lazy.Options{First: list(append(runs, first.Touched...))}).ok(t)
+		for _, id := range asked {
+			if n, _ := d.position(id); n < 0 || n >= learned {
+				t.Errorf("learned page %v came as number %d of %d learned ones", id, n, learned)
+			}
 		}
-	}
+	})
 }
 
 // TestOrder: NVRAM in prefetch order, then flash as it lies in the image.
 func TestOrder(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 13, Blocks: threeBlocks, Mix: tiertest.Mix{0, 1, 0, 0, 4, 4}}, 8, save.Options{})
-	d := newFakeQEMU(s)
-	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
-	slots := s.ck.NVRAMSlots()
-	if rep.HotPages != int64(len(slots)) || len(slots) < 100 {
-		t.Fatalf("%d slots, %+v", len(slots), rep)
-	}
-	var last pagemap.Entry
-	for i, a := range d.order {
-		if i < len(slots) {
-			if int(slots[i].Block) != a.Block || slots[i].Page != a.Page {
-				t.Fatalf("page %d is %v, the slot's is %d:%d", i, a.PageID, slots[i].Block, slots[i].Page)
+	synctest.Test(t, func(t *testing.T) {
+		d := newFakeQEMU(s)
+		rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+		slots := s.ck.NVRAMSlots()
+		if rep.HotPages != int64(len(slots)) || len(slots) < 100 {
+			t.Fatalf("%d slots, %+v", len(slots), rep)
+		}
+		var last pagemap.Entry
+		for i, a := range d.order {
+			if i < len(slots) {
+				if int(slots[i].Block) != a.Block || slots[i].Page != a.Page {
+					t.Fatalf("page %d is %v, the slot's is %d:%d", i, a.PageID, slots[i].Block, slots[i].Page)
+				}
+				continue
 			}
-			continue
+			run, err := s.ck.Table.Find(a.Block, a.Page)
+			check(t, err)
+			if e := run.Entry(0); e < last {
+				t.Fatalf("page %v is out of the image's order", a.PageID)
+			} else {
+				last = e
+			}
 		}
-		run, err := s.ck.Table.Find(a.Block, a.Page)
-		check(t, err)
-		if e := run.Entry(0); e < last {
-			t.Fatalf("page %v is out of the image's order", a.PageID)
-		} else {
-			last = e
-		}
-	}
+	})
 }
 
 // TestPageTablesFirst: the guest's page tables, then what was learned, then
 // NVRAM. A list that a damaged or foreign checkpoint has does no harm.
 func TestPageTablesFirst(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 17, Blocks: threeBlocks, Mix: tiertest.Mix{0, 0, 0, 0, 1}}, 8, save.Options{})
-	tables := []workingset.PageRun{{Block: 2, Page: 3, Count: 1}, {Block: 0, Page: 100, Count: 5}, {Block: 1, Page: 1, Count: 1}}
-	s.ck.Meta.PageTables = append([]workingset.PageRun{{Block: -1, Count: 1}, {Block: 9, Count: 1}, {Page: 1 << 63, Count: 1 << 63}}, tables...)
-	learned := []workingset.PageRun{{Block: 0, Page: 50, Count: 3}}
-	d := newFakeQEMU(s)
-	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{First: list(learned)}).ok(t)
-	at := func(runs []workingset.PageRun) (first, last, pages int) {
-		first = 1 << 30
-		for _, r := range runs {
-			for i := range r.Count {
-				n, _ := d.position(tiertest.PageID{Block: r.Block, Page: r.Page + i})
-				first, last, pages = min(first, n), max(last, n), pages+1
+	synctest.Test(t, func(t *testing.T) {
+		tables := []workingset.PageRun{{Block: 2, Page: 3, Count: 1}, {Block: 0, Page: 100, Count: 5}, {Block: 1, Page: 1, Count: 1}}
+		s.ck.Meta.PageTables = append([]workingset.PageRun{{Block: -1, Count: 1}, {Block: 9, Count: 1}, {Page: 1 << 63, Count: 1 << 63}}, tables...)
+		learned := []workingset.PageRun{{Block: 0, Page: 50, Count: 3}}
+		d := newFakeQEMU(s)
+		rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{First: list(learned)}).ok(t)
+		at := func(runs []workingset.PageRun) (first, last, pages int) {
+			first = 1 << 30
+			for _, r := range runs {
+				for i := range r.Count {
+					n, _ := d.position(tiertest.PageID{Block: r.Block, Page: r.Page + i})
+					first, last, pages = min(first, n), max(last, n), pages+1
+				}
 			}
+			return first, last, pages
 		}
-		return first, last, pages
-	}
-	if first, last, n := at(tables); first != 0 || last != n-1 {
-		t.Errorf("page tables came as numbers %d to %d of %d", first, last, n)
-	}
-	if first, last, n := at(learned); first != 7 || last != 7+n-1 {
-		t.Errorf("learned pages came as numbers %d to %d", first, last)
-	}
-	if hot := int64(len(s.ck.NVRAMSlots())); rep.HotPages < hot || rep.HotPages > hot+10 {
-		t.Errorf("%d hot pages, %d in NVRAM", rep.HotPages, hot)
-	}
+		if first, last, n := at(tables); first != 0 || last != n-1 {
+			t.Errorf("page tables came as numbers %d to %d of %d", first, last, n)
+		}
+		if first, last, n := at(learned); first != 7 || last != 7+n-1 {
+			t.Errorf("learned pages came as numbers %d to %d", first, last)
+		}
+		if hot := int64(len(s.ck.NVRAMSlots())); rep.HotPages < hot || rep.HotPages > hot+10 {
+			t.Errorf("%d hot pages, %d in NVRAM", rep.HotPages, hot)
+		}
+	})
 }
 
 // TestFollow: the background goes on where a guest reads on, in either
 // direction, and comes back for the rest.
 func TestFollow(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 30, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}, Mix: tiertest.Mix{0, 0, 0, 0, 1}}, 0, save.Options{SegmentPages: 8})
-	position := func(asked ...uint64) func(uint64) int {
-		d := newFakeQEMU(s)
-		d.afterPart = func(n int) {
-			if n == 10 {
-				for _, p := range asked {
-					check(t, d.ask(tiertest.PageID{Page: p}))
+	synctest.Test(t, func(t *testing.T) {
+		position := func(asked ...uint64) func(uint64) int {
+			d := newFakeQEMU(s)
+			d.afterPart = func(n int) {
+				if n == 10 {
+					for _, p := range asked {
+						check(t, d.ask(tiertest.PageID{Page: p}))
+					}
+					synctest.Wait()
 				}
-				settle()
+			}
+			d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+			return func(p uint64) int { n, _ := d.position(tiertest.PageID{Page: p}); return n }
+		}
+		for _, tc := range []struct {
+			asked []uint64
+			then  []uint64 // pages that come next
+		}{
+			{[]uint64{3000}, []uint64{3008, 3015, 3100}}, // one is enough to go there
+			{[]uint64{3000, 3010, 3030}, []uint64{3064, 3100}},
+			{[]uint64{3070, 3060, 3050}, []uint64{3044, 3040}},
+			{[]uint64{3000, 2000, 3010, 2010}, []uint64{2064, 2100}}, // two vCPUs
+		} {
+			at := position(tc.asked...)
+			for _, p := range tc.then {
+				if at(p) > at(1000) || at(p) > at(3900) {
+					t.Errorf("asked for %v: page %d came as number %d, page 1000 as %d, 3900 as %d", tc.asked, p, at(p), at(1000), at(3900))
+				}
 			}
 		}
-		d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
-		return func(p uint64) int { n, _ := d.position(tiertest.PageID{Page: p}); return n }
-	}
-	for _, tc := range []struct {
-		asked []uint64
-		then  []uint64 // pages that come next
-	}{
-		{[]uint64{3000}, []uint64{3008, 3015, 3100}}, // one is enough to go there
-		{[]uint64{3000, 3010, 3030}, []uint64{3064, 3100}},
-		{[]uint64{3070, 3060, 3050}, []uint64{3044, 3040}},
-		{[]uint64{3000, 2000, 3010, 2010}, []uint64{2064, 2100}}, // two vCPUs
-	} {
-		at := position(tc.asked...)
-		for _, p := range tc.then {
-			if at(p) > at(1000) || at(p) > at(3900) {
-				t.Errorf("asked for %v: page %d came as number %d, page 1000 as %d, 3900 as %d", tc.asked, p, at(p), at(1000), at(3900))
-			}
+		// Nobody asked: from the beginning to the end.
+		if at := position(); at(1000) > at(3000) || at(3000) > at(3900) {
+			t.Error("not in order")
 		}
-	}
-	// Nobody asked: from the beginning to the end.
-	if at := position(); at(1000) > at(3000) || at(3000) > at(3900) {
-		t.Error("not in order")
-	}
+	})
 }
 
 // TestResize: the pipe is small while the guest asks, and the server waits a little
@@ -357,35 +371,36 @@ func TestFollow(t *testing.T) {
 func TestResize(t *testing.T) {
 	for _, refusals := range []int{2, 1 << 30} {
 		s := newSaved(t, tiertest.Options{Seed: 31, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}}, 0, save.Options{})
-		var asked []int
-		d := newFakeQEMU(s)
-		d.afterPart = func(n int) {
-			switch n {
-			case 100:
-				check(t, d.ask(tiertest.PageID{Page: 4000}))
-				settle()
-			case 120:
-				time.Sleep(600 * time.Millisecond) // longer than a guest is taken to be asking
+		synctest.Test(t, func(t *testing.T) {
+			var asked []int
+			d := newFakeQEMU(s)
+			d.afterPart = func(n int) {
+				switch n {
+				case 100:
+					check(t, d.ask(tiertest.PageID{Page: 4000}))
+					synctest.Wait()
+				case 120:
+					time.Sleep(600 * time.Millisecond) // longer than a guest is taken to be asking
+				}
 			}
-		}
-		refused := 0
-		d.run(t, t.Context(), lazy.Serve, lazy.Options{Resize: func(n int) int {
-			if len(asked) == 0 || asked[len(asked)-1] != n {
-				asked = append(asked, n)
+			refused := 0
+			d.run(t, t.Context(), lazy.Serve, lazy.Options{Resize: func(n int) int {
+				if len(asked) == 0 || asked[len(asked)-1] != n {
+					asked = append(asked, n)
+				}
+				if n < 64<<10 && refused < refusals {
+					refused++
+					return 64 << 10
+				}
+				return n
+			}}).ok(t)
+			if want := []int{64 << 10, 16 << 10, 64 << 10}; !slices.Equal(asked, want) {
+				t.Errorf("asked for %v, want %v", asked, want)
 			}
-			if n < 64<<10 && refused < refusals {
-				refused++
-				return 64 << 10
+			if refusals == 2 && refused != 2 {
+				t.Errorf("asked again %d times", refused)
 			}
-			return n
-		}}).ok(t)
-		// On a busy machine the guest may be taken to rest again in between.
-		if want := []int{64 << 10, 16 << 10, 64 << 10}; len(asked) < len(want) || !slices.Equal(asked[:len(want)], want) {
-			t.Errorf("asked for %v, want %v", asked, want)
-		}
-		if refusals == 2 && refused != 2 {
-			t.Errorf("asked again %d times", refused)
-		}
+		})
 	}
 }
 
@@ -393,49 +408,50 @@ func TestResize(t *testing.T) {
 // MaxHold.
 func TestHold(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 14, Blocks: threeBlocks}, 0, save.Options{})
-	d := newFakeQEMU(s)
-	d.onRun = func() {
-		for p := range uint64(5) {
-			check(t, d.ask(tiertest.PageID{Block: 1, Page: p * 64}))
-			time.Sleep(60 * time.Millisecond)
-		}
-	}
-	start := time.Now()
-	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: 200 * time.Millisecond}).ok(t)
-	if took := time.Since(start); took < 400*time.Millisecond || rep.Waited != 5 {
-		t.Errorf("took %v, %+v", took, rep)
-	}
-
-	// A guest that asks on and on is not waited for for ever.
-	d = newFakeQEMU(s)
-	stop, stopped := make(chan struct{}), make(chan struct{})
-	d.onRun = func() {
-		go func() {
-			defer close(stopped)
-			for p := uint64(0); ; p++ {
-				select {
-				case <-stop:
-					return
-				case <-time.After(5 * time.Millisecond):
-				}
-				if d.ask(tiertest.PageID{Block: 1, Page: p % s.Pages(1)}) != nil {
-					return
-				}
+	synctest.Test(t, func(t *testing.T) {
+		d := newFakeQEMU(s)
+		d.onRun = func() {
+			for p := range uint64(5) {
+				check(t, d.ask(tiertest.PageID{Block: 1, Page: p * 64}))
+				time.Sleep(60 * time.Millisecond)
 			}
-		}()
-	}
-	start = time.Now()
-	d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: 10 * time.Second, MaxHold: 300 * time.Millisecond}).ok(t)
-	close(stop)
-	<-stopped
-	if took := time.Since(start); took < 300*time.Millisecond || took > 8*time.Second {
-		t.Errorf("took %v", took)
-	}
+		}
+		start := time.Now()
+		rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: 200 * time.Millisecond}).ok(t)
+		if took := time.Since(start); took != 500*time.Millisecond || rep.Waited != 5 {
+			t.Errorf("took %v, %+v", took, rep)
+		}
+
+		// A guest that asks on and on is not waited for for ever.
+		d = newFakeQEMU(s)
+		stop, stopped := make(chan struct{}), make(chan struct{})
+		d.onRun = func() {
+			go func() {
+				defer close(stopped)
+				for p := uint64(0); ; p++ {
+					select {
+					case <-stop:
+						return
+					case <-time.After(5 * time.Millisecond):
+					}
+					if d.ask(tiertest.PageID{Block: 1, Page: p % s.Pages(1)}) != nil {
+						return
+					}
+				}
+			}()
+		}
+		start = time.Now()
+		d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: 10 * time.Second, MaxHold: 300 * time.Millisecond}).ok(t)
+		close(stop)
+		<-stopped
+		if took := time.Since(start); took < 300*time.Millisecond || took > 310*time.Millisecond {
+			t.Errorf("took %v", took)
+		}
+	})
 }
 
 // TestRefused: what QEMU never asks for ends the restore with a reason.
 func TestRefused(t *testing.T) {
-	defer goleak.VerifyNone(t)
 	s := newSaved(t, tiertest.Options{Seed: 15, Blocks: threeBlocks}, 3, save.Options{})
 	page := func(name string, start uint64, n uint32) []byte {
 		return returnpath.AppendReqPages(nil, name, start, n)
@@ -455,22 +471,24 @@ func TestRefused(t *testing.T) {
 		"cut off":              {[]byte{0, 1, 0}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			d := newFakeQEMU(s)
-			d.onRun = func() {
-				_, err := d.rp.Write(tc.b)
-				check(t, err)
-				if name == "cut off" {
-					d.rp.(io.Closer).Close()
+			synctest.Test(t, func(t *testing.T) {
+				d := newFakeQEMU(s)
+				d.onRun = func() {
+					_, err := d.rp.Write(tc.b)
+					check(t, err)
+					if name == "cut off" {
+						d.rp.(io.Closer).Close()
+					}
+					synctest.Wait()
 				}
-				settle()
-			}
-			res := d.run(t, t.Context(), lazy.Serve, lazy.Options{})
-			if res.server == nil || !strings.Contains(res.server.Error(), tc.says) {
-				t.Errorf("error %v does not say %q", res.server, tc.says)
-			}
-			if d.ended || !errors.Is(res.loaded, stream.ErrTruncated) {
-				t.Errorf("the destination: ended is %v, %v", d.ended, res.loaded)
-			}
+				res := d.run(t, t.Context(), lazy.Serve, lazy.Options{})
+				if res.server == nil || !strings.Contains(res.server.Error(), tc.says) {
+					t.Errorf("error %v does not say %q", res.server, tc.says)
+				}
+				if d.ended || !errors.Is(res.loaded, stream.ErrTruncated) {
+					t.Errorf("the destination: ended is %v, %v", d.ended, res.loaded)
+				}
+			})
 		})
 	}
 }
@@ -478,112 +496,119 @@ func TestRefused(t *testing.T) {
 // TestHarmless: messages that say nothing to a restore do not disturb it.
 func TestHarmless(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 16, Blocks: threeBlocks}, 3, save.Options{})
-	d := newFakeQEMU(s)
-	d.onRun = func() {
-		b := returnpath.AppendPong(nil, 7)
-		b = returnpath.AppendRecvBitmap(b, "pc.ram", make([]byte, 8))
-		b = returnpath.AppendResumeAck(b)
-		b = returnpath.AppendSwitchoverAck(b)
-		b = returnpath.AppendShut(b, 0)
-		b = returnpath.AppendReqPages(b, "pc.ram", 0, 0) // counts as one page
-		_, err := d.rp.Write(b)
-		check(t, err)
-		d.allowZero(tiertest.PageID{Block: 1})
-		settle()
-	}
-	if rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t); rep.Demands != 1 {
-		t.Errorf("%d demands", rep.Demands)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		d := newFakeQEMU(s)
+		d.onRun = func() {
+			b := returnpath.AppendPong(nil, 7)
+			b = returnpath.AppendRecvBitmap(b, "pc.ram", make([]byte, 8))
+			b = returnpath.AppendResumeAck(b)
+			b = returnpath.AppendSwitchoverAck(b)
+			b = returnpath.AppendShut(b, 0)
+			b = returnpath.AppendReqPages(b, "pc.ram", 0, 0) // counts as one page
+			_, err := d.rp.Write(b)
+			check(t, err)
+			d.allowZero(tiertest.PageID{Block: 1})
+			synctest.Wait()
+		}
+		if rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t); rep.Demands != 1 {
+			t.Errorf("%d demands", rep.Demands)
+		}
+	})
 }
 
 // TestDevicesFirst: until the devices are loaded there is nothing but what they
 // touch, and no END.
 func TestDevicesFirst(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 24, Blocks: threeBlocks, Mix: tiertest.Mix{1, 1, 1, 1, 4}}, 3, save.Options{})
-	d := newFakeQEMU(s)
-	d.loading = true
-	var late []tiertest.PageID
-	for p := uint64(0); len(late) < 5; p++ {
-		if id := (tiertest.PageID{Block: 1, Page: p}); s.page(id) == nil {
-			late = append(late, id)
-			p |= 63 // none that comes with this one
-		}
-	}
-	devices, before := make(chan struct{}), 0
-	var answered atomic.Bool
-	d.afterPart = func(int) {
-		if !answered.Load() {
-			before = len(d.order)
-		}
-	}
-	d.onRun = func() {
-		go func() {
-			defer close(devices)
-			time.Sleep(100 * time.Millisecond) // all else could be sent meanwhile
-			for _, id := range late {
-				d.ask(id)
-				d.rp.Write(returnpath.AppendPong(nil, 1)) // another PING's
-				settle()
+	synctest.Test(t, func(t *testing.T) {
+		d := newFakeQEMU(s)
+		d.loading = true
+		var late []tiertest.PageID
+		for p := uint64(0); len(late) < 5; p++ {
+			if id := (tiertest.PageID{Block: 1, Page: p}); s.page(id) == nil {
+				late = append(late, id)
+				p |= 63 // none that comes with this one
 			}
-			settle()
-			answered.Store(true)
-			d.pong()
-			d.pong() // once more does no harm
-		}()
-	}
-	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
-	<-devices
-	if rep.Zero != int64(len(late)) || rep.Waited != rep.Zero || rep.Loaded < 100*time.Millisecond {
-		t.Errorf("%+v", rep)
-	}
-	for _, id := range late {
-		if n, _ := d.position(id); n >= before {
-			t.Errorf("page %v came as number %d, the devices were loaded after %d", id, n, before)
 		}
-	}
-	// Each of them and the seven behind it.
-	if before > 8*len(late) {
-		t.Errorf("%d pages came before the devices were loaded", before)
-	}
+		devices, before := make(chan struct{}), 0
+		var answered atomic.Bool
+		d.afterPart = func(int) {
+			if !answered.Load() {
+				before = len(d.order)
+			}
+		}
+		d.onRun = func() {
+			go func() {
+				defer close(devices)
+				time.Sleep(100 * time.Millisecond) // all else could be sent meanwhile
+				for _, id := range late {
+					d.ask(id)
+					d.rp.Write(returnpath.AppendPong(nil, 1)) // another PING's
+					synctest.Wait()
+				}
+				synctest.Wait()
+				answered.Store(true)
+				d.pong()
+				d.pong() // once more does no harm
+			}()
+		}
+		rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+		<-devices
+		if rep.Zero != int64(len(late)) || rep.Waited != rep.Zero || rep.Loaded < 100*time.Millisecond {
+			t.Errorf("%+v", rep)
+		}
+		for _, id := range late {
+			if n, _ := d.position(id); n >= before {
+				t.Errorf("page %v came as number %d, the devices were loaded after %d", id, n, before)
+			}
+		}
+		// Each of them and the seven behind it.
+		if before > 8*len(late) {
+			t.Errorf("%d pages came before the devices were loaded", before)
+		}
+	})
 }
 
 // TestManyPages: one request for a stretch of pages, longer than the queue.
 func TestManyPages(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 17, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}}, 3, save.Options{})
-	d := newFakeQEMU(s)
-	d.mayZeroAll()
-	d.onRun = func() {
-		_, err := d.rp.Write(returnpath.AppendReqPages(nil, "m", 0, 16<<20))
-		check(t, err)
-		settle()
-	}
-	if rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t); rep.Demands != 4096 {
-		t.Errorf("%d demands", rep.Demands)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		d := newFakeQEMU(s)
+		d.mayZeroAll()
+		d.onRun = func() {
+			_, err := d.rp.Write(returnpath.AppendReqPages(nil, "m", 0, 16<<20))
+			check(t, err)
+			synctest.Wait()
+		}
+		if rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t); rep.Demands != 4096 {
+			t.Errorf("%d demands", rep.Demands)
+		}
+	})
 }
 
 // TestGone: QEMU's end, seen on the return path or on writing.
 func TestGone(t *testing.T) {
-	defer goleak.VerifyNone(t)
 	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, save.Options{})
-	d := newFakeQEMU(s)
-	d.onRun = func() {
-		d.rp.(io.Closer).Close()
-		settle()
-	}
-	if res := d.run(t, t.Context(), lazy.Serve, lazy.Options{}); !errors.Is(res.server, lazy.ErrGone) {
-		t.Errorf("the return path has ended: %v", res.server)
-	}
-	for _, left := range []int{0, 100, 30000, 300000} {
-		in, rp := io.Pipe()
-		go rp.Write(returnpath.AppendPong(nil, 3))
-		failure := errors.New("broken pipe")
-		_, err := lazy.Serve(t.Context(), s.ck, in, &failingWriter{left, failure}, lazy.Options{})
-		if !errors.Is(err, failure) {
-			t.Errorf("write failed after %d bytes: %v", left, err)
+	synctest.Test(t, func(t *testing.T) {
+		d := newFakeQEMU(s)
+		d.onRun = func() {
+			d.rp.(io.Closer).Close()
+			synctest.Wait()
 		}
-		rp.Close()
-	}
+		if res := d.run(t, t.Context(), lazy.Serve, lazy.Options{}); !errors.Is(res.server, lazy.ErrGone) {
+			t.Errorf("the return path has ended: %v", res.server)
+		}
+		for _, left := range []int{0, 100, 30000, 300000} {
+			in, rp := io.Pipe()
+			go rp.Write(returnpath.AppendPong(nil, 3))
+			failure := errors.New("broken pipe")
+			_, err := lazy.Serve(t.Context(), s.ck, in, &failingWriter{left, failure}, lazy.Options{})
+			if !errors.Is(err, failure) {
+				t.Errorf("write failed after %d bytes: %v", left, err)
+			}
+			rp.Close()
+		}
+	})
 }
 
 // TestWait: a server ends when QEMU has said that it has everything, and not before,
@@ -771,70 +796,71 @@ func TestLoadedLate(t *testing.T) {
 // asked for meanwhile does not wait for them.
 func TestZeroRest(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 26, Blocks: []tiertest.Block{{Name: "m", Size: 64 << 20}, {Name: "b", Size: 20 << 10}}, Mix: tiertest.Mix{200, 0, 0, 1}}, 5, save.Options{})
-	all := func() *fakeQEMU {
-		d := newFakeQEMU(s)
-		d.mayZeroAll()
-		return d
-	}
-	content := 0
-	for b := range s.Blocks() {
-		for p := range s.Pages(b) {
-			if s.page(tiertest.PageID{Block: b, Page: p}) != nil {
-				content++
+	synctest.Test(t, func(t *testing.T) {
+		all := func() *fakeQEMU {
+			d := newFakeQEMU(s)
+			d.mayZeroAll()
+			return d
+		}
+		content := 0
+		for b := range s.Blocks() {
+			for p := range s.Pages(b) {
+				if s.page(tiertest.PageID{Block: b, Page: p}) != nil {
+					content++
+				}
 			}
 		}
-	}
-	total := int(s.Pages(0) + s.Pages(1))
+		total := int(s.Pages(0) + s.Pages(1))
 
-	d := all()
-	var asked []tiertest.PageID
-	var when []int
-	d.afterPart = func(n int) {
-		if len(d.order) < content+1000*(len(asked)+1) || len(asked) == 5 {
-			return
+		d := all()
+		var asked []tiertest.PageID
+		var when []int
+		d.afterPart = func(n int) {
+			if len(d.order) < content+1000*(len(asked)+1) || len(asked) == 5 {
+				return
+			}
+			id := tiertest.PageID{Block: 0, Page: s.Pages(0) - 1 - uint64(1000*len(asked))}
+			asked, when = append(asked, id), append(when, d.sections)
+			check(t, d.ask(id))
+			synctest.Wait()
 		}
-		id := tiertest.PageID{Block: 0, Page: s.Pages(0) - 1 - uint64(1000*len(asked))}
-		asked, when = append(asked, id), append(when, d.sections)
-		check(t, d.ask(id))
-		settle()
-	}
-	var last lazy.Progress
-	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{ZeroRest: true, Progress: func(p lazy.Progress) { last = p }}).ok(t)
-	if len(d.got) != total || rep.Pages != int64(total) || last.PagesAll != int64(total) {
-		t.Errorf("%d of %d pages came, %+v, %+v", len(d.got), total, rep, last)
-	}
-	if min, max := total-content-8*len(asked), total-content; rep.ZeroRest < int64(min) || rep.ZeroRest > int64(max) {
-		t.Errorf("%d pages were the rest, not %d to %d", rep.ZeroRest, min, max)
-	}
-	if len(asked) != 5 {
-		t.Fatalf("asked for %d pages", len(asked))
-	}
-	for i, id := range asked {
-		if _, section := d.position(id); section > when[i]+3 {
-			t.Errorf("page %v, asked for after section %d, came in section %d", id, when[i], section)
+		var last lazy.Progress
+		rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{ZeroRest: true, Progress: func(p lazy.Progress) { last = p }}).ok(t)
+		if len(d.got) != total || rep.Pages != int64(total) || last.PagesAll != int64(total) {
+			t.Errorf("%d of %d pages came, %+v, %+v", len(d.got), total, rep, last)
 		}
-	}
+		if min, max := total-content-8*len(asked), total-content; rep.ZeroRest < int64(min) || rep.ZeroRest > int64(max) {
+			t.Errorf("%d pages were the rest, not %d to %d", rep.ZeroRest, min, max)
+		}
+		if len(asked) != 5 {
+			t.Fatalf("asked for %d pages", len(asked))
+		}
+		for i, id := range asked {
+			if _, section := d.position(id); section > when[i]+3 {
+				t.Errorf("page %v, asked for after section %d, came in section %d", id, when[i], section)
+			}
+		}
 
-	// After a recovery: only what QEMU does not have.
-	d = all()
-	had := 0
-	for b := range s.Blocks() {
-		m := make(map[uint64]bool)
-		for p := uint64(0); p < s.Pages(b); p += 3 {
-			m[p] = true
-			had++
+		// After a recovery: only what QEMU does not have.
+		d = all()
+		had := 0
+		for b := range s.Blocks() {
+			m := make(map[uint64]bool)
+			for p := uint64(0); p < s.Pages(b); p += 3 {
+				m[p] = true
+				had++
+			}
+			d.had = append(d.had, m)
 		}
-		d.had = append(d.had, m)
-	}
-	rep = d.run(t, t.Context(), lazy.Recover, lazy.Options{ZeroRest: true}).ok(t)
-	if len(d.got) != total || rep.Pages != int64(total-had) {
-		t.Errorf("recovery: %d of %d pages are there, %d were: %+v", len(d.got), total, had, rep)
-	}
+		rep = d.run(t, t.Context(), lazy.Recover, lazy.Options{ZeroRest: true}).ok(t)
+		if len(d.got) != total || rep.Pages != int64(total-had) {
+			t.Errorf("recovery: %d of %d pages are there, %d were: %+v", len(d.got), total, had, rep)
+		}
+	})
 }
 
 // TestBegin: nothing is read or written before Begin, and if it fails nothing at all.
 func TestBegin(t *testing.T) {
-	defer goleak.VerifyNone(t)
 	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, save.Options{})
 	for name, serve := range map[string]server{"serve": lazy.Serve, "recover": lazy.Recover} {
 		failure := errors.New("too late")
@@ -863,26 +889,27 @@ func (w *failingWriter) Write(b []byte) (int, error) {
 }
 
 func TestCancel(t *testing.T) {
-	defer goleak.VerifyNone(t)
 	s := newSaved(t, tiertest.Options{Seed: 19, Blocks: threeBlocks}, 3, save.Options{})
 	reason := errors.New("the user has had enough")
 	for _, o := range []lazy.Options{{}, {HoldBackground: time.Hour}} {
 		for _, after := range []int{1, 10, 40} {
-			ctx, cancel := context.WithCancelCause(t.Context())
-			d := newFakeQEMU(s)
-			d.afterPart = func(n int) {
-				if n == after {
-					cancel(reason)
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancelCause(t.Context())
+				d := newFakeQEMU(s)
+				d.afterPart = func(n int) {
+					if n == after {
+						cancel(reason)
+					}
 				}
-			}
-			if o.HoldBackground != 0 {
-				time.AfterFunc(100*time.Millisecond, func() { cancel(reason) })
-			}
-			res := d.run(t, ctx, lazy.Serve, o)
-			if !errors.Is(res.server, reason) || d.ended || !errors.Is(res.loaded, stream.ErrTruncated) {
-				t.Errorf("cancelled after section %d: server %v, ended %v, %v", after, res.server, d.ended, res.loaded)
-			}
-			cancel(nil)
+				if o.HoldBackground != 0 {
+					time.AfterFunc(100*time.Millisecond, func() { cancel(reason) })
+				}
+				res := d.run(t, ctx, lazy.Serve, o)
+				if !errors.Is(res.server, reason) || d.ended || !errors.Is(res.loaded, stream.ErrTruncated) {
+					t.Errorf("cancelled after section %d: server %v, ended %v, %v", after, res.server, d.ended, res.loaded)
+				}
+				cancel(nil)
+			})
 		}
 	}
 }
@@ -890,33 +917,34 @@ func TestCancel(t *testing.T) {
 // TestRecover goes on with any set of pages received, and the first server's
 // requests still on their way.
 func TestRecover(t *testing.T) {
-	defer goleak.VerifyNone(t)
 	for _, tc := range shapes[:7] {
 		t.Run(tc.name, func(t *testing.T) {
 			s := newSaved(t, tc.o, tc.hot, tc.so)
 			for round, share := range []float64{0, 0.01, 0.5, 0.99, 1} {
-				r := rand.New(rand.NewPCG(uint64(round), 4))
-				d := newFakeQEMU(s)
-				had := 0
-				for b := range s.Blocks() {
-					m := make(map[uint64]bool)
-					for p := range s.Pages(b) {
-						if r.Float64() < share {
-							m[p] = true
-							had++
+				synctest.Test(t, func(t *testing.T) {
+					r := rand.New(rand.NewPCG(uint64(round), 4))
+					d := newFakeQEMU(s)
+					had := 0
+					for b := range s.Blocks() {
+						m := make(map[uint64]bool)
+						for p := range s.Pages(b) {
+							if r.Float64() < share {
+								m[p] = true
+								had++
+							}
+						}
+						d.had = append(d.had, m)
+					}
+					d.onRun = func() {
+						for range 20 {
+							check(t, d.ask(s.random(r)))
 						}
 					}
-					d.had = append(d.had, m)
-				}
-				d.onRun = func() {
-					for range 20 {
-						check(t, d.ask(s.random(r)))
+					rep := d.run(t, t.Context(), lazy.Recover, lazy.Options{}).ok(t)
+					if rep.Recovered != int64(had) || rep.Pages != int64(len(d.order)) || share == 1 && rep.Pages != 0 {
+						t.Errorf("%d pages were there, %d came: %+v", had, len(d.order), rep)
 					}
-				}
-				rep := d.run(t, t.Context(), lazy.Recover, lazy.Options{}).ok(t)
-				if rep.Recovered != int64(had) || rep.Pages != int64(len(d.order)) || share == 1 && rep.Pages != 0 {
-					t.Errorf("%d pages were there, %d came: %+v", had, len(d.order), rep)
-				}
+				})
 			}
 		})
 	}
@@ -925,7 +953,6 @@ func TestRecover(t *testing.T) {
 // TestRecoverRefused: answers to the handshake that are not QEMU's. A bitmap
 // that is not the block's would make a page come twice.
 func TestRecoverRefused(t *testing.T) {
-	defer goleak.VerifyNone(t)
 	s := newSaved(t, tiertest.Options{Seed: 20, Blocks: threeBlocks[1:]}, 3, save.Options{})
 	bitmap := func(b []byte, name string, pages uint64) []byte {
 		return returnpath.AppendRecvBitmap(b, name, make([]byte, (pages+7)/8))
@@ -949,97 +976,102 @@ func TestRecoverRefused(t *testing.T) {
 		"nothing":         {nil, lazy.ErrGone.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var out bytes.Buffer
-			_, err := lazy.Recover(t.Context(), s.ck, bytes.NewReader(tc.answer), &out, lazy.Options{})
-			if err == nil || !strings.Contains(err.Error(), tc.says) {
-				t.Errorf("error %v does not say %q", err, tc.says)
-			}
-			if bytes.Contains(out.Bytes(), []byte("\x02\x00\x00\x00\x02")) {
-				t.Error("a page was sent all the same")
-			}
+			synctest.Test(t, func(t *testing.T) {
+				var out bytes.Buffer
+				_, err := lazy.Recover(t.Context(), s.ck, bytes.NewReader(tc.answer), &out, lazy.Options{})
+				if err == nil || !strings.Contains(err.Error(), tc.says) {
+					t.Errorf("error %v does not say %q", err, tc.says)
+				}
+				if bytes.Contains(out.Bytes(), []byte("\x02\x00\x00\x00\x02")) {
+					t.Error("a page was sent all the same")
+				}
+			})
 		})
 	}
 	// Requests that were on their way are repeated after RESUME.
 	answer := both(returnpath.AppendReqPages(nil, "pc.ram", 0, 4096))
 	answer = returnpath.AppendReqPages(answer, "pc.ram", 4096, 4096)
 	answer = returnpath.AppendResumeAck(answer)
-	in, rp := io.Pipe()
-	go rp.Write(answer)
-	if _, err := lazy.Recover(t.Context(), s.ck, in, io.Discard, lazy.Options{}); err != nil {
-		t.Errorf("with a request before RESUME: %v", err)
-	}
-	rp.Close()
+	synctest.Test(t, func(t *testing.T) {
+		in, rp := io.Pipe()
+		go rp.Write(answer)
+		if _, err := lazy.Recover(t.Context(), s.ck, in, io.Discard, lazy.Options{}); err != nil {
+			t.Errorf("with a request before RESUME: %v", err)
+		}
+		rp.Close()
+	})
 }
 
 // TestDamage changes a byte of every page's place in turn: the server ends with
 // an error that names file, offset and page, and a wrong byte is never sent.
 func TestDamage(t *testing.T) {
-	defer goleak.VerifyNone(t)
 	s := newSaved(t, tiertest.Options{Seed: 21, Blocks: threeBlocks, Compress: 0.3}, 6, save.Options{})
-	files := []string{s.ck.Image.Name(), s.ck.Meta.NVRAM.Path}
-	names := map[string]bool{}
-	damage := func(t *testing.T, file string, at int64, d *fakeQEMU, o lazy.Options) {
-		t.Helper()
-		f, err := os.OpenFile(file, os.O_RDWR, 0)
-		check(t, err)
-		defer f.Close()
-		b := make([]byte, 1)
-		_, err = f.ReadAt(b, at)
-		check(t, err)
-		_, err = f.WriteAt([]byte{b[0] ^ 1}, at)
-		check(t, err)
-		res := d.run(t, t.Context(), lazy.Serve, o)
-		_, err = f.WriteAt(b, at)
-		check(t, err)
-		if e := (*integrity.CorruptError)(nil); !errors.As(res.server, &e) || e.File != file || e.Offset > at || e.Offset < at-300<<10 {
-			t.Fatalf("byte %d of %s damaged: %v", at, file, res.server)
-		}
-		if !strings.Contains(res.server.Error(), "page vga.vram:0x") && !strings.Contains(res.server.Error(), "page pc.ram:0x") &&
-			!strings.Contains(res.server.Error(), "page pc.bios:0x") {
-			t.Errorf("names no page: %v", res.server)
-		}
-		// load has compared every page that came.
-		if d.ended || !errors.Is(res.loaded, stream.ErrTruncated) {
-			t.Fatalf("byte %d of %s damaged: the destination: ended %v, %v", at, file, d.ended, res.loaded)
-		}
-		names[file] = true
-	}
-	for n := range uint32(s.ck.Image.Segments()) {
-		if off := s.ck.Image.SegmentOffset(n); off >= 0 {
-			damage(t, files[0], off+image.FrameHeaderLen+77, newFakeQEMU(s), lazy.Options{})
-		}
-	}
-	// An NVRAM page lies wherever its extent is: found by its content.
-	nv, err := os.ReadFile(files[1])
-	check(t, err)
-	tried := 0
-	for b := range s.Blocks() {
-		for p := range s.Pages(b) {
-			id := tiertest.PageID{Block: b, Page: p}
-			run, err := s.ck.Table.Find(b, p)
+	synctest.Test(t, func(t *testing.T) {
+		files := []string{s.ck.Image.Name(), s.ck.Meta.NVRAM.Path}
+		names := map[string]bool{}
+		damage := func(t *testing.T, file string, at int64, d *fakeQEMU, o lazy.Options) {
+			t.Helper()
+			f, err := os.OpenFile(file, os.O_RDWR, 0)
 			check(t, err)
-			content := s.page(id)
-			if run.Kind != pagemap.NVRAM || p%25 != 0 || content == nil || bytes.Count(nv, content) != 1 {
-				continue
+			defer f.Close()
+			b := make([]byte, 1)
+			_, err = f.ReadAt(b, at)
+			check(t, err)
+			_, err = f.WriteAt([]byte{b[0] ^ 1}, at)
+			check(t, err)
+			res := d.run(t, t.Context(), lazy.Serve, o)
+			_, err = f.WriteAt(b, at)
+			check(t, err)
+			if e := (*integrity.CorruptError)(nil); !errors.As(res.server, &e) || e.File != file || e.Offset > at || e.Offset < at-300<<10 {
+				t.Fatalf("byte %d of %s damaged: %v", at, file, res.server)
 			}
-			tried++
-			at := int64(bytes.Index(nv, content))
-			damage(t, files[1], at+100, newFakeQEMU(s), lazy.Options{})
-			// The same when it is asked for or was learned.
-			d := newFakeQEMU(s)
-			d.onRun = func() { check(t, d.ask(id)); settle() }
-			damage(t, files[1], at+4095, d, lazy.Options{})
-			if d.got[id] {
-				t.Errorf("damaged page %v was sent", id)
+			if !strings.Contains(res.server.Error(), "page vga.vram:0x") && !strings.Contains(res.server.Error(), "page pc.ram:0x") &&
+				!strings.Contains(res.server.Error(), "page pc.bios:0x") {
+				t.Errorf("names no page: %v", res.server)
 			}
-			damage(t, files[1], at, newFakeQEMU(s), lazy.Options{First: list([]workingset.PageRun{{Block: b, Page: p, Count: 1}})})
+			// load has compared every page that came.
+			if d.ended || !errors.Is(res.loaded, stream.ErrTruncated) {
+				t.Fatalf("byte %d of %s damaged: the destination: ended %v, %v", at, file, d.ended, res.loaded)
+			}
+			names[file] = true
 		}
-	}
-	if tried < 5 || len(names) != 2 {
-		t.Fatalf("%d NVRAM pages tried, files %v", tried, names)
-	}
-	// And none of this has changed anything.
-	newFakeQEMU(s).run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+		for n := range uint32(s.ck.Image.Segments()) {
+			if off := s.ck.Image.SegmentOffset(n); off >= 0 {
+				damage(t, files[0], off+image.FrameHeaderLen+77, newFakeQEMU(s), lazy.Options{})
+			}
+		}
+		// An NVRAM page lies wherever its extent is: found by its content.
+		nv, err := os.ReadFile(files[1])
+		check(t, err)
+		tried := 0
+		for b := range s.Blocks() {
+			for p := range s.Pages(b) {
+				id := tiertest.PageID{Block: b, Page: p}
+				run, err := s.ck.Table.Find(b, p)
+				check(t, err)
+				content := s.page(id)
+				if run.Kind != pagemap.NVRAM || p%25 != 0 || content == nil || bytes.Count(nv, content) != 1 {
+					continue
+				}
+				tried++
+				at := int64(bytes.Index(nv, content))
+				damage(t, files[1], at+100, newFakeQEMU(s), lazy.Options{})
+				// The same when it is asked for or was learned.
+				d := newFakeQEMU(s)
+				d.onRun = func() { check(t, d.ask(id)); synctest.Wait() }
+				damage(t, files[1], at+4095, d, lazy.Options{})
+				if d.got[id] {
+					t.Errorf("damaged page %v was sent", id)
+				}
+				damage(t, files[1], at, newFakeQEMU(s), lazy.Options{First: list([]workingset.PageRun{{Block: b, Page: p, Count: 1}})})
+			}
+		}
+		if tried < 5 || len(names) != 2 {
+			t.Fatalf("%d NVRAM pages tried, files %v", tried, names)
+		}
+		// And none of this has changed anything.
+		newFakeQEMU(s).run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+	})
 }
 
 // TestNotPossible: checkpoints that can't be played to postcopy are refused
@@ -1069,21 +1101,28 @@ func TestNotPossible(t *testing.T) {
 
 func TestProgress(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 22, Blocks: threeBlocks}, 3, save.Options{})
-	var seen []lazy.Progress
-	d := newFakeQEMU(s)
-	d.afterPart = func(int) { time.Sleep(4 * time.Millisecond) }
-	rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{Progress: func(p lazy.Progress) { seen = append(seen, p) }}).ok(t)
-	if len(seen) < 2 {
-		t.Fatalf("%d calls", len(seen))
-	}
-	for i, p := range seen {
-		if !p.Running || p.Pages > p.PagesAll || i > 0 && p.Pages < seen[i-1].Pages {
-			t.Errorf("call %d: %+v", i, p)
+	synctest.Test(t, func(t *testing.T) {
+		var seen []lazy.Progress
+		d := newFakeQEMU(s)
+		d.loading = true
+		d.onRun = func() { time.Sleep(time.Millisecond); d.pong() }
+		d.afterPart = func(int) { time.Sleep(4 * time.Millisecond) }
+		rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{
+			Begin:    func() error { time.Sleep(time.Millisecond); return nil },
+			Progress: func(p lazy.Progress) { seen = append(seen, p) },
+		}).ok(t)
+		if len(seen) < 2 {
+			t.Fatalf("%d calls", len(seen))
 		}
-	}
-	if last := seen[len(seen)-1]; last.PagesAll < rep.Pages || rep.Opening <= 0 || rep.Hot < rep.Opening || rep.Resident < rep.Hot {
-		t.Errorf("%+v after %+v", rep, last)
-	}
+		for i, p := range seen {
+			if !p.Running || p.Pages > p.PagesAll || i > 0 && p.Pages < seen[i-1].Pages {
+				t.Errorf("call %d: %+v", i, p)
+			}
+		}
+		if last := seen[len(seen)-1]; last.PagesAll < rep.Pages || rep.Opening != time.Millisecond || rep.Loaded != 2*time.Millisecond || rep.Hot <= rep.Loaded || rep.Resident <= rep.Hot {
+			t.Errorf("%+v after %+v", rep, last)
+		}
+	})
 }
 
 // fuzzed are the parts of FuzzServe and FuzzRecover that are made once.
