@@ -158,7 +158,8 @@ func (d *damaged) units(t *testing.T) (starts []int64) {
 	if _, err := f.ReadAt(b, footer); err != nil {
 		t.Fatal(err)
 	}
-	return append(starts, int64(binary.LittleEndian.Uint64(b[16:])), footer)
+	identity := footer - image.FrameHeaderLen - int64(len(im.Tail.Identity))
+	return append(starts, int64(binary.LittleEndian.Uint64(b[32:])), identity, footer)
 }
 
 // unit is the start of the unit that a byte is in.
@@ -331,7 +332,7 @@ func TestFlippedBitSampled(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				for _, k := range []image.Kind{image.Skeleton, image.PageTable, image.NVRAM} {
+				for _, k := range []image.Kind{image.Skeleton, image.PageMap, image.NVRAM} {
 					if n := im.Chunks(k); n < 2 {
 						t.Errorf("%d chunks of %v", n, k)
 					}

@@ -6,7 +6,7 @@
 //	                 (holds     (frames)         (page records)   (zero,   └─► image.Writer
 //	                  back)        │                               dedup,          ▲
 //	                               └── everything else ─► skeleton hot) ───────────┘
-//	                                                      page table ──────────────┘
+//	                                                      page map ────────────────┘
 //	         … RAM durable ─► device tail ─► footer ─► fsync ─► rename ─► SHUT
 //
 //	restore: checkpoint ─► skeleton.Play ─► replayer ─► stdout

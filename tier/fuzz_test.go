@@ -57,7 +57,7 @@ func FuzzSave(f *testing.F) {
 		}
 		before := allocated()
 		ref, meta, err := l.run(context.Background(), bytes.NewReader(b), o)
-		// A page record can make a leaf of the page table.
+		// A page record can make a leaf of the page map.
 		if n := allocated() - before; n > 64<<20+4096*uint64(len(b)) {
 			t.Errorf("%d bytes allocated for a stream of %d", n, len(b))
 		}

@@ -179,7 +179,7 @@ func checkPlacement(t *testing.T, l *lab, ref store.Ref, s *tiertest.Stream, set
 	var cold []where
 	for b := range s.Blocks() {
 		for p := range s.Pages(b) {
-			run, err := c.Table.Find(b, p)
+			run, err := c.PageMap.Find(b, p)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -194,7 +194,7 @@ func checkPlacement(t *testing.T, l *lab, ref store.Ref, s *tiertest.Stream, set
 		}
 	}
 	for _, w := range cold {
-		if run, _ := c.Table.Find(w.block, w.page); !inNVRAM[run.First] {
+		if run, _ := c.PageMap.Find(w.block, w.page); !inNVRAM[run.First] {
 			t.Errorf("cold page %s has an NVRAM slot of its own", c.PageName(w.block, w.page))
 		}
 	}

@@ -217,7 +217,7 @@ func TestBudget(t *testing.T) {
 			}
 			defer c.Close()
 			for i, w := range want {
-				run, err := c.Table.Find(w.block, w.page)
+				run, err := c.PageMap.Find(w.block, w.page)
 				if err != nil || (run.Kind == pagemap.NVRAM) != (i < room) {
 					t.Fatalf("page %v, number %d by heat, is in %v (%v)", w, i, run.Kind, err)
 				}

@@ -72,7 +72,7 @@ func TestPageTables(t *testing.T) {
 		seen := map[workingset.PageRun]bool{}
 		for _, r := range c.Meta.PageTables {
 			for page := r.Page; page < r.Page+r.Count; page++ {
-				run, err := c.Table.Find(r.Block, page)
+				run, err := c.PageMap.Find(r.Block, page)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -136,7 +136,7 @@ func TestPageTables(t *testing.T) {
 			t.Fatal(err)
 		}
 		for page := uint64(5000); page < 5010; page++ {
-			if run, err := c.Table.Find(0, page); err != nil || run.Entry(0).Kind() == pagemap.Flash {
+			if run, err := c.PageMap.Find(0, page); err != nil || run.Entry(0).Kind() == pagemap.Flash {
 				t.Errorf("small, %d: the hottest page %d is in flash, %v", i, page, err)
 			}
 		}

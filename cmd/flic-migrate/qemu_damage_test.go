@@ -47,15 +47,15 @@ func damages(t *testing.T, l *lab) (list []damage) {
 	ok(t, err)
 	im, err := image.Open(f)
 	ok(t, err)
-	var frames [image.Index + 1][]int64 // offsets by kind
+	frames := map[image.Kind][]int64{} // offsets by kind
+	count := 0
 	ok(t, im.Frames(func(k image.Kind, _ uint32, off int64) error {
 		frames[k] = append(frames[k], off)
+		count++
 		return nil
 	}))
-	index, err := f.Size()
-	ok(t, err)
-	index -= image.FooterLen + image.FrameHeaderLen + 9*int64(len(frames[image.Pages])+len(frames[image.Skeleton])+
-		len(frames[image.PageTable])+len(frames[image.NVRAM])+len(frames[image.Meta]))
+	identity := size - image.FooterLen - image.FrameHeaderLen - int64(len(im.Tail.Identity))
+	index := identity - image.FrameHeaderLen - 9*int64(count)
 	in := func(what string, k image.Kind, i, found int) {
 		offs := frames[k]
 		if i < 0 {
@@ -63,7 +63,7 @@ func damages(t *testing.T, l *lab) (list []damage) {
 		}
 		list = append(list, damage{what, name, offs[i] + image.FrameHeaderLen + 5, offs[i], found})
 	}
-	in("page table", image.PageTable, 0, atFirst)
+	in("page map", image.PageMap, 0, atFirst)
 	in("NVRAM part", image.NVRAM, 0, atFirst)
 	in("META", image.Meta, 0, atFirst)
 	in("first segment", image.Pages, 0, anytime)
@@ -74,6 +74,7 @@ func damages(t *testing.T, l *lab) (list []damage) {
 		damage{"header", name, 30, 0, atFirst},
 		damage{"head of a frame", name, frames[image.Skeleton][0] + 8, frames[image.Skeleton][0], atFirst},
 		damage{"index", name, index + image.FrameHeaderLen, index, atFirst},
+		damage{"identity", name, identity + image.FrameHeaderLen + 3, identity, atFirst},
 		damage{"footer", name, size - 20, size - image.FooterLen, atFirst},
 		damage{"owner", l.nvram, 8192 + 64 + 20, 8192 + 64, atFirst},
 		damage{"first hot page", l.nvram, nvram.ExtentSize + 17, nvram.ExtentSize, anytime},

@@ -21,7 +21,7 @@ import (
 
 // gcPercent keeps the heap close to what is in use. A save's and a restore's
 // buffers are recycled, so the collector has little to do anyway, while twice
-// the page table of a large guest would be memory that the guest needs.
+// the page map of a large guest would be memory that the guest needs.
 const gcPercent = 25
 
 type saveCmd struct {

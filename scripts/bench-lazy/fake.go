@@ -369,9 +369,9 @@ func (s *synthetic) wait(ctx context.Context, hold time.Duration, socket bool, p
 
 var errEnough = errors.New("enough")
 
-// filter: what a large page table costs the server.
+// filter: what a large page map costs the server.
 func (b *bench) filter() error {
-	fmt.Print("\n| RAM | page table, MB | opening written, ms | first demanded page, ms |\n|---|---|---|---|\n")
+	fmt.Print("\n| RAM | page map, MB | opening written, ms | first demanded page, ms |\n|---|---|---|---|\n")
 	for _, gib := range []uint64{2, 16, 64} {
 		s, err := b.synthetic(gib<<30, tiertest.Mix{tiertest.Zero: 700, tiertest.Duplicate: 290, tiertest.Text: 10})
 		if err != nil {
@@ -412,7 +412,7 @@ func (b *bench) filter() error {
 		if err != nil {
 			return err
 		}
-		table := ck.Image.StoredBytes(image.PageTable) / 1e6
+		table := ck.Image.StoredBytes(image.PageMap) / 1e6
 		ck.Close()
 		os.RemoveAll(s.dir)
 		slices.Sort(opening)

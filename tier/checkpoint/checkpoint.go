@@ -21,7 +21,8 @@ type Checkpoint struct {
 	Ref   store.Ref
 	Meta  *Meta
 	Image *image.Image
-	Table *pagemap.Map
+	// PageMap says where each page's bytes are.
+	PageMap *pagemap.Map
 
 	store  *store.Store
 	file   vfs.File
@@ -73,38 +74,15 @@ func (c *Checkpoint) name() string {
 	return c.Ref.String()
 }
 
-// Describe reads only a checkpoint's META document.
+// Describe reads only what a checkpoint says about itself.
 func Describe(s *store.Store, ref store.Ref) (*Meta, store.Ref, error) {
 	f, ref, err := s.OpenImage(ref)
 	if err != nil {
 		return nil, ref, err
 	}
 	defer f.Close()
-	im, err := image.Open(f)
-	if err != nil {
-		return nil, ref, err
-	}
-	m, err := readMeta(im)
+	m, err := ReadMeta(f)
 	return m, ref, err
-}
-
-func readMeta(im *image.Image) (*Meta, error) {
-	b, err := im.Chunk(image.Meta, 0)
-	if err != nil {
-		return nil, err
-	}
-	m, err := parseMeta(b)
-	switch {
-	case err != nil:
-	case m.UUID != im.UUID:
-		err = errors.New("it describes another checkpoint")
-	case m.PageSize != im.PageSize:
-		err = fmt.Errorf("page size %d in an image of %d", m.PageSize, im.PageSize)
-	}
-	if err != nil {
-		return nil, im.Corrupt(image.Meta, 0, err)
-	}
-	return m, nil
 }
 
 func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
@@ -113,23 +91,26 @@ func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
 		return err
 	}
 	c.Image = im
-	if c.Meta, err = readMeta(im); err != nil {
+	if c.Meta, err = metaOf(im.Tail); err != nil {
 		return err
 	}
+	if c.Meta.PageSize != im.PageSize {
+		return im.Tail.Corrupt(image.Identity, fmt.Errorf("page size %d in an image of %d", c.Meta.PageSize, im.PageSize))
+	}
 	if c.Ref != (store.Ref{}) && c.Meta.VM != c.Ref.VM {
-		return im.Corrupt(image.Meta, 0, fmt.Errorf("it is a checkpoint of VM %q in place of %v", c.Meta.VM, c.Ref))
+		return im.Tail.Corrupt(image.Identity, fmt.Errorf("it is a checkpoint of VM %q in place of %v", c.Meta.VM, c.Ref))
 	}
 	if c.Meta.TailChunk < 0 || c.Meta.TailChunk > im.Chunks(image.Skeleton) {
 		return im.Corrupt(image.Meta, 0, fmt.Errorf("device tail in skeleton chunk %d of %d", c.Meta.TailChunk, im.Chunks(image.Skeleton)))
 	}
-	if im.Chunks(image.PageTable) != len(c.Meta.Table) {
-		return im.Corrupt(image.Meta, 0, fmt.Errorf("%d page table chunks, %d in the image", len(c.Meta.Table), im.Chunks(image.PageTable)))
+	if im.Chunks(image.PageMap) != len(c.Meta.MapChunks) {
+		return im.Corrupt(image.Meta, 0, fmt.Errorf("%d page map chunks, %d in the image", len(c.Meta.MapChunks), im.Chunks(image.PageMap)))
 	}
-	c.Table, err = pagemap.NewMap(pagemap.Source{
-		Pages: c.Meta.BlockPages(), Starts: c.Meta.Table,
-		Read:  func(i int) ([]byte, error) { return im.Chunk(image.PageTable, i) },
+	c.PageMap, err = pagemap.NewMap(pagemap.Source{
+		Pages: c.Meta.BlockPages(), Starts: c.Meta.MapChunks,
+		Read:  func(i int) ([]byte, error) { return im.Chunk(image.PageMap, i) },
 		Check: c.checkRun,
-		Bad:   func(i int, err error) error { return im.Corrupt(image.PageTable, i, err) },
+		Bad:   func(i int, err error) error { return im.Corrupt(image.PageMap, i, err) },
 	})
 	if err != nil {
 		return im.Corrupt(image.Meta, 0, err)
@@ -308,7 +289,7 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	if err := c.verifyNVRAM(ctx, found); err != nil {
 		return err
 	}
-	if err := c.verifyTable(kinds, sizes, found); err != nil {
+	if err := c.verifyMap(kinds, sizes, found); err != nil {
 		return err
 	}
 	if err := c.verifySkeleton(found); err != nil {
@@ -323,10 +304,10 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	return report(err, found)
 }
 
-// verifyTable checks that each page's position in its segment exists.
-func (c *Checkpoint) verifyTable(kinds []image.Kind, sizes []int, found func(error)) error {
+// verifyMap checks that each page's position in its segment exists.
+func (c *Checkpoint) verifyMap(kinds []image.Kind, sizes []int, found func(error)) error {
 	per := uint64(c.Image.SegmentPages)
-	err := c.Table.Runs(func(r pagemap.Run) error {
+	err := c.PageMap.Runs(func(r pagemap.Run) error {
 		if r.Kind != pagemap.Flash {
 			return nil
 		}
@@ -343,7 +324,7 @@ func (c *Checkpoint) verifyTable(kinds []image.Kind, sizes []int, found func(err
 				err = fmt.Errorf("segment %d has no page %d", n, v%per)
 			}
 			if err != nil {
-				found(c.Image.Corrupt(image.PageTable, 0, fmt.Errorf("page %s: %w", c.PageName(r.Block, r.Page+i), err)))
+				found(c.Image.Corrupt(image.PageMap, 0, fmt.Errorf("page %s: %w", c.PageName(r.Block, r.Page+i), err)))
 				return nil
 			}
 		}
@@ -407,7 +388,7 @@ func (c *Checkpoint) verifySkeleton(found func(error)) error {
 		return report(err, found)
 	}
 	var saved uint64
-	err := c.Table.Runs(func(r pagemap.Run) error {
+	err := c.PageMap.Runs(func(r pagemap.Run) error {
 		if r.Kind != pagemap.Absent {
 			saved += r.Count
 		}

@@ -2,11 +2,20 @@ package checkpoint
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
+	"os"
+	"reflect"
+	"runtime/metrics"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -30,13 +39,22 @@ func TestNVRAMPart(t *testing.T) {
 	if _, err := parseNVRAMPart(append(bytes.Clone(stored), 0), pages); err == nil {
 		t.Error("one byte more")
 	}
+	for _, at := range []int{0, 12, 15} {
+		bad := bytes.Clone(stored)
+		bad[at] += 2
+		if _, err := parseNVRAMPart(bad, pages); err == nil || !strings.Contains(err.Error(), "version") {
+			t.Errorf("reserved byte %d: %v", at, err)
+		}
+	}
 	for _, s := range []NVRAMSlot{{Block: 0, Page: 10}, {Block: 1, Page: 0}, {Block: 3, Page: 0}, {Block: 1 << 31}, {Page: 1 << 63}} {
 		if _, err := parseNVRAMPart((&NVRAMPart{Slots: []NVRAMSlot{s}}).Append(nil), pages); err == nil {
 			t.Errorf("slot of %+v", s)
 		}
 	}
 	// A length alone must not size an allocation.
-	if n := testing.AllocsPerRun(1, func() { parseNVRAMPart([]byte{0xff, 0xff, 0xff, 0xff}, pages) }); n > 20 {
+	if n := testing.AllocsPerRun(1, func() {
+		parseNVRAMPart([]byte{1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0}, pages)
+	}); n > 20 {
 		t.Errorf("%v allocations", n)
 	}
 }
@@ -44,14 +62,17 @@ func TestNVRAMPart(t *testing.T) {
 // TestMeta refuses documents that describe nothing that can be.
 func TestMeta(t *testing.T) {
 	gpa := uint64(1 << 32)
-	good := Meta{VM: "vm", PageSize: 4096, Blocks: []Block{{Name: "a", Used: 4097, GPA: &gpa}, {Name: "b"}, {Name: "c", Used: 1 << 46}},
+	good := Meta{Identity{VM: "vm", PageSize: 4096, NVRAM: &NVRAM{Path: "/n", Slots: 5, Bytes: 5 << 12}}, Bulk{Blocks: []Block{{Name: "a", Used: 4097, GPA: &gpa}, {Name: "b"}, {Name: "c", Used: 1 << 46}},
 		PageTables: []workingset.PageRun{{Page: 1, Count: 1}, {Block: 2, Page: 1 << 30, Count: 1 << 20}},
-		NVRAM:      &NVRAM{Path: "/n", Slots: 5}, Libvirt: &Libvirt{XML: "<domain/>"}}
-	doc, err := json.Marshal(good)
+		Libvirt:    &Libvirt{XML: "<domain/>"}}}
+	meta, identity, err := good.Documents()
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := parseMeta(doc)
+	if len(identity) > 1000 || !bytes.Contains(meta, []byte("<domain/>")) {
+		t.Errorf("IDENTITY %s, META %s", identity, meta)
+	}
+	m, err := parseMeta(meta, identity)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +87,13 @@ func TestMeta(t *testing.T) {
 		"block of no name":  func(m *Meta) { m.Blocks = []Block{{}} },
 		"block of 256":      func(m *Meta) { m.Blocks = []Block{{Name: strings.Repeat("x", 256)}} },
 		"huge block":        func(m *Meta) { m.Blocks = []Block{{Name: "a", Used: 1<<46 + 1}} },
-		"negative in NVRAM": func(m *Meta) { m.NVRAM = &NVRAM{Slots: -1} },
+		"negative in NVRAM": func(m *Meta) { m.NVRAM = &NVRAM{Slots: -1, Bytes: -4096} },
+		"bytes in NVRAM":    func(m *Meta) { m.NVRAM = &NVRAM{Slots: 2, Bytes: 4096} },
+		"huge page size":    func(m *Meta) { m.PageSize = 1 << 17 },
+		"many table runs":   func(m *Meta) { m.PageTables = make([]workingset.PageRun, MaxTableRuns+1) },
+		"many capabilities": func(m *Meta) { m.Capabilities = make([]string, maxNames+1) },
+		"many chunks":       func(m *Meta) { m.MapChunks = make([]pagemap.Start, maxMapChunks+1) },
+		"many references":   func(m *Meta) { m.References = make([]uuid.UUID, maxRefs+1) },
 		"tables nowhere":    func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 3, Count: 1}} },
 		"tables before":     func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: -1, Count: 1}} },
 		"tables behind":     func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 2}} },
@@ -82,17 +109,127 @@ func TestMeta(t *testing.T) {
 	} {
 		bad := good
 		change(&bad)
-		doc, err := json.Marshal(bad)
+		if _, _, err := bad.Documents(); err == nil {
+			t.Errorf("%s: written", name)
+		}
+		meta, err := encode(bad.Bulk)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := parseMeta(doc); err == nil {
+		identity, err := encode(bad.Identity)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := parseMeta(meta, identity); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
-	if _, err := parseMeta([]byte("{")); err == nil {
-		t.Error("no JSON")
+	for _, doc := range []string{"{", `{"blocks":{}}`, `{"blocks":[`, `{"blocks":7}`, `{"ram_bytes":1}`} {
+		if _, err := parseMeta([]byte(doc), identity); err == nil {
+			t.Errorf("META %s", doc)
+		}
+		if _, err := parseMeta(meta, []byte(doc)); err == nil {
+			t.Errorf("IDENTITY %s", doc)
+		}
 	}
+	// Another RAM than IDENTITY's.
+	if _, err := parseMeta([]byte(`{"blocks":[{"name":"a","used":1}],"table":null}`), identity); err == nil {
+		t.Error("RAM of another size")
+	}
+	// More sections than there are names for are no reason to lose a save.
+	good.Foreign = make([]string, maxNames+1)
+	if _, _, err := good.Documents(); err != nil || len(good.Foreign) != maxNames {
+		t.Errorf("%d foreign sections: %v", len(good.Foreign), err)
+	}
+}
+
+// TestDocs: docs/format.md has every field of both documents, but for the report's,
+// which are a command's.
+func TestDocs(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/format.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	var fields func(ty reflect.Type, path string)
+	fields = func(ty reflect.Type, path string) {
+		for ty.Kind() == reflect.Pointer || ty.Kind() == reflect.Slice {
+			ty = ty.Elem()
+		}
+		if ty.Kind() != reflect.Struct || ty == reflect.TypeFor[time.Time]() || ty == reflect.TypeFor[Report]() {
+			return
+		}
+		for f := range ty.Fields() {
+			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+			if f.Anonymous {
+				fields(f.Type, path)
+				continue
+			}
+			if seen++; !bytes.Contains(doc, []byte("`"+path+name+"`")) {
+				t.Errorf("docs/format.md lacks %s", path+name)
+			}
+			fields(f.Type, path+name+".")
+		}
+	}
+	fields(reflect.TypeFor[Meta](), "")
+	if seen < 35 {
+		t.Errorf("only %d fields were looked for", seen)
+	}
+}
+
+// TestMetaMemory reads descriptions as long as they may be, made to take as much
+// memory as can be, from an image of some hundred KB. IDENTITY takes next to none.
+func TestMetaMemory(t *testing.T) {
+	for _, list := range []string{"blocks", "capabilities", "foreign", "page_tables", "table", "report"} {
+		element := "{},"
+		if list == "capabilities" || list == "foreign" {
+			element = `"",`
+		}
+		n := (image.MaxMeta - 100) / len(element)
+		meta := []byte(`{"` + list + `":[` + strings.Repeat(element, n) + element[:2] + "]}")
+		f, err := crashfs.New(0).Create("/image")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		id := uuid.New()
+		w, err := image.NewWriter(f, image.Header{PageSize: 4096, SegmentPages: 32, UUID: id}, image.MinLZ, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Finish(meta, []byte(`{"vm":"vm","page_size":4096,"uuid":"`+id.String()+`"}`)); err != nil {
+			t.Fatal(err)
+		}
+		if size, _ := f.Size(); size > 2<<20 {
+			t.Fatalf("the image has %d bytes", size)
+		}
+		took := allocated(func() {
+			if id, err := ReadIdentity(f); err != nil || id.VM != "vm" {
+				t.Errorf("%s: IDENTITY: %v", list, err)
+			}
+		})
+		if took > 64<<10 {
+			t.Errorf("%s: IDENTITY took %d bytes", list, took)
+		}
+		took = allocated(func() {
+			if _, err := ReadMeta(f); !integrity.IsCorrupt(err) {
+				t.Errorf("%s: %v", list, err)
+			}
+		})
+		if took > 80<<20 { // all in all, most of it given back at once
+			t.Errorf("%s: META took %d bytes", list, took)
+		}
+	}
+}
+
+// allocated is how many bytes fn allocates, freed or not.
+func allocated(fn func()) uint64 {
+	s := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(s)
+	before := s[0].Value.Uint64()
+	fn()
+	metrics.Read(s)
+	return s[0].Value.Uint64() - before
 }
 
 // FuzzNVRAMPart parses anything. What is accepted is written the same again.
@@ -107,16 +244,18 @@ func FuzzNVRAMPart(f *testing.F) {
 	})
 }
 
-// FuzzMeta parses anything. Whatever is accepted can be used.
+// FuzzMeta parses anything. Whatever is accepted can be used, and written again.
 func FuzzMeta(f *testing.F) {
-	doc, err := json.Marshal(Meta{VM: "vm", PageSize: 4096, Blocks: []Block{{Name: "pc.ram", Used: 1 << 30, PageSize: 2 << 20}},
-		Capabilities: []string{"x-ignore-shared"}, NVRAM: &NVRAM{Path: "/dev/pmem0", Slots: 3}, Libvirt: &Libvirt{XML: "<domain/>", Cookie: "<cookie/>"}})
+	m := Meta{Identity{VM: "vm", PageSize: 4096, NVRAM: &NVRAM{Path: "/dev/pmem0", Slots: 3, Bytes: 3 << 12}, References: []uuid.UUID{{1}}},
+		Bulk{Blocks: []Block{{Name: "pc.ram", Used: 1 << 30, PageSize: 2 << 20}}, Capabilities: []string{"x-ignore-shared"},
+			Libvirt: &Libvirt{XML: "<domain/>", Cookie: "<cookie/>"}}}
+	meta, identity, err := m.Documents()
 	if err != nil {
 		f.Fatal(err)
 	}
-	f.Add(doc)
-	f.Fuzz(func(t *testing.T, b []byte) {
-		m, err := parseMeta(b)
+	f.Add(meta, identity)
+	f.Fuzz(func(t *testing.T, meta, identity []byte) {
+		m, err := parseMeta(meta, identity)
 		if err != nil {
 			return
 		}
@@ -125,7 +264,7 @@ func FuzzMeta(f *testing.F) {
 				t.Errorf("%d pages of %d bytes for %d", n, m.PageSize, m.Blocks[i].Used)
 			}
 		}
-		if _, err := json.Marshal(m); err != nil {
+		if _, _, err := m.Documents(); err != nil {
 			t.Error(err)
 		}
 	})

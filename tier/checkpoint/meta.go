@@ -1,9 +1,10 @@
 // Package checkpoint is the read side of a stored checkpoint: what it says
-// about itself, its page table, and the content of its pages from whichever
+// about itself, its page map, and the content of its pages from whichever
 // tier they are in.
 package checkpoint
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -12,37 +13,107 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
-// Meta is the JSON document in a flash image's META frame.
+// Meta is all that a checkpoint says about itself. It is stored in two parts, so
+// that those who look at many checkpoints read little of each.
 type Meta struct {
-	VM           string    `json:"vm"`
-	UUID         uuid.UUID `json:"uuid"`
-	Created      time.Time `json:"created"`
-	Machine      string    `json:"machine,omitempty"`       // QEMU's machine type
+	Identity
+	Bulk
+}
+
+// Identity is the JSON document in a flash image's IDENTITY frame: what a store must
+// know to list the checkpoint, to remove it and to tell what belongs to it.
+type Identity struct {
+	VM       string    `json:"vm"`
+	UUID     uuid.UUID `json:"uuid"`
+	Created  time.Time `json:"created"`
+	Machine  string    `json:"machine,omitempty"`   // QEMU's machine type
+	RunState string    `json:"run_state,omitempty"` // what the guest did when it was saved, or stopped for that
+	PageSize int       `json:"page_size"`           // bytes
+	RAMBytes uint64    `json:"ram_bytes"`           // of all RAM blocks
+	NVRAM    *NVRAM    `json:"nvram,omitempty"`
+
+	// References are the checkpoints whose images have bytes of this one's pages.
+	// No save of this version makes any.
+	References refList `json:"references,omitempty"`
+}
+
+// Bulk is the JSON document in a flash image's META frame.
+type Bulk struct {
 	GuestUUID    string    `json:"guest_uuid,omitempty"`    // configuration/uuid
-	Capabilities []string  `json:"capabilities,omitempty"`  // configuration/capabilities
-	RunState     string    `json:"run_state,omitempty"`     // what the guest did when it was saved, or stopped for that
-	PageSize     int       `json:"page_size"`               // bytes
+	Capabilities nameList  `json:"capabilities,omitempty"`  // configuration/capabilities
 	IgnoreShared bool      `json:"ignore_shared,omitempty"` // x-ignore-shared was set
-	Blocks       []Block   `json:"blocks"`                  // in the stream's order
+	Blocks       blockList `json:"blocks"`                  // in the stream's order
 	OpaqueBytes  int64     `json:"opaque_bytes,omitempty"`  // kept verbatim because not understood
-	Foreign      []string  `json:"foreign,omitempty"`       // names of other iterable sections
+	Foreign      nameList  `json:"foreign,omitempty"`       // names of other iterable sections
 	Footers      bool      `json:"footers,omitempty"`       // sections have footers
-	NVRAM        *NVRAM    `json:"nvram,omitempty"`
-	Libvirt      *Libvirt  `json:"libvirt,omitempty"` // if the VM is one of libvirt's
+	Libvirt      *Libvirt  `json:"libvirt,omitempty"`       // if the VM is one of libvirt's
 
 	// PageTables are the pages of the guest's own page tables that have
 	// entries, the top ones first: what its MMU reads before it can touch anything else.
-	PageTables []workingset.PageRun `json:"page_tables,omitempty"`
+	PageTables runList `json:"page_tables,omitempty"`
 	// TailChunk is the skeleton chunk with which the device tail begins.
 	TailChunk int `json:"tail_chunk"`
-	// Table lists where the page table's chunks start.
-	Table []pagemap.Start `json:"table"`
+	// MapChunks lists where the page map's chunks start.
+	MapChunks startList `json:"table"`
 
 	Report Report `json:"report"`
+}
+
+// The lists of both documents have types of their own because each has its limit,
+// which is checked while it is decoded: {} is short and what it stands for is not.
+type (
+	blockList []Block
+	nameList  []string
+	runList   []workingset.PageRun
+	startList []pagemap.Start
+	refList   []uuid.UUID
+)
+
+const (
+	// MaxBlocks caps the number of RAM blocks, here as in the stream.
+	MaxBlocks = 4096
+	// MaxTableRuns caps the list of the guest's page tables.
+	MaxTableRuns = 1 << 16
+	maxNames     = 4096
+	maxMapChunks = 1 << 19
+	maxRefs      = 1024
+)
+
+func (l *blockList) UnmarshalJSON(b []byte) error { return decodeList(l, b, MaxBlocks) }
+func (l *nameList) UnmarshalJSON(b []byte) error  { return decodeList(l, b, maxNames) }
+func (l *runList) UnmarshalJSON(b []byte) error   { return decodeList(l, b, MaxTableRuns) }
+func (l *startList) UnmarshalJSON(b []byte) error { return decodeList(l, b, maxMapChunks) }
+func (l *refList) UnmarshalJSON(b []byte) error   { return decodeList(l, b, maxRefs) }
+
+// decodeList decodes a JSON array of at most so many elements.
+func decodeList[L ~[]T, T any](l *L, b []byte, most int) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	t, err := d.Token()
+	if err != nil {
+		return err
+	}
+	if *l = nil; t == nil {
+		return nil // null
+	}
+	if t != json.Delim('[') {
+		return fmt.Errorf("%v in place of a list", t)
+	}
+	for d.More() {
+		if len(*l) == most {
+			return fmt.Errorf("list of more than %d", most)
+		}
+		var v T
+		if err := d.Decode(&v); err != nil {
+			return err
+		}
+		*l = append(*l, v)
+	}
+	return nil
 }
 
 // Block is a RAM block.
@@ -58,6 +129,7 @@ type NVRAM struct {
 	Path     string    `json:"path"`
 	UUID     uuid.UUID `json:"uuid"`
 	Slots    int       `json:"slots"`              // pages in use
+	Bytes    int64     `json:"bytes"`              // what they hold
 	Volatile bool      `json:"volatile,omitempty"` // lost at power-off
 }
 
@@ -115,7 +187,7 @@ type Seconds struct {
 	RAM    float64 `json:"ram"`    // reading and placing pages
 	Sync   float64 `json:"sync"`   // making them durable, the device tail held back
 	Tail   float64 `json:"tail"`   // reading the device tail
-	Commit float64 `json:"commit"` // table, footer, fsync, rename, directory fsync
+	Commit float64 `json:"commit"` // page map, footer, fsync, rename, directory fsync
 	Total  float64 `json:"total"`
 }
 
@@ -138,24 +210,121 @@ func (m *Meta) WorkingSetBlocks() []workingset.Block {
 	return blocks
 }
 
-// MaxBlocks caps the number of RAM blocks, here as in the stream.
-const MaxBlocks = 4096
+// Documents are the stored forms, for image.Writer.Finish. It sets RAMBytes.
+func (m *Meta) Documents() (meta, identity []byte, err error) {
+	m.RAMBytes = 0
+	for _, b := range m.Blocks {
+		m.RAMBytes += b.Used
+	}
+	// Nobody asks for the rest of their names.
+	m.Foreign = m.Foreign[:min(len(m.Foreign), maxNames)]
+	if meta, err = encode(&m.Bulk); err != nil {
+		return nil, nil, err
+	}
+	if identity, err = encode(&m.Identity); err != nil {
+		return nil, nil, err
+	}
+	// What is too long to be read must not be written.
+	if _, err = parseMeta(meta, identity); err != nil {
+		err = fmt.Errorf("description of the checkpoint: %w", err)
+	}
+	return meta, identity, err
+}
 
-func parseMeta(b []byte) (*Meta, error) {
-	var m Meta
-	if err := json.Unmarshal(b, &m); err != nil {
+// encode is json.Marshal without its escapes for HTML, which would make the XML in
+// it half as long again.
+func encode(v any) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	err := e.Encode(v)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
+}
+
+// ReadIdentity reads what an image says about itself at its end, and no more of it:
+// one or two reads of some KB. Errors are image.Open's.
+func ReadIdentity(src image.Source) (*Identity, error) {
+	t, err := image.ReadTail(src)
+	if err != nil {
 		return nil, err
 	}
-	if m.PageSize <= 0 || m.PageSize&(m.PageSize-1) != 0 {
-		return nil, fmt.Errorf("page size %d", m.PageSize)
+	return identityOf(t)
+}
+
+func identityOf(t *image.Tail) (*Identity, error) {
+	id, err := parseIdentity(t.Identity)
+	if err == nil && id.UUID != t.UUID {
+		err = errors.New("it describes another checkpoint")
 	}
-	if len(m.Blocks) > MaxBlocks {
-		return nil, fmt.Errorf("%d RAM blocks", len(m.Blocks))
+	if err != nil {
+		return nil, t.Corrupt(image.Identity, err)
 	}
+	return id, nil
+}
+
+// ReadMeta reads all that an image says about itself, with one read more.
+func ReadMeta(src image.Source) (*Meta, error) {
+	t, err := image.ReadTail(src)
+	if err != nil {
+		return nil, err
+	}
+	return metaOf(t)
+}
+
+func metaOf(t *image.Tail) (*Meta, error) {
+	id, err := identityOf(t)
+	if err != nil {
+		return nil, err
+	}
+	b, err := t.Meta()
+	if err != nil {
+		return nil, err
+	}
+	m := &Meta{Identity: *id}
+	if err := m.parseBulk(b); err != nil {
+		return nil, t.Corrupt(image.Meta, err)
+	}
+	return m, nil
+}
+
+func parseIdentity(b []byte) (*Identity, error) {
+	var id Identity
+	if err := json.Unmarshal(b, &id); err != nil {
+		return nil, err
+	}
+	if id.PageSize <= 0 || id.PageSize&(id.PageSize-1) != 0 || id.PageSize > 1<<16 {
+		return nil, fmt.Errorf("page size %d", id.PageSize)
+	}
+	if n := id.NVRAM; n != nil && (n.Slots < 0 || n.Bytes != int64(n.Slots)*int64(id.PageSize)) {
+		return nil, fmt.Errorf("%d NVRAM slots of %d bytes together", n.Slots, n.Bytes)
+	}
+	return &id, nil
+}
+
+// parseMeta parses both documents.
+func parseMeta(meta, identity []byte) (*Meta, error) {
+	id, err := parseIdentity(identity)
+	if err != nil {
+		return nil, err
+	}
+	m := &Meta{Identity: *id}
+	return m, m.parseBulk(meta)
+}
+
+// parseBulk parses META; the Identity is there already.
+func (m *Meta) parseBulk(b []byte) error {
+	if err := json.Unmarshal(b, &m.Bulk); err != nil {
+		return err
+	}
+	var ram uint64
 	for _, blk := range m.Blocks {
 		if blk.Name == "" || len(blk.Name) > 255 || blk.Used > 1<<46 {
-			return nil, fmt.Errorf("RAM block %q of %d bytes", blk.Name, blk.Used)
+			return fmt.Errorf("RAM block %q of %d bytes", blk.Name, blk.Used)
 		}
+		ram += blk.Used
+	}
+	if ram != m.RAMBytes {
+		return fmt.Errorf("RAM blocks of %d bytes, IDENTITY says %d", ram, m.RAMBytes)
 	}
 	// More of them than pages would cost the next save of the VM time without
 	// end.
@@ -166,19 +335,16 @@ func parseMeta(b []byte) (*Meta, error) {
 	}
 	for _, r := range m.PageTables {
 		if r.Block < 0 || r.Block >= len(pages) || r.Page >= pages[r.Block] || r.Count > pages[r.Block]-r.Page {
-			return nil, fmt.Errorf("%d guest page tables at page %d of RAM block %d", r.Count, r.Page, r.Block)
+			return fmt.Errorf("%d guest page tables at page %d of RAM block %d", r.Count, r.Page, r.Block)
 		}
 		if tables += r.Count; tables > all {
-			return nil, errors.New("more guest page tables than pages")
+			return errors.New("more guest page tables than pages")
 		}
 	}
-	if m.NVRAM != nil && m.NVRAM.Slots < 0 {
-		return nil, errors.New("negative number of NVRAM slots")
-	}
 	if l := m.Libvirt; l != nil && (l.XML == "" || len(l.XML) > MaxLibvirt || len(l.Cookie) > MaxLibvirt) {
-		return nil, fmt.Errorf("libvirt domain of %d bytes, cookie of %d", len(l.XML), len(l.Cookie))
+		return fmt.Errorf("libvirt domain of %d bytes, cookie of %d", len(l.XML), len(l.Cookie))
 	}
-	return &m, nil
+	return nil
 }
 
 // NVRAMPart is the content of the NVRAM frames: which extents of the NVRAM
@@ -186,8 +352,9 @@ func parseMeta(b []byte) (*Meta, error) {
 // is the prefetch order, its CRC-32C and the page it was taken for. Stored
 // little-endian, cut into chunks anywhere:
 //
-//	u32 number of extents, u32 each
-//	u32 number of slots, for each: u32 CRC-32C, u32 block, u64 page
+//	u32 version, 1; u32 number of extents; u32 number of slots; u32 0
+//	u32 for each extent
+//	for each slot: u32 CRC-32C, u32 block, u64 page
 type NVRAMPart struct {
 	Extents []uint32
 	Slots   []NVRAMSlot
@@ -200,16 +367,22 @@ type NVRAMSlot struct {
 	Page  uint64
 }
 
-const nvramSlotLen = 16
+const (
+	nvramVersion = 1
+	nvramHeadLen = 16
+	nvramSlotLen = 16
+)
 
 // Append appends the stored form.
 func (p *NVRAMPart) Append(dst []byte) []byte {
 	le := binary.LittleEndian
+	dst = le.AppendUint32(dst, nvramVersion)
 	dst = le.AppendUint32(dst, uint32(len(p.Extents)))
+	dst = le.AppendUint32(dst, uint32(len(p.Slots)))
+	dst = le.AppendUint32(dst, 0)
 	for _, e := range p.Extents {
 		dst = le.AppendUint32(dst, e)
 	}
-	dst = le.AppendUint32(dst, uint32(len(p.Slots)))
 	for _, s := range p.Slots {
 		dst = le.AppendUint32(dst, s.CRC)
 		dst = le.AppendUint32(dst, s.Block)
@@ -221,38 +394,28 @@ func (p *NVRAMPart) Append(dst []byte) []byte {
 // parseNVRAMPart reads the stored form; pages gives the size of each block.
 func parseNVRAMPart(b []byte, pages []uint64) (*NVRAMPart, error) {
 	le := binary.LittleEndian
-	count := func(size int) (int, error) {
-		if len(b) < 4 {
-			return 0, errors.New("too short")
-		}
-		n := int(le.Uint32(b))
-		if b = b[4:]; n > len(b)/size {
-			return 0, fmt.Errorf("list of %d in %d bytes", n, len(b))
-		}
-		return n, nil
+	if len(b) < nvramHeadLen {
+		return nil, errors.New("too short")
 	}
-	n, err := count(4)
-	if err != nil {
-		return nil, err
+	version, extents, slots := le.Uint32(b), int(le.Uint32(b[4:])), int(le.Uint32(b[8:]))
+	if version != nvramVersion || le.Uint32(b[12:]) != 0 {
+		return nil, fmt.Errorf("it is in version %d, which this flic-migrate does not know", version)
 	}
-	p := &NVRAMPart{Extents: make([]uint32, n)}
+	b = b[nvramHeadLen:]
+	if want := 4*extents + nvramSlotLen*slots; len(b) != want {
+		return nil, fmt.Errorf("%d extents and %d slots in %d bytes", extents, slots, len(b))
+	}
+	p := &NVRAMPart{Extents: make([]uint32, extents), Slots: make([]NVRAMSlot, slots)}
 	for i := range p.Extents {
 		p.Extents[i] = le.Uint32(b[4*i:])
 	}
-	b = b[4*n:]
-	if n, err = count(nvramSlotLen); err != nil {
-		return nil, err
-	}
-	p.Slots = make([]NVRAMSlot, n)
+	b = b[4*extents:]
 	for i := range p.Slots {
 		s := b[nvramSlotLen*i:]
 		p.Slots[i] = NVRAMSlot{le.Uint32(s), le.Uint32(s[4:]), le.Uint64(s[8:])}
 		if blk := p.Slots[i].Block; int64(blk) >= int64(len(pages)) || p.Slots[i].Page >= pages[blk] {
 			return nil, fmt.Errorf("slot %d is for page %d of block %d", i, p.Slots[i].Page, blk)
 		}
-	}
-	if len(b) != nvramSlotLen*n {
-		return nil, errors.New("bytes behind its end")
 	}
 	return p, nil
 }

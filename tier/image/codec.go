@@ -63,6 +63,9 @@ const zstdWindow = 256 << 10
 func (c *compressor) compress(codec Codec, dst, src []byte) ([]byte, Codec, error) {
 	head := len(dst)
 	limit := len(src) - len(src)/32
+	if codec == MinLZ && len(src) > minlz.MaxBlockSize {
+		codec = LZ4 // only META can be so long
+	}
 	switch codec {
 	case LZ4:
 		dst = grow(dst, lz4.CompressBlockBound(len(src)))
@@ -133,7 +136,7 @@ func (d *decompressor) decompress(codec Codec, dst, src []byte) error {
 	case Zstd:
 		if d.zstd == nil {
 			z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-				zstd.WithDecoderMaxMemory(maxMeta), zstd.WithDecodeAllCapLimit(true))
+				zstd.WithDecoderMaxMemory(MaxMeta), zstd.WithDecodeAllCapLimit(true))
 			if err != nil {
 				return err
 			}

@@ -1,33 +1,37 @@
 // Package image reads and writes the flash image: the one append-only,
 // self-describing file that holds a checkpoint's cold pages, its skeleton and
-// its page table (FLIC §III-C, the flash tier).
+// its page map (FLIC §III-C, the flash tier).
 //
 //	0      ┌──────────────────────────────┐
-//	       │ header (64 B)                │ magic, version, page size, UUID
-//	64     ├──────────────────────────────┤
+//	       │ header (128 B)               │ magic, version, features, page size, UUID
+//	128    ├──────────────────────────────┤
 //	       │ frame: PAGES     segment 0   │ 24 B frame header + payload,
 //	       │ frame: SKELETON  chunk 0     │ in the order of writing; kinds
 //	       │ frame: PAGES     segment 1   │ may interleave
 //	       │ …                            │
-//	       │ frame: PAGE TABLE chunks     │
+//	       │ frame: PAGE MAP chunks       │
 //	       │ frame: NVRAM                 │ extents and slot checksums
-//	       │ frame: META                  │ JSON: VM, blocks, report
+//	       │ frame: META                  │ JSON: blocks, report
 //	       ├──────────────────────────────┤
 //	       │ frame: INDEX                 │ kind, number, stored length of
 //	       │                              │ every frame before it
+//	       │ frame: IDENTITY              │ JSON, about 1 KB: VM, UUID, NVRAM file
 //	       ├──────────────────────────────┤
-//	L-64   │ footer (64 B)                │ where INDEX is; image length
+//	L-128  │ footer (128 B)               │ lengths of IDENTITY, INDEX and META
 //	L      └──────────────────────────────┘
 //
 // All integers are little-endian. Header and footer end in a CRC-32C of their
 // other bytes; a frame header carries one CRC-32C for itself and one for its
 // payload, and repeats kind and number, so that a frame read from the wrong
-// place is told from a damaged one. No byte of the file is outside a checksum.
-// An image without a valid footer is not a checkpoint.
+// place is told from a damaged one. No byte of the file is outside a checksum,
+// and reserved bytes must be zero. An image without a valid footer is not a
+// checkpoint.
 //
 // A segment holds up to SegmentPages pages and is the unit of compression and
 // of random access. A page's address in the image is its slot:
 // segment number × SegmentPages + position.
+//
+// What the last 4 KiB hold is all that list, rm and gc want to know ([ReadTail]).
 //
 // docs/format.md has the tables; the two change together.
 package image
@@ -36,6 +40,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -43,11 +48,12 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 )
 
-// Version is the format version this package writes. Readers accept the
-// versions listed here and refuse all others:
+// Version is the format version that this package writes, and the only one that
+// it reads:
 //
-//	1: first version
-const Version = 1
+//	1: before the format was fixed; nobody has data in it
+//	2: feature words, IDENTITY, self-describing runs in the page map
+const Version = 2
 
 const (
 	// Magic begins an image.
@@ -56,8 +62,8 @@ const (
 	footerMagic = "FLICEND\x00"
 
 	// HeaderLen and FooterLen are the fixed sizes of both ends, in bytes.
-	HeaderLen = 64
-	FooterLen = 64
+	HeaderLen = 128
+	FooterLen = 128
 	// FrameHeaderLen is the size of a frame header in bytes.
 	FrameHeaderLen = 24
 	indexEntryLen  = 9
@@ -67,67 +73,143 @@ const (
 
 	minPageSize = 1 << 8
 	maxPageSize = 1 << 16
-	// MaxChunk caps the raw length of a skeleton, page-table or NVRAM chunk.
+	// MaxChunk caps the raw length of a chunk of every kind that is neither a
+	// segment nor META nor IDENTITY.
 	MaxChunk = 256 << 10
 	// maxRecord is how much longer than a page a deflated one may be, with
 	// its length: zlib's bound for 64 KiB is 47 bytes.
 	maxRecord = 64
-	// maxMeta caps the META document.
-	maxMeta = 16 << 20
+	// MaxIdentity caps the IDENTITY document. What it holds is a VM's name of at
+	// most 128 bytes, the path of an NVRAM file, and a line for each of at most
+	// some hundred references.
+	MaxIdentity = 64 << 10
+	// MaxMeta caps the META document: 4 MiB for each of libvirt's two texts, 2 MiB
+	// for what stood before the stream in its save file, 4 MiB for 65536 runs of
+	// the guest's page tables, and 2 MiB for 4096 RAM blocks and the list of the
+	// page map's chunks.
+	MaxMeta = 16 << 20
 )
 
 // Kind says what a frame holds.
 type Kind uint8
 
-// The kinds of frame. Numbers are part of the format.
+// The kinds of frame. Numbers are part of the format. 1 to 15 are segments, 16 to 31
+// chunks that pages need, 32 to 127 what describes the image; a reader refuses an
+// image with a kind of these ranges that it does not know. It passes over frames of
+// the kinds from 128 on, which nothing may need that is in the image.
 const (
 	// Pages is a segment of whole guest pages, one after the other.
 	Pages Kind = 1
 	// Records is a segment of COMPRESS_PAGE payloads, kept as QEMU deflated
 	// them so that the restored stream is the saved one byte for byte: be32
-	// count, then count × be32 length, then the payloads. Numbered together
-	// with Pages.
+	// count, then count × be32 length, then the payloads.
 	Records Kind = 2
+	// Deltas is a segment of pages as changed words against a base. Its place in
+	// the numbering is reserved; no page of this version is in one.
+	Deltas Kind = 3
+
 	// Skeleton is a chunk of the skeleton log (package skeleton).
-	Skeleton Kind = 3
-	// PageTable is a chunk of the page table (package pagemap).
-	PageTable Kind = 4
+	Skeleton Kind = 16
+	// PageMap is a chunk of the page map (package pagemap).
+	PageMap Kind = 17
 	// NVRAM lists the NVRAM part's extents and the CRC-32C of each slot.
-	NVRAM Kind = 5
+	NVRAM Kind = 18
+	// References, Digests and Disks are reserved for sources outside of this
+	// image: which they are, what their bytes must hash to, and which disk images.
+	References Kind = 19
+	Digests    Kind = 20
+	Disks      Kind = 21
+
 	// Meta is the JSON document that describes the checkpoint.
-	Meta Kind = 6
-	// Index is the list of all frames; the footer points at it.
-	Index Kind = 7
+	Meta Kind = 32
+	// Index is the list of all frames before it; the footer points at it.
+	Index Kind = 33
+	// Identity is the small JSON document that says what a store must know.
+	Identity Kind = 34
+
+	firstOptional Kind = 128
 )
 
+var kindNames = map[Kind]string{
+	Pages: "PAGES", Records: "RECORDS", Deltas: "DELTAS", Skeleton: "SKELETON", PageMap: "PAGE MAP", NVRAM: "NVRAM",
+	References: "REFERENCES", Digests: "DIGESTS", Disks: "DISKS", Meta: "META", Index: "INDEX", Identity: "IDENTITY",
+}
+
 func (k Kind) String() string {
-	switch k {
-	case Pages:
-		return "PAGES"
-	case Records:
-		return "RECORDS"
-	case Skeleton:
-		return "SKELETON"
-	case PageTable:
-		return "PAGE TABLE"
-	case NVRAM:
-		return "NVRAM"
-	case Meta:
-		return "META"
-	case Index:
-		return "INDEX"
+	if name := kindNames[k]; name != "" {
+		return name
 	}
 	return fmt.Sprintf("kind %d", uint8(k))
 }
 
 // IsSegment tells whether frames of this kind hold page content and are
-// numbered as segments.
-func (k Kind) IsSegment() bool { return k == Pages || k == Records }
+// numbered together as segments.
+func (k Kind) IsSegment() bool { return k >= Pages && k <= Deltas }
 
-// Header is the first 64 bytes of an image.
+// readable tells whether a frame of this kind may stand before the index.
+func (k Kind) readable() bool {
+	return k >= firstOptional || kindNames[k] != "" && k != Index && k != Identity
+}
+
+// Features are the feature words, which are in the header and again in the footer.
+// A reader refuses an image with a bit in Incompat that it does not know, and may
+// take no notice of one in Compat. A writer sets a bit in Incompat if a reader that
+// knows nothing of it would give wrong bytes, or remove what others need.
+type Features struct{ Incompat, Compat uint64 }
+
+// Bits of Incompat. No image of this version has one; they have names so that
+// this version can say what a later one's image needs.
+var incompatNames = []string{"deltas", "references", "disks"}
+
+// knownIncompat is what this version understands.
+const knownIncompat = 0
+
+func (f Features) check() error {
+	unknown := f.Incompat &^ knownIncompat
+	if unknown == 0 {
+		return nil
+	}
+	var names []string
+	for bit := range 64 {
+		switch {
+		case unknown>>bit&1 == 0:
+		case bit < len(incompatNames):
+			names = append(names, fmt.Sprintf("%s (bit %d)", incompatNames[bit], bit))
+		default:
+			names = append(names, fmt.Sprintf("bit %d", bit))
+		}
+	}
+	return &UnsupportedError{Why: "it needs features that this flic-migrate does not have: " + strings.Join(names, ", ")}
+}
+
+// UnsupportedError says that an image, which may be whole, is not one that this
+// package can read.
+type UnsupportedError struct {
+	File string
+	Why  string
+}
+
+func (e *UnsupportedError) Error() string { return e.File + ": " + e.Why }
+
+// unsupportedVersion is what is said of a version that is not this package's.
+func unsupportedVersion(v uint32) error {
+	if v < Version {
+		return &UnsupportedError{Why: fmt.Sprintf("an earlier flic-migrate wrote it, in version %d of the format; this one reads version %d", v, Version)}
+	}
+	return &UnsupportedError{Why: fmt.Sprintf("it is in version %d of the format; this flic-migrate reads version %d", v, Version)}
+}
+
+// Header is the first 128 bytes of an image:
+//
+//	0  magic 8 B             24 incompatible features u64   56 start of the save u64, ns
+//	8  u32 version           32 compatible features u64     64 0, 60 B
+//	12 u32 page size         40 UUID 16 B                   124 u32 CRC-32C
+//	16 u32 pages in a segment
+//	20 u32 0
 type Header struct {
-	PageSize     int       // bytes of a guest page (TARGET_PAGE_SIZE)
-	SegmentPages int       // pages in a full segment
+	PageSize     int // bytes of a guest page (TARGET_PAGE_SIZE)
+	SegmentPages int // pages in a full segment
+	Features     Features
 	UUID         uuid.UUID // the checkpoint's identity; owner of its NVRAM extents
 	Created      time.Time // start of the save
 }
@@ -139,30 +221,68 @@ func (h Header) append(dst []byte) []byte {
 	le.PutUint32(b[8:], Version)
 	le.PutUint32(b[12:], uint32(h.PageSize))
 	le.PutUint32(b[16:], uint32(h.SegmentPages))
-	copy(b[24:40], h.UUID[:])
-	le.PutUint64(b[40:], uint64(h.Created.UnixNano()))
-	le.PutUint32(b[60:], integrity.Checksum(b[:60]))
+	le.PutUint64(b[24:], h.Features.Incompat)
+	le.PutUint64(b[32:], h.Features.Compat)
+	copy(b[40:56], h.UUID[:])
+	le.PutUint64(b[56:], uint64(h.Created.UnixNano()))
+	le.PutUint32(b[HeaderLen-4:], integrity.Checksum(b[:HeaderLen-4]))
 	return append(dst, b...)
 }
 
 func parseHeader(b []byte) (Header, error) {
 	le := binary.LittleEndian
-	if len(b) != HeaderLen || string(b[:8]) != Magic {
+	if len(b) < lenOfOne || string(b[:8]) != Magic {
 		return Header{}, errors.New("not a flash image")
 	}
-	if le.Uint32(b[60:]) != integrity.Checksum(b[:60]) {
-		return Header{}, integrity.ErrChecksum
-	}
-	if v := le.Uint32(b[8:]); v != Version {
-		return Header{}, fmt.Errorf("format version %d is not known here", v)
+	if err := checkEnd(b, HeaderLen, b[:lenOfOne]); err != nil {
+		return Header{}, err
 	}
 	h := Header{
 		PageSize:     int(le.Uint32(b[12:])),
 		SegmentPages: int(le.Uint32(b[16:])),
-		Created:      time.Unix(0, int64(le.Uint64(b[40:]))),
+		Features:     Features{le.Uint64(b[24:]), le.Uint64(b[32:])},
+		UUID:         uuid.UUID(b[40:56]),
+		Created:      time.Unix(0, int64(le.Uint64(b[56:]))),
 	}
-	copy(h.UUID[:], b[24:40])
+	if err := h.Features.check(); err != nil {
+		return h, err
+	}
+	if !allZero(b[20:24]) || !allZero(b[64:HeaderLen-4]) {
+		return h, errReserved
+	}
 	return h, h.check()
+}
+
+// lenOfOne is the length of header and footer in version 1.
+const lenOfOne = 64
+
+// checkEnd checks version and checksum of b, which should be n bytes of header or
+// footer; one is what it would be in version 1, which had its checksum elsewhere.
+func checkEnd(b []byte, n int, one []byte) error {
+	le := binary.LittleEndian
+	if string(one[:4]) == Magic[:4] && le.Uint32(one[8:]) == 1 && le.Uint32(one[lenOfOne-4:]) == integrity.Checksum(one[:lenOfOne-4]) {
+		return unsupportedVersion(1)
+	}
+	switch {
+	case len(b) != n:
+		return errEndsInside
+	case le.Uint32(b[n-4:]) != integrity.Checksum(b[:n-4]):
+		return integrity.ErrChecksum
+	case le.Uint32(b[8:]) != Version:
+		return unsupportedVersion(le.Uint32(b[8:]))
+	}
+	return nil
+}
+
+var errReserved = errors.New("reserved bytes are in use")
+
+func allZero(b []byte) bool {
+	for _, c := range b {
+		if c != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 func (h Header) check() error {
@@ -180,10 +300,12 @@ func (h Header) maxRaw(k Kind) int64 {
 	switch k {
 	case Pages:
 		return int64(h.SegmentPages) * int64(h.PageSize)
-	case Records:
+	case Records, Deltas:
 		return 4 + int64(h.SegmentPages)*(int64(h.PageSize)+maxRecord)
 	case Meta:
-		return maxMeta
+		return MaxMeta
+	case Identity:
+		return MaxIdentity
 	}
 	return MaxChunk
 }
@@ -218,7 +340,7 @@ func parseFrameHeader(b []byte) (frameHeader, error) {
 		return frameHeader{}, fmt.Errorf("frame header: %w", integrity.ErrChecksum)
 	}
 	if b[2] != 0 || b[3] != 0 {
-		return frameHeader{}, errors.New("frame header: reserved bytes in use")
+		return frameHeader{}, fmt.Errorf("frame header: %w", errReserved)
 	}
 	return frameHeader{
 		kind: Kind(b[0]), codec: Codec(b[1]),
@@ -227,15 +349,25 @@ func parseFrameHeader(b []byte) (frameHeader, error) {
 	}, nil
 }
 
-// footer is the last 64 bytes: magic, version u32, 0 u32, offset of the INDEX
-// frame u64, its stored length u32, number of frames before it u32, length of
-// the image u64, UUID 16 B, 0 u32, CRC-32C u32.
+// footer is the last 128 bytes:
+//
+//	0  magic 8 B             24 compatible features u64    56 length of the image u64
+//	8  u32 version           32 offset of the INDEX u64    64 UUID 16 B
+//	12 u32 0                 40 its stored length u32      80 0, 44 B
+//	16 incompatible features 44 frames before it u32       124 u32 CRC-32C
+//	   u64                   48 META's stored length u32
+//	                         52 IDENTITY's u32
+//
+// META is the last frame before the INDEX, IDENTITY the one between it and the footer.
 type footer struct {
-	indexOffset uint64
-	indexStored uint32
-	frames      uint32
-	length      uint64
-	uuid        uuid.UUID
+	features       Features
+	indexOffset    uint64
+	indexStored    uint32
+	frames         uint32
+	metaStored     uint32
+	identityStored uint32
+	length         uint64
+	uuid           uuid.UUID
 }
 
 func (f footer) append(dst []byte) []byte {
@@ -243,32 +375,45 @@ func (f footer) append(dst []byte) []byte {
 	copy(b, footerMagic)
 	le := binary.LittleEndian
 	le.PutUint32(b[8:], Version)
-	le.PutUint64(b[16:], f.indexOffset)
-	le.PutUint32(b[24:], f.indexStored)
-	le.PutUint32(b[28:], f.frames)
-	le.PutUint64(b[32:], f.length)
-	copy(b[40:56], f.uuid[:])
-	le.PutUint32(b[60:], integrity.Checksum(b[:60]))
+	le.PutUint64(b[16:], f.features.Incompat)
+	le.PutUint64(b[24:], f.features.Compat)
+	le.PutUint64(b[32:], f.indexOffset)
+	le.PutUint32(b[40:], f.indexStored)
+	le.PutUint32(b[44:], f.frames)
+	le.PutUint32(b[48:], f.metaStored)
+	le.PutUint32(b[52:], f.identityStored)
+	le.PutUint64(b[56:], f.length)
+	copy(b[64:80], f.uuid[:])
+	le.PutUint32(b[FooterLen-4:], integrity.Checksum(b[:FooterLen-4]))
 	return append(dst, b...)
 }
 
+// parseFooter reads the footer at the end of b.
 func parseFooter(b []byte) (footer, error) {
 	le := binary.LittleEndian
-	if len(b) != FooterLen || string(b[:8]) != footerMagic {
+	one := b[max(0, len(b)-lenOfOne):]
+	b = b[max(0, len(b)-FooterLen):]
+	if len(one) < lenOfOne || string(b[:8]) != footerMagic && string(one[:8]) != footerMagic {
 		return footer{}, errors.New("no footer: the image is not whole")
 	}
-	if le.Uint32(b[60:]) != integrity.Checksum(b[:60]) {
-		return footer{}, integrity.ErrChecksum
-	}
-	if v := le.Uint32(b[8:]); v != Version {
-		return footer{}, fmt.Errorf("format version %d is not known here", v)
+	if err := checkEnd(b, FooterLen, one); err != nil {
+		return footer{}, err
 	}
 	f := footer{
-		indexOffset: le.Uint64(b[16:]),
-		indexStored: le.Uint32(b[24:]),
-		frames:      le.Uint32(b[28:]),
-		length:      le.Uint64(b[32:]),
+		features:       Features{le.Uint64(b[16:]), le.Uint64(b[24:])},
+		indexOffset:    le.Uint64(b[32:]),
+		indexStored:    le.Uint32(b[40:]),
+		frames:         le.Uint32(b[44:]),
+		metaStored:     le.Uint32(b[48:]),
+		identityStored: le.Uint32(b[52:]),
+		length:         le.Uint64(b[56:]),
+		uuid:           uuid.UUID(b[64:80]),
 	}
-	copy(f.uuid[:], b[40:56])
+	if err := f.features.check(); err != nil {
+		return f, err
+	}
+	if !allZero(b[12:16]) || !allZero(b[80:FooterLen-4]) {
+		return f, errReserved
+	}
 	return f, nil
 }

@@ -6,65 +6,173 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
+
+// Source is where an image is read from: a file, a part of one, or an object that
+// is read by ranges. ReadAt may be called from several goroutines.
+type Source interface {
+	io.ReaderAt
+	// Size is the length of the image in bytes.
+	Size() (int64, error)
+	// Name is what messages call it.
+	Name() string
+}
+
+// Tail is the end of an image: its footer and what that says where to find. It is
+// read in one piece as a rule, and costs the same for an image of any size.
+type Tail struct {
+	UUID uuid.UUID
+	// Identity is the IDENTITY document, at most MaxIdentity bytes.
+	Identity []byte
+
+	src    Source
+	length int64
+	foot   footer
+}
+
+// tailLen is how much is read of an image's end at once: a footer and an IDENTITY
+// of the usual length, in a block of the disk.
+const tailLen = 4 << 10
+
+// ReadTail reads and checks the footer and IDENTITY of an image, and nothing else of
+// it. Errors are CorruptErrors and UnsupportedErrors that name the file.
+func ReadTail(src Source) (*Tail, error) {
+	size, err := src.Size()
+	if err != nil {
+		return nil, err
+	}
+	t := &Tail{src: src, length: size}
+	b := make([]byte, min(size, tailLen))
+	if err := readFull(src, b, size-int64(len(b)), "footer"); err != nil {
+		return nil, err
+	}
+	foot := size - FooterLen
+	if t.foot, err = parseFooter(b); err != nil {
+		return nil, t.fail(max(0, foot), "footer", err)
+	}
+	t.UUID = t.foot.uuid
+	if err := t.foot.checkPlaces(size); err != nil {
+		return nil, t.fail(foot, "footer", err)
+	}
+	at := frameAt{frameEntry{kind: Identity, stored: t.foot.identityStored}, foot - FrameHeaderLen - int64(t.foot.identityStored)}
+	var st Stored
+	if skip := at.off - (size - int64(len(b))); skip >= 0 {
+		err = st.take(src.Name(), Header{}, at, b[skip:len(b)-FooterLen])
+	} else {
+		err = st.fetch(src, Header{}, at)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if st.head.codec != None {
+		return nil, st.fail(fmt.Errorf("it has codec %v", st.head.codec))
+	}
+	t.Identity, err = new(Decoder).bytes(&st, nil)
+	return t, err
+}
+
+// checkPlaces checks that what the footer says adds up to a file of so many bytes.
+func (f *footer) checkPlaces(size int64) error {
+	index := int64(f.indexOffset)
+	switch {
+	case f.length != uint64(size):
+		return fmt.Errorf("footer says %d bytes, file has %d", f.length, size)
+	case f.indexOffset > uint64(size) || index+FrameHeaderLen+int64(f.indexStored)+FrameHeaderLen+int64(f.identityStored) != size-FooterLen:
+		return errors.New("index is not where the footer says")
+	case index-int64(f.metaStored) < HeaderLen+FrameHeaderLen:
+		return errors.New("META is not where the footer says")
+	case uint64(f.indexStored) != uint64(f.frames)*indexEntryLen || int64(f.frames) > index/FrameHeaderLen:
+		return fmt.Errorf("index of %d bytes for %d frames", f.indexStored, f.frames)
+	}
+	return nil
+}
+
+// Meta reads the META document.
+func (t *Tail) Meta() ([]byte, error) {
+	at := frameAt{frameEntry{kind: Meta, stored: t.foot.metaStored}, t.metaOffset()}
+	var st Stored
+	if err := st.fetch(t.src, Header{}, at); err != nil {
+		return nil, err
+	}
+	return new(Decoder).bytes(&st, nil)
+}
+
+func (t *Tail) metaOffset() int64 {
+	return int64(t.foot.indexOffset) - FrameHeaderLen - int64(t.foot.metaStored)
+}
+
+// Len is the size of the image in bytes.
+func (t *Tail) Len() int64 { return t.length }
+
+// Corrupt reports that what META or IDENTITY says can't be.
+func (t *Tail) Corrupt(k Kind, err error) error {
+	off := t.metaOffset()
+	if k == Identity {
+		off = t.length - FooterLen - FrameHeaderLen - int64(t.foot.identityStored)
+	}
+	return t.fail(off, fmt.Sprintf("%v 0", k), err)
+}
+
+func (t *Tail) fail(off int64, what string, err error) error {
+	return failure(t.src.Name(), off, what, err)
+}
+
+// failure gives an error its file, and if the error says what is damaged, its place.
+func failure(file string, off int64, what string, err error) error {
+	var u *UnsupportedError
+	if errors.As(err, &u) {
+		u.File = file
+		return u
+	}
+	return &integrity.CorruptError{File: file, Offset: off, What: what, Err: err}
+}
 
 // Image is a whole image opened for reading. It is safe for concurrent use:
 // all per-reader state is in SegmentReader.
 type Image struct {
 	Header
-	f      vfs.File
-	length int64
+	Tail   *Tail
+	src    Source
 	frames []frameAt
 	// segments and chunks give a frame's place in frames, by number; -1 where
 	// a number was never written.
 	segments []int32
-	chunks   [Index + 1][]int32
+	chunks   [256][]int32
 }
 
-// Open checks header, footer and index of f and returns the image. Frames are
-// checked when they are read. Errors are CorruptErrors that name the file.
-func Open(f vfs.File) (*Image, error) {
-	size, err := f.Size()
-	if err != nil {
+// Open checks header, footer and index of an image and returns it. Frames are
+// checked when they are read. Errors are CorruptErrors and UnsupportedErrors that
+// name the file.
+func Open(src Source) (*Image, error) {
+	im := &Image{src: src}
+	var err error
+	// The header first: it says of which version a file is, cut short or not.
+	if im.Header, err = ReadHeader(src); err != nil {
 		return nil, err
 	}
-	im := &Image{f: f, length: size}
-	if size < HeaderLen+FrameHeaderLen+FooterLen {
-		return nil, im.corrupt(0, "image", fmt.Errorf("%d bytes: the image is not whole", size))
-	}
-	if im.Header, err = ReadHeader(f); err != nil {
+	if im.Tail, err = ReadTail(src); err != nil {
 		return nil, err
 	}
-	b := make([]byte, FooterLen)
-	foot := size - FooterLen
-	if err := im.readAt(b, foot, "footer"); err != nil {
-		return nil, err
-	}
-	ft, err := parseFooter(b)
 	switch {
-	case err != nil:
-	case ft.length != uint64(size):
-		err = fmt.Errorf("footer says %d bytes, file has %d", ft.length, size)
-	case ft.uuid != im.UUID:
+	case im.Tail.UUID != im.UUID:
 		err = errors.New("header and footer name different checkpoints")
-	case ft.indexOffset+FrameHeaderLen+uint64(ft.indexStored) != uint64(foot) || ft.indexOffset < HeaderLen:
-		err = errors.New("index is not where the footer says")
-	case uint64(ft.indexStored) != uint64(ft.frames)*indexEntryLen:
-		err = fmt.Errorf("index of %d bytes for %d frames", ft.indexStored, ft.frames)
+	case im.Tail.foot.features != im.Features:
+		err = errors.New("header and footer name different features")
+	default:
+		return im, im.readIndex()
 	}
-	if err != nil {
-		return nil, im.corrupt(foot, "footer", err)
-	}
-	return im, im.readIndex(ft)
+	return nil, im.corrupt(im.Len()-FooterLen, "footer", err)
 }
 
-func (im *Image) readIndex(ft footer) error {
+func (im *Image) readIndex() error {
+	ft := &im.Tail.foot
 	off := int64(ft.indexOffset)
 	// Its length is bounded by the file's, checked above.
 	raw := make([]byte, FrameHeaderLen+int(ft.indexStored))
-	if err := im.readAt(raw, off, "INDEX"); err != nil {
+	if err := readFull(im.src, raw, off, "INDEX"); err != nil {
 		return err
 	}
 	h, err := parseFrameHeader(raw)
@@ -88,19 +196,25 @@ func (im *Image) readIndex(ft footer) error {
 			stored: binary.LittleEndian.Uint32(payload[i+5:]),
 		}
 		if err := im.addFrame(e, at); err != nil {
-			return im.corrupt(off, "INDEX", err)
+			return failure(im.src.Name(), off, "INDEX", err)
 		}
 		at += FrameHeaderLen + int64(e.stored)
 	}
 	if at != off {
 		return im.corrupt(off, "INDEX", fmt.Errorf("its frames end at offset %d, not where it starts", at))
 	}
+	if n := len(im.frames); n == 0 || im.frames[n-1].frameEntry != (frameEntry{Meta, 0, ft.metaStored}) {
+		return im.corrupt(off, "INDEX", errors.New("the last frame is not the META that the footer tells of"))
+	}
 	return nil
 }
 
 func (im *Image) addFrame(e frameEntry, at int64) error {
-	if e.kind < Pages || e.kind >= Index {
-		return fmt.Errorf("frame of unknown %v", e.kind)
+	if !e.kind.readable() {
+		if kindNames[e.kind] == "" && e.kind != 0 {
+			return &UnsupportedError{Why: fmt.Sprintf("it has frames of %v, which this flic-migrate does not know", e.kind)}
+		}
+		return fmt.Errorf("%v frame before the index", e.kind)
 	}
 	where := &im.chunks[e.kind]
 	if e.kind.IsSegment() {
@@ -123,10 +237,10 @@ func (im *Image) addFrame(e frameEntry, at int64) error {
 }
 
 // Len is the size of the image file in bytes.
-func (im *Image) Len() int64 { return im.length }
+func (im *Image) Len() int64 { return im.Tail.length }
 
 // Name is the path of the image file.
-func (im *Image) Name() string { return im.f.Name() }
+func (im *Image) Name() string { return im.src.Name() }
 
 // Segments is one more than the highest segment number.
 func (im *Image) Segments() int { return len(im.segments) }
@@ -160,17 +274,28 @@ func (im *Image) Chunk(k Kind, n int) ([]byte, error) {
 	if n < 0 || n >= len(im.chunks[k]) || im.chunks[k][n] < 0 {
 		return nil, im.corrupt(0, fmt.Sprintf("%v %d", k, n), errors.New("no such chunk"))
 	}
-	var sr SegmentReader
-	var fh frameHeader
-	return sr.frame(im.f, im.Header, im.frames[im.chunks[k][n]], nil, &fh)
+	var st Stored
+	if err := st.fetch(im.src, im.Header, im.frames[im.chunks[k][n]]); err != nil {
+		return nil, err
+	}
+	return new(Decoder).bytes(&st, nil)
 }
 
-// Segment reads and checks segment n with sr's buffers.
+// Segment fetches and decodes segment n with sr's buffers.
 func (im *Image) Segment(sr *SegmentReader, n uint32) (*Segment, error) {
-	if im.SegmentOffset(n) < 0 {
-		return nil, im.corrupt(0, fmt.Sprintf("segment %d", n), errors.New("no such segment"))
+	if err := im.FetchSegment(&sr.Stored, n); err != nil {
+		return nil, err
 	}
-	return sr.read(im.f, im.Header, im.frames[im.segments[n]])
+	return sr.Decode(&sr.Stored)
+}
+
+// FetchSegment reads segment n as it is stored, and checks it, into st. It is what
+// waits for the medium; decoding it takes a CPU and nothing else.
+func (im *Image) FetchSegment(st *Stored, n uint32) error {
+	if im.SegmentOffset(n) < 0 {
+		return im.corrupt(0, fmt.Sprintf("segment %d", n), errors.New("no such segment"))
+	}
+	return st.fetch(im.src, im.Header, im.frames[im.segments[n]])
 }
 
 // Frames calls fn for every frame in file order with its kind, number and
@@ -185,16 +310,19 @@ func (im *Image) Frames(fn func(k Kind, number uint32, off int64) error) error {
 }
 
 func (im *Image) corrupt(off int64, what string, err error) error {
-	return &integrity.CorruptError{File: im.f.Name(), Offset: off, What: what, Err: err}
+	return &integrity.CorruptError{File: im.src.Name(), Offset: off, What: what, Err: err}
 }
 
-func (im *Image) readAt(b []byte, off int64, what string) error {
-	return readFull(im.f, b, off, what)
+// fetcher is what frames are read from: a Source, or the Sink of an image that is
+// still being written.
+type fetcher interface {
+	io.ReaderAt
+	Name() string
 }
 
 // readFull reads len(b) bytes. A file that ends early is damage; any other
 // failure is the file system's and is passed on as it is.
-func readFull(f vfs.File, b []byte, off int64, what string) error {
+func readFull(f fetcher, b []byte, off int64, what string) error {
 	_, err := f.ReadAt(b, off)
 	if isEOF(err) {
 		return &integrity.CorruptError{File: f.Name(), Offset: off, What: what, Err: errEndsInside}
@@ -221,17 +349,17 @@ type frameSource struct {
 	off  int64
 }
 
-// Len is the number of pages in the segment.
+// Len is the number of pages in the segment that this version can read.
 func (s *Segment) Len() int {
-	if s.Kind == Records {
-		return len(s.ends)
+	if s.Kind == Pages {
+		return len(s.data) / s.size
 	}
-	return len(s.data) / s.size
+	return len(s.ends)
 }
 
 // Page is the content of the page at position i of a Pages segment. An
-// address outside the segment, or a segment of Records, is damage of the page
-// table.
+// address outside the segment, or in one of another kind, is damage of the page
+// map.
 func (s *Segment) Page(i int) ([]byte, error) {
 	if s.Kind != Pages || i >= s.Len() {
 		return nil, s.corrupt(fmt.Errorf("it has no page %d", i))
@@ -259,40 +387,120 @@ func (s *Segment) corrupt(err error) error {
 // Bytes is the memory the segment's content takes.
 func (s *Segment) Bytes() int { return len(s.data) }
 
-// SegmentReader holds the buffers and codec state of one goroutine that reads
-// frames. The zero value is ready.
-type SegmentReader struct {
-	stored []byte
-	dec    decompressor
-	free   []byte // for the next segment's content
+// Stored is a frame as it lies in the image, fetched and checked. It keeps its
+// memory for the next frame. The zero value is ready.
+type Stored struct {
+	at   frameAt
+	file string
+	hdr  Header
+	head frameHeader
+	b    []byte // frame header and payload
+}
+
+func (st *Stored) payload() []byte { return st.b[FrameHeaderLen:] }
+
+func (st *Stored) fail(err error) error {
+	return &integrity.CorruptError{File: st.file, Offset: st.at.off, What: st.at.String(), Err: err}
+}
+
+// fetch reads the frame that the index, the footer or the Writer has at a place.
+func (st *Stored) fetch(f fetcher, h Header, at frameAt) error {
+	st.at, st.file, st.hdr = at, f.Name(), h
+	if int64(at.stored) > h.maxRaw(at.kind) {
+		return st.fail(fmt.Errorf("%d bytes stored: too large", at.stored))
+	}
+	n := FrameHeaderLen + int(at.stored)
+	st.b = grow(st.b[:0], n)[:n]
+	if _, err := f.ReadAt(st.b, at.off); err != nil {
+		if isEOF(err) {
+			err = st.fail(errEndsInside)
+		}
+		return err
+	}
+	return st.check()
+}
+
+// take is fetch of a frame that has been read already. The bytes stay the caller's.
+func (st *Stored) take(file string, h Header, at frameAt, b []byte) error {
+	st.at, st.file, st.hdr, st.b = at, file, h, b
+	if int64(at.stored) > h.maxRaw(at.kind) {
+		return st.fail(fmt.Errorf("%d bytes stored: too large", at.stored))
+	}
+	return st.check()
+}
+
+// check verifies both checksums, and that it is the frame that was looked for.
+func (st *Stored) check() error {
+	var err error
+	if st.head, err = parseFrameHeader(st.b); err != nil {
+		return st.fail(err)
+	}
+	h, at := &st.head, &st.at
+	switch {
+	case h.kind != at.kind || h.number != at.number || h.stored != at.stored:
+		return st.fail(fmt.Errorf("found %v %d of %d bytes in its place", h.kind, h.number, h.stored))
+	case int64(h.raw) > st.hdr.maxRaw(h.kind):
+		return st.fail(fmt.Errorf("%d bytes raw: too large", h.raw))
+	case integrity.Checksum(st.payload()) != h.crc:
+		return st.fail(integrity.ErrChecksum)
+	case h.raw == 0 && h.codec != None:
+		// The LZ4 decoder does not survive a destination without a byte.
+		return st.fail(fmt.Errorf("%d bytes of %v that stand for nothing", h.stored, h.codec))
+	}
+	return nil
+}
+
+// Decoder holds the codec state and the memory of one goroutine that decodes
+// segments. The zero value is ready.
+type Decoder struct {
+	dec  decompressor
+	free []byte // for the next segment's content
 }
 
 // Recycle gives the memory of a segment that nobody uses any more to the next one
-// that is read. It may come from another reader; nil is none. After that the segment
-// has no pages.
-func (sr *SegmentReader) Recycle(s *Segment) {
+// that is decoded. It may come from another Decoder; nil is none. After that the
+// segment has no pages.
+func (d *Decoder) Recycle(s *Segment) {
 	if s != nil {
-		sr.free, s.data, s.ends = s.data, nil, nil
+		d.free, s.data, s.ends = s.data, nil, nil
 	}
 }
 
-func (sr *SegmentReader) read(f vfs.File, h Header, at frameAt) (*Segment, error) {
-	var fh frameHeader
-	data, err := sr.frame(f, h, at, sr.free, &fh)
+// Decode decodes a segment that has been fetched. st can be used again after it.
+func (d *Decoder) Decode(st *Stored) (*Segment, error) {
+	data, err := d.bytes(st, d.free)
 	if err != nil {
 		return nil, err
 	}
-	sr.free = nil
-	s := &Segment{Number: at.number, Kind: at.kind, data: data, size: h.PageSize, reader: frameSource{f.Name(), at.off}}
-	if s.Kind == Records {
-		err = s.parseRecords(h)
-	} else if len(data) == 0 || len(data)%h.PageSize != 0 {
+	d.free = nil
+	h := &st.hdr
+	s := &Segment{Number: st.at.number, Kind: st.at.kind, data: data, size: h.PageSize, reader: frameSource{st.file, st.at.off}}
+	switch {
+	case s.Kind == Records:
+		err = s.parseRecords(*h)
+	case s.Kind == Pages && (len(data) == 0 || len(data)%h.PageSize != 0):
 		err = s.corrupt(fmt.Errorf("%d bytes are no whole pages", len(data)))
 	}
 	if err != nil {
 		return nil, err
 	}
 	return s, nil
+}
+
+// bytes decodes a frame, into dst if that is large enough.
+func (d *Decoder) bytes(st *Stored, dst []byte) ([]byte, error) {
+	dst = grow(dst[:0], int(st.head.raw))[:st.head.raw]
+	if err := d.dec.decompress(st.head.codec, dst, st.payload()); err != nil {
+		return nil, st.fail(err)
+	}
+	return dst, nil
+}
+
+// SegmentReader fetches and decodes in one go, for one goroutine. The zero value
+// is ready.
+type SegmentReader struct {
+	Stored
+	Decoder
 }
 
 func (s *Segment) parseRecords(h Header) error {
@@ -319,56 +527,19 @@ func (s *Segment) parseRecords(h Header) error {
 	return nil
 }
 
-// frame reads the frame that the index, or the Writer, has at a place, and
-// decodes it into dst if that is large enough. Both checksums are verified
-// before a byte is decoded.
-func (sr *SegmentReader) frame(f vfs.File, h Header, at frameAt, dst []byte, fh *frameHeader) ([]byte, error) {
-	fail := func(err error) error {
-		return &integrity.CorruptError{File: f.Name(), Offset: at.off, What: at.String(), Err: err}
+// ReadHeader reads and checks the header of an image alone.
+func ReadHeader(src Source) (Header, error) {
+	size, err := src.Size()
+	if err != nil {
+		return Header{}, err
 	}
-	if int64(at.stored) > h.maxRaw(at.kind) {
-		return nil, fail(fmt.Errorf("%d bytes stored: too large", at.stored))
-	}
-	n := FrameHeaderLen + int(at.stored)
-	sr.stored = grow(sr.stored[:0], n)[:n]
-	if _, err := f.ReadAt(sr.stored, at.off); err != nil {
-		if isEOF(err) {
-			err = fail(errEndsInside)
-		}
-		return nil, err
-	}
-	var err error
-	if *fh, err = parseFrameHeader(sr.stored); err != nil {
-		return nil, fail(err)
-	}
-	payload := sr.stored[FrameHeaderLen:]
-	switch {
-	case fh.kind != at.kind || fh.number != at.number || fh.stored != at.stored:
-		return nil, fail(fmt.Errorf("found %v %d of %d bytes in its place", fh.kind, fh.number, fh.stored))
-	case int64(fh.raw) > h.maxRaw(fh.kind):
-		return nil, fail(fmt.Errorf("%d bytes raw: too large", fh.raw))
-	case integrity.Checksum(payload) != fh.crc:
-		return nil, fail(integrity.ErrChecksum)
-	case fh.raw == 0 && fh.codec != None:
-		// The LZ4 decoder does not survive a destination without a byte.
-		return nil, fail(fmt.Errorf("%d bytes of %v that stand for nothing", fh.stored, fh.codec))
-	}
-	dst = grow(dst[:0], int(fh.raw))[:fh.raw]
-	if err := sr.dec.decompress(fh.codec, dst, payload); err != nil {
-		return nil, fail(err)
-	}
-	return dst, nil
-}
-
-// ReadHeader reads and checks the header of f alone.
-func ReadHeader(f vfs.File) (Header, error) {
-	b := make([]byte, HeaderLen)
-	if err := readFull(f, b, 0, "header"); err != nil {
+	b := make([]byte, min(size, HeaderLen))
+	if err := readFull(src, b, 0, "header"); err != nil {
 		return Header{}, err
 	}
 	h, err := parseHeader(b)
 	if err != nil {
-		err = &integrity.CorruptError{File: f.Name(), What: "header", Err: err}
+		err = failure(src.Name(), 0, "header", err)
 	}
 	return h, err
 }

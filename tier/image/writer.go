@@ -4,13 +4,28 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
 	"sync"
 
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
+
+// Sink is what an image is written to, front to back: a file, or a pipe that
+// remembers what went into it last. Write is called by one goroutine; ReadAt, which
+// reads back what was written, by several.
+type Sink interface {
+	io.Writer
+	io.ReaderAt
+	// Name is what messages call it.
+	Name() string
+	// Sync makes all that was written durable.
+	Sync() error
+	// StartWriteback asks for [off, off+n) to be written out soon. It promises
+	// nothing, so it has no error.
+	StartWriteback(off, n int64)
+}
 
 // writebackEvery is how much is written before the kernel is asked to start
 // writing it out: often enough that the fsync before the device tail finds
@@ -25,7 +40,7 @@ const writebackEvery = 4 << 20
 //	    ▲                                └─► order ─────────────────► appender ─► file
 //	    └────────────────────── recycled buffers ◄────────────────────────┘
 type Writer struct {
-	f     vfs.File
+	f     Sink
 	hdr   Header
 	codec Codec
 
@@ -38,7 +53,7 @@ type Writer struct {
 
 	nextSegment uint32
 	all         []*Buffer
-	nextChunk   [Index + 1]uint32
+	nextChunk   [256]uint32
 
 	mu       sync.Mutex
 	cond     *sync.Cond
@@ -79,9 +94,9 @@ type Buffer struct {
 	ready chan struct{}
 }
 
-// NewWriter writes the header to f, which must be empty, and starts workers
+// NewWriter writes the header to f, to which nothing has been written, and starts workers
 // (GOMAXPROCS of them if 0).
-func NewWriter(f vfs.File, h Header, codec Codec, workers int) (*Writer, error) {
+func NewWriter(f Sink, h Header, codec Codec, workers int) (*Writer, error) {
 	if err := h.check(); err != nil {
 		return nil, fmt.Errorf("image header: %w", err)
 	}
@@ -119,7 +134,7 @@ func (w *Writer) NewBuffer(k Kind) *Buffer {
 	b.Kind = k
 	need := int(w.hdr.maxRaw(k))
 	if k == Meta {
-		need = 0
+		need = 0 // there is one, of a length that is known by then
 	}
 	if cap(b.Data) < need {
 		b.Data = make([]byte, 0, need)
@@ -291,34 +306,43 @@ func (w *Writer) fail(err error) error {
 	return err
 }
 
-// ReadSegment decodes segment n, which must have been submitted, into dst
-// (capacity of a full segment) while the image is still being written: XBZRLE
+// ReadSegment decodes segment n, which must have been submitted, while the image
+// is still being written: XBZRLE
 // needs a page's last content, and deduplication confirms candidates by
 // comparing. It waits for a segment in flight. Safe for several goroutines,
 // each with a SegmentReader of its own.
 func (w *Writer) ReadSegment(sr *SegmentReader, n uint32) (*Segment, error) {
+	if err := w.FetchSegment(&sr.Stored, n); err != nil {
+		return nil, err
+	}
+	return sr.Decode(&sr.Stored)
+}
+
+// FetchSegment is the first half of ReadSegment: it reads the segment as it is
+// stored, and checks it.
+func (w *Writer) FetchSegment(st *Stored, n uint32) error {
 	w.mu.Lock()
 	for w.err == nil && (int(n) >= len(w.segments) || w.segments[n].off == 0) && w.pending > 0 {
 		w.cond.Wait()
 	}
 	if w.err != nil {
 		w.mu.Unlock()
-		return nil, w.err
+		return w.err
 	}
 	if int(n) >= len(w.segments) || w.segments[n].off == 0 {
 		w.mu.Unlock()
-		return nil, fmt.Errorf("segment %d was never submitted", n)
+		return fmt.Errorf("segment %d was never submitted", n)
 	}
 	at := w.segments[n]
 	w.mu.Unlock()
-	return sr.read(w.f, w.hdr, at)
+	return st.fetch(w.f, w.hdr, at)
 }
 
-// Finish appends META, INDEX and the footer and makes the image durable. The
-// image is a checkpoint once its file has its final name.
-func (w *Writer) Finish(meta []byte) error {
-	if len(meta) > maxMeta {
-		return fmt.Errorf("META document of %d bytes", len(meta))
+// Finish appends META, INDEX, IDENTITY and the footer and makes the image durable.
+// The image is a checkpoint once its file has its final name.
+func (w *Writer) Finish(meta, identity []byte) error {
+	if len(meta) > MaxMeta || len(identity) > MaxIdentity {
+		return fmt.Errorf("META document of %d bytes, IDENTITY of %d", len(meta), len(identity))
 	}
 	b := w.NewBuffer(Meta)
 	b.Data = append(b.Data, meta...)
@@ -337,13 +361,12 @@ func (w *Writer) Finish(meta []byte) error {
 		index = binary.LittleEndian.AppendUint32(index, e.number)
 		index = binary.LittleEndian.AppendUint32(index, e.stored)
 	}
-	end := make([]byte, FrameHeaderLen, FrameHeaderLen+len(index)+FooterLen)
-	frameHeader{
-		kind: Index, raw: uint32(len(index)), stored: uint32(len(index)), crc: integrity.Checksum(index),
-	}.put(end)
-	end = append(end, index...)
+	end := appendFrame(nil, Index, index)
+	end = appendFrame(end, Identity, identity)
 	end = footer{
+		features:    w.hdr.Features,
 		indexOffset: uint64(w.off), indexStored: uint32(len(index)), frames: uint32(len(w.frames)),
+		metaStored: w.frames[len(w.frames)-1].stored, identityStored: uint32(len(identity)),
 		length: uint64(w.off) + uint64(len(end)) + FooterLen, uuid: w.hdr.UUID,
 	}.append(end)
 	if _, err := w.f.Write(end); err != nil {
@@ -351,6 +374,16 @@ func (w *Writer) Finish(meta []byte) error {
 	}
 	w.off += int64(len(end))
 	return w.fail(w.f.Sync())
+}
+
+// appendFrame appends a frame that is stored as it is.
+func appendFrame(dst []byte, k Kind, payload []byte) []byte {
+	head := len(dst)
+	dst = append(dst, make([]byte, FrameHeaderLen)...)
+	frameHeader{
+		kind: k, raw: uint32(len(payload)), stored: uint32(len(payload)), crc: integrity.Checksum(payload),
+	}.put(dst[head:])
+	return append(dst, payload...)
 }
 
 // errAborted is what later calls get after Abort.

@@ -105,7 +105,7 @@ func (l *loader) run(ctx context.Context) error {
 	}
 	// The whole table is looked at only now, when the guest runs already.
 	var runs []slotRun
-	err = l.c.Table.Runs(func(r pagemap.Run) error {
+	err = l.c.PageMap.Runs(func(r pagemap.Run) error {
 		switch {
 		case r.Kind == pagemap.Absent, r.Kind == pagemap.ZeroData, r.Kind == pagemap.Fill && r.First == 0:
 			return nil
@@ -128,12 +128,12 @@ func (l *loader) loadFirst(ctx context.Context, first []workingset.PageRun) erro
 	var pages uint64
 	most := uint64(firstWindow)
 	for _, r := range first {
-		if r.Block < 0 || r.Block >= l.c.Table.Blocks() || r.Page >= l.c.Table.Pages(r.Block) {
+		if r.Block < 0 || r.Block >= l.c.PageMap.Blocks() || r.Page >= l.c.PageMap.Pages(r.Block) {
 			continue
 		}
-		end := r.Page + min(r.Count, l.c.Table.Pages(r.Block)-r.Page)
+		end := r.Page + min(r.Count, l.c.PageMap.Pages(r.Block)-r.Page)
 		for page := r.Page; page < end; {
-			run, err := l.c.Table.Find(r.Block, page)
+			run, err := l.c.PageMap.Find(r.Block, page)
 			if err != nil {
 				return err
 			}
@@ -161,7 +161,7 @@ func (l *loader) loadNVRAM(ctx context.Context) error {
 		}
 		n := min(len(slots), l.c.Image.SegmentPages)
 		for _, s := range slots[:n] {
-			run, err := l.c.Table.Find(int(s.Block), s.Page)
+			run, err := l.c.PageMap.Find(int(s.Block), s.Page)
 			if err != nil {
 				return err
 			}

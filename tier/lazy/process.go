@@ -21,7 +21,7 @@ func TuneProcess() {
 	// wakes up for a request would wait for Go's scheduler, up to 10 ms, and not
 	// for the kernel's.
 	runtime.GOMAXPROCS(max(runtime.NumCPU(), threads))
-	// The page table and the buffers would have the collector run six times in the
+	// The page map and the buffers would have the collector run six times in the
 	// first tenth of a second, in which the guest waits for every page it touches.
 	percent, limit := debug.SetGCPercent(-1), debug.SetMemoryLimit(collectAbove)
 	time.AfterFunc(collectAfter, func() {

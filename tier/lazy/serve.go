@@ -454,7 +454,7 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 		b, ok := p.blocks[m.Block]
 		size := uint64(p.c.Meta.PageSize)
 		first, n := m.Start/size, max(1, uint64(m.Length)/size)
-		if !ok || m.Start%size != 0 || first >= p.c.Table.Pages(b) || n > p.c.Table.Pages(b)-first {
+		if !ok || m.Start%size != 0 || first >= p.c.PageMap.Pages(b) || n > p.c.PageMap.Pages(b)-first {
 			return fmt.Errorf("QEMU asks for %d bytes at %s:%#x, which the checkpoint does not have", m.Length, m.Block, m.Start)
 		}
 		at := time.Now()

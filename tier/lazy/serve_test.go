@@ -36,7 +36,7 @@ var threeBlocks = []tiertest.Block{
 	{Name: "vga.vram", Size: 1 << 20}, {Name: "pc.ram", Size: 4<<20 - 12<<10}, {Name: "pc.bios", Size: 20 << 10},
 }
 
-// shapes are checkpoints with all that a page table can say.
+// shapes are checkpoints with all that a page map can say.
 var shapes = []struct {
 	name string
 	o    tiertest.Options
@@ -282,7 +282,7 @@ func TestOrder(t *testing.T) {
 				}
 				continue
 			}
-			run, err := s.ck.Table.Find(a.Block, a.Page)
+			run, err := s.ck.PageMap.Find(a.Block, a.Page)
 			check(t, err)
 			if e := run.Entry(0); e < last {
 				t.Fatalf("page %v is out of the image's order", a.PageID)
@@ -1047,7 +1047,7 @@ func TestDamage(t *testing.T) {
 		for b := range s.Blocks() {
 			for p := range s.Pages(b) {
 				id := tiertest.PageID{Block: b, Page: p}
-				run, err := s.ck.Table.Find(b, p)
+				run, err := s.ck.PageMap.Find(b, p)
 				check(t, err)
 				content := s.page(id)
 				if run.Kind != pagemap.NVRAM || p%25 != 0 || content == nil || bytes.Count(nv, content) != 1 {

@@ -32,7 +32,7 @@ func newPageSource(c *checkpoint.Checkpoint) *pageSource {
 // visit hands a page's content to send and tells which segment it is in, -1 if
 // in none.
 func (s *pageSource) visit(block int, page uint64, send sender) (segment int64, err error) {
-	run, err := s.c.Table.Find(block, page)
+	run, err := s.c.PageMap.Find(block, page)
 	if err != nil {
 		return -1, err
 	}
@@ -53,10 +53,10 @@ func (s *pageSource) visit(block int, page uint64, send sender) (segment int64, 
 // asked for to send, those behind it first, as far as they cost no more decoding.
 func (s *pageSource) around(block int, page uint64, n uint64, send sender) error {
 	first := page &^ (n - 1)
-	end := min(first+n, s.c.Table.Pages(block))
+	end := min(first+n, s.c.PageMap.Pages(block))
 	for i := uint64(1); i < end-first; i++ {
 		other := first + (page-first+i)%(end-first)
-		run, err := s.c.Table.Find(block, other)
+		run, err := s.c.PageMap.Find(block, other)
 		if err != nil {
 			return err
 		}

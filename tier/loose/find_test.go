@@ -30,7 +30,7 @@ func writeImage(t *testing.T, path string, header []byte, id uuid.UUID) {
 	}
 	w, err := image.NewWriter(loose.NewOut(f, 1<<16), image.Header{PageSize: 4096, SegmentPages: 4, UUID: id, Created: time.Now()}, image.None, 1)
 	if err == nil {
-		err = w.Finish([]byte("{}"))
+		err = w.Finish([]byte("{}"), []byte("{}"))
 	}
 	if err != nil {
 		t.Fatal(err)

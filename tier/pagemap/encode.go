@@ -6,27 +6,30 @@ import (
 	"fmt"
 )
 
-// On disk a table is a row of chunks, each decodable on its own:
+// On disk a page map is a row of chunks, each decodable on its own:
 //
 //	uvarint  block     of the first run
 //	uvarint  page      of the first run
 //	then runs, following one another in block and page order:
-//	  u8       kind | 0x80 if the values count up by one from page to page
+//	  u8       tag: kind in bits 0–5; 0x40: a value follows; 0x80: it counts up by
+//	           one from page to page (only with 0x40)
 //	  uvarint  count
-//	  varint   first value − the value that would follow the last run of the
-//	           same kind in this chunk (0 before the first); absent for
-//	           kinds without a value (Absent, ZeroData)
+//	  varint   with 0x40: first value − the value that would follow the last run of
+//	           the same kind in this chunk (0 before the first)
 //
-// A run never crosses the end of a block. The chunks together cover every page
-// once, in order.
+// So a reader that does not know a kind still knows which pages it is about. A run
+// never crosses the end of a block. The chunks together cover every page once, in
+// order.
 
-const stepFlag = 0x80
-
-func (k Kind) hasValue() bool { return k != Absent && k != ZeroData }
+const (
+	kindBits  = 0x3f
+	valueFlag = 0x40
+	stepFlag  = 0x80
+)
 
 // Start is the first page that a chunk covers. The list of all chunks' Starts
 // is kept beside them (in META), so that a lazy restore finds a page by
-// decoding one chunk, however large the table is.
+// decoding one chunk, however large the map is.
 type Start struct {
 	Block int    `json:"b"`
 	Page  uint64 `json:"p"`
@@ -34,7 +37,7 @@ type Start struct {
 
 // Encode calls emit with chunk after chunk, each at most limit bytes long
 // (limit ≥ 64), and where it starts. The slice is emit's only until it returns.
-func (t *Table) Encode(limit int, emit func(at Start, chunk []byte) error) error {
+func (t *Builder) Encode(limit int, emit func(at Start, chunk []byte) error) error {
 	const maxRun = 1 + 2*binary.MaxVarintLen64
 	var buf []byte
 	var at Start
@@ -53,12 +56,15 @@ func (t *Table) Encode(limit int, emit func(at Start, chunk []byte) error) error
 			next = [numKinds]uint64{}
 		}
 		tag := byte(r.Kind)
+		if r.Kind.hasValue() {
+			tag |= valueFlag
+		}
 		if r.Step == 1 {
 			tag |= stepFlag
 		}
 		buf = append(buf, tag)
 		buf = binary.AppendUvarint(buf, r.Count)
-		if r.Kind.hasValue() {
+		if tag&valueFlag != 0 {
 			buf = binary.AppendVarint(buf, int64(r.First-next[r.Kind]))
 			next[r.Kind] = r.First + r.Step*r.Count
 		}
@@ -91,9 +97,11 @@ func decode(b []byte, pages []uint64, start, end Start, fn func(Run) error) erro
 	at := start
 	var next [numKinds]uint64
 	for len(b) > 0 {
-		r := Run{Block: at.Block, Page: at.Page, Kind: Kind(b[0] &^ stepFlag), Step: uint64(b[0] >> 7)}
-		if r.Kind >= numKinds || r.Step == 1 && !r.Kind.hasSlots() {
-			return fmt.Errorf("unknown run tag %#x", b[0])
+		tag := b[0]
+		r := Run{Block: at.Block, Page: at.Page, Kind: Kind(tag & kindBits), Step: uint64(tag >> 7)}
+		value := tag&valueFlag != 0
+		if r.Step == 1 && !value || r.Kind.known() && (value != r.Kind.hasValue() || r.Step == 1 && !r.Kind.hasSlots()) {
+			return fmt.Errorf("run tag %#x can't be", tag)
 		}
 		b = b[1:]
 		if r.Count, n = binary.Uvarint(b); n <= 0 {
@@ -103,7 +111,7 @@ func decode(b []byte, pages []uint64, start, end Start, fn func(Run) error) erro
 		if at.Block >= len(pages) || r.Count == 0 || r.Count > pages[at.Block]-at.Page {
 			return fmt.Errorf("run of %d pages at %v leaves its block", r.Count, at)
 		}
-		if r.Kind.hasValue() {
+		if value {
 			delta, n := binary.Varint(b)
 			if n <= 0 {
 				return errShort

@@ -7,14 +7,14 @@ import (
 	"sync"
 )
 
-// Map is a page table as read from an image. Its chunks are decoded when they
-// are first needed, and kept as runs, 16 B each: the memory a table takes
+// Map is a page map as read from an image. Its chunks are decoded when they
+// are first needed, and kept as runs, 16 B each: the memory a map takes
 // follows from what is stored and not from how much RAM an image claims, and
 // finding a page costs the same at any size. Safe for concurrent use.
 type Map struct {
 	pages  []uint64
+	base   []uint64 // pages in all blocks before each, and in all
 	starts []Start
-	end    Start
 	read   func(i int) ([]byte, error)
 	check  func(i int, r Run) error
 	bad    func(i int, err error) error
@@ -29,12 +29,13 @@ type mapChunk struct {
 
 // mapRun is a run without its length, which the next one's start gives.
 type mapRun struct {
-	block uint32
-	page  uint64 // of its first page; bit 63: values count up
+	at    uint64 // number of its first page in the whole map; bit 63: values count up
 	first Entry
 }
 
 const mapStep = 1 << 63
+
+func (r mapRun) page() uint64 { return r.at &^ mapStep }
 
 // Source is where a Map gets its chunks.
 type Source struct {
@@ -48,25 +49,32 @@ type Source struct {
 	Bad func(i int, err error) error
 }
 
-// NewMap returns a Map of the table in s. The only errors are Starts that can't
+// NewMap returns a Map of what is in s. The only errors are Starts that can't
 // be: those of chunks come when they are used, or all with LoadAll.
 func NewMap(s Source) (*Map, error) {
 	m := &Map{
 		pages: s.Pages, starts: s.Starts, read: s.Read, check: s.Check, bad: s.Bad,
-		chunks: make([]mapChunk, len(s.Starts)),
+		base: make([]uint64, len(s.Pages)+1), chunks: make([]mapChunk, len(s.Starts)),
 	}
-	m.end = Start{len(s.Pages), 0}
-	first := Start{}.normal(s.Pages)
-	if len(s.Starts) == 0 && first != m.end || len(s.Starts) > 0 && s.Starts[0] != first {
-		return nil, errors.New("page table does not start at the first page")
+	for b, n := range s.Pages {
+		m.base[b+1] = m.base[b] + n
+		if n > MaxPages || m.base[b+1] > MaxPages {
+			return nil, fmt.Errorf("%d pages of RAM in block %d: more than the %d that a page map holds", n, b, uint64(MaxPages))
+		}
+	}
+	first, end := Start{}.normal(s.Pages), m.end()
+	if len(s.Starts) == 0 && first != end || len(s.Starts) > 0 && s.Starts[0] != first {
+		return nil, errors.New("page map does not start at the first page")
 	}
 	for i, at := range s.Starts {
 		if at.Block < 0 || at.Block >= len(s.Pages) || at.Page >= s.Pages[at.Block] || i > 0 && !s.Starts[i-1].less(at) {
-			return nil, fmt.Errorf("page table chunk %d starts at %v", i, at)
+			return nil, fmt.Errorf("page map chunk %d starts at %v", i, at)
 		}
 	}
 	return m, nil
 }
+
+func (m *Map) end() Start { return Start{len(m.pages), 0} }
 
 func (s Start) less(o Start) bool {
 	return s.Block < o.Block || s.Block == o.Block && s.Page < o.Page
@@ -84,7 +92,7 @@ func (m *Map) load(i int) ([]mapRun, error) {
 	if err != nil {
 		return nil, err
 	}
-	end := m.end
+	end := m.end()
 	if i+1 < len(m.starts) {
 		end = m.starts[i+1]
 	}
@@ -92,7 +100,7 @@ func (m *Map) load(i int) ([]mapRun, error) {
 	// room that is left.
 	runs := make([]mapRun, 0, len(b)/4)
 	err = decode(b, m.pages, m.starts[i], end, func(r Run) error {
-		runs = append(runs, mapRun{uint32(r.Block), r.Page | r.Step*mapStep, Make(r.Kind, r.First)})
+		runs = append(runs, mapRun{m.base[r.Block] + r.Page | r.Step*mapStep, Make(r.Kind, r.First)})
 		return m.check(i, r)
 	})
 	if err != nil {
@@ -116,29 +124,26 @@ func (m *Map) Find(b int, page uint64) (Run, error) {
 	if err != nil {
 		return Run{}, err
 	}
-	j := sort.Search(len(runs), func(j int) bool { return at.less(runs[j].start()) }) - 1
-	return m.run(i, runs, j, page), nil
+	g := m.base[b] + page
+	j := sort.Search(len(runs), func(j int) bool { return g < runs[j].page() }) - 1
+	return m.run(i, runs, j, b, page), nil
 }
 
-func (r mapRun) start() Start { return Start{int(r.block), r.page &^ mapStep} }
-
-// run returns the j-th run of chunk i from page on.
-func (m *Map) run(i int, runs []mapRun, j int, page uint64) Run {
+// run returns the j-th run of chunk i, which is in block b, from page on.
+func (m *Map) run(i int, runs []mapRun, j, b int, page uint64) Run {
 	r := runs[j]
-	b := int(r.block)
+	// Runs and chunks end where the next begins, and no run crosses a block's end.
 	end := m.pages[b]
 	switch {
 	case j+1 < len(runs):
-		if next := runs[j+1].start(); next.Block == b {
-			end = next.Page
-		}
+		end = min(end, runs[j+1].page()-m.base[b])
 	case i+1 < len(m.starts) && m.starts[i+1].Block == b:
 		end = m.starts[i+1].Page
 	}
-	step := r.page / mapStep
+	step := r.at / mapStep
 	return Run{
 		Block: b, Page: page, Count: end - page, Kind: r.first.Kind(),
-		First: r.first.Value() + step*(page-r.page&^mapStep), Step: step,
+		First: r.first.Value() + step*(m.base[b]+page-r.page()), Step: step,
 	}
 }
 
@@ -149,8 +154,12 @@ func (m *Map) Runs(fn func(Run) error) error {
 		if err != nil {
 			return err
 		}
+		b := m.starts[i].Block
 		for j := range runs {
-			if err := fn(m.run(i, runs, j, runs[j].start().Page)); err != nil {
+			for runs[j].page() >= m.base[b+1] {
+				b++
+			}
+			if err := fn(m.run(i, runs, j, b, runs[j].page()-m.base[b])); err != nil {
 				return err
 			}
 		}
@@ -158,5 +167,5 @@ func (m *Map) Runs(fn func(Run) error) error {
 	return nil
 }
 
-// LoadAll decodes and checks the whole table.
+// LoadAll decodes and checks the whole map.
 func (m *Map) LoadAll() error { return m.Runs(func(Run) error { return nil }) }

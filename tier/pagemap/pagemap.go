@@ -1,10 +1,15 @@
 // Package pagemap keeps, for every guest page of a checkpoint, where its
 // content comes from.
 //
-// In memory the table is one Entry (8 B) a page, in leaves that are allocated
-// when a page in them is first set: what a stream merely claims to hold takes
-// no memory. On disk it is runs: neighbouring pages have neighbouring slots,
-// so a run of any length takes a few bytes.
+// While a checkpoint is saved the page map is a [Builder]: one Entry (8 B) a page, in
+// leaves that are allocated when a page in them is first set, so that what a stream
+// merely claims to hold takes no memory. On disk it is runs: neighbouring pages have
+// neighbouring slots, so a run of any length takes a few bytes. A [Map] is what is
+// read back, and keeps the runs.
+//
+// The package knows how many pages a run has whatever its kind is, because a run says
+// itself whether a value follows. What a kind means is known in one place, package
+// source.
 //
 // A page whose content equals another page's (FLIC Alg. III.1, the redundant
 // vector) has the same slot as that page. The vector is resolved while saving,
@@ -13,8 +18,8 @@ package pagemap
 
 import "fmt"
 
-// Kind is the kind of source a page's content has. Numbers are part of the
-// format; a reader that does not know a kind refuses the page, not the image.
+// Kind is the kind of source a page's content has, at most MaxKind. Numbers are part
+// of the format; a reader that does not know a kind refuses the page, and no other.
 type Kind uint8
 
 // The kinds and what an Entry's value means for each.
@@ -31,23 +36,29 @@ const (
 	// Flash pages are in this image's segments; the value is
 	// segment number × SegmentPages + position.
 	Flash Kind = 4
-	// Delta pages are stored as a difference against the parent checkpoint's
-	// page; the value is an index into the image's delta objects.
+	// Delta pages are some changed words and a base; the value is the slot of the
+	// delta in this image's segments.
 	Delta Kind = 5
-	// Disk pages equal a block of a disk image; value: disk index in bits
-	// 40–55, block number (in units of the page size) in bits 0–39.
-	Disk Kind = 6
-	// Store pages are pages of another checkpoint in the store; value:
-	// checkpoint index in bits 40–55, its flash slot in bits 0–39.
-	Store Kind = 7
+	// Foreign pages are in another image, an ancestor's or another VM's; the value
+	// is the reference in bits 40–55 and the flash slot there in bits 0–39.
+	Foreign Kind = 6
+	// ForeignNVRAM pages are likewise in another checkpoint's NVRAM part.
+	ForeignNVRAM Kind = 7
+	// Disk pages equal a block of a disk image; the value is the disk in bits 40–55
+	// and the block, in units of the page size, in bits 0–39.
+	Disk Kind = 8
 
-	numKinds = 8
+	// MaxKind is the largest that the format has room for.
+	MaxKind Kind = 63
+
+	numKinds = int(MaxKind) + 1
 )
 
+var kindNames = []string{"absent", "fill", "zero data", "nvram", "flash", "delta", "foreign", "foreign nvram", "disk"}
+
 func (k Kind) String() string {
-	names := [numKinds]string{"absent", "fill", "zero data", "nvram", "flash", "delta", "disk", "store"}
-	if k < numKinds {
-		return names[k]
+	if int(k) < len(kindNames) {
+		return kindNames[k]
 	}
 	return fmt.Sprintf("source kind %d", uint8(k))
 }
@@ -55,6 +66,13 @@ func (k Kind) String() string {
 // hasSlots tells whether a kind's values count up with the pages in a typical
 // run.
 func (k Kind) hasSlots() bool { return k >= NVRAM }
+
+// hasValue tells whether a run of this kind has a value to it.
+func (k Kind) hasValue() bool { return k != Absent && k != ZeroData }
+
+// known tells whether this version knows how runs of this kind look. Those of any
+// other are taken as they describe themselves.
+func (k Kind) known() bool { return int(k) < len(kindNames) }
 
 // Entry is a page's source: the kind in the top 8 bits, its value below.
 type Entry uint64
@@ -77,13 +95,13 @@ const leafPages = 1 << 12
 
 type leaf [leafPages]Entry
 
-// MaxPages caps a block's and so a table's size: 64 TiB of 4 KiB pages is
+// MaxPages caps a block's and so a page map's size: 64 TiB of 4 KiB pages is
 // more than any guest has.
 const MaxPages = 1 << 34
 
-// Table is the page table of one checkpoint. It has one owner; it is not safe
-// for concurrent writing.
-type Table struct {
+// Builder is the page map of a checkpoint that is being saved. It has one owner; it
+// is not safe for concurrent writing.
+type Builder struct {
 	blocks []block
 }
 
@@ -92,14 +110,14 @@ type block struct {
 	leaves []*leaf
 }
 
-// New returns a table for RAM blocks with the given numbers of pages, all
+// New returns a page map for RAM blocks with the given numbers of pages, all
 // Absent.
-func New(pages []uint64) (*Table, error) {
-	t := &Table{blocks: make([]block, len(pages))}
+func New(pages []uint64) (*Builder, error) {
+	t := &Builder{blocks: make([]block, len(pages))}
 	var sum uint64
 	for i, n := range pages {
 		if n > MaxPages || sum+n > MaxPages {
-			return nil, fmt.Errorf("%d pages of RAM in block %d: more than the %d that a page table holds", n, i, uint64(MaxPages))
+			return nil, fmt.Errorf("%d pages of RAM in block %d: more than the %d that a page map holds", n, i, uint64(MaxPages))
 		}
 		sum += n
 		t.blocks[i] = block{pages: n, leaves: make([]*leaf, (n+leafPages-1)/leafPages)}
@@ -108,13 +126,13 @@ func New(pages []uint64) (*Table, error) {
 }
 
 // Blocks is the number of RAM blocks.
-func (t *Table) Blocks() int { return len(t.blocks) }
+func (t *Builder) Blocks() int { return len(t.blocks) }
 
 // Pages is the number of pages of a block.
-func (t *Table) Pages(b int) uint64 { return t.blocks[b].pages }
+func (t *Builder) Pages(b int) uint64 { return t.blocks[b].pages }
 
 // Get returns the entry of a page inside its block.
-func (t *Table) Get(b int, page uint64) Entry {
+func (t *Builder) Get(b int, page uint64) Entry {
 	l := t.blocks[b].leaves[page/leafPages]
 	if l == nil {
 		return 0
@@ -123,7 +141,7 @@ func (t *Table) Get(b int, page uint64) Entry {
 }
 
 // Set replaces the entry of a page inside its block and returns the one it had.
-func (t *Table) Set(b int, page uint64, e Entry) (old Entry) {
+func (t *Builder) Set(b int, page uint64, e Entry) (old Entry) {
 	p := &t.blocks[b].leaves[page/leafPages]
 	if *p == nil {
 		*p = new(leaf)
@@ -147,9 +165,9 @@ type Run struct {
 // Entry is the entry of the run's i-th page.
 func (r Run) Entry(i uint64) Entry { return Make(r.Kind, r.First+i*r.Step) }
 
-// Runs calls fn for every run of the table, Absent ones included, in block and
+// Runs calls fn for every run of the map, Absent ones included, in block and
 // page order: every page is in exactly one.
-func (t *Table) Runs(fn func(Run) error) error {
+func (t *Builder) Runs(fn func(Run) error) error {
 	for b := range t.blocks {
 		blk := &t.blocks[b]
 		for page := uint64(0); page < blk.pages; {
@@ -163,7 +181,7 @@ func (t *Table) Runs(fn func(Run) error) error {
 	return nil
 }
 
-func (t *Table) runAt(b int, page uint64) Run {
+func (t *Builder) runAt(b int, page uint64) Run {
 	blk := &t.blocks[b]
 	first := t.Get(b, page)
 	r := Run{Block: b, Page: page, Count: 1, Kind: first.Kind(), First: first.Value()}
@@ -192,7 +210,7 @@ func (t *Table) runAt(b int, page uint64) Run {
 }
 
 // Count returns how many pages there are of each kind.
-func (t *Table) Count() map[Kind]uint64 {
+func (t *Builder) Count() map[Kind]uint64 {
 	m := make(map[Kind]uint64)
 	t.Runs(func(r Run) error { m[r.Kind] += r.Count; return nil })
 	return m

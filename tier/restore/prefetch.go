@@ -93,7 +93,7 @@ func (p *planner) Literal([]byte) error { return nil }
 
 func (p *planner) Pages(block int, page, count uint64, _ bool) error {
 	for count > 0 {
-		run, err := p.c.Table.Find(block, page)
+		run, err := p.c.PageMap.Find(block, page)
 		if err != nil {
 			return err
 		}

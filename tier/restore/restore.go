@@ -38,7 +38,7 @@ func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) 
 	start := time.Now()
 	// A page whose source can't exist is found before the first byte goes
 	// out.
-	if err := c.Table.LoadAll(); err != nil {
+	if err := c.PageMap.LoadAll(); err != nil {
 		return Report{}, err
 	}
 	g, ctx := errgroup.WithContext(ctx)
@@ -108,7 +108,7 @@ func (r *replayer) Literal(b []byte) error {
 // Pages implements skeleton.Player.
 func (r *replayer) Pages(block int, page, count uint64, named bool) error {
 	for count > 0 {
-		run, err := r.c.Table.Find(block, page)
+		run, err := r.c.PageMap.Find(block, page)
 		if err != nil {
 			return err
 		}

@@ -21,12 +21,12 @@ import (
 
 // placer decides where a page's content goes, once for each record:
 //
-//	zero ───────────────────────────► page table
-//	equal to a stored page (dedup) ─► page table: that page's slot
+//	zero ───────────────────────────► page map
+//	equal to a stored page (dedup) ─► page map: that page's slot
 //	in the working set ─────────────► NVRAM slot
 //	else ───────────────────────────► flash segment
 //
-// It owns the page table's entries, the open segments and the NVRAM region.
+// It owns the page map's entries, the open segments and the NVRAM region.
 type placer struct {
 	s        *saver
 	pageSize int
@@ -484,7 +484,7 @@ func (p *placer) writeNVRAMPart() error {
 		return nil
 	}
 	p.s.meta.NVRAM = &checkpoint.NVRAM{
-		Path: p.nvfile.Path(), UUID: p.nvfile.UUID(), Slots: len(p.slots), Volatile: p.nvfile.Volatile(),
+		Path: p.nvfile.Path(), UUID: p.nvfile.UUID(), Slots: len(p.slots), Bytes: p.nvramBytes(), Volatile: p.nvfile.Volatile(),
 	}
 	part := checkpoint.NVRAMPart{Extents: p.region.Extents(), Slots: p.slots}
 	for b := part.Append(nil); len(b) > 0; {

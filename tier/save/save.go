@@ -3,7 +3,6 @@ package save
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -62,7 +61,7 @@ type Options struct {
 	Log        *slog.Logger         // warnings; nil: none
 }
 
-// tableChunk is how many bytes of the page table are decoded to find one page.
+// tableChunk is how many bytes of the page map are decoded to find one page.
 // A lazy restore looks some up before the guest runs: with the largest possible
 // chunks, 256 KiB, that took 5 ms and 3 MB for a guest of 2 GB.
 const tableChunk = 32 << 10
@@ -173,7 +172,7 @@ type saver struct {
 	naming bool
 	img    *image.Writer
 	skel   skeleton.Writer
-	table  *pagemap.Table
+	table  *pagemap.Builder
 	place  *placer
 	// parent describes the VM's newest checkpoint, or is nil.
 	parent *checkpoint.Meta
@@ -250,7 +249,10 @@ func (s *saver) closeNVRAM() error {
 // ram takes everything up to the device tail, which it leaves in the pipe
 // until the RAM is durable.
 func (s *saver) ram() error {
-	s.meta = &checkpoint.Meta{VM: s.o.VM, Created: s.begin, Libvirt: s.o.Libvirt}
+	s.meta = &checkpoint.Meta{
+		Identity: checkpoint.Identity{VM: s.o.VM, Created: s.begin},
+		Bulk:     checkpoint.Bulk{Libvirt: s.o.Libvirt},
+	}
 	err := s.frames()
 	if errors.Is(err, stream.ErrUnknown) {
 		return s.opaque(err)
@@ -771,8 +773,8 @@ func (s *saver) commit() (store.Ref, error) {
 		return store.Ref{}, err
 	}
 	err := s.table.Encode(tableChunk, func(at pagemap.Start, b []byte) error {
-		s.meta.Table = append(s.meta.Table, at)
-		return s.chunk(image.PageTable, b)
+		s.meta.MapChunks = append(s.meta.MapChunks, at)
+		return s.chunk(image.PageMap, b)
 	})
 	if err != nil {
 		return store.Ref{}, err
@@ -790,11 +792,11 @@ func (s *saver) commit() (store.Ref, error) {
 	s.rep.Seconds.Commit = s.since(start)
 	s.rep.Seconds.Total = s.since(s.begin)
 	s.meta.Report = s.rep
-	doc, err := json.Marshal(s.meta)
+	meta, identity, err := s.meta.Documents()
 	if err != nil {
 		return store.Ref{}, err
 	}
-	if err := s.img.Finish(doc); err != nil {
+	if err := s.img.Finish(meta, identity); err != nil {
 		return store.Ref{}, err
 	}
 	s.rep.FlashBytes = s.img.Len()
@@ -812,7 +814,7 @@ func (s *saver) commit() (store.Ref, error) {
 	return ref, nil
 }
 
-// report counts what the page table came to.
+// report counts what the page map came to.
 func (s *saver) report() {
 	s.rep.BytesIn = s.cur.Offset()
 	s.place.report(&s.rep)

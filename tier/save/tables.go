@@ -18,7 +18,7 @@ const (
 	// resumes less quickly.
 	tablesTime = 250 * time.Millisecond
 	// maxTableRuns bounds what META lists of them.
-	maxTableRuns = 1 << 16
+	maxTableRuns = checkpoint.MaxTableRuns
 )
 
 // maxTables is how many page tables are believed: eight times as many as it

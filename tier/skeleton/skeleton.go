@@ -1,6 +1,6 @@
 // Package skeleton keeps everything of a migration stream that is not page
 // content, in the stream's order: bytes to be repeated verbatim, and runs that
-// say where page records stood. Played back with the page table's content it
+// say where page records stood. Played back with the page map's content it
 // gives the stream again.
 //
 // The log is a sequence of operations:
@@ -13,7 +13,7 @@
 //
 // A page stands in the log once, where it first appeared in the stream; which
 // form its record has (ZERO, PAGE, COMPRESS_PAGE) follows from its entry in the
-// page table. The log is cut into chunks between operations; a literal may be
+// page map. The log is cut into chunks between operations; a literal may be
 // split in two for that.
 package skeleton
 

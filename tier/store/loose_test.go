@@ -69,7 +69,7 @@ func (l *looseLab) begin(t *testing.T, path string) *store.Pending {
 	}
 	w, err := image.NewWriter(p.File, image.Header{PageSize: 4096, SegmentPages: 4, UUID: p.UUID, Created: time.Now()}, image.None, 1)
 	if err == nil {
-		err = w.Finish([]byte("{}"))
+		err = w.Finish([]byte("{}"), []byte("{}"))
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -73,7 +73,7 @@ func finish(p *Pending) error {
 	if err != nil {
 		return err
 	}
-	return w.Finish([]byte("{}"))
+	return w.Finish([]byte("{}"), []byte("{}"))
 }
 
 func mustCommit(t testing.TB, s *Store, vm string) Ref {

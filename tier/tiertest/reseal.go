@@ -8,8 +8,8 @@ import (
 )
 
 // Reseal puts right what is left of a flash image that was changed anyhow: magic
-// numbers, checksums, and the footer's idea of where the index is. Fuzzing would
-// not get behind them otherwise.
+// numbers, checksums, and the footer's idea of where index, META and IDENTITY are.
+// Fuzzing would not get behind them otherwise.
 func Reseal(b []byte) {
 	le := binary.LittleEndian
 	if len(b) < image.HeaderLen+image.FooterLen {
@@ -28,15 +28,34 @@ func Reseal(b []byte) {
 		payload := b[at+image.FrameHeaderLen:][:stored]
 		le.PutUint32(head[16:], integrity.Checksum(payload))
 		le.PutUint32(head[20:], integrity.Checksum(head[:20]))
-		if image.Kind(head[0]) == image.Index {
-			le.PutUint64(foot[16:], uint64(at))
-			le.PutUint32(foot[24:], uint32(stored))
-			le.PutUint32(foot[28:], uint32(stored/9))
+		switch image.Kind(head[0]) {
+		case image.Index:
+			le.PutUint64(foot[32:], uint64(at))
+			le.PutUint32(foot[40:], uint32(stored))
+			le.PutUint32(foot[44:], uint32(stored/9))
+		case image.Meta:
+			le.PutUint32(foot[48:], uint32(stored))
+		case image.Identity:
+			le.PutUint32(foot[52:], uint32(stored))
 		}
 		at += image.FrameHeaderLen + stored
 	}
-	le.PutUint32(b[60:], integrity.Checksum(b[:60]))
-	le.PutUint64(foot[32:], uint64(len(b)))
-	copy(foot[40:56], b[24:40])
-	le.PutUint32(foot[60:], integrity.Checksum(foot[:60]))
+	le.PutUint64(foot[56:], uint64(len(b)))
+	ResealEnds(b)
+}
+
+// ResealEnds puts right the checksums of header and footer alone, and makes them
+// agree on what both say.
+func ResealEnds(b []byte) {
+	foot := b[len(b)-image.FooterLen:]
+	copy(foot[16:32], b[24:40]) // features
+	copy(foot[64:80], b[40:56]) // UUID
+	SealEnd(b[:image.HeaderLen])
+	SealEnd(foot)
+}
+
+// SealEnd puts the checksum at the end of a header or footer right.
+func SealEnd(b []byte) {
+	n := len(b) - 4
+	binary.LittleEndian.PutUint32(b[n:], integrity.Checksum(b[:n]))
 }
