@@ -292,13 +292,18 @@ func (m *Monitor) SocketPath() string {
 	return ""
 }
 
-// Peer is who listens at the other end of a Unix socket (SO_PEERCRED in unix(7)).
-// It is not known of another kind of monitor.
+// Peer is who listens at the other end of a Unix socket. It is not known of another
+// kind of monitor.
 func (m *Monitor) Peer() (peer unix.Ucred, known bool) {
 	conn, ok := m.conn.(*net.UnixConn)
 	if !ok {
 		return peer, false
 	}
+	return PeerOf(conn)
+}
+
+// PeerOf is who is at the other end of a Unix socket (SO_PEERCRED in unix(7)).
+func PeerOf(conn *net.UnixConn) (peer unix.Ucred, known bool) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return peer, false

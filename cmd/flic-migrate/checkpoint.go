@@ -146,16 +146,20 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 			return err
 		}
 	}
+	var ref store.Ref
 	var meta *checkpoint.Meta
 	doc.CheckpointReport, err = migration.Checkpoint(ctx, x, migration.CheckpointOptions{
 		Mode: migration.Mode(c.mode.value), Then: migration.Then(c.then.value),
 		Downtime: c.downtime, Patience: c.patience, GiveUp: c.giveUp,
 		Redial: redial,
 		Save: func(ctx context.Context, f *os.File, before qmp.RunState) (err error) {
-			var ref store.Ref
 			if ref, meta, err = c.save(ctx, st, f, before, o); err == nil {
 				doc.Checkpoint, doc.Save = ref.String(), &meta.Report
 			}
+			return err
+		},
+		Undo: func(context.Context) error {
+			_, err := c.app.remove(st, ref)
 			return err
 		},
 	})

@@ -8,6 +8,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -55,11 +57,11 @@ func (c *Channel) Discard(ctx context.Context) { c.discard(ctx) }
 func OpenChannel(ctx context.Context, x qmp.Executor, d Direction) (*Channel, error) {
 	p, ok := x.(qmp.FilePasser)
 	if !ok {
-		return ListenChannel("")
+		return ListenChannel(ctx, x, "")
 	}
 	c, err := passChannel(ctx, x, p, d)
 	if notCarried(err) {
-		return ListenChannel("")
+		return ListenChannel(ctx, x, "")
 	}
 	return c, err
 }
@@ -126,18 +128,30 @@ func passChannel(ctx context.Context, x qmp.Executor, p qmp.FilePasser, d Direct
 // ListenChannel returns a Channel that is a socket in dir, which QEMU must be
 // able to reach under the same path; "" is the temporary directory. Both
 // directions are possible.
-func ListenChannel(dir string) (*Channel, error) {
-	// QEMU may be another user's. Whoever connects first is taken for QEMU, so
-	// the socket must be one that nobody can find: its directory can be passed
-	// and not listed.
+//
+// Who may connect is QEMU's user alone. The socket's path is no secret: the kernel
+// shows it to everybody (/proc/net/unix), so whoever came first could give a stream
+// of his own for the guest's.
+func ListenChannel(ctx context.Context, x qmp.Executor, dir string) (*Channel, error) {
+	// QEMU may be another user's: its directory can be passed, and not listed.
 	dir, err := os.MkdirTemp(dir, "flic-")
 	if err != nil {
 		return nil, err
 	}
-	path := filepath.Join(dir, rand.Text())
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	err = os.Chmod(dir, 0o711)
+	var uid uint32
 	if err == nil {
-		err = errors.Join(os.Chmod(path, 0o666), os.Chmod(dir, 0o711))
+		uid, err = owner(ctx, x, dir)
+	}
+	var l *net.UnixListener
+	path := filepath.Join(dir, rand.Text())
+	if err == nil {
+		l, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	}
+	if err == nil {
+		if err = os.Chmod(path, 0o666); err != nil {
+			l.Close()
+		}
 	}
 	if err != nil {
 		os.RemoveAll(dir)
@@ -145,24 +159,64 @@ func ListenChannel(dir string) (*Channel, error) {
 	}
 	return &Channel{
 		URI:     "unix:" + path,
-		accept:  func(ctx context.Context) (*os.File, error) { return acceptOne(ctx, l) },
+		accept:  func(ctx context.Context) (*os.File, error) { return acceptFrom(ctx, l, uid) },
 		discard: func(context.Context) { l.Close(); os.RemoveAll(dir) },
 	}, nil
 }
 
-func acceptOne(ctx context.Context, l *net.UnixListener) (*os.File, error) {
+// errNoFile: QEMU's user can't be found out.
+var errNoFile = errors.New("QEMU can't make a file in the temporary directory, by which it is told from others")
+
+// owner finds out which user QEMU is, whoever holds its monitor, and in whatever
+// container it runs: it is asked for an empty file with a name that nobody else
+// knows, in a directory in dir that nobody can list.
+func owner(ctx context.Context, x qmp.Executor, dir string) (uid uint32, err error) {
+	// Of its own, because whoever may make a file may also replace a socket.
+	dir, err = os.MkdirTemp(dir, "")
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o733); err != nil {
+		return 0, err
+	}
+	path := filepath.Join(dir, rand.Text())
+	// Of no memory at all, and so the same on every machine.
+	if err := qmp.PMemSave(ctx, x, 0, 0, path); err != nil {
+		return 0, fmt.Errorf("%w: %w", errNoFile, err)
+	}
+	fi, err := os.Lstat(path)
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", errNoFile, err)
+	}
+	return fi.Sys().(*syscall.Stat_t).Uid, nil
+}
+
+// acceptTime is how long QEMU may take to connect after it has been told to. It
+// needs nothing but its main loop for it.
+var acceptTime = 30 * time.Second
+
+// acceptFrom waits for a connection of this user's, and ends all others.
+func acceptFrom(ctx context.Context, l *net.UnixListener, uid uint32) (*os.File, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, acceptTime, fmt.Errorf("QEMU has not connected within %v", acceptTime))
+	defer cancel()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
-	conn, err := l.AcceptUnix()
-	if ctx.Err() != nil {
-		if err == nil {
-			conn.Close()
+	for {
+		conn, err := l.AcceptUnix()
+		if ctx.Err() != nil {
+			if err == nil {
+				conn.Close()
+			}
+			return nil, context.Cause(ctx)
 		}
-		return nil, context.Cause(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if peer, known := qmp.PeerOf(conn); known && peer.Uid == uid {
+			defer conn.Close()
+			return conn.File()
+		}
+		conn.Close()
 	}
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
-	return conn.File()
 }

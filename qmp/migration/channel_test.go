@@ -114,6 +114,27 @@ func TestPassedChannel(t *testing.T) {
 	}
 }
 
+// makesFiles is an Executor whose QEMU makes the files that it is asked for.
+type makesFiles struct{ qmp.Executor }
+
+func (m makesFiles) Execute(ctx context.Context, name string, args, result any) error {
+	if name != "pmemsave" {
+		return m.Executor.Execute(ctx, name, args, result)
+	}
+	a := args.(map[string]any)
+	if a["size"] != uint64(0) {
+		return errors.New("memory of the guest's is to be written")
+	}
+	return os.WriteFile(a["filename"].(string), nil, 0o644)
+}
+
+func (m makesFiles) PassFile(ctx context.Context, name string, f *os.File) error {
+	if p, ok := m.Executor.(qmp.FilePasser); ok {
+		return p.PassFile(ctx, name, f)
+	}
+	return qmp.ErrNoFiles
+}
+
 // A monitor that carries no files, for whatever reason, means a socket.
 func TestListenChannel(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
@@ -133,7 +154,7 @@ func TestListenChannel(t *testing.T) {
 		t.Errorf("no Unix socket: %v", err)
 	}
 	for _, x := range []qmp.Executor{&recorder{}, refuses, pipe} {
-		ch, err := OpenChannel(ctx, x, TwoWay)
+		ch, err := OpenChannel(ctx, makesFiles{x}, TwoWay)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -169,9 +190,11 @@ func TestListenChannel(t *testing.T) {
 	}
 }
 
-// A QEMU that never connects holds nobody up for longer than is wanted.
+// A QEMU that never connects holds nobody up for longer than is wanted, and one that
+// makes no file is not waited for.
 func TestListenChannelEnds(t *testing.T) {
-	ch, err := ListenChannel(t.TempDir())
+	dir := t.TempDir()
+	ch, err := ListenChannel(t.Context(), makesFiles{&recorder{}}, dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +204,68 @@ func TestListenChannelEnds(t *testing.T) {
 		t.Errorf("%v, %v", f, err)
 	}
 	ch.Discard(t.Context())
-	if _, err := ListenChannel(t.TempDir() + "/" + strings.Repeat("x", 120)); err == nil {
+
+	defer func(was time.Duration) { acceptTime = was }(acceptTime)
+	acceptTime = 20 * time.Millisecond
+	if ch, err = ListenChannel(t.Context(), makesFiles{&recorder{}}, dir); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := ch.Accept(t.Context()); f != nil || err == nil || !strings.Contains(err.Error(), "has not connected") {
+		t.Errorf("%v, %v", f, err)
+	}
+	ch.Discard(t.Context())
+
+	if _, err := ListenChannel(t.Context(), &recorder{}, dir); !errors.Is(err, errNoFile) {
+		t.Errorf("a QEMU that says yes and makes no file: %v", err)
+	}
+	if _, err := ListenChannel(t.Context(), &recorder{answers: map[string][]string{"pmemsave": {"timeout"}}}, dir); !errors.Is(err, errNoFile) {
+		t.Errorf("a QEMU that can't make a file: %v", err)
+	}
+	if _, err := ListenChannel(t.Context(), makesFiles{&recorder{}}, dir+"/"+strings.Repeat("x", 120)); err == nil {
 		t.Error("a directory that is not there")
 	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// Whoever connects first is not taken for QEMU: the stream of another user's process
+// would become a checkpoint of the guest's.
+func TestListenChannelStranger(t *testing.T) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: t.TempDir() + "/s", Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	conn, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_, _ = conn.Write([]byte("QEVM and so on"))
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	// For a QEMU of another user's this process is a stranger.
+	if f, err := acceptFrom(ctx, l, uint32(os.Getuid()+1)); f != nil || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v, %v", f, err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); err == nil {
+		t.Error("the stranger is still connected")
+	}
+	// A process of its own user's is not.
+	l2, err := net.ListenUnix("unix", &net.UnixAddr{Name: t.TempDir() + "/s", Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l2.Close()
+	ours, err := net.Dial("unix", l2.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	f, err := acceptFrom(t.Context(), l2, uint32(os.Getuid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
 }

@@ -61,7 +61,10 @@ type CheckpointOptions struct {
 	// Save reads the stream, answers on its return path if it opens one, and
 	// makes it durable. The run state is the guest's before the checkpoint,
 	// which a stream of a guest that was stopped for it does not tell.
-	Save   func(ctx context.Context, stream *os.File, before qmp.RunState) error
+	Save func(ctx context.Context, stream *os.File, before qmp.RunState) error
+	// Undo takes back what Save has made durable, because QEMU does not confirm
+	// that it was its guest. nil: it stays.
+	Undo   func(ctx context.Context) error
 	Open   OpenFunc // nil: OpenChannel
 	Redial Redialer // may be nil
 }
@@ -96,10 +99,16 @@ var (
 		"--mode live and stop don't need that")
 	// ErrNoConvergence: the guest writes faster than it is saved.
 	ErrNoConvergence = errors.New("the guest writes its memory faster than it is saved")
+	// ErrUnconfirmed: a stream was saved, but QEMU does not say that it is the guest.
+	ErrUnconfirmed = errors.New("a stream was saved, but QEMU does not say that it was the whole of its guest's")
 	// ErrPostmigrate: QEMU migrates no guest that has not run since its last
 	// migration.
 	ErrPostmigrate = errors.New("the guest has not run since it was saved last, and QEMU does not save it again before it has (cont)")
 )
+
+// confirmTime is how long QEMU may take, after all has been saved, to say how its
+// migration has ended. It has heard by then that it was saved, or needs not to.
+var confirmTime = 30 * time.Second
 
 // maxDowntime is the largest downtime-limit there is (MAX_MIGRATE_DOWNTIME in
 // QEMU's migration/migration.c), in ms: QEMU then finds at once that it can stop
@@ -122,8 +131,18 @@ func Checkpoint(ctx context.Context, x qmp.Executor, o CheckpointOptions) (rep C
 	events, eventsErr := x.Events(listening)
 	start := time.Now()
 	err = c.save(ctx)
-	if c.rep.Saved = err == nil; c.rep.Saved {
-		err = c.finish(ctx)
+	confirmed := err == nil
+	if confirmed {
+		c.rep.Saved = true
+		if err = c.confirm(ctx); errors.Is(err, ErrUnconfirmed) {
+			confirmed, err = false, errors.Join(err, c.undo(ctx))
+		}
+	}
+	if confirmed {
+		// Of a QEMU that can't be reached both say the same.
+		if e := c.finish(ctx); err == nil {
+			err = e
+		}
 	} else if e := c.end(ctx); e != nil {
 		err = errors.Join(err, fmt.Errorf("after the checkpoint: %w", e))
 	}
@@ -138,8 +157,9 @@ func Checkpoint(ctx context.Context, x qmp.Executor, o CheckpointOptions) (rep C
 
 type checkpointer struct {
 	drive
-	o   CheckpointOptions
-	rep CheckpointReport
+	o       CheckpointOptions
+	rep     CheckpointReport
+	overdue bool // all was saved, and QEMU's migration did not end
 }
 
 // check finds out whether the checkpoint can be made, before anything is
@@ -237,11 +257,17 @@ func (c *checkpointer) wait(ctx context.Context) error {
 	go func() {
 		select {
 		case <-c.done:
-			if c.err != nil {
-				stop()
-			}
 		case <-waiting.Done():
+			return
 		}
+		if c.err == nil {
+			select {
+			case <-time.After(confirmTime):
+			case <-waiting.Done():
+				return
+			}
+		}
+		stop()
 	}()
 	info, err := c.waitPatiently(waiting)
 	c.rep.QEMUDowntime = time.Duration(info.Downtime) * time.Millisecond
@@ -254,6 +280,9 @@ func (c *checkpointer) wait(ctx context.Context) error {
 		<-c.done // without a return path QEMU is ready before Save is
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
+		_ = c.cancel(ctx)
+	case waiting.Err() != nil && c.err == nil:
+		c.overdue = true
 		_ = c.cancel(ctx)
 	case waiting.Err() != nil:
 		// Save has failed. QEMU has heard of it on the return path or does so
@@ -328,6 +357,46 @@ func (c *checkpointer) warn(format string, args ...any) {
 	c.rep.Warnings = append(c.rep.Warnings, fmt.Sprintf(format, args...))
 }
 
+// confirm waits for QEMU's word on what was saved: it must not have failed. A
+// migration that somebody has cancelled at the last moment, such as us because we
+// were asked to end, was saved as a whole. If it is not known, the error is that of
+// the connection.
+func (c *checkpointer) confirm(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), confirmTime)
+	defer cancel()
+	return c.again(ctx, func(ctx context.Context) error {
+		info, err := Wait(ctx, c.x, StatusFailed, StatusCancelled, StatusNone)
+		switch {
+		case errors.Is(err, context.DeadlineExceeded):
+			return fmt.Errorf("%w: its migration does not end (it is %s)", ErrUnconfirmed, info.Status)
+		case err != nil:
+			return err
+		case info.Status == StatusFailed:
+			return fmt.Errorf("%w: %w", ErrUnconfirmed, &Error{Status: info.Status, Desc: info.ErrorDesc})
+		case c.overdue && info.Status != StatusCompleted:
+			return fmt.Errorf("%w: its migration did not end within %v", ErrUnconfirmed, confirmTime)
+		case info.Status != StatusCompleted:
+			// The guest has run on, so it is not what was saved that would be ended.
+			c.warn("all was saved, but QEMU's migration is %s; the guest was left as it was", info.Status)
+			c.o.Then = ThenAsBefore
+		}
+		return nil
+	})
+}
+
+// undo takes back what was saved.
+func (c *checkpointer) undo(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTime)
+	defer cancel()
+	if c.o.Undo != nil {
+		if err := c.o.Undo(ctx); err != nil {
+			return fmt.Errorf("it is still there: %w", err)
+		}
+	}
+	c.rep.Saved = false
+	return nil
+}
+
 // finish makes the guest what it is to be after a success.
 func (c *checkpointer) finish(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTime)
@@ -336,16 +405,7 @@ func (c *checkpointer) finish(ctx context.Context) error {
 	return c.again(ctx, c.then)
 }
 
-func (c *checkpointer) then(ctx context.Context) error {
-	info, err := Wait(ctx, c.x, StatusFailed, StatusCancelled, StatusNone)
-	if err != nil {
-		return err
-	}
-	if info.Status != StatusCompleted {
-		// The guest has run on, so it is not what was saved that would be ended.
-		c.warn("all was saved, but QEMU's migration is %s; the guest was left as it was", info.Status)
-		c.o.Then = ThenAsBefore
-	}
+func (c *checkpointer) then(ctx context.Context) (err error) {
 	switch c.o.Then {
 	case ThenAsBefore:
 		err = c.guestAsBefore(ctx)

@@ -325,6 +325,35 @@ func TestCheckpointCancelled(t *testing.T) {
 	}
 }
 
+// What was saved counts only with QEMU's word: a stream that was not the guest's would
+// be as whole as any.
+func TestCheckpointUnconfirmed(t *testing.T) {
+	defer func(was time.Duration) { confirmTime = was }(confirmTime)
+	confirmTime = 50 * time.Millisecond
+	kept := errors.New("can't be removed")
+	for name, onMigrate := range map[string]func(*simulated){
+		"fails":     func(s *simulated) { s.ends(StatusFailed, "Broken pipe", "running") },
+		"never end": func(*simulated) {},
+	} {
+		for _, mode := range []Mode{ModeStop, ModeLive} {
+			for _, undone := range []error{nil, kept} {
+				x := simulate("running")
+				x.onMigrate = onMigrate
+				was, undos := x.settings(), 0
+				rep, err := Checkpoint(t.Context(), x, CheckpointOptions{Mode: mode, Open: x.open,
+					Save: func(context.Context, *os.File, qmp.RunState) error { return nil },
+					Undo: func(context.Context) error { undos++; return undone }})
+				if !errors.Is(err, ErrUnconfirmed) || errors.Is(err, kept) != (undone != nil) || undos != 1 || rep.Saved != (undone != nil) {
+					t.Errorf("%s, %s: undone %d times, saved %v, %v", name, mode, undos, rep.Saved, err)
+				}
+				if x.run != "running" || x.settings() != was {
+					t.Errorf("%s, %s: the guest is %s, settings %s", name, mode, x.run, x.settings())
+				}
+			}
+		}
+	}
+}
+
 // A connection that is lost is made anew to put everything back, also after a
 // success.
 func TestCheckpointRedials(t *testing.T) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"time"
@@ -178,13 +177,35 @@ func (d *drive) hangUp() {
 	<-d.done
 	if d.stream != nil {
 		if d.drain {
-			// Fd makes it blocking, whatever the consumer has made it.
-			if unix.SetNonblock(int(d.stream.Fd()), false) == nil {
-				_, _ = io.Copy(io.Discard, d.stream)
-			}
+			drain(d.stream)
 		}
 		d.stream.Close()
 		d.stream = nil
+	}
+}
+
+// drainSilence is how long a QEMU whose stream is read to its end may send nothing.
+// One that lives does not write for as long as it compares pages: milliseconds.
+const drainSilence = time.Minute
+
+// drain reads what QEMU still sends.
+func drain(f *os.File) {
+	fd := int(f.Fd())
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	b := make([]byte, 64<<10)
+	for {
+		n, err := unix.Poll(fds, int(drainSilence.Milliseconds()))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || n == 0 {
+			return
+		}
+		switch n, err := unix.Read(fd, b); {
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+		case err != nil || n == 0:
+			return
+		}
 	}
 }
 
