@@ -2,6 +2,7 @@ package tier_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -66,7 +67,7 @@ func (sc *scene) run(t *testing.T) (*crashfs.FS, *lab) {
 func (sc *scene) check(t *testing.T, l *lab, may map[int]*tiertest.Stream, must ...int) []int {
 	t.Helper()
 	visible := func() (ns []int) {
-		refs, err := l.st.List("")
+		refs, err := l.st.List(context.Background(), "")
 		if err != nil {
 			t.Fatalf("list: %v", err)
 		}
@@ -86,13 +87,13 @@ func (sc *scene) check(t *testing.T, l *lab, may map[int]*tiertest.Stream, must 
 			t.Errorf("checkpoint %d is gone", n)
 		}
 	}
-	if rep, err := l.st.GC(); err != nil || len(rep.Warnings) > 0 {
+	if rep, err := l.st.GC(context.Background()); err != nil || len(rep.Warnings) > 0 {
 		t.Errorf("gc: %+v, %v", rep, err)
 	}
 	if after := visible(); !slices.Equal(ns, after) {
 		t.Errorf("checkpoints %v, after gc %v", ns, after)
 	}
-	if rep, err := l.st.GC(); err != nil || rep.Parts+rep.NVRAMExtents != 0 {
+	if rep, err := l.st.GC(context.Background()); err != nil || rep.Parts+rep.NVRAMExtents != 0 {
 		t.Errorf("a second gc found more: %+v, %v", rep, err)
 	}
 	for _, name := range l.tree(t) {
@@ -183,17 +184,17 @@ func TestKillOpen(t *testing.T) {
 	everyOp(t, func(t *testing.T, n int) bool {
 		disk := crashfs.New(0)
 		disk.KillAt(n)
-		_, err := store.Open(disk, "/store", true)
+		_, err := store.Open(context.Background(), disk, "/store", true)
 		for seed := range uint64(4) {
 			next := disk.CrashClone(seed)
 			if err == nil {
-				if _, err := store.Open(next, "/store", false); err != nil {
+				if _, err := store.Open(context.Background(), next, "/store", false); err != nil {
 					t.Errorf("a store that was there is not: %v", err)
 				}
 			}
 			// What is half made can be made.
 			l := newLab(t, next, "/")
-			if rep, err := l.st.GC(); err != nil {
+			if rep, err := l.st.GC(context.Background()); err != nil {
 				t.Errorf("gc: %+v, %v", rep, err)
 			}
 			l.save(t, small(1), save.Options{})
@@ -429,7 +430,7 @@ func TestKillGC(t *testing.T) {
 		t.Fatal(err)
 	}
 	dead := disk.Fork()
-	rep, err := sc.lab.on(t, dead.CrashClone(7)).st.GC()
+	rep, err := sc.lab.on(t, dead.CrashClone(7)).st.GC(context.Background())
 	if err != nil || rep.NVRAMExtents == 0 {
 		t.Fatalf("there is nothing for gc to do: %+v, %v", rep, err)
 	}
@@ -437,7 +438,7 @@ func TestKillGC(t *testing.T) {
 		disk := dead.CrashClone(7)
 		l := sc.lab.on(t, disk)
 		disk.KillAt(n)
-		l.st.GC()
+		l.st.GC(context.Background())
 		sc.survives(t, disk, sc.before, 1)
 		return disk.Killed()
 	})
@@ -451,7 +452,7 @@ func TestKillGC(t *testing.T) {
 				l := sc.lab.on(t, disk)
 				before := len(disk.Ops())
 				fault.arm(disk, n)
-				rep, err := l.st.GC()
+				rep, err := l.st.GC(context.Background())
 				ops := disk.Ops()[before:]
 				hit := len(ops) > n
 				// What can't be locked is left alone, whatever the reason.

@@ -78,7 +78,7 @@ func TestTruncated(t *testing.T) {
 				if answers.Len() > 0 && !bytes.HasSuffix(answers.Bytes(), returnpath.AppendShut(nil, 1)) {
 					t.Errorf("cut after %d bytes: no SHUT with 1", n)
 				}
-				if refs, err := l.st.List(""); err != nil || len(refs) != 0 {
+				if refs, err := l.st.List(context.Background(), ""); err != nil || len(refs) != 0 {
 					t.Fatalf("cut after %d bytes: %v, %v", n, refs, err)
 				}
 			}
@@ -198,7 +198,7 @@ func (d *damaged) expect(t *testing.T, what, file string, at int64, mustFail boo
 	if !slices.ContainsFunc(found, named) {
 		t.Errorf("%s: verify found %v", what, found)
 	}
-	if c, err := checkpoint.Open(d.fs, d.st, d.ref, checkpoint.Options{}); err != nil {
+	if c, err := d.st.OpenCheckpoint(context.Background(), d.ref, checkpoint.Options{}); err != nil {
 		return // a restore gets no further than this
 	} else {
 		c.Close()
@@ -264,7 +264,7 @@ func TestFlippedBit(t *testing.T) {
 	t.Run("NVRAM", func(t *testing.T) {
 		t.Parallel()
 		d := newDamaged(t, s, image.LZ4)
-		c, err := checkpoint.Open(d.fs, d.st, d.ref, checkpoint.Options{})
+		c, err := d.st.OpenCheckpoint(context.Background(), d.ref, checkpoint.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -376,7 +376,7 @@ func TestFlippedBitOfHint(t *testing.T) {
 	s := tiny(tiertest.Options{Seed: 5, Mix: tiertest.Mix{tiertest.Text: 1}})
 	d := newDamaged(t, s, image.LZ4)
 	runs := []workingset.PageRun{{Block: 0, Page: 1, Count: 2}, {Block: 1, Page: 0, Count: 1}}
-	if err := d.st.AddTouched(d.ref, 1<<10, []string{"ram", "rom"}, runs); err != nil {
+	if err := d.st.AddTouched(context.Background(), d.ref, 1<<10, []string{"ram", "rom"}, runs); err != nil {
 		t.Fatal(err)
 	}
 	file := strings.TrimSuffix(d.image(), ".flic") + ".touched"
@@ -406,7 +406,7 @@ func TestFlippedBitOfStore(t *testing.T) {
 	}
 	try := map[string]func() error{
 		d.dir + "/store.json": func() error {
-			_, err := store.Open(d.fs, d.dir, false)
+			_, err := store.Open(context.Background(), d.fs, d.dir, false)
 			return err
 		},
 		d.dir + "/vms/vm/last": func() error {
@@ -414,7 +414,7 @@ func TestFlippedBitOfStore(t *testing.T) {
 			return err
 		},
 		uses: func() error {
-			rep, err := d.st.GC()
+			rep, err := d.st.GC(context.Background())
 			if err == nil && len(rep.Warnings) == 1 && strings.Contains(rep.Warnings[0], uses) {
 				return &integrity.CorruptError{File: uses}
 			}
@@ -562,13 +562,13 @@ func TestWrongNVRAM(t *testing.T) {
 		if err := d.fs.Rename(d.nvram, "/moved.img"); err != nil {
 			t.Fatal(err)
 		}
-		c, err := checkpoint.Open(d.fs, d.st, d.ref, checkpoint.Options{NVRAM: "/moved.img"})
+		c, err := d.st.OpenCheckpoint(context.Background(), d.ref, checkpoint.Options{NVRAM: "/moved.img"})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer c.Close()
 		var b bytes.Buffer
-		if _, err := restore.Run(context.Background(), c, &b, restore.Options{}); err != nil || !bytes.Equal(b.Bytes(), d.want) {
+		if _, err := restore.Run(context.Background(), c.Checkpoint, &b, restore.Options{}); err != nil || !bytes.Equal(b.Bytes(), d.want) {
 			t.Errorf("restore from a moved file: %v", err)
 		}
 	})
@@ -600,7 +600,7 @@ func TestCutWhileOpen(t *testing.T) {
 		t.Run(which, func(t *testing.T) {
 			l := newLab(t, vfs.OS, t.TempDir())
 			ref, _ := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})
-			c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+			c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -621,7 +621,7 @@ func TestCutWhileOpen(t *testing.T) {
 			if len(found) == 0 || !names(found[0], name, 2<<20) {
 				t.Errorf("verify found %v", found)
 			}
-			if _, err := restore.Run(context.Background(), c, io.Discard, restore.Options{}); !names(err, name, 2<<20) {
+			if _, err := restore.Run(context.Background(), c.Checkpoint, io.Discard, restore.Options{}); !names(err, name, 2<<20) {
 				t.Errorf("restore: %v", err)
 			}
 		})

@@ -62,7 +62,7 @@ func FuzzSave(f *testing.F) {
 			t.Errorf("%d bytes allocated for a stream of %d", n, len(b))
 		}
 		if err != nil {
-			if refs, err := l.st.List(""); err != nil || len(refs) != 0 {
+			if refs, err := l.st.List(context.Background(), ""); err != nil || len(refs) != 0 {
 				t.Errorf("failed, and %v is there: %v", refs, err)
 			}
 			l.noLeaks(t)
@@ -168,7 +168,7 @@ func FuzzCheckpoint(f *testing.F) {
 
 // readAll verifies and restores what is there, up to some MB of stream.
 func readAll(t *testing.T, l *lab) {
-	c, err := checkpoint.Open(l.fs, l.st, store.Ref{VM: "vm", N: 1}, checkpoint.Options{})
+	c, err := l.st.OpenCheckpoint(context.Background(), store.Ref{VM: "vm", N: 1}, checkpoint.Options{})
 	if err != nil {
 		return
 	}
@@ -178,7 +178,7 @@ func readAll(t *testing.T, l *lab) {
 		t.Errorf("verify: %v", err)
 	}
 	enough := errors.New("enough")
-	_, err = restore.Run(context.Background(), c, &failingWriter{left: 4 << 20, err: enough}, restore.Options{Workers: 1})
+	_, err = restore.Run(context.Background(), c.Checkpoint, &failingWriter{left: 4 << 20, err: enough}, restore.Options{Workers: 1})
 	if err != nil && !errors.Is(err, enough) && len(found) == 0 {
 		t.Errorf("verify found nothing, and the restore: %v", err)
 	}

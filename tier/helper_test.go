@@ -41,7 +41,7 @@ func newLab(t testing.TB, fsys vfs.FS, dir string) *lab {
 
 func (l *lab) open(t testing.TB) {
 	t.Helper()
-	st, err := store.Open(l.fs, l.dir, true)
+	st, err := store.Open(context.Background(), l.fs, l.dir, true)
 	if err != nil {
 		t.Fatalf("open the store: %v", err)
 	}
@@ -105,11 +105,11 @@ func (l *lab) run(ctx context.Context, in io.Reader, o save.Options) (store.Ref,
 
 // restore writes a checkpoint's stream to w.
 func (l *lab) restore(ref store.Ref, w io.Writer) error {
-	c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+	c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 	if err != nil {
 		return err
 	}
-	_, err = restore.Run(context.Background(), c, w, restore.Options{})
+	_, err = restore.Run(context.Background(), c.Checkpoint, w, restore.Options{})
 	return errors.Join(err, c.Close())
 }
 
@@ -125,7 +125,7 @@ func (l *lab) restored(t testing.TB, ref store.Ref) []byte {
 // verify returns the damages that a verify of a checkpoint finds; what keeps it
 // from being opened counts as one.
 func (l *lab) verify(ref store.Ref) []error {
-	c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+	c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 	if err != nil {
 		return []error{err}
 	}
@@ -153,23 +153,10 @@ func (l *lab) holds(t testing.TB, ref store.Ref, s *tiertest.Stream) {
 	}
 }
 
-// remove removes a checkpoint with its NVRAM part.
+// remove removes a checkpoint with its NVRAM part, which must be freed too.
 func (l *lab) remove(ref store.Ref) error {
-	meta, ref, err := checkpoint.Describe(l.st, ref)
-	if err != nil {
-		return err
-	}
-	return l.st.Remove(ref, func() error {
-		if meta.NVRAM == nil {
-			return nil
-		}
-		f, err := nvram.Open(l.fs, meta.NVRAM.Path, nvram.Options{})
-		if err != nil {
-			return err
-		}
-		_, err = f.FreeOwner(meta.UUID)
-		return errors.Join(err, f.Close())
-	})
+	rm, err := l.st.Remove(context.Background(), ref)
+	return errors.Join(err, rm.NVRAM)
 }
 
 // nvramFree is the room in the NVRAM file in bytes; -1 if there is no file.

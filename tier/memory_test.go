@@ -50,7 +50,7 @@ func runChild(doc string) error {
 	if err := json.Unmarshal([]byte(doc), &j); err != nil {
 		return err
 	}
-	st, err := store.Open(vfs.OS, filepath.Join(j.Dir, "store"), true)
+	st, err := store.Open(context.Background(), vfs.OS, filepath.Join(j.Dir, "store"), true)
 	if err != nil {
 		return err
 	}
@@ -74,7 +74,7 @@ func runChild(doc string) error {
 		}
 		d.Report = meta.Report
 	case "restore":
-		c, err := checkpoint.Open(vfs.OS, st, store.Ref{VM: "vm"}, checkpoint.Options{})
+		c, err := st.OpenCheckpoint(context.Background(), store.Ref{VM: "vm"}, checkpoint.Options{})
 		if err != nil {
 			return err
 		}
@@ -82,7 +82,7 @@ func runChild(doc string) error {
 		r := s.Expected()
 		defer r.Close()
 		cmp := &tiertest.Compare{R: r}
-		if _, err := restore.Run(context.Background(), c, cmp, restore.Options{}); err != nil {
+		if _, err := restore.Run(context.Background(), c.Checkpoint, cmp, restore.Options{}); err != nil {
 			return err
 		}
 		if err := cmp.Close(); err != nil {

@@ -224,7 +224,7 @@ func TestPanic(t *testing.T) {
 				if strings.HasSuffix(at, l.nvram) || strings.HasPrefix(at, "rename") {
 					// Extents of a table that is half written, and of an image
 					// that may have its name, are gc's to free.
-					if _, err := l.st.GC(); err != nil {
+					if _, err := l.st.GC(context.Background()); err != nil {
 						t.Error(err)
 					}
 				}
@@ -241,7 +241,7 @@ func TestPanic(t *testing.T) {
 // holdsOnly fails unless there is one checkpoint, whole.
 func (l *lab) holdsOnly(t *testing.T) {
 	t.Helper()
-	refs, err := l.st.List("")
+	refs, err := l.st.List(context.Background(), "")
 	if err != nil || len(refs) != 1 {
 		t.Fatalf("checkpoints %v, %v", refs, err)
 	}

@@ -2,6 +2,7 @@ package tier_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"testing"
 
@@ -106,7 +107,7 @@ func TestRoundTrip(t *testing.T) {
 // checkMeta compares what a checkpoint says about itself with the stream.
 func checkMeta(t *testing.T, l *lab, ref store.Ref, s *tiertest.Stream, so tiertest.Options, saved *checkpoint.Meta) {
 	t.Helper()
-	m, _, err := checkpoint.Describe(l.st, ref)
+	m, err := l.st.Describe(context.Background(), ref)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,7 +158,7 @@ func checkMeta(t *testing.T, l *lab, ref store.Ref, s *tiertest.Stream, so tiert
 // there is room, and a cold page is there only if it equals a hot one.
 func checkPlacement(t *testing.T, l *lab, ref store.Ref, s *tiertest.Stream, set setting) {
 	t.Helper()
-	c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+	c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -188,7 +189,7 @@ func checkPlacement(t *testing.T, l *lab, ref store.Ref, s *tiertest.Stream, set
 				inNVRAM[run.First] = true
 			case run.Kind == pagemap.NVRAM:
 				cold = append(cold, where{b, p})
-			case run.Kind == pagemap.Flash && set.heat(b, p) > 0 && c.Meta.Report.Surplus == 0 && !hasRecords(c, run.First):
+			case run.Kind == pagemap.Flash && set.heat(b, p) > 0 && c.Meta.Report.Surplus == 0 && !hasRecords(c.Checkpoint, run.First):
 				t.Errorf("hot page %s is on flash", c.PageName(b, p))
 			}
 		}

@@ -211,7 +211,7 @@ func TestBudget(t *testing.T) {
 			if meta.Report.Hot != room || meta.Report.Surplus != hot-room || meta.Report.NVRAMBytes != room*4096 {
 				t.Errorf("%d hot, %d over, want %d and %d", meta.Report.Hot, meta.Report.Surplus, room, hot-room)
 			}
-			c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+			c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -266,7 +266,7 @@ func TestSharedNVRAM(t *testing.T) {
 	check()
 	// gc of one store must not touch what is the other's, nor what is live.
 	for _, l := range []*lab{a, b} {
-		if rep, err := l.st.GC(); err != nil || rep.NVRAMExtents != 0 || rep.Parts != 0 || len(rep.Warnings) != 0 {
+		if rep, err := l.st.GC(context.Background()); err != nil || rep.NVRAMExtents != 0 || rep.Parts != 0 || len(rep.Warnings) != 0 {
 			t.Errorf("gc of a store in order: %+v, %v", rep, err)
 		}
 	}
@@ -631,7 +631,7 @@ func (a *atOffset) Read(b []byte) (int, error) {
 // nothingLeft fails if a failed save left anything: a checkpoint, a file, NVRAM.
 func nothingLeft(t *testing.T, l *lab) {
 	t.Helper()
-	if refs, err := l.st.List(""); err != nil || len(refs) != 0 {
+	if refs, err := l.st.List(context.Background(), ""); err != nil || len(refs) != 0 {
 		t.Errorf("checkpoints %v, %v", refs, err)
 	}
 	for _, name := range l.tree(t) {
@@ -640,7 +640,7 @@ func nothingLeft(t *testing.T, l *lab) {
 		}
 	}
 	before := l.nvramFree(t)
-	if rep, err := l.st.GC(); err != nil || rep.NVRAMExtents != 0 || rep.Parts != 0 || len(rep.Warnings) > 0 {
+	if rep, err := l.st.GC(context.Background()); err != nil || rep.NVRAMExtents != 0 || rep.Parts != 0 || len(rep.Warnings) > 0 {
 		t.Errorf("gc found %+v, %v", rep, err)
 	}
 	if now := l.nvramFree(t); now != before {
@@ -667,7 +667,7 @@ func TestVolatile(t *testing.T) {
 	fsys.SetVolatile(true)
 	l := newLab(t, fsys, "/")
 	s := tiertest.New(tiertest.Options{})
-	if _, _, err := l.trySave(s, save.Options{WorkingSet: hotSet(t, s, every(2))}); !errors.Is(err, save.ErrVolatile) {
+	if _, _, err := l.trySave(s, save.Options{WorkingSet: hotSet(t, s, every(2))}); !errors.Is(err, store.ErrVolatile) {
 		t.Fatalf("save to volatile NVRAM: %v", err)
 	}
 	nothingLeft(t, l)
@@ -721,13 +721,13 @@ func TestProgress(t *testing.T) {
 	if last.Pages != 4096 || last.PagesAll != 4096 {
 		t.Errorf("at the end: %+v", last)
 	}
-	c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+	c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
 	var calls int
-	rep, err := restore.Run(context.Background(), c, io.Discard, restore.Options{Workers: 1, Progress: func(p progress.State) {
+	rep, err := restore.Run(context.Background(), c.Checkpoint, io.Discard, restore.Options{Workers: 1, Progress: func(p progress.State) {
 		if calls++; p.Phase != "restore" || p.PagesAll != 4096 {
 			t.Errorf("%+v", p)
 		}
@@ -743,18 +743,18 @@ func TestRestoreStops(t *testing.T) {
 	s := tiertest.New(tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 64 << 20}}, Mix: tiertest.Mix{tiertest.Sparse: 1}})
 	l := newLab(t, vfs.OS, t.TempDir())
 	ref, _ := l.save(t, s, save.Options{Codec: image.LZ4})
-	c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+	c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	gone := errors.New("reader is gone")
 	w := &failingWriter{left: 20 << 20, err: gone}
-	if _, err := restore.Run(context.Background(), c, w, restore.Options{}); !errors.Is(err, gone) {
+	if _, err := restore.Run(context.Background(), c.Checkpoint, w, restore.Options{}); !errors.Is(err, gone) {
 		t.Errorf("restore to a writer that fails: %v", err)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	w = &failingWriter{left: 20 << 20, fn: func() { cancel(gone) }}
-	if _, err := restore.Run(ctx, c, w, restore.Options{}); !errors.Is(err, gone) {
+	if _, err := restore.Run(ctx, c.Checkpoint, w, restore.Options{}); !errors.Is(err, gone) {
 		t.Errorf("restore that was cancelled: %v", err)
 	}
 	if err := c.Close(); err != nil {
@@ -788,13 +788,13 @@ func TestRefetch(t *testing.T) {
 	l := newLab(t, vfs.OS, t.TempDir())
 	ref, _ := l.save(t, s, save.Options{Codec: image.LZ4, SegmentPages: 64})
 	for _, workers := range []int{1, 2, 7} {
-		c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+		c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		r := s.Expected()
 		cmp := &tiertest.Compare{R: r}
-		rep, err := restore.Run(context.Background(), c, cmp, restore.Options{Workers: workers})
+		rep, err := restore.Run(context.Background(), c.Checkpoint, cmp, restore.Options{Workers: workers})
 		if err != nil || rep.Refetch == 0 {
 			t.Errorf("%d workers: %+v, %v", workers, rep, err)
 		} else if err := cmp.Close(); err != nil {

@@ -63,7 +63,7 @@ func TestPageTables(t *testing.T) {
 	// places counts the page tables of a checkpoint by where they are.
 	places := func(ref store.Ref) (count map[pagemap.Kind]int) {
 		t.Helper()
-		c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+		c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -131,7 +131,7 @@ func TestPageTables(t *testing.T) {
 		if n := places(ref); n[pagemap.Flash] != 0 || m.Report.Surplus < 200 || m.Report.Hot != 192 || (m.Report.Superseded == 0) != (i == 1) {
 			t.Errorf("small, %d: %v, %+v", i, n, m.Report)
 		}
-		c, err := checkpoint.Open(l.fs, l.st, ref, checkpoint.Options{})
+		c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -126,7 +126,7 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		return err
 	}
 	// Before QEMU is touched.
-	st, err := c.openStore(true)
+	st, err := c.openStore(ctx, true)
 	if err != nil {
 		return err
 	}
@@ -158,8 +158,8 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 			}
 			return err
 		},
-		Undo: func(context.Context) error {
-			_, err := c.app.remove(st, ref)
+		Undo: func(ctx context.Context) error {
+			_, err := st.Remove(ctx, ref)
 			return err
 		},
 	})

@@ -29,7 +29,7 @@ func TestExitCode(t *testing.T) {
 		{errors.New("anything"), 1},
 		{&fs.PathError{Op: "open", Path: "f", Err: syscall.EACCES}, 1},
 		{syscall.EIO, 1},
-		{fmt.Errorf("x: %w", save.ErrVolatile), 1},
+		{fmt.Errorf("x: %w", store.ErrVolatile), 1},
 		{store.ErrInUse, 1},
 		{usageError{errors.New("no such flag")}, 2},
 		{store.CheckVM("../etc"), 2},

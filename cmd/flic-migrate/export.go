@@ -55,16 +55,16 @@ func (e *exportCmd) run(ctx context.Context, name, file string) (err error) {
 	if err != nil {
 		return err
 	}
-	st, err := e.openStore(false)
+	st, err := e.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
-	c, err := checkpoint.Open(e.fs, st, ref, checkpoint.Options{NVRAM: e.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: e.nvram})
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	h, err := e.header(c)
+	h, err := e.header(c.Checkpoint)
 	if err != nil {
 		return fmt.Errorf("checkpoint %v: %w", c.Ref, err)
 	}
@@ -79,7 +79,7 @@ func (e *exportCmd) run(ctx context.Context, name, file string) (err error) {
 		if _, err := w.Write(append(saveimage.PartialMagic(), h.Bytes()[len(saveimage.Magic()):]...)); err != nil {
 			return err
 		}
-		if _, err := restore.Run(ctx, c, w, restore.Options{Progress: show.callback()}); err != nil {
+		if _, err := restore.Run(ctx, c.Checkpoint, w, restore.Options{Progress: show.callback()}); err != nil {
 			return err
 		}
 		if err := w.Flush(); err != nil {

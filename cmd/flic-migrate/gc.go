@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"time"
 
@@ -20,19 +21,19 @@ in the store and in the NVRAM files it has used. It can run at any time, beside
 saves and restores; nothing needs it to run.`,
 		Example: `  flic-migrate gc --store /srv/vms`,
 		Args:    cobra.NoArgs,
-		RunE:    func(*cobra.Command, []string) error { return a.gc(asJSON, grace) },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.gc(cmd.Context(), asJSON, grace) },
 	}
 	c.Flags().DurationVar(&grace, "grace", store.DefaultGrace, "how long the NVRAM of a libvirt save file is kept after the file was found to be gone without having been restored")
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
 	return c
 }
 
-func (a *app) gc(asJSON bool, grace time.Duration) error {
-	st, err := a.openStore(false)
+func (a *app) gc(ctx context.Context, asJSON bool, grace time.Duration) error {
+	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
-	rep, err := st.GCAfter(grace)
+	rep, err := st.GCAfter(ctx, grace)
 	if err != nil {
 		return err
 	}

@@ -75,7 +75,7 @@ func (m *importCmd) run(ctx context.Context, name string) error {
 	if err := store.CheckVM(vm); err != nil {
 		return err
 	}
-	st, err := m.openStore(true)
+	st, err := m.openStore(ctx, true)
 	if err != nil {
 		return err
 	}
@@ -143,7 +143,7 @@ func (m *importCmd) image(ctx context.Context, f *os.File) (io.ReadCloser, error
 	if err != nil {
 		return nil, err
 	}
-	c, err := checkpoint.OpenFile(m.fs, in, checkpoint.Options{NVRAM: m.nvram})
+	c, err := checkpoint.Open(m.fs, in, checkpoint.Options{NVRAM: m.nvram})
 	if err != nil {
 		return nil, err
 	}

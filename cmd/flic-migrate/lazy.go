@@ -65,7 +65,7 @@ func userfaultfd() error {
 }
 
 // serve restores c lazily over stdin and stdout, or over the socket that it was given.
-func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o restore.Options, doc *restoreReport) error {
+func (r *restoreCmd) serve(ctx context.Context, st *store.Store, c *store.Checkpoint, o restore.Options, doc *restoreReport) error {
 	var ends lateEnds
 	s := lazyServer{app: r.app, learn: r.learn, recover: r.recover}
 	s.begin = func() error {
@@ -142,14 +142,14 @@ type lazyServer struct {
 	resize   func(int) int       // lazy.Options.Resize, from begin on
 }
 
-func (s *lazyServer) serve(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, ends io.ReadWriter, doc *restoreReport) error {
+func (s *lazyServer) serve(ctx context.Context, st *store.Store, c *store.Checkpoint, ends io.ReadWriter, doc *restoreReport) error {
 	lazy.TuneProcess()
 	blocks := c.Meta.WorkingSetBlocks()
 	lo := lazy.Options{
 		HoldBackground: s.learn, MaxHold: 10 * s.learn, Log: s.log(), Progress: s.progress,
 		Begin: s.begin, Resize: func(n int) int { return s.resize(n) },
 		First: func() []workingset.PageRun {
-			t, err := st.Touched(c.Ref)
+			t, err := st.Touched(ctx, c.Ref)
 			if err != nil {
 				s.log().Warn("what earlier resumes learned can't be used", "error", err)
 				return nil
@@ -161,14 +161,14 @@ func (s *lazyServer) serve(ctx context.Context, st *store.Store, c *checkpoint.C
 	if s.recover {
 		run = lazy.Recover
 	}
-	rep, err := run(ctx, c, ends, ends, lo)
+	rep, err := run(ctx, c.Checkpoint, ends, ends, lo)
 	doc.LazyReport = rep
 	if rep != nil && len(rep.Touched) > 0 {
 		names := make([]string, len(blocks))
 		for i, b := range blocks {
 			names[i] = b.Name
 		}
-		if lerr := st.AddTouched(c.Ref, c.Meta.PageSize, names, rep.Touched); lerr != nil {
+		if lerr := st.AddTouched(ctx, c.Ref, c.Meta.PageSize, names, rep.Touched); lerr != nil {
 			s.log().Warn("what was learned is not kept", "error", lerr)
 		}
 	}

@@ -189,12 +189,12 @@ func (s *libvirtSaveCmd) save(ctx context.Context) (*checkpoint.Meta, error) {
 	// Fewer and larger writes; no matter if it is not a pipe.
 	unix.FcntlInt(s.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
 	out := loose.NewOut(s.stdout.File, loose.DefaultWindow)
-	st, pend, err := s.begin(out, domain, &o)
+	st, tx, err := s.begin(ctx, out, domain, &o)
 	if err != nil {
 		return nil, err
 	}
-	meta, err := save.To(ctx, s.fs, st, pend, &resumed{in, s.head}, o)
-	if errors.Is(err, save.ErrVolatile) {
+	meta, err := save.To(ctx, s.fs, st, tx, &resumed{in, s.head}, o)
+	if errors.Is(err, store.ErrVolatile) {
 		err = fmt.Errorf("%w (volatile-nvram = true accepts that)", err)
 	}
 	return meta, err
@@ -202,7 +202,7 @@ func (s *libvirtSaveCmd) save(ctx context.Context) (*checkpoint.Meta, error) {
 
 // begin starts the save: with a store if the domain has a working set and there
 // is NVRAM for it, so that the NVRAM can be given back when the file is gone.
-func (s *libvirtSaveCmd) begin(out *loose.Out, d compressor.Domain, o *save.Options) (*store.Store, *store.Pending, error) {
+func (s *libvirtSaveCmd) begin(ctx context.Context, out *loose.Out, d compressor.Domain, o *save.Options) (*store.Store, *store.Tx, error) {
 	plain := store.BeginFile(out)
 	if s.nvram == "" {
 		return nil, plain, nil
@@ -220,21 +220,21 @@ func (s *libvirtSaveCmd) begin(out *loose.Out, d compressor.Domain, o *save.Opti
 		s.log().Warn("hot pages go to flash, because it can't be seen which file this is")
 		return nil, plain, nil
 	}
-	st, err := s.openStore(true)
+	st, err := s.openStore(ctx, true)
 	if err != nil {
 		return nil, nil, err
 	}
 	// What files that are gone have left in NVRAM is room for this one.
-	if rep, err := st.GC(); err != nil {
+	if rep, err := st.GC(ctx); err != nil {
 		s.log().Warn("NVRAM of save files that are gone was not given back", "error", err)
 	} else {
 		for _, w := range rep.Warnings {
 			s.log().Warn(w)
 		}
 	}
-	pend, err := st.BeginLoose(out, path)
+	tx, err := st.BeginLoose(ctx, out, path)
 	o.WorkingSet, o.NVRAM, o.NVRAMSize, o.VolatileNVRAM = ws, s.nvram, int64(s.nvramSize), s.volatile
-	return st, pend, err
+	return st, tx, err
 }
 
 // findWorkingSet reads the working set of a domain from a directory: UUID.ws, or
@@ -341,12 +341,12 @@ func (r *libvirtRestoreCmd) restore(ctx context.Context, doc *restoreReport) err
 	}
 	// Never closed: libvirt waits for the end of this process, which closes
 	// everything.
-	c, err := checkpoint.OpenFile(r.fs, in, checkpoint.Options{NVRAM: r.nvram})
+	c, err := checkpoint.Open(r.fs, in, checkpoint.Options{NVRAM: r.nvram})
 	if err != nil {
 		return err
 	}
 	unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
-	done := r.use(c)
+	done := r.use(ctx, c)
 	doc.Report, err = restore.Run(ctx, c, r.stdout, restore.Options{Workers: r.workers.n})
 	if derr := done(err == nil); derr != nil {
 		r.log().Warn("the store has not noted this restore", "error", derr)
@@ -356,14 +356,14 @@ func (r *libvirtRestoreCmd) restore(ctx context.Context, doc *restoreReport) err
 
 // use tells the store, if the image has hot pages that it looks after, that they
 // are in use, and where the image is now.
-func (r *libvirtRestoreCmd) use(c *checkpoint.Checkpoint) (done func(restored bool) error) {
+func (r *libvirtRestoreCmd) use(ctx context.Context, c *checkpoint.Checkpoint) (done func(restored bool) error) {
 	nothing := func(bool) error { return nil }
 	if c.Meta.NVRAM == nil {
 		return nothing
 	}
-	st, err := r.openStore(false)
+	st, err := r.openStore(ctx, false)
 	if err == nil {
-		done, err = st.UseLoose(c.Meta.UUID, compressor.Input(r.stdin))
+		done, err = st.UseLoose(ctx, c.Meta.UUID, compressor.Input(r.stdin))
 	}
 	if err != nil {
 		r.log().Warn("the store has not noted this restore", "error", err)

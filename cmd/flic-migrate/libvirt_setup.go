@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -190,22 +191,22 @@ pages in NVRAM. The exit code is 0 if
 everything is in place, and 1 otherwise.`,
 		Example: `  flic-migrate libvirt status`,
 		Args:    cobra.NoArgs,
-		RunE:    func(*cobra.Command, []string) error { return l.status() },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return l.status(cmd.Context()) },
 	}
 	l.flags(c, false)
 	return c
 }
 
 // hot lists the save files that have hot pages in NVRAM.
-func (l *libvirtSetup) hot() error {
-	st, err := l.openStore(false)
+func (l *libvirtSetup) hot(ctx context.Context) error {
+	st, err := l.openStore(ctx, false)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	list, err := st.Loose()
+	list, err := st.Loose(ctx)
 	if err != nil {
 		return err
 	}
@@ -222,7 +223,7 @@ func (l *libvirtSetup) hot() error {
 	return nil
 }
 
-func (l *libvirtSetup) status() error {
+func (l *libvirtSetup) status(ctx context.Context) error {
 	if err := l.open(); err != nil {
 		return err
 	}
@@ -253,7 +254,7 @@ func (l *libvirtSetup) status() error {
 	for _, name := range l.setup.ManagedSaves() {
 		l.printf("%-14s %s\n", "needs it", name)
 	}
-	if err := l.hot(); err != nil {
+	if err := l.hot(ctx); err != nil {
 		return err
 	}
 	if missing > 0 {

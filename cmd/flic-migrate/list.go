@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -30,7 +31,7 @@ STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say
 			if len(args) == 1 {
 				vm = args[0]
 			}
-			return a.list(vm, asJSON)
+			return a.list(cmd.Context(), vm, asJSON)
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
@@ -52,17 +53,17 @@ type listEntry struct {
 	Error      string    `json:"error,omitempty"`
 }
 
-func (a *app) list(vm string, asJSON bool) error {
+func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 	if vm != "" {
 		if err := store.CheckVM(vm); err != nil {
 			return err
 		}
 	}
-	st, err := a.openStore(false)
+	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
-	refs, err := st.List(vm)
+	refs, err := st.List(ctx, vm)
 	if err != nil {
 		return err
 	}
@@ -73,7 +74,7 @@ func (a *app) list(vm string, asJSON bool) error {
 	var damage error
 	entries := []listEntry{}
 	for _, ref := range refs {
-		e, err := listOne(st, ref)
+		e, err := listOne(ctx, st, ref)
 		if err != nil && exitCode(err) == exitNotFound {
 			continue // removed since it was listed
 		}
@@ -96,31 +97,17 @@ func (a *app) list(vm string, asJSON bool) error {
 	return damage
 }
 
-func listOne(st *store.Store, ref store.Ref) (listEntry, error) {
+func listOne(ctx context.Context, st *store.Store, ref store.Ref) (listEntry, error) {
 	e := listEntry{Checkpoint: ref.String(), VM: ref.VM, Number: ref.N}
-	size, err := imageSize(st, ref)
-	var m *checkpoint.Meta
-	if err == nil {
-		e.FlashBytes = size
-		m, _, err = checkpoint.Describe(st, ref)
-	}
+	d, err := st.Describe(ctx, ref)
+	e.FlashBytes = d.ImageBytes
 	if err != nil {
 		e.State, e.Error = "damaged", oneLine(err)
 		return e, err
 	}
-	e.UUID, e.Created, e.Machine, e.State = m.UUID.String(), m.Created, m.Machine, m.RunState
-	e.RAMBytes, e.NVRAMBytes = ramBytes(m), m.Report.NVRAMBytes
+	e.UUID, e.Created, e.Machine, e.State = d.UUID.String(), d.Created, d.Machine, d.RunState
+	e.RAMBytes, e.NVRAMBytes = ramBytes(d.Meta), d.Report.NVRAMBytes
 	return e, nil
-}
-
-// imageSize is the size of a checkpoint's image file.
-func imageSize(st *store.Store, ref store.Ref) (int64, error) {
-	f, _, err := st.OpenImage(ref)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	return f.Size()
 }
 
 func ramBytes(m *checkpoint.Meta) (n uint64) {

@@ -50,11 +50,11 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	st, err := p.openStore(false)
+	st, err := p.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
-	c, err := checkpoint.Open(p.fs, st, ref, checkpoint.Options{NVRAM: p.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: p.nvram})
 	if err != nil {
 		return err
 	}
@@ -78,14 +78,14 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 }
 
 // persist is a restore piped into a save.
-func (p *persistCmd) persist(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint, o save.Options) (store.Ref, *checkpoint.Meta, error) {
+func (p *persistCmd) persist(ctx context.Context, st *store.Store, c *store.Checkpoint, o save.Options) (store.Ref, *checkpoint.Meta, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	r, w := io.Pipe()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_, err := restore.Run(ctx, c, w, restore.Options{Workers: o.Workers})
+		_, err := restore.Run(ctx, c.Checkpoint, w, restore.Options{Workers: o.Workers})
 		w.CloseWithError(err) // the save's read then fails with the cause
 	}()
 	ref, meta, err := save.Run(ctx, p.fs, st, r, o)

@@ -44,16 +44,16 @@ func (b beforeShut) Write(p []byte) (int, error) {
 // of it; it returns the stream.
 func whole(t *testing.T, disk *crashfs.FS, ref store.Ref) []byte {
 	t.Helper()
-	st, err := store.Open(disk, "/store", false)
+	st, err := store.Open(context.Background(), disk, "/store", false)
 	ok(t, err)
-	c, err := checkpoint.Open(disk, st, ref, checkpoint.Options{})
+	c, err := st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 	if err != nil {
 		t.Fatalf("after the power cut: %v", err)
 	}
 	defer c.Close()
 	ok(t, c.Verify(context.Background(), func(err error) { t.Errorf("after the power cut: %v", err) }))
 	var b bytes.Buffer
-	if _, err := restore.Run(context.Background(), c, &b, restore.Options{}); err != nil {
+	if _, err := restore.Run(context.Background(), c.Checkpoint, &b, restore.Options{}); err != nil {
 		t.Errorf("after the power cut: %v", err)
 	}
 	return b.Bytes()
@@ -85,7 +85,7 @@ func TestPowerCutAtCompleted(t *testing.T) {
 	defer listener.Close()
 
 	disk := crashfs.New(0)
-	st, err := store.Open(disk, "/store", true)
+	st, err := store.Open(context.Background(), disk, "/store", true)
 	ok(t, err)
 	for n := 1; n <= 2; n++ {
 		ref := store.Ref{VM: "vm", N: n}

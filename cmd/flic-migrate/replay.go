@@ -69,7 +69,7 @@ func (r *replayCmd) run(ctx context.Context, paths []string) (err error) {
 	if dir == "" {
 		dir = tmp + "/store"
 	}
-	st, err := store.Open(r.fs, dir, true)
+	st, err := store.Open(ctx, r.fs, dir, true)
 	if err != nil {
 		return err
 	}

@@ -117,11 +117,11 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 	}
 	// Before anything that a store can hold up.
 	beats := newStatusFile(r.status, r.log())
-	st, err := r.openStore(false)
+	st, err := r.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
-	c, err := checkpoint.Open(r.fs, st, ref, checkpoint.Options{NVRAM: r.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: r.nvram})
 	if err != nil {
 		return err
 	}
@@ -130,7 +130,7 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 	if r.recover {
 		mode = "always"
 	}
-	if doc.Lazy, doc.Reason, err = wantLazy(mode, c); err != nil {
+	if doc.Lazy, doc.Reason, err = wantLazy(mode, c.Checkpoint); err != nil {
 		return err
 	}
 	if doc.Reason != "" && !r.quiet {
@@ -149,7 +149,7 @@ func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreRepor
 		// kernel's limit for pipes says no.
 		unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
 		var err error
-		doc.Report, err = restore.Run(ctx, c, r.stdout, o)
+		doc.Report, err = restore.Run(ctx, c.Checkpoint, r.stdout, o)
 		done <- err
 	}()
 	select {

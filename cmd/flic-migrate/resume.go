@@ -108,7 +108,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	case r.recover && ref.N == 0:
 		return errRecoverWhich
 	}
-	st, err := r.openStore(false)
+	st, err := r.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
@@ -120,7 +120,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	}
 	// Opened here as well: what can be known to be wrong is known before QEMU
 	// is touched. Open keeps the checkpoint from being removed meanwhile.
-	c, err := checkpoint.Open(r.fs, st, ref, checkpoint.Options{NVRAM: r.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: r.nvram})
 	if err != nil {
 		return err
 	}
@@ -148,7 +148,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		Gone:        files.serverGone,
 		ID:          c.Meta.UUID.String(),
 		Lazy:        migration.LazyMode(r.lazy.value),
-		NotPossible: lazy.Possible(c),
+		NotPossible: lazy.Possible(c.Checkpoint),
 		RunState:    c.Meta.RunState,
 		Paused:      r.paused,
 		Expect:      expect(c.Meta),

@@ -10,7 +10,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
-	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -21,7 +20,7 @@ var errNoDomain = errors.New("the checkpoint does not say which libvirt domain i
 
 // runDomain resumes into a QEMU that libvirt starts. The pages are served by this
 // process, as that QEMU may start none.
-func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoint.Checkpoint) error {
+func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *store.Checkpoint) error {
 	if r.monitor.qmp != "" {
 		return errTwoMonitors
 	}
@@ -39,7 +38,7 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 	server := restoreReport{Checkpoint: c.Ref.String()}
 	o := domain.RestoreOptions{
 		Lazy:        migration.LazyMode(r.lazy.value),
-		NotPossible: lazy.Possible(c),
+		NotPossible: lazy.Possible(c.Checkpoint),
 		Paused:      r.paused || c.Meta.RunState != "" && c.Meta.RunState != "running",
 		Recover:     r.recover,
 		Feed: func(ctx context.Context, connect func() (*net.UnixConn, error), lazily bool, opened func()) error {
@@ -47,7 +46,7 @@ func (r *resumeCmd) runDomain(ctx context.Context, st *store.Store, c *checkpoin
 			if !lazily {
 				conn, err := connect()
 				if err == nil {
-					server.Report, err = restore.Run(ctx, c, conn, restore.Options{})
+					server.Report, err = restore.Run(ctx, c.Checkpoint, conn, restore.Options{})
 				}
 				return err
 			}

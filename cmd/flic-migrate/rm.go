@@ -1,14 +1,12 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
 
-	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/integrity"
-	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -25,7 +23,7 @@ The number of a removed checkpoint is never used again.`,
 		Example: `  flic-migrate rm --store /srv/vms web1@1 web1@2
   flic-migrate rm --store /srv/vms --all web1`,
 		Args: cobra.MinimumNArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error { return a.rm(args, all, asJSON) },
+		RunE: func(cmd *cobra.Command, args []string) error { return a.rm(cmd.Context(), args, all, asJSON) },
 	}
 	c.Flags().BoolVar(&all, "all", false, "remove all checkpoints of the VMs")
 	setKey(c.Flags(), "all", "rm-all")
@@ -41,19 +39,23 @@ type rmEntry struct {
 	Warning    string `json:"warning,omitempty"` // why NVRAM was not freed
 }
 
-func (a *app) rm(names []string, all, asJSON bool) error {
-	st, refs, err := a.removals(names, all)
+func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
+	st, refs, err := a.removals(ctx, names, all)
 	if err != nil {
 		return err
 	}
 	entries := []rmEntry{}
 	for _, ref := range refs {
-		e, rerr := a.remove(st, ref)
+		// NVRAM that can't be freed now is a warning: the checkpoint is gone, and
+		// gc frees what has no owner.
+		rm, rerr := st.Remove(ctx, ref)
 		if rerr != nil {
 			err = fmt.Errorf("checkpoint %v was not removed: %w", ref, rerr)
 			break
 		}
-		if e.Warning != "" {
+		e := rmEntry{Checkpoint: ref.String(), FlashBytes: rm.FlashBytes, NVRAMBytes: rm.NVRAMBytes}
+		if rm.NVRAM != nil {
+			e.Warning = oneLine(rm.NVRAM)
 			a.log().Warn("the NVRAM of a removed checkpoint was not freed; when its file is back, gc will", "checkpoint", e.Checkpoint, "cause", e.Warning)
 		}
 		entries = append(entries, e)
@@ -69,7 +71,7 @@ func (a *app) rm(names []string, all, asJSON bool) error {
 
 // removals finds all that is to be removed before anything is: a misspelt name
 // must not leave half of the work done.
-func (a *app) removals(names []string, all bool) (*store.Store, []store.Ref, error) {
+func (a *app) removals(ctx context.Context, names []string, all bool) (*store.Store, []store.Ref, error) {
 	for _, name := range names {
 		ref, err := store.ParseRef(name)
 		switch {
@@ -81,17 +83,17 @@ func (a *app) removals(names []string, all bool) (*store.Store, []store.Ref, err
 			return nil, nil, usageError{fmt.Errorf("which checkpoint of %s? Give it as %s@N, or remove all of them with --all", name, name)}
 		}
 	}
-	st, err := a.openStore(false)
+	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return nil, nil, err
 	}
 	if !all {
-		refs, err := resolve(st, names)
+		refs, err := resolve(ctx, st, names)
 		return st, refs, err
 	}
 	var refs []store.Ref
 	for _, name := range names {
-		more, err := st.List(name)
+		more, err := st.List(ctx, name)
 		if err == nil && len(more) == 0 {
 			err = fmt.Errorf("VM %q in store %s: %w", name, st.Dir(), store.ErrNotFound)
 		}
@@ -101,45 +103,4 @@ func (a *app) removals(names []string, all bool) (*store.Store, []store.Ref, err
 		refs = append(refs, more...)
 	}
 	return st, refs, nil
-}
-
-// remove removes one checkpoint. NVRAM that can't be freed now is a warning:
-// the checkpoint is gone, and gc frees what has no owner.
-func (a *app) remove(st *store.Store, ref store.Ref) (rmEntry, error) {
-	e := rmEntry{Checkpoint: ref.String()}
-	size, err := imageSize(st, ref)
-	if err != nil {
-		return e, err
-	}
-	e.FlashBytes = size
-	m, _, err := checkpoint.Describe(st, ref)
-	if err != nil && !integrity.IsCorrupt(err) {
-		return e, err
-	}
-	if err != nil {
-		e.Warning = oneLine(err)
-	}
-	return e, st.Remove(ref, func() error {
-		if m == nil || m.NVRAM == nil {
-			return nil
-		}
-		freed, err := a.freeNVRAM(m)
-		e.NVRAMBytes = int64(freed) * nvram.ExtentSize
-		if err != nil {
-			e.Warning = oneLine(err)
-		}
-		return nil
-	})
-}
-
-func (a *app) freeNVRAM(m *checkpoint.Meta) (extents int, err error) {
-	f, err := nvram.Open(a.fs, m.NVRAM.Path, nvram.Options{})
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	if f.UUID() != m.NVRAM.UUID {
-		return 0, fmt.Errorf("%s is not the file the checkpoint was saved to", m.NVRAM.Path)
-	}
-	return f.FreeOwner(m.UUID)
 }

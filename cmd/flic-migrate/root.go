@@ -172,8 +172,8 @@ func describe(c *cobra.Command) {
 }
 
 // openStore opens the store of --store.
-func (a *app) openStore(create bool) (*store.Store, error) {
-	st, err := store.Open(a.fs, a.store, create)
+func (a *app) openStore(ctx context.Context, create bool) (*store.Store, error) {
+	st, err := store.Open(ctx, a.fs, a.store, create)
 	if err == nil {
 		st.LooseHeader = saveimage.Skip
 	}

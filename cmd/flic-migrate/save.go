@@ -150,7 +150,7 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 	if err := s.placement.options(&o); err != nil {
 		return ref, nil, err
 	}
-	st, err := s.openStore(true)
+	st, err := s.openStore(ctx, true)
 	if err != nil {
 		return ref, nil, err
 	}
@@ -167,7 +167,7 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 }
 
 func explainVolatile(err error) error {
-	if errors.Is(err, save.ErrVolatile) {
+	if errors.Is(err, store.ErrVolatile) {
 		return fmt.Errorf("%w (--volatile-nvram accepts that)", err)
 	}
 	return err

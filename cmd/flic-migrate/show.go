@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"strings"
@@ -23,7 +24,7 @@ It reads the description only; "flic-migrate verify" reads everything.`,
 		Example: `  flic-migrate show --store /srv/vms web1
   flic-migrate show --store /srv/vms --json web1@3`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error { return a.show(args[0], asJSON) },
+		RunE: func(cmd *cobra.Command, args []string) error { return a.show(cmd.Context(), args[0], asJSON) },
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
 	return c
@@ -37,27 +38,23 @@ type showDoc struct {
 	*checkpoint.Meta
 }
 
-func (a *app) show(name string, asJSON bool) error {
+func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 	ref, err := store.ParseRef(name)
 	if err != nil {
 		return err
 	}
-	st, err := a.openStore(false)
+	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
-	m, ref, err := checkpoint.Describe(st, ref)
-	if err != nil {
-		return err
-	}
-	size, err := imageSize(st, ref)
+	d, err := st.Describe(ctx, ref)
 	if err != nil {
 		return err
 	}
 	if asJSON {
-		return printJSON(a.stdout, showDoc{ref.String(), ref.N, size, m})
+		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta})
 	}
-	return printShow(a.stdout, ref, size, m)
+	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta)
 }
 
 func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta) error {

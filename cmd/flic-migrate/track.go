@@ -131,7 +131,7 @@ func (a *app) flashRate(ctx context.Context, given float64) (float64, error) {
 	if given > 0 {
 		return given * 1e6, nil
 	}
-	st, err := a.openStore(false)
+	st, err := a.openStore(ctx, false)
 	if errors.Is(err, store.ErrNotFound) {
 		return assumedRate * 1e6, nil
 	}

@@ -52,13 +52,13 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 	if v.all == (len(args) > 0) {
 		return usageError{errors.New("verify needs the names of checkpoints, or else --all")}
 	}
-	st, err := v.openStore(false)
+	st, err := v.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
-	refs, err := resolve(st, args)
+	refs, err := resolve(ctx, st, args)
 	if v.all {
-		refs, err = st.List("")
+		refs, err = st.List(ctx, "")
 	}
 	if err != nil {
 		return err
@@ -95,14 +95,14 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 }
 
 // resolve parses names and finds the checkpoints.
-func resolve(st *store.Store, names []string) ([]store.Ref, error) {
+func resolve(ctx context.Context, st *store.Store, names []string) ([]store.Ref, error) {
 	var refs []store.Ref
 	for _, name := range names {
 		ref, err := store.ParseRef(name)
 		if err != nil {
 			return nil, err
 		}
-		if ref, err = st.Resolve(ref); err != nil {
+		if ref, err = st.Resolve(ctx, ref); err != nil {
 			return nil, err
 		}
 		refs = append(refs, ref)
@@ -126,7 +126,7 @@ func (v *verifyCmd) verify(ctx context.Context, st *store.Store, ref store.Ref) 
 		}
 		e.Damage = append(e.Damage, oneLine(err))
 	}
-	c, err := checkpoint.Open(v.fs, st, ref, checkpoint.Options{NVRAM: v.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: v.nvram})
 	switch {
 	case err == nil:
 		err = c.Verify(ctx, found)

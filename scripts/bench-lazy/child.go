@@ -63,7 +63,7 @@ func runChild(ctx context.Context, spec string) error {
 		return err
 	}
 	fsys := slowFS(c.Rate)
-	st, err := store.Open(fsys, c.Store, true)
+	st, err := store.Open(context.Background(), fsys, c.Store, true)
 	if err != nil {
 		return err
 	}
@@ -75,12 +75,12 @@ func runChild(ctx context.Context, spec string) error {
 		_, _, err := save.Run(ctx, fsys, st, in, save.Options{VM: "vm", Codec: image.MinLZ, ReturnPath: os.Stdout})
 		return err
 	}
-	ck, err := checkpoint.Open(fsys, st, store.Ref{VM: "vm"}, checkpoint.Options{})
+	ck, err := st.OpenCheckpoint(context.Background(), store.Ref{VM: "vm"}, checkpoint.Options{})
 	if err != nil {
 		return err
 	}
 	if c.Op == "eager" {
-		_, err := restore.Run(ctx, ck, os.Stdout, restore.Options{})
+		_, err := restore.Run(ctx, ck.Checkpoint, os.Stdout, restore.Options{})
 		return err
 	}
 	lazy.TuneProcess()
@@ -92,7 +92,7 @@ func runChild(ctx context.Context, spec string) error {
 	}
 	if c.Learn {
 		o.First = func() []workingset.PageRun {
-			t, err := st.Touched(ck.Ref)
+			t, err := st.Touched(context.Background(), ck.Ref)
 			if err != nil {
 				fmt.Fprintln(os.Stderr, "child:", err)
 				return nil
@@ -104,7 +104,7 @@ func runChild(ctx context.Context, spec string) error {
 	if err != nil {
 		return err
 	}
-	rep, err := lazy.Serve(ctx, ck, in, out, o)
+	rep, err := lazy.Serve(ctx, ck.Checkpoint, in, out, o)
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func runChild(ctx context.Context, spec string) error {
 		for _, b := range ck.Meta.Blocks {
 			names = append(names, b.Name)
 		}
-		err = st.AddTouched(ck.Ref, ck.Meta.PageSize, names, rep.Touched)
+		err = st.AddTouched(context.Background(), ck.Ref, ck.Meta.PageSize, names, rep.Touched)
 	}
 	err = errors.Join(err, rep.Wait(ctx))
 	b, jerr := json.Marshal(rep)

@@ -62,7 +62,7 @@ func runChild(ctx context.Context, spec string) error {
 	if err := os.WriteFile(c.pidFile(), []byte(fmt.Sprint(os.Getpid())), 0o600); err != nil {
 		return err
 	}
-	st, err := store.Open(vfs.OS, c.Store, false)
+	st, err := store.Open(context.Background(), vfs.OS, c.Store, false)
 	if err != nil {
 		return err
 	}
@@ -70,7 +70,7 @@ func runChild(ctx context.Context, spec string) error {
 	if err != nil {
 		return err
 	}
-	ck, err := checkpoint.Open(vfs.OS, st, store.Ref{VM: "vm"}, checkpoint.Options{})
+	ck, err := st.OpenCheckpoint(context.Background(), store.Ref{VM: "vm"}, checkpoint.Options{})
 	if err != nil {
 		return err
 	}
@@ -78,7 +78,7 @@ func runChild(ctx context.Context, spec string) error {
 	main := slices.IndexFunc(ck.Meta.Blocks, func(b checkpoint.Block) bool { return b.Name == mainRAM })
 	// Page tables, too, are to be asked for.
 	ck.Meta.PageTables = nil
-	rep, err := lazy.Serve(ctx, ck, in, os.Stdout, lazy.Options{HoldBackground: forever})
+	rep, err := lazy.Serve(ctx, ck.Checkpoint, in, os.Stdout, lazy.Options{HoldBackground: forever})
 	if ctx.Err() == nil {
 		return errors.Join(errors.New("the restore ended too soon"), err)
 	}

@@ -233,7 +233,7 @@ func (e *evaluation) written(stream string, before []byte, d time.Duration) (pag
 // saveIn saves a stream with one page in a segment, so that a lazy restore sends
 // what it is asked for and nothing beside it, and returns the page tables.
 func saveIn(ctx context.Context, dir, stream string) (pages, error) {
-	st, err := store.Open(vfs.OS, dir, true)
+	st, err := store.Open(context.Background(), vfs.OS, dir, true)
 	if err != nil {
 		return nil, err
 	}

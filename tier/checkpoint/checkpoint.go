@@ -10,21 +10,18 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/skeleton"
-	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
-// Checkpoint is a checkpoint opened for reading. As long as it is open it
-// can't be removed. It is safe for concurrent use; each goroutine that reads
-// pages has a Reader of its own.
+// Checkpoint is a checkpoint opened for reading. It is safe for concurrent use;
+// each goroutine that reads pages has a Reader of its own.
 type Checkpoint struct {
-	Ref   store.Ref
 	Meta  *Meta
 	Image *image.Image
 	// PageMap says where each page's bytes are.
 	PageMap *pagemap.Map
 
-	store  *store.Store
+	name   string // Options.Name
 	file   vfs.File
 	nvfile *nvram.File
 	part   *NVRAMPart
@@ -36,53 +33,23 @@ type Options struct {
 	// NVRAM is the path of the NVRAM file if it is no longer where the
 	// checkpoint says.
 	NVRAM string
+	// Name is what messages call the checkpoint; if empty, its UUID.
+	Name string
 }
 
-// Open opens a checkpoint and checks everything but page content, which is
-// checked as it is read: integrity.CorruptErrors name file and offset, an error
-// that wraps store.ErrNotFound says what is missing.
-func Open(fsys vfs.FS, s *store.Store, ref store.Ref, o Options) (*Checkpoint, error) {
-	f, ref, err := s.OpenImage(ref)
-	if err != nil {
-		return nil, err
-	}
-	c := &Checkpoint{Ref: ref, store: s, file: f}
+// Open opens the checkpoint whose image is f, and checks everything but page
+// content, which is checked as it is read: integrity.CorruptErrors name file and
+// offset, an error that wraps fs.ErrNotExist says which NVRAM file is missing.
+// f is closed with the Checkpoint, or at once if that can't be opened. Who opens
+// a checkpoint of a store does so through the store, which keeps it from being
+// removed.
+func Open(fsys vfs.FS, f vfs.File, o Options) (*Checkpoint, error) {
+	c := &Checkpoint{name: o.Name, file: f}
 	if err := c.load(fsys, o); err != nil {
 		c.Close()
 		return nil, err
 	}
 	return c, nil
-}
-
-// OpenFile opens a checkpoint that lies in no store: f is its image, which is
-// closed with the Checkpoint, or at once if that can't be opened. Its Ref is
-// empty.
-func OpenFile(fsys vfs.FS, f vfs.File, o Options) (*Checkpoint, error) {
-	c := &Checkpoint{file: f}
-	if err := c.load(fsys, o); err != nil {
-		c.Close()
-		return nil, err
-	}
-	return c, nil
-}
-
-// name is what messages call the checkpoint.
-func (c *Checkpoint) name() string {
-	if c.Ref == (store.Ref{}) {
-		return c.Meta.UUID.String()
-	}
-	return c.Ref.String()
-}
-
-// Describe reads only what a checkpoint says about itself.
-func Describe(s *store.Store, ref store.Ref) (*Meta, store.Ref, error) {
-	f, ref, err := s.OpenImage(ref)
-	if err != nil {
-		return nil, ref, err
-	}
-	defer f.Close()
-	m, err := ReadMeta(f)
-	return m, ref, err
 }
 
 func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
@@ -97,8 +64,8 @@ func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
 	if c.Meta.PageSize != im.PageSize {
 		return im.Tail.Corrupt(image.Identity, fmt.Errorf("page size %d in an image of %d", c.Meta.PageSize, im.PageSize))
 	}
-	if c.Ref != (store.Ref{}) && c.Meta.VM != c.Ref.VM {
-		return im.Tail.Corrupt(image.Identity, fmt.Errorf("it is a checkpoint of VM %q in place of %v", c.Meta.VM, c.Ref))
+	if c.name == "" {
+		c.name = c.Meta.UUID.String()
 	}
 	if c.Meta.TailChunk < 0 || c.Meta.TailChunk > im.Chunks(image.Skeleton) {
 		return im.Corrupt(image.Meta, 0, fmt.Errorf("device tail in skeleton chunk %d of %d", c.Meta.TailChunk, im.Chunks(image.Skeleton)))
@@ -145,14 +112,14 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 		path = o.NVRAM
 	}
 	if c.nvfile, err = nvram.Open(fsys, path, nvram.Options{ReadOnly: true}); err != nil {
-		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name(), err)
+		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
 	}
 	if c.nvfile.UUID() != m.UUID {
-		return &integrity.CorruptError{File: path, What: fmt.Sprintf("NVRAM part of checkpoint %s", c.name()),
+		return &integrity.CorruptError{File: path, What: fmt.Sprintf("NVRAM part of checkpoint %s", c.name),
 			Err: errors.New("not the file it was saved to")}
 	}
 	if c.region, err = c.nvfile.OpenRegion(c.Meta.UUID, part.Extents, c.Meta.PageSize); err != nil {
-		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name(), err)
+		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
 	}
 	if len(part.Slots) > c.region.Slots() {
 		return im.Corrupt(image.NVRAM, 0, fmt.Errorf("%d slots in extents for %d", len(part.Slots), c.region.Slots()))
@@ -259,10 +226,9 @@ func (c *Checkpoint) NVRAMSlots() []NVRAMSlot {
 }
 
 // Verify reads and checks every byte of the checkpoint: all frames, all NVRAM
-// slots, that each page's source exists, that the skeleton places every page that
-// was saved exactly once, and what resumes have learned. found is called for each damage, in order
-// of files; Verify goes on after it and returns an error only if it could not
-// go on.
+// slots, that each page's source exists, and that the skeleton places every page
+// that was saved exactly once. found is called for each damage, in order of files;
+// Verify goes on after it and returns an error only if it could not go on.
 func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	kinds := make([]image.Kind, c.Image.Segments())
 	sizes := make([]int, c.Image.Segments())
@@ -292,16 +258,7 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	if err := c.verifyMap(kinds, sizes, found); err != nil {
 		return err
 	}
-	if err := c.verifySkeleton(found); err != nil {
-		return err
-	}
-	if c.store == nil {
-		return nil // OpenFile: nobody has learned anything of it
-	}
-	// Without this hint a guest is as whole, and only slower to resume. But what
-	// is damaged here may be the disk's first sign.
-	_, err = c.store.Touched(c.Ref)
-	return report(err, found)
+	return c.verifySkeleton(found)
 }
 
 // verifyMap checks that each page's position in its segment exists.

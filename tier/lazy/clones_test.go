@@ -27,7 +27,7 @@ func TestClones(t *testing.T) {
 	writeWorkingSet(t, src, c.WorkingSet, 0.2)
 	saveGuest(t, src, c)
 	src.Kill()
-	st, err := store.Open(vfs.OS, c.Store, false)
+	st, err := store.Open(context.Background(), vfs.OS, c.Store, false)
 	check(t, err)
 
 	var vms []*qemutest.VM
@@ -44,10 +44,10 @@ func TestClones(t *testing.T) {
 		waitFor(t, vm, func(s qmp.RunState) bool { return s.Status != "inmigrate" })
 		check(t, qmp.Cont(ctx, vm.QMP))
 	}
-	if err := st.Remove(store.Ref{VM: "vm", N: 1}, func() error { return nil }); !errors.Is(err, store.ErrInUse) {
+	if _, err := st.Remove(ctx, store.Ref{VM: "vm", N: 1}); !errors.Is(err, store.ErrInUse) {
 		t.Errorf("removed while eight restores read it: %v", err)
 	}
-	if rep, err := st.GC(); err != nil || rep.Parts != 0 || rep.NVRAMExtents != 0 {
+	if rep, err := st.GC(context.Background()); err != nil || rep.Parts != 0 || rep.NVRAMExtents != 0 {
 		t.Errorf("garbage collection: %+v, %v", rep, err)
 	}
 	for _, vm := range vms {
@@ -65,7 +65,7 @@ func TestClones(t *testing.T) {
 	verified(t, c)
 	// Servers end a moment after QEMU has the last byte.
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if err = st.Remove(store.Ref{VM: "vm", N: 1}, func() error { return nil }); err == nil || time.Now().After(end) {
+		if _, err = st.Remove(ctx, store.Ref{VM: "vm", N: 1}); err == nil || time.Now().After(end) {
 			break
 		}
 	}

@@ -39,7 +39,7 @@ func newSaved(t testing.TB, o tiertest.Options, hot uint64, so save.Options) *sa
 	t.Helper()
 	s := &saved{Stream: tiertest.New(o), dir: t.TempDir()}
 	var err error
-	s.st, err = store.Open(vfs.OS, filepath.Join(s.dir, "store"), true)
+	s.st, err = store.Open(context.Background(), vfs.OS, filepath.Join(s.dir, "store"), true)
 	check(t, err)
 	so.VM = "vm"
 	if hot > 0 {
@@ -64,10 +64,10 @@ func newSaved(t testing.TB, o tiertest.Options, hot uint64, so save.Options) *sa
 // open opens the checkpoint once more, to the end of the test.
 func (s *saved) open(t testing.TB) *checkpoint.Checkpoint {
 	t.Helper()
-	ck, err := checkpoint.Open(vfs.OS, s.st, store.Ref{VM: "vm"}, checkpoint.Options{})
+	ck, err := s.st.OpenCheckpoint(context.Background(), store.Ref{VM: "vm"}, checkpoint.Options{})
 	check(t, err)
 	t.Cleanup(func() { check(t, ck.Close()) })
-	return ck
+	return ck.Checkpoint
 }
 
 func (s *saved) blocks() []workingset.Block {

@@ -71,7 +71,7 @@ func runChild(spec string) error {
 		return err
 	}
 	ctx := context.Background()
-	st, err := store.Open(vfs.OS, c.Store, true)
+	st, err := store.Open(context.Background(), vfs.OS, c.Store, true)
 	if err != nil {
 		return err
 	}
@@ -94,13 +94,13 @@ func runChild(spec string) error {
 		return err
 	}
 	ref := store.Ref{VM: c.VM}
-	ck, err := checkpoint.Open(vfs.OS, st, ref, checkpoint.Options{})
+	ck, err := st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 	if err != nil {
 		return err
 	}
 	o := lazy.Options{HoldBackground: c.Hold, MaxHold: 20 * time.Second}
 	if c.UseLearned {
-		t, err := st.Touched(ck.Ref)
+		t, err := st.Touched(context.Background(), ck.Ref)
 		if err != nil {
 			return err
 		}
@@ -115,16 +115,16 @@ func runChild(spec string) error {
 	}
 	var rep *lazy.Report
 	if c.Op == "recover" {
-		rep, err = lazy.Recover(ctx, ck, in, out, o)
+		rep, err = lazy.Recover(ctx, ck.Checkpoint, in, out, o)
 	} else {
-		rep, err = lazy.Serve(ctx, ck, in, out, o)
+		rep, err = lazy.Serve(ctx, ck.Checkpoint, in, out, o)
 	}
 	if rep != nil {
 		var names []string
 		for _, b := range ck.Meta.Blocks {
 			names = append(names, b.Name)
 		}
-		err = errors.Join(err, st.AddTouched(ck.Ref, ck.Meta.PageSize, names, rep.Touched))
+		err = errors.Join(err, st.AddTouched(context.Background(), ck.Ref, ck.Meta.PageSize, names, rep.Touched))
 		if err == nil {
 			err = rep.Wait(ctx)
 		}
@@ -270,9 +270,9 @@ func saveGuest(t *testing.T, vm *qemutest.VM, c child) map[string][]byte {
 	}
 	// Without a return path QEMU may be done before the checkpoint is.
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		st, err := store.Open(vfs.OS, c.Store, false)
+		st, err := store.Open(context.Background(), vfs.OS, c.Store, false)
 		if err == nil {
-			if _, _, err = checkpoint.Describe(st, store.Ref{VM: c.VM}); err == nil {
+			if _, err = st.Describe(context.Background(), store.Ref{VM: c.VM}); err == nil {
 				return ram
 			}
 		}

@@ -81,9 +81,9 @@ func incoming(t *testing.T, config qemutest.Config) (*qemutest.VM, *monitor) {
 // verified checks that a checkpoint is untouched.
 func verified(t *testing.T, c child) {
 	t.Helper()
-	st, err := store.Open(vfs.OS, c.Store, false)
+	st, err := store.Open(context.Background(), vfs.OS, c.Store, false)
 	check(t, err)
-	ck, err := checkpoint.Open(vfs.OS, st, store.Ref{VM: c.VM}, checkpoint.Options{})
+	ck, err := st.OpenCheckpoint(context.Background(), store.Ref{VM: c.VM}, checkpoint.Options{})
 	check(t, err)
 	defer ck.Close()
 	check(t, ck.Verify(context.Background(), func(err error) { t.Error(err) }))

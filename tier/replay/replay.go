@@ -24,7 +24,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -101,10 +100,11 @@ func (p *Replayer) Stream(ctx context.Context, path string) (Result, error) {
 	res.SaveSeconds = time.Since(start).Seconds()
 	res.Bytes = counted.n
 	if err != nil {
-		return p.refused(res, err)
+		return p.refused(ctx, res, err)
 	}
 	err = p.check(ctx, path, ref, meta, &res)
-	return res, errors.Join(err, p.remove(ref, meta))
+	rm, rerr := p.Store.Remove(context.WithoutCancel(ctx), ref)
+	return res, errors.Join(err, rerr, rm.NVRAM)
 }
 
 // everyPage is a working set with every n-th page of the guest whose stream is
@@ -147,12 +147,12 @@ func streamAtFault(err error) bool {
 }
 
 // refused judges a failed save.
-func (p *Replayer) refused(res Result, err error) (Result, error) {
+func (p *Replayer) refused(ctx context.Context, res Result, err error) (Result, error) {
 	if !streamAtFault(err) {
 		return res, err
 	}
 	res.Result, res.Reason = Different, err.Error()
-	refs, err := p.Store.List(vm)
+	refs, err := p.Store.List(ctx, vm)
 	if err != nil {
 		return res, err
 	}
@@ -177,7 +177,7 @@ func (p *Replayer) check(ctx context.Context, path string, ref store.Ref, meta *
 		res.Reason = "it was saved, and has to be refused"
 		return nil
 	}
-	c, err := checkpoint.Open(p.FS, p.Store, ref, checkpoint.Options{})
+	c, err := p.Store.OpenCheckpoint(ctx, ref, checkpoint.Options{})
 	if err != nil {
 		return err
 	}
@@ -190,7 +190,7 @@ func (p *Replayer) check(ctx context.Context, path string, ref store.Ref, meta *
 		res.Reason = "verify: " + damage.Error()
 		return nil
 	}
-	err = p.bytes(ctx, path, c, res)
+	err = p.bytes(ctx, path, c.Checkpoint, res)
 	if err == nil {
 		res.Result = Identical
 		return nil
@@ -199,7 +199,7 @@ func (p *Replayer) check(ctx context.Context, path string, ref store.Ref, meta *
 		return err
 	}
 	res.Reason = err.Error()
-	resent, err := p.memory(ctx, path, c)
+	resent, err := p.memory(ctx, path, c.Checkpoint)
 	switch {
 	case errors.Is(err, errDiffers):
 		res.Reason = err.Error()
@@ -254,22 +254,6 @@ func (p *Replayer) memory(ctx context.Context, path string, c *checkpoint.Checkp
 	r.CloseWithError(context.Canceled)
 	<-done // c must stay open until the restore has let go of it
 	return m.resent, err
-}
-
-// remove removes a checkpoint with its NVRAM.
-func (p *Replayer) remove(ref store.Ref, meta *checkpoint.Meta) error {
-	return p.Store.Remove(ref, func() error {
-		if meta.NVRAM == nil {
-			return nil
-		}
-		f, err := nvram.Open(p.FS, meta.NVRAM.Path, nvram.Options{})
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		_, err = f.FreeOwner(meta.UUID)
-		return err
-	})
 }
 
 // counter counts what is read.

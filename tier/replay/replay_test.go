@@ -22,7 +22,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func newReplayer(t testing.TB, fsys vfs.FS) *Replayer {
 	t.Helper()
-	st, err := store.Open(vfs.OS, t.TempDir()+"/store", true)
+	st, err := store.Open(context.Background(), vfs.OS, t.TempDir()+"/store", true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,10 +55,10 @@ func TestStream(t *testing.T) {
 			if (res.NVRAMBytes > 0) != (hot > 0 && name != "fill") {
 				t.Errorf("%s, every %dth hot: %d bytes in NVRAM", name, hot, res.NVRAMBytes)
 			}
-			if refs, err := p.Store.List(""); err != nil || len(refs) > 0 {
+			if refs, err := p.Store.List(context.Background(), ""); err != nil || len(refs) > 0 {
 				t.Errorf("%s: left %v, %v", name, refs, err)
 			}
-			if rep, err := p.Store.GC(); err != nil || rep.NVRAMExtents > 0 || rep.Parts > 0 {
+			if rep, err := p.Store.GC(context.Background()); err != nil || rep.NVRAMExtents > 0 || rep.Parts > 0 {
 				t.Errorf("%s: left %+v, %v", name, rep, err)
 			}
 		}
@@ -105,7 +105,7 @@ func (d fullDisk) Create(name string) (vfs.File, error) {
 func TestStreamFails(t *testing.T) {
 	path := write(t, "a.refused.stream", tiertest.New(tiertest.Options{}).Bytes())
 	p := newReplayer(t, vfs.OS)
-	st, err := store.Open(fullDisk{vfs.OS}, p.Store.Dir(), false)
+	st, err := store.Open(context.Background(), fullDisk{vfs.OS}, p.Store.Dir(), false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"path/filepath"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -133,11 +132,11 @@ func (p *placer) learned(blocks []workingset.Block) []workingset.PageRun {
 	if p.s.st == nil {
 		return nil
 	}
-	newest, err := p.s.st.Resolve(store.Ref{VM: p.s.o.VM})
+	newest, err := p.s.st.Resolve(p.s.ctx, store.Ref{VM: p.s.o.VM})
 	if err != nil {
 		return nil
 	}
-	t, err := p.s.st.Touched(newest)
+	t, err := p.s.st.Touched(p.s.ctx, newest)
 	if err != nil {
 		p.s.o.Log.Warn("what resumes have learned can't be used", "error", err)
 		return nil
@@ -177,23 +176,10 @@ func (p *placer) openNVRAM() error {
 	if hot == 0 {
 		return nil
 	}
-	// META says where the file is, to a restore with another working directory.
-	path, err := filepath.Abs(o.NVRAM)
-	if err != nil {
-		return err
-	}
-	p.nvfile, err = nvram.Open(p.s.fs, path, nvram.Options{Capacity: o.NVRAMSize, Create: true})
-	if err != nil {
-		return err
-	}
-	if p.nvfile.Volatile() && !o.VolatileNVRAM {
-		return fmt.Errorf("%s: %w", o.NVRAM, ErrVolatile)
-	}
-	if err := p.s.st.UseNVRAM(path, p.nvfile.UUID()); err != nil {
-		return err
-	}
 	want := (hot + p.expectTables()) * int64(p.pageSize)
-	p.region, err = p.nvfile.Reserve(p.s.pend.UUID, p.s.st.UUID(), want, p.pageSize)
+	p.region, p.nvfile, err = p.s.tx.Reserve(p.s.ctx, store.Reservation{
+		Path: o.NVRAM, Capacity: o.NVRAMSize, Volatile: o.VolatileNVRAM, Bytes: want, PageSize: p.pageSize,
+	})
 	if err != nil {
 		return err
 	}

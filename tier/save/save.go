@@ -66,10 +66,6 @@ type Options struct {
 // chunks, 256 KiB, that took 5 ms and 3 MB for a guest of 2 GB.
 const tableChunk = 32 << 10
 
-// ErrVolatile: the NVRAM file is on a file system that does not survive
-// power-off, and nobody said that this is fine.
-var ErrVolatile = errors.New("NVRAM file is on a volatile file system: hot pages would be lost at power-off")
-
 // Save reads a migration stream from in and commits it to the store as a
 // checkpoint of o.VM. It returns when the checkpoint is durable, or with an
 // error and nothing left behind. A source that opened a return path has then
@@ -83,19 +79,19 @@ var ErrVolatile = errors.New("NVRAM file is on a volatile file system: hot pages
 func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Options) (store.Ref, *checkpoint.Meta, error) {
 	s := newSaver(ctx, fsys, st, in, o)
 	return s.run(func() (err error) {
-		s.pend, err = st.Begin(o.VM)
+		s.tx, err = st.Begin(ctx, o.VM)
 		return err
 	})
 }
 
-// To is Save into a single file, which is no store's: the caller has opened
-// pend.File, and names or removes it. For a caller whose source learns of a
+// To is Save into a single file, which is no store's: the caller has opened the
+// file, and names or removes it. For a caller whose source learns of a
 // failure in another way than by the stream: nothing of it is held back. Hot pages
-// go to NVRAM only if pend was begun by a store, which is then st; otherwise that
+// go to NVRAM only if tx was begun by a store, which is then st; otherwise that
 // is nil.
-func To(ctx context.Context, fsys vfs.FS, st *store.Store, pend *store.Pending, in io.Reader, o Options) (*checkpoint.Meta, error) {
+func To(ctx context.Context, fsys vfs.FS, st *store.Store, tx *store.Tx, in io.Reader, o Options) (*checkpoint.Meta, error) {
 	s := newSaver(ctx, fsys, st, in, o)
-	s.pend, s.single = pend, true
+	s.tx, s.single = tx, true
 	_, meta, err := s.run(func() error {
 		s.feed.release()
 		return nil
@@ -129,7 +125,6 @@ func (s *saver) run(begin func() error) (ref store.Ref, meta *checkpoint.Meta, e
 		return store.Ref{}, nil, err
 	}
 	// The checkpoint stands, and nothing that fails from here on changes that.
-	s.step("close of the NVRAM file", s.closeNVRAM)
 	if s.returnPath {
 		s.step("answer", func() error {
 			_, err := s.o.ReturnPath.Write(returnpath.AppendShut(nil, 0)) // the tree's only "all is well"
@@ -164,12 +159,9 @@ type saver struct {
 	dec  *ramparse.Decoder
 	meta *checkpoint.Meta // filled as the stream tells
 
-	pend *store.Pending
+	tx *store.Tx
 	// single is set if the image goes to a file that is no store's.
 	single bool
-	// naming is set while the image may have its name and nobody knows: a panic out
-	// of the commit leaves it set.
-	naming bool
 	img    *image.Writer
 	skel   skeleton.Writer
 	table  *pagemap.Builder
@@ -207,14 +199,9 @@ func (s *saver) abandon(cause error) {
 	if s.img != nil {
 		s.step("end of the image", func() error { s.img.Abort(); return nil })
 	}
-	// An image that may have got its name keeps its NVRAM; gc decides.
-	if s.place != nil && s.place.region != nil && !s.naming && !store.IsUncertain(cause) {
-		s.step("release of the NVRAM, which gc will do,", s.place.region.Release)
+	if s.tx != nil {
+		s.step("release of the NVRAM, which gc will do,", s.tx.Abort)
 	}
-	if s.pend != nil {
-		s.step("removal of the image", func() error { s.pend.Abort(); return nil })
-	}
-	s.step("close of the NVRAM file", s.closeNVRAM)
 	if s.returnPath {
 		s.step("answer", func() error {
 			_, err := s.o.ReturnPath.Write(returnpath.AppendShut(nil, failed))
@@ -234,16 +221,6 @@ func (s *saver) step(what string, fn func() error) {
 			return nil
 		})
 	}
-}
-
-func (s *saver) closeNVRAM() error {
-	if s.place == nil || s.place.nvfile == nil {
-		return nil
-	}
-	if s.place.region != nil {
-		s.place.region.Close()
-	}
-	return s.place.nvfile.Close()
 }
 
 // ram takes everything up to the device tail, which it leaves in the pipe
@@ -452,11 +429,11 @@ func (s *saver) checkSpace() error {
 	if s.single {
 		return nil
 	}
-	last, _, err := checkpoint.Describe(s.st, store.Ref{VM: s.o.VM})
+	last, err := s.st.Describe(s.ctx, store.Ref{VM: s.o.VM})
 	if err != nil {
 		return nil // no earlier checkpoint to learn from
 	}
-	s.parent = last
+	s.parent = last.Meta
 	info, err := s.fs.StatFS(s.st.Dir())
 	if err != nil {
 		return err
@@ -490,10 +467,10 @@ func (s *saver) openImage() error {
 	if segment == 0 {
 		segment = max(2, s.o.Codec.DefaultSegment()/s.meta.PageSize)
 	}
-	s.meta.UUID = s.pend.UUID
+	s.meta.UUID = s.tx.UUID()
 	var err error
-	s.img, err = image.NewWriter(s.pend.File, image.Header{
-		PageSize: s.meta.PageSize, SegmentPages: segment, UUID: s.pend.UUID, Created: s.begin,
+	s.img, err = image.NewWriter(s.tx.Image(), image.Header{
+		PageSize: s.meta.PageSize, SegmentPages: segment, UUID: s.tx.UUID(), Created: s.begin,
 	}, s.o.Codec, s.o.Workers)
 	return err
 }
@@ -800,13 +777,9 @@ func (s *saver) commit() (store.Ref, error) {
 		return store.Ref{}, err
 	}
 	s.rep.FlashBytes = s.img.Len()
-	s.naming = true
-	ref, err := s.pend.Commit()
-	s.naming = false
-	pend := s.pend
-	s.pend = nil
+	ref, err := s.tx.Commit(s.ctx)
 	if err != nil {
-		return store.Ref{}, fmt.Errorf("commit of checkpoint %v: %w", pend.UUID, err)
+		return store.Ref{}, fmt.Errorf("commit of checkpoint %v: %w", s.tx.UUID(), err)
 	}
 	s.rep.Seconds.Commit = s.since(start)
 	s.rep.Seconds.Total = s.since(s.begin)

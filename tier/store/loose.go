@@ -1,6 +1,7 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -66,50 +67,51 @@ func (s *Store) readLoose(id uuid.UUID) (Loose, error) {
 
 // BeginLoose starts a save into a file outside of the store, as BeginFile does,
 // whose hot pages go to NVRAM. path is the file's, which exists.
-func (s *Store) BeginLoose(f vfs.File, path string) (*Pending, error) {
+func (s *Store) BeginLoose(ctx context.Context, f vfs.File, path string) (*Tx, error) {
 	place, err := loose.Locate(path)
 	if err != nil {
 		return nil, err
 	}
-	p := &Pending{File: f, UUID: uuid.New(), s: s, loose: &Loose{Place: place, Created: time.Now()}}
-	p.loose.UUID = p.UUID
-	p.path = s.loosePath(p.UUID)
+	t := BeginFile(f)
+	t.s = s
+	t.loose = &Loose{UUID: t.uuid, Place: place, Created: time.Now()}
+	t.path = s.loosePath(t.uuid)
 	if err := s.fs.MkdirAll(s.path("loose")); err != nil {
 		return nil, err
 	}
-	unlock, err := s.lock()
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if err := s.writeLoose(*p.loose); err != nil {
+	if err := s.writeLoose(*t.loose); err != nil {
 		return nil, err
 	}
-	if p.entry, err = s.fs.Open(p.path); err == nil {
-		err = p.entry.TryLock(vfs.Exclusive)
+	if t.entry, err = s.fs.Open(t.path); err == nil {
+		err = t.entry.TryLock(vfs.Exclusive)
 	}
 	if err != nil {
-		if p.entry != nil {
-			p.entry.Close()
+		if t.entry != nil {
+			t.entry.Close()
 		}
-		s.fs.Remove(p.path)
+		s.fs.Remove(t.path)
 		return nil, err
 	}
-	return p, nil
+	return t, nil
 }
 
 // commitLoose notes that the image is whole, as far as it is this save's.
-func (p *Pending) commitLoose() error {
-	unlock, err := p.s.lock()
+func (t *Tx) commitLoose(ctx context.Context) error {
+	unlock, err := t.s.lock(ctx)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	p.loose.Whole = true
-	if err := p.s.writeLoose(*p.loose); err != nil {
+	t.loose.Whole = true
+	if err := t.s.writeLoose(*t.loose); err != nil {
 		return err
 	}
-	p.entry.Close()
+	t.entry.Close()
 	return nil
 }
 
@@ -117,8 +119,8 @@ func (p *Pending) commitLoose() error {
 // done is called. path is the image's file, empty if not known; restored says
 // whether the guest has been given back. An image that the store knows nothing of
 // is no error.
-func (s *Store) UseLoose(id uuid.UUID, path string) (done func(restored bool) error, err error) {
-	unlock, err := s.lock()
+func (s *Store) UseLoose(ctx context.Context, id uuid.UUID, path string) (done func(restored bool) error, err error) {
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +137,7 @@ func (s *Store) UseLoose(id uuid.UUID, path string) (done func(restored bool) er
 		return nil, err
 	}
 	return func(restored bool) error {
-		unlock, err := s.lock()
+		unlock, err := s.lock(ctx)
 		if err != nil {
 			f.Close()
 			return err
@@ -155,7 +157,7 @@ func (s *Store) UseLoose(id uuid.UUID, path string) (done func(restored bool) er
 }
 
 // Loose lists the images outside of the store that have hot pages in NVRAM.
-func (s *Store) Loose() ([]Loose, error) {
+func (s *Store) Loose(ctx context.Context) ([]Loose, error) {
 	entries, err := s.fs.ReadDir(s.path("loose"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -181,8 +183,8 @@ func (s *Store) Loose() ([]Loose, error) {
 // gcLoose adds to live whoever has an image, or may have one, and removes the
 // entries of the others. The caller holds the store lock. A damaged entry stops
 // GC: hot pages must not be given away because of it.
-func (s *Store) gcLoose(grace time.Duration, live map[uuid.UUID]bool, rep *GCReport) error {
-	list, err := s.Loose()
+func (s *Store) gcLoose(ctx context.Context, grace time.Duration, live map[uuid.UUID]bool, rep *GCReport) error {
+	list, err := s.Loose(ctx)
 	if err != nil {
 		return fmt.Errorf("gc stops, because it can't tell who owns what in NVRAM: %w", err)
 	}

@@ -1,6 +1,7 @@
 package store_test
 
 import (
+	"context"
 	"errors"
 	"io"
 	"io/fs"
@@ -44,7 +45,7 @@ type looseLab struct {
 func newLooseLab(t *testing.T) *looseLab {
 	t.Helper()
 	dir := t.TempDir()
-	st, err := store.Open(vfs.OS, filepath.Join(dir, "store"), true)
+	st, err := store.Open(context.Background(), vfs.OS, filepath.Join(dir, "store"), true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +54,7 @@ func newLooseLab(t *testing.T) *looseLab {
 }
 
 // begin starts the save of a file, and reserves NVRAM for it.
-func (l *looseLab) begin(t *testing.T, path string) *store.Pending {
+func (l *looseLab) begin(t *testing.T, path string) *store.Tx {
 	t.Helper()
 	f, err := os.Create(path)
 	if err != nil {
@@ -63,40 +64,30 @@ func (l *looseLab) begin(t *testing.T, path string) *store.Pending {
 	if _, err := f.WriteString(theirs); err != nil {
 		t.Fatal(err)
 	}
-	p, err := l.st.BeginLoose(loose.NewOut(f, 1<<20), path)
+	p, err := l.st.BeginLoose(context.Background(), loose.NewOut(f, 1<<20), path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := image.NewWriter(p.File, image.Header{PageSize: 4096, SegmentPages: 4, UUID: p.UUID, Created: time.Now()}, image.None, 1)
+	w, err := image.NewWriter(p.Image(), image.Header{PageSize: 4096, SegmentPages: 4, UUID: p.UUID(), Created: time.Now()}, image.None, 1)
 	if err == nil {
 		err = w.Finish([]byte("{}"), []byte("{}"))
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	n, err := nvram.Open(vfs.OS, l.nvram, nvram.Options{Create: true})
-	if err != nil {
+	if _, _, err := p.Reserve(context.Background(), store.Reservation{Path: l.nvram, Volatile: true, Bytes: 4096, PageSize: 4096}); err != nil {
 		t.Fatal(err)
 	}
-	defer n.Close()
-	if err := l.st.UseNVRAM(l.nvram, n.UUID()); err != nil {
-		t.Fatal(err)
-	}
-	r, err := n.Reserve(p.UUID, l.st.UUID(), 4096, 4096)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.Close()
 	return p
 }
 
 func (l *looseLab) save(t *testing.T, path string) uuid.UUID {
 	t.Helper()
 	p := l.begin(t, path)
-	if _, err := p.Commit(); err != nil {
+	if _, err := p.Commit(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	return p.UUID
+	return p.UUID()
 }
 
 // owns tells whether an image still has its NVRAM.
@@ -121,7 +112,7 @@ func (l *looseLab) owns(t *testing.T, id uuid.UUID) bool {
 
 func (l *looseLab) gc(t *testing.T, grace time.Duration) store.GCReport {
 	t.Helper()
-	rep, err := l.st.GCAfter(grace)
+	rep, err := l.st.GCAfter(context.Background(), grace)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,7 +121,7 @@ func (l *looseLab) gc(t *testing.T, grace time.Duration) store.GCReport {
 
 func (l *looseLab) restored(t *testing.T, id uuid.UUID, path string) {
 	t.Helper()
-	done, err := l.st.UseLoose(id, path)
+	done, err := l.st.UseLoose(context.Background(), id, path)
 	if err == nil {
 		err = done(true)
 	}
@@ -155,7 +146,7 @@ func TestLoose(t *testing.T) {
 		if l.owns(t, id) {
 			t.Error("after the end it has its NVRAM")
 		}
-		if list, err := l.st.Loose(); err != nil || len(list) != 0 {
+		if list, err := l.st.Loose(context.Background()); err != nil || len(list) != 0 {
 			t.Errorf("%v, %v", list, err)
 		}
 	}
@@ -235,19 +226,19 @@ func TestLooseUnfinished(t *testing.T) {
 	p := l.begin(t, path)
 	os.Remove(path)
 	l.gc(t, 0)
-	if !l.owns(t, p.UUID) {
+	if !l.owns(t, p.UUID()) {
 		t.Error("a save under way has lost its NVRAM")
 	}
 	p.Abort()
-	if list, _ := l.st.Loose(); len(list) != 0 {
+	if list, _ := l.st.Loose(context.Background()); len(list) != 0 {
 		t.Errorf("after an abort: %v", list)
 	}
-	if l.gc(t, time.Hour); l.owns(t, p.UUID) {
+	if l.gc(t, time.Hour); l.owns(t, p.UUID()) {
 		t.Error("an aborted save has its NVRAM")
 	}
 
 	id := l.save(t, path)
-	done, err := l.st.UseLoose(id, path)
+	done, err := l.st.UseLoose(context.Background(), id, path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -261,7 +252,7 @@ func TestLooseUnfinished(t *testing.T) {
 	if l.gc(t, 0); l.owns(t, id) {
 		t.Error("after the restore it has its NVRAM")
 	}
-	if done, err := l.st.UseLoose(uuid.New(), path); err != nil || done(true) != nil {
+	if done, err := l.st.UseLoose(context.Background(), uuid.New(), path); err != nil || done(true) != nil {
 		t.Errorf("an image that nobody knows: %v", err)
 	}
 }
@@ -304,13 +295,13 @@ func TestLooseDoubt(t *testing.T) {
 	if err := os.WriteFile(entries[0], b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := l.st.GC(); !integrity.IsCorrupt(err) {
+	if _, err := l.st.GC(context.Background()); !integrity.IsCorrupt(err) {
 		t.Errorf("gc with a damaged entry: %v", err)
 	}
 	if !l.owns(t, id) {
 		t.Error("its NVRAM was given away")
 	}
-	if _, err := l.st.BeginLoose(nil, filepath.Join(l.dir, "missing")); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := l.st.BeginLoose(context.Background(), nil, filepath.Join(l.dir, "missing")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a file that is not there: %v", err)
 	}
 }

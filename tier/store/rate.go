@@ -51,7 +51,7 @@ func (s *Store) FlashRate(ctx context.Context) (Rate, error) {
 	if b, err = seal(r); err != nil {
 		return r, err
 	}
-	unlock, err := s.lock()
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return r, err
 	}
@@ -60,7 +60,7 @@ func (s *Store) FlashRate(ctx context.Context) (Rate, error) {
 }
 
 func (s *Store) measureRate(ctx context.Context) (r Rate, err error) {
-	unlock, err := s.lock()
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return r, err
 	}

@@ -17,7 +17,7 @@ import (
 // A rate is measured once and kept; what is damaged or old is measured again.
 func TestFlashRate(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "store")
-	s, err := store.Open(vfs.OS, dir, true)
+	s, err := store.Open(context.Background(), vfs.OS, dir, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,7 +55,7 @@ func TestFlashRate(t *testing.T) {
 		}
 	}
 	// It is none of GC's business.
-	if _, err := s.GC(); err != nil {
+	if _, err := s.GC(context.Background()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(name); err != nil {
@@ -65,7 +65,7 @@ func TestFlashRate(t *testing.T) {
 
 func TestFlashRateFails(t *testing.T) {
 	fsys := crashfs.New(0)
-	s, err := store.Open(fsys, "/store", true)
+	s, err := store.Open(context.Background(), fsys, "/store", true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +76,7 @@ func TestFlashRateFails(t *testing.T) {
 		t.Errorf("cancelled: %v", err)
 	}
 	small := crashfs.New(1 << 20)
-	if s, err = store.Open(small, "/store", true); err != nil {
+	if s, err = store.Open(context.Background(), small, "/store", true); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.FlashRate(t.Context()); !errors.Is(err, syscall.ENOSPC) {

@@ -95,11 +95,11 @@ type storeFile struct {
 const formatName = "flic-migrate store"
 
 // Open opens the store in dir; with create it makes one if there is none.
-func Open(fsys vfs.FS, dir string, create bool) (*Store, error) {
+func Open(ctx context.Context, fsys vfs.FS, dir string, create bool) (*Store, error) {
 	s := &Store{fs: fsys, dir: dir}
 	err := s.readStoreFile()
 	if errors.Is(err, fs.ErrNotExist) && create {
-		err = s.create()
+		err = s.create(ctx)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("no store at %s: %w", dir, ErrNotFound)
@@ -130,13 +130,13 @@ func (s *Store) readStoreFile() error {
 	return nil
 }
 
-func (s *Store) create() error {
+func (s *Store) create(ctx context.Context) error {
 	for _, d := range []string{"", "tmp", "nvram", "vms"} {
 		if err := s.fs.MkdirAll(s.path(d)); err != nil {
 			return err
 		}
 	}
-	unlock, err := s.lock()
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return err
 	}
@@ -165,9 +165,9 @@ func (s *Store) path(elem ...string) string {
 	return filepath.Join(append([]string{s.dir}, elem...)...)
 }
 
-// lock takes the store lock, waiting for it.
-func (s *Store) lock() (unlock func(), err error) {
-	l, err := s.fs.Lock(context.Background(), s.path("lock"), vfs.Exclusive)
+// lock takes the store lock, waiting for it until ctx is done.
+func (s *Store) lock(ctx context.Context) (unlock func(), err error) {
+	l, err := s.fs.Lock(ctx, s.path("lock"), vfs.Exclusive)
 	if err != nil {
 		return nil, err
 	}
@@ -337,7 +337,7 @@ func (s *Store) numbers(vm string) ([]int, error) {
 }
 
 // VMs lists the names of the VMs that have checkpoints.
-func (s *Store) VMs() ([]string, error) {
+func (s *Store) VMs(ctx context.Context) ([]string, error) {
 	entries, err := s.fs.ReadDir(s.path("vms"))
 	if err != nil {
 		return nil, err
@@ -354,11 +354,11 @@ func (s *Store) VMs() ([]string, error) {
 }
 
 // List names all checkpoints: of one VM, or of all if vm is empty.
-func (s *Store) List(vm string) ([]Ref, error) {
+func (s *Store) List(ctx context.Context, vm string) ([]Ref, error) {
 	vms := []string{vm}
 	if vm == "" {
 		var err error
-		if vms, err = s.VMs(); err != nil {
+		if vms, err = s.VMs(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -377,7 +377,7 @@ func (s *Store) List(vm string) ([]Ref, error) {
 
 // Resolve gives the number of the newest checkpoint to a Ref without one, and
 // checks that the checkpoint exists.
-func (s *Store) Resolve(r Ref) (Ref, error) {
+func (s *Store) Resolve(ctx context.Context, r Ref) (Ref, error) {
 	if err := CheckVM(r.VM); err != nil {
 		return r, err
 	}
@@ -395,15 +395,15 @@ func (s *Store) Resolve(r Ref) (Ref, error) {
 	return r, nil
 }
 
-// OpenImage opens a checkpoint's image and keeps it from being removed until
+// openImage opens a checkpoint's image and keeps it from being removed until
 // the file is closed.
-func (s *Store) OpenImage(r Ref) (vfs.File, Ref, error) {
-	unlock, err := s.lock()
+func (s *Store) openImage(ctx context.Context, r Ref) (vfs.File, Ref, error) {
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return nil, r, err
 	}
 	defer unlock()
-	if r, err = s.Resolve(r); err != nil {
+	if r, err = s.Resolve(ctx, r); err != nil {
 		return nil, r, err
 	}
 	f, err := s.fs.Open(s.imagePath(r))
@@ -418,138 +418,6 @@ func (s *Store) OpenImage(r Ref) (vfs.File, Ref, error) {
 		return nil, r, err
 	}
 	return f, r, nil
-}
-
-// Pending is a save under way. Exactly one of Commit and Abort ends it.
-type Pending struct {
-	File vfs.File  // the image to be; exclusively locked
-	UUID uuid.UUID // the checkpoint's
-
-	s    *Store
-	vm   string
-	path string
-
-	loose *Loose   // BeginLoose
-	entry vfs.File // its entry, exclusively locked
-}
-
-// Begin starts a save of VM vm.
-func (s *Store) Begin(vm string) (*Pending, error) {
-	if err := CheckVM(vm); err != nil {
-		return nil, err
-	}
-	p := &Pending{s: s, vm: vm, UUID: uuid.New()}
-	p.path = s.path("tmp", p.UUID.String()+".part")
-	unlock, err := s.lock()
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	if p.File, err = s.fs.Create(p.path); err != nil {
-		return nil, err
-	}
-	if err = rescue.Call(func() error { return p.File.TryLock(vfs.Exclusive) }); err != nil {
-		p.Abort()
-		return nil, err
-	}
-	return p, nil
-}
-
-// BeginFile starts a save into a file that the caller has opened, names and
-// removes. It belongs to no store: Commit gives it no name, and Abort leaves it.
-func BeginFile(f vfs.File) *Pending { return &Pending{File: f, UUID: uuid.New()} }
-
-// Commit gives the image, which must be whole and synced, its name and returns
-// the checkpoint's reference once the name is durable. After an error nothing
-// is visible, unless IsUncertain says so, and the save is ended; the caller still
-// releases its NVRAM.
-func (p *Pending) Commit() (Ref, error) {
-	if p.loose != nil {
-		if err := p.commitLoose(); err != nil {
-			p.Abort()
-			return Ref{}, err
-		}
-	}
-	if p.s == nil || p.loose != nil {
-		return Ref{}, p.File.Close()
-	}
-	var ref Ref
-	err := rescue.Call(func() (err error) {
-		ref, err = p.commit()
-		return err
-	})
-	if err != nil {
-		p.Abort()
-		return Ref{}, err
-	}
-	p.File.Close()
-	return ref, nil
-}
-
-func (p *Pending) commit() (ref Ref, err error) {
-	s := p.s
-	unlock, err := s.lock()
-	if err != nil {
-		return Ref{}, err
-	}
-	defer unlock()
-	dir := s.path("vms", p.vm)
-	if err := s.fs.MkdirAll(dir); err != nil {
-		return Ref{}, err
-	}
-	n, err := s.lastNumber(p.vm)
-	if err != nil {
-		return Ref{}, err
-	}
-	ref = Ref{p.vm, n + 1}
-	if ref.N > MaxNumber {
-		return Ref{}, fmt.Errorf("VM %q has used up its checkpoint numbers", p.vm)
-	}
-	final := s.imagePath(ref)
-	var bug *rescue.Error
-	if err := rescue.Call(func() error { return s.fs.Rename(p.path, final) }); errors.As(err, &bug) {
-		return Ref{}, &uncertainError{err}
-	} else if err != nil {
-		return Ref{}, err
-	}
-	if err := rescue.Call(func() error { return s.fs.SyncDir(dir) }); err != nil {
-		// The name may or may not be durable; take it back. If that does not
-		// become durable either, or can't be done, the name is or can come
-		// up, so the NVRAM part must stay its own until GC has seen the
-		// directory synced.
-		if s.fs.Remove(final) != nil || s.fs.SyncDir(dir) != nil {
-			err = &uncertainError{err}
-		}
-		return Ref{}, err
-	}
-	return ref, nil
-}
-
-// uncertainError is a Commit's failure after which the checkpoint may be there
-// all the same, at once or after a power cut.
-type uncertainError struct{ error }
-
-func (e *uncertainError) Unwrap() error { return e.error }
-
-// IsUncertain tells whether Commit failed so that its checkpoint may be there,
-// whole, all the same. Its NVRAM must then be left to GC.
-func IsUncertain(err error) bool {
-	var u *uncertainError
-	return errors.As(err, &u)
-}
-
-// Abort ends the save and frees what it took in the store. NVRAM is the
-// caller's.
-func (p *Pending) Abort() {
-	if p.s == nil {
-		p.File.Close()
-		return
-	}
-	if p.entry != nil {
-		p.entry.Close()
-	}
-	p.s.fs.Remove(p.path)
-	p.File.Close()
 }
 
 // lastNumber is the highest number that a VM's checkpoints have had.
@@ -577,59 +445,13 @@ func (s *Store) lastNumber(vm string) (int, error) {
 	return max(last, removed), nil
 }
 
-// Remove removes a checkpoint durably. free is called after that, still under
-// the store lock, to give back its NVRAM; its error is returned, and gc can
-// repeat it.
-func (s *Store) Remove(r Ref, free func() error) error {
-	unlock, err := s.lock()
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	if r, err = s.Resolve(r); err != nil {
-		return err
-	}
-	f, err := s.fs.Open(s.imagePath(r))
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := f.TryLock(vfs.Exclusive); errors.Is(err, vfs.ErrLocked) {
-		return fmt.Errorf("checkpoint %v: %w", r, ErrInUse)
-	} else if err != nil {
-		return err
-	}
-	last, err := s.lastNumber(r.VM)
-	if err != nil {
-		return err
-	}
-	if r.N == last {
-		b, err := seal(r.N)
-		if err != nil {
-			return err
-		}
-		if err := s.writeSmall(s.path("vms", r.VM, "last"), b); err != nil {
-			return err
-		}
-	}
-	if err := s.fs.Remove(s.imagePath(r)); err != nil {
-		return err
-	}
-	// Without its image it is nothing to anybody; GC would remove it too.
-	s.fs.Remove(s.touchedPath(r))
-	if err := s.fs.SyncDir(s.path("vms", r.VM)); err != nil {
-		return err
-	}
-	return free()
-}
-
 func (s *Store) touchedPath(r Ref) string {
 	return strings.TrimSuffix(s.imagePath(r), imageSuffix) + touchedSuffix
 }
 
 // Touched returns what resumes of a checkpoint have learned; empty if there is
 // nothing.
-func (s *Store) Touched(r Ref) (*workingset.Touched, error) {
+func (s *Store) Touched(ctx context.Context, r Ref) (*workingset.Touched, error) {
 	t := new(workingset.Touched)
 	name := s.touchedPath(r)
 	b, err := readSmall(s.fs, name)
@@ -647,16 +469,16 @@ func (s *Store) Touched(r Ref) (*workingset.Touched, error) {
 
 // AddTouched adds what a resume has learned. Several resumes of one checkpoint
 // may do so. What can't be read is replaced: it is a hint, not data.
-func (s *Store) AddTouched(r Ref, pageSize int, blocks []string, runs []workingset.PageRun) error {
-	unlock, err := s.lock()
+func (s *Store) AddTouched(ctx context.Context, r Ref, pageSize int, blocks []string, runs []workingset.PageRun) error {
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if _, err := s.Resolve(r); err != nil {
+	if _, err := s.Resolve(ctx, r); err != nil {
 		return err
 	}
-	t, err := s.Touched(r)
+	t, err := s.Touched(ctx, r)
 	if err != nil || t.PageSize != pageSize || !slices.Equal(t.Blocks, blocks) {
 		t = &workingset.Touched{PageSize: pageSize, Blocks: blocks}
 	}
@@ -673,9 +495,9 @@ type nvramFile struct {
 	UUID uuid.UUID `json:"uuid"`
 }
 
-// UseNVRAM records, before any extent of it is reserved, that saves of this
+// useNVRAM records, before any extent of it is reserved, that saves of this
 // store use an NVRAM file, so that GC finds what a killed save has left there.
-func (s *Store) UseNVRAM(path string, id uuid.UUID) error {
+func (s *Store) useNVRAM(ctx context.Context, path string, id uuid.UUID) error {
 	abs, err := filepath.Abs(path)
 	if err != nil {
 		return err
@@ -690,7 +512,7 @@ func (s *Store) UseNVRAM(path string, id uuid.UUID) error {
 	if err != nil {
 		return err
 	}
-	unlock, err := s.lock()
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return err
 	}
@@ -711,13 +533,13 @@ type GCReport struct {
 // GC frees what ended or killed saves and interrupted removals have left: their
 // files, and their extents in the NVRAM files this store has used. It can run
 // at any time beside saves and restores.
-func (s *Store) GC() (GCReport, error) { return s.GCAfter(DefaultGrace) }
+func (s *Store) GC(ctx context.Context) (GCReport, error) { return s.GCAfter(ctx, DefaultGrace) }
 
 // GCAfter is GC with another grace period for the hot pages of images outside of
 // the store whose file is gone.
-func (s *Store) GCAfter(grace time.Duration) (GCReport, error) {
+func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (GCReport, error) {
 	var rep GCReport
-	unlock, err := s.lock()
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return rep, err
 	}
@@ -726,10 +548,10 @@ func (s *Store) GCAfter(grace time.Duration) (GCReport, error) {
 	if err := s.gcTmp(live, &rep); err != nil {
 		return rep, err
 	}
-	if err := s.liveImages(live); err != nil {
+	if err := s.liveImages(ctx, live); err != nil {
 		return rep, err
 	}
-	if err := s.gcLoose(grace, live, &rep); err != nil {
+	if err := s.gcLoose(ctx, grace, live, &rep); err != nil {
 		return rep, err
 	}
 	entries, err := s.fs.ReadDir(s.path("nvram"))
@@ -794,7 +616,7 @@ func (s *Store) gcTouched(vm string) error {
 
 // liveImages adds the owners of all committed images. An image whose header
 // can't be read stops GC: its NVRAM must not be given away because of it.
-func (s *Store) liveImages(live map[uuid.UUID]bool) error {
+func (s *Store) liveImages(ctx context.Context, live map[uuid.UUID]bool) error {
 	// What is listed below is only believed once it is durable: a removal
 	// that a power cut undoes must not have lost its NVRAM part (see commit).
 	vms, err := s.fs.ReadDir(s.path("vms"))
@@ -809,7 +631,7 @@ func (s *Store) liveImages(live map[uuid.UUID]bool) error {
 			return err
 		}
 	}
-	refs, err := s.List("")
+	refs, err := s.List(ctx, "")
 	if err != nil {
 		return err
 	}

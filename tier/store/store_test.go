@@ -1,6 +1,7 @@
 package store
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -40,7 +41,7 @@ func TestMain(m *testing.M) {
 }
 
 func child(dir string) {
-	s, err := Open(vfs.OS, dir, true)
+	s, err := Open(context.Background(), vfs.OS, dir, true)
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
@@ -57,7 +58,7 @@ func child(dir string) {
 
 // commit commits an image of nothing.
 func commit(s *Store, vm string) (Ref, error) {
-	p, err := s.Begin(vm)
+	p, err := s.Begin(context.Background(), vm)
 	if err != nil {
 		return Ref{}, err
 	}
@@ -65,11 +66,11 @@ func commit(s *Store, vm string) (Ref, error) {
 		p.Abort()
 		return Ref{}, err
 	}
-	return p.Commit()
+	return p.Commit(context.Background())
 }
 
-func finish(p *Pending) error {
-	w, err := image.NewWriter(p.File, image.Header{PageSize: 4096, SegmentPages: 2, UUID: p.UUID, Created: time.Now()}, image.None, 1)
+func finish(p *Tx) error {
+	w, err := image.NewWriter(p.image, image.Header{PageSize: 4096, SegmentPages: 2, UUID: p.uuid, Created: time.Now()}, image.None, 1)
 	if err != nil {
 		return err
 	}
@@ -88,14 +89,12 @@ func mustCommit(t testing.TB, s *Store, vm string) Ref {
 func newStore(t testing.TB) (*Store, *crashfs.FS) {
 	t.Helper()
 	disk := crashfs.New(0)
-	s, err := Open(disk, "/store", true)
+	s, err := Open(context.Background(), disk, "/store", true)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s, disk
 }
-
-func nothing() error { return nil }
 
 // put replaces a file's content.
 func put(t testing.TB, fsys vfs.FS, name string, b []byte) {
@@ -137,16 +136,16 @@ func TestNames(t *testing.T) {
 	}
 	s, _ := newStore(t)
 	for _, name := range []string{"../escape", "a/b", ".", ""} {
-		if _, err := s.Begin(name); !errors.Is(err, ErrName) {
+		if _, err := s.Begin(context.Background(), name); !errors.Is(err, ErrName) {
 			t.Errorf("Begin(%q): %v", name, err)
 		}
-		if _, err := s.Resolve(Ref{VM: name, N: 1}); !errors.Is(err, ErrName) {
+		if _, err := s.Resolve(context.Background(), Ref{VM: name, N: 1}); !errors.Is(err, ErrName) {
 			t.Errorf("Resolve(%q): %v", name, err)
 		}
-		if _, _, err := s.OpenImage(Ref{VM: name}); !errors.Is(err, ErrName) {
+		if _, _, err := s.openImage(context.Background(), Ref{VM: name}); !errors.Is(err, ErrName) {
 			t.Errorf("OpenImage(%q): %v", name, err)
 		}
-		if err := s.Remove(Ref{VM: name, N: 1}, nothing); !errors.Is(err, ErrName) {
+		if _, err := s.Remove(context.Background(), Ref{VM: name, N: 1}); !errors.Is(err, ErrName) {
 			t.Errorf("Remove(%q): %v", name, err)
 		}
 	}
@@ -154,18 +153,18 @@ func TestNames(t *testing.T) {
 
 func TestOpen(t *testing.T) {
 	disk := crashfs.New(0)
-	if _, err := Open(disk, "/store", false); !errors.Is(err, ErrNotFound) {
+	if _, err := Open(context.Background(), disk, "/store", false); !errors.Is(err, ErrNotFound) {
 		t.Errorf("no store: %v", err)
 	}
-	s, err := Open(disk, "/deep/er/store", true)
+	s, err := Open(context.Background(), disk, "/deep/er/store", true)
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := Open(disk, "/deep/er/store", false)
+	again, err := Open(context.Background(), disk, "/deep/er/store", false)
 	if err != nil || again.UUID() != s.UUID() || s.UUID() == uuid.Nil || again.Dir() != "/deep/er/store" {
 		t.Errorf("opened again: %v, %v", again, err)
 	}
-	if again, err := Open(disk, "/deep/er/store", true); err != nil || again.UUID() != s.UUID() {
+	if again, err := Open(context.Background(), disk, "/deep/er/store", true); err != nil || again.UUID() != s.UUID() {
 		t.Errorf("made again: %v, %v", again, err)
 	}
 	sealed := func(f storeFile) []byte {
@@ -183,12 +182,12 @@ func TestOpen(t *testing.T) {
 		"no UUID":      sealed(storeFile{formatName, 1, uuid.Nil}),
 	} {
 		put(t, disk, "/deep/er/store/store.json", b)
-		if _, err := Open(disk, "/deep/er/store", true); !integrity.IsCorrupt(err) {
+		if _, err := Open(context.Background(), disk, "/deep/er/store", true); !integrity.IsCorrupt(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	put(t, disk, "/deep/er/store/store.json", sealed(storeFile{formatName, Version + 1, uuid.New()}))
-	if _, err := Open(disk, "/deep/er/store", true); err == nil || integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "version 2") {
+	if _, err := Open(context.Background(), disk, "/deep/er/store", true); err == nil || integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "version 2") {
 		t.Errorf("a later version: %v", err)
 	}
 }
@@ -200,7 +199,7 @@ func TestOpenTogether(t *testing.T) {
 	var all sync.WaitGroup
 	for range 8 {
 		all.Go(func() {
-			s, err := Open(disk.Fork(), "/store", true)
+			s, err := Open(context.Background(), disk.Fork(), "/store", true)
 			if err != nil {
 				t.Error(err)
 				return
@@ -229,7 +228,7 @@ func TestNumbers(t *testing.T) {
 	}
 	rm := func(n int) {
 		t.Helper()
-		if err := s.Remove(Ref{"vm", n}, nothing); err != nil {
+		if _, err := s.Remove(context.Background(), Ref{"vm", n}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -245,7 +244,7 @@ func TestNumbers(t *testing.T) {
 	for _, n := range []int{1, 6, 3} {
 		rm(n)
 	}
-	if vms, err := s.VMs(); err != nil || !slices.Equal(vms, []string{"another"}) {
+	if vms, err := s.VMs(context.Background()); err != nil || !slices.Equal(vms, []string{"another"}) {
 		t.Errorf("VMs with checkpoints: %v, %v", vms, err)
 	}
 	if ref := mustCommit(t, s, "vm"); ref.N != 7 {
@@ -255,11 +254,11 @@ func TestNumbers(t *testing.T) {
 	for _, name := range []string{"8.flic", "00000009", "0000000a.flic", "00000000.flic", "000000010.flic", "-0000011.flic", "00000012.flic.new"} {
 		put(t, disk, "/store/vms/vm/"+name, nil)
 	}
-	refs, err := s.List("")
+	refs, err := s.List(context.Background(), "")
 	if err != nil || !slices.Equal(refs, []Ref{{"another", 1}, {"vm", 7}}) {
 		t.Errorf("list: %v, %v", refs, err)
 	}
-	if refs, err := s.List("nobody"); err != nil || len(refs) != 0 {
+	if refs, err := s.List(context.Background(), "nobody"); err != nil || len(refs) != 0 {
 		t.Errorf("list of a VM that is not there: %v, %v", refs, err)
 	}
 	// And at the end of all numbers it is over.
@@ -277,27 +276,27 @@ func TestResolve(t *testing.T) {
 	for range 3 {
 		mustCommit(t, s, "vm")
 	}
-	if err := s.Remove(Ref{"vm", 3}, nothing); err != nil {
+	if _, err := s.Remove(context.Background(), Ref{"vm", 3}); err != nil {
 		t.Fatal(err)
 	}
 	for ref, want := range map[Ref]int{{"vm", 0}: 2, {"vm", 1}: 1, {"vm", 2}: 2} {
-		if got, err := s.Resolve(ref); err != nil || got.N != want {
+		if got, err := s.Resolve(context.Background(), ref); err != nil || got.N != want {
 			t.Errorf("%v: %v, %v", ref, got, err)
 		}
-		f, got, err := s.OpenImage(ref)
+		f, got, err := s.openImage(context.Background(), ref)
 		if err != nil || got.N != want {
 			t.Fatalf("open %v: %v, %v", ref, got, err)
 		}
 		f.Close()
 	}
 	for _, ref := range []Ref{{"vm", 3}, {"vm", 4}, {"nobody", 0}, {"nobody", 1}} {
-		if _, err := s.Resolve(ref); !errors.Is(err, ErrNotFound) {
+		if _, err := s.Resolve(context.Background(), ref); !errors.Is(err, ErrNotFound) {
 			t.Errorf("%v: %v", ref, err)
 		}
-		if _, _, err := s.OpenImage(ref); !errors.Is(err, ErrNotFound) {
+		if _, _, err := s.openImage(context.Background(), ref); !errors.Is(err, ErrNotFound) {
 			t.Errorf("open %v: %v", ref, err)
 		}
-		if err := s.Remove(ref, nothing); !errors.Is(err, ErrNotFound) {
+		if _, err := s.Remove(context.Background(), ref); !errors.Is(err, ErrNotFound) {
 			t.Errorf("remove %v: %v", ref, err)
 		}
 	}
@@ -307,38 +306,29 @@ func TestResolve(t *testing.T) {
 func TestRemoveInUse(t *testing.T) {
 	s, disk := newStore(t)
 	ref := mustCommit(t, s, "vm")
-	reader, err := Open(disk.Fork(), "/store", false)
+	reader, err := Open(context.Background(), disk.Fork(), "/store", false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var readers []vfs.File
 	for range 2 {
-		f, _, err := reader.OpenImage(ref)
+		f, _, err := reader.openImage(context.Background(), ref)
 		if err != nil {
 			t.Fatalf("readers exclude each other: %v", err)
 		}
 		readers = append(readers, f)
 	}
-	freed := false
-	free := func() error { freed = true; return nil }
 	for _, f := range readers {
-		if err := s.Remove(ref, free); !errors.Is(err, ErrInUse) || freed {
+		if _, err := s.Remove(context.Background(), ref); !errors.Is(err, ErrInUse) {
 			t.Errorf("remove while it is read: %v", err)
 		}
-		if rep, err := s.GC(); err != nil || rep.Parts != 0 {
+		if rep, err := s.GC(context.Background()); err != nil || rep.Parts != 0 {
 			t.Errorf("gc: %+v, %v", rep, err)
 		}
 		f.Close()
 	}
-	full := errors.New("cannot free")
-	if err := s.Remove(ref, func() error {
-		freed = true
-		if refs, _ := s.List("vm"); len(refs) != 0 {
-			t.Error("freed before it was removed")
-		}
-		return full
-	}); err != full || !freed {
-		t.Errorf("remove: %v, freed %v", err, freed)
+	if _, err := s.Remove(context.Background(), ref); err != nil {
+		t.Errorf("remove: %v", err)
 	}
 	// While it is removed nobody can open it.
 	ref = mustCommit(t, s, "vm")
@@ -350,7 +340,7 @@ func TestRemoveInUse(t *testing.T) {
 	if err := f.TryLock(vfs.Exclusive); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.OpenImage(ref); !errors.Is(err, ErrInUse) {
+	if _, _, err := s.openImage(context.Background(), ref); !errors.Is(err, ErrInUse) {
 		t.Errorf("open of a locked image: %v", err)
 	}
 }
@@ -358,14 +348,14 @@ func TestRemoveInUse(t *testing.T) {
 // TestPending keeps a save under way from gc, and frees an ended one at once.
 func TestPending(t *testing.T) {
 	s, disk := newStore(t)
-	p, err := s.Begin("vm")
+	p, err := s.Begin(context.Background(), "vm")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if rep, err := s.GC(); err != nil || rep.Parts != 0 {
+	if rep, err := s.GC(context.Background()); err != nil || rep.Parts != 0 {
 		t.Errorf("gc during a save: %+v, %v", rep, err)
 	}
-	if refs, err := s.List(""); err != nil || len(refs) != 0 {
+	if refs, err := s.List(context.Background(), ""); err != nil || len(refs) != 0 {
 		t.Errorf("a save under way is visible: %v, %v", refs, err)
 	}
 	p.Abort()
@@ -374,22 +364,22 @@ func TestPending(t *testing.T) {
 	}
 	// One whose process has died is gc's.
 	dead := disk.Fork()
-	other, err := Open(dead, "/store", false)
+	other, err := Open(context.Background(), dead, "/store", false)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p, err = other.Begin("vm"); err != nil {
+	if p, err = other.Begin(context.Background(), "vm"); err != nil {
 		t.Fatal(err)
 	}
 	if err := finish(p); err != nil {
 		t.Fatal(err)
 	}
-	size, _ := p.File.Size()
+	size, _ := p.image.Size()
 	dead.Kill()
-	if rep, err := s.GC(); err != nil || rep.Parts != 1 || rep.Bytes != size {
+	if rep, err := s.GC(context.Background()); err != nil || rep.Parts != 1 || rep.Bytes != size {
 		t.Errorf("gc of a dead save of %d bytes: %+v, %v", size, rep, err)
 	}
-	if rep, err := s.GC(); err != nil || rep.Parts != 0 {
+	if rep, err := s.GC(context.Background()); err != nil || rep.Parts != 0 {
 		t.Errorf("second gc: %+v, %v", rep, err)
 	}
 }
@@ -402,7 +392,7 @@ func TestCommitTogether(t *testing.T) {
 	var all sync.WaitGroup
 	for range 6 {
 		all.Go(func() {
-			s, err := Open(disk.Fork(), "/store", false)
+			s, err := Open(context.Background(), disk.Fork(), "/store", false)
 			if err != nil {
 				t.Error(err)
 				return
@@ -420,13 +410,13 @@ func TestCommitTogether(t *testing.T) {
 	}
 	all.Go(func() {
 		for range 10 {
-			if _, err := s.GC(); err != nil {
+			if _, err := s.GC(context.Background()); err != nil {
 				t.Error(err)
 			}
 		}
 	})
 	all.Wait()
-	if refs, err := s.List("vm"); err != nil || len(refs) != 60 || refs[59].N != 60 {
+	if refs, err := s.List(context.Background(), "vm"); err != nil || len(refs) != 60 || refs[59].N != 60 {
 		t.Errorf("%d checkpoints, %v", len(refs), err)
 	}
 }
@@ -473,7 +463,7 @@ func TestGCStops(t *testing.T) {
 	s, disk := newStore(t)
 	mustCommit(t, s, "vm")
 	put(t, disk, "/store/vms/vm/00000002.flic", []byte("half an image"))
-	if _, err := s.GC(); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "00000002.flic") {
+	if _, err := s.GC(context.Background()); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "00000002.flic") {
 		t.Errorf("gc: %v", err)
 	}
 }
@@ -488,52 +478,52 @@ func TestGCNVRAM(t *testing.T) {
 	}
 	defer f.Close()
 	for range 2 { // the second time it is known already
-		if err := s.UseNVRAM("/nvram.img", f.UUID()); err != nil {
+		if err := s.useNVRAM(context.Background(), "/nvram.img", f.UUID()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	p, err := s.Begin("vm")
+	p, err := s.Begin(context.Background(), "vm")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := finish(p); err != nil {
 		t.Fatal(err)
 	}
-	for owner, st := range map[uuid.UUID]uuid.UUID{p.UUID: s.UUID(), uuid.New(): s.UUID(), uuid.New(): uuid.New()} {
+	for owner, st := range map[uuid.UUID]uuid.UUID{p.uuid: s.UUID(), uuid.New(): s.UUID(), uuid.New(): uuid.New()} {
 		r, err := f.Reserve(owner, st, 2*nvram.ExtentSize, 4096)
 		if err != nil {
 			t.Fatal(err)
 		}
 		r.Close()
 	}
-	if rep, err := s.GC(); err != nil || rep.NVRAMExtents != 2 || rep.NVRAMBytes != 2*nvram.ExtentSize || len(rep.Warnings) != 0 {
+	if rep, err := s.GC(context.Background()); err != nil || rep.NVRAMExtents != 2 || rep.NVRAMBytes != 2*nvram.ExtentSize || len(rep.Warnings) != 0 {
 		t.Errorf("gc: %+v, %v", rep, err)
 	}
-	if _, err := p.Commit(); err != nil {
+	if _, err := p.Commit(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	if rep, err := s.GC(); err != nil || rep.NVRAMExtents != 0 {
+	if rep, err := s.GC(context.Background()); err != nil || rep.NVRAMExtents != 0 {
 		t.Errorf("gc took the NVRAM of a checkpoint: %+v, %v", rep, err)
 	}
 	// A description that is damaged is made anew by the next save.
 	name := "/store/nvram/" + f.UUID().String() + ".json"
 	put(t, disk, name, []byte("{"))
-	if rep, err := s.GC(); err != nil || len(rep.Warnings) != 1 || !strings.Contains(rep.Warnings[0], name) {
+	if rep, err := s.GC(context.Background()); err != nil || len(rep.Warnings) != 1 || !strings.Contains(rep.Warnings[0], name) {
 		t.Errorf("gc with a damaged description: %+v, %v", rep, err)
 	}
-	if err := s.UseNVRAM("/nvram.img", f.UUID()); err != nil {
+	if err := s.useNVRAM(context.Background(), "/nvram.img", f.UUID()); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Remove(Ref{"vm", 1}, nothing); err != nil {
+	if _, err := s.Remove(context.Background(), Ref{"vm", 1}); err != nil {
 		t.Fatal(err)
 	}
-	if rep, err := s.GC(); err != nil || rep.NVRAMExtents != 2 || len(rep.Warnings) != 0 {
+	if rep, err := s.GC(context.Background()); err != nil || rep.NVRAMExtents != 2 || len(rep.Warnings) != 0 {
 		t.Errorf("gc: %+v, %v", rep, err)
 	}
-	if err := s.UseNVRAM("/gone.img", uuid.New()); err != nil {
+	if err := s.useNVRAM(context.Background(), "/gone.img", uuid.New()); err != nil {
 		t.Fatal(err)
 	}
-	if rep, err := s.GC(); err != nil || len(rep.Warnings) != 1 || !strings.Contains(rep.Warnings[0], "/gone.img") {
+	if rep, err := s.GC(context.Background()); err != nil || len(rep.Warnings) != 1 || !strings.Contains(rep.Warnings[0], "/gone.img") {
 		t.Errorf("gc with a file that is gone: %+v, %v", rep, err)
 	}
 	if err := disk.Remove("/nvram.img"); err != nil {
@@ -544,7 +534,7 @@ func TestGCNVRAM(t *testing.T) {
 		t.Fatal(err)
 	}
 	other.Close()
-	if rep, err := s.GC(); err != nil || len(rep.Warnings) != 2 {
+	if rep, err := s.GC(context.Background()); err != nil || len(rep.Warnings) != 2 {
 		t.Errorf("gc with another file in its place: %+v, %v", rep, err)
 	}
 }
@@ -554,43 +544,43 @@ func TestTouched(t *testing.T) {
 	s, disk := newStore(t)
 	ref := mustCommit(t, s, "vm")
 	blocks := []string{"pc.ram"}
-	if got, err := s.Touched(ref); err != nil || len(got.Runs) != 0 {
+	if got, err := s.Touched(context.Background(), ref); err != nil || len(got.Runs) != 0 {
 		t.Errorf("before a resume: %+v, %v", got, err)
 	}
 	first, second := workingset.PageRun{Page: 7, Count: 1}, workingset.PageRun{Page: 3, Count: 2}
 	for _, r := range []workingset.PageRun{first, second} {
-		if err := s.AddTouched(ref, 4096, blocks, []workingset.PageRun{r}); err != nil {
+		if err := s.AddTouched(context.Background(), ref, 4096, blocks, []workingset.PageRun{r}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if got, err := s.Touched(ref); err != nil || !slices.Equal(got.Runs, []workingset.PageRun{first, second}) || got.PageSize != 4096 {
+	if got, err := s.Touched(context.Background(), ref); err != nil || !slices.Equal(got.Runs, []workingset.PageRun{first, second}) || got.PageSize != 4096 {
 		t.Errorf("after two: %+v, %v", got, err)
 	}
 	// What does not fit, or is damaged, is begun anew.
-	if err := s.AddTouched(ref, 8192, blocks, []workingset.PageRun{second}); err != nil {
+	if err := s.AddTouched(context.Background(), ref, 8192, blocks, []workingset.PageRun{second}); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := s.Touched(ref); err != nil || len(got.Runs) != 1 || got.PageSize != 8192 {
+	if got, err := s.Touched(context.Background(), ref); err != nil || len(got.Runs) != 1 || got.PageSize != 8192 {
 		t.Errorf("with another page size: %+v, %v", got, err)
 	}
 	put(t, disk, "/store/vms/vm/00000001.touched", []byte("{}"))
-	if _, err := s.Touched(ref); !integrity.IsCorrupt(err) {
+	if _, err := s.Touched(context.Background(), ref); !integrity.IsCorrupt(err) {
 		t.Errorf("damaged: %v", err)
 	}
-	if err := s.AddTouched(ref, 4096, blocks, []workingset.PageRun{first}); err != nil {
+	if err := s.AddTouched(context.Background(), ref, 4096, blocks, []workingset.PageRun{first}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Remove(ref, nothing); err != nil {
+	if _, err := s.Remove(context.Background(), ref); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := disk.Stat("/store/vms/vm/00000001.touched"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("it outlives its checkpoint: %v", err)
 	}
-	if err := s.AddTouched(ref, 4096, blocks, []workingset.PageRun{first}); !errors.Is(err, ErrNotFound) {
+	if err := s.AddTouched(context.Background(), ref, 4096, blocks, []workingset.PageRun{first}); !errors.Is(err, ErrNotFound) {
 		t.Errorf("of a checkpoint that is gone: %v", err)
 	}
 	put(t, disk, "/store/vms/vm/00000009.touched", []byte("left by a crash"))
-	if _, err := s.GC(); err != nil {
+	if _, err := s.GC(context.Background()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := disk.Stat("/store/vms/vm/00000009.touched"); !errors.Is(err, fs.ErrNotExist) {
@@ -608,7 +598,7 @@ func TestUncertain(t *testing.T) {
 	} {
 		s, disk := newStore(t)
 		mustCommit(t, s, "vm")
-		p, err := s.Begin("vm")
+		p, err := s.Begin(context.Background(), "vm")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -620,11 +610,11 @@ func TestUncertain(t *testing.T) {
 		if c.also > 0 {
 			disk.FailAt(3+c.also, syscall.EIO)
 		}
-		_, err = p.Commit()
+		_, err = p.Commit(context.Background())
 		if !errors.Is(err, syscall.EIO) || IsUncertain(err) != c.uncertain || IsUncertain(fmt.Errorf("x: %w", err)) != c.uncertain {
 			t.Errorf("%s: %v, uncertain %v", name, err, IsUncertain(err))
 		}
-		if refs, _ := s.List("vm"); !c.uncertain && len(refs) != 1 {
+		if refs, _ := s.List(context.Background(), "vm"); !c.uncertain && len(refs) != 1 {
 			t.Errorf("%s: %v", name, refs)
 		}
 	}
