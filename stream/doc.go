@@ -9,6 +9,7 @@
 //	07 be32 n, machine type                                         Configuration
 //	   [05 u8 n, name, be32 version, body]...                       Subsection
 //	[08 be16 command, be16 n, payload]...                           CommandFrame
+//	[04 be32 id ... 7e be32 id]...                                  SectionEarly, Footer
 //	01 be32 id, u8 n, name, be32 instance, be32 version             SectionStart
 //	   payload, of no stated length
 //	7e be32 id                                                      Footer
@@ -22,6 +23,8 @@
 //	...
 //	00                                                              EOF
 //	06 be32 n, JSON                                                 the vmdescription
+//
+// What early sections are, and how they are delimited, is in early.go.
 //
 // Machine types before 2.4 have neither configuration nor footers. Sections of
 // several devices interleave between START and END. Commands stand anywhere

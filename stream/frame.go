@@ -11,6 +11,7 @@ const (
 	SectionStart                  // iterable section: setup; its payload follows
 	SectionPart                   // iterable section: a piece; its payload follows
 	SectionEnd                    // iterable section: the last piece; its payload follows
+	SectionEarly                  // device section ahead of RAM's pages, whole
 	SectionFull                   // the device tail begins; nothing consumed
 	Footer                        // ends a section
 	CommandFrame                  // a command and its payload
@@ -20,7 +21,7 @@ const (
 var kindNames = [...]string{
 	Header: "header", Configuration: "configuration", Subsection: "subsection",
 	SectionStart: "section start", SectionPart: "section part", SectionEnd: "section end",
-	SectionFull: "section full", Footer: "footer", CommandFrame: "command", EOF: "eof",
+	SectionEarly: "section early", SectionFull: "section full", Footer: "footer", CommandFrame: "command", EOF: "eof",
 }
 
 func (k Kind) String() string {
@@ -71,16 +72,24 @@ type ConfigSubsection struct {
 }
 
 // A Frame is one element of the stream. Raw holds its bytes verbatim, without
-// the payload of a section or package that follows it. Raw and
+// the payload of a section or package that follows it, but with that of an early
+// section, whose body is what Body returns. Raw and
 // Command.Payload are valid until the next call on the Reader or its Cursor.
 type Frame struct {
 	Kind        Kind
 	Offset      int64 // of the frame's first byte
 	Raw         []byte
-	Section     Section          // START, PART, END, footer
+	Section     Section          // START, PART, END, early, footer
 	Command     Command          // command
 	MachineType string           // configuration
 	Subsection  ConfigSubsection // subsection
+}
+
+// Body returns the body of an early section, without header and footer, and its
+// offset in the stream.
+func (f *Frame) Body() (body []byte, offset int64) {
+	head := 1 + 4 + 1 + len(f.Section.Name) + 4 + 4
+	return f.Raw[head:], f.Offset + int64(head)
 }
 
 // The names of the configuration's subsections (vmstate_configuration,

@@ -40,7 +40,7 @@ const (
 // A Reader takes a stream apart into frames. Between a START, PART or END
 // frame and its footer the payload belongs to the caller, who consumes it from
 // the same Cursor: the RAM section with package ramparse, others with
-// CopyForeign.
+// CopyForeign. A SectionEarly frame has its payload in Raw.
 type Reader struct {
 	c        *Cursor
 	state    state
@@ -48,6 +48,8 @@ type Reader struct {
 	current  Section            // whose payload or footer comes next
 	pack     int64              // bytes of the package that comes next
 	footers  footers
+	setup    bool  // no PART, END or switchover yet: FULL sections may be early
+	ahead    []int // lengths of the early sections that come next
 }
 
 // footers says whether the stream has section footers. The first section
@@ -62,7 +64,7 @@ const (
 
 // NewReader returns a Reader that takes its bytes from c.
 func NewReader(c *Cursor) *Reader {
-	return &Reader{c: c, sections: make(map[uint32]Section)}
+	return &Reader{c: c, sections: make(map[uint32]Section), setup: true}
 }
 
 // Cursor returns the cursor the reader works on.
@@ -114,6 +116,12 @@ func (r *Reader) Next() (Frame, error) {
 	case typeEnd:
 		return r.continued(SectionEnd)
 	case typeFull:
+		if len(r.ahead) == 0 {
+			r.ahead = r.early()
+		}
+		if len(r.ahead) > 0 {
+			return r.full()
+		}
 		r.state = atTail
 		return Frame{Kind: SectionFull, Offset: r.c.Offset()}, nil
 	case typeCommand:
@@ -270,7 +278,20 @@ func (r *Reader) start() (Frame, error) {
 	return r.take(&Frame{Kind: SectionStart, Section: s}, n+8, atPayload), nil
 }
 
+// full returns the early section at the cursor.
+func (r *Reader) full() (Frame, error) {
+	n := r.ahead[0]
+	b, err := r.peek("early section", n)
+	if err != nil {
+		return Frame{}, err
+	}
+	r.ahead = r.ahead[1:]
+	r.current, _, _ = parseFull(b, 0)
+	return r.take(&Frame{Kind: SectionEarly, Section: r.current}, n, atPayload), nil
+}
+
 func (r *Reader) continued(kind Kind) (Frame, error) {
+	r.setup = false
 	b, err := r.peek(kind.String(), 5)
 	if err != nil {
 		return Frame{}, err
@@ -330,6 +351,9 @@ func (r *Reader) command() (Frame, error) {
 	}
 	if b, err = r.peek("command", 5+n); err != nil {
 		return Frame{}, err
+	}
+	if number == CommandPostcopyListen || number == CommandSwitchoverStart {
+		r.setup = false
 	}
 	f := Frame{Kind: CommandFrame, Command: Command{Number: number, Payload: b[5:]}}
 	next := atFrame

@@ -365,6 +365,8 @@ func FuzzReader(f *testing.F) {
 	f.Add(AppendEOF(AppendFooter(append(AppendEnd(AppendFooter(append(AppendPart(start, 2), 'p'), 2), 2), 'p'), 2)))
 	f.Add(append(AppendCommand(start, CommandPackaged, []byte{0, 0, 0, 3}), "abc"...))
 	f.Add(AppendFull(start, Section{ID: 1, Name: "timer", Version: 2}))
+	early := AppendFooter(append(AppendFull(config, early38), "body"...), early38.ID)
+	f.Add(append(AppendStart(early, section2), 'p'))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		all, r, err := frames(t, in)
 		if err != nil && !errors.Is(err, ErrNotStream) && !errors.Is(err, ErrTruncated) && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrUnknown) {
@@ -389,6 +391,8 @@ func FuzzReader(f *testing.F) {
 				out = AppendFooter(out, fr.Section.ID)
 			case CommandFrame:
 				out = AppendCommand(out, fr.Command.Number, fr.Command.Payload)
+			case SectionEarly:
+				out = AppendFull(out, fr.Section)
 			case EOF:
 				out = AppendEOF(out)
 			}

@@ -171,6 +171,7 @@ func parseFull(tail []byte, at int) (s Section, body int, ok bool) {
 // than running and paused, and leave the choice to who loads the stream.
 type Tail struct {
 	Sections    []TailSection // in stream order; nil without a vmdescription
+	Early       int           // described sections that stand before RAM, not in the tail
 	PageSize    int           // target page size from the vmdescription, bytes; 0 without
 	RunState    string        // globalstate's text, such as running or paused; or empty
 	Description []byte        // the vmdescription's JSON; nil without
@@ -224,6 +225,13 @@ func ParseTail(tail []byte) (Tail, error) {
 		return t, Damaged("vmdescription", int64(len(sections)), "%v", err)
 	}
 	t.PageSize = desc.PageSize
+	// Early sections are described first, since they are saved first. The tail
+	// begins with the first that is none.
+	t.Early = max(0, slices.IndexFunc(desc.Devices, func(d vmDevice) bool {
+		_, _, ok := d.header(sections, 0)
+		return ok
+	}))
+	desc.Devices = desc.Devices[t.Early:]
 	at := 0
 	for i := range desc.Devices {
 		d := &desc.Devices[i]

@@ -36,6 +36,8 @@ var seeds = []tiertest.Options{
 	{Seed: 6, Unknown: tiertest.Record, Passes: 3, Resend: 0.4, UnknownPass: 2},
 	{Seed: 7, Unknown: tiertest.Section},
 	{Seed: 8, IgnoreShared: true, EmptyTail: true},
+	{Seed: 9, Early: 1, ReturnPath: true},
+	{Seed: 10, Early: 1, EarlyBehind: true, DirtyBitmap: true},
 }
 
 // FuzzSave saves any stream. Whatever is accepted verifies, and is the same

@@ -48,6 +48,9 @@ var streams = map[string]tiertest.Options{
 	"only zero":       {Seed: 24, Mix: tiertest.Mix{tiertest.Zero: 1}, Fill: true},
 	"only zero data":  {Seed: 25, Mix: tiertest.Mix{tiertest.ZeroData: 1}},
 	"all alike":       {Seed: 26, Mix: tiertest.Mix{tiertest.Alike: 1, tiertest.Sparse: 1, tiertest.Duplicate: 1}, Pool: 1},
+	"virtio-mem":      {Seed: 28, Early: 3, Blocks: []tiertest.Block{{Name: "vm0", Size: 2 << 20, Shared: true}, {Name: "pc.ram", Size: 512 << 10}}},
+	"QEMU 10's":       {Seed: 29, Early: 3, EarlyBehind: true, ReturnPath: true, DirtyBitmap: true, Passes: 2, Resend: 0.3},
+	"early, nothing":  {Seed: 30, Early: 1, Mix: tiertest.Mix{tiertest.Absent: 1}},
 	"nothing":         {Seed: 27, Mix: tiertest.Mix{tiertest.Absent: 1}},
 }
 

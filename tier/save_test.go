@@ -553,6 +553,8 @@ func TestHoldBack(t *testing.T) {
 		"live":           {Passes: 3, Resend: 0.3, XBZRLE: true},
 		"shuffled":       {Shuffle: true, NoEnd: true},
 		"inferred pages": {PageSize: 16 << 10},
+		"virtio-mem":     {Early: 1, Blocks: []tiertest.Block{{Name: "vm0", Size: 32 << 20, Shared: true}, {Name: "m", Size: 4 << 20}}},
+		"early device":   {Early: 2, EarlyBehind: true, Blocks: []tiertest.Block{{Name: "vm0", Size: 32 << 20, Shared: true}, {Name: "m", Size: 4 << 20}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			o.Tail = 300 << 10

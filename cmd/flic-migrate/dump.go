@@ -91,6 +91,7 @@ type dumpDevice struct {
 	Version  uint32 `json:"version"`
 	Offset   int64  `json:"offset"` // of the body in the stream
 	Bytes    int    `json:"bytes"`  // of the body
+	Early    bool   `json:"early"`  // stands before RAM's pages
 }
 
 func (a *app) dump(path string, asJSON bool) error {
@@ -188,6 +189,10 @@ func (d *dumper) frame(f stream.Frame) error {
 		}
 	case stream.CommandFrame:
 		d.doc.Commands = append(d.doc.Commands, dumpCommand{f.Offset, f.Command.Number, commandName(f.Command.Number), len(f.Command.Payload)})
+	case stream.SectionEarly:
+		body, offset := f.Body()
+		s := f.Section
+		d.doc.Devices = append(d.doc.Devices, dumpDevice{s.ID, s.Name, s.Instance, s.Version, offset, len(body), true})
 	case stream.SectionStart:
 		d.doc.Sections = append(d.doc.Sections, dumpSection{
 			ID: f.Section.ID, Name: f.Section.Name, Instance: f.Section.Instance, Version: f.Section.Version,
@@ -245,13 +250,17 @@ const maxCounted = 1 << 30
 func (d *dumper) devices(b []byte, _ bool) error {
 	start := d.doc.Bytes - int64(len(b))
 	d.doc.TailBytes = len(b)
+	early := len(d.doc.Devices)
 	t, err := stream.ParseTail(b)
+	if err == nil && t.Description != nil && t.Early != early {
+		err = stream.Damaged("vmdescription", start, "%d devices ahead of RAM, %d described", early, t.Early)
+	}
 	d.doc.RunState, d.doc.Description = t.RunState, len(t.Description)
 	if d.doc.PageSize == 0 {
 		d.doc.PageSize = t.PageSize
 	}
 	for _, s := range t.Sections {
-		d.doc.Devices = append(d.doc.Devices, dumpDevice{s.ID, s.Name, s.Instance, s.Version, start + int64(s.Offset), s.Length})
+		d.doc.Devices = append(d.doc.Devices, dumpDevice{s.ID, s.Name, s.Instance, s.Version, start + int64(s.Offset), s.Length, false})
 	}
 	return err
 }

@@ -245,6 +245,7 @@ func mkstream() {
 	returnPath := flag.Bool("return-path", false, "")
 	old := flag.Bool("old", false, "a machine type before 2.4")
 	bitmap := flag.Bool("bitmap", false, "")
+	early := flag.Int("early", 0, "device sections before RAM")
 	late := flag.Bool("late", false, "2 MiB of a disk's data before the first page")
 	unknown := flag.Bool("unknown", false, "")
 	emptyTail := flag.Bool("empty-tail", false, "")
@@ -255,7 +256,7 @@ func mkstream() {
 	o := tiertest.Options{
 		Seed: *seed, Blocks: []tiertest.Block{{Name: "pc.ram", Size: *size}, {Name: "vga.vram", Size: 64 << 10}},
 		Passes: *passes, Resend: 0.3, XBZRLE: *xbzrle, Compress: *compress, ReturnPath: *returnPath,
-		NoConfiguration: *old, DirtyBitmap: *bitmap, EmptyTail: *emptyTail,
+		NoConfiguration: *old, DirtyBitmap: *bitmap, EmptyTail: *emptyTail, Early: *early,
 	}
 	if *late {
 		o.BlocksFirst, o.BlockMigration = 2, true

@@ -13,8 +13,8 @@ import (
 
 const readmeHead = `# Recorded streams
 
-Migration streams that QEMU 7.2 wrote to an ` + "`exec:`" + ` child, each compressed with
-zstd. This file and the streams are made by ` + "`go run ./scripts/record`" + `, which also
+Migration streams that QEMU 7.2 (or what the table says) wrote to an ` + "`exec:`" + `
+child, each compressed with zstd. This file and the streams are made by ` + "`go run ./scripts/record`" + `, which also
 restores each of them into a second QEMU and compares its memory. The guests
 run without an operating system, on memory of known, varied content, so that
 the streams are small; only the one with "linux" in its name has a kernel.

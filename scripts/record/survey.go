@@ -22,6 +22,7 @@ type survey struct {
 	stepsBack   int            // page records below the one before them
 	passes      int
 	foreign     map[string]int // sections of others between RAM's START and the tail
+	early       []string       // device sections before RAM's pages
 	ramEnd      bool
 	tail        stream.Tail
 	tailLen     int
@@ -63,6 +64,8 @@ func surveyStream(r io.Reader) (*survey, error) {
 			if f.Section.Name == ramparse.SectionName {
 				s.footerAt = f.Offset
 			}
+		case stream.SectionEarly:
+			s.early = append(s.early, f.Section.Name)
 		case stream.SectionFull:
 			s.tailAt = f.Offset
 			s.footers = frames.Footers()

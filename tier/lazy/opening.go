@@ -100,47 +100,51 @@ func newOpening(c *checkpoint.Checkpoint) (*opening, error) {
 	return o, nil
 }
 
-// setup writes header, configuration, postcopy's advice, the RAM setup as
-// stored and the discards. The saved stream's own commands are left out: they
-// were for another conversation.
+// setup writes header, configuration, postcopy's advice, the RAM setup and the
+// early device sections as they stand around it, and the discards. The saved
+// stream's own commands are left out: they were for another conversation.
 func (o *opening) setup(c *checkpoint.Checkpoint, head []byte) error {
 	cur := stream.NewCursor(bytes.NewReader(head), len(head))
 	rd := stream.NewReader(cur)
-	advised := false
-	for {
-		f, err := rd.Next()
-		if err != nil {
-			return err
-		}
-		switch f.Kind {
-		case stream.Header, stream.Configuration, stream.Subsection:
-			o.bytes = append(o.bytes, f.Raw...)
-		case stream.CommandFrame:
-		case stream.SectionStart:
-			if f.Section.Name != ramparse.SectionName {
-				return fmt.Errorf("section %q before RAM", f.Section.Name)
-			}
+	// The advice comes before the first section of any kind, as QEMU sends it.
+	advised, started := false, false
+	section := func(raw []byte) {
+		if !advised {
 			advised = true
-			o.ramID = f.Section.ID
 			o.bytes = postcopy.AppendOpenReturnPath(o.bytes)
 			o.bytes = postcopy.AppendAdvise(o.bytes, postcopy.Advise{PageSizes: hostPage, Target: hostPage})
-			o.bytes = append(o.bytes, f.Raw...)
-			if err := o.ramSetup(cur); err != nil {
-				return err
-			}
-		case stream.Footer:
-			if !advised {
-				return errors.New("footer before RAM's setup")
-			}
-			o.bytes = append(o.bytes, f.Raw...)
+		}
+		o.bytes = append(o.bytes, raw...)
+	}
+	for {
+		f, err := rd.Next()
+		// A guest of which no page came has nothing behind its setup.
+		end := started && errors.Is(err, stream.ErrTruncated) && cur.Offset() == int64(len(head))
+		if err != nil && !end {
+			return err
+		}
+		switch {
+		case end || started && (f.Kind == stream.SectionPart || f.Kind == stream.SectionEnd):
 			for _, b := range c.Meta.Blocks {
 				// Whole blocks: at least one discard must come, and it undoes
 				// what transparent huge pages have populated.
 				o.bytes = postcopy.AppendDiscard(o.bytes, b.Name, []postcopy.Range{{Start: 0, Length: b.Used}})
 			}
 			return nil
+		case f.Kind == stream.Header, f.Kind == stream.Configuration, f.Kind == stream.Subsection, f.Kind == stream.Footer:
+			o.bytes = append(o.bytes, f.Raw...)
+		case f.Kind == stream.CommandFrame:
+		case f.Kind == stream.SectionEarly:
+			section(f.Raw)
+		case f.Kind == stream.SectionStart && f.Section.Name == ramparse.SectionName:
+			started = true
+			o.ramID = f.Section.ID
+			section(f.Raw)
+			if err := o.ramSetup(cur); err != nil {
+				return err
+			}
 		default:
-			return fmt.Errorf("%v before RAM's setup", f.Kind)
+			return fmt.Errorf("%v %q around RAM's setup", f.Kind, f.Section.Name)
 		}
 	}
 }

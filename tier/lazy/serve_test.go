@@ -19,8 +19,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
+	"github.com/flic-migrate/flic-migrate/stream/postcopy"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
@@ -126,6 +128,54 @@ func TestOpeningBytes(t *testing.T) {
 			t.Errorf("ends in % x", got[len(got)-30:])
 		}
 	})
+}
+
+// TestOpeningEarly: device sections that stand around RAM's setup stay there, behind
+// the advice, and do not get into the package.
+func TestOpeningEarly(t *testing.T) {
+	for _, behind := range []bool{false, true} {
+		s := newSaved(t, tiertest.Options{Early: 2, EarlyBehind: behind, ReturnPath: behind, Blocks: threeBlocks[1:]}, 3, save.Options{ReturnPath: io.Discard})
+		all := s.Bytes()
+		// The sections are all that is between the configuration, with its
+		// commands, and the first PART.
+		var config, sections []byte
+		rd := stream.NewReader(stream.NewCursor(bytes.NewReader(all), 0))
+		for {
+			f, err := rd.Next()
+			check(t, err)
+			raw := bytes.Clone(f.Raw)
+			if f.Kind == stream.SectionPart {
+				break
+			}
+			switch f.Kind {
+			case stream.Header, stream.Configuration:
+				config = append(config, raw...)
+			case stream.SectionStart:
+				dec := ramparse.NewDecoder(ramparse.Options{PageSize: 4096})
+				for rec := (ramparse.Record{}); rec.Kind != ramparse.EOS; raw = append(raw, rec.Raw...) {
+					check(t, dec.Next(rd.Cursor(), &rec))
+				}
+				sections = append(sections, raw...)
+			case stream.SectionEarly, stream.Footer:
+				sections = append(sections, raw...)
+			}
+		}
+		synctest.Test(t, func(t *testing.T) {
+			var out bytes.Buffer
+			in := lasting{bytes.NewReader(returnpath.AppendPong(nil, 3)), make(chan struct{})}
+			defer close(in.end)
+			_, err := lazy.Serve(t.Context(), s.ck, in, &out, lazy.Options{})
+			check(t, err)
+			advice := postcopy.AppendAdvise(postcopy.AppendOpenReturnPath(nil), postcopy.Advise{PageSizes: 4096, Target: 4096})
+			want := slices.Concat(config, advice, sections, stream.AppendCommand(nil, stream.CommandPostcopyDiscard, nil)[:3])
+			if !bytes.HasPrefix(out.Bytes(), want) {
+				t.Errorf("behind %v: the opening is not as it should be", behind)
+			}
+			if n := bytes.Count(out.Bytes(), []byte("virtio-mem-device-early")); n != 1 {
+				t.Errorf("behind %v: the early section came %d times", behind, n)
+			}
+		})
+	}
 }
 
 // TestDemandedFirst: what is asked for comes before what is not, in the order

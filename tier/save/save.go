@@ -170,7 +170,10 @@ type saver struct {
 	parent *checkpoint.Meta
 	rep    checkpoint.Report
 
-	skeletonChunks int // emitted
+	skeletonChunks int    // emitted
+	early          int    // device sections ahead of RAM's pages
+	hidden         uint64 // bytes of RAM that certainly don't come
+	uncertain      bool   // how much comes is not known
 	ramID          uint32
 	head           []byte                       // of a foreign section, not yet in the skeleton
 	inForeign      bool                         // amid one, which can't be interrupted
@@ -271,8 +274,6 @@ func (s *saver) frames() error {
 		switch f.Kind {
 		case stream.SectionFull:
 			if s.meta.Blocks == nil {
-				// Devices that save something ahead of RAM (QEMU 8.1's early
-				// setup): where their sections end can't be told.
 				return stream.Unknown("device section", f.Offset, "before RAM")
 			}
 			return nil
@@ -293,6 +294,9 @@ func (s *saver) frames() error {
 			return err
 		}
 		switch f.Kind {
+		case stream.SectionEarly:
+			s.early++
+			s.absent(unplugged(&f))
 		case stream.Configuration:
 			s.meta.Machine = f.MachineType
 		case stream.Subsection:
@@ -328,6 +332,12 @@ func (s *saver) foreign(f stream.Frame) error {
 	})
 	s.inForeign = s.inForeign && err != nil
 	return err
+}
+
+// absent notes what an early section says of RAM that will not come.
+func (s *saver) absent(bytes uint64, ok bool) {
+	s.hidden += bytes
+	s.uncertain = s.uncertain || !ok
 }
 
 func (s *saver) subsection(c stream.ConfigSubsection) {
@@ -493,7 +503,8 @@ func (s *saver) start() error {
 		s.unseen += n
 	}
 	s.rep.Pages = int64(s.unseen)
-	if s.meta.IgnoreShared {
+	s.unseen -= min(s.unseen, s.hidden/uint64(s.meta.PageSize))
+	if s.meta.IgnoreShared || s.uncertain {
 		// Shared blocks are listed and never sent, so what has not come says
 		// nothing about how near the device tail is.
 		s.unseen = 0
@@ -617,6 +628,9 @@ func (s *saver) tail() error {
 		s.o.Log.Warn("the machine type is too old for its stream to say where it ends; it was taken to be whole")
 	}
 	t, err := stream.ParseTail(sc.Bytes())
+	if err == nil && t.Description != nil && t.Early != s.early {
+		err = fmt.Errorf("%d sections stand before RAM, %d are described", s.early, t.Early)
+	}
 	if err != nil {
 		// The tail is kept verbatim whether it is understood or not.
 		s.o.Log.Warn("device tail is not as its vmdescription says", "error", err)

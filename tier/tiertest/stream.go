@@ -25,7 +25,7 @@ type Block struct {
 	Name     string
 	Size     uint64 // bytes, a multiple of 1024
 	HostPage uint64 // host page size to be written into the setup; 0: none
-	Shared   bool   // listed and never sent; with Options.IgnoreShared
+	Shared   bool   // listed and never sent; with Options.IgnoreShared, or Early: unplugged
 }
 
 // Unknown is something in the middle of a stream that no version so far sends.
@@ -69,6 +69,8 @@ type Options struct {
 	DirtyBitmap     bool // interleaved dirty-bitmap sections
 	BlockMigration  bool // interleaved block sections
 	BlocksFirst     int  // MiB of block sections before the first page
+	Early           int  // early device sections; the first is virtio-mem's, with the Shared blocks unplugged
+	EarlyBehind     bool // they stand behind ram's START, as on QEMU 10, not before it
 	NoConfiguration bool // as machine types before 2.4, which have no footers either
 	NoEnd           bool // no ram END, as a background snapshot
 	NoDescription   bool // suppress-vmdesc
@@ -107,6 +109,7 @@ const (
 	idBitmap  = 3
 	idBlock   = 4
 	idUnknown = 9
+	idEarly   = 12 // the first
 	idDevices = 20 // the first
 )
 
@@ -340,7 +343,57 @@ func (g *generator) ping(n uint32) {
 	g.buf = stream.AppendCommand(g.buf, stream.CommandPing, binary.BigEndian.AppendUint32(nil, n))
 }
 
+// earlyBody is what virtio-mem saves ahead of RAM (vmstate_virtio_mem_device_early):
+// be64 address, region, block size, be32 node, be64 plugged, be64 bits and their
+// bitmap. The others are large, and full of what looks like a footer.
+func (g *generator) earlyBody(i int) []byte {
+	if i > 0 {
+		body := make([]byte, 70<<10)
+		fillRandom(body, hash(g.o.Seed, aboutTail, uint64(i)))
+		footer := stream.AppendFooter(nil, idEarly+uint32(i))
+		for at := 0; at < len(body)-1<<10; at += 1 << 10 {
+			copy(body[at:], append(footer, byte(at>>10)|0x10))
+		}
+		return body
+	}
+	var hidden uint64
+	for _, b := range g.o.Blocks {
+		if b.Shared {
+			hidden += b.Size
+		}
+	}
+	body := binary.BigEndian.AppendUint64(nil, 1<<32)
+	body = binary.BigEndian.AppendUint64(body, 1<<20+hidden)
+	body = binary.BigEndian.AppendUint64(body, 2<<20)
+	body = binary.BigEndian.AppendUint32(body, 0)
+	body = binary.BigEndian.AppendUint64(body, 1<<20)
+	body = binary.BigEndian.AppendUint64(body, 8)
+	return append(body, 0x5a)
+}
+
+func (g *generator) earlySection(i int) stream.Section {
+	name := fmt.Sprintf("0000:00:%02x.0/early", i)
+	if i == 0 {
+		name = "0000:00:00.0/virtio-mem-device-early"
+	}
+	return stream.Section{ID: idEarly + uint32(i), Name: name, Version: 1}
+}
+
+// early appends the early sections, if they stand here.
+func (g *generator) early(behind bool) {
+	if behind != g.o.EarlyBehind {
+		return
+	}
+	for i := range g.o.Early {
+		s := g.earlySection(i)
+		g.buf = stream.AppendFull(g.buf, s)
+		g.buf = append(g.buf, g.earlyBody(i)...)
+		g.footer(s.ID)
+	}
+}
+
 func (g *generator) setup() {
+	g.early(false)
 	g.layout.RAM = g.offset()
 	g.buf = stream.AppendStart(g.buf, stream.Section{ID: idRAM, Name: ramparse.SectionName, Version: ramparse.SectionVersion})
 	var su ramparse.Setup
@@ -352,6 +405,7 @@ func (g *generator) setup() {
 	g.buf = ramparse.AppendSetup(g.buf, &su)
 	g.buf = ramparse.AppendEOS(g.buf)
 	g.footer(idRAM)
+	g.early(true)
 	if g.o.DirtyBitmap {
 		g.buf = stream.AppendStart(g.buf, stream.Section{ID: idBitmap, Name: "dirty-bitmap", Version: 1})
 		g.buf = append(g.buf, 0x18, 6)
@@ -616,16 +670,21 @@ func (g *generator) tail() {
 		bodies = nil
 	}
 	desc := fmt.Appendf(nil, `{"page_size":%d,"devices":[`, g.o.PageSize)
+	describe := func(name string, instance, size int) {
+		if desc[len(desc)-1] == '}' {
+			desc = append(desc, ',')
+		}
+		desc = fmt.Appendf(desc, `{"name":%q,"instance_id":%d,"fields":[{"name":"state","type":"buffer","size":%d}]}`, name, instance, size)
+	}
+	for i := range g.o.Early {
+		describe(g.earlySection(i).Name, 0, len(g.earlyBody(i)))
+	}
 	for i, d := range bodies {
 		s := stream.Section{ID: idDevices + uint32(i), Name: d.name, Instance: uint32(i), Version: 1}
 		g.buf = stream.AppendFull(g.buf, s)
 		g.buf = append(g.buf, d.body...)
 		g.footer(s.ID)
-		if i > 0 {
-			desc = append(desc, ',')
-		}
-		desc = fmt.Appendf(desc, `{"name":%q,"instance_id":%d,"fields":[{"name":"state","type":"buffer","size":%d}]}`,
-			d.name, i, len(d.body))
+		describe(d.name, i, len(d.body))
 		g.flush()
 	}
 	g.layout.EOF = g.offset()
