@@ -3,7 +3,7 @@
 GO ?= go
 FUZZTIMES ?= 1
 
-.PHONY: all build test check unit replay fuzz demo bench eval-workingset record clean
+.PHONY: all build test test-qemu check unit replay fuzz demo bench eval-workingset record clean
 
 all: build
 
@@ -31,6 +31,13 @@ replay: build
 # Each fuzz test for some seconds: make fuzz FUZZTIMES=100 for a hundred times that.
 fuzz:
 	scripts/fuzz $(FUZZTIMES)
+
+# The tests that boot a QEMU, on another Debian suite's: make test-qemu SUITE=trixie.
+# That QEMU sees no files but those below /tmp.
+test-qemu:
+	scripts/deps qemu qemu-aarch64 guest
+	PATH="$$(scripts/suite $(SUITE)):$$PATH" TMPDIR=/tmp FLIC_GUESTS=/tmp/flic-guests \
+		$(GO) test -timeout 30m -p 1 ./qmp/qemutest ./cmd/flic-migrate ./tier/lazy ./tier/mmu
 
 # Boots a guest, saves it, restores it, proves that it went on.
 demo: build
