@@ -574,15 +574,15 @@ func TestWrongNVRAM(t *testing.T) {
 	})
 	t.Run("given away", func(t *testing.T) {
 		d := newDamaged(t, s, image.LZ4)
-		f, err := nvram.Open(d.fs, d.nvram, nvram.Options{})
+		f, err := nvram.Open(context.Background(), d.fs, d.nvram, nvram.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		owners, err := f.Owners(d.st.UUID())
+		owners, err := f.Owners(context.Background(), d.st.UUID())
 		if err != nil || len(owners) != 1 {
 			t.Fatal(owners, err)
 		}
-		if _, err := f.FreeOwner(owners[0].UUID); err != nil {
+		if _, err := f.FreeOwner(context.Background(), owners[0].UUID); err != nil {
 			t.Fatal(err)
 		}
 		f.Close()

@@ -165,12 +165,12 @@ func (l *lab) nvramFree(t testing.TB) int64 {
 	if _, err := l.fs.Stat(l.nvram); err != nil {
 		return -1
 	}
-	f, err := nvram.Open(l.fs, l.nvram, nvram.Options{ReadOnly: true})
+	f, err := nvram.Open(context.Background(), l.fs, l.nvram, nvram.Options{ReadOnly: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	n, err := f.Free()
+	n, err := f.Free(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}

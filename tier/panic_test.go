@@ -174,7 +174,7 @@ func TestPanic(t *testing.T) {
 				}
 				l := newLab(t, fsys, "/")
 				// A file that a panic has left half formatted is nobody's yet.
-				if f, err := nvram.Open(l.fs, l.nvram, nvram.Options{Capacity: 40 << 18, Create: true}); err != nil || f.Close() != nil {
+				if f, err := nvram.Open(context.Background(), l.fs, l.nvram, nvram.Options{Capacity: 40 << 18, Create: true}); err != nil || f.Close() != nil {
 					t.Fatal(err)
 				}
 				var in io.Reader = bytes.NewReader(b)

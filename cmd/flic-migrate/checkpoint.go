@@ -256,7 +256,7 @@ func (c *checkpointCmd) save(ctx context.Context, st *store.Store, f *os.File, b
 	defer p.finish()
 	o.Progress = p.callback()
 	ref, meta, err := save.Run(ctx, c.fs, st, in, o)
-	return ref, meta, explainVolatile(err)
+	return ref, meta, explainNVRAM(err)
 }
 
 func (c *checkpointCmd) show(doc checkpointReport) error {

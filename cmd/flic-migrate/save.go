@@ -13,6 +13,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -38,6 +39,7 @@ type saveCmd struct {
 type placement struct {
 	nvram      string
 	nvramSize  size
+	format     bool
 	volatile   bool
 	workingSet string
 }
@@ -45,6 +47,7 @@ type placement struct {
 func (p *placement) add(fs *pflag.FlagSet) {
 	fs.StringVar(&p.nvram, "nvram", "", "NVRAM file for the pages of the working set; made if missing")
 	fs.Var(&p.nvramSize, "nvram-size", "cap on the NVRAM file, such as 4G; 0: the one it has")
+	fs.BoolVar(&p.format, "nvram-format", false, "overwrite what --nvram names if it is no NVRAM file and not blank")
 	fs.StringVar(&p.workingSet, "working-set", "", "file that says which pages are hot")
 	fs.BoolVar(&p.volatile, "volatile-nvram", false, "accept an NVRAM file that loses its content at power-off (tmpfs)")
 }
@@ -54,7 +57,7 @@ func (p *placement) options(o *save.Options) (err error) {
 	if p.workingSet != "" && p.nvram == "" {
 		return usageError{errors.New("--working-set says what goes to NVRAM, and there is no --nvram")}
 	}
-	o.NVRAM, o.NVRAMSize, o.VolatileNVRAM = p.nvram, int64(p.nvramSize), p.volatile
+	o.NVRAM, o.NVRAMSize, o.NVRAMFormat, o.VolatileNVRAM = p.nvram, int64(p.nvramSize), p.format, p.volatile
 	if p.workingSet != "" {
 		o.WorkingSet, err = readWorkingSet(p.workingSet)
 	}
@@ -163,12 +166,16 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 	defer p.finish()
 	o.Progress = p.callback()
 	ref, meta, err = save.Run(ctx, s.fs, st, in, o)
-	return ref, meta, explainVolatile(err)
+	return ref, meta, explainNVRAM(err)
 }
 
-func explainVolatile(err error) error {
-	if errors.Is(err, store.ErrVolatile) {
+// explainNVRAM names the flag that accepts what a save did not accept by itself.
+func explainNVRAM(err error) error {
+	switch {
+	case errors.Is(err, store.ErrVolatile):
 		return fmt.Errorf("%w (--volatile-nvram accepts that)", err)
+	case errors.Is(err, nvram.ErrNotBlank):
+		return fmt.Errorf("%w (--nvram-format overwrites it)", err)
 	}
 	return err
 }

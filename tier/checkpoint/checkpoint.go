@@ -111,7 +111,7 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 	if o.NVRAM != "" {
 		path = o.NVRAM
 	}
-	if c.nvfile, err = nvram.Open(fsys, path, nvram.Options{ReadOnly: true}); err != nil {
+	if c.nvfile, err = nvram.Open(context.Background(), fsys, path, nvram.Options{ReadOnly: true}); err != nil {
 		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
 	}
 	if c.nvfile.UUID() != m.UUID {
@@ -309,7 +309,7 @@ func (c *Checkpoint) verifyNVRAM(ctx context.Context, found func(error)) error {
 	// Of the file's two headers one is enough to read it, so nobody else
 	// notices when the other is lost. What else Check finds is either this
 	// checkpoint's, and was found by Open, or another's.
-	damage, err := c.nvfile.Check()
+	damage, err := c.nvfile.Check(ctx)
 	if err != nil {
 		return err
 	}

@@ -46,6 +46,7 @@ func (u unsupported) Truncate(int64) error                     { return u.fail("
 func (u unsupported) Allocate(int64, int64) error              { return u.fail("fallocate") }
 func (u unsupported) Punch(int64, int64) error                 { return u.fail("punch") }
 func (u unsupported) Data(off int64) (int64, error)            { return off, nil }
+func (u unsupported) Allocated() (int64, error)                { return 0, u.fail("stat") }
 func (u unsupported) StartWriteback(int64, int64)              {}
 func (u unsupported) DropCache()                               {}
 func (u unsupported) Lock(context.Context, vfs.LockMode) error { return u.fail("lock") }

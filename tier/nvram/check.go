@@ -1,6 +1,8 @@
 package nvram
 
 import (
+	"context"
+
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -10,11 +12,11 @@ import (
 // *integrity.CorruptError, in the order of the file. It does not read pages: their
 // checksums are in the flash images. The error is for a check that could not be
 // done.
-func (f *File) Check() (damage []error, err error) {
+func (f *File) Check(ctx context.Context) (damage []error, err error) {
 	report := func(off int64, format string, args ...any) {
 		damage = append(damage, f.corrupt(off, format, args...))
 	}
-	err = f.locked(vfs.Shared, func() error {
+	err = f.locked(ctx, vfs.Shared, func() error {
 		now, err := f.extents()
 		if err != nil {
 			return err

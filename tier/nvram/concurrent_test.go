@@ -33,7 +33,7 @@ func busy(f *File, store uuid.UUID, rounds int) (map[uuid.UUID][]uint32, error) 
 					live[id] = true
 					mu.Unlock()
 					want := 1 + rnd.Int64N(12)
-					r, err := f.Reserve(id, store, want*small.extentSize, page)
+					r, err := f.Reserve(ctx, id, store, want*small.extentSize, page)
 					if err != nil {
 						return err
 					}
@@ -44,7 +44,7 @@ func busy(f *File, store uuid.UUID, rounds int) (map[uuid.UUID][]uint32, error) 
 						return err
 					}
 					if rnd.IntN(3) == 0 {
-						if err := r.Trim(r.Slots() / 2); err != nil {
+						if err := r.Trim(ctx, r.Slots()/2); err != nil {
 							return err
 						}
 					}
@@ -62,7 +62,7 @@ func busy(f *File, store uuid.UUID, rounds int) (map[uuid.UUID][]uint32, error) 
 						return nil
 					}
 					if rnd.IntN(2) == 0 {
-						n, err := f.FreeOwner(id)
+						n, err := f.FreeOwner(ctx, id)
 						if err != nil || n != len(extents) {
 							return fmt.Errorf("freed %d of %d: %w", n, len(extents), err)
 						}
@@ -72,7 +72,7 @@ func busy(f *File, store uuid.UUID, rounds int) (map[uuid.UUID][]uint32, error) 
 					mu.Lock()
 					delete(live, id)
 					mu.Unlock()
-					if _, err := f.Sweep(store, func(id uuid.UUID) bool {
+					if _, err := f.Sweep(ctx, store, func(id uuid.UUID) bool {
 						mu.Lock()
 						defer mu.Unlock()
 						return live[id]
@@ -104,7 +104,7 @@ func TestTwoProcesses(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	f, err := open(vfs.OS, path, Options{Create: true}, small)
+	f, err := open(ctx, vfs.OS, path, Options{Create: true}, small)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func TestTwoProcesses(t *testing.T) {
 		}
 	}
 	noDamage(t, f)
-	if a, b := must(f.Owners(storeA)), must(f.Owners(storeB)); len(a) != 6 || len(b) != 6 {
+	if a, b := must(f.Owners(ctx, storeA)), must(f.Owners(ctx, storeB)); len(a) != 6 || len(b) != 6 {
 		t.Errorf("%d and %d owners left", len(a), len(b))
 	}
 	// The file has never been larger than what was in use at the same time.
@@ -137,7 +137,7 @@ func TestHelperProcess(t *testing.T) {
 	if path == "" {
 		return
 	}
-	f, err := open(vfs.OS, path, Options{Create: true}, small)
+	f, err := open(ctx, vfs.OS, path, Options{Create: true}, small)
 	if err != nil {
 		t.Fatal(err)
 	}

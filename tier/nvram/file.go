@@ -9,7 +9,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"slices"
-	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -19,10 +19,13 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
-// lockTimeout bounds the wait for another process that holds the file's lock.
-// It is held for one table update and its sync, so this is a process that hangs,
-// and a save that waits for ever freezes its guest.
-const lockTimeout = 30 * time.Second
+// ErrNotBlank: a file that is to become an NVRAM file holds something else, or
+// may do so. Options.Format overwrites it.
+var ErrNotBlank = errors.New("it holds something else")
+
+// lookLimit bounds how much of a file is read to find out that it is all zero.
+// Holes are not read.
+var lookLimit = int64(1 << 30)
 
 // Options of Open.
 type Options struct {
@@ -32,9 +35,15 @@ type Options struct {
 	// file has; for a new file, no cap but the file system's.
 	Capacity int64
 	// Create makes the file if it is missing, and formats it if it is empty
-	// or all zero (a device, a preallocated file). Anything else that is not
-	// an NVRAM file is refused, never overwritten.
+	// or zero from its beginning to its end. Anything else that is not an NVRAM
+	// file is refused (ErrNotBlank), and so is one that would take too long to
+	// read. A file that has all its disk blocks when it is formatted keeps them
+	// for good; of any other, freed extents give theirs back.
 	Create bool
+	// Format has Create overwrite what is no NVRAM file, whatever it holds. One
+	// that has been an NVRAM file is left alone, damaged or not: it may have
+	// checkpoints.
+	Format bool
 	// ReadOnly opens for OpenRegion, Owners, Free and Check only.
 	ReadOnly bool
 }
@@ -52,23 +61,24 @@ type File struct {
 	// h is the header as Open found it; its capacity may be old.
 	h header
 
-	// mu is the lock within the process: all goroutines share one open file
-	// and so one flock.
-	mu       sync.Mutex
-	capacity int64 // the header's when the file was last locked
+	// turn is the lock within the process: all goroutines share one open file
+	// and so one flock. Whoever has put something in has it.
+	turn     chan struct{}
+	capacity atomic.Int64 // the header's when the file was last locked
 }
 
-// Open opens the NVRAM file at path. If it had to be made, it is durable.
-func Open(fsys vfs.FS, path string, o Options) (*File, error) {
-	return open(fsys, path, o, geometry{ExtentSize, groupExtents})
+// Open opens the NVRAM file at path. If it had to be made, it is durable. ctx ends
+// the wait for the file's lock, here and in every method that has one.
+func Open(ctx context.Context, fsys vfs.FS, path string, o Options) (*File, error) {
+	return open(ctx, fsys, path, o, geometry{ExtentSize, groupExtents})
 }
 
 // open is Open with the geometry for new files; tests use a smaller one.
-func open(fsys vfs.FS, path string, o Options, g geometry) (_ *File, err error) {
+func open(ctx context.Context, fsys vfs.FS, path string, o Options, g geometry) (_ *File, err error) {
 	if o.Capacity < 0 || o.Capacity > 0 && o.Capacity < 2*g.extentSize {
 		return nil, fmt.Errorf("%s: an NVRAM file has at least %d bytes, not %d", path, 2*g.extentSize, o.Capacity)
 	}
-	f := &File{fs: fsys, path: path}
+	f := &File{fs: fsys, path: path, turn: make(chan struct{}, 1)}
 	if o.ReadOnly {
 		f.f, err = fsys.Open(path)
 	} else {
@@ -115,7 +125,7 @@ func open(fsys vfs.FS, path string, o Options, g geometry) (_ *File, err error) 
 	if o.ReadOnly {
 		mode = vfs.Shared
 	}
-	err = f.locked(mode, func() error { return f.loadOrFormat(o, g) })
+	err = f.locked(ctx, mode, func() error { return f.loadOrFormat(ctx, o, g) })
 	if err != nil {
 		return nil, err
 	}
@@ -140,9 +150,7 @@ func (f *File) Volatile() bool { return f.volatile }
 // Capacity is the cap on the file in bytes, tables included, as far as it was
 // known when it was last locked; 0 if there is none.
 func (f *File) Capacity() int64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.capacity * f.h.extentSize
+	return f.capacity.Load() * f.h.extentSize
 }
 
 func (f *File) corrupt(off int64, format string, args ...any) error {
@@ -150,13 +158,17 @@ func (f *File) corrupt(off int64, format string, args ...any) error {
 }
 
 // locked runs fn with the file locked against other goroutines and processes,
-// and the header read anew.
-func (f *File) locked(mode vfs.LockMode, fn func() error) (err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	ctx, cancel := context.WithTimeoutCause(context.Background(), lockTimeout,
-		fmt.Errorf("another process has held the lock for %v", lockTimeout))
-	defer cancel()
+// and the header read anew. It waits until ctx is done, and for vfs.LockLimit at
+// most: whoever has the lock has it for one change of a table and its sync.
+func (f *File) locked(ctx context.Context, mode vfs.LockMode, fn func() error) (err error) {
+	select {
+	case f.turn <- struct{}{}:
+		defer func() { <-f.turn }()
+	case <-ctx.Done():
+		return fmt.Errorf("%s: waited for its lock: %w", f.path, context.Cause(ctx))
+	case <-time.After(vfs.LockLimit):
+		return fmt.Errorf("%s: waited %v for this process's own use of it: %w", f.path, vfs.LockLimit, vfs.ErrLocked)
+	}
 	if err := f.f.Lock(ctx, mode); err != nil {
 		return err
 	}
@@ -170,7 +182,7 @@ func (f *File) locked(mode vfs.LockMode, fn func() error) (err error) {
 		if h.id != f.h.id || h.geometry != f.h.geometry {
 			return f.corrupt(0, "the file has been formatted anew while it was open")
 		}
-		f.capacity = h.capacity
+		f.capacity.Store(h.capacity)
 	}
 	return fn()
 }
@@ -216,17 +228,13 @@ func (f *File) readHeader() (h header, both bool, err error) {
 
 // loadOrFormat reads the header, makes it if the file is blank, and writes a new
 // one if a copy is not valid or the capacity is to be raised.
-func (f *File) loadOrFormat(o Options, g geometry) error {
+func (f *File) loadOrFormat(ctx context.Context, o Options, g geometry) error {
 	h, both, err := f.readHeader()
 	if err != nil {
 		if !o.Create || o.ReadOnly || !integrity.IsCorrupt(err) {
 			return err
 		}
-		blank, blankErr := f.blank(g)
-		if blankErr != nil {
-			return blankErr
-		}
-		if !blank {
+		if err := f.mayFormat(ctx, err, o.Format, g); err != nil {
 			return err
 		}
 		both = true
@@ -249,20 +257,61 @@ func (f *File) loadOrFormat(o Options, g geometry) error {
 			return err
 		}
 	}
-	f.h, f.capacity, f.limit = h, h.capacity, limit
+	f.h, f.limit = h, limit
+	f.capacity.Store(h.capacity)
 	return nil
 }
 
-// blank tells if the file's first extent is as zeros or an interrupted format
-// leave it: all zero but for headers without their magic number.
-func (f *File) blank(g geometry) (bool, error) {
-	b := make([]byte, g.extentSize)
+// mayFormat returns nil if the file, whose header is no header for the reason
+// given, can be made an NVRAM file without harm, or with force.
+func (f *File) mayFormat(ctx context.Context, reason error, force bool, g geometry) error {
+	b := make([]byte, tableOffset)
 	if err := f.readAt(b, 0); err != nil {
-		return false, err
+		return err
 	}
-	clear(b[len(magic):headerSize])
-	clear(b[headerCopy+len(magic) : headerCopy+headerSize])
-	return bytes.Equal(b, make([]byte, len(b))), nil
+	if bytes.HasPrefix(b, magic[:]) || bytes.HasPrefix(b[headerCopy:], magic[:]) {
+		return reason
+	}
+	if force {
+		return nil
+	}
+	return f.blank(ctx, g)
+}
+
+// blank returns nil if the file is as zeros or an interrupted format leave it: all
+// zero but for headers without their magic number.
+func (f *File) blank(ctx context.Context, g geometry) error {
+	b := make([]byte, max(g.extentSize, 1<<20))
+	zeros := make([]byte, len(b))
+	read := int64(0)
+	for next := int64(0); ; next += int64(len(b)) {
+		off, err := f.f.Data(next)
+		if err == io.EOF {
+			return nil
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return err
+		}
+		if read += int64(len(b)); read > lookLimit {
+			return f.corrupt(off, "no NVRAM file, and larger than what is looked through for zeros, %d MiB: %w", lookLimit>>20, ErrNotBlank)
+		}
+		if err := f.readAt(b, off); err != nil {
+			return err
+		}
+		for _, at := range [...]int64{0, headerCopy} {
+			if at >= off {
+				clear(b[at-off+int64(len(magic)) : at-off+headerSize])
+			}
+		}
+		if !bytes.Equal(b, zeros) {
+			i := slices.IndexFunc(b, func(c byte) bool { return c != 0 })
+			return f.corrupt(off+int64(i), "no NVRAM file (no magic number at 0 and %d), and not blank: %w", headerCopy, ErrNotBlank)
+		}
+		next = off
+	}
 }
 
 // format writes the first two headers. The magic numbers come last: whatever a
@@ -275,8 +324,18 @@ func (f *File) format(o Options, g geometry) (_ header, err error) {
 	if f.device && size < 2*g.extentSize {
 		return header{}, fmt.Errorf("%s: a device of %d bytes is too small: %w", f.path, size, syscall.ENOSPC)
 	}
+	keep, err := f.preallocated(size, g)
+	if err != nil {
+		return header{}, err
+	}
 	if err := f.allocate(0, g.extentSize, size); err != nil {
 		return header{}, err
+	}
+	if o.Format {
+		// Also a header's place, so that all of it is blank if this goes no further.
+		if _, err := f.f.WriteAt(make([]byte, g.extentSize), 0); err != nil {
+			return header{}, err
+		}
 	}
 	// A device is not zero where it has never been an NVRAM file, and what is
 	// no free line of a table would be lost for good.
@@ -298,6 +357,9 @@ func (f *File) format(o Options, g geometry) (_ header, err error) {
 		return header{}, err
 	}
 	h := header{geometry: g, generation: 1, id: id, capacity: min(o.Capacity/g.extentSize, maxExtents)}
+	if keep {
+		h.compatible |= featureKeep
+	}
 	second := h
 	second.generation++
 	defer func() {
@@ -321,8 +383,20 @@ func (f *File) format(o Options, g geometry) (_ header, err error) {
 	return second, nil
 }
 
+// preallocated tells if a file of size bytes, which is about to be formatted, has
+// the disk blocks already that its extents will need: somebody wants them to be
+// there whatever else fills the disk.
+func (f *File) preallocated(size int64, g geometry) (bool, error) {
+	if f.device || size < 2*g.extentSize {
+		return false, nil
+	}
+	blocks, err := f.f.Allocated()
+	return blocks >= size-g.extentSize, err
+}
+
 // allocate gives a range disk blocks, so that a full disk is noticed here and
-// not in the middle of a save. size is the file's length.
+// not in the middle of a save. size is the file's length. Where there are holes
+// in the range nobody owns what it holds.
 func (f *File) allocate(off, end, size int64) error {
 	if f.device {
 		return nil
@@ -331,15 +405,35 @@ func (f *File) allocate(off, end, size int64) error {
 	if !errors.Is(err, errors.ErrUnsupported) {
 		return err
 	}
-	// No fallocate: zeros do it as well for the part that is new. Within the
-	// file blocks were allocated when it grew.
-	zeros := make([]byte, min(1<<20, max(end-size, 0)))
-	for off = max(off, size); off < end; off += int64(len(zeros)) {
+	// No fallocate: zeros do it as well.
+	holes, err := f.holes()
+	if err != nil {
+		return err
+	}
+	if !holes {
+		off = max(off, size)
+	}
+	zeros := make([]byte, min(1<<20, max(end-off, 0)))
+	for ; off < end; off += int64(len(zeros)) {
 		if _, err := f.f.WriteAt(zeros[:min(int64(len(zeros)), end-off)], off); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// holes tells if a part of the file has no disk blocks. On a file system that
+// compresses it may say so of one that has them all.
+func (f *File) holes() (bool, error) {
+	if f.device {
+		return false, nil
+	}
+	size, err := f.f.Size()
+	if err != nil {
+		return false, err
+	}
+	blocks, err := f.f.Allocated()
+	return blocks < size, err
 }
 
 // table reads the owner table of a group; zeros if the file does not reach it.
@@ -357,8 +451,8 @@ func (f *File) extents() (int64, error) {
 // bound is the number of extents that the file may have, for this File.
 func (f *File) bound(now int64) int64 {
 	n := int64(maxExtents)
-	if f.capacity > 0 {
-		n = min(n, f.capacity)
+	if capacity := f.capacity.Load(); capacity > 0 {
+		n = min(n, capacity)
 	}
 	if f.limit > 0 {
 		n = min(n, f.limit)
@@ -410,13 +504,17 @@ func (f *File) space() (int64, error) {
 // Free is the number of bytes that Reserve could give out now: free extents,
 // and what the file may still grow within its capacity and the space left on
 // the file system.
-func (f *File) Free() (bytes int64, err error) {
-	err = f.locked(vfs.Shared, func() error {
+func (f *File) Free(ctx context.Context) (bytes int64, err error) {
+	err = f.locked(ctx, vfs.Shared, func() error {
 		now, err := f.extents()
 		if err != nil {
 			return err
 		}
 		space, err := f.space()
+		if err != nil {
+			return err
+		}
+		holes, err := f.holes()
 		if err != nil {
 			return err
 		}
@@ -430,6 +528,10 @@ func (f *File) Free() (bytes int64, err error) {
 			}
 			return nil
 		})
+		if holes {
+			n = min(n, space)
+			space -= n
+		}
 		if grow := min(space, bound-now); grow > 0 {
 			n += grow - (tables(now+grow) - tables(now))
 		}
@@ -444,6 +546,11 @@ func (f *File) Free() (bytes int64, err error) {
 // has extents already. The file is locked.
 func (f *File) pick(want, now int64, owner uuid.UUID) ([]uint32, error) {
 	space, err := f.space()
+	if err != nil {
+		return nil, err
+	}
+	// Which free extents have no blocks is not known: if any, all are counted.
+	holes, err := f.holes()
 	if err != nil {
 		return nil, err
 	}
@@ -470,7 +577,7 @@ func (f *File) pick(want, now int64, owner uuid.UUID) ([]uint32, error) {
 			if s != free || first+i >= bound || int64(len(list)) == want {
 				continue
 			}
-			if first+i >= now {
+			if holes || first+i >= now {
 				if space <= 0 {
 					continue
 				}
@@ -533,14 +640,20 @@ func (f *File) clearEntries(list []uint32) error {
 
 // back makes sure that the extents in list have disk blocks, with the table of
 // each group that begins among them. The file is locked.
-func (f *File) back(list []uint32, now int64) error {
-	err := f.h.runs(list, func(i, j int) error {
-		end := min(int64(list[j-1])+1, now)
-		if int64(list[i]) >= end {
-			return nil
-		}
-		return f.allocate(f.h.offset(list[i]), end*f.h.extentSize, now*f.h.extentSize)
+func (f *File) back(list []uint32, now int64) (err error) {
+	inFile := list
+	for len(inFile) > 0 && int64(inFile[len(inFile)-1]) >= now {
+		inFile = inFile[:len(inFile)-1]
+	}
+	err = f.h.runs(inFile, func(i, j int) error {
+		return f.allocate(f.h.offset(list[i]), f.h.offset(list[j-1])+f.h.extentSize, now*f.h.extentSize)
 	})
+	defer func() {
+		// What was got so far would be taken from the disk for nothing.
+		if err != nil && !f.keeps() {
+			err = errors.Join(err, f.h.runs(inFile, func(i, j int) error { return f.punch(int64(list[i]), int64(list[j-1])+1) }))
+		}
+	}()
 	if err != nil || len(list) == 0 {
 		return err
 	}
@@ -554,7 +667,6 @@ func (f *File) back(list []uint32, now int64) error {
 	}
 	err = f.allocate(now*f.h.extentSize, end*f.h.extentSize, size)
 	if err != nil {
-		// What was got so far would be taken from the disk for nothing.
 		err = errors.Join(err, f.f.Truncate(size))
 	}
 	return err
@@ -566,7 +678,7 @@ func (f *File) back(list []uint32, now int64) error {
 // The extents are durably the owner's when it returns, and nobody else's until
 // Release, Trim, FreeOwner or Sweep. If it fails (ENOSPC: the disk filled up in
 // this moment), nothing has been taken. An owner can reserve only once.
-func (f *File) Reserve(owner, store uuid.UUID, bytes int64, pageSize int) (*Region, error) {
+func (f *File) Reserve(ctx context.Context, owner, store uuid.UUID, bytes int64, pageSize int) (*Region, error) {
 	if owner == uuid.Nil || store == uuid.Nil {
 		return nil, errors.New("nvram: an owner needs a UUID")
 	}
@@ -579,7 +691,7 @@ func (f *File) Reserve(owner, store uuid.UUID, bytes int64, pageSize int) (*Regi
 	if bytes%f.h.extentSize != 0 {
 		want++
 	}
-	err := f.locked(vfs.Exclusive, func() error {
+	err := f.locked(ctx, vfs.Exclusive, func() error {
 		now, err := f.extents()
 		if err != nil {
 			return err
@@ -601,7 +713,7 @@ func (f *File) Reserve(owner, store uuid.UUID, bytes int64, pageSize int) (*Regi
 		}
 		if err != nil {
 			// If this fails too, Sweep will find them.
-			err = errors.Join(err, f.clearEntries(list))
+			err = errors.Join(err, f.free(list))
 		}
 		return err
 	})
@@ -660,9 +772,110 @@ func (f *File) OpenRegion(owner uuid.UUID, extents []uint32, pageSize int) (*Reg
 	return r, nil
 }
 
-// release frees, durably, the extents for which match says so.
-func (f *File) release(match func(entry, entryState) bool) (freed int, err error) {
-	err = f.locked(vfs.Exclusive, func() error {
+// free frees the extents in list, rising: first the table entries, durably, and
+// then the disk blocks, of which nobody may think any more that they are his. All
+// of it is under one lock, so what another process reserves next is not hit.
+// The file is locked.
+func (f *File) free(list []uint32) error {
+	if len(list) == 0 {
+		return nil
+	}
+	if err := f.clearEntries(list); err != nil {
+		return err
+	}
+	if f.keeps() {
+		return nil
+	}
+	end, err := f.cutTail()
+	if err != nil {
+		return err
+	}
+	for len(list) > 0 && int64(list[len(list)-1]) >= end {
+		list = list[:len(list)-1]
+	}
+	return f.h.runs(list, func(i, j int) error { return f.punch(int64(list[i]), int64(list[j-1])+1) })
+}
+
+// keeps tells if free extents keep their disk blocks.
+func (f *File) keeps() bool { return f.device || f.h.compatible&featureKeep != 0 }
+
+// punch gives the blocks of extents [first, end), which are free, back to the file
+// system. What a full disk or a file system that can't keeps from it is left as it
+// is: the extents can be reserved either way.
+func (f *File) punch(first, end int64) error {
+	err := f.f.Punch(first*f.h.extentSize, (end-first)*f.h.extentSize)
+	if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.ENOSPC) {
+		return nil
+	}
+	return err
+}
+
+// cutTail ends the file after the last extent that is not free, and returns how
+// many it has then. The first one stays. The file is locked.
+func (f *File) cutTail() (int64, error) {
+	now, err := f.extents()
+	if err != nil {
+		return 0, err
+	}
+	size, err := f.f.Size()
+	if err != nil {
+		return 0, err
+	}
+	end := int64(1)
+	// A table can reach beyond the last whole extent.
+	for group := size / (f.h.group * f.h.extentSize); group >= 0 && end == 1; group-- {
+		table, err := f.table(group)
+		if err != nil {
+			return 0, err
+		}
+		for i := f.h.group - 1; i >= 0 && end == 1; i-- {
+			if _, s := f.h.decodeEntry(table[i*entrySize:], uint32(group*f.h.group+i)); s != free {
+				end = max(end, group*f.h.group+i+1)
+			}
+		}
+	}
+	if end*f.h.extentSize >= size {
+		return now, nil
+	}
+	return end, f.f.Truncate(end * f.h.extentSize)
+}
+
+// giveBack gives the blocks of all free extents back: those that a process which
+// was killed between the two steps of free has left, too. The file is locked.
+func (f *File) giveBack() error {
+	if f.keeps() {
+		return nil
+	}
+	end, err := f.cutTail()
+	if err != nil {
+		return err
+	}
+	for first := int64(0); first < end; first += f.h.group {
+		table, err := f.table(first / f.h.group)
+		if err != nil {
+			return err
+		}
+		last := min(f.h.group, end-first)
+		for i := int64(1); i < last; i++ {
+			j := i
+			for j < last && bytes.Equal(table[j*entrySize:][:entrySize], zeroEntry[:]) {
+				j++
+			}
+			if j > i {
+				if err := f.punch(first+i, first+j); err != nil {
+					return err
+				}
+				i = j
+			}
+		}
+	}
+	return nil
+}
+
+// release frees, durably, the extents for which match says so, and returns how
+// many. After an error it may have freed them, and can be repeated.
+func (f *File) release(ctx context.Context, match func(entry, entryState) bool, then func() error) (freed int, err error) {
+	err = f.locked(ctx, vfs.Exclusive, func() error {
 		var list []uint32
 		err := f.forEach(func(extent uint32, _ []byte, e entry, s entryState) error {
 			if match(e, s) {
@@ -673,23 +886,23 @@ func (f *File) release(match func(entry, entryState) bool) (freed int, err error
 		if err != nil {
 			return err
 		}
+		if err := f.free(list); err != nil {
+			return err
+		}
 		freed = len(list)
-		return f.clearEntries(list)
+		return then()
 	})
-	if err != nil {
-		freed = 0
-	}
 	return freed, err
 }
 
 // FreeOwner frees all extents of a checkpoint, durably, and returns how many.
 // None is no error: freeing can be repeated after a crash. Call it only when the
 // checkpoint's removal is durable, and no reader has it open.
-func (f *File) FreeOwner(owner uuid.UUID) (freed int, err error) {
+func (f *File) FreeOwner(ctx context.Context, owner uuid.UUID) (freed int, err error) {
 	if owner == uuid.Nil {
 		return 0, nil
 	}
-	return f.release(func(e entry, s entryState) bool { return e.owner == owner })
+	return f.release(ctx, func(e entry, s entryState) bool { return e.owner == owner }, func() error { return nil })
 }
 
 // Sweep frees, durably, the extents of store whose owner is not live, and those
@@ -697,11 +910,12 @@ func (f *File) FreeOwner(owner uuid.UUID) (freed int, err error) {
 // them); it returns how many. Extents of other stores are not touched, nor are
 // entries that are damaged in another way: they may be somebody's, and Check
 // reports them. live must say true for a save that is under way, too; it must
-// not call methods of the File.
-func (f *File) Sweep(store uuid.UUID, live func(owner uuid.UUID) bool) (freed int, err error) {
-	return f.release(func(e entry, s entryState) bool {
+// not call methods of the File. It also gives back the disk blocks of whatever is
+// free; an error of that comes with the number that was freed.
+func (f *File) Sweep(ctx context.Context, store uuid.UUID, live func(owner uuid.UUID) bool) (freed int, err error) {
+	return f.release(ctx, func(e entry, s entryState) bool {
 		return s == torn || s == taken && e.store == store && !live(e.owner)
-	})
+	}, f.giveBack)
 }
 
 // Owner is a checkpoint that has extents in the file.
@@ -714,9 +928,9 @@ type Owner struct {
 
 // Owners lists the checkpoints of a store that have extents (of all stores for
 // the zero UUID), ordered by UUID. They may be committed or not.
-func (f *File) Owners(store uuid.UUID) ([]Owner, error) {
+func (f *File) Owners(ctx context.Context, store uuid.UUID) ([]Owner, error) {
 	owners := map[uuid.UUID]*Owner{}
-	err := f.locked(vfs.Shared, func() error {
+	err := f.locked(ctx, vfs.Shared, func() error {
 		return f.forEach(func(_ uint32, _ []byte, e entry, s entryState) error {
 			if s != taken || store != uuid.Nil && e.store != store {
 				return nil

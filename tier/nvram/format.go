@@ -15,17 +15,21 @@ import (
 )
 
 // The layout of the file; docs/format-nvram.md draws it. All integers are
-// little-endian. Version 1 is the only one so far.
+// little-endian.
 const (
 	ExtentSize = 256 << 10 // bytes; what new files are made with
 
-	version      = 1
+	version      = 2
 	headerSize   = 64
 	headerCopy   = 4096 // offset of the second header copy
 	tableOffset  = 8192 // of the owner table, from the start of its group
 	entrySize    = 64   // one cache line, which persistent memory writes back as a whole
 	groupExtents = 1024 // extents a group in new files, the first holding the table
 	kindPages    = 1    // the only kind of extent so far: slots with guest pages
+
+	// featureKeep is a compatible feature: the file was made with its disk
+	// blocks beforehand, so they are its owner's, and freeing leaves them.
+	featureKeep = 1 << 0
 
 	// Limits for what a header may claim.
 	minExtentSize = 16 << 10
@@ -74,6 +78,9 @@ type header struct {
 	generation uint64 // of two valid copies the higher one counts
 	id         uuid.UUID
 	capacity   int64 // extents in the whole file at most; 0 is no cap
+	// compatible features; a program keeps those that it does not know. Of the
+	// incompatible ones there are none yet.
+	compatible uint32
 }
 
 // copyOffset is where the header of this generation goes: odd ones first.
@@ -88,6 +95,7 @@ func (h header) encode() []byte {
 	binary.LittleEndian.PutUint64(b[24:], h.generation)
 	copy(b[32:48], h.id[:])
 	binary.LittleEndian.PutUint64(b[48:], uint64(h.capacity))
+	binary.LittleEndian.PutUint32(b[56:], h.compatible)
 	binary.LittleEndian.PutUint32(b[60:], integrity.Checksum(b[:60]))
 	return b
 }
@@ -99,8 +107,14 @@ func decodeHeader(b []byte) (header, error) {
 	if integrity.Checksum(b[:60]) != binary.LittleEndian.Uint32(b[60:]) {
 		return header{}, errors.New("header checksum mismatch")
 	}
-	if v := binary.LittleEndian.Uint32(b[8:]); v != version {
-		return header{}, fmt.Errorf("format version %d is not known to this program", v)
+	switch v := binary.LittleEndian.Uint32(b[8:]); {
+	case v < version:
+		return header{}, fmt.Errorf("an earlier flic-migrate has made this NVRAM file, in format version %d; this one reads version %d", v, version)
+	case v > version:
+		return header{}, fmt.Errorf("a later flic-migrate has made this NVRAM file, in format version %d; this one reads version %d", v, version)
+	}
+	if f := binary.LittleEndian.Uint32(b[20:]); f != 0 {
+		return header{}, fmt.Errorf("feature %d of the NVRAM file is not known to this program", bits.TrailingZeros32(f))
 	}
 	h := header{
 		geometry: geometry{
@@ -110,12 +124,10 @@ func decodeHeader(b []byte) (header, error) {
 		generation: binary.LittleEndian.Uint64(b[24:]),
 		id:         uuid.UUID(b[32:48]),
 		capacity:   int64(binary.LittleEndian.Uint64(b[48:])),
+		compatible: binary.LittleEndian.Uint32(b[56:]),
 	}
 	if err := h.check(); err != nil {
 		return header{}, err
-	}
-	if binary.LittleEndian.Uint32(b[20:]) != 0 || binary.LittleEndian.Uint32(b[56:]) != 0 {
-		return header{}, errors.New("reserved header field is not zero")
 	}
 	if h.capacity < 0 || h.capacity > maxExtents {
 		return header{}, fmt.Errorf("capacity of %d extents", uint64(h.capacity))

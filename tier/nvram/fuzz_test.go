@@ -15,18 +15,18 @@ import (
 // sample is a small file of two groups as the writer makes it.
 func sample() []byte {
 	fsys := crashfs.New(0)
-	f := must(open(fsys, "/nvram", Options{Create: true, Capacity: 40 * small.extentSize}, small))
+	f := must(open(ctx, fsys, "/nvram", Options{Create: true, Capacity: 40 * small.extentSize}, small))
 	f.h.id = uuid.MustParse("00112233-4455-6677-8899-aabbccddeeff") // the same in every run
 	for range 2 {
 		f.h.generation++
 		must(f.f.WriteAt(f.h.encode(), f.h.copyOffset()))
 	}
 	for i, extents := range []int64{3, 12, 2} {
-		r := must(f.Reserve(owner(i), storeA, extents*small.extentSize, page<<i))
+		r := must(f.Reserve(ctx, owner(i), storeA, extents*small.extentSize, page<<i))
 		check(r.Write(0, content(owner(i), 0, page<<i)))
 		check(r.Sync())
 	}
-	must(f.FreeOwner(owner(1)))
+	must(f.FreeOwner(ctx, owner(1)))
 	b := make([]byte, must(f.f.Size()))
 	must(f.f.ReadAt(b, 0))
 	return b
@@ -53,15 +53,15 @@ func FuzzFile(f *testing.F) {
 		check(w.Truncate(int64(quarters%256) * small.extentSize / 4))
 		check(w.Close())
 
-		file, err := open(fsys, "/nvram", Options{Create: true, Capacity: 1 << 20}, small)
+		file, err := open(ctx, fsys, "/nvram", Options{Create: true, Capacity: 1 << 20}, small)
 		if err != nil {
 			return
 		}
-		if _, err := file.Check(); err != nil {
+		if _, err := file.Check(ctx); err != nil {
 			t.Fatal(err)
 		}
 		foreign := map[uuid.UUID]int{}
-		for _, o := range must(file.Owners(uuid.Nil)) {
+		for _, o := range must(file.Owners(ctx, uuid.Nil)) {
 			if o.Store != storeA {
 				foreign[o.UUID] += o.Extents
 			}
@@ -75,10 +75,10 @@ func FuzzFile(f *testing.F) {
 			})
 			check(r.Close())
 		}
-		must(file.Free())
+		must(file.Free(ctx))
 		// A fresh owner gets its pages back, whatever the tables say.
 		id := uuid.New()
-		r, err := file.Reserve(id, storeA, 5*small.extentSize, page)
+		r, err := file.Reserve(ctx, id, storeA, 5*small.extentSize, page)
 		if err != nil {
 			return // no room, or a table beyond the end
 		}
@@ -86,8 +86,8 @@ func FuzzFile(f *testing.F) {
 		check(r.Sync())
 		check(verify(file, id, r.Extents(), r.Slots(), page))
 		check(r.Close())
-		must(file.Sweep(storeA, func(uuid.UUID) bool { return false }))
-		for _, o := range must(file.Owners(uuid.Nil)) {
+		must(file.Sweep(ctx, storeA, func(uuid.UUID) bool { return false }))
+		for _, o := range must(file.Owners(ctx, uuid.Nil)) {
 			if o.Store == storeA {
 				t.Errorf("%+v is left after Sweep", o)
 			}

@@ -2,6 +2,7 @@ package nvram
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -34,6 +35,7 @@ const (
 )
 
 var (
+	ctx    = context.Background()
 	storeA = uuid.MustParse("aaaaaaaa-0000-4000-8000-000000000001")
 	storeB = uuid.MustParse("bbbbbbbb-0000-4000-8000-000000000002")
 )
@@ -97,7 +99,7 @@ func verify(f *File, id uuid.UUID, extents []uint32, slots, pageSize int) error 
 func createSmall(t *testing.T, fsys vfs.FS, o Options) *File {
 	t.Helper()
 	o.Create = true
-	f, err := open(fsys, "/nvram", o, small)
+	f, err := open(ctx, fsys, "/nvram", o, small)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +108,7 @@ func createSmall(t *testing.T, fsys vfs.FS, o Options) *File {
 
 func noDamage(t *testing.T, f *File) {
 	t.Helper()
-	damage, err := f.Check()
+	damage, err := f.Check(ctx)
 	if err != nil || len(damage) > 0 {
 		t.Errorf("Check: %v, %v", damage, err)
 	}
@@ -116,7 +118,7 @@ func noDamage(t *testing.T, f *File) {
 // twice, and reads them back through every way there is.
 func TestRoundTrip(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "nvram")
-	f, err := Open(vfs.OS, path, Options{Create: true})
+	f, err := Open(ctx, vfs.OS, path, Options{Create: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,7 +127,7 @@ func TestRoundTrip(t *testing.T) {
 	}
 	for size := 1 << 10; size <= 64<<10; size *= 2 {
 		id := owner(size)
-		r, err := f.Reserve(id, storeA, 40*ExtentSize-1, size)
+		r, err := f.Reserve(ctx, id, storeA, 40*ExtentSize-1, size)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -152,7 +154,7 @@ func TestRoundTrip(t *testing.T) {
 				}
 			}
 		}
-		check(r.Trim(slots))
+		check(r.Trim(ctx, slots))
 		check(r.Sync())
 		if len(r.Extents()) != 39 {
 			t.Errorf("%d extents after Trim", len(r.Extents()))
@@ -166,7 +168,7 @@ func TestRoundTrip(t *testing.T) {
 		check(r.Close())
 
 		// Through another File, as a restore does it.
-		ro, err := Open(vfs.OS, path, Options{ReadOnly: true})
+		ro, err := Open(ctx, vfs.OS, path, Options{ReadOnly: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -186,16 +188,16 @@ func TestRoundTrip(t *testing.T) {
 		if err := rr.Write(0, buf); err == nil {
 			t.Error("write to a region open for reading")
 		}
-		if err := rr.Trim(0); err == nil {
+		if err := rr.Trim(ctx, 0); err == nil {
 			t.Error("trim of a region open for reading")
 		}
-		if err := rr.Release(); err == nil {
+		if err := rr.Release(ctx); err == nil {
 			t.Error("release of a region open for reading")
 		}
 		check(ro.Close())
 	}
 	noDamage(t, f)
-	owners := must(f.Owners(storeA))
+	owners := must(f.Owners(ctx, storeA))
 	if len(owners) != 7 || owners[0].Extents != 39 || time.Since(owners[0].Since) > time.Minute {
 		t.Errorf("%+v", owners)
 	}
@@ -204,25 +206,25 @@ func TestRoundTrip(t *testing.T) {
 
 func TestMisuse(t *testing.T) {
 	f := createSmall(t, crashfs.New(0), Options{})
-	if _, err := f.Reserve(owner(1), storeA, -1, page); err == nil {
+	if _, err := f.Reserve(ctx, owner(1), storeA, -1, page); err == nil {
 		t.Error("negative size")
 	}
 	for _, size := range []int{0, 512, 3000, 128 << 10, -4096} {
-		if _, err := f.Reserve(owner(1), storeA, 1, size); err == nil {
+		if _, err := f.Reserve(ctx, owner(1), storeA, 1, size); err == nil {
 			t.Errorf("page size %d", size)
 		}
 		if _, err := f.OpenRegion(owner(1), nil, size); err == nil {
 			t.Errorf("page size %d", size)
 		}
 	}
-	if _, err := f.Reserve(uuid.Nil, storeA, 1, page); err == nil {
+	if _, err := f.Reserve(ctx, uuid.Nil, storeA, 1, page); err == nil {
 		t.Error("no owner")
 	}
-	if _, err := f.Reserve(owner(1), uuid.Nil, 1, page); err == nil {
+	if _, err := f.Reserve(ctx, owner(1), uuid.Nil, 1, page); err == nil {
 		t.Error("no store")
 	}
-	r := must(f.Reserve(owner(1), storeA, 1, page))
-	if _, err := f.Reserve(owner(1), storeB, 1, page); err == nil {
+	r := must(f.Reserve(ctx, owner(1), storeA, 1, page))
+	if _, err := f.Reserve(ctx, owner(1), storeB, 1, page); err == nil {
 		t.Error("an owner reserved twice")
 	}
 	for _, s := range []int{-1, smallSlots} {
@@ -233,31 +235,31 @@ func TestMisuse(t *testing.T) {
 	if err := r.Write(0, make([]byte, page-1)); err == nil {
 		t.Error("short page")
 	}
-	if err := r.Trim(smallSlots + 1); err == nil {
+	if err := r.Trim(ctx, smallSlots+1); err == nil {
 		t.Error("trim to more")
 	}
 	check(r.Close())
-	for _, err := range []error{r.Write(0, make([]byte, page)), r.Sync(), r.Trim(0), r.Release(), r.ReadPage(0, make([]byte, page))} {
+	for _, err := range []error{r.Write(0, make([]byte, page)), r.Sync(), r.Trim(ctx, 0), r.Release(ctx), r.ReadPage(0, make([]byte, page))} {
 		if !errors.Is(err, errClosed) {
 			t.Errorf("after Close: %v", err)
 		}
 	}
 	// Nothing at all is a region, too: a VM without hot pages.
-	none := must(f.Reserve(owner(2), storeA, 0, page))
+	none := must(f.Reserve(ctx, owner(2), storeA, 0, page))
 	check(none.Sync())
-	check(none.Trim(0))
+	check(none.Trim(ctx, 0))
 	check(none.Close())
 	none = must(f.OpenRegion(owner(2), nil, page))
 	none.ReadAhead(0, 1)
 	check(none.Guard(func() error { return nil }))
 	check(none.Close())
-	if n := must(f.FreeOwner(uuid.Nil)); n != 0 {
+	if n := must(f.FreeOwner(ctx, uuid.Nil)); n != 0 {
 		t.Error("the zero UUID owns something")
 	}
-	if _, err := open(crashfs.New(0), "/x", Options{Create: true, Capacity: small.extentSize}, small); err == nil {
+	if _, err := open(ctx, crashfs.New(0), "/x", Options{Create: true, Capacity: small.extentSize}, small); err == nil {
 		t.Error("capacity without room for data")
 	}
-	if _, err := open(crashfs.New(0), "/x", Options{}, small); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := open(ctx, crashfs.New(0), "/x", Options{}, small); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("Open without Create: %v", err)
 	}
 }
@@ -271,18 +273,18 @@ func TestCapacity(t *testing.T) {
 	if got := f.Capacity(); got != 40*small.extentSize {
 		t.Errorf("Capacity %d", got)
 	}
-	if got := must(f.Free()); got != dataExtents*small.extentSize {
+	if got := must(f.Free(ctx)); got != dataExtents*small.extentSize {
 		t.Errorf("Free of a new file %d, want %d", got, dataExtents*small.extentSize)
 	}
-	a := must(f.Reserve(owner(1), storeA, 20*small.extentSize, page))
-	if got := must(f.Free()); len(a.extents) != 20 || got != 17*small.extentSize {
+	a := must(f.Reserve(ctx, owner(1), storeA, 20*small.extentSize, page))
+	if got := must(f.Free(ctx)); len(a.extents) != 20 || got != 17*small.extentSize {
 		t.Errorf("%d extents, %d free", len(a.extents), got)
 	}
-	b := must(f.Reserve(owner(2), storeB, 20*small.extentSize, page))
-	if len(b.extents) != 17 || must(f.Free()) != 0 {
-		t.Errorf("%d extents of 17 left, %d free", len(b.extents), must(f.Free()))
+	b := must(f.Reserve(ctx, owner(2), storeB, 20*small.extentSize, page))
+	if len(b.extents) != 17 || must(f.Free(ctx)) != 0 {
+		t.Errorf("%d extents of 17 left, %d free", len(b.extents), must(f.Free(ctx)))
 	}
-	if none := must(f.Reserve(owner(3), storeA, 1, page)); none.Slots() != 0 {
+	if none := must(f.Reserve(ctx, owner(3), storeA, 1, page)); none.Slots() != 0 {
 		t.Errorf("%d slots from a full file", none.Slots())
 	}
 	if got := must(fsys.Stat("/nvram")).Size(); got != 40*small.extentSize {
@@ -290,11 +292,11 @@ func TestCapacity(t *testing.T) {
 	}
 	check(fill(b, b.Slots()))
 	check(b.Sync())
-	check(a.Trim(3*smallSlots + 1))
-	if got := must(f.Free()); got != 16*small.extentSize {
+	check(a.Trim(ctx, 3*smallSlots+1))
+	if got := must(f.Free(ctx)); got != 16*small.extentSize {
 		t.Errorf("%d free after Trim", got)
 	}
-	c := must(f.Reserve(owner(3), storeA, 18*small.extentSize, page))
+	c := must(f.Reserve(ctx, owner(3), storeA, 18*small.extentSize, page))
 	if len(c.extents) != 16 {
 		t.Errorf("%d extents after Trim", len(c.extents))
 	}
@@ -304,11 +306,11 @@ func TestCapacity(t *testing.T) {
 		}
 	}
 	check(fill(c, c.Slots()))
-	check(c.Release())
-	if n := must(f.FreeOwner(owner(1))); n != 4 {
+	check(c.Release(ctx))
+	if n := must(f.FreeOwner(ctx, owner(1))); n != 4 {
 		t.Errorf("FreeOwner freed %d", n)
 	}
-	if n := must(f.FreeOwner(owner(1))); n != 0 {
+	if n := must(f.FreeOwner(ctx, owner(1))); n != 0 {
 		t.Errorf("FreeOwner freed %d again", n)
 	}
 	if err := verify(f, owner(2), b.Extents(), b.Slots(), page); err != nil {
@@ -317,19 +319,19 @@ func TestCapacity(t *testing.T) {
 	noDamage(t, f)
 
 	// A larger cap is kept in the file; a smaller one is this process's own.
-	f = must(open(fsys, "/nvram", Options{}, small))
+	f = must(open(ctx, fsys, "/nvram", Options{}, small))
 	for _, c := range []struct{ option, want, free int64 }{
 		{50, 50, 20 + 9}, {41, 50, 20 + 1}, {0, 50, 20 + 9}, {10, 50, 9}, {51, 51, 20 + 10},
 	} {
-		g := must(open(fsys, "/nvram", Options{Capacity: c.option * small.extentSize}, small))
-		if g.Capacity() != c.want*small.extentSize || must(g.Free()) != c.free*small.extentSize {
-			t.Errorf("with option %d: capacity %d, free %d extents", c.option, g.Capacity()/small.extentSize, must(g.Free())/small.extentSize)
+		g := must(open(ctx, fsys, "/nvram", Options{Capacity: c.option * small.extentSize}, small))
+		if g.Capacity() != c.want*small.extentSize || must(g.Free(ctx)) != c.free*small.extentSize {
+			t.Errorf("with option %d: capacity %d, free %d extents", c.option, g.Capacity()/small.extentSize, must(g.Free(ctx))/small.extentSize)
 		}
 		noDamage(t, g)
 		check(g.Close())
 	}
 	// f sees what another process has raised.
-	d := must(f.Reserve(owner(4), storeA, 100*small.extentSize, page))
+	d := must(f.Reserve(ctx, owner(4), storeA, 100*small.extentSize, page))
 	if len(d.extents) != 20+10 {
 		t.Errorf("%d extents after another process has raised the cap", len(d.extents))
 	}
@@ -342,11 +344,11 @@ func TestSweepAndOwners(t *testing.T) {
 		if i >= 3 {
 			store = storeB
 		}
-		check(must(f.Reserve(owner(i), store, int64(i+1)*small.extentSize, page)).Close())
+		check(must(f.Reserve(ctx, owner(i), store, int64(i+1)*small.extentSize, page)).Close())
 	}
 	list := func(store uuid.UUID) string {
 		s := ""
-		for _, o := range must(f.Owners(store)) {
+		for _, o := range must(f.Owners(ctx, store)) {
 			s += fmt.Sprintf("%d:%d ", o.UUID[15], o.Extents)
 		}
 		return s
@@ -354,14 +356,14 @@ func TestSweepAndOwners(t *testing.T) {
 	if got := list(storeA) + "| " + list(storeB) + "| " + list(uuid.Nil); got != "0:1 1:2 2:3 | 3:4 4:5 5:6 | 0:1 1:2 2:3 3:4 4:5 5:6 " {
 		t.Errorf("owners %s", got)
 	}
-	n, err := f.Sweep(storeA, func(id uuid.UUID) bool { return id == owner(1) })
+	n, err := f.Sweep(ctx, storeA, func(id uuid.UUID) bool { return id == owner(1) })
 	if n != 1+3 || err != nil {
 		t.Errorf("Sweep: %d, %v", n, err)
 	}
 	if got := list(uuid.Nil); got != "1:2 3:4 4:5 5:6 " {
 		t.Errorf("owners after Sweep %s", got)
 	}
-	if n := must(f.Sweep(uuid.New(), func(uuid.UUID) bool { return false })); n != 0 {
+	if n := must(f.Sweep(ctx, uuid.New(), func(uuid.UUID) bool { return false })); n != 0 {
 		t.Errorf("Sweep of a store without extents freed %d", n)
 	}
 	noDamage(t, f)
@@ -370,14 +372,14 @@ func TestSweepAndOwners(t *testing.T) {
 // TestFormat compares a file with its bytes as docs/format-nvram.md gives them.
 func TestFormat(t *testing.T) {
 	fsys := crashfs.New(0)
-	f, err := Open(fsys, "/nvram", Options{Create: true, Capacity: 1 << 30})
+	f, err := Open(ctx, fsys, "/nvram", Options{Create: true, Capacity: 1 << 30})
 	if err != nil {
 		t.Fatal(err)
 	}
 	f.h.id = uuid.MustParse("00112233-4455-6677-8899-aabbccddeeff")
 	h := f.h.encode()
-	const wantHeader = "464c49434e564d31" + "01000000" + "00000400" + "00040000" + "00000000" +
-		"0200000000000000" + "00112233445566778899aabbccddeeff" + "0010000000000000" + "00000000" + "06c7bc03"
+	const wantHeader = "464c49434e564d31" + "02000000" + "00000400" + "00040000" + "00000000" +
+		"0200000000000000" + "00112233445566778899aabbccddeeff" + "0010000000000000" + "00000000" + "09ace3ea"
 	if got := fmt.Sprintf("%x", h); got != wantHeader {
 		t.Errorf("header\n%s, want\n%s", got, wantHeader)
 	}
@@ -407,12 +409,21 @@ func TestFormat(t *testing.T) {
 			t.Errorf("reserved byte %d: state %d", i, s)
 		}
 	}
-	for _, i := range []int{20, 23, 56, 59} {
+	// An incompatible feature is refused by its number, a compatible one kept.
+	for i, feature := range map[int]string{20: "feature 1 ", 23: "feature 25 "} {
 		c := bytes.Clone(h)
 		c[i] ^= 2
 		binary.LittleEndian.PutUint32(c[60:], integrity.Checksum(c[:60]))
-		if _, err := decodeHeader(c); err == nil {
-			t.Errorf("reserved header byte %d", i)
+		if _, err := decodeHeader(c); err == nil || !strings.Contains(err.Error(), feature) {
+			t.Errorf("incompatible feature in byte %d: %v", i, err)
+		}
+	}
+	for _, i := range []int{56, 59} {
+		c := bytes.Clone(h)
+		c[i] ^= 2
+		binary.LittleEndian.PutUint32(c[60:], integrity.Checksum(c[:60]))
+		if d, err := decodeHeader(c); err != nil || !bytes.Equal(d.encode(), c) {
+			t.Errorf("compatible feature in byte %d: %v", i, err)
 		}
 	}
 	// The entry counts in its place only.
@@ -486,11 +497,11 @@ func wantCorrupt(t *testing.T, what string, err error, off int64) {
 func TestDamage(t *testing.T) {
 	fsys := crashfs.New(0)
 	f := createSmall(t, fsys, Options{})
-	r := must(f.Reserve(owner(1), storeA, 3*small.extentSize, page))
+	r := must(f.Reserve(ctx, owner(1), storeA, 3*small.extentSize, page))
 	check(fill(r, r.Slots()))
 	check(r.Sync())
 	check(r.Close())
-	reopen := func() (*File, error) { return open(fsys, "/nvram", Options{ReadOnly: true}, small) }
+	reopen := func() (*File, error) { return open(ctx, fsys, "/nvram", Options{ReadOnly: true}, small) }
 
 	for bit := range 8 * headerSize {
 		off, mask := int64(bit/8), byte(1)<<(bit%8)
@@ -503,13 +514,13 @@ func TestDamage(t *testing.T) {
 			g, err := reopen()
 			if copies == 3 {
 				wantCorrupt(t, fmt.Sprintf("both headers, bit %d", bit), err, 0)
-				if _, err := open(fsys, "/nvram", Options{Create: true}, small); err == nil {
+				if _, err := open(ctx, fsys, "/nvram", Options{Create: true}, small); err == nil {
 					t.Fatalf("a damaged file was formatted anew (bit %d)", bit)
 				}
 			} else if err != nil {
 				t.Errorf("one header damaged (%d), bit %d: %v", copies, bit, err)
 			} else {
-				damage := must(g.Check())
+				damage := must(g.Check(ctx))
 				if len(damage) != 1 {
 					t.Fatalf("Check of a damaged header: %v", damage)
 				}
@@ -530,13 +541,13 @@ func TestDamage(t *testing.T) {
 		flip(fsys, off, mask)
 		_, err := f.OpenRegion(owner(1), r.Extents(), page)
 		wantCorrupt(t, fmt.Sprintf("entry bit %d", bit), err, at)
-		damage := must(f.Check())
+		damage := must(f.Check(ctx))
 		if len(damage) != 1 {
 			t.Fatalf("Check, entry bit %d: %v", bit, damage)
 		}
 		wantCorrupt(t, "Check", damage[0], at)
 		// Nobody may take an extent that is only damaged.
-		if n := must(f.Sweep(storeA, func(uuid.UUID) bool { return true })); n != 0 {
+		if n := must(f.Sweep(ctx, storeA, func(uuid.UUID) bool { return true })); n != 0 {
 			t.Fatalf("Sweep took a damaged entry (bit %d)", bit)
 		}
 		flip(fsys, off, mask)
@@ -544,7 +555,7 @@ func TestDamage(t *testing.T) {
 
 	// A table entry for the table itself, and a reserved header field.
 	flip(fsys, small.entryOffset(0), 1)
-	if damage := must(f.Check()); len(damage) != 1 {
+	if damage := must(f.Check(ctx)); len(damage) != 1 {
 		t.Errorf("Check: %v", damage)
 	}
 	flip(fsys, small.entryOffset(0), 1)
@@ -553,14 +564,14 @@ func TestDamage(t *testing.T) {
 	// A torn entry is found, and reclaimed.
 	h := must(fsys.OpenRW("/nvram"))
 	must(h.WriteAt(make([]byte, 32), small.entryOffset(2)))
-	damage := must(f.Check())
+	damage := must(f.Check(ctx))
 	if len(damage) != 1 {
 		t.Fatalf("Check: %v", damage)
 	}
 	wantCorrupt(t, "Check", damage[0], small.entryOffset(2))
 	_, err := f.OpenRegion(owner(1), r.Extents(), page)
 	wantCorrupt(t, "torn entry", err, small.entryOffset(2))
-	if n := must(f.Sweep(storeB, func(uuid.UUID) bool { return false })); n != 1 {
+	if n := must(f.Sweep(ctx, storeB, func(uuid.UUID) bool { return false })); n != 1 {
 		t.Errorf("Sweep freed %d", n)
 	}
 	_, err = f.OpenRegion(owner(1), r.Extents(), page)
@@ -570,13 +581,13 @@ func TestDamage(t *testing.T) {
 	b := make([]byte, entrySize)
 	f.h.encodeEntry(b, 9, entry{owner(1), storeA, 2, page, time.Now()})
 	must(h.WriteAt(b, small.entryOffset(9)))
-	if damage := must(f.Check()); len(damage) != 2 { // and extent 9 is beyond the end
+	if damage := must(f.Check(ctx)); len(damage) != 2 { // and extent 9 is beyond the end
 		t.Errorf("Check: %v", damage)
 	}
 
 	// FreeOwner frees what still shows its owner's name.
 	flip(fsys, small.entryOffset(1)+50, 1)
-	if n := must(f.FreeOwner(owner(1))); n != 3 {
+	if n := must(f.FreeOwner(ctx, owner(1))); n != 3 {
 		t.Errorf("FreeOwner freed %d", n)
 	}
 	noDamage(t, f)
@@ -584,8 +595,8 @@ func TestDamage(t *testing.T) {
 
 func TestWrongRegion(t *testing.T) {
 	f := createSmall(t, crashfs.New(0), Options{})
-	a := must(f.Reserve(owner(1), storeA, 3*small.extentSize, page)).Extents()
-	b := must(f.Reserve(owner(2), storeA, 2*small.extentSize, 2*page)).Extents()
+	a := must(f.Reserve(ctx, owner(1), storeA, 3*small.extentSize, page)).Extents()
+	b := must(f.Reserve(ctx, owner(2), storeA, 2*small.extentSize, 2*page)).Extents()
 	for name, c := range map[string]struct {
 		id      uuid.UUID
 		extents []uint32
@@ -612,13 +623,13 @@ func TestTruncated(t *testing.T) {
 	for cut := int64(0); cut <= 20*small.extentSize; cut += small.extentSize / 2 {
 		fsys := crashfs.New(0)
 		f := createSmall(t, fsys, Options{})
-		r := must(f.Reserve(owner(1), storeA, 20*small.extentSize, page)) // two groups
+		r := must(f.Reserve(ctx, owner(1), storeA, 20*small.extentSize, page)) // two groups
 		check(fill(r, r.Slots()))
 		check(r.Sync())
 		check(r.Close())
 		check(f.f.Truncate(cut))
 
-		g, err := open(fsys, "/nvram", Options{ReadOnly: true}, small)
+		g, err := open(ctx, fsys, "/nvram", Options{ReadOnly: true}, small)
 		if cut == 0 {
 			wantCorrupt(t, "empty file", err, 0)
 			continue
@@ -632,18 +643,18 @@ func TestTruncated(t *testing.T) {
 			t.Errorf("cut at %d: %v", cut, err)
 		}
 		// Cut exactly at the second group, the rest is a whole file by itself.
-		if damage := must(g.Check()); cut >= small.extentSize && cut/small.extentSize != 16 && len(damage) == 0 {
+		if damage := must(g.Check(ctx)); cut >= small.extentSize && cut/small.extentSize != 16 && len(damage) == 0 {
 			t.Errorf("cut at %d: Check finds nothing", cut)
 		}
 		// The rest can be reclaimed and used.
-		n, err := f.FreeOwner(owner(1))
+		n, err := f.FreeOwner(ctx, owner(1))
 		if cut < small.extentSize {
 			continue // not even the table is whole
 		}
 		if err != nil || n < 15 {
 			t.Errorf("cut at %d: FreeOwner: %d, %v", cut, n, err)
 		}
-		r = must(f.Reserve(owner(2), storeA, 10*small.extentSize, page))
+		r = must(f.Reserve(ctx, owner(2), storeA, 10*small.extentSize, page))
 		check(fill(r, r.Slots()))
 		check(r.Sync())
 		check(verify(f, owner(2), r.Extents(), r.Slots(), page))
@@ -653,9 +664,9 @@ func TestTruncated(t *testing.T) {
 // TestCutWhileReading truncates a real file under a reader's mapping.
 func TestCutWhileReading(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "nvram")
-	f := must(open(vfs.OS, path, Options{Create: true}, small))
+	f := must(open(ctx, vfs.OS, path, Options{Create: true}, small))
 	defer f.Close()
-	w := must(f.Reserve(owner(1), storeA, 4*small.extentSize, page))
+	w := must(f.Reserve(ctx, owner(1), storeA, 4*small.extentSize, page))
 	check(fill(w, w.Slots()))
 	check(w.Sync())
 	check(w.Close())
@@ -687,12 +698,12 @@ func TestCutWhileReading(t *testing.T) {
 func TestFullDisk(t *testing.T) {
 	for blocks := int64(4); blocks < 4*20; blocks += 3 {
 		fsys := crashfs.New(blocks * 4096)
-		f, err := open(fsys, "/nvram", Options{Create: true}, small)
+		f, err := open(ctx, fsys, "/nvram", Options{Create: true}, small)
 		if err != nil {
 			t.Fatal(err)
 		}
-		freeSpace := must(f.Free())
-		r := must(f.Reserve(owner(1), storeA, 100*small.extentSize, page))
+		freeSpace := must(f.Free(ctx))
+		r := must(f.Reserve(ctx, owner(1), storeA, 100*small.extentSize, page))
 		if got := int64(r.Slots()) * page; got != freeSpace || got > blocks*4096 || got < (blocks-12)*4096 {
 			t.Errorf("%d blocks: %d bytes reserved, Free said %d", blocks, got, freeSpace)
 		}
@@ -701,7 +712,7 @@ func TestFullDisk(t *testing.T) {
 		check(verify(f, owner(1), r.Extents(), r.Slots(), page))
 	}
 	fsys := crashfs.New(3 * 4096)
-	if _, err := open(fsys, "/nvram", Options{Create: true}, small); !errors.Is(err, syscall.ENOSPC) {
+	if _, err := open(ctx, fsys, "/nvram", Options{Create: true}, small); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("no room for the first extent: %v", err)
 	}
 }
@@ -710,21 +721,21 @@ func TestFullDisk(t *testing.T) {
 func TestDiskFillsUp(t *testing.T) {
 	fsys := crashfs.New(40 * 4096)
 	f := createSmall(t, fsys, Options{})
-	check(must(f.Reserve(owner(1), storeA, small.extentSize, page)).Close())
+	check(must(f.Reserve(ctx, owner(1), storeA, small.extentSize, page)).Close())
 	size := must(fsys.Stat("/nvram")).Size()
 	f.fs = spacious{fsys}
-	_, err := f.Reserve(owner(2), storeA, 20*small.extentSize, page)
+	_, err := f.Reserve(ctx, owner(2), storeA, 20*small.extentSize, page)
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("%v", err)
 	}
 	if got := must(fsys.Stat("/nvram")).Size(); got != size {
 		t.Errorf("file of %d bytes after a failed Reserve, was %d", got, size)
 	}
-	if owners := must(f.Owners(uuid.Nil)); len(owners) != 1 {
+	if owners := must(f.Owners(ctx, uuid.Nil)); len(owners) != 1 {
 		t.Errorf("%+v", owners)
 	}
 	f.fs = fsys
-	check(must(f.Reserve(owner(2), storeA, 5*small.extentSize, page)).Close())
+	check(must(f.Reserve(ctx, owner(2), storeA, 5*small.extentSize, page)).Close())
 }
 
 // spacious says that there is room where there is none.
@@ -792,25 +803,24 @@ func TestDevice(t *testing.T) {
 	h := must(disk.Create("/pmem0"))
 	must(h.WriteAt(bytes.Repeat([]byte("rubbish"), 40*16384/7), 0))
 	dev := altered{FS: disk, mode: fs.ModeDevice}
-	_, err := open(dev, "/pmem0", Options{Create: true}, small)
+	_, err := open(ctx, dev, "/pmem0", Options{Create: true}, small)
 	if !integrity.IsCorrupt(err) {
 		t.Fatalf("a device in use was formatted: %v", err)
 	}
-	must(h.WriteAt(make([]byte, small.extentSize), 0))
-	if _, err := open(dev, "/pmem0", Options{}, small); !integrity.IsCorrupt(err) {
-		t.Errorf("a blank device without Create: %v", err)
+	if _, err := open(ctx, dev, "/pmem0", Options{Format: true}, small); !integrity.IsCorrupt(err) {
+		t.Errorf("Format without Create: %v", err)
 	}
 	disk.SetVolatile(true) // devices are on a devtmpfs
-	f := must(open(dev, "/pmem0", Options{Create: true}, small))
+	f := must(open(ctx, dev, "/pmem0", Options{Create: true, Format: true}, small))
 	if f.Volatile() {
 		t.Error("a device is called volatile because its node is on a tmpfs")
 	}
 	noDamage(t, f)
 	const data = 39 - 3 // 40 extents but for the rounding, 3 groups
-	if got := must(f.Free()); got != data*small.extentSize {
+	if got := must(f.Free(ctx)); got != data*small.extentSize {
 		t.Errorf("%d free", got)
 	}
-	r := must(f.Reserve(owner(1), storeA, 100*small.extentSize, page))
+	r := must(f.Reserve(ctx, owner(1), storeA, 100*small.extentSize, page))
 	if len(r.extents) != data {
 		t.Errorf("%d extents", len(r.extents))
 	}
@@ -821,7 +831,7 @@ func TestDevice(t *testing.T) {
 
 	tiny := must(disk.Create("/pmem1"))
 	must(tiny.WriteAt(make([]byte, small.extentSize+10), 0))
-	if _, err := open(dev, "/pmem1", Options{Create: true}, small); !errors.Is(err, syscall.ENOSPC) {
+	if _, err := open(ctx, dev, "/pmem1", Options{Create: true}, small); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("device without room for data: %v", err)
 	}
 }
@@ -832,7 +842,7 @@ func TestPreallocated(t *testing.T) {
 	h := must(fsys.Create("/nvram"))
 	check(h.Truncate(20 * small.extentSize))
 	f := createSmall(t, fsys, Options{})
-	r := must(f.Reserve(owner(1), storeA, 40*small.extentSize, page))
+	r := must(f.Reserve(ctx, owner(1), storeA, 40*small.extentSize, page))
 	check(fill(r, r.Slots()))
 	check(r.Sync())
 	check(verify(f, owner(1), r.Extents(), r.Slots(), page))
@@ -846,7 +856,7 @@ func TestWithoutFallocate(t *testing.T) {
 	fsys := altered{FS: disk, noAllocate: true}
 	f := createSmall(t, fsys, Options{})
 	for i := range 3 {
-		r := must(f.Reserve(owner(i), storeA, 11*small.extentSize, page))
+		r := must(f.Reserve(ctx, owner(i), storeA, 11*small.extentSize, page))
 		if got := must(disk.Stat("/nvram")).Size(); got != int64(r.extents[10]+1)*small.extentSize {
 			t.Errorf("file of %d bytes", got)
 		}
@@ -857,7 +867,7 @@ func TestWithoutFallocate(t *testing.T) {
 	full := crashfs.New(30 * 4096)
 	f = createSmall(t, altered{FS: full, noAllocate: true}, Options{})
 	f.fs = spacious{full}
-	if _, err := f.Reserve(owner(1), storeA, 20*small.extentSize, page); !errors.Is(err, syscall.ENOSPC) {
+	if _, err := f.Reserve(ctx, owner(1), storeA, 20*small.extentSize, page); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("full disk: %v", err)
 	}
 }
@@ -865,25 +875,248 @@ func TestWithoutFallocate(t *testing.T) {
 func TestNotOurs(t *testing.T) {
 	fsys := crashfs.New(0)
 	h := must(fsys.Create("/nvram"))
-	for _, off := range []int64{0, 7, 64, headerCopy, 10000, small.extentSize - 1} {
+	for _, off := range []int64{0, 7, 64, headerCopy, 10000, small.extentSize - 1, small.extentSize, 1<<20 - 1, 1 << 20, 5<<20 + 77} {
 		check(h.Truncate(0))
 		must(h.WriteAt([]byte{1}, off))
-		_, err := open(fsys, "/nvram", Options{Create: true}, small)
-		wantCorrupt(t, fmt.Sprintf("byte at %d", off), err, 0)
+		_, err := open(ctx, fsys, "/nvram", Options{Create: true}, small)
+		wantCorrupt(t, fmt.Sprintf("byte at %d", off), err, off)
+		if !errors.Is(err, ErrNotBlank) {
+			t.Errorf("byte at %d: %v", off, err)
+		}
 		if got := make([]byte, 1); must(h.ReadAt(got, off)) != 1 || got[0] != 1 {
 			t.Errorf("byte at %d was overwritten", off)
 		}
 	}
-	// A version to come.
+	// Another version, and a damaged file: Format spares them too.
 	check(h.Truncate(small.extentSize))
 	f := header{geometry: small, generation: 1, id: uuid.New()}
-	b := f.encode()
-	b[8] = 2
-	binary.LittleEndian.PutUint32(b[60:], integrity.Checksum(b[:60]))
-	must(h.WriteAt(b, 0))
-	_, err := open(fsys, "/nvram", Options{Create: true}, small)
-	if err == nil || !strings.Contains(err.Error(), "version 2") {
-		t.Errorf("%v", err)
+	for v, want := range map[byte]string{1: "earlier flic-migrate", 3: "later flic-migrate", 2: "checksum"} {
+		b := f.encode()
+		b[8] = v
+		if v != version {
+			binary.LittleEndian.PutUint32(b[60:], integrity.Checksum(b[:60]))
+		} else {
+			b[30] ^= 1
+		}
+		must(h.WriteAt(b, 0))
+		for _, format := range []bool{false, true} {
+			_, err := open(ctx, fsys, "/nvram", Options{Create: true, Format: format}, small)
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("version %d: %v", v, err)
+			}
+		}
+	}
+}
+
+// TestFormatOverwrites: with Format whatever is there goes, and nothing of it is
+// taken for a table.
+func TestFormatOverwrites(t *testing.T) {
+	fsys := crashfs.New(0)
+	h := must(fsys.Create("/nvram"))
+	must(h.WriteAt(bytes.Repeat([]byte("rubbish"), 40*16384/7), 0))
+	_, err := open(ctx, fsys, "/nvram", Options{Create: true}, small)
+	wantCorrupt(t, "without Format", err, 0)
+	f := must(open(ctx, fsys, "/nvram", Options{Create: true, Format: true}, small))
+	noDamage(t, f)
+	r := must(f.Reserve(ctx, owner(1), storeA, 30*small.extentSize, page))
+	check(fill(r, r.Slots()))
+	check(r.Sync())
+	check(f.Close())
+	// A second time it is an NVRAM file.
+	f = must(open(ctx, fsys, "/nvram", Options{Create: true, Format: true}, small))
+	check(verify(f, owner(1), r.Extents(), r.Slots(), page))
+}
+
+// TestBlankIsLookedForInData: holes are not read, and not more than a bound of
+// what is none.
+func TestBlankIsLookedForInData(t *testing.T) {
+	dir := t.TempDir()
+	sparse := filepath.Join(dir, "sparse")
+	check(os.WriteFile(sparse, nil, 0o600))
+	check(os.Truncate(sparse, 1<<40))
+	f := must(Open(ctx, vfs.OS, sparse, Options{Create: true}))
+	check(f.Close())
+
+	late := filepath.Join(dir, "late")
+	check(os.WriteFile(late, nil, 0o600))
+	check(os.Truncate(late, 1<<40))
+	w := must(os.OpenFile(late, os.O_WRONLY, 0))
+	must(w.WriteAt([]byte("x"), 1<<39+5))
+	check(w.Close())
+	_, err := Open(ctx, vfs.OS, late, Options{Create: true})
+	var c *integrity.CorruptError
+	if !errors.As(err, &c) || c.Offset != 1<<39+5 {
+		t.Errorf("a byte behind half a TiB of holes: %v", err)
+	}
+
+	defer func(n int64) { lookLimit = n }(lookLimit)
+	lookLimit = 4 << 20
+	zeros := filepath.Join(dir, "zeros")
+	for size, want := range map[int]error{4 << 20: nil, 4<<20 + 1: ErrNotBlank} {
+		check(os.WriteFile(zeros, make([]byte, size), 0o600))
+		f, err := Open(ctx, vfs.OS, zeros, Options{Create: true})
+		if !errors.Is(err, want) {
+			t.Errorf("%d zeros: %v, want %v", size, err, want)
+		}
+		if err == nil {
+			check(f.Close())
+		}
+		check(os.Remove(zeros))
+	}
+}
+
+// TestKilledSavesGiveBlocksBack: the file keeps nothing of 96 saves that were
+// killed, once their store has swept it, on a real file system and on the other.
+func TestKilledSavesGiveBlocksBack(t *testing.T) {
+	for name, fsys := range map[string]vfs.FS{"os": vfs.OS, "crashfs": newDisk()} {
+		t.Run(name, func(t *testing.T) {
+			dir := "/dir"
+			if fsys == vfs.OS {
+				dir = t.TempDir()
+			}
+			path := filepath.Join(dir, "nvram")
+			f := must(open(ctx, fsys, path, Options{Create: true}, small))
+			defer f.Close()
+			m := model{}
+			check(m.save(f, owner(1), storeA, 3, 12, true))
+			blocks, size := must(f.f.Allocated()), must(f.f.Size())
+			const each = 10
+			for i := range 96 {
+				killed := must(open(ctx, fsys, path, Options{Create: true}, small))
+				r := must(killed.Reserve(ctx, owner(100+i), storeA, each*small.extentSize, page))
+				check(fill(r, r.Slots()))
+				check(killed.Close()) // and no more: the process is gone
+			}
+			if got := must(f.f.Allocated()); got < 96*each*small.extentSize {
+				t.Fatalf("%d bytes of disk space in use by 96 saves", got)
+			}
+			// One is in the middle of it all and lives.
+			check(m.save(f, owner(2), storeB, 2, 8, true))
+			_, err := f.FreeOwner(ctx, owner(120))
+			check(err)
+			m[owner(140)] = committed{store: storeA}
+			n := must(f.Sweep(ctx, storeA, m.live))
+			if n != 94*each {
+				t.Errorf("%d extents swept", n)
+			}
+			// Two checkpoints are left, and the tables before them.
+			if got := must(f.f.Allocated()); got > blocks+(each+2+96*each/15+2)*small.extentSize {
+				t.Errorf("%d bytes of disk space after Sweep, %d before", got, blocks)
+			}
+			delete(m, owner(140))
+			_, err = f.FreeOwner(ctx, owner(2))
+			check(err)
+			must(f.Sweep(ctx, storeA, m.live))
+			if b, s := must(f.f.Allocated()), must(f.f.Size()); b > blocks+small.extentSize || s != size { // an extent for the file system's own
+				t.Errorf("%d bytes of disk space, size %d; %d and %d before", b, s, blocks, size)
+			}
+			check(verify(f, owner(1), m[owner(1)].extents, 12, page))
+			// What was given back is taken again, with its blocks.
+			check(m.save(f, owner(3), storeA, 50, 200, true))
+			check(verify(f, owner(3), m[owner(3)].extents, 200, page))
+			noDamage(t, f)
+		})
+	}
+}
+
+// TestPreallocatedKeepsBlocks: whoever has made the file with its blocks wants
+// them to be there when the disk is full.
+func TestPreallocatedKeepsBlocks(t *testing.T) {
+	fsys := crashfs.New(0)
+	h := must(fsys.Create("/nvram"))
+	check(h.Allocate(0, 40*small.extentSize))
+	f := createSmall(t, fsys, Options{})
+	r := must(f.Reserve(ctx, owner(1), storeA, 50*small.extentSize, page)) // and grows
+	check(fill(r, r.Slots()))
+	check(r.Sync())
+	check(r.Trim(ctx, 3))
+	check(r.Close())
+	must(f.FreeOwner(ctx, owner(1)))
+	must(f.Sweep(ctx, storeA, func(uuid.UUID) bool { return false }))
+	if b := must(h.Allocated()); b < 50*small.extentSize {
+		t.Errorf("%d bytes of disk space left", b)
+	}
+	// A larger cap does not make it forget.
+	check(f.Close())
+	f = createSmall(t, fsys, Options{Capacity: 60 * small.extentSize})
+	if !f.keeps() {
+		t.Error("not known to keep its blocks")
+	}
+}
+
+// TestHolesNeedSpace: extents that gave their blocks back are counted as free only
+// as far as the disk can back them again.
+func TestHolesNeedSpace(t *testing.T) {
+	fsys := crashfs.New(60 * 4096) // of 4 blocks each extent
+	f := createSmall(t, fsys, Options{})
+	a := must(f.Reserve(ctx, owner(1), storeA, 8*small.extentSize, page))
+	b := must(f.Reserve(ctx, owner(2), storeA, small.extentSize, page))
+	check(a.Release(ctx))
+	other := must(fsys.Create("/other"))
+	check(other.Allocate(0, 47*4096)) // of 52
+	if got := must(f.Free(ctx)); got != small.extentSize {
+		t.Errorf("%d bytes free, want one extent", got)
+	}
+	r := must(f.Reserve(ctx, owner(3), storeA, 8*small.extentSize, page))
+	if len(r.extents) != 1 {
+		t.Errorf("%d extents, want one", len(r.extents))
+	}
+	check(fill(r, r.Slots()))
+	check(r.Sync())
+	check(verify(f, owner(3), r.Extents(), r.Slots(), page))
+	check(b.Close())
+}
+
+// TestLockEnds: the wait for the file's lock ends with its context, whether
+// another process or this one has it.
+func TestLockEnds(t *testing.T) {
+	fsys := crashfs.New(0)
+	f := createSmall(t, fsys, Options{})
+	other := must(fsys.OpenRW("/nvram"))
+	check(other.TryLock(vfs.Exclusive))
+	why := errors.New("told to stop")
+	short := func() context.Context {
+		c, cancel := context.WithCancelCause(ctx)
+		time.AfterFunc(30*time.Millisecond, func() { cancel(why) })
+		return c
+	}
+	waits := map[string]func(context.Context) error{
+		"Open":    func(c context.Context) error { _, err := open(c, fsys, "/nvram", Options{}, small); return err },
+		"Reserve": func(c context.Context) error { _, err := f.Reserve(c, owner(1), storeA, 1, page); return err },
+		"Free":    func(c context.Context) error { _, err := f.Free(c); return err },
+		"Owners":  func(c context.Context) error { _, err := f.Owners(c, storeA); return err },
+		"Check":   func(c context.Context) error { _, err := f.Check(c); return err },
+		"Sweep":   func(c context.Context) error { _, err := f.Sweep(c, storeA, nil); return err },
+		"FreeOwner": func(c context.Context) error {
+			_, err := f.FreeOwner(c, owner(1))
+			return err
+		},
+	}
+	for name, wait := range waits {
+		if err := wait(short()); !errors.Is(err, why) || !strings.Contains(err.Error(), "/nvram: waited") {
+			t.Errorf("%s beside another process: %v", name, err)
+		}
+	}
+	check(other.Unlock())
+	f.turn <- struct{}{}
+	for name, wait := range waits {
+		if name == "Open" {
+			continue
+		}
+		if err := wait(short()); !errors.Is(err, why) || !strings.Contains(err.Error(), "/nvram: waited") {
+			t.Errorf("%s beside another goroutine: %v", name, err)
+		}
+	}
+}
+
+// TestNotAFile: what is no file and no block device is refused at once.
+func TestNotAFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "fifo")
+	check(syscall.Mkfifo(path, 0o600))
+	for _, o := range []Options{{Create: true}, {ReadOnly: true}, {Create: true, Format: true}} {
+		if _, err := Open(ctx, vfs.OS, path, o); !errors.Is(err, vfs.ErrNotRegular) {
+			t.Errorf("%+v: %v", o, err)
+		}
 	}
 }
 
@@ -904,7 +1137,7 @@ func TestFormattedAnew(t *testing.T) {
 	f := createSmall(t, fsys, Options{})
 	must(f.f.WriteAt(make([]byte, headerCopy+headerSize), 0))
 	createSmall(t, fsys, Options{})
-	_, err := f.Reserve(owner(1), storeA, 1, page)
+	_, err := f.Reserve(ctx, owner(1), storeA, 1, page)
 	wantCorrupt(t, "Reserve", err, 0)
 }
 
@@ -913,12 +1146,12 @@ func TestReadErrors(t *testing.T) {
 	for n := range 12 {
 		fsys := crashfs.New(0)
 		f := createSmall(t, fsys, Options{})
-		r := must(f.Reserve(owner(1), storeA, 20*small.extentSize, page))
+		r := must(f.Reserve(ctx, owner(1), storeA, 20*small.extentSize, page))
 		fsys.FailReadAt(n, syscall.EIO)
 		errs := []error{}
-		_, err := f.Owners(uuid.Nil)
+		_, err := f.Owners(ctx, uuid.Nil)
 		errs = append(errs, err)
-		_, err = f.Check()
+		_, err = f.Check(ctx)
 		errs = append(errs, err)
 		_, err = f.OpenRegion(owner(1), r.Extents(), page)
 		errs = append(errs, err)
@@ -933,7 +1166,7 @@ func TestReadErrors(t *testing.T) {
 func TestFailedWrite(t *testing.T) {
 	fsys := crashfs.New(0)
 	f := createSmall(t, fsys, Options{})
-	r := must(f.Reserve(owner(1), storeA, 2*small.extentSize, page))
+	r := must(f.Reserve(ctx, owner(1), storeA, 2*small.extentSize, page))
 	fsys.ShortWriteAt(0)
 	if err := fill(r, smallSlots); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("%v", err)
@@ -943,12 +1176,12 @@ func TestFailedWrite(t *testing.T) {
 			t.Errorf("after a failed write: %v", err)
 		}
 	}
-	check(r.Release())
-	if got := must(f.Owners(uuid.Nil)); len(got) != 0 {
+	check(r.Release(ctx))
+	if got := must(f.Owners(ctx, uuid.Nil)); len(got) != 0 {
 		t.Errorf("%+v", got)
 	}
 
-	r = must(f.Reserve(owner(1), storeA, 2*small.extentSize, page))
+	r = must(f.Reserve(ctx, owner(1), storeA, 2*small.extentSize, page))
 	check(fill(r, r.Slots()))
 	fsys.FailAt(0, syscall.EIO)
 	for range 2 {
@@ -963,8 +1196,8 @@ func TestFailedWrite(t *testing.T) {
 func TestWritesAreWholeExtents(t *testing.T) {
 	for _, fronts := range []int{1, 8} {
 		fsys := crashfs.New(0)
-		f := must(Open(fsys, "/nvram", Options{Create: true}))
-		r := must(f.Reserve(owner(1), storeA, 32*ExtentSize, page))
+		f := must(Open(ctx, fsys, "/nvram", Options{Create: true}))
+		r := must(f.Reserve(ctx, owner(1), storeA, 32*ExtentSize, page))
 		before := len(fsys.Ops())
 		each := r.Slots() / fronts
 		for i := range each {
@@ -989,9 +1222,9 @@ func rss() int64 {
 // TestMemory writes and reads 256 MiB; neither may come near that in memory.
 func TestMemory(t *testing.T) {
 	const size, limit = 256 << 20, 24 << 20
-	f := must(Open(vfs.OS, filepath.Join(t.TempDir(), "nvram"), Options{Create: true}))
+	f := must(Open(ctx, vfs.OS, filepath.Join(t.TempDir(), "nvram"), Options{Create: true}))
 	defer f.Close()
-	r := must(f.Reserve(owner(1), storeA, size, page))
+	r := must(f.Reserve(ctx, owner(1), storeA, size, page))
 	b := content(owner(1), 0, page)
 	before := rss()
 	peak := before
@@ -1029,7 +1262,7 @@ func TestMemory(t *testing.T) {
 // TestConcurrentWrites writes one region from several goroutines.
 func TestConcurrentWrites(t *testing.T) {
 	f := createSmall(t, crashfs.New(0), Options{})
-	r := must(f.Reserve(owner(1), storeA, 60*small.extentSize, page))
+	r := must(f.Reserve(ctx, owner(1), storeA, 60*small.extentSize, page))
 	var wg sync.WaitGroup
 	for g := range 6 {
 		wg.Go(func() {
@@ -1050,7 +1283,7 @@ func TestConcurrentWrites(t *testing.T) {
 }
 
 func BenchmarkWrite(b *testing.B) {
-	f := must(Open(vfs.OS, filepath.Join(b.TempDir(), "nvram"), Options{Create: true}))
+	f := must(Open(ctx, vfs.OS, filepath.Join(b.TempDir(), "nvram"), Options{Create: true}))
 	defer f.Close()
 	buf := content(owner(1), 0, page)
 	b.SetBytes(page)
@@ -1060,9 +1293,9 @@ func BenchmarkWrite(b *testing.B) {
 		if i%slots == 0 {
 			if r != nil {
 				check(r.Sync())
-				check(r.Release())
+				check(r.Release(ctx))
 			}
-			r = must(f.Reserve(uuid.New(), storeA, slots*page, page))
+			r = must(f.Reserve(ctx, uuid.New(), storeA, slots*page, page))
 		}
 		check(r.Write(i%slots, buf))
 	}

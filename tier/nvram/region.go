@@ -1,6 +1,7 @@
 package nvram
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/bits"
@@ -300,18 +301,18 @@ func (r *Region) DontNeed(first, n int) {
 
 // Trim gives back, durably, the extents beyond the first slotsUsed slots. Call
 // it before the commit: later nobody can know that they are unused.
-func (r *Region) Trim(slotsUsed int) error {
+func (r *Region) Trim(ctx context.Context, slotsUsed int) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if slotsUsed < 0 || slotsUsed > r.Slots() {
 		return fmt.Errorf("nvram: trim to slot %d of %d", slotsUsed, r.Slots())
 	}
 	keep := (slotsUsed + r.perExtent - 1) / r.perExtent
-	return r.giveBack(keep)
+	return r.giveBack(ctx, keep)
 }
 
 // giveBack frees all extents but the first `keep`.
-func (r *Region) giveBack(keep int) error {
+func (r *Region) giveBack(ctx context.Context, keep int) error {
 	switch {
 	case r.closed:
 		return errClosed
@@ -329,14 +330,15 @@ func (r *Region) giveBack(keep int) error {
 	if len(list) == 0 {
 		return nil
 	}
-	return r.f.locked(vfs.Exclusive, func() error { return r.f.clearEntries(list) })
+	return r.f.locked(ctx, vfs.Exclusive, func() error { return r.f.free(list) })
 }
 
 // Release gives all extents back and closes the region: the save has failed.
-// What it can't give back is left to Sweep.
-func (r *Region) Release() error {
+// What it can't give back is left to Sweep. A ctx that has been cancelled, which
+// may be why the save failed, is not one to release with.
+func (r *Region) Release(ctx context.Context) error {
 	r.mu.Lock()
-	err := r.giveBack(0)
+	err := r.giveBack(ctx, 0)
 	r.mu.Unlock()
 	return errors.Join(err, r.Close())
 }

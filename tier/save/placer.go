@@ -178,7 +178,7 @@ func (p *placer) openNVRAM() error {
 	}
 	want := (hot + p.expectTables()) * int64(p.pageSize)
 	p.region, p.nvfile, err = p.s.tx.Reserve(p.s.ctx, store.Reservation{
-		Path: o.NVRAM, Capacity: o.NVRAMSize, Volatile: o.VolatileNVRAM, Bytes: want, PageSize: p.pageSize,
+		Path: o.NVRAM, Capacity: o.NVRAMSize, Format: o.NVRAMFormat, Volatile: o.VolatileNVRAM, Bytes: want, PageSize: p.pageSize,
 	})
 	if err != nil {
 		return err
@@ -463,7 +463,7 @@ func (p *placer) writeNVRAMPart() error {
 	if p.region == nil {
 		return nil
 	}
-	if err := p.region.Trim(len(p.slots)); err != nil {
+	if err := p.region.Trim(p.s.ctx, len(p.slots)); err != nil {
 		return err
 	}
 	if len(p.slots) == 0 {

@@ -34,6 +34,7 @@ type Options struct {
 
 	NVRAM         string          // path of the NVRAM file; empty: everything is cold
 	NVRAMSize     int64           // cap on the NVRAM file in bytes; 0: as it is
+	NVRAMFormat   bool            // make NVRAM an NVRAM file whatever it holds, unless it is one
 	VolatileNVRAM bool            // accept an NVRAM file that power-off empties
 	WorkingSet    *workingset.Set // nil: everything is cold
 

@@ -93,12 +93,12 @@ func (l *looseLab) save(t *testing.T, path string) uuid.UUID {
 // owns tells whether an image still has its NVRAM.
 func (l *looseLab) owns(t *testing.T, id uuid.UUID) bool {
 	t.Helper()
-	n, err := nvram.Open(vfs.OS, l.nvram, nvram.Options{ReadOnly: true})
+	n, err := nvram.Open(t.Context(), vfs.OS, l.nvram, nvram.Options{ReadOnly: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer n.Close()
-	owners, err := n.Owners(l.st.UUID())
+	owners, err := n.Owners(t.Context(), l.st.UUID())
 	if err != nil {
 		t.Fatal(err)
 	}

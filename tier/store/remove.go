@@ -73,13 +73,13 @@ func (s *Store) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		return rm, err
 	}
 	if id != nil && id.NVRAM != nil {
-		rm.NVRAMBytes, rm.NVRAM = s.freeNVRAM(id)
+		rm.NVRAMBytes, rm.NVRAM = s.freeNVRAM(ctx, id)
 	}
 	return rm, nil
 }
 
-func (s *Store) freeNVRAM(id *checkpoint.Identity) (bytes int64, err error) {
-	f, err := nvram.Open(s.fs, id.NVRAM.Path, nvram.Options{})
+func (s *Store) freeNVRAM(ctx context.Context, id *checkpoint.Identity) (bytes int64, err error) {
+	f, err := nvram.Open(ctx, s.fs, id.NVRAM.Path, nvram.Options{})
 	if err != nil {
 		return 0, err
 	}
@@ -87,6 +87,6 @@ func (s *Store) freeNVRAM(id *checkpoint.Identity) (bytes int64, err error) {
 	if f.UUID() != id.NVRAM.UUID {
 		return 0, fmt.Errorf("%s is not the file the checkpoint was saved to", id.NVRAM.Path)
 	}
-	freed, err := f.FreeOwner(id.UUID)
+	freed, err := f.FreeOwner(ctx, id.UUID)
 	return int64(freed) * nvram.ExtentSize, err
 }

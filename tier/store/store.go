@@ -559,7 +559,7 @@ func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (GCReport, err
 		return rep, err
 	}
 	for _, e := range entries {
-		if err := s.gcNVRAM(e.Name(), live, &rep); err != nil {
+		if err := s.gcNVRAM(ctx, e.Name(), live, &rep); err != nil {
 			rep.Warnings = append(rep.Warnings, err.Error())
 		}
 	}
@@ -650,7 +650,7 @@ func (s *Store) liveImages(ctx context.Context, live map[uuid.UUID]bool) error {
 	return nil
 }
 
-func (s *Store) gcNVRAM(name string, live map[uuid.UUID]bool, rep *GCReport) error {
+func (s *Store) gcNVRAM(ctx context.Context, name string, live map[uuid.UUID]bool, rep *GCReport) error {
 	path := s.path("nvram", name)
 	b, err := readSmall(s.fs, path)
 	if err != nil {
@@ -660,7 +660,7 @@ func (s *Store) gcNVRAM(name string, live map[uuid.UUID]bool, rep *GCReport) err
 	if err := unseal(b, &nf); err != nil {
 		return &integrity.CorruptError{File: path, What: "NVRAM file's name", Err: err}
 	}
-	f, err := nvram.Open(s.fs, nf.Path, nvram.Options{})
+	f, err := nvram.Open(ctx, s.fs, nf.Path, nvram.Options{})
 	if err != nil {
 		return fmt.Errorf("NVRAM file %s was not looked at: %w", nf.Path, err)
 	}
@@ -668,7 +668,7 @@ func (s *Store) gcNVRAM(name string, live map[uuid.UUID]bool, rep *GCReport) err
 	if f.UUID() != nf.UUID {
 		return fmt.Errorf("NVRAM file %s is another one now", nf.Path)
 	}
-	freed, err := f.Sweep(s.uuid, func(owner uuid.UUID) bool { return live[owner] })
+	freed, err := f.Sweep(ctx, s.uuid, func(owner uuid.UUID) bool { return live[owner] })
 	rep.NVRAMExtents += freed
 	rep.NVRAMBytes += int64(freed) * nvram.ExtentSize
 	return err

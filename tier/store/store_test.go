@@ -472,7 +472,7 @@ func TestGCStops(t *testing.T) {
 // it could not look at.
 func TestGCNVRAM(t *testing.T) {
 	s, disk := newStore(t)
-	f, err := nvram.Open(disk, "/nvram.img", nvram.Options{Create: true})
+	f, err := nvram.Open(context.Background(), disk, "/nvram.img", nvram.Options{Create: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -490,7 +490,7 @@ func TestGCNVRAM(t *testing.T) {
 		t.Fatal(err)
 	}
 	for owner, st := range map[uuid.UUID]uuid.UUID{p.uuid: s.UUID(), uuid.New(): s.UUID(), uuid.New(): uuid.New()} {
-		r, err := f.Reserve(owner, st, 2*nvram.ExtentSize, 4096)
+		r, err := f.Reserve(context.Background(), owner, st, 2*nvram.ExtentSize, 4096)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -529,7 +529,7 @@ func TestGCNVRAM(t *testing.T) {
 	if err := disk.Remove("/nvram.img"); err != nil {
 		t.Fatal(err)
 	}
-	other, err := nvram.Open(disk, "/nvram.img", nvram.Options{Create: true})
+	other, err := nvram.Open(context.Background(), disk, "/nvram.img", nvram.Options{Create: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -87,6 +87,7 @@ type Reservation struct {
 	Path     string // of the file, made if it is missing
 	Capacity int64  // cap on the file in bytes; 0: the one that it has
 	Volatile bool   // accept a file that loses its content at power-off
+	Format   bool   // overwrite what is no NVRAM file and not blank
 	Bytes    int64
 	PageSize int // bytes a slot
 }
@@ -103,7 +104,7 @@ func (t *Tx) Reserve(ctx context.Context, r Reservation) (*nvram.Region, *nvram.
 	if err != nil {
 		return nil, nil, err
 	}
-	t.nvfile, err = nvram.Open(t.s.fs, path, nvram.Options{Capacity: r.Capacity, Create: true})
+	t.nvfile, err = nvram.Open(ctx, t.s.fs, path, nvram.Options{Capacity: r.Capacity, Create: true, Format: r.Format})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -113,7 +114,7 @@ func (t *Tx) Reserve(ctx context.Context, r Reservation) (*nvram.Region, *nvram.
 	if err := t.s.useNVRAM(ctx, path, t.nvfile.UUID()); err != nil {
 		return nil, nil, err
 	}
-	if t.region, err = t.nvfile.Reserve(t.uuid, t.s.uuid, r.Bytes, r.PageSize); err != nil {
+	if t.region, err = t.nvfile.Reserve(ctx, t.uuid, t.s.uuid, r.Bytes, r.PageSize); err != nil {
 		return nil, nil, err
 	}
 	return t.region, t.nvfile, nil
@@ -224,7 +225,9 @@ func (t *Tx) Abort() error {
 		defer t.s.fs.Remove(t.path)
 	}
 	if t.region != nil && !t.keep {
-		return t.region.Release()
+		// Whatever has ended the save is no reason to keep its NVRAM; the wait for
+		// the file has a limit of its own.
+		return t.region.Release(context.Background())
 	}
 	return nil
 }

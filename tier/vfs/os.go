@@ -187,6 +187,17 @@ func (f *osFile) Punch(off, n int64) error {
 	return f.pathError("punch", err)
 }
 
+func (f *osFile) Allocated() (int64, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if fi.Mode().IsRegular() {
+		return fi.Sys().(*syscall.Stat_t).Blocks * 512, nil // stat(2): whatever the block size is
+	}
+	return f.Size() // a device has no holes
+}
+
 func (f *osFile) Data(off int64) (int64, error) {
 	var at int64
 	err := f.control(func(fd int) (err error) {

@@ -159,6 +159,10 @@ type File interface {
 	// errors.ErrUnsupported if the file system can't.
 	Punch(off, n int64) error
 
+	// Allocated is the number of bytes that the file's disk blocks hold. It can
+	// be less than Size, if the file has holes, or more.
+	Allocated() (int64, error)
+
 	// Data returns the first offset from off on that may hold something else
 	// than zero because it has disk blocks; io.EOF if only a hole follows, or
 	// the end of the file. A file system that knows no holes says off.

@@ -798,6 +798,16 @@ func (h *file) Punch(off, n int64) error {
 	return nil
 }
 
+// Allocated counts the blocks.
+func (h *file) Allocated() (int64, error) {
+	h.fs.d.mu.Lock()
+	defer h.fs.d.mu.Unlock()
+	if err := h.begin(Read); err != nil {
+		return 0, pathErr("stat", h.name, err)
+	}
+	return h.i.blocks.bytes(), nil
+}
+
 // Data looks for a block.
 func (h *file) Data(off int64) (int64, error) {
 	h.fs.d.mu.Lock()
