@@ -143,7 +143,7 @@ type lazyServer struct {
 }
 
 func (s *lazyServer) serve(ctx context.Context, st *store.Store, c *store.Checkpoint, ends io.ReadWriter, doc *restoreReport) error {
-	lazy.TuneProcess()
+	lazy.TuneProcess(c.Checkpoint)
 	blocks := c.Meta.WorkingSetBlocks()
 	lo := lazy.Options{
 		HoldBackground: s.learn, MaxHold: 10 * s.learn, Log: s.log(), Progress: s.progress,

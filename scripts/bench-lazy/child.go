@@ -83,7 +83,7 @@ func runChild(ctx context.Context, spec string) error {
 		_, err := restore.Run(ctx, ck.Checkpoint, os.Stdout, restore.Options{})
 		return err
 	}
-	lazy.TuneProcess()
+	lazy.TuneProcess(ck.Checkpoint)
 	resize := func(n int) int { return pipe.SetCapacity(int(os.Stdout.Fd()), n) }
 	o := lazy.Options{HoldBackground: c.Hold, MaxHold: 10 * c.Hold, Resize: resize}
 	if c.Pipe > 0 {

@@ -1,10 +1,8 @@
 package lazy
 
 import (
-	"cmp"
 	"context"
 	"fmt"
-	"slices"
 	"sort"
 	"sync/atomic"
 	"time"
@@ -25,6 +23,7 @@ type loader struct {
 	first   func() []workingset.PageRun
 	loaded  <-chan struct{} // QEMU has loaded the devices
 	busy    func() bool     // demands are waiting
+	row     row
 	reader  image.SegmentReader
 	batches chan *batch // closed when all is loaded
 	free    chan *batch
@@ -35,20 +34,13 @@ type loader struct {
 // a segment, pages whose content is elsewhere.
 type batch struct {
 	segment *image.Segment
-	pages   []slotRun
+	pages   []piece // may be a part of a longer list
 	// zero tells that pages without content are to be sent as well.
 	zero bool
 	// hotEnd marks, without any pages, that what follows is cold.
 	hotEnd bool
-}
-
-// slotRun is a stretch of pages and where their content is.
-type slotRun struct {
-	slot  pagemap.Entry // of the first page
-	step  uint64
-	block int
-	page  uint64
-	count uint64
+	// NVRAM slots [first, end), which are read for these pages for the last time.
+	first, end uint64
 }
 
 const (
@@ -64,7 +56,7 @@ const (
 
 func newLoader(c *checkpoint.Checkpoint, first func() []workingset.PageRun, loaded <-chan struct{}, busy func() bool) *loader {
 	l := &loader{
-		c: c, first: first, loaded: loaded, busy: busy,
+		c: c, first: first, loaded: loaded, busy: busy, row: newRow(c.Meta.BlockPages()),
 		batches: make(chan *batch, aheadBatches), free: make(chan *batch, aheadBatches+2),
 	}
 	for range cap(l.free) {
@@ -103,28 +95,77 @@ func (l *loader) run(ctx context.Context) error {
 	if err := l.put(ctx, b); err != nil {
 		return err
 	}
-	// The whole table is looked at only now, when the guest runs already.
-	var runs []slotRun
-	err = l.c.PageMap.Runs(func(r pagemap.Run) error {
-		switch {
-		case r.Kind == pagemap.Absent, r.Kind == pagemap.ZeroData, r.Kind == pagemap.Fill && r.First == 0:
-			return nil
-		}
-		runs = append(runs, slotRun{r.Entry(0), r.Step, r.Block, r.Page, r.Count})
-		return nil
-	})
+	rest, err := l.rest()
 	if err != nil {
 		return err
 	}
-	if err := l.loadAll(ctx, runs); err != nil {
+	if err := l.loadAll(ctx, rest); err != nil {
 		return err
 	}
 	close(l.batches)
 	return nil
 }
 
+// rest is all that loadAll brings, in order. It looks at the whole page map, twice,
+// so that what it returns takes no more memory than it must.
+func (l *loader) rest() (list []piece, err error) {
+	for _, fill := range []bool{false, true} {
+		n := 0
+		err := l.c.PageMap.Runs(func(r pagemap.Run) error {
+			l.worth(r, func(r pagemap.Run) {
+				l.pieces(r, func(p piece) {
+					if n++; fill {
+						list = append(list, p)
+					}
+				})
+			})
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+		if !fill {
+			list = make([]piece, 0, n)
+		}
+	}
+	sortPieces(list)
+	return list, nil
+}
+
+// worth hands on what of a run loadAll has to bring: pages with content that are
+// not the owners of a slot in NVRAM, which loadNVRAM brings.
+func (l *loader) worth(r pagemap.Run, fn func(pagemap.Run)) {
+	switch {
+	case r.Kind == pagemap.Absent, r.Kind == pagemap.ZeroData, r.Kind == pagemap.Fill && r.First == 0:
+	case r.Kind == pagemap.NVRAM:
+		slots := l.c.NVRAMSlots()
+		for i := range r.Count {
+			one := pagemap.Run{Block: r.Block, Page: r.Page + i, Count: 1, Kind: r.Kind, First: r.First + i*r.Step}
+			if s := slots[one.First]; int(s.Block) != one.Block || s.Page != one.Page {
+				fn(one)
+			}
+		}
+	default:
+		fn(r)
+	}
+}
+
+// pieces hands on a run's pieces.
+func (l *loader) pieces(r pagemap.Run, fn func(piece)) {
+	per := uint64(l.c.Image.SegmentPages)
+	for i := uint64(0); i < r.Count; {
+		e := r.Entry(i)
+		n := min(r.Count-i, mostPages)
+		if r.Kind == pagemap.Flash && r.Step == 1 {
+			n = min(n, per-e.Value()%per)
+		}
+		fn(makePiece(l.row.number(r.Block, r.Page+i), e, r.Step, n))
+		i += n
+	}
+}
+
 func (l *loader) loadFirst(ctx context.Context, first []workingset.PageRun) error {
-	var window []slotRun
+	var window []piece
 	var pages uint64
 	most := uint64(firstWindow)
 	for _, r := range first {
@@ -137,14 +178,14 @@ func (l *loader) loadFirst(ctx context.Context, first []workingset.PageRun) erro
 			if err != nil {
 				return err
 			}
-			n := min(run.Count, end-page, most)
-			window = append(window, slotRun{run.Entry(0), run.Step, r.Block, page, n})
-			page += n
-			if pages += n; pages >= most {
+			run.Count = min(run.Count, end-page, most)
+			l.pieces(run, func(p piece) { window = append(window, p) })
+			page += run.Count
+			if pages += run.Count; pages >= most {
 				if err := l.load(ctx, window, true); err != nil {
 					return err
 				}
-				window, pages = window[:0], 0
+				window, pages = nil, 0 // it is in batches now
 				most = min(2*most, mostWindow)
 			}
 		}
@@ -154,13 +195,14 @@ func (l *loader) loadFirst(ctx context.Context, first []workingset.PageRun) erro
 
 func (l *loader) loadNVRAM(ctx context.Context) error {
 	slots := l.c.NVRAMSlots()
-	for len(slots) > 0 {
+	for first := 0; first < len(slots); {
 		b, err := l.take(ctx)
 		if err != nil {
 			return err
 		}
-		n := min(len(slots), l.c.Image.SegmentPages)
-		for _, s := range slots[:n] {
+		end := min(first+l.c.Image.SegmentPages, len(slots))
+		b.pages = make([]piece, 0, end-first)
+		for _, s := range slots[first:end] {
 			run, err := l.c.PageMap.Find(int(s.Block), s.Page)
 			if err != nil {
 				return err
@@ -168,10 +210,11 @@ func (l *loader) loadNVRAM(ctx context.Context) error {
 			// A page that a live save sent again as zero has left its slot, and
 			// what is elsewhere is not in reach here.
 			if run.Kind == pagemap.NVRAM {
-				b.pages = append(b.pages, slotRun{run.Entry(0), 0, int(s.Block), s.Page, 1})
+				b.pages = append(b.pages, makePiece(l.row.number(int(s.Block), s.Page), run.Entry(0), 0, 1))
 			}
 		}
-		slots = slots[n:]
+		b.first, b.end = uint64(first), uint64(end)
+		first = end
 		if err := l.put(ctx, b); err != nil {
 			return err
 		}
@@ -179,42 +222,41 @@ func (l *loader) loadNVRAM(ctx context.Context) error {
 	return nil
 }
 
-// load brings runs in the order in which their content lies in the image.
-func (l *loader) load(ctx context.Context, runs []slotRun, zero bool) error {
-	runs = l.cut(runs)
-	for len(runs) > 0 {
-		n := l.together(runs)
-		if err := l.one(ctx, runs[:n], zero); err != nil {
+// load brings pieces in the order in which their content lies in the image.
+func (l *loader) load(ctx context.Context, pieces []piece, zero bool) error {
+	sortPieces(pieces)
+	for len(pieces) > 0 {
+		n := l.together(pieces)
+		if err := l.one(ctx, pieces[:n], zero); err != nil {
 			return err
 		}
-		runs = runs[n:]
+		pieces = pieces[n:]
 	}
 	return nil
 }
 
-// loadAll is load for what makes up most of a checkpoint: it goes round through
-// the image and goes on elsewhere when follow says so.
-func (l *loader) loadAll(ctx context.Context, runs []slotRun) error {
-	runs = l.cut(runs)
-	// The pieces of segment i of those that are needed are runs[at[i]:at[i+1]].
+// loadAll is load for what makes up most of a checkpoint, and is in order already:
+// it goes round through the image and goes on elsewhere when follow says so.
+func (l *loader) loadAll(ctx context.Context, pieces []piece) error {
+	// The pieces of part i, most often a segment, are pieces[at[i]:at[i+1]].
 	var at []int
-	for i := 0; i < len(runs); i += l.together(runs[i:]) {
+	for i := 0; i < len(pieces); i += l.together(pieces[i:]) {
 		at = append(at, i)
 	}
 	parts := len(at)
-	at = append(at, len(runs))
+	at = append(at, len(pieces))
 	loaded := make([]bool, parts)
 	for i, left := 0, parts; left > 0; i = (i + 1) % parts {
 		if n := l.next.Swap(0); n > 0 {
 			slot := pagemap.Make(pagemap.Flash, uint64(n-1)*uint64(l.c.Image.SegmentPages))
-			i = sort.Search(parts, func(i int) bool { return runs[at[i]].slot >= slot }) % parts
+			i = sort.Search(parts, func(i int) bool { return pieces[at[i]].entry >= slot }) % parts
 		}
 		if loaded[i] {
 			continue
 		}
 		loaded[i] = true
 		left--
-		if err := l.one(ctx, runs[at[i]:at[i+1]], false); err != nil {
+		if err := l.one(ctx, pieces[at[i]:at[i+1]], false); err != nil {
 			return err
 		}
 	}
@@ -224,46 +266,38 @@ func (l *loader) loadAll(ctx context.Context, runs []slotRun) error {
 // follow has loadAll go on with a segment. The pump calls it.
 func (l *loader) follow(segment uint32) { l.next.Store(int64(segment) + 1) }
 
-// cut sorts runs by where their content lies, and cuts those in two that lie in
-// two segments.
-func (l *loader) cut(runs []slotRun) []slotRun {
+// together is how many of the pieces at the beginning go into one batch.
+func (l *loader) together(pieces []piece) int {
+	first, n := pieces[0].entry, 1
 	per := uint64(l.c.Image.SegmentPages)
-	for i := 0; i < len(runs); i++ { // also those that are appended
-		r := runs[i]
-		if room := per - r.slot.Value()%per; r.slot.Kind() == pagemap.Flash && r.step == 1 && r.count > room {
-			runs[i].count = room
-			runs = append(runs, slotRun{r.slot + pagemap.Entry(room), 1, r.block, r.page + room, r.count - room})
-		}
-	}
-	slices.SortFunc(runs, func(a, b slotRun) int { return cmp.Compare(a.slot, b.slot) })
-	return runs
-}
-
-// together is how many of the runs at the beginning go into one batch.
-func (l *loader) together(runs []slotRun) int {
-	first, n := runs[0].slot, 1
 	if first.Kind() != pagemap.Flash {
+		for n < min(len(pieces), int(per)) && pieces[n].entry.Kind() == first.Kind() {
+			n++
+		}
 		return n
 	}
-	per := uint64(l.c.Image.SegmentPages)
-	for end := pagemap.Make(pagemap.Flash, (first.Value()/per+1)*per); n < len(runs) && runs[n].slot < end; {
+	for end := pagemap.Make(pagemap.Flash, (first.Value()/per+1)*per); n < len(pieces) && pieces[n].entry < end; {
 		n++
 	}
 	return n
 }
 
-// one makes a batch of runs that go together.
-func (l *loader) one(ctx context.Context, runs []slotRun, zero bool) error {
+// one makes a batch of pieces that go together.
+func (l *loader) one(ctx context.Context, pieces []piece, zero bool) error {
 	b, err := l.take(ctx)
 	if err != nil {
 		return err
 	}
 	b.zero = zero
-	b.pages = append(b.pages, runs...)
-	if runs[0].slot.Kind() == pagemap.Flash {
-		if b.segment, err = l.c.Image.Segment(&l.reader, segmentOf(l.c, runs[0].slot)); err != nil {
-			return fmt.Errorf("page %s: %w", l.c.PageName(runs[0].block, runs[0].page), err)
+	b.pages = pieces
+	switch first, last := pieces[0], pieces[len(pieces)-1]; first.entry.Kind() {
+	case pagemap.Flash:
+		if b.segment, err = l.c.Image.Segment(&l.reader, segmentOf(l.c, first.entry)); err != nil {
+			block, page := l.row.page(first.page())
+			return fmt.Errorf("page %s: %w", l.c.PageName(block, page), err)
 		}
+	case pagemap.NVRAM:
+		b.first, b.end = first.entry.Value(), last.entry.Value()+1
 	}
 	return l.put(ctx, b)
 }
@@ -277,7 +311,11 @@ func (l *loader) take(ctx context.Context) (*batch, error) {
 			time.Sleep(100 * time.Microsecond)
 		}
 		l.reader.Recycle(b.segment)
-		*b = batch{pages: b.pages[:0]}
+		if b.end > b.first {
+			// What is mapped counts as this process's memory.
+			l.c.DropNVRAM(b.first, b.end-b.first)
+		}
+		*b = batch{}
 		return b, nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)

@@ -58,6 +58,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if dir := os.Getenv(memoryEnv); dir != "" {
+		os.Exit(memoryMain(dir))
+	}
 	os.Exit(m.Run())
 }
 

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
-	"sort"
 	"sync/atomic"
 	"time"
 
@@ -20,7 +19,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -287,6 +285,7 @@ type pump struct {
 	start time.Time
 
 	blocks map[string]int
+	row    row
 	sent   []bitmap.Bitmap
 	buf    []byte
 	named  int // block of the last record in buf; -1 at a section's start
@@ -303,7 +302,7 @@ type pump struct {
 	pipe    int  // and the one in force
 
 	rep   Report
-	waits []time.Duration
+	waits waits
 	total int64
 	tick  time.Time
 
@@ -355,7 +354,7 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 		c: c, out: out, ramID: ramID, o: o, start: start, named: -1,
 		blocks: make(map[string]int), demands: make(chan demand, maxDemands),
 		loaded: make(chan struct{}), ended: make(chan struct{}),
-		fill: make([]byte, c.Meta.PageSize), pages: newPageSource(c),
+		fill: make([]byte, c.Meta.PageSize), pages: newPageSource(c), row: newRow(c.Meta.BlockPages()),
 		rep: Report{start: start, received: make(chan error, 1), shut: make(chan struct{})},
 	}
 	for i, n := range c.Meta.BlockPages() {
@@ -599,7 +598,7 @@ func (p *pump) demanded(d demand) error {
 		return err
 	}
 	p.rep.Waited++
-	p.waits = append(p.waits, time.Since(d.at))
+	p.waits.add(time.Since(d.at))
 	p.touch(d.block, d.page)
 	return p.around(d, segment)
 }
@@ -641,7 +640,11 @@ func (p *pump) around(d demand, segment int64) error {
 	if err != nil && err != errStop {
 		return err
 	}
-	return p.flush()
+	if err := p.flush(); err != nil {
+		return err
+	}
+	p.pages.leave()
+	return nil
 }
 
 // readsOn tells whether a demand is near a recent one, and which.
@@ -691,6 +694,9 @@ func (p *pump) touch(block int, page uint64) {
 		t[n-1].Count++
 		return
 	}
+	if len(t) == workingset.MaxTouched {
+		return
+	}
 	p.rep.Touched = append(t, workingset.PageRun{Block: block, Page: page, Count: 1})
 }
 
@@ -706,12 +712,12 @@ func (p *pump) batch(ctx context.Context, b *batch) error {
 		send = p.append
 	}
 	for _, r := range b.pages {
-		for i := range r.count {
-			if p.sent[r.block].Has(int64(r.page + i)) {
+		block, page := p.row.page(r.page())
+		for i := range r.count() {
+			if p.sent[block].Has(int64(page + i)) {
 				continue
 			}
-			e := r.slot + pagemap.Entry(i*r.step)
-			if err := content(p.c, b.segment, p.fill, r.block, r.page+i, e, send); err != nil {
+			if err := content(p.c, b.segment, p.fill, block, page+i, r.source(i), send); err != nil {
 				return err
 			}
 			if p.full() {
@@ -861,9 +867,6 @@ func (p *pump) progress() {
 }
 
 func (p *pump) report() *Report {
-	sort.Slice(p.waits, func(i, j int) bool { return p.waits[i] < p.waits[j] })
-	if n := len(p.waits); n > 0 {
-		p.rep.WaitP50, p.rep.WaitP99, p.rep.WaitMax = p.waits[n/2], p.waits[n*99/100], p.waits[n-1]
-	}
+	p.rep.WaitP50, p.rep.WaitP99, p.rep.WaitMax = p.waits.percentile(50), p.waits.percentile(99), p.waits.max
 	return &p.rep
 }

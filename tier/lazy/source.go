@@ -21,9 +21,27 @@ type pageSource struct {
 	reader image.SegmentReader
 	next   int
 	page   []byte // for pages that lie nowhere as they are
+	nvram  uint64 // 1 + the slot that was read last, or 0
 }
 
-const demandSegments = 32
+const (
+	demandSegments = 32
+	// dropSlots is how many slots around one that has been read are no longer to
+	// be mapped then. A kernel maps up to a whole folio, 512 KiB have been seen,
+	// around a page that is touched, and all of that counts as this process's
+	// memory.
+	dropSlots = 512
+)
+
+// leave is called when the page that was visited last and those around it have
+// been sent: now nobody waits.
+func (s *pageSource) leave() {
+	if s.nvram > 0 {
+		slot := s.nvram - 1
+		s.c.DropNVRAM(slot-slot%dropSlots, dropSlots)
+		s.nvram = 0
+	}
+}
 
 func newPageSource(c *checkpoint.Checkpoint) *pageSource {
 	return &pageSource{c: c, page: make([]byte, c.Meta.PageSize)}
@@ -39,7 +57,10 @@ func (s *pageSource) visit(block int, page uint64, send sender) (segment int64, 
 	e := run.Entry(0)
 	var seg *image.Segment
 	segment = -1
-	if e.Kind() == pagemap.Flash {
+	switch e.Kind() {
+	case pagemap.NVRAM:
+		s.nvram = 1 + e.Value()
+	case pagemap.Flash:
 		n := segmentOf(s.c, e)
 		segment = int64(n)
 		if seg, err = s.segment(n); err != nil {
@@ -62,7 +83,10 @@ func (s *pageSource) around(block int, page uint64, n uint64, send sender) error
 		}
 		e := run.Entry(0)
 		var seg *image.Segment
-		if e.Kind() == pagemap.Flash {
+		switch e.Kind() {
+		case pagemap.NVRAM:
+			s.nvram = 1 + e.Value()
+		case pagemap.Flash:
 			if seg = s.cached(segmentOf(s.c, e)); seg == nil {
 				continue
 			}
