@@ -66,7 +66,7 @@ func openLoose(t *testing.T, name string) (*checkpoint.Checkpoint, error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return checkpoint.Open(vfs.OS, in, checkpoint.Options{})
+	return checkpoint.Open(t.Context(), vfs.OS, in, checkpoint.Options{})
 }
 
 // TestSaveTo saves every shape of stream into a pipe and restores it from the

@@ -143,7 +143,7 @@ func (m *importCmd) image(ctx context.Context, f *os.File) (io.ReadCloser, error
 	if err != nil {
 		return nil, err
 	}
-	c, err := checkpoint.Open(m.fs, in, checkpoint.Options{NVRAM: m.nvram})
+	c, err := checkpoint.Open(ctx, m.fs, in, checkpoint.Options{NVRAM: m.nvram})
 	if err != nil {
 		return nil, err
 	}

@@ -341,7 +341,7 @@ func (r *libvirtRestoreCmd) restore(ctx context.Context, doc *restoreReport) err
 	}
 	// Never closed: libvirt waits for the end of this process, which closes
 	// everything.
-	c, err := checkpoint.Open(r.fs, in, checkpoint.Options{NVRAM: r.nvram})
+	c, err := checkpoint.Open(ctx, r.fs, in, checkpoint.Options{NVRAM: r.nvram})
 	if err != nil {
 		return err
 	}

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/skeleton"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -22,10 +24,18 @@ type Checkpoint struct {
 	PageMap *pagemap.Map
 
 	name   string // Options.Name
-	file   vfs.File
+	src    Source
+	table  *source.Table
+	facts  source.Facts
 	nvfile *nvram.File
 	part   *NVRAMPart
 	region *nvram.Region
+}
+
+// Source is where a checkpoint's image is: in a file, or in a part of one.
+type Source interface {
+	image.Source
+	io.Closer
 }
 
 // Options of Open.
@@ -35,25 +45,30 @@ type Options struct {
 	NVRAM string
 	// Name is what messages call the checkpoint; if empty, its UUID.
 	Name string
+	// Sources are the kinds of source that are known; nil: source.Default.
+	Sources *source.Table
 }
 
-// Open opens the checkpoint whose image is f, and checks everything but page
+// Open opens the checkpoint whose image is src, and checks everything but page
 // content, which is checked as it is read: integrity.CorruptErrors name file and
-// offset, an error that wraps fs.ErrNotExist says which NVRAM file is missing.
-// f is closed with the Checkpoint, or at once if that can't be opened. Who opens
-// a checkpoint of a store does so through the store, which keeps it from being
-// removed.
-func Open(fsys vfs.FS, f vfs.File, o Options) (*Checkpoint, error) {
-	c := &Checkpoint{name: o.Name, file: f}
-	if err := c.load(fsys, o); err != nil {
+// offset, an error that wraps fs.ErrNotExist says which NVRAM file is missing, which
+// is looked for in fsys. src is closed with the Checkpoint, or at once if that can't
+// be opened. Who opens a checkpoint of a store does so through the store, which keeps
+// it from being removed.
+func Open(ctx context.Context, fsys vfs.FS, src Source, o Options) (*Checkpoint, error) {
+	c := &Checkpoint{name: o.Name, src: src, table: o.Sources}
+	if c.table == nil {
+		c.table = source.Default
+	}
+	if err := c.load(ctx, fsys, o); err != nil {
 		c.Close()
 		return nil, err
 	}
 	return c, nil
 }
 
-func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
-	im, err := image.Open(c.file)
+func (c *Checkpoint) load(ctx context.Context, fsys vfs.FS, o Options) error {
+	im, err := image.Open(c.src)
 	if err != nil {
 		return err
 	}
@@ -73,19 +88,20 @@ func (c *Checkpoint) load(fsys vfs.FS, o Options) error {
 	if im.Chunks(image.PageMap) != len(c.Meta.MapChunks) {
 		return im.Corrupt(image.Meta, 0, fmt.Errorf("%d page map chunks, %d in the image", len(c.Meta.MapChunks), im.Chunks(image.PageMap)))
 	}
+	c.facts = source.Facts{PageSize: im.PageSize, SegmentPages: uint64(im.SegmentPages), Objects: []uint32{uint32(im.Segments())}}
 	c.PageMap, err = pagemap.NewMap(pagemap.Source{
 		Pages: c.Meta.BlockPages(), Starts: c.Meta.MapChunks,
 		Read:  func(i int) ([]byte, error) { return im.Chunk(image.PageMap, i) },
-		Check: c.checkRun,
+		Check: func(_ int, r pagemap.Run) error { return c.checkRun(r) },
 		Bad:   func(i int, err error) error { return im.Corrupt(image.PageMap, i, err) },
 	})
 	if err != nil {
 		return im.Corrupt(image.Meta, 0, err)
 	}
-	return c.openNVRAM(fsys, o)
+	return c.openNVRAM(ctx, fsys, o)
 }
 
-func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
+func (c *Checkpoint) openNVRAM(ctx context.Context, fsys vfs.FS, o Options) error {
 	m := c.Meta.NVRAM
 	if m == nil {
 		return nil
@@ -106,12 +122,12 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 	if err != nil {
 		return im.Corrupt(image.NVRAM, 0, err)
 	}
-	c.part = part
+	c.part, c.facts.Slots = part, uint64(len(part.Slots))
 	path := m.Path
 	if o.NVRAM != "" {
 		path = o.NVRAM
 	}
-	if c.nvfile, err = nvram.Open(context.Background(), fsys, path, nvram.Options{ReadOnly: true}); err != nil {
+	if c.nvfile, err = nvram.Open(ctx, fsys, path, nvram.Options{ReadOnly: true}); err != nil {
 		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
 	}
 	if c.nvfile.UUID() != m.UUID {
@@ -128,28 +144,53 @@ func (c *Checkpoint) openNVRAM(fsys vfs.FS, o Options) error {
 }
 
 // checkRun finds pages whose source can't exist before any page is given out.
-func (c *Checkpoint) checkRun(chunk int, r pagemap.Run) error {
-	last := r.First + r.Step*(r.Count-1)
-	var err error
-	switch r.Kind {
-	case pagemap.Absent, pagemap.Fill, pagemap.ZeroData:
-		return nil
-	case pagemap.NVRAM:
-		if c.part == nil || last >= uint64(len(c.part.Slots)) {
-			err = fmt.Errorf("NVRAM slot %d does not exist", last)
-		}
-	case pagemap.Flash:
-		if last/uint64(c.Image.SegmentPages) >= uint64(c.Image.Segments()) {
-			err = fmt.Errorf("flash slot %d does not exist", last)
-		}
-	default:
-		err = fmt.Errorf("its source, %v, is not known to this version", r.Kind)
+func (c *Checkpoint) checkRun(r pagemap.Run) error {
+	if err := c.table.Check(&c.facts, r); err != nil {
+		return fmt.Errorf("page %s: %w", c.PageName(r.Block, r.Page), err)
 	}
-	if err != nil {
-		err = fmt.Errorf("page %s: %w", c.PageName(r.Block, r.Page), err)
-	}
-	return err
+	return nil
 }
+
+// Sources are the sources of the checkpoint's pages, for readers of them.
+func (c *Checkpoint) Sources() *source.Set {
+	return &source.Set{Facts: c.facts, Table: c.table, Backing: backing{c}}
+}
+
+// Readable tells whether a run's pages can be read at all: the error, which names the
+// page, says that their kind is not known.
+func (c *Checkpoint) Readable(r pagemap.Run) error {
+	if c.table.Row(r.Kind).Known() {
+		return nil
+	}
+	return &image.UnsupportedError{File: c.Image.Name(),
+		Why: fmt.Sprintf("page %s: %v", c.PageName(r.Block, r.Page), &source.UnknownError{Kind: r.Kind})}
+}
+
+// NewCache returns a cache of decoded segments for readers of the checkpoint, of at
+// most max. All may share one.
+func (c *Checkpoint) NewCache(max int) *source.Cache { return source.NewCache(backing{c}.Fetch, max) }
+
+// backing is a Checkpoint as a source.Backing.
+type backing struct{ c *Checkpoint }
+
+// Fetch implements source.Backing.
+func (b backing) Fetch(st *image.Stored, n source.Need) error {
+	if n.Space != 0 {
+		return fmt.Errorf("%s: %v can't be fetched", b.c.Image.Name(), n)
+	}
+	return b.c.Image.FetchSegment(st, n.Number)
+}
+
+// Slot implements source.Backing.
+func (b backing) Slot(slot uint64, want source.Page) ([]byte, error) {
+	return b.c.slot(slot, want.Block, want.Number)
+}
+
+// Guard implements source.Backing.
+func (b backing) Guard(fn func() error) error { return b.c.GuardNVRAM(fn) }
+
+// Drop implements source.Backing.
+func (b backing) Drop(first, n uint64) { b.c.DropNVRAM(first, n) }
 
 // PageName names a page for messages: block name and byte offset in it.
 func (c *Checkpoint) PageName(block int, page uint64) string {
@@ -164,7 +205,7 @@ func (c *Checkpoint) Close() error {
 	if c.nvfile != nil {
 		c.nvfile.Close()
 	}
-	return c.file.Close()
+	return c.src.Close()
 }
 
 // Skeleton plays the skeleton log.
@@ -195,14 +236,20 @@ func (c *Checkpoint) SkeletonChunks(first, end int, p skeleton.Player) error {
 // inside GuardNVRAM.
 func (c *Checkpoint) NVRAMPage(slot uint64, block int, page uint64) (b []byte, err error) {
 	err = c.region.Guard(func() error {
-		b = c.region.Page(int(slot))
-		if integrity.Checksum(b) != c.part.Slots[slot].CRC {
-			return &integrity.CorruptError{File: c.nvfile.Path(), Offset: c.region.Offset(int(slot)),
-				What: "page " + c.PageName(block, page), Err: integrity.ErrChecksum}
-		}
-		return nil
+		b, err = c.slot(slot, block, page)
+		return err
 	})
 	return b, err
+}
+
+// slot is NVRAMPage inside of GuardNVRAM.
+func (c *Checkpoint) slot(slot uint64, block int, page uint64) ([]byte, error) {
+	b := c.region.Page(int(slot))
+	if integrity.Checksum(b) != c.part.Slots[slot].CRC {
+		return nil, &integrity.CorruptError{File: c.nvfile.Path(), Offset: c.region.Offset(int(slot)),
+			What: "page " + c.PageName(block, page), Err: integrity.ErrChecksum}
+	}
+	return b, nil
 }
 
 // GuardNVRAM runs fn, which reads NVRAM pages in the calling goroutine, and
@@ -223,136 +270,4 @@ func (c *Checkpoint) NVRAMSlots() []NVRAMSlot {
 		return nil
 	}
 	return c.part.Slots
-}
-
-// Verify reads and checks every byte of the checkpoint: all frames, all NVRAM
-// slots, that each page's source exists, and that the skeleton places every page
-// that was saved exactly once. found is called for each damage, in order of files;
-// Verify goes on after it and returns an error only if it could not go on.
-func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
-	kinds := make([]image.Kind, c.Image.Segments())
-	sizes := make([]int, c.Image.Segments())
-	var sr image.SegmentReader
-	err := c.Image.Frames(func(k image.Kind, n uint32, off int64) error {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
-		}
-		var err error
-		if k.IsSegment() {
-			var s *image.Segment
-			if s, err = c.Image.Segment(&sr, n); err == nil {
-				kinds[n], sizes[n] = s.Kind, s.Len()
-				sr.Recycle(s)
-			}
-		} else {
-			_, err = c.Image.Chunk(k, int(n))
-		}
-		return report(err, found)
-	})
-	if err != nil {
-		return err
-	}
-	if err := c.verifyNVRAM(ctx, found); err != nil {
-		return err
-	}
-	if err := c.verifyMap(kinds, sizes, found); err != nil {
-		return err
-	}
-	return c.verifySkeleton(found)
-}
-
-// verifyMap checks that each page's position in its segment exists.
-func (c *Checkpoint) verifyMap(kinds []image.Kind, sizes []int, found func(error)) error {
-	per := uint64(c.Image.SegmentPages)
-	err := c.PageMap.Runs(func(r pagemap.Run) error {
-		if r.Kind != pagemap.Flash {
-			return nil
-		}
-		// The pages of a run without steps are all in one place; a run with
-		// them is no longer than the segments have pages.
-		for i := range 1 + (r.Count-1)*r.Step {
-			v := r.First + i*r.Step
-			n := v / per
-			var err error
-			switch {
-			case c.Image.SegmentOffset(uint32(n)) < 0:
-				err = fmt.Errorf("there is no segment %d", n)
-			case kinds[n] != 0 && v%per >= uint64(sizes[n]): // 0: reported already
-				err = fmt.Errorf("segment %d has no page %d", n, v%per)
-			}
-			if err != nil {
-				found(c.Image.Corrupt(image.PageMap, 0, fmt.Errorf("page %s: %w", c.PageName(r.Block, r.Page+i), err)))
-				return nil
-			}
-		}
-		return nil
-	})
-	return report(err, found)
-}
-
-// report passes damage to found and anything else on.
-func report(err error, found func(error)) error {
-	if integrity.IsCorrupt(err) {
-		found(err)
-		return nil
-	}
-	return err
-}
-
-// nvramHeaders is where an NVRAM file's headers end (docs/format-nvram.md).
-const nvramHeaders = 8 << 10
-
-func (c *Checkpoint) verifyNVRAM(ctx context.Context, found func(error)) error {
-	if c.part == nil {
-		return nil
-	}
-	// Of the file's two headers one is enough to read it, so nobody else
-	// notices when the other is lost. What else Check finds is either this
-	// checkpoint's, and was found by Open, or another's.
-	damage, err := c.nvfile.Check(ctx)
-	if err != nil {
-		return err
-	}
-	for _, err := range damage {
-		if e := (*integrity.CorruptError)(nil); errors.As(err, &e) && e.Offset < nvramHeaders {
-			found(err)
-		}
-	}
-	for slot, owner := range c.part.Slots {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
-		}
-		_, err := c.NVRAMPage(uint64(slot), int(owner.Block), owner.Page)
-		if err != nil {
-			found(err)
-		}
-		c.DropNVRAM(uint64(slot), 1)
-	}
-	return nil
-}
-
-type pageCounter struct{ n uint64 }
-
-func (p *pageCounter) Literal([]byte) error { return nil }
-func (p *pageCounter) Pages(_ int, _, count uint64, _ bool) error {
-	p.n += count
-	return nil
-}
-
-func (c *Checkpoint) verifySkeleton(found func(error)) error {
-	var placed pageCounter
-	if err := c.Skeleton(&placed); err != nil {
-		return report(err, found)
-	}
-	var saved uint64
-	err := c.PageMap.Runs(func(r pagemap.Run) error {
-		if r.Kind != pagemap.Absent {
-			saved += r.Count
-		}
-		return nil
-	})
-	if err == nil && placed.n != saved {
-		err = c.Image.Corrupt(image.Skeleton, 0, fmt.Errorf("places %d pages, %d were saved", placed.n, saved))
-	}
-	return report(err, found)
 }

@@ -384,6 +384,12 @@ func (s *Segment) corrupt(err error) error {
 		What: fmt.Sprintf("%v segment %d", s.Kind, s.Number), Err: err}
 }
 
+// Lend makes s the PAGES segment whose pages, one after the other, are in memory
+// already, such as in a Writer's buffer. They stay the caller's.
+func (s *Segment) Lend(number uint32, pages []byte, pageSize int) {
+	*s = Segment{Number: number, Kind: Pages, data: pages, size: pageSize, reader: frameSource{name: "memory"}}
+}
+
 // Bytes is the memory the segment's content takes.
 func (s *Segment) Bytes() int { return len(s.data) }
 

@@ -129,6 +129,18 @@ func (m *Map) Find(b int, page uint64) (Run, error) {
 	return m.run(i, runs, j, b, page), nil
 }
 
+// Number is a page's number in the whole map, in block and page order.
+func (m *Map) Number(b int, page uint64) uint64 { return m.base[b] + page }
+
+// Page is the block and the page that have a number.
+func (m *Map) Page(number uint64) (b int, page uint64) {
+	b = sort.Search(len(m.pages), func(b int) bool { return number < m.base[b+1] })
+	return b, number - m.base[b]
+}
+
+// At is Find by a page's number.
+func (m *Map) At(number uint64) (Run, error) { return m.Find(m.Page(number)) }
+
 // run returns the j-th run of chunk i, which is in block b, from page on.
 func (m *Map) run(i int, runs []mapRun, j, b int, page uint64) Run {
 	r := runs[j]

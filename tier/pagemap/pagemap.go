@@ -165,6 +165,15 @@ type Run struct {
 // Entry is the entry of the run's i-th page.
 func (r Run) Entry(i uint64) Entry { return Make(r.Kind, r.First+i*r.Step) }
 
+// Last is the value of the run's last page.
+func (r Run) Last() uint64 { return r.First + r.Step*(r.Count-1) }
+
+// From is the run without its first n pages.
+func (r Run) From(n uint64) Run {
+	r.Page, r.Count, r.First = r.Page+n, r.Count-n, r.First+n*r.Step
+	return r
+}
+
 // Runs calls fn for every run of the map, Absent ones included, in block and
 // page order: every page is in exactly one.
 func (t *Builder) Runs(fn func(Run) error) error {

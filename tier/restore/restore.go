@@ -13,6 +13,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
 // Options of an eager restore.
@@ -36,15 +37,16 @@ type Report struct {
 // before the guest runs.
 func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) (Report, error) {
 	start := time.Now()
-	// A page whose source can't exist is found before the first byte goes
-	// out.
-	if err := c.PageMap.LoadAll(); err != nil {
+	// A page whose bytes can't be had is found before the first byte goes out.
+	if err := c.PageMap.Runs(c.Readable); err != nil {
 		return Report{}, err
 	}
 	g, ctx := errgroup.WithContext(ctx)
+	set := c.Sources()
+	p := newPrefetcher(c, set, o.Workers)
 	r := newReplayer(ctx, c, w, o)
-	p := newPrefetcher(c, o.Workers)
-	r.next = p.next
+	r.pages = set.NewPlannedReader(p.cache, p.next)
+	r.set = set
 	g.Go(func() error { return p.plan(ctx) })
 	for range p.workers {
 		g.Go(func() error { return p.work(ctx) })
@@ -57,7 +59,7 @@ func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) 
 	})
 	err := g.Wait()
 	r.rep.Seconds = time.Since(start).Seconds()
-	r.rep.Refetch = p.refetched
+	r.rep.Refetch = p.cache.Refilled()
 	return r.rep, err
 }
 
@@ -67,14 +69,16 @@ type replayer struct {
 	c     *checkpoint.Checkpoint
 	w     io.Writer
 	o     Options
-	next  func(ctx context.Context, before *access) (*access, error)
+	set   *source.Set
+	pages *source.Reader
 	buf   []byte
 	rep   Report
 	total int64
 
-	block    int                                 // of the last record, for CONTINUE; -1 before the first
-	at       *access                             // the segment of the last page from flash
-	nvram    struct{ reads, first, last uint64 } // since slots were let go
+	block    int                                    // of the last record, for CONTINUE; -1 before the first
+	run      pagemap.Run                            // that is being written
+	named    bool                                   // its first record carries the block's name
+	write    func(i uint64, c source.Content) error // r.page
 	zeroPage []byte
 	tick     time.Time
 }
@@ -85,7 +89,7 @@ const outBuffer = 256 << 10
 
 func newReplayer(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) *replayer {
 	r := &replayer{ctx: ctx, c: c, w: w, o: o, block: -1, zeroPage: make([]byte, c.Meta.PageSize)}
-	r.buf = make([]byte, 0, outBuffer)
+	r.buf, r.write = make([]byte, 0, outBuffer), r.page
 	for _, n := range c.Meta.BlockPages() {
 		r.total += int64(n)
 	}
@@ -113,7 +117,11 @@ func (r *replayer) Pages(block int, page, count uint64, named bool) error {
 			return err
 		}
 		run.Count = min(run.Count, count)
-		if err := r.run(run, named); err != nil {
+		if !r.set.Row(run.Kind).Saved() {
+			return r.c.Image.Corrupt(image.Skeleton, 0, fmt.Errorf("places page %s, which was never saved", r.c.PageName(block, page)))
+		}
+		r.run, r.named = run, named
+		if err := r.pages.Read(r.ctx, run, r.write); err != nil {
 			return err
 		}
 		named = false
@@ -123,97 +131,34 @@ func (r *replayer) Pages(block int, page, count uint64, named bool) error {
 	return nil
 }
 
-func (r *replayer) run(run pagemap.Run, named bool) error {
-	pageSize := uint64(r.c.Meta.PageSize)
-	for i := range run.Count {
-		// A record of a page whose block is not the last record's must carry
-		// the name, even where the saved stream did not need it because of
-		// records that are left out now.
-		name := ""
-		if named && i == 0 || run.Block != r.block {
-			name = r.c.Meta.Blocks[run.Block].Name
-		}
-		r.block = run.Block
-		// Largest head: be64, u8, name.
-		if err := r.room(8 + 256 + r.c.Meta.PageSize + 64); err != nil {
-			return err
-		}
-		addr := (run.Page + i) * pageSize
-		value := run.First + i*run.Step
-		var err error
-		switch run.Kind {
-		case pagemap.Fill:
-			r.buf = ramparse.AppendZero(r.buf, name, addr, byte(value))
-		case pagemap.ZeroData:
-			r.buf = ramparse.AppendPage(r.buf, name, addr, r.zeroPage)
-		case pagemap.NVRAM:
-			err = r.nvramPage(run, i, name, addr, value)
-		case pagemap.Flash:
-			err = r.flashPage(name, addr, value)
-		default:
-			err = r.c.Image.Corrupt(image.Skeleton, 0, fmt.Errorf("places page %s, which was never saved", r.c.PageName(run.Block, run.Page+i)))
-		}
-		if err != nil {
-			return err
-		}
-		r.rep.Pages++
-		if r.rep.Pages%1024 == 0 {
-			r.progress()
-		}
+// page writes the record of the run's i-th page.
+func (r *replayer) page(i uint64, c source.Content) error {
+	// A record of a page whose block is not the last record's must carry
+	// the name, even where the saved stream did not need it because of
+	// records that are left out now.
+	name := ""
+	if r.named && i == 0 || r.run.Block != r.block {
+		name = r.c.Meta.Blocks[r.run.Block].Name
 	}
-	return nil
-}
-
-// dropEvery is how many slots are read from NVRAM before they are let go. Mapped
-// pages count as the process's memory as long as they are mapped.
-const dropEvery = 1024
-
-func (r *replayer) nvramPage(run pagemap.Run, i uint64, name string, addr, slot uint64) error {
-	r.letGo(slot)
-	return r.c.GuardNVRAM(func() error {
-		b, err := r.c.NVRAMPage(slot, run.Block, run.Page+i)
-		if err != nil {
-			return err
-		}
-		r.buf = ramparse.AppendPage(r.buf, name, addr, b)
-		return nil
-	})
-}
-
-// letGo is told which slot is read next.
-func (r *replayer) letGo(slot uint64) {
-	if v := &r.nvram; v.reads > 0 && v.reads < dropEvery {
-		v.reads, v.first, v.last = v.reads+1, min(v.first, slot), max(v.last, slot)
-		return
-	} else if v.reads > 0 {
-		r.c.DropNVRAM(v.first, v.last-v.first+1)
-	}
-	r.nvram.reads, r.nvram.first, r.nvram.last = 1, slot, slot
-}
-
-func (r *replayer) flashPage(name string, addr, slot uint64) error {
-	per := uint64(r.c.Image.SegmentPages)
-	n, i := uint32(slot/per), int(slot%per)
-	if r.at == nil || r.at.number != n {
-		var err error
-		if r.at, err = r.next(r.ctx, r.at); err != nil {
-			return err
-		}
-	}
-	segment := r.at.segment
-	if segment.Kind == image.Records {
-		b, err := segment.Record(i)
-		if err != nil {
-			return err
-		}
-		r.buf = ramparse.AppendCompressed(r.buf, name, addr, b)
-		return nil
-	}
-	b, err := segment.Page(i)
-	if err != nil {
+	r.block = r.run.Block
+	// Largest head: be64, u8, name.
+	if err := r.room(8 + 256 + r.c.Meta.PageSize + 64); err != nil {
 		return err
 	}
-	r.buf = ramparse.AppendPage(r.buf, name, addr, b)
+	addr := (r.run.Page + i) * uint64(r.c.Meta.PageSize)
+	switch c.Form {
+	case source.Filled:
+		r.buf = ramparse.AppendZero(r.buf, name, addr, c.Fill)
+	case source.Zeros:
+		r.buf = ramparse.AppendPage(r.buf, name, addr, r.zeroPage)
+	case source.Deflated:
+		r.buf = ramparse.AppendCompressed(r.buf, name, addr, c.Data)
+	default:
+		r.buf = ramparse.AppendPage(r.buf, name, addr, c.Data)
+	}
+	if r.rep.Pages++; r.rep.Pages%1024 == 0 {
+		r.progress()
+	}
 	return nil
 }
 

@@ -25,7 +25,7 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 		return nil, err
 	}
 	o.Name = r.String()
-	c, err := checkpoint.Open(s.fs, f, o)
+	c, err := checkpoint.Open(ctx, s.fs, f, o)
 	if err != nil {
 		return nil, err
 	}

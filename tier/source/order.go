@@ -1,0 +1,91 @@
+package source
+
+import (
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+)
+
+// Order lists the pages of a page map by what they need, so that whoever wants all of
+// them has each thing decoded once and reads the image from front to back. It takes
+// 8 bytes a stretch and 4 for each thing. One goroutine uses it.
+type Order struct {
+	set    *Set
+	m      *pagemap.Map
+	bases  []uint64 // of each space: things in all spaces before it
+	starts []uint32 // of each thing, its first stretch, and the number of all
+	pages  []uint64 // of each stretch, its first page
+	room   [MaxNeeds]Need
+}
+
+// NewOrder looks at the whole page map, twice.
+func (s *Set) NewOrder(m *pagemap.Map) (*Order, error) {
+	o := &Order{set: s, m: m, bases: make([]uint64, len(s.Objects)+1)}
+	for i, n := range s.Objects {
+		o.bases[i+1] = o.bases[i] + uint64(n)
+	}
+	o.starts = make([]uint32, o.bases[len(s.Objects)]+1)
+	// First how many each thing has, one place further on.
+	err := o.each(func(thing uint64, _ pagemap.Run) { o.starts[thing+1]++ })
+	if err != nil {
+		return nil, err
+	}
+	for i := 1; i < len(o.starts); i++ {
+		o.starts[i] += o.starts[i-1]
+	}
+	// Then each where the last of its thing was; that moves every start to the end,
+	// which is the next one's start.
+	o.pages = make([]uint64, o.starts[len(o.starts)-1])
+	err = o.each(func(thing uint64, r pagemap.Run) {
+		o.pages[o.starts[thing]] = m.Number(r.Block, r.Page)
+		o.starts[thing]++
+	})
+	copy(o.starts[1:], o.starts)
+	o.starts[0] = 0
+	return o, err
+}
+
+// each calls fn with the first of every stretch's needs, if it has some, and the run
+// that begins with it.
+func (o *Order) each(fn func(thing uint64, r pagemap.Run)) error {
+	return o.m.Runs(func(r pagemap.Run) error {
+		for {
+			needs, n := o.set.Stretch(r, o.room[:])
+			if len(needs) > 0 {
+				fn(o.Thing(needs[0]), r)
+			}
+			if n == r.Count {
+				return nil
+			}
+			r = r.From(n)
+		}
+	})
+}
+
+// Things is how many things there are that pages may need.
+func (o *Order) Things() uint64 { return o.bases[len(o.bases)-1] }
+
+// Thing numbers what can be needed through all spaces.
+func (o *Order) Thing(n Need) uint64 { return o.bases[n.Space] + uint64(n.Number) }
+
+// Need is what a number stands for.
+func (o *Order) Need(thing uint64) Need {
+	space := 0
+	for thing >= o.bases[space+1] {
+		space++
+	}
+	return Need{Space(space), uint32(thing - o.bases[space])}
+}
+
+// Stretches calls fn with each stretch whose first need is a thing, in page order.
+func (o *Order) Stretches(thing uint64, fn func(r pagemap.Run) error) error {
+	for _, page := range o.pages[o.starts[thing]:o.starts[thing+1]] {
+		r, err := o.m.At(page)
+		if err != nil {
+			return err
+		}
+		_, r.Count = o.set.Stretch(r, o.room[:])
+		if err := fn(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,307 @@
+package source
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+)
+
+// Page names a page: its block and its number there.
+type Page struct {
+	Block  int
+	Number uint64
+}
+
+// Backing is where the bytes of one checkpoint's sources come from: its image and
+// its NVRAM part, whole or while they are written.
+type Backing interface {
+	// Fetch reads what n names as it is stored, and checks it. It may be called from
+	// several goroutines.
+	Fetch(st *image.Stored, n Need) error
+	// Slot is the content of an NVRAM slot, checked, which is wanted for a page.
+	// The bytes may lie in a mapping: they are touched within Guard only, and only
+	// until the next call or Drop.
+	Slot(slot uint64, want Page) ([]byte, error)
+	// Guard runs fn and turns a fault of the mapping into an error.
+	Guard(fn func() error) error
+	// Drop takes slots [first, first+n) out of the process's memory.
+	Drop(first, n uint64)
+}
+
+// Lender is a Backing that has some of what is to be fetched in memory, decoded.
+type Lender interface {
+	// Lend returns it, valid until the Reader is asked for another page, or nil.
+	Lend(n Need) *image.Segment
+}
+
+// Set is all sources of one checkpoint. It may be used from several goroutines, each
+// with a Reader of its own.
+type Set struct {
+	Facts
+	*Table
+	Backing
+}
+
+// Stretch tells what the first pages of a run need, and how many of them, at least 1,
+// need exactly that. dst is room for the needs, MaxNeeds of them.
+func (s *Set) Stretch(r pagemap.Run, dst []Need) (needs []Need, n uint64) {
+	if row := s.Row(r.Kind); row.Needs != nil {
+		return row.Needs(&s.Facts, r, dst[:0])
+	}
+	return nil, r.Count
+}
+
+// Reader gives one goroutine the content of pages.
+type Reader struct {
+	set    *Set
+	cache  *Cache
+	lender Lender // nil: none
+	get    func(ctx context.Context, n Need) (*Held, error)
+
+	at     [MaxNeeds]hand // the first n of them
+	n      int
+	room   [MaxNeeds]Need
+	decode image.SegmentReader
+
+	// The stretch that is being read, and what its pages are handed to.
+	row   *Row
+	run   pagemap.Run
+	done  uint64 // pages of the whole run before it
+	page  Page
+	fn    func(i uint64, c Content) error
+	pages func() error // readPages
+
+	slots struct{ reads, first, last uint64 } // since slots were let go
+}
+
+// hand is what a Reader has at hand.
+type hand struct {
+	need    Need
+	held    *Held // nil: it is lent, for one page
+	segment *image.Segment
+	first   uint64 // its first slot, if it is a segment of the own image
+}
+
+// NewReader returns a Reader that has what it needs decoded when it needs it, by
+// itself unless somebody else does. The cache must have room for MaxNeeds beside what
+// others hold. Close it.
+func (s *Set) NewReader(c *Cache) *Reader {
+	r := s.NewPlannedReader(c, nil)
+	r.lender, _ = s.Backing.(Lender)
+	r.get = func(ctx context.Context, n Need) (*Held, error) { return c.Get(ctx, n, &r.decode) }
+	return r
+}
+
+// NewPlannedReader returns a Reader that is handed what it needs by a planner, in the
+// order in which Planned says that it will ask. get may not return another than n.
+func (s *Set) NewPlannedReader(c *Cache, get func(ctx context.Context, n Need) (*Held, error)) *Reader {
+	r := &Reader{set: s, cache: c, get: get}
+	r.pages = r.readPages
+	return r
+}
+
+// Close gives up what the Reader holds.
+func (rd *Reader) Close() { rd.want(context.Background(), nil) }
+
+// Planned tells what a Reader will ask for, in order, if it is given stretch after
+// stretch: what the one before has needed is at hand.
+type Planned struct {
+	last [MaxNeeds]Need
+	n    int
+}
+
+// Next calls fn for each of a stretch's needs that must be got for it.
+func (p *Planned) Next(needs []Need, fn func(Need) error) error {
+	if p.n == 1 && len(needs) == 1 && p.last[0] == needs[0] {
+		return nil // which is most often so
+	}
+	for i, n := range needs {
+		if find(p.last[:p.n], n) >= 0 || find(needs[:i], n) >= 0 {
+			continue
+		}
+		if err := fn(n); err != nil {
+			return err
+		}
+	}
+	if len(needs) > 0 {
+		p.n = copy(p.last[:], needs)
+	}
+	return nil
+}
+
+func find(list []Need, n Need) int {
+	for i, o := range list {
+		if o == n {
+			return i
+		}
+	}
+	return -1
+}
+
+// Read calls fn with the content of each page of a run, in order; i counts from 0.
+// fn must not ask this Reader for more. Content of pages that are all in one place is
+// read once.
+func (rd *Reader) Read(ctx context.Context, r pagemap.Run, fn func(i uint64, c Content) error) error {
+	rd.row, rd.fn, rd.done = rd.set.Row(r.Kind), fn, 0
+	for {
+		needs, n := rd.set.Stretch(r, rd.room[:])
+		rd.run = r
+		rd.run.Count = n
+		rd.page = Page{r.Block, r.Page}
+		if len(needs) > 0 {
+			if err := rd.want(ctx, needs); err != nil {
+				return err
+			}
+		}
+		var err error
+		if rd.row.Mapped {
+			err = rd.set.Guard(rd.pages)
+		} else {
+			err = rd.readPages()
+		}
+		if err != nil || n == r.Count {
+			return err
+		}
+		r = r.From(n)
+		rd.done += n
+	}
+}
+
+// readPages reads the pages of the stretch.
+func (rd *Reader) readPages() error {
+	var c Content
+	for i := range rd.run.Count {
+		if i == 0 || rd.run.Step != 0 {
+			rd.page.Number = rd.run.Page + i
+			var err error
+			if c, err = rd.row.Content(rd, rd.run.Entry(i)); err != nil {
+				return err
+			}
+		}
+		if err := rd.fn(rd.done+i, c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Copy puts the bytes of a page with entry e into dst.
+func (rd *Reader) Copy(ctx context.Context, dst []byte, p Page, e pagemap.Entry) error {
+	run := pagemap.Run{Block: p.Block, Page: p.Number, Count: 1, Kind: e.Kind(), First: e.Value()}
+	return rd.Read(ctx, run, func(_ uint64, c Content) error { return c.Copy(dst) })
+}
+
+// Have tells whether a page's bytes can be had without decoding anything.
+func (rd *Reader) Have(r pagemap.Run) bool {
+	needs, _ := rd.set.Stretch(r, rd.room[:])
+	for _, n := range needs {
+		if rd.find(n) != nil {
+			continue
+		}
+		h := rd.cache.Have(n)
+		if h == nil {
+			return false
+		}
+		rd.cache.Release(h)
+	}
+	return true
+}
+
+// Page is the page that is being read, for Row.Content.
+func (rd *Reader) Page() Page { return rd.page }
+
+// Facts are those of the checkpoint, for Row.Content.
+func (rd *Reader) Facts() *Facts { return &rd.set.Facts }
+
+// Segment is what the page that is being read needs, for Row.Content.
+func (rd *Reader) Segment(n Need) *image.Segment {
+	return rd.find(n).segment
+}
+
+// InSegment is the segment and the position in it of a flash slot that the page that
+// is being read needs.
+func (rd *Reader) InSegment(slot uint64) (*image.Segment, int) {
+	for i := range rd.at[:rd.n] {
+		h := &rd.at[i]
+		if n := slot - h.first; h.need.Space == 0 && n < rd.set.SegmentPages {
+			return h.segment, int(n)
+		}
+	}
+	panic("source: a row wants what it does not need")
+}
+
+func (rd *Reader) find(n Need) *hand {
+	for i := range rd.at[:rd.n] {
+		if rd.at[i].need == n {
+			return &rd.at[i]
+		}
+	}
+	return nil
+}
+
+// want has needs at hand and gives up all else.
+func (rd *Reader) want(ctx context.Context, needs []Need) error {
+	if rd.n == 1 && len(needs) == 1 && rd.at[0].need == needs[0] && rd.at[0].held != nil {
+		return nil
+	}
+	kept := 0
+	for _, h := range rd.at[:rd.n] {
+		switch {
+		case h.held == nil: // lent, and that is over
+		case find(needs, h.need) >= 0:
+			rd.at[kept] = h
+			kept++
+		default:
+			rd.cache.Release(h.held)
+		}
+	}
+	rd.n = kept
+	for _, n := range needs {
+		if rd.find(n) != nil {
+			continue
+		}
+		if rd.lender != nil {
+			if s := rd.lender.Lend(n); s != nil {
+				rd.at[rd.n] = hand{n, nil, s, uint64(n.Number) * rd.set.SegmentPages}
+				rd.n++
+				continue
+			}
+		}
+		h, err := rd.get(ctx, n)
+		if err != nil {
+			return err
+		}
+		if h.Need != n {
+			rd.cache.Release(h)
+			return fmt.Errorf("%v was planned where %v is needed", h.Need, n)
+		}
+		s, err := h.Wait(ctx)
+		if err != nil {
+			rd.cache.Release(h)
+			return err
+		}
+		rd.at[rd.n] = hand{n, h, s, uint64(n.Number) * rd.set.SegmentPages}
+		rd.n++
+	}
+	return nil
+}
+
+// dropEvery is how many slots are read from NVRAM before they are let go. Mapped
+// pages count as the process's memory as long as they are mapped.
+const dropEvery = 1024
+
+// slot is the content of an NVRAM slot for the page that is being read.
+func (rd *Reader) slot(n uint64) ([]byte, error) {
+	v := &rd.slots
+	if v.reads == dropEvery {
+		rd.set.Drop(v.first, v.last-v.first+1)
+		v.reads = 0
+	}
+	if v.reads == 0 {
+		v.first, v.last = n, n
+	}
+	v.reads, v.first, v.last = v.reads+1, min(v.first, n), max(v.last, n)
+	return rd.set.Slot(n, rd.page)
+}
