@@ -1,65 +1,72 @@
 package lazy
 
 import (
+	"cmp"
 	"context"
 	"fmt"
-	"sort"
+	"slices"
 	"sync/atomic"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // loader brings what nobody has asked for, in four phases: the guest's page
 // tables, which its MMU reads before anything else; the pages that earlier
 // resumes asked for, roughly in their order; the NVRAM part in its prefetch order;
-// and all the rest in the order in which it lies in the image, so that flash sees
-// one sequential read.
+// and all the rest, first what needs no decoding, then what does, in the order in
+// which it lies in the image, so that flash sees one sequential read.
 type loader struct {
 	c       *checkpoint.Checkpoint
+	set     *source.Set
+	cache   *source.Cache
 	first   func() []workingset.PageRun
 	loaded  <-chan struct{} // QEMU has loaded the devices
 	busy    func() bool     // demands are waiting
-	row     row
 	reader  image.SegmentReader
+	room    [source.MaxNeeds]source.Need
+	batch   *batch      // that is being made, or nil
 	batches chan *batch // closed when all is loaded
 	free    chan *batch
-	next    atomic.Int64 // 1 + the segment that loadAll is to go on with, or 0
+	next    atomic.Uint64 // place that loadAll is to go on with, or 0
 }
 
-// batch is a decoded segment and the pages whose content it holds, or, without
-// a segment, pages whose content is elsewhere.
+// batch is pages that need the same, and what they need, decoded.
 type batch struct {
-	segment *image.Segment
-	pages   []piece // may be a part of a longer list
+	needs []source.Need
+	held  []*source.Held // of needs
+	runs  []pagemap.Run
 	// zero tells that pages without content are to be sent as well.
 	zero bool
 	// hotEnd marks, without any pages, that what follows is cold.
 	hotEnd bool
-	// NVRAM slots [first, end), which are read for these pages for the last time.
-	first, end uint64
 }
 
 const (
-	// aheadBatches is how many segments are decoded before the pump has asked
-	// for them. More would only put more reads before a demanded one's on
-	// slow flash.
+	// aheadBatches is how many batches are made before the pump has asked for
+	// them. More would only put more reads before a demanded one's on slow flash.
 	aheadBatches = 2
+	// allBatches are those, the one that the pump sends and the one that is made.
+	allBatches = aheadBatches + 2
+	// mostRuns is how many runs go into a batch.
+	mostRuns = 256
 	// firstWindow is how many pages of the first phases are looked at together, so
 	// that a segment that holds several of them is decoded once. It begins with
 	// few, because the guest asks for the first of them at once, and doubles.
 	firstWindow, mostWindow = 64, 1024
 )
 
-func newLoader(c *checkpoint.Checkpoint, first func() []workingset.PageRun, loaded <-chan struct{}, busy func() bool) *loader {
+func newLoader(c *checkpoint.Checkpoint, set *source.Set, cache *source.Cache, first func() []workingset.PageRun, loaded <-chan struct{}, busy func() bool) *loader {
 	l := &loader{
-		c: c, first: first, loaded: loaded, busy: busy, row: newRow(c.Meta.BlockPages()),
-		batches: make(chan *batch, aheadBatches), free: make(chan *batch, aheadBatches+2),
+		c: c, set: set, cache: cache, first: first, loaded: loaded, busy: busy,
+		batches: make(chan *batch, aheadBatches), free: make(chan *batch, allBatches),
 	}
-	for range cap(l.free) {
+	for range allBatches {
 		l.free <- new(batch)
 	}
 	return l
@@ -95,77 +102,29 @@ func (l *loader) run(ctx context.Context) error {
 	if err := l.put(ctx, b); err != nil {
 		return err
 	}
-	rest, err := l.rest()
-	if err != nil {
+	if err := l.loadBare(ctx); err != nil {
 		return err
 	}
-	if err := l.loadAll(ctx, rest); err != nil {
+	if err := l.loadAll(ctx); err != nil {
 		return err
 	}
 	close(l.batches)
 	return nil
 }
 
-// rest is all that loadAll brings, in order. It looks at the whole page map, twice,
-// so that what it returns takes no more memory than it must.
-func (l *loader) rest() (list []piece, err error) {
-	for _, fill := range []bool{false, true} {
-		n := 0
-		err := l.c.PageMap.Runs(func(r pagemap.Run) error {
-			l.worth(r, func(r pagemap.Run) {
-				l.pieces(r, func(p piece) {
-					if n++; fill {
-						list = append(list, p)
-					}
-				})
-			})
-			return nil
-		})
-		if err != nil {
-			return nil, err
-		}
-		if !fill {
-			list = make([]piece, 0, n)
-		}
-	}
-	sortPieces(list)
-	return list, nil
+// stretch is pages of one run that need the same.
+type stretch struct {
+	place uint64 // of what they need first
+	run   pagemap.Run
 }
 
-// worth hands on what of a run loadAll has to bring: pages with content that are
-// not the owners of a slot in NVRAM, which loadNVRAM brings.
-func (l *loader) worth(r pagemap.Run, fn func(pagemap.Run)) {
-	switch {
-	case r.Kind == pagemap.Absent, r.Kind == pagemap.ZeroData, r.Kind == pagemap.Fill && r.First == 0:
-	case r.Kind == pagemap.NVRAM:
-		slots := l.c.NVRAMSlots()
-		for i := range r.Count {
-			one := pagemap.Run{Block: r.Block, Page: r.Page + i, Count: 1, Kind: r.Kind, First: r.First + i*r.Step}
-			if s := slots[one.First]; int(s.Block) != one.Block || s.Page != one.Page {
-				fn(one)
-			}
-		}
-	default:
-		fn(r)
-	}
-}
+// place is a need's place in the order in which flash is read, from 1 on.
+func place(n source.Need) uint64 { return 1 + (uint64(n.Space)<<32 | uint64(n.Number)) }
 
-// pieces hands on a run's pieces.
-func (l *loader) pieces(r pagemap.Run, fn func(piece)) {
-	per := uint64(l.c.Image.SegmentPages)
-	for i := uint64(0); i < r.Count; {
-		e := r.Entry(i)
-		n := min(r.Count-i, mostPages)
-		if r.Kind == pagemap.Flash && r.Step == 1 {
-			n = min(n, per-e.Value()%per)
-		}
-		fn(makePiece(l.row.number(r.Block, r.Page+i), e, r.Step, n))
-		i += n
-	}
-}
-
+// loadFirst brings the pages of a list, zero ones included. The list is not
+// trusted.
 func (l *loader) loadFirst(ctx context.Context, first []workingset.PageRun) error {
-	var window []piece
+	var window []stretch
 	var pages uint64
 	most := uint64(firstWindow)
 	for _, r := range first {
@@ -179,125 +138,157 @@ func (l *loader) loadFirst(ctx context.Context, first []workingset.PageRun) erro
 				return err
 			}
 			run.Count = min(run.Count, end-page, most)
-			l.pieces(run, func(p piece) { window = append(window, p) })
-			page += run.Count
-			if pages += run.Count; pages >= most {
-				if err := l.load(ctx, window, true); err != nil {
+			needs, n := l.set.Stretch(run, l.room[:])
+			s := stretch{run: run}
+			if s.run.Count = n; len(needs) > 0 {
+				s.place = place(needs[0])
+			}
+			window = append(window, s)
+			page += n
+			if pages += n; pages >= most {
+				if err := l.load(ctx, window); err != nil {
 					return err
 				}
-				window, pages = nil, 0 // it is in batches now
+				window, pages = window[:0], 0
 				most = min(2*most, mostWindow)
 			}
 		}
 	}
-	return l.load(ctx, window, true)
+	return l.load(ctx, window)
 }
 
+// load brings a window of loadFirst, in the order in which flash is read.
+func (l *loader) load(ctx context.Context, window []stretch) error {
+	slices.SortFunc(window, func(a, b stretch) int {
+		return cmp.Or(cmp.Compare(a.place, b.place), cmp.Compare(a.run.Block, b.run.Block), cmp.Compare(a.run.Page, b.run.Page))
+	})
+	for _, s := range window {
+		if err := l.add(ctx, s.run, true); err != nil {
+			return err
+		}
+	}
+	return l.end(ctx)
+}
+
+// loadNVRAM brings the pages that the NVRAM part was made for, in its order. One
+// that a live save sent again later may have left its slot: what is elsewhere is
+// not in reach here.
 func (l *loader) loadNVRAM(ctx context.Context) error {
-	slots := l.c.NVRAMSlots()
-	for first := 0; first < len(slots); {
+	for _, s := range l.c.NVRAMSlots() {
+		run, err := l.c.PageMap.Find(int(s.Block), s.Page)
+		if err != nil {
+			return err
+		}
+		run.Count = 1
+		if !l.bare(run) {
+			continue
+		}
+		if err := l.add(ctx, run, false); err != nil {
+			return err
+		}
+	}
+	return l.end(ctx)
+}
+
+// loadBare brings whatever needs no decoding; the pump knows what has come by now.
+func (l *loader) loadBare(ctx context.Context) error {
+	err := l.c.PageMap.Runs(func(r pagemap.Run) error {
+		if !l.bare(r) {
+			return nil
+		}
+		return l.add(ctx, r, false)
+	})
+	if err != nil {
+		return err
+	}
+	return l.end(ctx)
+}
+
+// bare tells whether a run's pages have content and need nothing for it.
+func (l *loader) bare(r pagemap.Run) bool {
+	row := l.set.Row(r.Kind)
+	return row.Needs == nil && !row.Zero(r)
+}
+
+// loadAll brings what makes up most of a checkpoint: it goes round through the image
+// and goes on elsewhere when follow says so.
+func (l *loader) loadAll(ctx context.Context) error {
+	order, err := l.set.NewOrder(l.c.PageMap)
+	if err != nil {
+		return err
+	}
+	things := order.Things()
+	loaded := bitmap.New(int64(things))
+	add := func(r pagemap.Run) error { return l.add(ctx, r, false) }
+	for i, left := uint64(0), things; left > 0; i = (i + 1) % things {
+		if next := l.next.Swap(0); next > 0 {
+			i = order.Thing(needAt(next)) % things
+		}
+		if !loaded.Set(int64(i)) {
+			continue
+		}
+		left--
+		if err := order.Stretches(i, add); err != nil {
+			return err
+		}
+		if err := l.end(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// follow has loadAll go on with what needs n. The pump calls it.
+func (l *loader) follow(n source.Need) { l.next.Store(place(n)) }
+
+// needAt is the need with a place.
+func needAt(place uint64) source.Need {
+	return source.Need{Space: source.Space((place - 1) >> 32), Number: uint32(place - 1)}
+}
+
+// add puts pages that need the same into the batch that is being made, or into
+// another if they do not fit in.
+func (l *loader) add(ctx context.Context, r pagemap.Run, zero bool) error {
+	needs, _ := l.set.Stretch(r, l.room[:])
+	if b := l.batch; b != nil && (len(b.runs) == mostRuns || !slices.Equal(needs, b.needs)) {
+		if err := l.end(ctx); err != nil {
+			return err
+		}
+	}
+	if l.batch == nil {
 		b, err := l.take(ctx)
 		if err != nil {
 			return err
 		}
-		end := min(first+l.c.Image.SegmentPages, len(slots))
-		b.pages = make([]piece, 0, end-first)
-		for _, s := range slots[first:end] {
-			run, err := l.c.PageMap.Find(int(s.Block), s.Page)
-			if err != nil {
-				return err
-			}
-			// A page that a live save sent again as zero has left its slot, and
-			// what is elsewhere is not in reach here.
-			if run.Kind == pagemap.NVRAM {
-				b.pages = append(b.pages, makePiece(l.row.number(int(s.Block), s.Page), run.Entry(0), 0, 1))
-			}
-		}
-		b.first, b.end = uint64(first), uint64(end)
-		first = end
-		if err := l.put(ctx, b); err != nil {
-			return err
+		b.zero, b.needs = zero, append(b.needs, needs...)
+		l.batch = b
+	}
+	b := l.batch
+	if n := len(b.runs); n > 0 && r.Count == 1 {
+		last := &b.runs[n-1]
+		if last.Block == r.Block && last.Kind == r.Kind && last.Page+last.Count == r.Page &&
+			last.First+last.Count == r.First && (last.Count == 1 || last.Step == 1) {
+			last.Count, last.Step = last.Count+1, 1
+			return nil
 		}
 	}
+	b.runs = append(b.runs, r)
 	return nil
 }
 
-// load brings pieces in the order in which their content lies in the image.
-func (l *loader) load(ctx context.Context, pieces []piece, zero bool) error {
-	sortPieces(pieces)
-	for len(pieces) > 0 {
-		n := l.together(pieces)
-		if err := l.one(ctx, pieces[:n], zero); err != nil {
-			return err
-		}
-		pieces = pieces[n:]
+// end decodes what the batch that is being made needs, and hands it on.
+func (l *loader) end(ctx context.Context) error {
+	b := l.batch
+	if b == nil {
+		return nil
 	}
-	return nil
-}
-
-// loadAll is load for what makes up most of a checkpoint, and is in order already:
-// it goes round through the image and goes on elsewhere when follow says so.
-func (l *loader) loadAll(ctx context.Context, pieces []piece) error {
-	// The pieces of part i, most often a segment, are pieces[at[i]:at[i+1]].
-	var at []int
-	for i := 0; i < len(pieces); i += l.together(pieces[i:]) {
-		at = append(at, i)
-	}
-	parts := len(at)
-	at = append(at, len(pieces))
-	loaded := make([]bool, parts)
-	for i, left := 0, parts; left > 0; i = (i + 1) % parts {
-		if n := l.next.Swap(0); n > 0 {
-			slot := pagemap.Make(pagemap.Flash, uint64(n-1)*uint64(l.c.Image.SegmentPages))
-			i = sort.Search(parts, func(i int) bool { return pieces[at[i]].entry >= slot }) % parts
+	l.batch = nil
+	for _, need := range b.needs {
+		h, err := l.cache.Get(ctx, need, &l.reader)
+		if err != nil {
+			return fmt.Errorf("page %s: %w", l.c.PageName(b.runs[0].Block, b.runs[0].Page), err)
 		}
-		if loaded[i] {
-			continue
-		}
-		loaded[i] = true
-		left--
-		if err := l.one(ctx, pieces[at[i]:at[i+1]], false); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// follow has loadAll go on with a segment. The pump calls it.
-func (l *loader) follow(segment uint32) { l.next.Store(int64(segment) + 1) }
-
-// together is how many of the pieces at the beginning go into one batch.
-func (l *loader) together(pieces []piece) int {
-	first, n := pieces[0].entry, 1
-	per := uint64(l.c.Image.SegmentPages)
-	if first.Kind() != pagemap.Flash {
-		for n < min(len(pieces), int(per)) && pieces[n].entry.Kind() == first.Kind() {
-			n++
-		}
-		return n
-	}
-	for end := pagemap.Make(pagemap.Flash, (first.Value()/per+1)*per); n < len(pieces) && pieces[n].entry < end; {
-		n++
-	}
-	return n
-}
-
-// one makes a batch of pieces that go together.
-func (l *loader) one(ctx context.Context, pieces []piece, zero bool) error {
-	b, err := l.take(ctx)
-	if err != nil {
-		return err
-	}
-	b.zero = zero
-	b.pages = pieces
-	switch first, last := pieces[0], pieces[len(pieces)-1]; first.entry.Kind() {
-	case pagemap.Flash:
-		if b.segment, err = l.c.Image.Segment(&l.reader, segmentOf(l.c, first.entry)); err != nil {
-			block, page := l.row.page(first.page())
-			return fmt.Errorf("page %s: %w", l.c.PageName(block, page), err)
-		}
-	case pagemap.NVRAM:
-		b.first, b.end = first.entry.Value(), last.entry.Value()+1
+		b.held = append(b.held, h)
 	}
 	return l.put(ctx, b)
 }
@@ -310,12 +301,10 @@ func (l *loader) take(ctx context.Context) (*batch, error) {
 		for i := 0; i < 20 && l.busy(); i++ {
 			time.Sleep(100 * time.Microsecond)
 		}
-		l.reader.Recycle(b.segment)
-		if b.end > b.first {
-			// What is mapped counts as this process's memory.
-			l.c.DropNVRAM(b.first, b.end-b.first)
+		for _, h := range b.held {
+			l.cache.Release(h)
 		}
-		*b = batch{}
+		*b = batch{needs: b.needs[:0], held: b.held[:0], runs: b.runs[:0]}
 		return b, nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)

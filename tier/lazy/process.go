@@ -25,8 +25,11 @@ func TuneProcess(c *checkpoint.Checkpoint) {
 	// wakes up for a request would wait for Go's scheduler, up to 10 ms, and not
 	// for the kernel's.
 	runtime.GOMAXPROCS(max(runtime.NumCPU(), threads))
-	pages := newRow(c.Meta.BlockPages())
-	debug.SetMemoryLimit(heapFixed + heapPage*int64(pages[len(pages)-1]))
+	limit := int64(heapFixed)
+	for _, n := range c.Meta.BlockPages() {
+		limit += heapPage * int64(n)
+	}
+	debug.SetMemoryLimit(limit)
 	// The page map and the buffers would have the collector run six times in the
 	// first tenth of a second, in which the guest waits for every page it touches.
 	percent := debug.SetGCPercent(-1)

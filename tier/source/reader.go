@@ -288,6 +288,18 @@ func (rd *Reader) want(ctx context.Context, needs []Need) error {
 	return nil
 }
 
+// LetGo takes what has been read from NVRAM since the last time out of the process's
+// memory, for a reader of single pages: with each one that is touched the kernel maps
+// a whole folio, and 512 KiB have been seen.
+func (rd *Reader) LetGo() {
+	const around = 512
+	if v := &rd.slots; v.reads > 0 {
+		first := v.first - min(v.first, around)
+		rd.set.Drop(first, v.last+around-first)
+		v.reads = 0
+	}
+}
+
 // dropEvery is how many slots are read from NVRAM before they are let go. Mapped
 // pages count as the process's memory as long as they are mapped.
 const dropEvery = 1024
