@@ -4,20 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
-	"github.com/flic-migrate/flic-migrate/stream/pipe"
-	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/track"
 )
 
 type checkpointCmd struct {
@@ -103,13 +98,7 @@ it lets it run first.`,
 }
 
 // checkpointReport is the JSON document of a checkpoint.
-type checkpointReport struct {
-	Checkpoint string `json:"checkpoint"` // NAME@N
-	migration.CheckpointReport
-	// Tracking is missing if the guest was not watched.
-	Tracking *rounds.Report     `json:"tracking,omitempty"`
-	Save     *checkpoint.Report `json:"save"`
-}
+type checkpointReport = session.CheckpointReport
 
 func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 	debug.SetGCPercent(gcPercent)
@@ -120,69 +109,51 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 	if err != nil {
 		return err
 	}
-	o := c.encoding.options()
-	o.VM, o.Log = vm, c.log()
-	if err := c.placement.options(&o); err != nil {
+	p := newProgress(c.stderr, c.quiet)
+	o := session.CheckpointOptions{
+		Guest: migration.CheckpointOptions{
+			Mode: migration.Mode(c.mode.value), Then: migration.Then(c.then.value),
+			Downtime: c.downtime, Patience: c.patience, GiveUp: c.giveUp,
+		},
+		Save: c.encoding.options(),
+		Watched: func(rep rounds.Report) {
+			if !c.quiet {
+				sayTracked(c.stderr, rep)
+			}
+		},
+		Guard: guard,
+		Log:   c.log(),
+	}
+	o.Save.VM, o.Save.Log, o.Save.Progress = vm, c.log(), p.callback()
+	if err := c.placement.options(&o.Save); err != nil {
 		return err
+	}
+	if timed || o.Save.NVRAM != "" && o.Save.WorkingSet == nil {
+		o.Watch = &session.TrackOptions{
+			Interval: timer, Rounds: c.rounds.n,
+			Beta: c.beta, FlashRate: c.app.flashRate(c.flashRate), Longest: c.timerMax,
+		}
 	}
 	// Before QEMU is touched.
 	st, err := c.openStore(ctx, true)
 	if err != nil {
 		return err
 	}
-	if o.Libvirt, err = c.monitor.describe(ctx); err != nil {
+	doc, err := session.Checkpoint(ctx, c.fs, st, c.monitor.Target, o)
+	p.finish()
+	if err = explainNVRAM(err); !doc.Saved {
 		return err
-	}
-	x, err := c.monitor.dial(ctx, qmp.Options{})
-	if err != nil {
-		return err
-	}
-	defer x.Close()
-	redial, hangUp := c.monitor.redialer()
-	defer hangUp()
-	var doc checkpointReport
-	if timed || o.NVRAM != "" && o.WorkingSet == nil {
-		if err := c.track(ctx, x, redial, timer, &o, &doc); err != nil {
-			return err
-		}
-	}
-	var ref store.Ref
-	var meta *checkpoint.Meta
-	doc.CheckpointReport, err = migration.Checkpoint(ctx, x, migration.CheckpointOptions{
-		Mode: migration.Mode(c.mode.value), Then: migration.Then(c.then.value),
-		Downtime: c.downtime, Patience: c.patience, GiveUp: c.giveUp,
-		Redial: redial,
-		Save: func(ctx context.Context, f *os.File, before qmp.RunState) (err error) {
-			if ref, meta, err = c.save(ctx, st, f, before, o); err == nil {
-				doc.Checkpoint, doc.Save = ref.String(), &meta.Report
-			}
-			return err
-		},
-		Undo: func(ctx context.Context) error {
-			_, err := st.Remove(ctx, ref)
-			return err
-		},
-	})
-	for _, w := range doc.Warnings {
-		c.log().Warn(w)
-	}
-	if !doc.Saved {
-		return err
-	}
-	if err != nil {
-		// What is there must be known, whatever else there is to say.
-		err = fmt.Errorf("%s is saved, but: %w", doc.Checkpoint, err)
 	}
 	return errors.Join(err, c.show(doc))
 }
 
 // checkFlags returns the timer, 0 for auto.
 func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
-	if !c.monitor.given() {
+	if !c.monitor.Given() {
 		return 0, usageError{errors.New("checkpoint needs a QEMU: --qmp or --domain, FLIC_QMP or FLIC_DOMAIN, qmp or domain in the configuration file")}
 	}
-	if c.monitor.qmp != "" && c.monitor.domain != "" {
-		return 0, errTwoMonitors
+	if err := c.monitor.check(); err != nil {
+		return 0, err
 	}
 	if c.timer != "auto" {
 		if timer, err = time.ParseDuration(c.timer); err != nil || timer <= 0 {
@@ -196,67 +167,6 @@ func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
 		return 0, usageError{errors.New("--downtime must be at least 1ms, and --patience not negative")}
 	}
 	return timer, nil
-}
-
-// track adds the pages that the guest writes to the working set.
-func (c *checkpointCmd) track(ctx context.Context, x qmp.Executor, redial migration.Redialer, timer time.Duration, o *save.Options, doc *checkpointReport) error {
-	var rate float64
-	if timer == 0 {
-		var err error
-		if rate, err = c.app.flashRate(ctx, c.flashRate); err != nil {
-			return err
-		}
-	}
-	set, rep, err := rounds.Run(ctx, x, rounds.Options{
-		Interval: timer, Rounds: c.rounds.n,
-		Beta: c.beta, FlashRate: rate, Longest: c.timerMax,
-		Redial: redial,
-	})
-	switch {
-	case errors.Is(err, migration.ErrNotRunning):
-		c.log().Warn("the guest is not running, so its working set is not known")
-		return nil
-	case errors.Is(err, track.ErrTooSmall):
-		c.log().Warn("the working set is not known", "error", err)
-		return nil
-	case err != nil:
-		return err
-	}
-	doc.Tracking = &rep
-	if !c.quiet {
-		fmt.Fprintf(c.stderr, "flic-migrate: %d of %d pages are in the working set, after %d rounds and %v; the guest stood still for %v at most\n",
-			rep.Hot, rep.Pages, rep.Rounds, rep.Watched.Round(time.Millisecond), rep.Longest)
-	}
-	if o.WorkingSet == nil {
-		o.WorkingSet = set
-		return nil
-	}
-	return o.WorkingSet.Merge(set)
-}
-
-// save is the consumer of the migration's stream.
-func (c *checkpointCmd) save(ctx context.Context, st *store.Store, f *os.File, before qmp.RunState, o save.Options) (store.Ref, *checkpoint.Meta, error) {
-	if c.mode.value == string(migration.ModeBackground) && before.Running {
-		release, err := guard(f)
-		if err != nil {
-			return store.Ref{}, nil, err
-		}
-		defer release()
-	}
-	in, err := pipe.New(ctx, int(f.Fd()))
-	if err != nil {
-		return store.Ref{}, nil, err
-	}
-	defer in.Close()
-	o.ReturnPath = f
-	if before.Running {
-		o.RunState = before.Status
-	}
-	p := newProgress(c.stderr, c.quiet)
-	defer p.finish()
-	o.Progress = p.callback()
-	ref, meta, err := save.Run(ctx, c.fs, st, in, o)
-	return ref, meta, explainNVRAM(err)
 }
 
 func (c *checkpointCmd) show(doc checkpointReport) error {

@@ -20,12 +20,12 @@ import (
 const keyAnnotation = "flic-migrate/key"
 
 // flagKey is a flag's key in the configuration file, and "" for the flags that
-// have none: help, and the one that names the file.
+// have none: help, the one that names the file, and what one process tells another.
 func flagKey(f *pflag.Flag) string {
 	if k := f.Annotations[keyAnnotation]; len(k) == 1 {
 		return k[0]
 	}
-	if f.Name == "help" || f.Name == "config" {
+	if f.Name == "help" || f.Name == "config" || f.Name == "control" {
 		return ""
 	}
 	return f.Name

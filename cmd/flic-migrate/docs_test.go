@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
+	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/replay"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -117,7 +118,7 @@ func TestDocsJSON(t *testing.T) {
 	}
 	seen := 0
 	// Documents within documents, which are explained once.
-	explained := []reflect.Type{reflect.TypeFor[*rounds.Report](), reflect.TypeFor[*checkpoint.Report]()}
+	explained := []reflect.Type{reflect.TypeFor[*rounds.Report](), reflect.TypeFor[*checkpoint.Report](), reflect.TypeFor[*session.ServerReport]()}
 	var fields func(t reflect.Type, path string, missing func(string))
 	fields = func(ty reflect.Type, path string, missing func(string)) {
 		for ty.Kind() == reflect.Pointer || ty.Kind() == reflect.Slice {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -44,13 +45,13 @@ func (e usageError) Unwrap() error { return e.error }
 // repaired.
 func exitCode(err error) int {
 	var usage usageError
-	var server serverError
+	var server *session.ServerError
 	var migration *migration.Error
 	switch {
 	case err == nil:
 		return exitOK
 	case errors.As(err, &server):
-		return server.code
+		return server.Server.ExitCode
 	case errors.As(err, &usage), errors.Is(err, store.ErrName):
 		return exitUsage
 	case errors.Is(err, errDamaged), integrity.IsCorrupt(err):

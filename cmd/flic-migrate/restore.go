@@ -3,14 +3,21 @@ package main
 import (
 	"context"
 	"errors"
+	"net"
+	"os"
 	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/session"
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -25,6 +32,7 @@ type restoreCmd struct {
 	workers count
 	report  string
 	status  string
+	control string
 	json    bool
 	quiet   bool
 }
@@ -64,6 +72,7 @@ stream, because QEMU would wait for ever on an empty one.`,
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
 	fs.StringVar(&r.report, "report", "", "write the JSON report to this file as well, also after a failure")
+	fs.StringVar(&r.control, "control", "", "for resume: the socket on which it is told how far the restore is and how it went")
 	fs.StringVar(&r.status, "status", "", "keep in this file how far the restore is")
 	fs.BoolVar(&r.json, "json", false, "end with the report as one line of JSON on standard error")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress, nothing but warnings and errors")
@@ -72,20 +81,18 @@ stream, because QEMU would wait for ever on an empty one.`,
 }
 
 // restoreReport is the JSON document of a restore.
-type restoreReport struct {
-	Checkpoint string `json:"checkpoint,omitempty"` // NAME@N
-	ExitCode   int    `json:"exit_code"`
-	Error      string `json:"error,omitempty"`
-	Lazy       bool   `json:"lazy"`
-	Reason     string `json:"reason,omitempty"` // why it is eager although it might have been lazy
-	restore.Report
-	LazyReport *lazy.Report `json:"lazy_report,omitempty"`
-}
+type restoreReport = session.ServerReport
 
 func (r *restoreCmd) run(ctx context.Context, name string) error {
 	debug.SetGCPercent(gcPercent)
-	var doc restoreReport
-	err := r.restore(ctx, name, &doc)
+	// Before anything that a store can hold up.
+	control, err := session.Attach(r.control)
+	if err != nil {
+		// A guest is worth more than the word of how it does.
+		r.log().Warn(err.Error())
+	}
+	w := &serving{restoreCmd: r, control: control, beats: newStatusFile(r.status, r.log())}
+	doc, err := w.restore(ctx, name)
 	doc.ExitCode = exitCode(err)
 	if err != nil {
 		doc.Error = oneLine(err)
@@ -96,76 +103,151 @@ func (r *restoreCmd) run(ctx context.Context, name string) error {
 			r.last = line
 		}
 	}
+	control.Close(doc, integrity.IsCorrupt(err))
 	return err
 }
 
-func (r *restoreCmd) restore(ctx context.Context, name string, doc *restoreReport) error {
+// serving is one run of restore.
+type serving struct {
+	*restoreCmd
+	control *session.Control
+	beats   *statusFile
+	meter   *meter
+}
+
+// progress tells everybody how far it is who wants to know.
+func (w *serving) progress(p progress.State) {
+	w.control.Progress(p)
+	w.beats.progress(p)
+	if w.meter != nil {
+		w.meter.show(p)
+	}
+}
+
+func (w *serving) restore(ctx context.Context, name string) (doc restoreReport, err error) {
 	ref, err := store.ParseRef(name)
 	if err != nil {
-		return err
+		return doc, err
 	}
 	switch {
-	case r.recover && ref.N == 0:
-		return errRecoverWhich
-	case r.recover && r.lazy.value == "never":
-		return errRecoverEager
-	case r.socket != "" && !r.recover:
-		return usageError{errors.New("--socket goes with --recover")}
+	case w.recover && ref.N == 0:
+		return doc, errRecoverWhich
+	case w.recover && w.lazy.value == "never":
+		return doc, errRecoverEager
+	case w.socket != "" && !w.recover:
+		return doc, usageError{errors.New("--socket goes with --recover")}
 	}
-	if isTerminal(r.stdout.File) && r.socket == "" {
-		return usageError{errors.New("restore writes a migration stream to its standard output, which is a terminal; see flic-migrate restore --help")}
+	if isTerminal(w.stdout.File) && w.socket == "" {
+		return doc, usageError{errors.New("restore writes a migration stream to its standard output, which is a terminal; see flic-migrate restore --help")}
 	}
-	// Before anything that a store can hold up.
-	beats := newStatusFile(r.status, r.log())
-	st, err := r.openStore(ctx, false)
+	st, err := w.openStore(ctx, false)
 	if err != nil {
-		return err
+		return doc, err
 	}
-	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: r.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: w.nvram})
 	if err != nil {
-		return err
+		return doc, err
 	}
 	doc.Checkpoint = c.Ref.String()
-	mode := r.lazy.value
-	if r.recover {
-		mode = "always"
+	mode := migration.LazyMode(w.lazy.value)
+	if w.recover {
+		mode = migration.LazyAlways
 	}
-	if doc.Lazy, doc.Reason, err = wantLazy(mode, c.Checkpoint); err != nil {
-		return err
+	if doc.Lazy, doc.Reason, err = session.Lazily(mode, c); err != nil {
+		return doc, err
 	}
-	if doc.Reason != "" && !r.quiet {
-		r.log().Info("restoring eagerly", "reason", doc.Reason)
+	if doc.Reason != "" && !w.quiet {
+		w.log().Info("restoring eagerly", "reason", doc.Reason)
 	}
-	p := newProgress(r.stderr, r.quiet)
-	defer p.finish()
-	o := restore.Options{Workers: r.workers.n, Progress: beats.wrap(p.callback())}
-	done := make(chan error, 1)
-	go func() {
-		if doc.Lazy {
-			done <- r.serve(ctx, st, c, o, doc)
-			return
-		}
-		// Fewer and larger writes; no matter if it is not a pipe, or if the
-		// kernel's limit for pipes says no.
-		unix.FcntlInt(r.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
+	w.meter = newProgress(w.stderr, w.quiet)
+	defer w.meter.finish()
+	type outcome struct {
+		doc restoreReport
+		err error
+	}
+	done := make(chan outcome, 1)
+	go func(doc restoreReport) {
 		var err error
-		doc.Report, err = restore.Run(ctx, c.Checkpoint, r.stdout, o)
-		done <- err
-	}()
+		if doc.Lazy {
+			doc.LazyReport, err = w.lazily(ctx, st, c)
+		} else {
+			doc.Report, err = w.eagerly(ctx, c)
+		}
+		done <- outcome{doc, err}
+	}(doc)
 	select {
-	case err := <-done:
+	case o := <-done:
 		// c is not closed: QEMU's monitor stands still until this process is
 		// gone, and its end closes everything.
-		return err
+		return o.doc, o.err
 	case <-ctx.Done():
 	}
 	// The restore may be in a write to a pipe that nobody reads, which no
 	// context ends. There is nothing to clean up, so nobody has to wait for it.
 	select {
-	case err := <-done:
-		return err
+	case o := <-done:
+		return o.doc, o.err
 	case <-time.After(time.Second):
-		*doc = restoreReport{Checkpoint: doc.Checkpoint}
-		return context.Cause(ctx)
+		return doc, context.Cause(ctx)
 	}
 }
+
+func (w *serving) eagerly(ctx context.Context, c *store.Checkpoint) (restore.Report, error) {
+	// Fewer and larger writes; no matter if it is not a pipe, or if the
+	// kernel's limit for pipes says no.
+	unix.FcntlInt(w.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
+	return restore.Run(ctx, c.Checkpoint, w.stdout, restore.Options{Workers: w.workers.n, Progress: w.progress})
+}
+
+// lazily serves c over stdin and stdout, or over the socket that it was given.
+func (w *serving) lazily(ctx context.Context, st *store.Store, c *store.Checkpoint) (*lazy.Report, error) {
+	s := session.LazyServer{
+		Learn: w.learn, Recover: w.recover, Log: w.log(),
+		Progress: func(p lazy.Progress) {
+			w.progress(progress.State{Phase: "restore", Pages: p.Pages, PagesAll: p.PagesAll})
+		},
+		Begin: func() (session.Ends, error) {
+			if w.recover && time.Since(started) > session.BeginTime {
+				return session.Ends{}, session.ErrTooLate
+			}
+			in, out, err := w.files()
+			if err != nil {
+				return session.Ends{}, err
+			}
+			// Its waiting for requests does not end each time that QEMU has read
+			// pages from the same socket, as a plain read does.
+			reader, err := pipe.New(ctx, int(in.Fd()))
+			if err != nil {
+				return session.Ends{}, err
+			}
+			writer, err := pipe.NewWriter(out)
+			if err != nil {
+				return session.Ends{}, err
+			}
+			fd := int(out.Fd())
+			return session.Ends{In: reader, Out: writer, Resize: func(n int) int { return pipe.SetCapacity(fd, n) }}, nil
+		},
+	}
+	return s.Serve(ctx, st, c)
+}
+
+// files are where the requests come from and the stream goes.
+func (w *serving) files() (in, out *os.File, err error) {
+	if w.socket == "" {
+		w.stdout.used.Store(true) // nothing but stream may follow
+		return w.stdin, w.stdout.File, nil
+	}
+	conn, err := net.DialTimeout("unix", w.socket, connectTime)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer conn.Close()
+	f, err := conn.(*net.UnixConn).File()
+	return f, f, err
+}
+
+// connectTime is how long a QEMU may take that listens.
+const connectTime = 10 * time.Second
+
+// started is when this process has begun, nearly.
+var started = time.Now()

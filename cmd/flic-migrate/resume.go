@@ -6,19 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -89,24 +85,13 @@ type resumeReport struct {
 	Checkpoint string `json:"checkpoint"` // NAME@N
 	ExitCode   int    `json:"exit_code"`
 	Error      string `json:"error,omitempty"`
-	migration.ResumeReport
-	// Server is the report of the process that served the memory.
-	Server json.RawMessage `json:"server,omitempty"`
+	session.ResumeReport
 }
 
 func (r *resumeCmd) run(ctx context.Context, name string) error {
-	ref, err := store.ParseRef(name)
+	ref, err := r.check(name)
 	if err != nil {
 		return err
-	}
-	if !r.monitor.given() && !r.print {
-		return usageError{errors.New("resume needs QEMU's monitor (--qmp, FLIC_QMP or qmp in the configuration file) or libvirt's domain (--domain, FLIC_DOMAIN, domain)")}
-	}
-	switch {
-	case r.recover && r.lazy.value == "never":
-		return errRecoverEager
-	case r.recover && ref.N == 0:
-		return errRecoverWhich
 	}
 	st, err := r.openStore(ctx, false)
 	if err != nil {
@@ -125,53 +110,58 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		return err
 	}
 	defer c.Close()
-	if r.monitor.domain != "" && !r.print {
-		return r.runDomain(ctx, st, c)
-	}
-	files := serverFiles{}
-	if !r.print {
-		base := filepath.Join(os.TempDir(), "flic-resume-"+uuid.NewString())
-		files = serverFiles{report: base, status: base + ".status"}
-		defer os.Remove(files.report)
-		defer os.Remove(files.status)
-	}
-	server := func(k migration.ServerKind) []string { return r.server(dir, c.Ref, k, files) }
-	o := migration.ResumeOptions{
-		URI: func(k migration.ServerKind) string { return execURI(server(k)) },
-		Serve: func(k migration.ServerKind, out *os.File) (func(), error) {
-			return startServer(server(k), out, k != migration.EagerServer)
+	p := newProgress(r.stderr, r.quiet)
+	o := session.ResumeOptions{
+		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover,
+		Learn: r.learn, Restarts: r.restarts, Stalled: r.stalled,
+		Server: func(a session.ServerArgs) []string { return r.server(dir, c.Ref, a) },
+		Running: func(rep migration.ResumeReport) {
+			if !r.quiet {
+				fmt.Fprintf(r.stderr, "flic-migrate: %v: %s after %d ms\n", c.Ref, rep.State, rep.Running.Milliseconds())
+			}
 		},
-		Connect: func(socket string) error {
-			_, err := startServer(append(server(migration.RecoveringServer), "--socket", socket), nil, false)
-			return err
-		},
-		Gone:        files.serverGone,
-		ID:          c.Meta.UUID.String(),
-		Lazy:        migration.LazyMode(r.lazy.value),
-		NotPossible: lazy.Possible(c.Checkpoint),
-		RunState:    c.Meta.RunState,
-		Paused:      r.paused,
-		Expect:      expect(c.Meta),
+		Progress: p.callback(),
+		Log:      r.log(),
 	}
 	if r.print {
-		return r.printCommands(o)
+		return r.printCommands(session.ResumePlan(c, o), o.Server)
 	}
-	m, err := r.monitor.dial(ctx, qmp.Options{OOB: true, IfOffered: !r.recover})
-	if err != nil {
-		return err
-	}
-	defer m.Close()
 	doc := resumeReport{Checkpoint: c.Ref.String()}
-	err = r.drive(ctx, m, o, files, &doc)
+	doc.ResumeReport, err = session.Resume(ctx, r.monitor.Target, st, c, o)
+	p.finish()
+	if doc.Reason != "" {
+		r.log().Info("restored eagerly", "reason", doc.Reason)
+	}
 	if errors.Is(err, migration.ErrServerDied) {
-		err = fmt.Errorf("%w: run %s", err, r.again(dir, c.Ref, "--qmp", r.monitor.qmp))
+		err = fmt.Errorf("%w: run %s", err, r.again(dir, c.Ref))
 	}
 	return errors.Join(err, r.show(doc, err))
 }
 
+// check finds out what is to be resumed, and whether it can be meant so.
+func (r *resumeCmd) check(name string) (store.Ref, error) {
+	ref, err := store.ParseRef(name)
+	switch {
+	case err != nil:
+		return ref, err
+	case !r.monitor.Given() && !r.print:
+		return ref, usageError{errors.New("resume needs QEMU's monitor (--qmp, FLIC_QMP or qmp in the configuration file) or libvirt's domain (--domain, FLIC_DOMAIN, domain)")}
+	case r.recover && r.lazy.value == "never":
+		return ref, errRecoverEager
+	case r.recover && ref.N == 0:
+		return ref, errRecoverWhich
+	}
+	return ref, r.monitor.check()
+}
+
 // again is the command that goes on with a resume whose server has died.
-func (r *resumeCmd) again(dir string, ref store.Ref, flags ...string) string {
-	words := append([]string{"flic-migrate", "resume", "--recover", "--store", dir}, flags...)
+func (r *resumeCmd) again(dir string, ref store.Ref) string {
+	words := []string{"flic-migrate", "resume", "--recover", "--store", dir}
+	for _, f := range []struct{ name, value string }{{"--qmp", r.monitor.QMP}, {"--domain", r.monitor.Domain}, {"--connect", r.monitor.Connect}} {
+		if f.value != "" {
+			words = append(words, f.name, f.value)
+		}
+	}
 	words = append(words, ref.String())
 	if r.paused {
 		words = append(words, "--paused")
@@ -179,109 +169,17 @@ func (r *resumeCmd) again(dir string, ref store.Ref, flags ...string) string {
 	if r.nvram != "" {
 		words = append(words, "--nvram-from", r.nvram)
 	}
-	return shellWords(words)
-}
-
-// drive restores and watches the server meanwhile.
-func (r *resumeCmd) drive(ctx context.Context, m *qmp.Monitor, o migration.ResumeOptions, files serverFiles, doc *resumeReport) error {
-	p := newProgress(r.stderr, r.quiet)
-	running := make(chan struct{})
-	o.Running = func(rep migration.ResumeReport) {
-		close(running)
-		if !r.quiet {
-			fmt.Fprintf(r.stderr, "flic-migrate: %s: %s after %d ms\n", doc.Checkpoint, rep.State, rep.Running.Milliseconds())
-		}
-	}
-	w := &serverWatch{path: files.status, report: files.report, name: doc.Checkpoint, stalled: r.stalled, show: p.callback(),
-		say: func(text string) { r.log().Warn(text) }, running: running, recover: r.recover}
-	restarts := r.restarts
-	o.Regain = func() bool {
-		var last restoreReport
-		_ = json.Unmarshal(serverReport(files.report, false), &last)
-		if restarts <= 0 || last.ExitCode == exitCorrupt {
-			return false
-		}
-		restarts--
-		w.regaining.Store(true)
-		// Those of the next one, which may be another user's.
-		_ = os.Remove(files.report)
-		_ = os.Remove(files.status)
-		r.log().Warn("the restore's server has died; another goes on", "checkpoint", doc.Checkpoint)
-		return true
-	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	watched := make(chan struct{})
-	go func() {
-		defer close(watched)
-		if err := w.run(ctx); err != nil {
-			cancel(err)
-		}
-	}()
-	var err error
-	if r.recover {
-		doc.ResumeReport, err = migration.Recover(ctx, m, o)
-	} else {
-		doc.ResumeReport, err = migration.Resume(ctx, m, o)
-	}
-	if err != nil && ctx.Err() != nil {
-		err = context.Cause(ctx)
-	}
-	cancel(nil)
-	<-watched
-	p.finish()
-	for _, text := range doc.Warnings {
-		r.log().Warn(text)
-	}
-	if doc.Reason != "" {
-		r.log().Info("restored eagerly", "reason", doc.Reason)
-	}
-	doc.Server = serverReport(files.report, err == nil)
-	if err != nil {
-		err = becauseOf(err, doc.Server)
-	}
-	return err
-}
-
-// serverError is a resume's failure whose reason is the server's.
-type serverError struct {
-	error
-	code int
-}
-
-func (e serverError) Unwrap() error { return e.error }
-
-// becauseOf adds the reason that a server has left.
-func becauseOf(err error, report json.RawMessage) error {
-	var server restoreReport
-	if json.Unmarshal(report, &server) != nil || server.Error == "" {
-		return err
-	}
-	return serverError{fmt.Errorf("%w (the server says: %s)", err, server.Error), server.ExitCode}
-}
-
-// serverFiles are what the restoring filter leaves for a resume; none if empty.
-type serverFiles struct{ report, status string }
-
-// serverGone tells whether the server that these files are of has ended before its
-// work.
-func (f serverFiles) serverGone() bool {
-	if report := serverReport(f.report, false); report != nil {
-		var last restoreReport
-		return json.Unmarshal(report, &last) == nil && last.ExitCode != 0
-	}
-	var s status
-	b, err := os.ReadFile(f.status)
-	return err == nil && json.Unmarshal(b, &s) == nil && s.ended()
+	return session.ShellWords(words)
 }
 
 // server is the command line of the restoring filter.
-func (r *resumeCmd) server(dir string, ref store.Ref, k migration.ServerKind, files serverFiles) []string {
+func (r *resumeCmd) server(dir string, ref store.Ref, a session.ServerArgs) []string {
 	exe, err := os.Executable()
 	if err != nil {
 		exe = "flic-migrate"
 	}
 	args := []string{exe, "restore", "--quiet", "--store", dir, "--lazy"}
-	if k == migration.EagerServer {
+	if a.Kind == migration.EagerServer {
 		args = append(args, "never")
 	} else {
 		args = append(args, "always")
@@ -289,11 +187,14 @@ func (r *resumeCmd) server(dir string, ref store.Ref, k migration.ServerKind, fi
 			args = append(args, "--learn", r.learn.String())
 		}
 	}
-	if files.report != "" {
-		args = append(args, "--report", files.report, "--status", files.status)
+	if a.Control != "" {
+		args = append(args, "--control", a.Control)
 	}
-	if k == migration.RecoveringServer {
+	if a.Kind == migration.RecoveringServer {
 		args = append(args, "--recover")
+	}
+	if a.Socket != "" {
+		args = append(args, "--socket", a.Socket)
 	}
 	if r.nvram != "" {
 		args = append(args, "--nvram-from", r.nvram)
@@ -301,83 +202,12 @@ func (r *resumeCmd) server(dir string, ref store.Ref, k migration.ServerKind, fi
 	return append(args, ref.String())
 }
 
-// execURI has QEMU start a process. A shell in between could hold the pipe open
-// when the process dies, hence the exec.
-func execURI(args []string) string {
-	return "exec:exec " + shellWords(args)
-}
-
-// startServer starts a process that writes a stream to out, unless that is nil, and,
-// if it is both ways, reads QEMU's requests from it. It outlives this one and its terminal, because the guest
-// needs it.
-func startServer(args []string, out *os.File, bothWays bool) (end func(), err error) {
-	cmd := exec.Command(args[0], args[1:]...)
-	if bothWays {
-		cmd.Stdin = out
-	}
-	if out != nil {
-		cmd.Stdout = out
-	}
-	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		_ = cmd.Wait() // its report says more
-	}()
-	return func() {
-		_ = cmd.Process.Kill()
-		<-ended
-	}, nil
-}
-
-func shellWords(args []string) string {
-	words := make([]string, len(args))
-	for i, a := range args {
-		words[i] = shellQuote(a)
-	}
-	return strings.Join(words, " ")
-}
-
-// shellQuote makes one word of s for /bin/sh.
-func shellQuote(s string) string {
-	plain := func(c rune) bool {
-		return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.ContainsRune("/._-@+=:,", c)
-	}
-	if s != "" && strings.IndexFunc(s, func(c rune) bool { return !plain(c) }) < 0 {
-		return s
-	}
-	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
-}
-
-func expect(m *checkpoint.Meta) migration.Expect {
-	e := migration.Expect{Machine: m.Machine}
-	for _, b := range m.Blocks {
-		e.Blocks = append(e.Blocks, migration.RAMBlock{Name: b.Name, Used: b.Used})
-	}
-	return e
-}
-
-// serverReport reads what the restoring filter has left. It ends a moment after
-// QEMU has its last byte; one that was killed leaves nothing.
-func serverReport(path string, wait bool) json.RawMessage {
-	for end := time.Now().Add(lastWord); ; time.Sleep(10 * time.Millisecond) {
-		b, err := os.ReadFile(path)
-		if err == nil && json.Valid(b) {
-			return b
-		}
-		if !wait || time.Now().After(end) {
-			return nil
-		}
-	}
-}
-
 // show prints the report of a resume, which may have failed.
 func (r *resumeCmd) show(doc resumeReport, failed error) error {
 	doc.ExitCode = exitCode(failed)
+	if doc.Server != nil && r.monitor.Domain != "" {
+		doc.Server.ExitCode = doc.ExitCode // it was this process
+	}
 	if failed != nil {
 		doc.Error = oneLine(failed)
 	}
@@ -398,9 +228,8 @@ func (r *resumeCmd) show(doc resumeReport, failed error) error {
 	}
 	fmt.Fprintf(r.stderr, "flic-migrate: %s: restored %s: %s after %d ms, all memory after %d ms\n",
 		doc.Checkpoint, how, doc.State, doc.Running.Milliseconds(), doc.Resident.Milliseconds())
-	var server restoreReport
-	if json.Unmarshal(doc.Server, &server) == nil && server.LazyReport != nil {
-		l := server.LazyReport
+	if doc.Server != nil && doc.Server.LazyReport != nil {
+		l := doc.Server.LazyReport
 		rate := 0.0
 		if l.Resident > 0 {
 			rate = float64(l.BytesOut) / 1e6 / l.Resident.Seconds()
@@ -412,7 +241,8 @@ func (r *resumeCmd) show(doc resumeReport, failed error) error {
 }
 
 // printCommands writes what Resume would do as QMP commands.
-func (r *resumeCmd) printCommands(o migration.ResumeOptions) error {
+func (r *resumeCmd) printCommands(o migration.ResumeOptions, server func(session.ServerArgs) []string) error {
+	uri := func(k migration.ServerKind) string { return session.ExecURI(server(session.ServerArgs{Kind: k})) }
 	lazily, kind := o.NotPossible == nil && o.Lazy != migration.LazyNever, migration.EagerServer
 	if lazily {
 		kind = migration.LazyServer
@@ -436,13 +266,13 @@ func (r *resumeCmd) printCommands(o migration.ResumeOptions) error {
 	if r.recover {
 		lines = append(lines,
 			`# on a connection negotiated with {"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}, in postcopy-paused:`,
-			command("migrate-recover", map[string]any{"uri": o.URI(migration.RecoveringServer)}))
+			command("migrate-recover", map[string]any{"uri": uri(migration.RecoveringServer)}))
 	} else {
 		lines = append(lines, "# QEMU: -incoming defer -S", capability("events", true))
 		if lazily {
 			lines = append(lines, capability("postcopy-ram", true))
 		}
-		lines = append(lines, command("migrate-incoming", map[string]any{"uri": o.URI(kind)}),
+		lines = append(lines, command("migrate-incoming", map[string]any{"uri": uri(kind)}),
 			"# when query-status is no longer inmigrate:")
 		if !o.Paused && (o.RunState == "" || o.RunState == "running") {
 			lines = append(lines, command("cont", nil))

@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
+	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/track"
@@ -75,25 +76,39 @@ func (t *trackCmd) run(ctx context.Context) error {
 	}
 	interval, err := time.ParseDuration(t.interval)
 	auto := t.interval == "auto"
-	if !auto && (err != nil || interval <= 0) || auto && !t.monitor.given() {
+	if !auto && (err != nil || interval <= 0) || auto && !t.monitor.Given() {
 		return usageError{fmt.Errorf("--interval %s: must be a duration such as 4s, or with --qmp or --domain auto", t.interval)}
 	}
 	if auto && (!(t.beta > 0) || !(t.flashRate >= 0) || t.max <= 0) {
 		return usageError{errors.New("--beta and --max must be above 0, --flash-rate not below")}
 	}
-	if !t.monitor.given() {
+	if !t.monitor.Given() {
 		return t.filter(ctx, interval)
 	}
-	rep, err := t.drive(ctx, interval)
+	if err := t.monitor.check(); err != nil {
+		return err
+	}
+	set, rep, err := session.Track(ctx, t.monitor.Target, session.TrackOptions{
+		Interval: interval, Rounds: t.rounds.n,
+		Beta: t.beta, FlashRate: t.app.flashRate(t.flashRate), Longest: t.max,
+	})
+	if err == nil {
+		err = t.write(t.out, set)
+	}
 	if err != nil || t.quiet && !t.json {
 		return err
 	}
 	if t.json {
 		return printJSON(t.stdout, rep)
 	}
-	fmt.Fprintf(t.stderr, "flic-migrate: %d of %d pages are in the working set, after %d rounds and %v; the guest stood still for %v at most\n",
-		rep.Hot, rep.Pages, rep.Rounds, rep.Watched.Round(time.Millisecond), rep.Longest)
+	sayTracked(t.stderr, rep)
 	return nil
+}
+
+// sayTracked is the summary of watching a guest.
+func sayTracked(w io.Writer, rep rounds.Report) {
+	fmt.Fprintf(w, "flic-migrate: %d of %d pages are in the working set, after %d rounds and %v; the guest stood still for %v at most\n",
+		rep.Hot, rep.Pages, rep.Rounds, rep.Watched.Round(time.Millisecond), rep.Longest)
 }
 
 // filter is what QEMU runs.
@@ -121,49 +136,13 @@ func (t *trackCmd) write(name string, set *workingset.Set) error {
 	})
 }
 
-// assumedRate is what flash is taken to be read with where it can't be measured,
-// MB/s.
-const assumedRate = 500
-
 // flashRate is r of equation (1), bytes a second: what the user says, MB/s, or
-// what was measured in the store. No store is made for it.
-func (a *app) flashRate(ctx context.Context, given float64) (float64, error) {
-	if given > 0 {
-		return given * 1e6, nil
-	}
-	st, err := a.openStore(ctx, false)
-	if errors.Is(err, store.ErrNotFound) {
-		return assumedRate * 1e6, nil
-	}
-	if err != nil {
-		return 0, err
-	}
-	r, err := st.FlashRate(ctx)
-	return r.BytesPerSecond, err
-}
-
-// drive runs the rounds.
-func (t *trackCmd) drive(ctx context.Context, interval time.Duration) (rep rounds.Report, err error) {
-	var rate float64
-	if interval == 0 {
-		if rate, err = t.app.flashRate(ctx, t.flashRate); err != nil {
-			return rep, err
+// what was measured in the store.
+func (a *app) flashRate(given float64) func(context.Context) (float64, error) {
+	return func(ctx context.Context) (float64, error) {
+		if given > 0 {
+			return given * 1e6, nil
 		}
+		return session.MeasuredRate(ctx, func() (*store.Store, error) { return a.openStore(ctx, false) })
 	}
-	m, err := t.monitor.dial(ctx, qmp.Options{})
-	if err != nil {
-		return rep, err
-	}
-	defer m.Close()
-	redial, hangUp := t.monitor.redialer()
-	defer hangUp()
-	set, rep, err := rounds.Run(ctx, m, rounds.Options{
-		Interval: interval, Rounds: t.rounds.n,
-		Beta: t.beta, FlashRate: rate, Longest: t.max,
-		Redial: redial,
-	})
-	if err != nil {
-		return rep, err
-	}
-	return rep, t.write(t.out, set)
 }

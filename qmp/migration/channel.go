@@ -141,7 +141,7 @@ func ListenChannel(ctx context.Context, x qmp.Executor, dir string) (*Channel, e
 	err = os.Chmod(dir, 0o711)
 	var uid uint32
 	if err == nil {
-		uid, err = owner(ctx, x, dir)
+		uid, err = Owner(ctx, x, dir)
 	}
 	var l *net.UnixListener
 	path := filepath.Join(dir, rand.Text())
@@ -167,12 +167,12 @@ func ListenChannel(ctx context.Context, x qmp.Executor, dir string) (*Channel, e
 // errNoFile: QEMU's user can't be found out.
 var errNoFile = errors.New("QEMU can't make a file in the temporary directory, by which it is told from others")
 
-// owner finds out which user QEMU is, whoever holds its monitor, and in whatever
+// Owner finds out which user QEMU is, whoever holds its monitor, and in whatever
 // container it runs: it is asked for an empty file with a name that nobody else
-// knows, in a directory in dir that nobody can list.
-func owner(ctx context.Context, x qmp.Executor, dir string) (uid uint32, err error) {
+// knows, in a directory in dir ("": the temporary directory) that nobody can list.
+func Owner(ctx context.Context, x qmp.Executor, dir string) (uid uint32, err error) {
 	// Of its own, because whoever may make a file may also replace a socket.
-	dir, err = os.MkdirTemp(dir, "")
+	dir, err = os.MkdirTemp(dir, "flic-")
 	if err != nil {
 		return 0, err
 	}

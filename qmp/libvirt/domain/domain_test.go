@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -185,6 +186,12 @@ func serveRPC(conn net.Conn, result func(program, procedure uint32, args []byte)
 		if _, err := io.ReadFull(conn, args); err != nil {
 			return
 		}
+		if be.Uint32(head[typeAt:]) == callWithFilesType {
+			// A byte comes with each file, and there is one.
+			if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
+				return
+			}
+		}
 		payload, refused := result(be.Uint32(head[4:]), be.Uint32(head[12:]), args)
 		status := uint32(0)
 		if refused != nil {
@@ -317,11 +324,20 @@ func TestMonitor(t *testing.T) {
 	}
 }
 
+// filename is that of a pmemsave.
+var filename = regexp.MustCompile(`"filename":"([^"]+)"`)
+
 // A libvirt that hands on no files leaves the stream a socket.
 func TestNoFiles(t *testing.T) {
 	m, err := Dial(t.Context(), fakeDaemon(t, func(program, procedure uint32, args []byte) (string, *libvirt.Error) {
 		if program == qemuProgram && procedure == monitorWithFiles {
 			return "", &libvirt.Error{Code: 39, Message: "unknown procedure: 7"}
+		}
+		if m := filename.FindSubmatch(args); m != nil {
+			if err := os.WriteFile(string(m[1]), nil, 0o600); err != nil {
+				t.Error(err)
+			}
+			return text(`{"return":{}}`), nil
 		}
 		return web1(0, 1, version)(program, procedure, args)
 	}), "web1")

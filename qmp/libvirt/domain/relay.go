@@ -22,6 +22,10 @@ import (
 // it is busy with the domain, and its error says with what.
 const commandTime = 45 * time.Second
 
+// relayTime is how long libvirt may take for one command before its daemon is taken
+// to be lost: longer than anybody waits for it.
+const relayTime = 2 * commandTime
+
 // Dial returns a monitor of a running domain. Commands and events take the way
 // through libvirt's daemon; if that ends, so does the monitor (with
 // qmp.ErrLost), and the domain runs on. The context bounds dialling only.
@@ -189,6 +193,10 @@ func (r *relay) active() bool {
 // answer has one command carried out. An error is libvirt's; QEMU's is an
 // answer.
 func (r *relay) answer(q request) (answer, error) {
+	// go-libvirt waits for an answer as long as there is a connection, and no other
+	// command would get through meanwhile.
+	limit := time.AfterFunc(relayTime, r.close)
+	defer limit.Stop()
 	done := answer{"return": struct{}{}}
 	switch q.Execute {
 	case "qmp_capabilities":

@@ -227,85 +227,125 @@ func (r *restore) listen(ctx context.Context) error {
 
 // run feeds the QEMU and has libvirt finish.
 func (r *restore) run(ctx context.Context, start time.Time, rep *migration.ResumeReport) error {
-	feeding, stop := context.WithCancel(ctx)
-	defer stop()
-	var conn *net.UnixConn // Feed's, until it has ended
-	defer func() {
-		if conn != nil {
-			conn.Close()
-		}
-	}()
-	connect := func() (*net.UnixConn, error) {
-		var dialer net.Dialer
-		c, err := dialer.DialContext(feeding, "unix", r.socket)
-		if err != nil {
-			return nil, err
-		}
-		conn = c.(*net.UnixConn)
-		context.AfterFunc(feeding, func() { c.SetDeadline(time.Unix(1, 0)) })
-		return conn, nil
-	}
-	opened := make(chan struct{})
-	fed := make(chan error, 1)
-	go func() {
-		err := r.o.Feed(feeding, connect, rep.Lazy, func() { close(opened) })
-		switch {
-		case conn == nil:
-		case err == nil:
-			conn.CloseWrite()
-		default:
-			conn.Close() // what QEMU has is no whole stream
-		}
-		fed <- err
-	}()
-	var limit <-chan time.Time
-	if r.o.Recover {
-		limit = time.After(recoverTime)
-	}
-	select {
-	case err := <-fed:
-		if err != nil {
-			return errors.Join(err, r.finish(ctx, false))
-		}
-		fed <- nil // is looked at again below
-	case <-opened:
-	case <-limit:
-		stop()
-		return fmt.Errorf("QEMU has not taken the new server within %v: %w", recoverTime, errors.Join(<-fed, r.finish(ctx, false)))
+	f := r.feed(ctx, rep.Lazy)
+	defer f.end()
+	if err := r.untilOpened(ctx, f); err != nil {
+		return err
 	}
 	if r.o.Recover {
 		r.untilRecovered(ctx)
 	}
 	running, done := r.watch(ctx, start, *rep)
-	finishing, stopFinish := ctx, context.CancelFunc(func() {})
-	if rep.Lazy {
-		// libvirt is to see the stream break, which it does at once, and to
-		// keep the guest, before it sees us go.
-		finishing, stopFinish = afterwards(ctx, finishTime)
-	}
-	err := r.finish(finishing, true)
-	stopFinish()
+	err := r.finishFed(ctx, rep.Lazy)
 	done()
 	if err != nil {
-		stop()
+		f.stop()
 	}
-	feedErr := <-fed
+	<-f.done
 	rep.Resident = time.Since(start)
 	rep.Running = rep.Resident
 	if d, ok := <-running; ok {
 		rep.Running = d
 	}
+	return r.outcome(ctx, f.err, err, rep)
+}
+
+// feed is Feed on its way, in a goroutine of its own.
+type feed struct {
+	stop   context.CancelFunc // asks it to end
+	opened chan struct{}      // closed when the guest could run
+	done   chan struct{}      // closed when it has ended, with what follows
+	err    error
+	conn   *net.UnixConn // to QEMU; nil without one
+}
+
+// end ends it, and the connection with it.
+func (f *feed) end() {
+	f.stop()
+	<-f.done
+	if f.conn != nil {
+		f.conn.Close()
+	}
+}
+
+// feed starts Feed.
+func (r *restore) feed(ctx context.Context, lazy bool) *feed {
+	ctx, stop := context.WithCancel(ctx)
+	f := &feed{stop: stop, opened: make(chan struct{}), done: make(chan struct{})}
+	connect := func() (*net.UnixConn, error) {
+		dialing, cancel := context.WithTimeout(ctx, finishTime)
+		defer cancel()
+		var dialer net.Dialer
+		c, err := dialer.DialContext(dialing, "unix", r.socket)
+		if err != nil {
+			return nil, err
+		}
+		f.conn = c.(*net.UnixConn)
+		context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
+		return f.conn, nil
+	}
+	go func() {
+		defer close(f.done)
+		f.err = r.o.Feed(ctx, connect, lazy, func() { close(f.opened) })
+		switch {
+		case f.conn == nil:
+		case f.err == nil:
+			f.conn.CloseWrite()
+		default:
+			f.conn.Close() // what QEMU has is no whole stream
+		}
+	}()
+	return f
+}
+
+// untilOpened waits until libvirt can be told to finish: when the guest could run, or
+// when all has been written. A feed that fails before, or a recovery that QEMU does
+// not take up in time, is the end of it, and of the domain if it is no recovery.
+func (r *restore) untilOpened(ctx context.Context, f *feed) error {
+	var limit <-chan time.Time
+	if r.o.Recover {
+		limit = time.After(recoverTime)
+	}
+	select {
+	case <-f.done:
+		if f.err != nil {
+			return errors.Join(f.err, r.finish(ctx, false))
+		}
+	case <-f.opened:
+	case <-limit:
+		f.stop()
+		<-f.done
+		return fmt.Errorf("QEMU has not taken the new server within %v: %w", recoverTime, errors.Join(f.err, r.finish(ctx, false)))
+	}
+	return nil
+}
+
+// finishFed is finish for what has been fed, or is being.
+func (r *restore) finishFed(ctx context.Context, lazy bool) error {
+	if lazy {
+		// libvirt is to see the stream break, which it does at once, and to
+		// keep the guest, before it sees us go.
+		var stop context.CancelFunc
+		ctx, stop = afterwards(ctx, finishTime)
+		defer stop()
+	}
+	return r.finish(ctx, true)
+}
+
+// outcome says how a restore has ended that libvirt was told to finish.
+func (r *restore) outcome(ctx context.Context, fed, finished error, rep *migration.ResumeReport) error {
 	asking, end := context.WithTimeout(context.WithoutCancel(ctx), finishTime)
 	defer end()
-	state, stateErr := r.state(asking)
+	state, err := r.state(asking)
 	rep.State = state
 	switch {
-	case feedErr != nil && stateErr == nil:
-		return fmt.Errorf("%w: %w", migration.ErrServerDied, errors.Join(feedErr, err))
-	case feedErr != nil || err != nil:
-		return errors.Join(feedErr, err)
+	case fed != nil && err == nil:
+		// There is a guest, so it waits for its memory.
+		return fmt.Errorf("%w: %w", migration.ErrServerDied, errors.Join(fed, finished))
+	case fed != nil || finished != nil:
+		return errors.Join(fed, finished)
 	}
-	return stateErr
+	return err
 }
 
 // untilRecovered waits until libvirt has heard from QEMU that it goes on. If it is

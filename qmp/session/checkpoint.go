@@ -1,0 +1,144 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/track"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// CheckpointOptions say how to make a checkpoint.
+type CheckpointOptions struct {
+	// Guest is what happens to the guest. Its Save, Undo, Open and Redial are set
+	// here.
+	Guest migration.CheckpointOptions
+	// Save is how the stream is stored. Its ReturnPath, RunState and Libvirt are set
+	// here, and its WorkingSet is joined with what was seen.
+	Save save.Options
+	// Watch says how the guest is watched before; nil: it is not.
+	Watch *TrackOptions
+	// Watched is called, if not nil, with what the watching has shown.
+	Watched func(rounds.Report)
+	// Guard starts something that reads a stream to its end if this process is
+	// killed, which background mode needs; see the mode.
+	Guard func(stream *os.File) (release func(), err error)
+	Log   *slog.Logger // of warnings
+}
+
+// CheckpointReport is what was done. It is the command's JSON document.
+type CheckpointReport struct {
+	Checkpoint string `json:"checkpoint"` // NAME@N
+	migration.CheckpointReport
+	// Tracking is missing if the guest was not watched.
+	Tracking *rounds.Report     `json:"tracking,omitempty"`
+	Save     *checkpoint.Report `json:"save"`
+}
+
+// Checkpoint saves the target's guest. If the report says Saved there is a
+// checkpoint, even if there is an error as well: then something else is not as it
+// should be.
+func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o CheckpointOptions) (rep CheckpointReport, err error) {
+	if o.Save.Libvirt, err = t.describe(ctx); err != nil {
+		return rep, err
+	}
+	x, err := t.dial(ctx, qmp.Options{})
+	if err != nil {
+		return rep, err
+	}
+	defer x.Close()
+	redial, hangUp := t.redialer()
+	defer hangUp()
+	if o.Watch != nil {
+		if rep.Tracking, err = o.watch(ctx, x, redial); err != nil {
+			return rep, err
+		}
+	}
+	var ref store.Ref
+	o.Guest.Redial = redial
+	o.Guest.Save = func(ctx context.Context, f *os.File, before qmp.RunState) error {
+		var meta *checkpoint.Meta
+		var err error
+		if ref, meta, err = o.save(ctx, fs, st, f, before); err == nil {
+			rep.Checkpoint, rep.Save = ref.String(), &meta.Report
+		}
+		return err
+	}
+	o.Guest.Undo = func(ctx context.Context) error {
+		removed, err := st.Remove(ctx, ref)
+		if err == nil && removed.NVRAM != nil {
+			o.Log.Warn("the NVRAM of what was saved in vain was not freed; gc will", "cause", removed.NVRAM)
+		}
+		return err
+	}
+	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
+	for _, w := range rep.Warnings {
+		o.Log.Warn(w)
+	}
+	if err != nil && rep.Saved {
+		// What is there must be known, whatever else there is to say.
+		err = fmt.Errorf("%s is saved, but: %w", rep.Checkpoint, err)
+	}
+	return rep, err
+}
+
+// watch adds the pages that the guest writes to the working set.
+func (o *CheckpointOptions) watch(ctx context.Context, x qmp.Executor, redial migration.Redialer) (*rounds.Report, error) {
+	ro, err := o.Watch.rounds(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ro.Redial = redial
+	set, rep, err := rounds.Run(ctx, x, ro)
+	switch {
+	case errors.Is(err, migration.ErrNotRunning):
+		o.Log.Warn("the guest is not running, so its working set is not known")
+		return nil, nil
+	case errors.Is(err, track.ErrTooSmall):
+		o.Log.Warn("the working set is not known", "error", err)
+		return nil, nil
+	case err != nil:
+		return nil, err
+	}
+	if o.Watched != nil {
+		o.Watched(rep)
+	}
+	if o.Save.WorkingSet == nil {
+		o.Save.WorkingSet = set
+	} else {
+		err = o.Save.WorkingSet.Merge(set)
+	}
+	return &rep, err
+}
+
+// save is the consumer of the migration's stream.
+func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store, f *os.File, before qmp.RunState) (store.Ref, *checkpoint.Meta, error) {
+	if o.Guest.Mode == migration.ModeBackground && before.Running {
+		release, err := o.Guard(f)
+		if err != nil {
+			return store.Ref{}, nil, err
+		}
+		defer release()
+	}
+	in, err := pipe.New(ctx, int(f.Fd()))
+	if err != nil {
+		return store.Ref{}, nil, err
+	}
+	defer in.Close()
+	so := o.Save
+	so.ReturnPath = f
+	if before.Running {
+		so.RunState = before.Status
+	}
+	return save.Run(ctx, fs, st, in, so)
+}
