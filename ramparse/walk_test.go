@@ -78,6 +78,9 @@ func walk(r io.Reader, readAhead int) (w walked, err error) {
 		case stream.CommandFrame:
 			out = stream.AppendCommand(out, f.Command.Number, f.Command.Payload)
 			w.commands = append(w.commands, f.Command.Number)
+		case stream.SectionEarly:
+			body, _ := f.Body()
+			out = append(stream.AppendFull(out, f.Section), body...)
 		case stream.EOF:
 			out = stream.AppendEOF(out)
 		}

@@ -150,7 +150,7 @@ func (d *dumper) Read(b []byte) (int, error) {
 }
 
 func (d *dumper) walk() error {
-	err := replay.Walk(d, 0, replay.Visitor{
+	err := ramparse.Walk(d, 0, ramparse.Visitor{
 		Frame:  d.frame,
 		Record: d.record,
 		Bytes: func(b []byte) error {
@@ -172,7 +172,7 @@ func (d *dumper) walk() error {
 	return err
 }
 
-func (d *dumper) frame(f stream.Frame) error {
+func (d *dumper) frame(f *stream.Frame) error {
 	switch f.Kind {
 	case stream.Configuration:
 		d.doc.Machine = f.MachineType
@@ -247,7 +247,7 @@ func (d *dumper) record(dec *ramparse.Decoder, rec *ramparse.Record) error {
 // bytes can announce any size.
 const maxCounted = 1 << 30
 
-func (d *dumper) devices(b []byte, _ bool) error {
+func (d *dumper) devices(b []byte) error {
 	start := d.doc.Bytes - int64(len(b))
 	d.doc.TailBytes = len(b)
 	early := len(d.doc.Devices)

@@ -10,7 +10,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
-	"github.com/flic-migrate/flic-migrate/tier/replay"
 )
 
 // A restored stream is the saved one, byte for byte: what QEMU sends is recorded on
@@ -95,8 +94,8 @@ func unsectioned(t *testing.T, b []byte) []byte {
 	t.Helper()
 	var out []byte
 	add := func(b []byte) error { out = append(out, b...); return nil }
-	err := replay.Walk(bytes.NewReader(b), 0, replay.Visitor{
-		Frame: func(f stream.Frame) error {
+	err := ramparse.Walk(bytes.NewReader(b), 0, ramparse.Visitor{
+		Frame: func(f *stream.Frame) error {
 			switch f.Kind {
 			case stream.SectionPart, stream.SectionEnd, stream.Footer:
 				if f.Section.Name == ramparse.SectionName {
@@ -119,7 +118,7 @@ func unsectioned(t *testing.T, b []byte) []byte {
 		},
 		Bytes:  add,
 		Opaque: func(_ []byte, cause error) error { return cause },
-		Tail:   func(b []byte, _ bool) error { return add(b) },
+		Tail:   func(b []byte) error { return add(b) },
 	})
 	ok(t, err)
 	return out

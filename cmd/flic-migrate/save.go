@@ -149,7 +149,12 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 		return ref, nil, usageError{errors.New("save reads a migration stream from its standard input, which is a terminal; see flic-migrate save --help")}
 	}
 	o := s.encoding.options()
-	o.VM, o.ReturnPath, o.Log = s.vm, s.stdout, s.log()
+	out, err := pipe.NewWriter(s.stdout.File)
+	if err != nil {
+		return ref, nil, err
+	}
+	defer out.Close()
+	o.VM, o.ReturnPath, o.Log = s.vm, out, s.log()
 	if err := s.placement.options(&o); err != nil {
 		return ref, nil, err
 	}

@@ -20,7 +20,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/mmu"
-	"github.com/flic-migrate/flic-migrate/tier/replay"
 )
 
 // mapping is a page or block of a guest.
@@ -40,7 +39,7 @@ func recordedTail(t testing.TB, name string) []byte {
 	}
 	defer z.Close()
 	var tail []byte
-	err = replay.Walk(io.Reader(z), 0, replay.Visitor{Tail: func(b []byte, _ bool) error {
+	err = ramparse.Walk(io.Reader(z), 0, ramparse.Visitor{Tail: func(b []byte) error {
 		tail = append(tail, b...)
 		return nil
 	}})
@@ -99,8 +98,8 @@ func stop(t *testing.T, vm *qemutest.VM) *stopped {
 	f, err := os.Open(file)
 	must(err)
 	defer f.Close()
-	must(replay.Walk(io.Reader(f), 0, replay.Visitor{
-		Frame: func(fr stream.Frame) error {
+	must(ramparse.Walk(io.Reader(f), 0, ramparse.Visitor{
+		Frame: func(fr *stream.Frame) error {
 			if fr.Kind == stream.Configuration {
 				s.machine = fr.MachineType
 			}
@@ -114,7 +113,7 @@ func stop(t *testing.T, vm *qemutest.VM) *stopped {
 			}
 			return nil
 		},
-		Tail: func(b []byte, _ bool) error {
+		Tail: func(b []byte) error {
 			s.tail = append(s.tail, b...)
 			return nil
 		},

@@ -5,15 +5,17 @@ import (
 	"io"
 	"testing"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 )
 
 // FuzzWalk: whatever comes, a walk that ends well has handed out every byte,
 // and the memory it makes equals itself.
 func FuzzWalk(f *testing.F) {
-	for _, o := range shapes {
+	for _, o := range tiertest.Shapes {
 		// Short, or the fuzzer spends its time on pages' content.
-		o.BlockMigration = false
+		o.BlockMigration, o.Early = false, min(o.Early, 1)
 		o.PageSize, o.PageBits, o.Advise = 1024, !o.NoConfiguration, false
 		blocks := []tiertest.Block{{Name: "pc.ram", Size: 6 * uint64(o.PageSize)}}
 		for _, b := range o.Blocks[min(1, len(o.Blocks)):] {
@@ -25,7 +27,7 @@ func FuzzWalk(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var out bytes.Buffer
-		if err := Walk(bytes.NewReader(b), 0, verbatim(&out)); err != nil {
+		if err := ramparse.Walk(bytes.NewReader(b), 0, verbatim(&out)); err != nil {
 			return
 		}
 		if !bytes.Equal(out.Bytes(), b) {
@@ -43,6 +45,18 @@ func FuzzWalk(f *testing.F) {
 			t.Fatalf("differs from itself: %v", err)
 		}
 	})
+}
+
+// verbatim collects all that a walk hands out, in order.
+func verbatim(out *bytes.Buffer) ramparse.Visitor {
+	write := func(b []byte) error { out.Write(b); return nil }
+	return ramparse.Visitor{
+		Frame:  func(f *stream.Frame) error { return write(f.Raw) },
+		Record: func(_ *ramparse.Decoder, r *ramparse.Record) error { return write(r.Raw) },
+		Bytes:  write,
+		Opaque: func(b []byte, _ error) error { return write(b) },
+		Tail:   write,
+	}
 }
 
 // FuzzDecompress: bounded output for the first MiB, no panic.

@@ -35,7 +35,7 @@ type memory struct {
 func loadMemory(r io.Reader, dir string, pageSize int) (*memory, error) {
 	m := &memory{dir: dir, pageSize: pageSize, seen: make(pageSet)}
 	rest := blake3.New()
-	err := Walk(r, pageSize, restVisitor(rest, m.record))
+	err := ramparse.Walk(r, pageSize, restVisitor(rest, m.record))
 	if err != nil {
 		m.close()
 		return nil, err
@@ -45,10 +45,10 @@ func loadMemory(r io.Reader, dir string, pageSize int) (*memory, error) {
 }
 
 // restVisitor hashes everything but page records, which go to page.
-func restVisitor(rest *blake3.Hasher, page func(*ramparse.Decoder, *ramparse.Record) error) Visitor {
+func restVisitor(rest *blake3.Hasher, page func(*ramparse.Decoder, *ramparse.Record) error) ramparse.Visitor {
 	write := func(b []byte) error { _, err := rest.Write(b); return err }
-	return Visitor{
-		Frame: func(f stream.Frame) error { return write(f.Raw) },
+	return ramparse.Visitor{
+		Frame: func(f *stream.Frame) error { return write(f.Raw) },
 		Record: func(d *ramparse.Decoder, rec *ramparse.Record) error {
 			switch rec.Kind {
 			case ramparse.Zero, ramparse.Page, ramparse.XBZRLE, ramparse.Compressed:
@@ -58,7 +58,7 @@ func restVisitor(rest *blake3.Hasher, page func(*ramparse.Decoder, *ramparse.Rec
 		},
 		Bytes:  write,
 		Opaque: func(b []byte, _ error) error { return write(b) },
-		Tail:   func(b []byte, _ bool) error { return write(b) },
+		Tail:   write,
 	}
 }
 
@@ -121,6 +121,10 @@ func (m *memory) record(d *ramparse.Decoder, rec *ramparse.Record) error {
 	if rec.Kind == ramparse.Zero && rec.Fill == 0 && !again {
 		return nil // the file is zero there
 	}
+	if rec.Kind == ramparse.XBZRLE && !again {
+		// ROM is not zero in a destination, so there is nothing it could change.
+		return stream.Damaged("xbzrle page", rec.Offset, "a difference to a page that has not come")
+	}
 	content, err := m.content(rec, off)
 	if err != nil {
 		return err
@@ -162,7 +166,7 @@ func (m *memory) compare(r io.Reader) error {
 	rest := blake3.New()
 	seen := make(pageSet)
 	var pages int64
-	err := Walk(r, m.pageSize, restVisitor(rest, func(d *ramparse.Decoder, rec *ramparse.Record) error {
+	err := ramparse.Walk(r, m.pageSize, restVisitor(rest, func(d *ramparse.Decoder, rec *ramparse.Record) error {
 		where := func() string { return fmt.Sprintf("%s:%#x", d.Setup().Blocks[rec.Block].Name, rec.Addr) }
 		if rec.Block >= len(m.base) || m.blocks[rec.Block] != d.Setup().Blocks[rec.Block] {
 			return fmt.Errorf("%w: block of page %s", errDiffers, where())

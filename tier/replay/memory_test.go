@@ -14,7 +14,7 @@ import (
 // What a destination has does not depend on how the pages were sent, and
 // nothing of it is left on disk.
 func TestMemoryEqual(t *testing.T) {
-	for name, o := range shapes {
+	for name, o := range tiertest.Shapes {
 		if o.Unknown != tiertest.Nothing {
 			continue // has no Expected; see TestMemoryOpaque
 		}
@@ -39,7 +39,7 @@ func TestMemoryEqual(t *testing.T) {
 }
 
 func TestMemoryOpaque(t *testing.T) {
-	s := tiertest.New(shapes["unknown"])
+	s := tiertest.New(tiertest.Shapes["unknown"])
 	m, err := loadMemory(s.Reader(), t.TempDir(), 0)
 	if err != nil {
 		t.Fatal(err)

@@ -117,7 +117,7 @@ func everyPage(path string, n int) (ws *workingset.Set, err error) {
 	}
 	defer in.Close()
 	enough := errors.New("enough")
-	err = Walk(in, 0, Visitor{Record: func(d *ramparse.Decoder, _ *ramparse.Record) error {
+	err = ramparse.Walk(in, 0, ramparse.Visitor{Record: func(d *ramparse.Decoder, _ *ramparse.Record) error {
 		if d.PageSize() == 0 {
 			return nil
 		}

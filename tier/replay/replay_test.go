@@ -39,7 +39,7 @@ func write(t testing.TB, name string, b []byte) string {
 }
 
 func TestStream(t *testing.T) {
-	for name, o := range shapes {
+	for name, o := range tiertest.Shapes {
 		for _, hot := range []int{0, 3} {
 			p := newReplayer(t, vfs.OS)
 			p.HotEvery = hot

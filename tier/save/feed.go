@@ -3,6 +3,8 @@ package save
 import (
 	"context"
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"io"
 	"math/bits"
 	"time"
@@ -47,11 +49,16 @@ type feed struct {
 	have int
 	// released tells that nothing is held back any more.
 	released bool
+
+	silence time.Duration // Options.Silence
+	waits   bool          // the source waits for our answer
+	first   bool          // pages have come, and not every page once
+	drained bool          // the last Read took all there was
 }
 
 // newFeed returns the feed and the cursor that reads from it.
-func newFeed(ctx context.Context, in io.Reader) (*feed, *stream.Cursor) {
-	f := &feed{ctx: ctx, in: in}
+func newFeed(ctx context.Context, in io.Reader, silence time.Duration) (*feed, *stream.Cursor) {
+	f := &feed{ctx: ctx, in: in, silence: silence, drained: true}
 	f.cur = stream.NewCursor(f, 2*maxAhead)
 	if p, ok := in.(stream.Pipe); ok && p.Capacity() > 0 {
 		f.pipe, f.have = p, p.Capacity()
@@ -69,7 +76,13 @@ func (f *feed) Read(p []byte) (int, error) {
 	if f.ctx.Err() != nil {
 		return 0, context.Cause(f.ctx)
 	}
+	if f.drained {
+		if err := f.listen(); err != nil {
+			return 0, err
+		}
+	}
 	n, err := f.in.Read(p)
+	f.drained = n < len(p)
 	for try := 1; err == nil && f.want < f.have; try++ {
 		// Now is when the pipe is emptiest.
 		if f.have = f.pipe.SetCapacity(f.want); f.have <= f.want {
@@ -86,6 +99,68 @@ func (f *feed) Read(p []byte) (int, error) {
 		n += more
 	}
 	return n, err
+}
+
+// ErrSilent: the source sends nothing and does not end. Whatever it is, a guest may
+// be standing still because of it.
+var ErrSilent = errors.New("the source has sent nothing for too long")
+
+// How long a source may be silent.
+//
+// One that waits for our answer must not be waited for without end. QEMU 10 and 11
+// wait for our end of the return path, monitor dead and guest stopped, before they
+// let go of a migration that was cancelled or failed, and we would wait for them.
+// Amid the first pass over memory a sound QEMU always has something to send, and
+// max-bandwidth, however small, lets some of it through each 100 ms. Before it the
+// source may be getting ready. After it the disks of a stopped guest may be flushed,
+// and with pause-before-switchover somebody else is waited for.
+//
+// One that does not wait for an answer closes the pipe when it gives up.
+const (
+	patienceInPass = 10 * time.Second
+	patienceRound  = time.Minute
+	patienceElse   = 10 * time.Minute
+)
+
+// patience is how long the source may be silent now.
+func (f *feed) patience() time.Duration {
+	switch {
+	case f.silence > 0:
+		return f.silence
+	case f.waits && f.first:
+		return patienceInPass
+	case f.waits:
+		return patienceRound
+	}
+	return patienceElse
+}
+
+// listen waits for input or its end, not longer than patience. What is no Pipe can't
+// be asked; its Read waits as it does.
+func (f *feed) listen() error {
+	p, ok := f.in.(stream.Pipe)
+	if !ok {
+		return nil
+	}
+	limit := f.patience()
+	start := time.Now()
+	if p.Ready(limit) {
+		return nil
+	}
+	if f.ctx.Err() != nil {
+		return context.Cause(f.ctx)
+	}
+	if time.Since(start) < limit {
+		return nil // it was woken by something else; Read waits
+	}
+	return fmt.Errorf("%w: %v", ErrSilent, limit)
+}
+
+// answered is called when the source has opened its return path: it waits for our
+// word, and nothing needs to be held back.
+func (f *feed) answered() {
+	f.waits = true
+	f.release()
 }
 
 // shrinkTries is how often one Read tries to make the pipe smaller. A source that
@@ -105,6 +180,7 @@ func adjustAt(unseen uint64) bool {
 // adjust is told how many pages have not come yet, at least whenever adjustAt
 // says so.
 func (f *feed) adjust(unseen uint64) {
+	f.first = unseen > 0
 	if f.pipe == nil || f.released {
 		return
 	}
@@ -142,7 +218,7 @@ func (f *feed) readAhead(sure int) {
 
 // release ends the holding back.
 func (f *feed) release() {
-	f.released = true
+	f.released, f.first = true, false
 	f.cur.SetReadAhead(maxAhead)
 	if f.pipe != nil {
 		f.want = maxPipe
@@ -157,4 +233,3 @@ func (f *feed) ready(d time.Duration) bool {
 }
 
 func be32(b []byte) uint32 { return binary.BigEndian.Uint32(b) }
-func be64(b []byte) uint64 { return binary.BigEndian.Uint64(b) }

@@ -48,7 +48,7 @@ func TestFeedHoldsBack(t *testing.T) {
 		for _, n := range []int{1, 2} {
 			ram := int64(pages * shortestRecord)
 			source := &busySource{in: io.LimitReader(zeros{}, ram+1<<20), capacity: defaultPipe, n: n}
-			f, cur := newFeed(t.Context(), source)
+			f, cur := newFeed(t.Context(), source, 0)
 			largest := 0
 			for unseen := pages; unseen > 0; unseen-- {
 				if adjustAt(uint64(unseen)) {

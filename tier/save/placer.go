@@ -3,19 +3,16 @@ package save
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
-	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
-	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // placer decides where a page's content goes, once for each record:
@@ -25,19 +22,18 @@ import (
 //	in the working set ─────────────► NVRAM slot
 //	else ───────────────────────────► flash segment
 //
-// It owns the page map's entries, the open segments and the NVRAM region.
+// It reads back what it has placed where a later record needs it: a difference
+// (XBZRLE), and a chunk that may be equal.
 type placer struct {
-	s        *saver
+	to       target
 	pageSize int
 	zero     []byte
+	scratch  []byte // a page in the making: of a difference, or on its way to another tier
 
 	seg     *image.Buffer // open PAGES segment
 	records *image.Buffer // open RECORDS segment: its payloads
 	lengths []uint32      // of those payloads
 
-	hot       hotSet
-	nvfile    *nvram.File
-	region    *nvram.Region
 	slots     []checkpoint.NVRAMSlot // those given out
 	rewritten []bool                 // slots whose content was replaced
 	users     []uint32               // by slot: pages that have it
@@ -49,6 +45,21 @@ type placer struct {
 	recent     segmentCache
 	pairBuf    []byte // the chunk in hand
 	fetchBuf   []byte // the stored one that Find compares it with
+
+	count counts
+}
+
+// target is where a placer puts pages. All of it is the placer's own while it works.
+type target struct {
+	pages  *pagemap.Builder
+	img    *image.Writer
+	region *nvram.Region // nil: every page is cold
+	hot    hotSet        // the pages that the region is for
+}
+
+// counts is what a placer has done so far, as the report has it.
+type counts struct {
+	NonZeroBytes, Duplicate, Superseded, SupersededFlash, Surplus int64
 }
 
 // placed remembers where the last page went.
@@ -59,141 +70,60 @@ type placed struct {
 	ok    bool // it took a slot of its own
 }
 
-// newPlacer returns a placer that still has to open its NVRAM.
-func newPlacer(s *saver) *placer {
-	p := &placer{s: s, pageSize: s.meta.PageSize, zero: make([]byte, s.meta.PageSize)}
-	battery := s.o.Battery
-	if battery == 0 {
-		battery = dedup.DefaultBatteryThreshold
+// newPlacer returns a placer into t. Pages are compared in chunks of chunkPages, 1 or
+// 2, by a sample of so many bytes, and confirmed by at most maxHashes full hashes.
+func newPlacer(t target, pageSize, chunkPages, sample, maxHashes int) *placer {
+	p := &placer{
+		to: t, pageSize: pageSize, chunkPages: chunkPages,
+		zero: make([]byte, pageSize), scratch: make([]byte, pageSize),
+		pairBuf: make([]byte, chunkPages*pageSize), fetchBuf: make([]byte, chunkPages*pageSize),
 	}
-	energy := s.o.Energy
-	if energy == "" {
-		energy = dedup.EnergyAuto
+	p.index = dedup.New(chunkPages*pageSize, sample, maxHashes, p)
+	if t.region != nil {
+		n := t.region.Slots()
+		p.rewritten, p.users = make([]bool, n), make([]uint32, n)
 	}
-	sample := s.o.SampleSize
-	if sample == 0 {
-		sample = dedup.DefaultSampleSize
-	}
-	p.chunkPages = energy.ChunkPages(dedup.PowerSupplyDir, battery)
-	chunk := p.chunkPages * p.pageSize
-	p.pairBuf, p.fetchBuf = make([]byte, chunk), make([]byte, chunk)
-	// A full hash costs about 100 B; one for every eighth page at most keeps
-	// the promise of 32 B a page.
-	p.index = dedup.New(chunk, sample, max(1<<16, int(s.rep.Pages/8)), p)
-	s.rep.ChunkSize, s.rep.SampleSize = chunk, sample
 	return p
 }
 
-// workingSet is the set that the save was given, and with it, as hot as its
-// hottest, the pages that resumes of the VM's newest checkpoint had to wait for.
-// It is nil if there is neither. Otherwise it has, hotter than all, what were the
-// guest's page tables in that checkpoint: most still are, and where they are now
-// is not known before everything has been placed (findTables).
-func (p *placer) workingSet() (*workingset.Set, error) {
-	blocks := p.s.meta.WorkingSetBlocks()
-	var given *workingset.Set
-	if p.s.o.WorkingSet != nil {
-		var err error
-		if given, err = p.s.o.WorkingSet.Bind(p.pageSize, blocks); err != nil {
-			return nil, fmt.Errorf("working set: %w", err)
-		}
-	}
-	touched := p.learned(blocks)
-	if len(touched) == 0 && given == nil {
-		return nil, nil
-	}
-	tables := p.formerTables(blocks)
-	if len(touched) == 0 && len(tables) == 0 {
-		return given, nil
-	}
-	ws, err := workingset.New(p.pageSize, blocks)
-	if err != nil {
-		return nil, err
-	}
-	hottest := uint8(1)
-	if given != nil {
-		if err := ws.Merge(given); err != nil {
-			return nil, err
-		}
-		for heat, n := range given.Histogram() {
-			if n > 0 && heat > 0 {
-				hottest = uint8(heat)
-			}
-		}
-	}
-	ws.AddTouched(touched, hottest)
-	ws.AddTouched(tables, 255)
-	return ws, nil
+// has tells whether a page has come.
+func (p *placer) has(block int, page uint64) bool {
+	return p.to.pages.Get(block, page).Kind() != pagemap.Absent
 }
 
-// learned is what resumes of the VM's newest checkpoint had to wait for. That
-// it is missing or damaged costs a hint and no save.
-func (p *placer) learned(blocks []workingset.Block) []workingset.PageRun {
-	if p.s.st == nil {
+// put places the page of a record.
+func (p *placer) put(rec *ramparse.Record) error {
+	switch rec.Kind {
+	case ramparse.Zero:
+		p.fill(rec.Block, rec.Page, rec.Fill)
 		return nil
+	case ramparse.Page:
+		return p.page(rec.Block, rec.Page, rec.Data)
+	case ramparse.Compressed:
+		return p.record(rec.Block, rec.Page, rec.Data)
 	}
-	newest, err := p.s.st.Resolve(p.s.ctx, store.Ref{VM: p.s.o.VM})
-	if err != nil {
-		return nil
-	}
-	t, err := p.s.st.Touched(p.s.ctx, newest)
-	if err != nil {
-		p.s.o.Log.Warn("what resumes have learned can't be used", "error", err)
-		return nil
-	}
-	return t.Bind(p.pageSize, blocks)
+	return p.difference(rec)
 }
 
-// formerTables are the page tables that the VM's newest checkpoint had.
-func (p *placer) formerTables(blocks []workingset.Block) []workingset.PageRun {
-	m := p.s.parent
-	if m == nil {
-		return nil
+// difference places a page as an XBZRLE record changes it, wherever its last content
+// is by now. A page that has not come has none: ROM is not zero in a destination.
+func (p *placer) difference(rec *ramparse.Record) error {
+	if !p.has(rec.Block, rec.Page) {
+		return stream.Damaged("xbzrle page", rec.Offset, "a difference to a page that has not come")
 	}
-	t := workingset.Touched{PageSize: m.PageSize, Runs: m.PageTables}
-	for _, b := range m.Blocks {
-		t.Blocks = append(t.Blocks, b.Name)
-	}
-	return t.Bind(p.pageSize, blocks)
-}
-
-// openNVRAM reserves room for the working set, if there is one.
-func (p *placer) openNVRAM() error {
-	o := &p.s.o
-	if o.NVRAM == "" || p.s.st == nil {
-		return nil
-	}
-	ws, err := p.workingSet()
-	if err != nil || ws == nil {
+	if err := p.read(p.scratch, rec.Block, rec.Page); err != nil {
 		return err
 	}
-	var hot int64
-	for heat, n := range ws.Histogram() {
-		if heat > 0 {
-			hot += n
-		}
+	if err := ramparse.ApplyXBZRLE(p.scratch, rec.Data); err != nil {
+		return stream.Damaged("xbzrle page", rec.Offset, "%v", err)
 	}
-	if hot == 0 {
-		return nil
-	}
-	want := (hot + p.expectTables()) * int64(p.pageSize)
-	p.region, p.nvfile, err = p.s.tx.Reserve(p.s.ctx, store.Reservation{
-		Path: o.NVRAM, Capacity: o.NVRAMSize, Format: o.NVRAMFormat, Volatile: o.VolatileNVRAM, Bytes: want, PageSize: p.pageSize,
-	})
-	if err != nil {
-		return err
-	}
-	p.hot = newHotSet(ws, int64(p.region.Slots()))
-	p.s.rep.Surplus = max(0, hot-int64(p.region.Slots()))
-	n := p.region.Slots()
-	p.rewritten, p.users = make([]bool, n), make([]uint32, n)
-	return nil
+	return p.page(rec.Block, rec.Page, p.scratch)
 }
 
 // set replaces a page's entry. It is the only one who does, so that it is known
 // who uses a slot.
 func (p *placer) set(block int, page uint64, e pagemap.Entry) {
-	old := p.s.table.Set(block, page, e)
+	old := p.to.pages.Set(block, page, e)
 	if old == e {
 		return
 	}
@@ -202,14 +132,14 @@ func (p *placer) set(block int, page uint64, e pagemap.Entry) {
 	}
 	switch old.Kind() {
 	case pagemap.NVRAM:
-		p.s.rep.Superseded++
+		p.count.Superseded++
 		// Slots that were taken back are not there any more.
 		if p.users[old.Value()]--; p.users[old.Value()] == 0 && old.Value() < uint64(len(p.slots)) {
 			p.free = append(p.free, int(old.Value()))
 		}
 	case pagemap.Flash:
-		p.s.rep.Superseded++
-		p.s.rep.SupersededFlash++
+		p.count.Superseded++
+		p.count.SupersededFlash++
 	}
 }
 
@@ -226,8 +156,8 @@ func (p *placer) page(block int, page uint64, data []byte) error {
 		p.set(block, page, pagemap.Make(pagemap.ZeroData, 0))
 		return nil
 	}
-	p.s.rep.NonZeroBytes += int64(len(data))
-	hot := p.hot.has(block, page)
+	p.count.NonZeroBytes += int64(len(data))
+	hot := p.to.hot.has(block, page)
 	if hot {
 		if done, err := p.rewrite(block, page, data); done || err != nil {
 			return err
@@ -241,14 +171,14 @@ func (p *placer) page(block int, page uint64, data []byte) error {
 
 // rewrite puts a page that has an NVRAM slot of its own into it again.
 func (p *placer) rewrite(block int, page uint64, data []byte) (done bool, err error) {
-	e := p.s.table.Get(block, page)
+	e := p.to.pages.Get(block, page)
 	if e.Kind() != pagemap.NVRAM || p.users[e.Value()] > 1 {
 		return false, nil
 	}
 	p.last.ok = false
 	p.rewritten[e.Value()] = true
 	p.slots[e.Value()].CRC = integrity.Checksum(data)
-	return true, p.region.Write(int(e.Value()), data)
+	return true, p.to.region.Write(int(e.Value()), data)
 }
 
 // single deduplicates pages one by one.
@@ -275,7 +205,7 @@ func (p *placer) single(block int, page uint64, data []byte, hot bool) error {
 }
 
 func (p *placer) share(block int, page uint64, e pagemap.Entry) {
-	p.s.rep.Duplicate++
+	p.count.Duplicate++
 	p.set(block, page, e)
 }
 
@@ -310,9 +240,9 @@ func (p *placer) paired(block int, page uint64, data []byte, hot bool) error {
 	case known.Kind() == pagemap.NVRAM || e.Kind() == pagemap.Flash:
 		p.takeBack()
 		for i, pg := range []uint64{first.page, page} {
-			p.s.rep.Superseded-- // nothing was stored after all
+			p.count.Superseded-- // nothing was stored after all
 			if e.Kind() == pagemap.Flash {
-				p.s.rep.SupersededFlash--
+				p.count.SupersededFlash--
 			}
 			p.share(block, pg, known+pagemap.Entry(i))
 		}
@@ -352,7 +282,7 @@ func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagemap.E
 	if hot && p.room() {
 		slot := p.takeSlot()
 		p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(data), Block: uint32(block), Page: page}
-		return pagemap.Make(pagemap.NVRAM, uint64(slot)), p.region.Write(slot, data)
+		return pagemap.Make(pagemap.NVRAM, uint64(slot)), p.to.region.Write(slot, data)
 	}
 	// A full segment leaves when the next page comes, so that a pair in it
 	// can be taken back until then.
@@ -362,7 +292,7 @@ func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagemap.E
 		}
 	}
 	if p.seg == nil {
-		p.seg = p.s.img.NewBuffer(image.Pages)
+		p.seg = p.to.img.NewBuffer(image.Pages)
 	}
 	slot := uint64(p.seg.Number)*uint64(p.segmentPages()) + uint64(len(p.seg.Data)/p.pageSize)
 	p.seg.Data = append(p.seg.Data, data...)
@@ -371,7 +301,7 @@ func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagemap.E
 
 // room tells whether there is an NVRAM slot for one more page.
 func (p *placer) room() bool {
-	return p.region != nil && (len(p.free) > 0 || len(p.slots) < p.region.Slots())
+	return p.to.region != nil && (len(p.free) > 0 || len(p.slots) < p.to.region.Slots())
 }
 
 // takeSlot gives out a slot that has been freed, or else the next: hot pages that
@@ -387,7 +317,7 @@ func (p *placer) takeSlot() int {
 	return len(p.slots) - 1
 }
 
-func (p *placer) segmentPages() int { return p.s.img.SegmentPages() }
+func (p *placer) segmentPages() int { return p.to.img.SegmentPages() }
 
 func (p *placer) submitSegment() error {
 	b := p.seg
@@ -396,19 +326,19 @@ func (p *placer) submitSegment() error {
 		return nil
 	}
 	if len(b.Data) == 0 {
-		p.s.img.Discard(b)
+		p.to.img.Discard(b)
 		return nil
 	}
-	return p.s.img.Submit(b)
+	return p.to.img.Submit(b)
 }
 
 // record places a COMPRESS_PAGE record's payload as it is.
 func (p *placer) record(block int, page uint64, payload []byte) error {
-	if err := ramparse.Inflate(p.s.scratch, payload); err != nil {
+	if err := ramparse.Inflate(p.scratch, payload); err != nil {
 		return fmt.Errorf("compressed page %d of block %d: %w", page, block, err)
 	}
 	p.last.ok = false
-	p.s.rep.NonZeroBytes += int64(p.pageSize)
+	p.count.NonZeroBytes += int64(p.pageSize)
 	if p.records != nil && (len(p.lengths) == p.segmentPages() ||
 		4+4*(len(p.lengths)+1)+len(p.records.Data)+len(payload) > cap(p.records.Data)) {
 		if err := p.submitRecords(); err != nil {
@@ -416,7 +346,7 @@ func (p *placer) record(block int, page uint64, payload []byte) error {
 		}
 	}
 	if p.records == nil {
-		p.records = p.s.img.NewBuffer(image.Records)
+		p.records = p.to.img.NewBuffer(image.Records)
 	}
 	slot := uint64(p.records.Number)*uint64(p.segmentPages()) + uint64(len(p.lengths))
 	p.lengths = append(p.lengths, uint32(len(payload)))
@@ -439,7 +369,7 @@ func (p *placer) submitRecords() error {
 	}
 	b.Data = append(b.Data, payloads...)
 	p.lengths = p.lengths[:0]
-	return p.s.img.Submit(b)
+	return p.to.img.Submit(b)
 }
 
 // flush hands on whatever is still open.
@@ -451,201 +381,30 @@ func (p *placer) flush() error {
 	return p.submitRecords()
 }
 
-func (p *placer) syncNVRAM() error {
-	if p.region == nil {
-		return nil
-	}
-	return p.region.Sync()
-}
-
-// writeNVRAMPart gives surplus extents back and describes the others.
-func (p *placer) writeNVRAMPart() error {
-	if p.region == nil {
-		return nil
-	}
-	if err := p.region.Trim(p.s.ctx, len(p.slots)); err != nil {
-		return err
-	}
-	if len(p.slots) == 0 {
-		return nil
-	}
-	p.s.meta.NVRAM = &checkpoint.NVRAM{
-		Path: p.nvfile.Path(), UUID: p.nvfile.UUID(), Slots: len(p.slots), Bytes: p.nvramBytes(), Volatile: p.nvfile.Volatile(),
-	}
-	part := checkpoint.NVRAMPart{Extents: p.region.Extents(), Slots: p.slots}
-	for b := part.Append(nil); len(b) > 0; {
-		n := min(len(b), image.MaxChunk)
-		if err := p.s.chunk(image.NVRAM, b[:n]); err != nil {
-			return err
-		}
-		b = b[n:]
-	}
-	return nil
-}
-
 func (p *placer) nvramBytes() int64 { return int64(len(p.slots)) * int64(p.pageSize) }
 
+// report adds what was done to a save's report.
 func (p *placer) report(r *checkpoint.Report) {
 	r.NVRAMBytes = p.nvramBytes()
 	r.SampledBytes, r.HashedBytes = p.index.SampledBytes, p.index.HashedBytes
-}
-
-// content copies the content of a page with entry e into dst.
-func (p *placer) content(dst []byte, e pagemap.Entry) error {
-	switch e.Kind() {
-	case pagemap.Absent, pagemap.ZeroData:
-		clear(dst)
-		return nil
-	case pagemap.Fill:
-		for i := range dst {
-			dst[i] = byte(e.Value())
-		}
-		return nil
-	case pagemap.NVRAM:
-		return p.region.ReadPage(int(e.Value()), dst)
-	}
-	n, i := uint32(e.Value()/uint64(p.segmentPages())), int(e.Value()%uint64(p.segmentPages()))
-	if data := p.inMemory(n); data != nil {
-		copy(dst, data[i*p.pageSize:(i+1)*p.pageSize])
-		return nil
-	}
-	if p.records != nil && n == p.records.Number {
-		if err := p.submitRecords(); err != nil {
-			return err
-		}
-	}
-	seg, err := p.recent.get(p.s.img, n)
-	if err != nil {
-		return err
-	}
-	if seg.Kind == image.Records {
-		payload, err := seg.Record(i)
-		if err != nil {
-			return err
-		}
-		return ramparse.Inflate(dst, payload)
-	}
-	b, err := seg.Page(i)
-	copy(dst, b)
-	return err
-}
-
-// inMemory is the content of a PAGES segment that is open or whose buffer has
-// not been used again, which spares most fetches the way over the file.
-func (p *placer) inMemory(n uint32) []byte {
-	if p.seg != nil && n == p.seg.Number {
-		return p.seg.Data
-	}
-	return p.s.img.Recent(n)
-}
-
-// Fetch implements dedup.Source.
-func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
-	e := placeEntry(at)
-	for i := range p.chunkPages {
-		err := p.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagemap.Entry(i))
-		if errors.Is(err, loose.ErrGone) {
-			err = dedup.ErrGone
-		}
-		if err != nil {
-			return nil, err
-		}
-	}
-	return p.fetchBuf, nil
-}
-
-// Stale implements dedup.Source: an NVRAM slot that was written again holds
-// something else, and one that nobody uses will.
-func (p *placer) Stale(at dedup.Place) bool {
-	e := placeEntry(at)
-	if e.Kind() != pagemap.NVRAM {
-		return false
-	}
-	for i := range uint64(p.chunkPages) {
-		if slot := e.Value() + i; p.rewritten[slot] || p.users[slot] == 0 {
-			return true
-		}
-	}
-	return false
-}
-
-// A dedup.Place is a slot and, in bit 0, whether it is one of flash.
-
-func entryPlace(e pagemap.Entry) dedup.Place {
-	at := dedup.Place(e.Value() << 1)
-	if e.Kind() == pagemap.Flash {
-		at |= 1
-	}
-	return at
-}
-
-func placeEntry(at dedup.Place) pagemap.Entry {
-	if at&1 != 0 {
-		return pagemap.Make(pagemap.Flash, uint64(at>>1))
-	}
-	return pagemap.Make(pagemap.NVRAM, uint64(at>>1))
-}
-
-// hotSet is the part of a working set that the NVRAM region has room for: all
-// pages hotter than min, and those of heat min up to a boundary in block and
-// address order.
-type hotSet struct {
-	ws       *workingset.Set
-	min      uint8
-	boundary struct {
-		block int
-		page  int64 // the first that is out
-	}
-}
-
-func newHotSet(ws *workingset.Set, room int64) hotSet {
-	h := hotSet{ws: ws}
-	var left int64
-	h.min, left = ws.Threshold(room)
-	for b := range ws.Blocks() {
-		for r := range ws.Runs(b, h.min, h.min) {
-			h.boundary.block = b
-			if r.N > left {
-				h.boundary.page = r.First + left
-				return h
+	c := &p.count
+	r.NonZeroBytes, r.Duplicate, r.Surplus = c.NonZeroBytes, c.Duplicate, c.Surplus
+	r.Superseded, r.SupersededFlash = c.Superseded, c.SupersededFlash
+	p.to.pages.Runs(func(run pagemap.Run) error {
+		n := int64(run.Count)
+		switch run.Kind {
+		case pagemap.Fill:
+			if run.First == 0 {
+				r.Zero += n
 			}
-			left -= r.N
-			h.boundary.page = r.First + r.N
+		case pagemap.ZeroData:
+			r.Zero += n
+			r.ZeroAsData += n
+		case pagemap.NVRAM:
+			r.Hot += n
+		case pagemap.Flash:
+			r.Cold += n
 		}
-	}
-	h.boundary.block = len(ws.Blocks())
-	return h
-}
-
-func (h *hotSet) has(block int, page uint64) bool {
-	if h.ws == nil {
-		return false
-	}
-	heat := h.ws.Heat(block, int64(page))
-	return heat > 0 && (heat > h.min || heat == h.min &&
-		(block < h.boundary.block || block == h.boundary.block && int64(page) < h.boundary.page))
-}
-
-// segmentCache keeps the segments that were read back last. What get returns is
-// valid until the next get.
-type segmentCache struct {
-	reader image.SegmentReader
-	slots  [cachedSegments]*image.Segment
-	next   int
-}
-
-const cachedSegments = 16
-
-func (c *segmentCache) get(w *image.Writer, n uint32) (*image.Segment, error) {
-	for _, s := range c.slots {
-		if s != nil && s.Number == n {
-			return s, nil
-		}
-	}
-	oldest := &c.slots[c.next]
-	c.next = (c.next + 1) % len(c.slots)
-	c.reader.Recycle(*oldest)
-	s, err := w.ReadSegment(&c.reader, n)
-	*oldest = s // nil if it failed
-	return s, err
+		return nil
+	})
 }

@@ -25,22 +25,13 @@ const (
 // takes to map all of memory once.
 func maxTables(pages int64) int { return int(min(4096+pages/64, maxTableRuns)) }
 
-// expectTables is the room that is reserved for them in NVRAM beside the
-// working set: as many as the VM had last time and some more, or a guess.
-func (p *placer) expectTables() int64 {
-	if p.s.parent != nil && p.s.parent.Report.PageTables > 0 {
-		return p.s.parent.Report.PageTables + p.s.parent.Report.PageTables/8
-	}
-	return p.s.rep.Pages/512 + 64
-}
-
 // findTables finds the pages of the guest's page tables by the vCPUs' registers
 // in the device tail, and puts those into NVRAM that are in flash, as far as
 // there is room: that they belong to the working set is known only now. It is
 // called after everything has been placed. That nothing is found is no error,
 // and the report says why.
 func (s *saver) findTables(tail []byte, t *stream.Tail) error {
-	if s.place == nil {
+	if s.parse.place == nil {
 		return nil
 	}
 	runs, err := s.walkTables(tail, t)
@@ -55,7 +46,11 @@ func (s *saver) findTables(tail []byte, t *stream.Tail) error {
 	for _, r := range runs {
 		s.rep.PageTables += int64(r.Count)
 	}
-	return s.place.promote(runs)
+	moved, err := s.parse.place.promote(runs)
+	if err != nil || !moved {
+		return err
+	}
+	return s.out.syncNVRAM()
 }
 
 func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageRun, err error) {
@@ -72,6 +67,7 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 		return nil, err
 	}
 	size := uint64(s.meta.PageSize)
+	page := make([]byte, size)
 	w := mmu.Walker{
 		Max: maxTables(s.rep.Pages),
 		Read: func(gpa uint64, buf []byte) (bool, error) {
@@ -81,10 +77,10 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 			}
 			for n := 0; n < len(buf); {
 				at := offset + uint64(n)
-				if err := s.place.content(s.scratch, s.table.Get(block, at/size)); err != nil {
+				if err := s.parse.place.read(page, block, at/size); err != nil {
 					return false, err
 				}
-				n += copy(buf[n:], s.scratch[at%size:])
+				n += copy(buf[n:], page[at%size:])
 			}
 			return true, nil
 		},
@@ -93,7 +89,7 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 			for page := offset / size; page <= (offset+uint64(n)-1)/size; page++ {
 				// A table without entries is a page of zeros: there is nothing
 				// to store, and nobody waits long for it.
-				if e := s.table.Get(block, page); e.Kind() == pagemap.NVRAM || e.Kind() == pagemap.Flash {
+				if s.parse.place.stored(block, page) {
 					runs = appendPage(runs, block, page)
 				}
 			}
@@ -123,50 +119,51 @@ func appendPage(runs []workingset.PageRun, block int, page uint64) []workingset.
 	return append(runs, workingset.PageRun{Block: block, Page: page, Count: 1})
 }
 
+// stored tells whether a page has content in a tier.
+func (p *placer) stored(block int, page uint64) bool {
+	k := p.to.pages.Get(block, page).Kind()
+	return k == pagemap.NVRAM || k == pagemap.Flash
+}
+
 // promote moves pages from flash to NVRAM. Their flash slots stay, for nobody or
 // for pages that share them. If there is no room, pages of the lowest heat that
 // is in NVRAM make some.
-func (p *placer) promote(runs []workingset.PageRun) error {
-	if p.region == nil {
-		return nil
+func (p *placer) promote(runs []workingset.PageRun) (moved bool, err error) {
+	if p.to.region == nil {
+		return false, nil
 	}
 	p.last.ok = false
 	victim := len(p.slots)
-	moved := false
 	for _, r := range runs {
 		for page := r.Page; page < r.Page+r.Count; page++ {
-			e := p.s.table.Get(r.Block, page)
+			e := p.to.pages.Get(r.Block, page)
 			if e.Kind() != pagemap.Flash {
 				continue
 			}
 			if !p.room() {
-				var err error
 				if victim, err = p.demote(victim); err != nil {
-					return err
+					return moved, err
 				}
 				if victim < 0 {
 					break
 				}
 			}
-			if err := p.content(p.s.scratch, e); err != nil {
-				return err
+			if err := p.content(p.scratch, e); err != nil {
+				return moved, err
 			}
 			slot := p.takeSlot()
-			p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(p.s.scratch), Block: uint32(r.Block), Page: page}
-			if err := p.region.Write(slot, p.s.scratch); err != nil {
-				return err
+			p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(p.scratch), Block: uint32(r.Block), Page: page}
+			if err := p.to.region.Write(slot, p.scratch); err != nil {
+				return moved, err
 			}
 			p.set(r.Block, page, pagemap.Make(pagemap.NVRAM, uint64(slot)))
 			moved = true
 		}
 	}
 	if !moved {
-		return nil
+		return false, nil
 	}
-	if err := p.flush(); err != nil {
-		return err
-	}
-	return p.syncNVRAM()
+	return true, p.flush()
 }
 
 // demote frees an NVRAM slot below `before` by moving its page to flash, and
@@ -176,18 +173,18 @@ func (p *placer) demote(before int) (int, error) {
 		s := p.slots[slot]
 		block, page := int(s.Block), s.Page
 		e := pagemap.Make(pagemap.NVRAM, uint64(slot))
-		if p.users[slot] != 1 || p.s.table.Get(block, page) != e || p.hot.ws.Heat(block, int64(page)) > p.hot.min {
+		if p.users[slot] != 1 || p.to.pages.Get(block, page) != e || p.to.hot.ws.Heat(block, int64(page)) > p.to.hot.min {
 			continue
 		}
-		if err := p.content(p.s.scratch, e); err != nil {
+		if err := p.content(p.scratch, e); err != nil {
 			return 0, err
 		}
-		e, err := p.store(block, page, p.s.scratch, false)
+		e, err := p.store(block, page, p.scratch, false)
 		if err != nil {
 			return 0, err
 		}
 		p.set(block, page, e)
-		p.s.rep.Surplus++
+		p.count.Surplus++
 		return slot, nil
 	}
 	return -1, nil

@@ -21,19 +21,23 @@ type Params struct {
 	Rate  float64 // r: pages a second read from flash
 }
 
-// Interval returns T, the time in which the guest's working set grows to what
-// it needs while flash gives back the rest, beta times over:
+// equation1 is FLIC's equation (1): T, in seconds, in which the guest's working set
+// grows to what it needs while flash gives back the rest, beta times over:
 //
 //	N_ws + N_non = N_total     N_ws = alpha T     T = beta N_non / r
 //
-// which is T = beta N_total / (r + alpha beta). So N_ws stays below N_total,
-// whatever alpha is. Impossible parameters are an error.
+// So N_ws stays below N_total, whatever alpha is.
+func equation1(total, alpha, beta, r float64) (T float64) {
+	return beta * total / (r + alpha*beta)
+}
+
+// Interval returns T of equation (1). Impossible parameters are an error.
 func (p Params) Interval() (time.Duration, error) {
 	finite := func(x float64) bool { return !math.IsNaN(x) && !math.IsInf(x, 0) }
 	if p.Pages <= 0 || !finite(p.Alpha) || p.Alpha < 0 || !finite(p.Beta) || p.Beta <= 0 || !finite(p.Rate) || p.Rate <= 0 {
 		return 0, fmt.Errorf("timer: no interval for %d pages, alpha %v and r %v pages a second, beta %v", p.Pages, p.Alpha, p.Rate, p.Beta)
 	}
-	seconds := p.Beta * float64(p.Pages) / (p.Rate + p.Alpha*p.Beta)
+	seconds := equation1(float64(p.Pages), p.Alpha, p.Beta, p.Rate)
 	if seconds > math.MaxInt64/float64(time.Second)/2 {
 		return math.MaxInt64 / 2, nil
 	}

@@ -16,7 +16,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
@@ -77,8 +76,11 @@ func Filter(ctx context.Context, in stream.Pipe, interval time.Duration) (*worki
 		f.holdPages = holdPages(socketBuffer)
 	}
 	f.cur = stream.NewCursor(f, 128<<10)
-	f.rd = stream.NewReader(f.cur)
-	err := f.frames()
+	f.walk = ramparse.NewWalker(f.cur, 0, ramparse.Visitor{Frame: f.frame, Record: f.record})
+	err := f.walk.RAM()
+	if err == nil {
+		err = ErrSwitchover // the device tail begins
+	}
 	switch {
 	case errors.Is(err, errDone):
 		return f.set, nil
@@ -101,11 +103,8 @@ type filter struct {
 	// holdPages are left of pass 1 when the hold begins.
 	holdPages int64
 
-	cur          *stream.Cursor
-	rd           *stream.Reader
-	dec          *ramparse.Decoder
-	pageSize     int // told by the configuration, or 0
-	ignoreShared bool
+	cur  *stream.Cursor
+	walk *ramparse.Walker
 
 	set    *workingset.Set
 	seen   []bitmap.Bitmap // by block: pages sent at least once
@@ -131,70 +130,32 @@ func (f *filter) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (f *filter) frames() error {
-	for {
-		fr, err := f.rd.Next()
-		if err != nil {
-			return err
-		}
-		switch fr.Kind {
-		case stream.Subsection:
-			switch fr.Subsection.Name {
-			case stream.SubsectionTargetPageBits:
-				f.pageSize = 1 << fr.Subsection.TargetPageBits
-			case stream.SubsectionCapabilities:
-				f.ignoreShared = slices.Contains(fr.Subsection.Capabilities, "x-ignore-shared")
-			}
-		case stream.SectionStart, stream.SectionPart, stream.SectionEnd:
-			if fr.Section.Name == ramparse.SectionName {
-				err = f.records()
-			} else {
-				err = f.rd.CopyForeign(func([]byte) error { return nil })
-			}
-		case stream.SectionFull, stream.EOF:
-			return ErrSwitchover
-		case stream.CommandFrame:
-			if fr.Command.Number == stream.CommandPackaged {
-				return ErrSwitchover
-			}
-		}
-		if err != nil {
-			return err
-		}
+func (f *filter) frame(fr *stream.Frame) error {
+	if fr.Kind == stream.CommandFrame && fr.Command.Number == stream.CommandPackaged {
+		return ErrSwitchover
 	}
+	return nil
 }
 
-// records takes the payload of one RAM section.
-func (f *filter) records() error {
-	if f.dec == nil {
-		f.dec = ramparse.NewDecoder(ramparse.Options{PageSize: f.pageSize, IgnoreShared: f.ignoreShared})
+func (f *filter) record(d *ramparse.Decoder, rec *ramparse.Record) error {
+	switch rec.Kind {
+	case ramparse.Zero, ramparse.Page, ramparse.XBZRLE, ramparse.Compressed:
+		return f.page(d, rec)
 	}
-	var rec ramparse.Record
-	for {
-		if err := f.dec.Next(f.cur, &rec); err != nil {
-			return err
-		}
-		switch rec.Kind {
-		case ramparse.EOS:
-			return nil
-		case ramparse.Zero, ramparse.Page, ramparse.XBZRLE, ramparse.Compressed:
-			if err := f.page(&rec); err != nil {
-				return err
-			}
-		}
-	}
+	return nil
 }
 
 // start makes the set ready once blocks and page size are known. A record with
 // address 0 can come before the page size is.
-func (f *filter) start() error {
-	su, size := f.dec.Setup(), uint64(f.dec.PageSize())
+func (f *filter) start(d *ramparse.Decoder) error {
+	su, size := d.Setup(), uint64(d.PageSize())
 	var blocks []workingset.Block
 	for _, b := range su.Blocks {
 		n := int64(b.Used / size)
 		blocks = append(blocks, workingset.Block{Name: b.Name, Pages: n})
 		f.unseen += n
 	}
+	f.unseen -= min(f.unseen, int64(f.walk.Absent/size))
 	// Before anything is allocated: the sizes are only claims.
 	if f.unseen > maxPages {
 		return stream.Damaged("ram setup", f.cur.Offset(), "%d pages", f.unseen)
@@ -216,8 +177,8 @@ func (f *filter) start() error {
 	return err
 }
 
-func (f *filter) page(rec *ramparse.Record) error {
-	if f.dec.PageSize() == 0 {
+func (f *filter) page(d *ramparse.Decoder, rec *ramparse.Record) error {
+	if d.PageSize() == 0 {
 		// Only pages at address 0 can come before it is known.
 		if len(f.early) < ramparse.MaxBlocks {
 			f.early = append(f.early, rec.Block)
@@ -225,7 +186,7 @@ func (f *filter) page(rec *ramparse.Record) error {
 		return nil
 	}
 	if f.set == nil {
-		if err := f.start(); err != nil {
+		if err := f.start(d); err != nil {
 			return err
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 )
 
 // fakePipe is an input that notes its capacity.
@@ -105,6 +106,24 @@ func TestFilter(t *testing.T) {
 		if h := set.Histogram(); h[0]+h[1] != int64(ramPages+64) || set.Blocks()[1].Name != biosName {
 			t.Errorf("%s: %v, %v", name, h[:3], set.Blocks())
 		}
+	}
+}
+
+// Memory of virtio-mem that is not plugged is listed and never comes: the hold must
+// not wait for it.
+func TestFilterVirtioMem(t *testing.T) {
+	s := tiertest.New(tiertest.Options{Early: 1, Passes: 2, Resend: 0.01, Mix: tiertest.Mix{tiertest.Zero: 1},
+		Blocks: []tiertest.Block{{Name: "vm0", Size: 64 << 20, Shared: true}, {Name: "pc.ram", Size: uint64(ramPages) << 12}}})
+	start := time.Now()
+	set, err := Filter(t.Context(), source(s.Bytes()[:s.Layout().Tail]), 100*time.Millisecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := time.Since(start); d < 100*time.Millisecond {
+		t.Errorf("the interval was held for %v", d)
+	}
+	if h := set.Histogram(); h[1] < int64(ramPages)/200 || h[1] > int64(ramPages)/50 {
+		t.Errorf("%d of %d pages came again", h[1], ramPages)
 	}
 }
 

@@ -1,6 +1,7 @@
-package save
+package ramparse
 
 import (
+	"encoding/binary"
 	"strings"
 
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -20,6 +21,6 @@ func unplugged(f *stream.Frame) (bytes uint64, ok bool) {
 	if !strings.HasSuffix(f.Section.Name, virtioMemEarly) || f.Section.Version != 1 || len(body) < 36 {
 		return 0, false
 	}
-	region, plugged := be64(body[8:]), be64(body[28:])
+	region, plugged := binary.BigEndian.Uint64(body[8:]), binary.BigEndian.Uint64(body[28:])
 	return region - min(region, plugged), true
 }

@@ -1,0 +1,357 @@
+package save
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/skeleton"
+)
+
+// parser is the first stage. It takes the stream apart, hands pages on, and keeps
+// all else in the skeleton, in order. What the stream says of itself goes into meta.
+type parser struct {
+	feed *feed
+	cur  *stream.Cursor
+	walk *ramparse.Walker
+	skel skeleton.Writer
+	meta *checkpoint.Meta
+	ans  *answers
+
+	// begin makes the next stage, when the first page comes or when all that will
+	// come has; place is nil until then.
+	begin func() (*placer, error)
+	place *placer
+	// known is called when the RAM blocks are.
+	known func() error
+	// tick is called now and then.
+	tick func(phase string, always bool)
+	// warn says what the user should know.
+	warn func(msg string, args ...any)
+
+	unseen      uint64                       // pages that are to come and have not
+	resent      int64                        // page records for pages that had come
+	last        struct{ block, page uint64 } // of the last page record
+	placedBlock uint64                       // of the last page record in the skeleton
+}
+
+func newParser(f *feed, cur *stream.Cursor, meta *checkpoint.Meta, a *answers) *parser {
+	p := &parser{feed: f, cur: cur, meta: meta, ans: a}
+	p.walk = ramparse.NewWalker(cur, 0, ramparse.Visitor{
+		Frame: p.frame, Record: p.record,
+		Bytes: func(b []byte) error { return p.skel.Literal(b) },
+	})
+	return p
+}
+
+// ram takes everything up to the device tail, which it leaves in the pipe. If there
+// is something in the stream that is not understood, it takes that and all that
+// follows, and meta has OpaqueBytes.
+func (p *parser) ram() error {
+	err := p.walk.RAM()
+	if err == nil && !p.walk.NoDevices && p.meta.Blocks == nil {
+		err = stream.Unknown("device section", p.cur.Offset(), "before RAM")
+	}
+	if errors.Is(err, stream.ErrUnknown) {
+		err = p.opaque(err)
+	}
+	return err
+}
+
+// pageSize is the guest's, as far as it is known; else 0.
+func (p *parser) pageSize() int {
+	if d := p.walk.Decoder(); d != nil && d.PageSize() != 0 {
+		return d.PageSize()
+	}
+	return p.walk.PageSize
+}
+
+func (p *parser) frame(f *stream.Frame) error {
+	switch f.Kind {
+	case stream.Configuration:
+		p.meta.Machine = f.MachineType
+	case stream.Subsection:
+		switch c := &f.Subsection; c.Name {
+		case stream.SubsectionCapabilities:
+			p.meta.Capabilities, p.meta.IgnoreShared = c.Capabilities, p.walk.IgnoreShared
+		case stream.SubsectionUUID:
+			p.meta.GuestUUID = uuid.UUID(c.UUID).String()
+		}
+	case stream.SectionStart:
+		if f.Section.Name != ramparse.SectionName {
+			p.meta.Foreign = append(p.meta.Foreign, f.Section.Name)
+		}
+	case stream.CommandFrame:
+		if err := p.command(&f.Command); err != nil {
+			return err
+		}
+	}
+	return p.skel.Literal(f.Raw)
+}
+
+func (p *parser) command(c *stream.Command) error {
+	switch c.Number {
+	case stream.CommandOpenReturnPath:
+		if !p.ans.open() {
+			p.warn("the source waits for an answer and there is no return path to give it on")
+			return nil
+		}
+		// From here on the source's "completed" waits for our word, so nothing
+		// needs to be held back.
+		p.feed.answered()
+	case stream.CommandPing:
+		if len(c.Payload) == 4 {
+			return p.ans.pong(be32(c.Payload))
+		}
+	}
+	return nil
+}
+
+func (p *parser) record(d *ramparse.Decoder, rec *ramparse.Record) error {
+	switch rec.Kind {
+	case ramparse.Zero, ramparse.Page, ramparse.XBZRLE, ramparse.Compressed:
+		return p.page(d, rec)
+	case ramparse.MemSize:
+		if p.meta.Blocks != nil {
+			return stream.Damaged("ram setup", rec.Offset, "it comes twice")
+		}
+		p.setup(d.Setup())
+		if err := p.known(); err != nil {
+			return err
+		}
+	case ramparse.EOS:
+		p.feed.adjust(p.unseen)
+	}
+	return p.skel.Literal(rec.Raw)
+}
+
+func (p *parser) setup(su *ramparse.Setup) {
+	p.meta.Blocks = make([]checkpoint.Block, len(su.Blocks))
+	for i, b := range su.Blocks {
+		p.meta.Blocks[i] = checkpoint.Block{Name: b.Name, Used: b.Used, PageSize: b.PageSize}
+		if b.HasGPA {
+			gpa := b.GPA
+			p.meta.Blocks[i].GPA = &gpa
+		}
+	}
+}
+
+// start begins the next stage, if it has not begun.
+func (p *parser) start() error {
+	if p.place != nil {
+		return nil
+	}
+	place, err := p.begin()
+	if err != nil {
+		return err
+	}
+	p.place = place
+	for _, n := range p.meta.BlockPages() {
+		p.unseen += n
+	}
+	p.unseen -= min(p.unseen, p.walk.Absent/uint64(p.meta.PageSize))
+	if p.walk.Uncertain {
+		// Blocks are listed that are not sent, so what has not come says nothing
+		// about how near the device tail is.
+		p.unseen = 0
+	}
+	p.feed.adjust(p.unseen)
+	return nil
+}
+
+// page takes one page record.
+func (p *parser) page(d *ramparse.Decoder, rec *ramparse.Record) error {
+	if n := d.PageSize(); p.meta.PageSize != 0 && n != 0 && n != p.meta.PageSize {
+		// The image had to begin before a page told its size, and cannot
+		// hold pages of another one. All is kept, at the price of tiers.
+		if err := p.skel.Literal(rec.Raw); err != nil {
+			return err
+		}
+		return stream.Unknown("ram section", rec.Offset, "pages of %d bytes in an image for pages of %d", n, p.meta.PageSize)
+	}
+	if err := p.start(); err != nil {
+		return err
+	}
+	p.last.block, p.last.page = uint64(rec.Block), rec.Page
+	if p.place.has(rec.Block, rec.Page) {
+		if p.resent++; p.resent%1024 == 0 {
+			p.tick("ram", false)
+		}
+		return p.place.put(rec)
+	}
+	p.placedBlock = uint64(rec.Block)
+	if err := p.skel.Page(rec.Block, rec.Page, rec.Named); err != nil {
+		return err
+	}
+	if p.unseen > 0 {
+		p.unseen--
+	}
+	if adjustAt(p.unseen) {
+		p.feed.adjust(p.unseen)
+	}
+	if p.unseen%1024 == 0 {
+		p.tick("ram", false)
+	}
+	return p.place.put(rec)
+}
+
+// tail reads the device tail and whatever follows it, up to the end of the stream.
+func (p *parser) tail() ([]byte, error) {
+	p.feed.release()
+	sc := stream.NewTailScanner(p.walk.Footers())
+	if p.walk.NoDevices {
+		sc.Write(stream.AppendEOF(nil))
+	}
+	complete := func() stream.Completion {
+		if p.walk.NoDevices && len(sc.Bytes()) == 1 {
+			return stream.WithFooter
+		}
+		return sc.Complete()
+	}
+	for {
+		if p.ans.opened {
+			if ended := p.endsOpen(complete); ended {
+				break
+			}
+		}
+		more, err := p.more("device tail")
+		if err != nil {
+			return nil, err
+		}
+		if more == nil {
+			break
+		}
+		if _, err := sc.Write(more); err != nil {
+			return nil, stream.Wrap("device tail", p.cur.Offset(), err)
+		}
+	}
+	switch complete() {
+	case stream.Incomplete:
+		return nil, stream.Wrap("device tail", p.cur.Offset(), io.ErrUnexpectedEOF)
+	case stream.Weak:
+		p.warn("the machine type is too old for its stream to say where it ends; it was taken to be whole")
+	}
+	return sc.Bytes(), nil
+}
+
+// more returns what comes next of the stream, nil at its end.
+func (p *parser) more(what string) ([]byte, error) {
+	if _, err := p.cur.Peek(1); err == io.EOF {
+		return nil, nil
+	} else if err != nil {
+		return nil, stream.Wrap(what, p.cur.Offset(), err)
+	}
+	return p.cur.Next(p.cur.Buffered())
+}
+
+// quiet is how long a source with a return path must have sent nothing before
+// a tail without vmdescription counts as whole: such a source keeps the pipe
+// open until it is answered.
+const quiet = time.Second
+
+// endsOpen tells whether the stream has ended although the pipe is open.
+func (p *parser) endsOpen(complete func() stream.Completion) bool {
+	if p.cur.Buffered() > 0 || p.feed.ready(0) {
+		return false
+	}
+	switch complete() {
+	case stream.Incomplete:
+		return false
+	case stream.WithDescription:
+		return true
+	}
+	return !p.feed.ready(quiet)
+}
+
+// keepTail ends the skeleton with the device tail.
+func (p *parser) keepTail(tail []byte, chunks *int) error {
+	// The tail gets chunks of its own: a lazy restore sends it first.
+	if err := p.skel.Flush(); err != nil {
+		return err
+	}
+	p.meta.TailChunk, p.meta.Footers = *chunks, p.walk.Footers()
+	return p.skel.Literal(tail)
+}
+
+// opaque keeps the rest of the stream verbatim because of cause, the first
+// thing in it that is not understood. What was placed before stays placed.
+func (p *parser) opaque(cause error) error {
+	p.warn("the rest of the stream is kept as it is, not understood", "cause", cause)
+	p.feed.release()
+	if err := p.restoreBlock(); err != nil {
+		return fmt.Errorf("%w: %w", err, cause)
+	}
+	if err := p.skel.Literal(p.walk.Header()); err != nil {
+		return err
+	}
+	// The end of the stream must still be recognised: a cut one is no
+	// checkpoint.
+	var last []byte
+	const window = 4 << 20
+	ended := func() bool {
+		sc := stream.NewTailScanner(true)
+		sc.Write(last)
+		return sc.Complete() != stream.Incomplete
+	}
+	for {
+		if p.ans.opened && p.cur.Buffered() == 0 && !p.feed.ready(quiet) && ended() {
+			return nil
+		}
+		b, err := p.more("opaque tail")
+		if err != nil {
+			return err
+		}
+		if b == nil {
+			if !ended() {
+				return stream.Wrap("opaque tail", p.cur.Offset(), io.ErrUnexpectedEOF)
+			}
+			return nil
+		}
+		p.meta.OpaqueBytes += int64(len(b))
+		if err := p.skel.Literal(b); err != nil {
+			return err
+		}
+		if len(last)+len(b) > 2*window {
+			last = slices.Delete(last, 0, len(last)-window)
+		}
+		last = append(last, b...)
+	}
+}
+
+// restoreBlock makes CONTINUE mean in the restored stream what it means in the
+// saved one, for what is kept verbatim from here on. Records of pages that came
+// again are left out, and the last of them may have been in another block than
+// the last one that stays; then its page is written once more.
+func (p *parser) restoreBlock() error {
+	if p.place == nil || p.placedBlock == p.last.block {
+		return nil
+	}
+	if p.walk.InForeign {
+		// A migration that fails can be repeated; a guest with pages in the
+		// wrong block can't.
+		return errors.New("what follows would not mean the same in a restored stream")
+	}
+	page := make([]byte, p.meta.PageSize)
+	if err := p.place.read(page, int(p.last.block), p.last.page); err != nil {
+		return err
+	}
+	var b []byte
+	if !p.walk.InRAM {
+		b = stream.AppendPart(b, p.walk.RAMSection)
+	}
+	b = ramparse.AppendPage(b, p.meta.Blocks[p.last.block].Name, p.last.page*uint64(p.meta.PageSize), page)
+	if !p.walk.InRAM {
+		b = ramparse.AppendEOS(b)
+		if p.walk.Footers() {
+			b = stream.AppendFooter(b, p.walk.RAMSection)
+		}
+	}
+	return p.skel.Literal(b)
+}
