@@ -11,6 +11,8 @@ import (
 	"github.com/BurntSushi/toml"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // keyAnnotation gives a flag another key than its name. It is for flags that
@@ -95,6 +97,10 @@ type configFile struct {
 	values map[string]any
 }
 
+// maxConfig is the largest configuration file, in bytes. All keys there are come to
+// some kilobytes.
+const maxConfig = 1 << 20
+
 // readConfig reads the named file, which must exist, or else the first of
 // configPaths that does. A key it does not know is an error: a misspelt one
 // would otherwise be a setting that silently has no effect.
@@ -105,7 +111,10 @@ func readConfig(path string, known map[string]bool) (configFile, error) {
 	}
 	for _, p := range paths {
 		f := configFile{path: p}
-		b, err := os.ReadFile(p)
+		b, err := vfs.ReadFile(vfs.OS, p, maxConfig)
+		if p == os.DevNull {
+			b, err = nil, nil // as one says that there is to be none
+		}
 		if errors.Is(err, fs.ErrNotExist) && path == "" {
 			continue
 		}

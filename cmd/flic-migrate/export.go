@@ -100,7 +100,7 @@ func (e *exportCmd) header(c *checkpoint.Checkpoint) (h *saveimage.Header, err e
 	l := c.Meta.Libvirt
 	switch {
 	case e.xml != "":
-		xml, err := os.ReadFile(e.xml)
+		xml, err := vfs.ReadFile(e.fs, e.xml, saveimage.MaxData)
 		if err != nil {
 			return nil, err
 		}

@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
@@ -215,9 +216,14 @@ func (w *output) Write(b []byte) (int, error) {
 
 // spoil makes sure that a QEMU that waits for a stream ends. An empty stream
 // leaves it in the state inmigrate for ever, without an event; a line that is no
-// stream makes it say so and exit.
+// stream makes it say so and exit. It does not wait: a pipe in which there is no room
+// for a line is not empty.
 func (w *output) spoil() {
-	if !w.used.Load() && !isTerminal(w.File) {
+	if w.used.Load() || isTerminal(w.File) {
+		return
+	}
+	fds := []unix.PollFd{{Fd: int32(w.Fd()), Events: unix.POLLOUT}}
+	if n, err := unix.Poll(fds, 0); err == nil && n == 1 && fds[0].Revents&unix.POLLOUT != 0 {
 		w.File.WriteString("flic-migrate: restore failed\n")
 	}
 }

@@ -5,7 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
+	"io"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
@@ -186,12 +186,16 @@ func explainNVRAM(err error) error {
 }
 
 func readWorkingSet(path string) (*workingset.Set, error) {
-	f, err := os.Open(path)
+	f, err := vfs.OS.Open(path) // a FIFO would hold up the save, and the guest with it
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	ws, err := workingset.Read(f)
+	n, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	ws, err := workingset.Read(io.NewSectionReader(f, 0, n))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
