@@ -93,8 +93,8 @@ func (v *verifier) pages(r pagemap.Run) error {
 		r.Count = 1 // they are all in one place
 	}
 	at := r.Page
-	err := v.reader.Read(v.ctx, r, func(i uint64, _ source.Content) error {
-		at = r.Page + i + 1
+	err := v.reader.Read(v.ctx, r, func(i, n uint64, _ source.Content) error {
+		at = r.Page + i + n
 		return nil
 	})
 	if integrity.IsCorrupt(err) {

@@ -21,9 +21,9 @@ type pages struct {
 
 	run    pagemap.Run
 	send   sender
-	failed error                              // what send returned
-	fill   []byte                             // room for a page that lies nowhere as it is
-	take   func(uint64, source.Content) error // content, made once
+	failed error                                     // what send returned
+	fill   []byte                                    // room for a page that lies nowhere as it is
+	take   func(i, n uint64, c source.Content) error // content, made once
 }
 
 func newPages(c *checkpoint.Checkpoint, set *source.Set, cache *source.Cache) *pages {
@@ -47,8 +47,8 @@ func (p *pages) read(ctx context.Context, r pagemap.Run, send sender) error {
 	return fmt.Errorf("page %s: %w", p.c.PageName(at.Block, at.Number), err)
 }
 
-// content is given the run's i-th page.
-func (p *pages) content(i uint64, c source.Content) error {
+// content is given the run's pages from the i-th on, n of them, which hold the same.
+func (p *pages) content(i, n uint64, c source.Content) error {
 	data := c.Data
 	switch {
 	case c.Zero():
@@ -59,6 +59,10 @@ func (p *pages) content(i uint64, c source.Content) error {
 		}
 		data = p.fill
 	}
-	p.failed = p.send(p.run.Block, p.run.Page+i, data)
-	return p.failed
+	for page := p.run.Page + i; page < p.run.Page+i+n; page++ {
+		if p.failed = p.send(p.run.Block, page, data); p.failed != nil {
+			return p.failed
+		}
+	}
+	return nil
 }

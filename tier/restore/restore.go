@@ -75,10 +75,10 @@ type replayer struct {
 	rep   Report
 	total int64
 
-	block    int                                    // of the last record, for CONTINUE; -1 before the first
-	run      pagemap.Run                            // that is being written
-	named    bool                                   // its first record carries the block's name
-	write    func(i uint64, c source.Content) error // r.page
+	block    int                                       // of the last record, for CONTINUE; -1 before the first
+	run      pagemap.Run                               // that is being written
+	named    bool                                      // its first record carries the block's name
+	write    func(i, n uint64, c source.Content) error // r.records
 	zeroPage []byte
 	tick     time.Time
 }
@@ -89,7 +89,7 @@ const outBuffer = 256 << 10
 
 func newReplayer(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) *replayer {
 	r := &replayer{ctx: ctx, c: c, w: w, o: o, block: -1, zeroPage: make([]byte, c.Meta.PageSize)}
-	r.buf, r.write = make([]byte, 0, outBuffer), r.page
+	r.buf, r.write = make([]byte, 0, outBuffer), r.records
 	for _, n := range c.Meta.BlockPages() {
 		r.total += int64(n)
 	}
@@ -131,33 +131,37 @@ func (r *replayer) Pages(block int, page, count uint64, named bool) error {
 	return nil
 }
 
-// page writes the record of the run's i-th page.
-func (r *replayer) page(i uint64, c source.Content) error {
+// records writes the records of n pages, which hold the same, from the run's i-th on.
+func (r *replayer) records(i, n uint64, c source.Content) error {
+	size := r.c.Meta.PageSize
+	name := ""
 	// A record of a page whose block is not the last record's must carry
 	// the name, even where the saved stream did not need it because of
 	// records that are left out now.
-	name := ""
 	if r.named && i == 0 || r.run.Block != r.block {
 		name = r.c.Meta.Blocks[r.run.Block].Name
 	}
 	r.block = r.run.Block
-	// Largest head: be64, u8, name.
-	if err := r.room(8 + 256 + r.c.Meta.PageSize + 64); err != nil {
-		return err
-	}
-	addr := (r.run.Page + i) * uint64(r.c.Meta.PageSize)
-	switch c.Form {
-	case source.Filled:
-		r.buf = ramparse.AppendZero(r.buf, name, addr, c.Fill)
-	case source.Zeros:
-		r.buf = ramparse.AppendPage(r.buf, name, addr, r.zeroPage)
-	case source.Deflated:
-		r.buf = ramparse.AppendCompressed(r.buf, name, addr, c.Data)
-	default:
-		r.buf = ramparse.AppendPage(r.buf, name, addr, c.Data)
-	}
-	if r.rep.Pages++; r.rep.Pages%1024 == 0 {
-		r.progress()
+	for page := r.run.Page + i; page < r.run.Page+i+n; page++ {
+		// Largest head: be64, u8, name.
+		if err := r.room(8 + 256 + size + 64); err != nil {
+			return err
+		}
+		addr := page * uint64(size)
+		switch c.Form {
+		case source.Filled:
+			r.buf = ramparse.AppendZero(r.buf, name, addr, c.Fill)
+		case source.Zeros:
+			r.buf = ramparse.AppendPage(r.buf, name, addr, r.zeroPage)
+		case source.Deflated:
+			r.buf = ramparse.AppendCompressed(r.buf, name, addr, c.Data)
+		default:
+			r.buf = ramparse.AppendPage(r.buf, name, addr, c.Data)
+		}
+		name = ""
+		if r.rep.Pages++; r.rep.Pages%1024 == 0 {
+			r.progress()
+		}
 	}
 	return nil
 }

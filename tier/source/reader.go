@@ -70,7 +70,7 @@ type Reader struct {
 	run   pagemap.Run
 	done  uint64 // pages of the whole run before it
 	page  Page
-	fn    func(i uint64, c Content) error
+	fn    func(i, n uint64, c Content) error
 	pages func() error // readPages
 
 	slots struct{ reads, first, last uint64 } // since slots were let go
@@ -140,10 +140,9 @@ func find(list []Need, n Need) int {
 	return -1
 }
 
-// Read calls fn with the content of each page of a run, in order; i counts from 0.
-// fn must not ask this Reader for more. Content of pages that are all in one place is
-// read once.
-func (rd *Reader) Read(ctx context.Context, r pagemap.Run, fn func(i uint64, c Content) error) error {
+// Read calls fn with the content of all pages of a run, in order: that of n pages, all
+// alike, from the run's i-th on. fn must not ask this Reader for more.
+func (rd *Reader) Read(ctx context.Context, r pagemap.Run, fn func(i, n uint64, c Content) error) error {
 	rd.row, rd.fn, rd.done = rd.set.Row(r.Kind), fn, 0
 	for {
 		needs, n := rd.set.Stretch(r, rd.room[:])
@@ -171,16 +170,17 @@ func (rd *Reader) Read(ctx context.Context, r pagemap.Run, fn func(i uint64, c C
 
 // readPages reads the pages of the stretch.
 func (rd *Reader) readPages() error {
-	var c Content
-	for i := range rd.run.Count {
-		if i == 0 || rd.run.Step != 0 {
-			rd.page.Number = rd.run.Page + i
-			var err error
-			if c, err = rd.row.Content(rd, rd.run.Entry(i)); err != nil {
-				return err
-			}
+	n := uint64(1)
+	if rd.run.Step == 0 {
+		n = rd.run.Count
+	}
+	for i := uint64(0); i < rd.run.Count; i += n {
+		rd.page.Number = rd.run.Page + i
+		c, err := rd.row.Content(rd, rd.run.Entry(i))
+		if err != nil {
+			return err
 		}
-		if err := rd.fn(rd.done+i, c); err != nil {
+		if err := rd.fn(rd.done+i, n, c); err != nil {
 			return err
 		}
 	}
@@ -190,7 +190,7 @@ func (rd *Reader) readPages() error {
 // Copy puts the bytes of a page with entry e into dst.
 func (rd *Reader) Copy(ctx context.Context, dst []byte, p Page, e pagemap.Entry) error {
 	run := pagemap.Run{Block: p.Block, Page: p.Number, Count: 1, Kind: e.Kind(), First: e.Value()}
-	return rd.Read(ctx, run, func(_ uint64, c Content) error { return c.Copy(dst) })
+	return rd.Read(ctx, run, func(_, _ uint64, c Content) error { return c.Copy(dst) })
 }
 
 // Have tells whether a page's bytes can be had without decoding anything.

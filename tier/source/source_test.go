@@ -211,11 +211,11 @@ func TestReader(t *testing.T) {
 		next := uint64(0)
 		err := m.Runs(func(r pagemap.Run) error {
 			next = 0
-			return rd.Read(t.Context(), r, func(i uint64, c source.Content) error {
-				if i != next {
-					t.Fatalf("page %d of %+v comes in place of %d", i, r, next)
+			return rd.Read(t.Context(), r, func(i, n uint64, c source.Content) error {
+				if i != next || n == 0 || n > 1 && r.Step != 0 {
+					t.Fatalf("%d pages from %d on of %+v come in place of %d", n, i, r, next)
 				}
-				next++
+				next += n
 				e := model[r.Block][r.Page+i]
 				if err := c.Copy(page); err != nil || !bytes.Equal(page, want(e)) {
 					t.Fatalf("%v %d: wrong content, %v", e.Kind(), e.Value(), err)
@@ -283,7 +283,7 @@ func TestPlanned(t *testing.T) {
 		})
 		page := make([]byte, pageSize)
 		for _, r := range runs {
-			err := rd.Read(t.Context(), r, func(i uint64, c source.Content) error {
+			err := rd.Read(t.Context(), r, func(i, _ uint64, c source.Content) error {
 				if err := c.Copy(page); err != nil || !bytes.Equal(page, want(model[r.Block][r.Page+i])) {
 					t.Fatalf("wrong content, %v", err)
 				}
