@@ -13,6 +13,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
 // placer decides where a page's content goes, once for each record:
@@ -42,7 +43,7 @@ type placer struct {
 	index      *dedup.Index
 	chunkPages int
 	last       placed // the page before, for chunks of two
-	recent     segmentCache
+	back       *readback
 	pairBuf    []byte // the chunk in hand
 	fetchBuf   []byte // the stored one that Find compares it with
 
@@ -78,6 +79,7 @@ func newPlacer(t target, pageSize, chunkPages, sample, maxHashes int) *placer {
 		zero: make([]byte, pageSize), scratch: make([]byte, pageSize),
 		pairBuf: make([]byte, chunkPages*pageSize), fetchBuf: make([]byte, chunkPages*pageSize),
 	}
+	p.back = newReadback(p)
 	p.index = dedup.New(chunkPages*pageSize, sample, maxHashes, p)
 	if t.region != nil {
 		n := t.region.Slots()
@@ -127,17 +129,17 @@ func (p *placer) set(block int, page uint64, e pagemap.Entry) {
 	if old == e {
 		return
 	}
-	if e.Kind() == pagemap.NVRAM {
+	if inNVRAM(e) {
 		p.users[e.Value()]++
 	}
-	switch old.Kind() {
-	case pagemap.NVRAM:
+	switch {
+	case inNVRAM(old):
 		p.count.Superseded++
 		// Slots that were taken back are not there any more.
 		if p.users[old.Value()]--; p.users[old.Value()] == 0 && old.Value() < uint64(len(p.slots)) {
 			p.free = append(p.free, int(old.Value()))
 		}
-	case pagemap.Flash:
+	case inFlash(old):
 		p.count.Superseded++
 		p.count.SupersededFlash++
 	}
@@ -172,7 +174,7 @@ func (p *placer) page(block int, page uint64, data []byte) error {
 // rewrite puts a page that has an NVRAM slot of its own into it again.
 func (p *placer) rewrite(block int, page uint64, data []byte) (done bool, err error) {
 	e := p.to.pages.Get(block, page)
-	if e.Kind() != pagemap.NVRAM || p.users[e.Value()] > 1 {
+	if !inNVRAM(e) || p.users[e.Value()] > 1 {
 		return false, nil
 	}
 	p.last.ok = false
@@ -190,7 +192,7 @@ func (p *placer) single(block int, page uint64, data []byte, hot bool) error {
 	e := placeEntry(at)
 	// A hot page that equals a cold one is stored a second time: what the
 	// guest waits for must not be on flash.
-	if found && !(hot && e.Kind() == pagemap.Flash) {
+	if found && !(hot && inFlash(e)) {
 		p.share(block, page, e)
 		return nil
 	}
@@ -237,11 +239,11 @@ func (p *placer) paired(block int, page uint64, data []byte, hot bool) error {
 	switch {
 	case !found:
 		p.index.Add(pending, entryPlace(first.entry))
-	case known.Kind() == pagemap.NVRAM || e.Kind() == pagemap.Flash:
+	case inNVRAM(known) || inFlash(e):
 		p.takeBack()
 		for i, pg := range []uint64{first.page, page} {
 			p.count.Superseded-- // nothing was stored after all
-			if e.Kind() == pagemap.Flash {
+			if inFlash(e) {
 				p.count.SupersededFlash--
 			}
 			p.share(block, pg, known+pagemap.Entry(i))
@@ -252,7 +254,7 @@ func (p *placer) paired(block int, page uint64, data []byte, hot bool) error {
 
 // canTakeBack tells whether the pair that starts at e can still be removed.
 func (p *placer) canTakeBack(e pagemap.Entry) bool {
-	if e.Kind() == pagemap.NVRAM {
+	if inNVRAM(e) {
 		return e.Value()+2 == uint64(len(p.slots)) // and not slots used again
 	}
 	return p.seg != nil && e.Value() >= uint64(p.seg.Number)*uint64(p.segmentPages())
@@ -260,7 +262,7 @@ func (p *placer) canTakeBack(e pagemap.Entry) bool {
 
 // takeBack frees the two slots that were given out last.
 func (p *placer) takeBack() {
-	if p.last.entry.Kind() == pagemap.NVRAM {
+	if inNVRAM(p.last.entry) {
 		p.slots = p.slots[:len(p.slots)-2]
 		return
 	}
@@ -269,8 +271,13 @@ func (p *placer) takeBack() {
 
 // pair is the content of the two slots from e on.
 func (p *placer) pair(e pagemap.Entry) ([]byte, error) {
+	if inFlash(e) {
+		// It can be taken back, so it is in the open segment.
+		i := int(e.Value()-uint64(p.seg.Number)*uint64(p.segmentPages())) * p.pageSize
+		return p.seg.Data[i : i+2*p.pageSize], nil
+	}
 	for i := range 2 {
-		if err := p.content(p.pairBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagemap.Entry(i)); err != nil {
+		if err := p.back.content(p.pairBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagemap.Entry(i)); err != nil {
 			return nil, err
 		}
 	}
@@ -390,21 +397,10 @@ func (p *placer) report(r *checkpoint.Report) {
 	c := &p.count
 	r.NonZeroBytes, r.Duplicate, r.Surplus = c.NonZeroBytes, c.Duplicate, c.Surplus
 	r.Superseded, r.SupersededFlash = c.Superseded, c.SupersededFlash
+	var n source.Counts
 	p.to.pages.Runs(func(run pagemap.Run) error {
-		n := int64(run.Count)
-		switch run.Kind {
-		case pagemap.Fill:
-			if run.First == 0 {
-				r.Zero += n
-			}
-		case pagemap.ZeroData:
-			r.Zero += n
-			r.ZeroAsData += n
-		case pagemap.NVRAM:
-			r.Hot += n
-		case pagemap.Flash:
-			r.Cold += n
-		}
+		source.Default.Count(&n, run)
 		return nil
 	})
+	r.Zero, r.ZeroAsData, r.Hot, r.Cold = n.Zero, n.ZeroAsData, n.Hot, n.Cold
 }

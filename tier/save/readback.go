@@ -1,74 +1,97 @@
 package save
 
 import (
+	"context"
 	"errors"
 
-	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 )
+
+// cachedSegments is how many segments that were read back are kept.
+const cachedSegments = 16
+
+// readback gives a placer what it has placed. It is the sources of a checkpoint that
+// is still being written: what lies in the placer's and the writer's buffers comes
+// from there, and all else by way of the file.
+type readback struct {
+	p      *placer
+	reader *source.Reader
+	lent   image.Segment
+	slot   []byte // a page from NVRAM
+}
+
+func newReadback(p *placer) *readback {
+	b := &readback{p: p, slot: make([]byte, p.pageSize)}
+	set := &source.Set{
+		Facts: source.Facts{PageSize: p.pageSize, SegmentPages: uint64(p.segmentPages())},
+		Table: source.Default, Backing: b,
+	}
+	b.reader = set.NewReader(source.NewCache(b.Fetch, cachedSegments))
+	return b
+}
+
+// Lend implements source.Lender: most segments that are asked for are still in a
+// buffer.
+func (b *readback) Lend(n source.Need) *image.Segment {
+	var data []byte
+	if seg := b.p.seg; seg != nil && n.Number == seg.Number {
+		data = seg.Data
+	} else if data = b.p.to.img.Recent(n.Number); data == nil {
+		return nil
+	}
+	b.lent.Lend(n.Number, data, b.p.pageSize)
+	return &b.lent
+}
+
+// Fetch implements source.Backing. An open segment of records has to leave first.
+func (b *readback) Fetch(st *image.Stored, n source.Need) error {
+	if r := b.p.records; r != nil && n.Number == r.Number {
+		if err := b.p.submitRecords(); err != nil {
+			return err
+		}
+	}
+	return b.p.to.img.FetchSegment(st, n.Number)
+}
+
+// Slot implements source.Backing. What is being written is read with read(2): its
+// checksum is not durable yet, and a fault in a mapping would be a read error.
+func (b *readback) Slot(slot uint64, _ source.Page) ([]byte, error) {
+	return b.slot, b.p.to.region.ReadPage(int(slot), b.slot)
+}
+
+// Guard implements source.Backing: nothing is mapped.
+func (b *readback) Guard(fn func() error) error { return fn() }
+
+// Drop implements source.Backing.
+func (b *readback) Drop(uint64, uint64) {}
+
+// content copies what entry e stands for into dst. It never waits for anything but
+// the image's writer, which has an end.
+func (b *readback) content(dst []byte, e pagemap.Entry) error {
+	return b.reader.Copy(context.Background(), dst, source.Page{}, e)
+}
 
 // read copies what a page holds so far into dst; zeros if it has not come.
 func (p *placer) read(dst []byte, block int, page uint64) error {
-	return p.content(dst, p.to.pages.Get(block, page))
+	return p.back.content(dst, p.to.pages.Get(block, page))
 }
 
-// content copies the content of a page with entry e into dst.
-func (p *placer) content(dst []byte, e pagemap.Entry) error {
-	switch e.Kind() {
-	case pagemap.Absent, pagemap.ZeroData:
-		clear(dst)
-		return nil
-	case pagemap.Fill:
-		for i := range dst {
-			dst[i] = byte(e.Value())
-		}
-		return nil
-	case pagemap.NVRAM:
-		return p.to.region.ReadPage(int(e.Value()), dst)
-	}
-	n, i := uint32(e.Value()/uint64(p.segmentPages())), int(e.Value()%uint64(p.segmentPages()))
-	if data := p.inMemory(n); data != nil {
-		copy(dst, data[i*p.pageSize:(i+1)*p.pageSize])
-		return nil
-	}
-	if p.records != nil && n == p.records.Number {
-		if err := p.submitRecords(); err != nil {
-			return err
-		}
-	}
-	seg, err := p.recent.get(p.to.img, n)
-	if err != nil {
-		return err
-	}
-	if seg.Kind == image.Records {
-		payload, err := seg.Record(i)
-		if err != nil {
-			return err
-		}
-		return ramparse.Inflate(dst, payload)
-	}
-	b, err := seg.Page(i)
-	copy(dst, b)
-	return err
-}
-
-// inMemory is the content of a PAGES segment that is open or whose buffer has
-// not been used again, which spares most fetches the way over the file.
-func (p *placer) inMemory(n uint32) []byte {
-	if p.seg != nil && n == p.seg.Number {
-		return p.seg.Data
-	}
-	return p.to.img.Recent(n)
+// stored tells whether a page has content in a tier: its source is not the entry
+// alone.
+func (p *placer) stored(block int, page uint64) bool {
+	e := p.to.pages.Get(block, page)
+	return source.Default.Row(e.Kind()).Form == source.Whole
 }
 
 // Fetch implements dedup.Source.
 func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
 	e := placeEntry(at)
 	for i := range p.chunkPages {
-		err := p.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagemap.Entry(i))
+		err := p.back.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagemap.Entry(i))
 		if errors.Is(err, loose.ErrGone) {
 			err = dedup.ErrGone
 		}
@@ -83,7 +106,7 @@ func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
 // something else, and one that nobody uses will.
 func (p *placer) Stale(at dedup.Place) bool {
 	e := placeEntry(at)
-	if e.Kind() != pagemap.NVRAM {
+	if !inNVRAM(e) {
 		return false
 	}
 	for i := range uint64(p.chunkPages) {
@@ -94,11 +117,17 @@ func (p *placer) Stale(at dedup.Place) bool {
 	return false
 }
 
+// The placer gives out slots of two tiers, and keeps books of each. What an entry of
+// any kind stands for is the sources' to say.
+
+func inNVRAM(e pagemap.Entry) bool { return e.Kind() == pagemap.NVRAM }
+func inFlash(e pagemap.Entry) bool { return e.Kind() == pagemap.Flash }
+
 // A dedup.Place is a slot and, in bit 0, whether it is one of flash.
 
 func entryPlace(e pagemap.Entry) dedup.Place {
 	at := dedup.Place(e.Value() << 1)
-	if e.Kind() == pagemap.Flash {
+	if inFlash(e) {
 		at |= 1
 	}
 	return at
@@ -109,28 +138,4 @@ func placeEntry(at dedup.Place) pagemap.Entry {
 		return pagemap.Make(pagemap.Flash, uint64(at>>1))
 	}
 	return pagemap.Make(pagemap.NVRAM, uint64(at>>1))
-}
-
-// segmentCache keeps the segments that were read back last. What get returns is
-// valid until the next get.
-type segmentCache struct {
-	reader image.SegmentReader
-	slots  [cachedSegments]*image.Segment
-	next   int
-}
-
-const cachedSegments = 16
-
-func (c *segmentCache) get(w *image.Writer, n uint32) (*image.Segment, error) {
-	for _, s := range c.slots {
-		if s != nil && s.Number == n {
-			return s, nil
-		}
-	}
-	oldest := &c.slots[c.next]
-	c.next = (c.next + 1) % len(c.slots)
-	c.reader.Recycle(*oldest)
-	s, err := w.ReadSegment(&c.reader, n)
-	*oldest = s // nil if it failed
-	return s, err
 }

@@ -119,12 +119,6 @@ func appendPage(runs []workingset.PageRun, block int, page uint64) []workingset.
 	return append(runs, workingset.PageRun{Block: block, Page: page, Count: 1})
 }
 
-// stored tells whether a page has content in a tier.
-func (p *placer) stored(block int, page uint64) bool {
-	k := p.to.pages.Get(block, page).Kind()
-	return k == pagemap.NVRAM || k == pagemap.Flash
-}
-
 // promote moves pages from flash to NVRAM. Their flash slots stay, for nobody or
 // for pages that share them. If there is no room, pages of the lowest heat that
 // is in NVRAM make some.
@@ -137,7 +131,7 @@ func (p *placer) promote(runs []workingset.PageRun) (moved bool, err error) {
 	for _, r := range runs {
 		for page := r.Page; page < r.Page+r.Count; page++ {
 			e := p.to.pages.Get(r.Block, page)
-			if e.Kind() != pagemap.Flash {
+			if !inFlash(e) {
 				continue
 			}
 			if !p.room() {
@@ -148,7 +142,7 @@ func (p *placer) promote(runs []workingset.PageRun) (moved bool, err error) {
 					break
 				}
 			}
-			if err := p.content(p.scratch, e); err != nil {
+			if err := p.back.content(p.scratch, e); err != nil {
 				return moved, err
 			}
 			slot := p.takeSlot()
@@ -176,7 +170,7 @@ func (p *placer) demote(before int) (int, error) {
 		if p.users[slot] != 1 || p.to.pages.Get(block, page) != e || p.to.hot.ws.Heat(block, int64(page)) > p.to.hot.min {
 			continue
 		}
-		if err := p.content(p.scratch, e); err != nil {
+		if err := p.back.content(p.scratch, e); err != nil {
 			return 0, err
 		}
 		e, err := p.store(block, page, p.scratch, false)
