@@ -135,8 +135,15 @@ func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store
 		return store.Ref{}, nil, err
 	}
 	defer in.Close()
+	// A plain file knows no deadlines, and a QEMU that reads no answer would be waited
+	// for.
+	out, err := pipe.NewWriter(f)
+	if err != nil {
+		return store.Ref{}, nil, err
+	}
+	defer out.Close()
 	so := o.Save
-	so.ReturnPath = f
+	so.ReturnPath = out
 	if before.Running {
 		so.RunState = before.Status
 	}
