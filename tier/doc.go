@@ -1,19 +1,7 @@
-// Package tier saves a migration stream as a checkpoint in two tiers and gives
-// it back: FLIC's hot pages raw in an NVRAM file, everything else compressed in
-// a flash image.
+// Package tier holds the tests of what its engines do together: a stream saved,
+// restored, damaged, cut off. The engines are save, restore and lazy: a migration
+// stream becomes a checkpoint in two tiers, FLIC's hot pages raw in an NVRAM file and
+// all else compressed in a flash image, and a checkpoint a stream again.
 //
-//	save:    stdin ─► feed ─► stream.Reader ─► ramparse.Decoder ─► placer ─┬─► nvram.Region
-//	                 (holds     (frames)         (page records)   (zero,   └─► image.Writer
-//	                  back)        │                               dedup,          ▲
-//	                               └── everything else ─► skeleton hot) ───────────┘
-//	                                                      page map ────────────────┘
-//	         … RAM durable ─► device tail ─► footer ─► fsync ─► rename ─► SHUT
-//
-//	restore: checkpoint ─► skeleton.Play ─► replayer ─► stdout
-//	              └─► planner ─► workers (decompress) ─┘
-//
-// The packages below it, by noun: store (names, locks, commit), checkpoint (the
-// read side), image (the flash image), loose (images that are in no store), nvram
-// (the NVRAM file), pagemap, skeleton, dedup, workingset, integrity (the checksum,
-// and the error of all that fail it), and vfs, through which all of them write.
+// docs/architecture.md has the rooms below tier and the two flows through them.
 package tier
