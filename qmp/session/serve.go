@@ -50,7 +50,7 @@ func (s *LazyServer) Serve(ctx context.Context, st *store.Store, c *store.Checkp
 	blocks := c.Meta.WorkingSetBlocks()
 	var ends lateEnds
 	lo := lazy.Options{
-		HoldBackground: s.Learn, MaxHold: 10 * s.Learn, Log: s.Log, Progress: s.Progress,
+		HoldBackground: s.Learn, MaxHold: 10 * s.Learn, Progress: s.Progress,
 		Begin: func() error {
 			e, err := s.Begin()
 			ends = lateEnds{e.In, e.Out, e.Resize}

@@ -172,7 +172,8 @@ func (p *pump) neighbours(ctx context.Context, d demand, n uint64) error {
 		if err != nil {
 			return err
 		}
-		if run.Count = 1; !p.asked.rd.Have(run) {
+		// One that can't be read is refused when it is its turn.
+		if run.Count = 1; !p.asked.rd.Have(run) || p.c.Readable(run) != nil {
 			continue
 		}
 		// Whether the guest touches it can't be seen any more once it is sent.

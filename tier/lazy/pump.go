@@ -3,7 +3,6 @@ package lazy
 import (
 	"context"
 	"io"
-	"log/slog"
 	"sync/atomic"
 	"time"
 
@@ -67,9 +66,6 @@ const (
 )
 
 func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, start time.Time) *pump {
-	if o.Log == nil {
-		o.Log = slog.New(slog.DiscardHandler)
-	}
 	p := &pump{
 		c: c, out: out, ramID: ramID, o: o, start: start, named: -1,
 		blocks: make(map[string]int), demands: make(chan demand, maxDemands),

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"time"
 
@@ -45,7 +44,6 @@ type Options struct {
 	// quick; may be nil. It stops when the server is held up, by a store that does
 	// not answer or a QEMU that does not read.
 	Progress func(Progress)
-	Log      *slog.Logger // nil: none
 }
 
 func (o *Options) begin() error {

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
@@ -114,6 +115,30 @@ func TestUnknownSource(t *testing.T) {
 	for _, id := range toys {
 		isToy[id] = true
 	}
+	t.Run("beside a demanded page", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			d := newFakeQEMU(s)
+			var asked []tiertest.PageID
+			d.onRun = func() {
+				for _, id := range toys[:20] {
+					if id.Page ^= 1; !isToy[id] {
+						asked = append(asked, id)
+						check(t, d.ask(id))
+					}
+				}
+				synctest.Wait()
+			}
+			d.run(t, t.Context(), lazy.Serve, lazy.Options{HoldBackground: time.Hour, MaxHold: time.Minute})
+			if len(asked) < 5 {
+				t.Fatalf("only %d pages were asked for", len(asked))
+			}
+			for _, id := range asked {
+				if !d.got[id] {
+					t.Errorf("page %v has not come", id)
+				}
+			}
+		})
+	})
 	for _, asked := range []tiertest.PageID{{Block: -1}, toys[0], toys[len(toys)-1]} {
 		synctest.Test(t, func(t *testing.T) {
 			d := newFakeQEMU(s)
