@@ -187,10 +187,10 @@ func (b backing) Slot(slot uint64, want source.Page) ([]byte, error) {
 }
 
 // Guard implements source.Backing.
-func (b backing) Guard(fn func() error) error { return b.c.GuardNVRAM(fn) }
+func (b backing) Guard(fn func() error) error { return b.c.guard(fn) }
 
 // Drop implements source.Backing.
-func (b backing) Drop(first, n uint64) { b.c.DropNVRAM(first, n) }
+func (b backing) Drop(first, n uint64) { b.c.region.DontNeed(int(first), int(n)) }
 
 // PageName names a page for messages: block name and byte offset in it.
 func (c *Checkpoint) PageName(block int, page uint64) string {
@@ -230,19 +230,9 @@ func (c *Checkpoint) SkeletonChunks(first, end int, p skeleton.Player) error {
 	return nil
 }
 
-// NVRAMPage returns the content of an NVRAM slot from the mapping, checked,
-// without a copy: read only, valid until Close. The page is the one it is
-// wanted for, for the error. Who uses the content later than at once does so
-// inside GuardNVRAM.
-func (c *Checkpoint) NVRAMPage(slot uint64, block int, page uint64) (b []byte, err error) {
-	err = c.region.Guard(func() error {
-		b, err = c.slot(slot, block, page)
-		return err
-	})
-	return b, err
-}
-
-// slot is NVRAMPage inside of GuardNVRAM.
+// slot returns the content of an NVRAM slot from the mapping, checked, without a copy:
+// read only, valid until Close. The page is the one it is wanted for, for the error.
+// It is called, and the content used, inside guard.
 func (c *Checkpoint) slot(slot uint64, block int, page uint64) ([]byte, error) {
 	b := c.region.Page(int(slot))
 	if integrity.Checksum(b) != c.part.Slots[slot].CRC {
@@ -252,17 +242,14 @@ func (c *Checkpoint) slot(slot uint64, block int, page uint64) ([]byte, error) {
 	return b, nil
 }
 
-// GuardNVRAM runs fn, which reads NVRAM pages in the calling goroutine, and
-// turns a fault of the mapping into an error.
-func (c *Checkpoint) GuardNVRAM(fn func() error) error {
+// guard runs fn, which reads NVRAM pages in the calling goroutine, and turns a fault
+// of the mapping into an error.
+func (c *Checkpoint) guard(fn func() error) error {
 	if c.region == nil {
 		return fn()
 	}
 	return c.region.Guard(fn)
 }
-
-// DropNVRAM takes slots that have been used out of the process's memory.
-func (c *Checkpoint) DropNVRAM(first, n uint64) { c.region.DontNeed(int(first), int(n)) }
 
 // NVRAMSlots describes the NVRAM part's slots, in prefetch order.
 func (c *Checkpoint) NVRAMSlots() []NVRAMSlot {

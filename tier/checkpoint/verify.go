@@ -152,11 +152,14 @@ func (v *verifier) unused() error {
 		if v.ctx.Err() != nil {
 			return context.Cause(v.ctx)
 		}
-		_, err := v.c.NVRAMPage(uint64(slot), int(owner.Block), owner.Page)
+		err := v.c.guard(func() error {
+			_, err := v.c.slot(uint64(slot), int(owner.Block), owner.Page)
+			return err
+		})
 		if err := v.report(err); err != nil {
 			return err
 		}
-		v.c.DropNVRAM(uint64(slot), 1)
+		v.c.region.DontNeed(slot, 1)
 	}
 	return nil
 }

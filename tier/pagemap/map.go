@@ -50,7 +50,7 @@ type Source struct {
 }
 
 // NewMap returns a Map of what is in s. The only errors are Starts that can't
-// be: those of chunks come when they are used, or all with LoadAll.
+// be: those of chunks come when they are used.
 func NewMap(s Source) (*Map, error) {
 	m := &Map{
 		pages: s.Pages, starts: s.Starts, read: s.Read, check: s.Check, bad: s.Bad,
@@ -178,6 +178,3 @@ func (m *Map) Runs(fn func(Run) error) error {
 	}
 	return nil
 }
-
-// LoadAll decodes and checks the whole map.
-func (m *Map) LoadAll() error { return m.Runs(func(Run) error { return nil }) }

@@ -66,15 +66,6 @@ func (o *Order) Things() uint64 { return o.bases[len(o.bases)-1] }
 // Thing numbers what can be needed through all spaces.
 func (o *Order) Thing(n Need) uint64 { return o.bases[n.Space] + uint64(n.Number) }
 
-// Need is what a number stands for.
-func (o *Order) Need(thing uint64) Need {
-	space := 0
-	for thing >= o.bases[space+1] {
-		space++
-	}
-	return Need{Space(space), uint32(thing - o.bases[space])}
-}
-
 // Stretches calls fn with each stretch whose first need is a thing, in page order.
 func (o *Order) Stretches(thing uint64, fn func(r pagemap.Run) error) error {
 	for _, page := range o.pages[o.starts[thing]:o.starts[thing+1]] {
