@@ -330,7 +330,10 @@ func (r *Region) giveBack(ctx context.Context, keep int) error {
 	if len(list) == 0 {
 		return nil
 	}
-	return r.f.locked(ctx, vfs.Exclusive, func() error { return r.f.free(list) })
+	if err := r.f.locked(ctx, vfs.Exclusive, func() error { return r.f.clearEntries(list) }); err != nil {
+		return err
+	}
+	return r.f.giveBack(ctx, r.f.groupsOf(list))
 }
 
 // Release gives all extents back and closes the region: the save has failed.
