@@ -3,7 +3,7 @@ package ramparse
 import "encoding/binary"
 
 // AppendSetup appends a MemSize record. A page size is written for blocks with
-// PageSize not 0, a GPA for those with HasGPA.
+// PageSize not 0, a GPA for those with one.
 func AppendSetup(dst []byte, s *Setup) []byte {
 	dst = binary.BigEndian.AppendUint64(dst, s.Total|flagMemSize)
 	for _, b := range s.Blocks {
@@ -12,8 +12,8 @@ func AppendSetup(dst []byte, s *Setup) []byte {
 		if b.PageSize != 0 {
 			dst = binary.BigEndian.AppendUint64(dst, b.PageSize)
 		}
-		if b.HasGPA {
-			dst = binary.BigEndian.AppendUint64(dst, b.GPA)
+		if b.GPA != nil {
+			dst = binary.BigEndian.AppendUint64(dst, *b.GPA)
 		}
 	}
 	return dst

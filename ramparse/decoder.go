@@ -291,7 +291,8 @@ func (d *Decoder) nextMemSize(c *stream.Cursor, rec *Record, v uint64) error {
 			if b, err = peek(8); err != nil {
 				return err
 			}
-			block.GPA, block.HasGPA = binary.BigEndian.Uint64(b), true
+			gpa := binary.BigEndian.Uint64(b)
+			block.GPA = &gpa
 			at += 8
 		}
 		index[block.Name] = len(s.Blocks)

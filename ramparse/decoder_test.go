@@ -154,7 +154,7 @@ func TestSetup(t *testing.T) {
 	with := func(b Block, pageSize uint64, gpa ...uint64) Block {
 		b.PageSize = pageSize
 		if len(gpa) > 0 {
-			b.GPA, b.HasGPA = gpa[0], true
+			b.GPA = &gpa[0]
 		}
 		return b
 	}
@@ -433,7 +433,7 @@ func FuzzDecoder(f *testing.F) {
 		f.Add(AppendEOS(AppendXBZRLE(AppendSetup(nil, s), "b", 0, []byte{0, 1, 'x'})), uint32(size), false)
 		f.Add(AppendEOS(AppendZero(AppendZero(AppendSetup(nil, s), "b", 0, 0), "a", 0, 9)), uint32(size), false)
 	}
-	shared := &Setup{Total: 8192, Blocks: []Block{{Name: "a", Used: 4096, PageSize: 2 << 20, GPA: 1 << 32, HasGPA: true}, {Name: "b", Used: 4096, HasGPA: true}}}
+	shared := &Setup{Total: 8192, Blocks: []Block{{Name: "a", Used: 4096, PageSize: 2 << 20, GPA: new(uint64(1 << 32))}, {Name: "b", Used: 4096, GPA: new(uint64)}}}
 	f.Add(AppendEOS(AppendZero(AppendSetup(nil, shared), "b", 0, 1)), uint32(4096), true)
 	f.Fuzz(func(t *testing.T, in []byte, pageSize uint32, ignoreShared bool) {
 		c := exact(in)

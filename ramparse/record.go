@@ -70,13 +70,13 @@ type Setup struct {
 }
 
 // Block is one of QEMU's RAM blocks. Blocks come in order of falling maximum
-// length, so main RAM need not be first, and its name depends on the machine.
+// length, so main RAM need not be first, and its name depends on the machine. It is
+// the tree's one type for them; checkpoints keep it as JSON.
 type Block struct {
-	Name     string // idstr, 1 to 255 bytes
-	Used     uint64 // bytes
-	PageSize uint64 // host page size in bytes if it is in the stream, or 0
-	GPA      uint64 // guest-physical address, if HasGPA
-	HasGPA   bool   // with the capability x-ignore-shared
+	Name     string  `json:"name"`                // idstr, 1 to 255 bytes
+	Used     uint64  `json:"used"`                // bytes
+	PageSize uint64  `json:"page_size,omitempty"` // host page size in bytes if it is in the stream, or 0
+	GPA      *uint64 `json:"gpa,omitempty"`       // guest-physical address: with the capability x-ignore-shared
 }
 
 // A Record is one element of the RAM section. Data and Raw point into the

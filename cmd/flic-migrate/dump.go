@@ -77,11 +77,8 @@ type dumpSection struct {
 }
 
 type dumpBlock struct {
-	Name     string  `json:"name"`
-	Used     uint64  `json:"used"`
-	PageSize uint64  `json:"page_size,omitempty"` // host page size, if in the stream
-	GPA      *uint64 `json:"gpa,omitempty"`
-	Pages    int     `json:"page_records"`
+	ramparse.Block
+	Pages int `json:"page_records"`
 }
 
 type dumpDevice struct {
@@ -219,11 +216,7 @@ func (d *dumper) record(dec *ramparse.Decoder, rec *ramparse.Record) error {
 	d.doc.Sections[d.section].Bytes += int64(len(rec.Raw))
 	if rec.Kind == ramparse.MemSize {
 		for _, b := range dec.Setup().Blocks {
-			block := dumpBlock{Name: b.Name, Used: b.Used, PageSize: b.PageSize}
-			if b.HasGPA {
-				block.GPA = &b.GPA
-			}
-			d.doc.Blocks = append(d.doc.Blocks, block)
+			d.doc.Blocks = append(d.doc.Blocks, dumpBlock{Block: b})
 		}
 	}
 	switch rec.Kind {

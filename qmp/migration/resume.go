@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/ramparse"
 )
 
 // Resume restores a saved VM into a QEMU that was started with
@@ -90,13 +91,7 @@ type ResumeOptions struct {
 // not checked.
 type Expect struct {
 	Machine string // QEMU's machine type, such as pc-q35-7.2
-	Blocks  []RAMBlock
-}
-
-// RAMBlock is one of QEMU's RAM blocks.
-type RAMBlock struct {
-	Name string
-	Used uint64 // bytes that a migration carries
+	Blocks  []ramparse.Block
 }
 
 // ResumeReport is what a resume did.
@@ -356,7 +351,7 @@ func CheckMachine(ctx context.Context, x qmp.Executor, want Expect) (more []stri
 	if err != nil {
 		return nil, err
 	}
-	have := make(map[string]RAMBlock)
+	have := make(map[string]ramparse.Block)
 	for _, b := range blocks {
 		have[b.Name] = b
 	}
@@ -393,18 +388,18 @@ func resizable(name string) bool { return strings.HasPrefix(name, "/rom@") }
 var ramblockLine = regexp.MustCompile(`(?m)^\s*(\S+)\s+\d+ \w+\s+0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+`)
 
 // RAMBlocks lists QEMU's RAM blocks. QMP has no command for that.
-func RAMBlocks(ctx context.Context, x qmp.Executor) ([]RAMBlock, error) {
+func RAMBlocks(ctx context.Context, x qmp.Executor) ([]ramparse.Block, error) {
 	text, err := qmp.HumanMonitor(ctx, x, "info ramblock")
 	if err != nil {
 		return nil, err
 	}
-	var blocks []RAMBlock
+	var blocks []ramparse.Block
 	for _, m := range ramblockLine.FindAllStringSubmatch(text, -1) {
 		used, err := strconv.ParseUint(m[2], 16, 64)
 		if err != nil {
 			return nil, err
 		}
-		blocks = append(blocks, RAMBlock{m[1], used})
+		blocks = append(blocks, ramparse.Block{Name: m[1], Used: used})
 	}
 	if len(blocks) == 0 {
 		return nil, fmt.Errorf("no block in QEMU's answer to info ramblock: %q", text)

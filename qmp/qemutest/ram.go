@@ -12,11 +12,12 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/ramparse"
 )
 
 // Block is one of QEMU's RAM blocks.
 type Block struct {
-	migration.RAMBlock
+	ramparse.Block
 	// Guest is the guest-physical address of its beginning. A block that the
 	// guest cannot see has none, and cannot be read by this package.
 	Guest  uint64
@@ -39,7 +40,7 @@ func (vm *VM) Blocks(ctx context.Context) ([]Block, error) {
 	}
 	blocks := make([]Block, len(named))
 	for i, b := range named {
-		blocks[i].RAMBlock = b
+		blocks[i].Block = b
 	}
 	flat, err := qmp.HumanMonitor(ctx, vm.QMP, "info mtree -f")
 	if err != nil {

@@ -157,10 +157,7 @@ func ResumePlan(c *store.Checkpoint, o ResumeOptions) migration.ResumeOptions {
 		NotPossible: lazy.Possible(c.Checkpoint),
 		RunState:    c.Meta.RunState,
 		Paused:      o.Paused,
-		Expect:      migration.Expect{Machine: c.Meta.Machine},
-	}
-	for _, b := range c.Meta.Blocks {
-		mo.Expect.Blocks = append(mo.Expect.Blocks, migration.RAMBlock{Name: b.Name, Used: b.Used})
+		Expect:      migration.Expect{Machine: c.Meta.Machine, Blocks: c.Meta.Blocks},
 	}
 	return mo
 }

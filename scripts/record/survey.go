@@ -109,7 +109,7 @@ func (s *survey) readRAM(c *stream.Cursor, d *ramparse.Decoder, p *pages) (*page
 		case ramparse.MemSize:
 			for _, b := range d.Setup().Blocks {
 				s.blocks = append(s.blocks, b.Name)
-				s.gpas = s.gpas || b.HasGPA
+				s.gpas = s.gpas || b.GPA != nil
 			}
 		case ramparse.Zero, ramparse.Page, ramparse.XBZRLE, ramparse.Compressed:
 			if p == nil {

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
@@ -75,7 +76,7 @@ func runChild(ctx context.Context, spec string) error {
 		return err
 	}
 	defer ck.Close()
-	main := slices.IndexFunc(ck.Meta.Blocks, func(b checkpoint.Block) bool { return b.Name == mainRAM })
+	main := slices.IndexFunc(ck.Meta.Blocks, func(b ramparse.Block) bool { return b.Name == mainRAM })
 	// Page tables, too, are to be asked for.
 	ck.Meta.PageTables = nil
 	rep, err := lazy.Serve(ctx, ck.Checkpoint, in, os.Stdout, lazy.Options{HoldBackground: forever})

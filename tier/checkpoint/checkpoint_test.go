@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
@@ -62,7 +63,7 @@ func TestNVRAMPart(t *testing.T) {
 // TestMeta refuses documents that describe nothing that can be.
 func TestMeta(t *testing.T) {
 	gpa := uint64(1 << 32)
-	good := Meta{Identity{VM: "vm", PageSize: 4096, NVRAM: &NVRAM{Path: "/n", Slots: 5, Bytes: 5 << 12}}, Bulk{Blocks: []Block{{Name: "a", Used: 4097, GPA: &gpa}, {Name: "b"}, {Name: "c", Used: 1 << 46}},
+	good := Meta{Identity{VM: "vm", PageSize: 4096, NVRAM: &NVRAM{Path: "/n", Slots: 5, Bytes: 5 << 12}}, Bulk{Blocks: []ramparse.Block{{Name: "a", Used: 4097, GPA: &gpa}, {Name: "b"}, {Name: "c", Used: 1 << 46}},
 		PageTables: []workingset.PageRun{{Page: 1, Count: 1}, {Block: 2, Page: 1 << 30, Count: 1 << 20}},
 		Libvirt:    &Libvirt{XML: "<domain/>"}}}
 	meta, identity, err := good.Documents()
@@ -83,10 +84,10 @@ func TestMeta(t *testing.T) {
 		"no page size":      func(m *Meta) { m.PageSize = 0 },
 		"negative":          func(m *Meta) { m.PageSize = -4096 },
 		"odd page size":     func(m *Meta) { m.PageSize = 4095 },
-		"too many blocks":   func(m *Meta) { m.Blocks = make([]Block, MaxBlocks+1) },
-		"block of no name":  func(m *Meta) { m.Blocks = []Block{{}} },
-		"block of 256":      func(m *Meta) { m.Blocks = []Block{{Name: strings.Repeat("x", 256)}} },
-		"huge block":        func(m *Meta) { m.Blocks = []Block{{Name: "a", Used: 1<<46 + 1}} },
+		"too many blocks":   func(m *Meta) { m.Blocks = make([]ramparse.Block, MaxBlocks+1) },
+		"block of no name":  func(m *Meta) { m.Blocks = []ramparse.Block{{}} },
+		"block of 256":      func(m *Meta) { m.Blocks = []ramparse.Block{{Name: strings.Repeat("x", 256)}} },
+		"huge block":        func(m *Meta) { m.Blocks = []ramparse.Block{{Name: "a", Used: 1<<46 + 1}} },
 		"negative in NVRAM": func(m *Meta) { m.NVRAM = &NVRAM{Slots: -1, Bytes: -4096} },
 		"bytes in NVRAM":    func(m *Meta) { m.NVRAM = &NVRAM{Slots: 2, Bytes: 4096} },
 		"huge page size":    func(m *Meta) { m.PageSize = 1 << 17 },
@@ -247,7 +248,7 @@ func FuzzNVRAMPart(f *testing.F) {
 // FuzzMeta parses anything. Whatever is accepted can be used, and written again.
 func FuzzMeta(f *testing.F) {
 	m := Meta{Identity{VM: "vm", PageSize: 4096, NVRAM: &NVRAM{Path: "/dev/pmem0", Slots: 3, Bytes: 3 << 12}, References: []uuid.UUID{{1}}},
-		Bulk{Blocks: []Block{{Name: "pc.ram", Used: 1 << 30, PageSize: 2 << 20}}, Capabilities: []string{"x-ignore-shared"},
+		Bulk{Blocks: []ramparse.Block{{Name: "pc.ram", Used: 1 << 30, PageSize: 2 << 20}}, Capabilities: []string{"x-ignore-shared"},
 			Libvirt: &Libvirt{XML: "<domain/>", Cookie: "<cookie/>"}}}
 	meta, identity, err := m.Documents()
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -67,7 +68,7 @@ type Bulk struct {
 // The lists of both documents have types of their own because each has its limit,
 // which is checked while it is decoded: {} is short and what it stands for is not.
 type (
-	blockList []Block
+	blockList []ramparse.Block
 	nameList  []string
 	runList   []workingset.PageRun
 	startList []pagemap.Start
@@ -114,14 +115,6 @@ func decodeList[L ~[]T, T any](l *L, b []byte, most int) error {
 		*l = append(*l, v)
 	}
 	return nil
-}
-
-// Block is a RAM block.
-type Block struct {
-	Name     string  `json:"name"`
-	Used     uint64  `json:"used"`                // bytes
-	PageSize uint64  `json:"page_size,omitempty"` // host page size, if the stream gave it
-	GPA      *uint64 `json:"gpa,omitempty"`       // guest-physical address, if the stream gave it
 }
 
 // NVRAM names the file that holds the NVRAM part.

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 )
 
@@ -177,26 +178,26 @@ func cmos(low, high uint64) device {
 
 func TestLayout(t *testing.T) {
 	const mib, gib = 1 << 20, 1 << 30
-	vga := Block{"vga.vram", 16 * mib}
+	vga := ramparse.Block{Name: "vga.vram", Used: 16 * mib}
 	for name, test := range map[string]struct {
 		machine string
-		blocks  []Block
+		blocks  []ramparse.Block
 		rtc     device
 		want    Layout
 	}{
-		"small":            {"pc-q35-7.2", []Block{vga, {"pc.ram", 128 * mib}}, cmos(128*mib, 0), Layout{{0, 128 * mib, 1, 0}}},
-		"odd size":         {"pc-q35-7.2", []Block{{"m0", 98312 << 10}, vga}, cmos(98312<<10, 0), Layout{{0, 98312 << 10, 0, 0}}},
-		"16 MiB":           {"pc-i440fx-7.2", []Block{{"pc.ram", 16 * mib}, {"x", 8 * mib}}, cmos(16*mib, 0), Layout{{0, 16 * mib, 0, 0}}},
-		"4 MiB":            {"microvm", []Block{{"x", 8 * mib}, {"microvm.ram", 4 * mib}}, cmos(4*mib, 0), Layout{{0, 4 * mib, 1, 0}}},
-		"4 GiB, q35":       {"pc-q35-7.2", []Block{{"pc.ram", 4 * gib}}, cmos(2*gib, 2*gib), Layout{{0, 2 * gib, 0, 0}, {4 * gib, 2 * gib, 0, 2 * gib}}},
-		"4 GiB, i440fx":    {"pc-i440fx-7.2", []Block{{"pc.ram", 4 * gib}}, cmos(3*gib, 1*gib), Layout{{0, 3 * gib, 0, 0}, {4 * gib, 1 * gib, 0, 3 * gib}}},
-		"odd size, 5 GiB":  {"pc-i440fx-7.2", []Block{{"pc.ram", 5*gib + 8192}}, cmos(3*gib, 2*gib+8192), Layout{{0, 3 * gib, 0, 0}, {4 * gib, 2*gib + 8192, 0, 3 * gib}}},
-		"virt":             {"virt-7.2", []Block{{"virt.flash0", 64 * mib}, {"mach-virt.ram", 48 * mib}}, device{}, Layout{{gib, 48 * mib, 1, 0}}},
-		"virt, own name":   {"virt-7.2", []Block{{"virt.flash0", 64 * mib}, vga, {"m0", 48 * mib}}, device{}, Layout{{gib, 48 * mib, 2, 0}}},
-		"two blocks":       {"pc-q35-7.2", []Block{{"m0", 64 * mib}, {"m1", 64 * mib}}, cmos(128*mib, 0), nil},
-		"guest wrote CMOS": {"pc-q35-7.2", []Block{{"pc.ram", 128 * mib}}, cmos(127*mib, 0), nil},
-		"no RTC":           {"pc-q35-7.2", []Block{{"pc.ram", 128 * mib}}, device{}, nil},
-		"virt, no RAM":     {"virt-7.2", []Block{{"virt.flash0", 64 * mib}}, device{}, nil},
+		"small":            {"pc-q35-7.2", []ramparse.Block{vga, {Name: "pc.ram", Used: 128 * mib}}, cmos(128*mib, 0), Layout{{0, 128 * mib, 1, 0}}},
+		"odd size":         {"pc-q35-7.2", []ramparse.Block{{Name: "m0", Used: 98312 << 10}, vga}, cmos(98312<<10, 0), Layout{{0, 98312 << 10, 0, 0}}},
+		"16 MiB":           {"pc-i440fx-7.2", []ramparse.Block{{Name: "pc.ram", Used: 16 * mib}, {Name: "x", Used: 8 * mib}}, cmos(16*mib, 0), Layout{{0, 16 * mib, 0, 0}}},
+		"4 MiB":            {"microvm", []ramparse.Block{{Name: "x", Used: 8 * mib}, {Name: "microvm.ram", Used: 4 * mib}}, cmos(4*mib, 0), Layout{{0, 4 * mib, 1, 0}}},
+		"4 GiB, q35":       {"pc-q35-7.2", []ramparse.Block{{Name: "pc.ram", Used: 4 * gib}}, cmos(2*gib, 2*gib), Layout{{0, 2 * gib, 0, 0}, {4 * gib, 2 * gib, 0, 2 * gib}}},
+		"4 GiB, i440fx":    {"pc-i440fx-7.2", []ramparse.Block{{Name: "pc.ram", Used: 4 * gib}}, cmos(3*gib, 1*gib), Layout{{0, 3 * gib, 0, 0}, {4 * gib, 1 * gib, 0, 3 * gib}}},
+		"odd size, 5 GiB":  {"pc-i440fx-7.2", []ramparse.Block{{Name: "pc.ram", Used: 5*gib + 8192}}, cmos(3*gib, 2*gib+8192), Layout{{0, 3 * gib, 0, 0}, {4 * gib, 2*gib + 8192, 0, 3 * gib}}},
+		"virt":             {"virt-7.2", []ramparse.Block{{Name: "virt.flash0", Used: 64 * mib}, {Name: "mach-virt.ram", Used: 48 * mib}}, device{}, Layout{{gib, 48 * mib, 1, 0}}},
+		"virt, own name":   {"virt-7.2", []ramparse.Block{{Name: "virt.flash0", Used: 64 * mib}, vga, {Name: "m0", Used: 48 * mib}}, device{}, Layout{{gib, 48 * mib, 2, 0}}},
+		"two blocks":       {"pc-q35-7.2", []ramparse.Block{{Name: "m0", Used: 64 * mib}, {Name: "m1", Used: 64 * mib}}, cmos(128*mib, 0), nil},
+		"guest wrote CMOS": {"pc-q35-7.2", []ramparse.Block{{Name: "pc.ram", Used: 128 * mib}}, cmos(127*mib, 0), nil},
+		"no RTC":           {"pc-q35-7.2", []ramparse.Block{{Name: "pc.ram", Used: 128 * mib}}, device{}, nil},
+		"virt, no RAM":     {"virt-7.2", []ramparse.Block{{Name: "virt.flash0", Used: 64 * mib}}, device{}, nil},
 	} {
 		devices := []device{{"timer", 0, []field{num("x", 1)}}}
 		if test.rtc.name != "" {
@@ -247,7 +248,7 @@ func FuzzTail(f *testing.F) {
 		if err := w.Walk(t.Context(), spaces); err != nil {
 			t.Fatalf("%+v: %v", spaces, err)
 		}
-		l, err := NewLayout(machine, []Block{{"a", used}, {"mach-virt.ram", used / 2}}, tail, &p)
+		l, err := NewLayout(machine, []ramparse.Block{{Name: "a", Used: used}, {Name: "mach-virt.ram", Used: used / 2}}, tail, &p)
 		if err != nil && !errors.Is(err, ErrUnsupported) {
 			t.Fatal(err)
 		}

@@ -5,14 +5,9 @@ import (
 	"math"
 	"strings"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 )
-
-// Block is a RAM block's name (QEMU's idstr) and its used length in bytes.
-type Block struct {
-	Name string
-	Used uint64
-}
 
 // Range is guest-physical memory [GPA, GPA+Size), and which part of which RAM
 // block it is.
@@ -46,7 +41,7 @@ const (
 // NewLayout finds out where main memory is. The stream gives RAM blocks no
 // addresses, so that is what each kind of machine says. Errors wrap
 // ErrUnsupported.
-func NewLayout(machine string, blocks []Block, tail []byte, t *stream.Tail) (Layout, error) {
+func NewLayout(machine string, blocks []ramparse.Block, tail []byte, t *stream.Tail) (Layout, error) {
 	if strings.HasPrefix(machine, "virt-") {
 		return virtLayout(blocks)
 	}
@@ -60,7 +55,7 @@ func NewLayout(machine string, blocks []Block, tail []byte, t *stream.Tail) (Lay
 }
 
 // virtLayout is that of Arm's virt machine: all of the block, in one piece.
-func virtLayout(blocks []Block) (Layout, error) {
+func virtLayout(blocks []ramparse.Block) (Layout, error) {
 	main := -1
 	for i, b := range blocks {
 		// With a memory backend the block has the backend's name.
@@ -92,7 +87,7 @@ const (
 // the PCI hole goes on at 4 GiB. The border depends on machine type and options,
 // CMOS has it. A guest can write there; the block whose size is the sum
 // confirms it.
-func pcLayout(blocks []Block, cmos []byte) (Layout, error) {
+func pcLayout(blocks []ramparse.Block, cmos []byte) (Layout, error) {
 	le := binary.LittleEndian
 	low := uint64(le.Uint16(cmos[cmosFrom16:]))*cmosUnit + 16<<20
 	if low == 16<<20 {

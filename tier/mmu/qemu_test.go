@@ -68,7 +68,7 @@ func TestSpacesRecorded(t *testing.T) {
 type stopped struct {
 	vm      *qemutest.VM
 	machine string
-	blocks  []mmu.Block
+	blocks  []ramparse.Block
 	content map[string][]byte
 	tail    []byte
 }
@@ -108,7 +108,7 @@ func stop(t *testing.T, vm *qemutest.VM) *stopped {
 		Record: func(d *ramparse.Decoder, rec *ramparse.Record) error {
 			if rec.Kind == ramparse.MemSize {
 				for _, b := range d.Setup().Blocks {
-					s.blocks = append(s.blocks, mmu.Block{b.Name, b.Used})
+					s.blocks = append(s.blocks, b)
 				}
 			}
 			return nil

@@ -122,7 +122,8 @@ func (p *parser) record(d *ramparse.Decoder, rec *ramparse.Record) error {
 		if p.meta.Blocks != nil {
 			return stream.Damaged("ram setup", rec.Offset, "it comes twice")
 		}
-		p.setup(d.Setup())
+		// Never nil, so that a second setup is seen, of no blocks too.
+		p.meta.Blocks = append([]ramparse.Block{}, d.Setup().Blocks...)
 		if err := p.known(); err != nil {
 			return err
 		}
@@ -130,17 +131,6 @@ func (p *parser) record(d *ramparse.Decoder, rec *ramparse.Record) error {
 		p.feed.adjust(p.unseen)
 	}
 	return p.skel.Literal(rec.Raw)
-}
-
-func (p *parser) setup(su *ramparse.Setup) {
-	p.meta.Blocks = make([]checkpoint.Block, len(su.Blocks))
-	for i, b := range su.Blocks {
-		p.meta.Blocks[i] = checkpoint.Block{Name: b.Name, Used: b.Used, PageSize: b.PageSize}
-		if b.HasGPA {
-			gpa := b.GPA
-			p.meta.Blocks[i].GPA = &gpa
-		}
-	}
 }
 
 // start begins the next stage, if it has not begun.

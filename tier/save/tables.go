@@ -58,11 +58,7 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 	if err != nil || len(spaces) == 0 {
 		return nil, err
 	}
-	blocks := make([]mmu.Block, len(s.meta.Blocks))
-	for i, b := range s.meta.Blocks {
-		blocks[i] = mmu.Block{Name: b.Name, Used: b.Used}
-	}
-	layout, err := mmu.NewLayout(s.meta.Machine, blocks, tail, t)
+	layout, err := mmu.NewLayout(s.meta.Machine, s.meta.Blocks, tail, t)
 	if err != nil {
 		return nil, err
 	}

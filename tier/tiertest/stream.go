@@ -399,8 +399,11 @@ func (g *generator) setup() {
 	var su ramparse.Setup
 	for i, b := range g.o.Blocks {
 		su.Total += b.Size
-		su.Blocks = append(su.Blocks, ramparse.Block{Name: b.Name, Used: b.Size, PageSize: b.HostPage,
-			GPA: uint64(i) << 32, HasGPA: g.o.IgnoreShared})
+		block := ramparse.Block{Name: b.Name, Used: b.Size, PageSize: b.HostPage}
+		if g.o.IgnoreShared {
+			block.GPA = new(uint64(i) << 32)
+		}
+		su.Blocks = append(su.Blocks, block)
 	}
 	g.buf = ramparse.AppendSetup(g.buf, &su)
 	g.buf = ramparse.AppendEOS(g.buf)
