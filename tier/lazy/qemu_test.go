@@ -37,6 +37,7 @@ type child struct {
 	Report     string // file for the outcome
 	UseLearned bool
 	Hold       time.Duration // HoldBackground
+	ZeroRest   bool
 
 	// Kill says when the child dies as by kill -9: "start", before its first
 	// byte; "opening", after KillBytes of it; "run", when the opening (or a
@@ -101,7 +102,7 @@ func runChild(spec string) error {
 	if err != nil {
 		return err
 	}
-	o := lazy.Options{HoldBackground: c.Hold, MaxHold: 20 * time.Second}
+	o := lazy.Options{HoldBackground: c.Hold, MaxHold: 20 * time.Second, ZeroRest: c.ZeroRest}
 	if c.UseLearned {
 		t, err := st.Touched(context.Background(), ck.Ref)
 		if err != nil {
@@ -333,17 +334,24 @@ func TestServe(t *testing.T) {
 			ram := saveGuest(t, vm, c)
 			vm.Kill()
 
-			// Stopped: every byte of RAM is that of the source.
-			c.Op = "serve"
-			vm, running := destination(t, tc.config, uri(t, c))
-			completed(t, vm)
-			after, err := vm.RAM(context.Background())
-			check(t, err)
-			if diff := qemutest.DiffRAM(ram, after); diff != "" {
-				t.Fatal(diff)
+			// Stopped: every byte of RAM is that of the source, whether pages
+			// without content are sent or not.
+			for _, c.ZeroRest = range []bool{true, false} {
+				c.Op = "serve"
+				vm, running := destination(t, tc.config, uri(t, c))
+				completed(t, vm)
+				after, err := vm.RAM(context.Background())
+				check(t, err)
+				if diff := qemutest.DiffRAM(ram, after); diff != "" {
+					t.Fatal(diff)
+				}
+				rep := readReport(t, c.Report)
+				if (rep.ZeroRest > 0) != c.ZeroRest {
+					t.Errorf("%d pages were the rest", rep.ZeroRest)
+				}
+				t.Logf("restored after %v: %+v", running, rep)
+				vm.Kill()
 			}
-			t.Logf("restored after %v: %+v", running, readReport(t, c.Report))
-			vm.Kill()
 
 			// The second comes again, with what the first has learned and no more: what
 			// else this machine is busy with can only add to the guest's waits.
@@ -356,7 +364,7 @@ func TestServe(t *testing.T) {
 				}
 				// Running on it while it loads; again, with what was learned.
 				c.Hold, c.UseLearned = 500*time.Millisecond, i > 0
-				vm, running = destination(t, tc.config, uri(t, c))
+				vm, running := destination(t, tc.config, uri(t, c))
 				check(t, qmp.Cont(context.Background(), vm.QMP))
 				vm.WaitFor(t, `tick \d+`)
 				guestOK(t, vm)

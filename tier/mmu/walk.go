@@ -8,10 +8,10 @@
 //	mc146818rtc: memory sizes ──► Layout: address ──► RAM block and offset
 //
 // x86-64 with 4 and 5 levels and aarch64 with granules of 4, 16 and 64 KiB are
-// known. Of other vCPUs (32-bit, PAE, other architectures) and machines nothing
-// is found, and it is said why. All of it comes from the guest or from a file,
-// so none of it is believed: a walk visits no address twice and ends after a
-// given number of tables, and only places within RAM are named.
+// known. With other vCPUs (32-bit, PAE, other architectures) and machines an error
+// says why nothing is found. All of it comes from the guest or from a file, so none
+// of it is believed: a walk visits each address once and ends after a given number
+// of tables, and only places within RAM are named.
 //
 // Only what the vCPUs' registers lead to is found: the kernel's tables, and
 // those of the processes that ran when the guest was stopped. The tables of
@@ -79,9 +79,8 @@ type Walker struct {
 	// Table is called for each table in RAM once, those of the highest level
 	// first and those of one level by address. size is in bytes.
 	Table func(gpa uint64, size int) error
-	// Leaf is called for each page or block that a table names; may be nil.
-	// An address space that shares a table with one that was walked before
-	// has the table's pages not told again.
+	// Leaf is called for each page or block that a table names; may be nil. The
+	// pages of a table that address spaces share are told once.
 	Leaf func(va, pa, size uint64)
 	// Max is how many tables are visited at most.
 	Max int
