@@ -96,8 +96,7 @@ func (m *Map) load(i int) ([]mapRun, error) {
 	if i+1 < len(m.starts) {
 		end = m.starts[i+1]
 	}
-	// Runs take two bytes or more, mostly four; growing would cost more than the
-	// room that is left.
+	// Runs take two bytes or more, mostly four.
 	runs := make([]mapRun, 0, len(b)/4)
 	err = decode(b, m.pages, m.starts[i], end, func(r Run) error {
 		runs = append(runs, mapRun{m.base[r.Block] + r.Page | r.Step*mapStep, Make(r.Kind, r.First)})
@@ -105,6 +104,11 @@ func (m *Map) load(i int) ([]mapRun, error) {
 	})
 	if err != nil {
 		return nil, m.bad(i, err)
+	}
+	// Pages far apart in the image take more, and would leave half of the room empty
+	// for as long as the map is there.
+	if len(runs) < cap(runs)*7/8 {
+		runs = append(make([]mapRun, 0, len(runs)), runs...)
 	}
 	return runs, nil
 }

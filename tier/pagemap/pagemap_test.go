@@ -458,3 +458,40 @@ func FuzzMap(f *testing.F) {
 		}
 	})
 }
+
+// TestMapMemory: a run takes 16 bytes in memory, however many it takes on disk.
+func TestMapMemory(t *testing.T) {
+	const pages = 1 << 18
+	b, err := New([]uint64{pages})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := rand.New(rand.NewPCG(1, 1))
+	for p := range uint64(pages) {
+		b.Set(0, p, Make(Flash, r.Uint64N(1<<40))) // seven bytes or more
+	}
+	src := Source{Pages: []uint64{pages}, Check: func(int, Run) error { return nil }, Bad: func(_ int, err error) error { return err }}
+	var chunks [][]byte
+	err = b.Encode(64<<10, func(at Start, c []byte) error {
+		src.Starts, chunks = append(src.Starts, at), append(chunks, bytes.Clone(c))
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	src.Read = func(i int) ([]byte, error) { return chunks[i], nil }
+	m, err := NewMap(src)
+	if err == nil {
+		err = m.Runs(func(Run) error { return nil })
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for i := range m.chunks {
+		n += cap(m.chunks[i].runs)
+	}
+	if n > pages+pages/7 {
+		t.Errorf("room for %d runs, there are %d", n, pages)
+	}
+}
