@@ -7,57 +7,22 @@ import (
 	"net"
 	"os"
 	"strings"
-	"sync"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 )
 
-// carried is a fake QEMU's connection on which files may come: it keeps the last.
-type carried struct {
-	*qmptest.Conn
-	mu   sync.Mutex
-	file *os.File
-}
-
-func (c *carried) Read(b []byte) (int, error) {
-	oob := make([]byte, unix.CmsgSpace(4))
-	n, oobn, _, _, err := c.Conn.Conn.(*net.UnixConn).ReadMsgUnix(b, oob)
-	if messages, e := unix.ParseSocketControlMessage(oob[:oobn]); e == nil && len(messages) == 1 {
-		if fds, e := unix.ParseUnixRights(&messages[0]); e == nil && len(fds) == 1 {
-			c.mu.Lock()
-			c.file = os.NewFile(uintptr(fds[0]), "passed")
-			c.mu.Unlock()
-		}
-	}
-	if n == 0 && err == nil {
-		err = io.EOF
-	}
-	return n, err
-}
-
-func (c *carried) take() *os.File {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	f := c.file
-	c.file = nil
-	return f
-}
-
 // takesFiles serves like a QEMU that knows getfd: what it is sent over the file
 // it was passed is "stream", once migrate comes.
 func takesFiles(c *qmptest.Conn) {
-	k := &carried{Conn: c}
-	c.Lines.Reset(k)
+	files := c.Files()
 	var named *os.File
 	qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
 		switch cmd.Execute {
 		case "getfd":
-			if named = k.take(); named == nil {
+			if named = files.Take(); named == nil {
 				c.Refuse(cmd, "GenericError", "No file descriptor supplied via SCM_RIGHTS")
 				return
 			}

@@ -254,6 +254,7 @@ func (c *checkpointer) save(ctx context.Context) error {
 func (c *checkpointer) wait(ctx context.Context) error {
 	waiting, stop := context.WithCancel(ctx)
 	defer stop()
+	limit := confirmTime
 	go func() {
 		select {
 		case <-c.done:
@@ -262,7 +263,7 @@ func (c *checkpointer) wait(ctx context.Context) error {
 		}
 		if c.err == nil {
 			select {
-			case <-time.After(confirmTime):
+			case <-time.After(limit):
 			case <-waiting.Done():
 				return
 			}

@@ -32,6 +32,7 @@ func DirtyRate(ctx context.Context, x qmp.Executor, span time.Duration) (float64
 	if err != nil {
 		return 0, err
 	}
+	asked := ctx
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(seconds)*time.Second+10*time.Second)
 	defer cancel()
 	for {
@@ -55,6 +56,9 @@ func DirtyRate(ctx context.Context, x qmp.Executor, span time.Duration) (float64
 		select {
 		case <-time.After(100 * time.Millisecond):
 		case <-ctx.Done():
+			if asked.Err() != nil {
+				return 0, context.Cause(asked)
+			}
 			return 0, fmt.Errorf("%w: it does not end: %w", ErrNoDirtyRate, ctx.Err())
 		}
 	}

@@ -3,8 +3,10 @@ package migration
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -58,8 +60,13 @@ func (o *ResumeOptions) offer(ctx context.Context, x qmp.Executor, lazy bool) (u
 	return "fd:" + passedName, withdraw, nil
 }
 
+// beginTime is how long a server may take to open its store and write a first byte.
+var beginTime = 2 * time.Minute
+
 // begun waits until a migration stream begins in what QEMU has got to read.
 func begun(ctx context.Context, in *os.File) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, beginTime, fmt.Errorf("%w: its server has written nothing within %v", ErrServer, beginTime))
+	defer cancel()
 	for ctx.Err() == nil {
 		// QEMU has the same open file, whose mode is its own business.
 		fds := []unix.PollFd{{Fd: int32(in.Fd()), Events: unix.POLLIN}}

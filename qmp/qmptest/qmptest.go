@@ -6,11 +6,16 @@ import (
 	"bufio"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Greeting is what a QEMU says first.
@@ -46,11 +51,16 @@ func NewConn(t *testing.T, conn net.Conn) *Conn {
 // test ends.
 func New(t *testing.T, serve func(*Conn)) *QEMU {
 	t.Helper()
-	addr := filepath.Join(t.TempDir(), "qmp")
-	l, err := net.Listen("unix", addr)
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "qmp"))
 	if err != nil {
 		t.Fatal(err)
 	}
+	return Serve(t, l, serve)
+}
+
+// Serve is New on a listener, which it closes.
+func Serve(t *testing.T, l net.Listener, serve func(*Conn)) *QEMU {
+	t.Helper()
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -71,7 +81,7 @@ func New(t *testing.T, serve func(*Conn)) *QEMU {
 			t.Error("the fake QEMU does not end: is the Monitor closed?")
 		}
 	})
-	return &QEMU{Addr: addr}
+	return &QEMU{Addr: l.Addr().String()}
 }
 
 // Negotiated serves a connection with answer after a proper negotiation; answer
@@ -136,4 +146,45 @@ func Mention(t *testing.T, err error, words ...string) {
 			t.Errorf("error %q does not say %q", err, w)
 		}
 	}
+}
+
+// Files are the files that come over a connection, which QEMU takes with getfd. Of
+// those that nobody has taken the last is kept.
+type Files struct {
+	conn *net.UnixConn
+	mu   sync.Mutex
+	last *os.File
+}
+
+// Files has the connection, of a Unix socket, take files from now on.
+func (c *Conn) Files() *Files {
+	f := &Files{conn: c.Conn.(*net.UnixConn)}
+	c.Lines.Reset(f)
+	return f
+}
+
+// Read is for the connection's lines.
+func (f *Files) Read(b []byte) (int, error) {
+	oob := make([]byte, unix.CmsgSpace(4))
+	n, oobn, _, _, err := f.conn.ReadMsgUnix(b, oob)
+	if messages, e := unix.ParseSocketControlMessage(oob[:oobn]); e == nil && len(messages) == 1 {
+		if fds, e := unix.ParseUnixRights(&messages[0]); e == nil && len(fds) == 1 {
+			f.mu.Lock()
+			f.last = os.NewFile(uintptr(fds[0]), "passed")
+			f.mu.Unlock()
+		}
+	}
+	if n == 0 && err == nil {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// Take returns the file that has come, nil if there is none.
+func (f *Files) Take() *os.File {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	last := f.last
+	f.last = nil
+	return last
 }

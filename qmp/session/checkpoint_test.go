@@ -1,0 +1,167 @@
+package session
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
+	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// machine is a QEMU as far as a checkpoint is concerned: it writes a stream to what
+// it was given and has completed when it hears that all is well.
+type machine struct {
+	stream []byte
+	fails  bool // it says that the migration has failed, whatever it hears
+
+	mu      sync.Mutex
+	running bool
+	status  string
+	sent    []string
+	writing sync.WaitGroup
+}
+
+func (q *machine) serve(t *testing.T) func(*qmptest.Conn) {
+	return func(c *qmptest.Conn) {
+		var files *qmptest.Files
+		if _, ok := c.Conn.(*net.UnixConn); ok {
+			files = c.Files()
+		}
+		var named *os.File
+		qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+			q.mu.Lock()
+			defer q.mu.Unlock()
+			q.sent = append(q.sent, cmd.Execute)
+			var args struct{ URI, Filename string }
+			_ = json.Unmarshal(cmd.Args, &args)
+			answer := "{}"
+			switch cmd.Execute {
+			case "query-status":
+				answer = fmt.Sprintf(`{"running": %v, "status": %q}`, q.running, map[bool]string{true: "running", false: "paused"}[q.running])
+			case "query-migrate":
+				answer = fmt.Sprintf(`{"status": %q}`, q.status)
+			case "query-migrate-capabilities":
+				answer = `[{"capability": "events", "state": false}, {"capability": "return-path", "state": false}]`
+			case "query-migrate-parameters":
+				answer = `{"max-bandwidth": 1, "downtime-limit": 300}`
+			case "stop", "cont":
+				q.running = cmd.Execute == "cont"
+			case "getfd":
+				named = files.Take()
+			case "pmemsave":
+				if err := os.WriteFile(args.Filename, nil, 0o600); err != nil {
+					t.Error(err)
+				}
+			case "migrate":
+				var to io.ReadWriteCloser = named
+				if path, ok := strings.CutPrefix(args.URI, "unix:"); ok {
+					conn, err := net.Dial("unix", path)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					to = conn
+				}
+				q.status = "active"
+				q.writing.Add(1)
+				go q.migrate(to)
+			}
+			c.Reply(cmd, answer)
+		})(c)
+	}
+}
+
+func (q *machine) migrate(to io.ReadWriteCloser) {
+	defer q.writing.Done()
+	defer to.Close()
+	_, _ = to.Write(q.stream)
+	answers := returnpath.NewReader(to)
+	status := "failed"
+	for {
+		m, err := answers.Next()
+		if err == nil && m.Type != returnpath.Shut {
+			continue
+		}
+		if err == nil && m.Value == 0 && !q.fails {
+			status = "completed"
+		}
+		break
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.status = status
+}
+
+// TestCheckpoint saves a guest through a monitor of each kind, and believes QEMU's
+// word alone that it did.
+func TestCheckpoint(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	for _, network := range []string{"unix", "tcp"} {
+		for _, fails := range []bool{false, true} {
+			t.Run(fmt.Sprint(network, ", QEMU fails: ", fails), func(t *testing.T) {
+				s := tiertest.New(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}}, ReturnPath: true})
+				q := &machine{stream: s.Bytes(), fails: fails, running: true, status: "none"}
+				addr := t.TempDir() + "/qmp"
+				if network == "tcp" {
+					addr = "127.0.0.1:0"
+				}
+				l, err := net.Listen(network, addr)
+				ok(t, err)
+				m := qmptest.Serve(t, l, q.serve(t))
+				st, err := store.Open(t.Context(), vfs.OS, t.TempDir()+"/store", true)
+				ok(t, err)
+				rep, err := Checkpoint(t.Context(), vfs.OS, st, Target{QMP: m.Addr}, CheckpointOptions{
+					Guest: migration.CheckpointOptions{Mode: migration.ModeStop},
+					Save:  save.Options{VM: "vm"},
+					Log:   slog.New(slog.DiscardHandler),
+				})
+				q.writing.Wait()
+				refs, lerr := st.List(context.Background(), "vm")
+				ok(t, lerr)
+				if fails {
+					if !errors.Is(err, migration.ErrUnconfirmed) || rep.Saved || len(refs) > 0 {
+						t.Errorf("saved %v, %v, %v", rep.Saved, refs, err)
+					}
+				} else if err != nil || rep.Checkpoint != "vm@1" || rep.Save == nil || len(refs) != 1 {
+					t.Errorf("%+v, %v, %v", rep, refs, err)
+				}
+				if !q.running || !slices.Contains(q.sent, "stop") {
+					t.Errorf("the guest runs: %v, after %v", q.running, q.sent)
+				}
+			})
+		}
+	}
+	if left, err := os.ReadDir(os.TempDir()); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// Two names for a QEMU are none.
+func TestTwoTargets(t *testing.T) {
+	both := Target{QMP: "/run/qmp", Domain: "web1"}
+	if _, _, err := Track(t.Context(), both, TrackOptions{Interval: 1}); !errors.Is(err, ErrTwoTargets) {
+		t.Error(err)
+	}
+	if _, err := both.dial(t.Context(), qmp.Options{}); !errors.Is(err, ErrTwoTargets) {
+		t.Error(err)
+	}
+	if !both.Given() || (Target{Connect: "x"}).Given() {
+		t.Error("what is given")
+	}
+}
