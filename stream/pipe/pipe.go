@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +24,8 @@ type Reader struct {
 	stop  func() bool
 	drawn bool // the last Read took all there was
 	most  int  // what the pipe can hold; 0 if it is not one
+	// timeout is how long a Read waits for anything at all, in ms; -1: for ever.
+	timeout int
 	// socket is not set to non-blocking mode, because its other direction would
 	// be, too.
 	socket bool
@@ -43,7 +46,7 @@ const (
 // alone. When ctx is done, a waiting Read returns its cause. Close releases the
 // Reader.
 func New(ctx context.Context, fd int) (*Reader, error) {
-	r := &Reader{fd: fd, ctx: ctx}
+	r := &Reader{fd: fd, ctx: ctx, timeout: -1}
 	_, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
 	r.socket = err == nil
 	r.most = r.Capacity()
@@ -73,6 +76,15 @@ func (r *Reader) closeWake() {
 	unix.Close(r.wake[1])
 }
 
+// SetReadTimeout bounds how long a Read waits for anything to come. Then it returns
+// os.ErrDeadlineExceeded. 0 takes the bound away.
+func (r *Reader) SetReadTimeout(d time.Duration) {
+	r.timeout = -1
+	if d > 0 {
+		r.timeout = int(max(d.Milliseconds(), 1))
+	}
+}
+
 // Read reads what is there, up to len(p) bytes, and waits if there is nothing,
 // or for a moment if there is little.
 func (r *Reader) Read(p []byte) (int, error) {
@@ -81,7 +93,9 @@ func (r *Reader) Read(p []byte) (int, error) {
 			return 0, context.Cause(r.ctx)
 		}
 		if r.drawn && min(len(p), r.most) >= 2*gather {
-			r.gather()
+			if !r.gather() {
+				return 0, r.silent()
+			}
 		}
 		n, err := r.take(p)
 		switch {
@@ -94,8 +108,12 @@ func (r *Reader) Read(p []byte) (int, error) {
 			}
 			return 0, io.EOF
 		case errors.Is(err, unix.EAGAIN):
-			if _, err := r.poll(-1); err != nil {
+			ready, err := r.poll(r.timeout)
+			if err != nil {
 				return 0, err
+			}
+			if !ready {
+				return 0, r.silent()
 			}
 		case errors.Is(err, unix.EINTR):
 		default:
@@ -113,21 +131,31 @@ func (r *Reader) take(p []byte) (int, error) {
 	return n, err
 }
 
-// gather waits until there is something, and then a little for more of it.
-func (r *Reader) gather() {
-	if ready, _ := r.poll(-1); !ready {
-		return
+// silent is why a Read waits no longer.
+func (r *Reader) silent() error {
+	if r.ctx.Err() != nil {
+		return context.Cause(r.ctx)
+	}
+	return os.ErrDeadlineExceeded
+}
+
+// gather waits until there is something, and then a little for more of it. It is
+// false if nothing came.
+func (r *Reader) gather() bool {
+	if ready, err := r.poll(r.timeout); !ready {
+		return err != nil && r.ctx.Err() == nil // the read that follows has the error
 	}
 	for range 2 {
 		if n, err := unix.IoctlGetInt(r.fd, unix.TIOCINQ); err != nil || n >= gather {
-			return
+			return true
 		}
 		if r.ended() {
-			return
+			return true
 		}
 		d := unix.NsecToTimespec(gatherWait.Nanoseconds())
 		unix.Nanosleep(&d, nil)
 	}
+	return true
 }
 
 // ended tells whether nobody writes to the pipe any more.

@@ -175,3 +175,41 @@ func TestRegularFile(t *testing.T) {
 		t.Fatalf("read %q, %v", got, err)
 	}
 }
+
+// A Read gives up when nothing has come for long enough, also when it would rather
+// gather more than little.
+func TestReadTimeout(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	p, err := New(t.Context(), int(r.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	p.SetReadTimeout(30 * time.Millisecond)
+	big := make([]byte, 1<<20)
+	for i := range 2 {
+		start := time.Now()
+		if n, err := p.Read(big); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("read of an empty pipe: %d, %v", n, err)
+		}
+		if d := time.Since(start); d < 30*time.Millisecond || d > 5*time.Second {
+			t.Errorf("it took %v", d)
+		}
+		if i == 0 {
+			w.Write([]byte("little"))
+			if n, err := p.Read(big); n != 6 || err != nil {
+				t.Fatalf("%d, %v", n, err)
+			}
+		}
+	}
+	p.SetReadTimeout(0)
+	time.AfterFunc(50*time.Millisecond, func() { w.Close() })
+	if n, err := p.Read(big); n != 0 || err != io.EOF {
+		t.Errorf("without a bound: %d, %v", n, err)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/bits"
+	"os"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -53,12 +54,11 @@ type feed struct {
 	silence time.Duration // Options.Silence
 	waits   bool          // the source waits for our answer
 	first   bool          // pages have come, and not every page once
-	drained bool          // the last Read took all there was
 }
 
 // newFeed returns the feed and the cursor that reads from it.
 func newFeed(ctx context.Context, in io.Reader, silence time.Duration) (*feed, *stream.Cursor) {
-	f := &feed{ctx: ctx, in: in, silence: silence, drained: true}
+	f := &feed{ctx: ctx, in: in, silence: silence}
 	f.cur = stream.NewCursor(f, 2*maxAhead)
 	if p, ok := in.(stream.Pipe); ok && p.Capacity() > 0 {
 		f.pipe, f.have = p, p.Capacity()
@@ -76,13 +76,13 @@ func (f *feed) Read(p []byte) (int, error) {
 	if f.ctx.Err() != nil {
 		return 0, context.Cause(f.ctx)
 	}
-	if f.drained {
-		if err := f.listen(); err != nil {
-			return 0, err
-		}
+	if err := f.listen(); err != nil {
+		return 0, err
 	}
 	n, err := f.in.Read(p)
-	f.drained = n < len(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = f.silent()
+	}
 	for try := 1; err == nil && f.want < f.have; try++ {
 		// Now is when the pipe is emptiest.
 		if f.have = f.pipe.SetCapacity(f.want); f.have <= f.want {
@@ -135,16 +135,21 @@ func (f *feed) patience() time.Duration {
 	return patienceElse
 }
 
-// listen waits for input or its end, not longer than patience. What is no Pipe can't
-// be asked; its Read waits as it does.
+// listen sees to it that the Read that follows waits no longer than patience. Where
+// the input has no means of its own it is asked whether something comes; what can't
+// be asked either waits as it does.
 func (f *feed) listen() error {
-	p, ok := f.in.(stream.Pipe)
+	limit := f.patience()
+	if in, ok := f.in.(interface{ SetReadTimeout(time.Duration) }); ok {
+		in.SetReadTimeout(limit)
+		return nil
+	}
+	in, ok := f.in.(stream.Pipe)
 	if !ok {
 		return nil
 	}
-	limit := f.patience()
 	start := time.Now()
-	if p.Ready(limit) {
+	if in.Ready(limit) {
 		return nil
 	}
 	if f.ctx.Err() != nil {
@@ -153,8 +158,10 @@ func (f *feed) listen() error {
 	if time.Since(start) < limit {
 		return nil // it was woken by something else; Read waits
 	}
-	return fmt.Errorf("%w: %v", ErrSilent, limit)
+	return f.silent()
 }
+
+func (f *feed) silent() error { return fmt.Errorf("%w: %v", ErrSilent, f.patience()) }
 
 // answered is called when the source has opened its return path: it waits for our
 // word, and nothing needs to be held back.
