@@ -3,7 +3,7 @@
 GO ?= go
 FUZZTIMES ?= 1
 
-.PHONY: all build test test-qemu check unit replay fuzz demo bench eval-workingset record clean
+.PHONY: all build test test-qemu check lint race unit replay fuzz demo bench eval-workingset record clean
 
 all: build
 
@@ -17,9 +17,18 @@ test:
 	scripts/deps
 	$(MAKE) check unit fuzz replay
 
-check:
+# What a commit passes: form, vet, staticcheck (its version is go.mod's), and the
+# tests that need no QEMU under the race detector.
+check: lint race
+
+lint:
 	@fmt=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$fmt" ] || { echo "not gofmt'ed: $$fmt"; exit 1; }
 	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+race:
+	scripts/deps race
+	GO=$(GO) scripts/race
 
 unit:
 	$(GO) test -timeout 15m ./...

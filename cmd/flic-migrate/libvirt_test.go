@@ -65,16 +65,6 @@ func (v *host) ours(t *testing.T, name string) bool {
 
 func (v *host) state(t *testing.T, domain string) string { return v.Do(t, "domstate", domain) }
 
-// awaitState waits until a domain is in a state.
-func (v *host) awaitState(t *testing.T, domain, want string) {
-	t.Helper()
-	for end := time.Now().Add(time.Minute); v.state(t, domain) != want; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%s is %s, not %s", domain, v.state(t, domain), want)
-		}
-	}
-}
-
 func (v *host) ram(t *testing.T, domain string, size int) []byte {
 	t.Helper()
 	b, err := v.DomainRAM(domain, size)
@@ -366,7 +356,7 @@ func TestLibvirtNVRAM(t *testing.T) {
 	}
 	config("")
 	const pages = 2048
-	vm := v.tinyNoise(t, "a", pages)
+	v.tinyNoise(t, "a", pages)
 	ws, err := workingset.New(guestmem.PageSize, []workingset.Block{{Name: "pc.ram", Pages: 262152 / 4}})
 	ok(t, err)
 	for i := int64(0); i < pages; i += 2 {
@@ -407,7 +397,7 @@ func TestLibvirtNVRAM(t *testing.T) {
 		t.Errorf("restored memory differs at %#x", differAt(got, want))
 	}
 	v.Do(t, "resume", "a")
-	vm = v.Attach(t, "a")
+	vm := v.Attach(t, "a")
 	ticks(t, vm)
 	status("file is gone   /var/lib/libvirt/qemu/save/a.save, of ")
 	if freed := l.gc(t); freed.NVRAM < pages/2*guestmem.PageSize {

@@ -17,7 +17,6 @@ import (
 // of which the last is given again and again.
 type recorder struct {
 	answers map[string][]string
-	delay   time.Duration
 	events  chan qmp.Event
 	sent    []string
 	onSend  func(string) // called with each

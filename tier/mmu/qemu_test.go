@@ -107,9 +107,7 @@ func stop(t *testing.T, vm *qemutest.VM) *stopped {
 		},
 		Record: func(d *ramparse.Decoder, rec *ramparse.Record) error {
 			if rec.Kind == ramparse.MemSize {
-				for _, b := range d.Setup().Blocks {
-					s.blocks = append(s.blocks, b)
-				}
+				s.blocks = append(s.blocks, d.Setup().Blocks...)
 			}
 			return nil
 		},

@@ -39,7 +39,7 @@ var (
 	// store are files here.
 	ErrRemote = errors.New("this libvirt is on another machine: run flic-migrate there")
 	// ErrExec: the command would end the domain's QEMU.
-	ErrExec = errors.New("libvirt's QEMU may start no processes (-sandbox spawn=deny), and dies of a migration to exec:")
+	ErrExec = errors.New("libvirt's QEMU may start no processes (-sandbox spawn=deny), and dies of a migration to an exec: address")
 )
 
 // parseURI returns the driver's URI, as the daemon wants it, and the sockets the
