@@ -461,3 +461,20 @@ func FuzzDecoder(f *testing.F) {
 		}
 	})
 }
+
+func TestBlockEqual(t *testing.T) {
+	a := Block{Name: "a", Used: 4096, GPA: new(uint64(1 << 32))}
+	for _, c := range []struct {
+		b    Block
+		want bool
+	}{
+		{Block{Name: "a", Used: 4096, GPA: new(uint64(1 << 32))}, true},
+		{Block{Name: "a", Used: 4096, GPA: new(uint64(1 << 33))}, false},
+		{Block{Name: "a", Used: 4096}, false},
+		{Block{Name: "b", Used: 4096, GPA: a.GPA}, false},
+	} {
+		if a.Equal(c.b) != c.want || c.b.Equal(a) != c.want {
+			t.Errorf("%+v and %+v: equal is not %v", a, c.b, c.want)
+		}
+	}
+}

@@ -79,6 +79,15 @@ type Block struct {
 	GPA      *uint64 `json:"gpa,omitempty"`       // guest-physical address: with the capability x-ignore-shared
 }
 
+// Equal compares two blocks, their addresses by value.
+func (b Block) Equal(o Block) bool {
+	if (b.GPA == nil) != (o.GPA == nil) || b.GPA != nil && *b.GPA != *o.GPA {
+		return false
+	}
+	b.GPA, o.GPA = nil, nil
+	return b == o
+}
+
 // A Record is one element of the RAM section. Data and Raw point into the
 // cursor's buffer and are valid until the next call on it.
 type Record struct {

@@ -168,7 +168,7 @@ func (m *memory) compare(r io.Reader) error {
 	var pages int64
 	err := ramparse.Walk(r, m.pageSize, restVisitor(rest, func(d *ramparse.Decoder, rec *ramparse.Record) error {
 		where := func() string { return fmt.Sprintf("%s:%#x", d.Setup().Blocks[rec.Block].Name, rec.Addr) }
-		if rec.Block >= len(m.base) || m.blocks[rec.Block] != d.Setup().Blocks[rec.Block] {
+		if rec.Block >= len(m.base) || !m.blocks[rec.Block].Equal(d.Setup().Blocks[rec.Block]) {
 			return fmt.Errorf("%w: block of page %s", errDiffers, where())
 		}
 		off := m.base[rec.Block] + int64(rec.Page)*int64(m.pageSize)
