@@ -409,10 +409,6 @@ func TestFlippedBitOfStore(t *testing.T) {
 			_, err := store.Open(context.Background(), d.fs, d.dir, false)
 			return err
 		},
-		d.dir + "/vms/vm/last": func() error {
-			_, _, err := d.trySave(d.s, save.Options{Workers: 1})
-			return err
-		},
 		uses: func() error {
 			rep, err := d.st.GC(context.Background())
 			if err == nil && len(rep.Warnings) == 1 && strings.Contains(rep.Warnings[0], uses) {

@@ -156,7 +156,7 @@ func (l *lab) holds(t testing.TB, ref store.Ref, s *tiertest.Stream) {
 // remove removes a checkpoint with its NVRAM part, which must be freed too.
 func (l *lab) remove(ref store.Ref) error {
 	rm, err := l.st.Remove(context.Background(), ref)
-	return errors.Join(err, rm.NVRAM)
+	return errors.Join(err, rm.Left)
 }
 
 // nvramFree is the room in the NVRAM file in bytes; -1 if there is no file.

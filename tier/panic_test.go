@@ -62,6 +62,11 @@ func (f bombFS) file(v vfs.File, err error) (vfs.File, error) {
 	return bombFile{v, f.b}, nil
 }
 
+func (f bombFS) NoLinks(dir string) (vfs.FS, error) {
+	fsys, err := f.FS.NoLinks(dir)
+	return bombFS{fsys, f.b}, err
+}
+
 func (f bombFS) Create(name string) (vfs.File, error) {
 	f.b.call("create " + name)
 	return f.file(f.FS.Create(name))

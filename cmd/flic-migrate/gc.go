@@ -11,27 +11,36 @@ import (
 )
 
 func newGC(a *app) *cobra.Command {
-	var asJSON bool
+	var asJSON, adopt bool
 	var grace time.Duration
 	c := &cobra.Command{
 		Use:   "gc [flags]",
 		Short: "Free the space that killed saves have left",
 		Long: `Gc frees what saves that were killed and removals that were interrupted have left
 in the store and in the NVRAM files it has used. It can run at any time, beside
-saves and restores; nothing needs it to run.`,
+saves and restores; nothing needs it to run, but that NVRAM of libvirt's save files
+that are gone is free only after it.
+
+A store that is a copy of another one leaves NVRAM alone, because it is that one's.`,
 		Example: `  flic-migrate gc --store /srv/vms`,
 		Args:    cobra.NoArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return a.gc(cmd.Context(), asJSON, grace) },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.gc(cmd.Context(), asJSON, adopt, grace) },
 	}
 	c.Flags().DurationVar(&grace, "grace", store.DefaultGrace, "how long the NVRAM of a libvirt save file is kept after the file was found to be gone without having been restored")
+	c.Flags().BoolVar(&adopt, "adopt", false, "first take over the NVRAM of the store that this one is a copy of, which must be gone for good")
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
 	return c
 }
 
-func (a *app) gc(ctx context.Context, asJSON bool, grace time.Duration) error {
+func (a *app) gc(ctx context.Context, asJSON, adopt bool, grace time.Duration) error {
 	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return err
+	}
+	if adopt {
+		if err := st.Adopt(ctx); err != nil {
+			return err
+		}
 	}
 	rep, err := st.GCAfter(ctx, grace)
 	if err != nil {

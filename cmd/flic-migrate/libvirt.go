@@ -224,14 +224,6 @@ func (s *libvirtSaveCmd) begin(ctx context.Context, out *loose.Out, d compressor
 	if err != nil {
 		return nil, nil, err
 	}
-	// What files that are gone have left in NVRAM is room for this one.
-	if rep, err := st.GC(ctx); err != nil {
-		s.log().Warn("NVRAM of save files that are gone was not given back", "error", err)
-	} else {
-		for _, w := range rep.Warnings {
-			s.log().Warn(w)
-		}
-	}
 	tx, err := st.BeginLoose(ctx, out, path)
 	o.WorkingSet, o.NVRAM, o.NVRAMSize, o.VolatileNVRAM = ws, s.nvram, int64(s.nvramSize), s.volatile
 	return st, tx, err

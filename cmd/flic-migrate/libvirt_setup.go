@@ -10,7 +10,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/compressor"
-	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -212,7 +211,7 @@ func (l *libvirtSetup) hot(ctx context.Context) error {
 	}
 	for _, f := range list {
 		what, note := "hot pages", ""
-		switch f.Place.Find(f.UUID, saveimage.Skip) {
+		switch st.FindLoose(ctx, f) {
 		case loose.Gone:
 			what, note = "file is gone", "; gc gives its NVRAM back"
 		case loose.Unknown:

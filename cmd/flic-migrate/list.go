@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"text/tabwriter"
@@ -11,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -63,28 +65,24 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 	if err != nil {
 		return err
 	}
-	refs, err := st.List(ctx, vm)
+	list, err := st.Identities(ctx, vm)
 	if err != nil {
 		return err
 	}
-	if vm != "" && len(refs) == 0 {
+	if vm != "" && len(list) == 0 {
 		return fmt.Errorf("VM %q in store %s: %w", vm, st.Dir(), store.ErrNotFound)
 	}
 	// A damaged checkpoint must not hide the others.
 	var damage error
 	entries := []listEntry{}
-	for _, ref := range refs {
-		e, err := listOne(ctx, st, ref)
-		if err != nil && exitCode(err) == exitNotFound {
-			continue // removed since it was listed
+	for _, l := range list {
+		if l.Err != nil && !cannotBeRead(l.Err) {
+			return l.Err
 		}
-		if err != nil && !integrity.IsCorrupt(err) {
-			return err
+		if l.Err != nil {
+			damage = l.Err
 		}
-		if err != nil {
-			damage = err
-		}
-		entries = append(entries, e)
+		entries = append(entries, newListEntry(l))
 	}
 	if asJSON {
 		err = printJSON(a.stdout, entries)
@@ -97,17 +95,25 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 	return damage
 }
 
-func listOne(ctx context.Context, st *store.Store, ref store.Ref) (listEntry, error) {
-	e := listEntry{Checkpoint: ref.String(), VM: ref.VM, Number: ref.N}
-	d, err := st.Describe(ctx, ref)
-	e.FlashBytes = d.ImageBytes
-	if err != nil {
-		e.State, e.Error = "damaged", oneLine(err)
-		return e, err
+// cannotBeRead tells whether err is one checkpoint's: damaged, or of another version.
+func cannotBeRead(err error) bool {
+	var u *image.UnsupportedError
+	return integrity.IsCorrupt(err) || errors.As(err, &u)
+}
+
+func newListEntry(l store.Listed) listEntry {
+	e := listEntry{Checkpoint: l.Ref.String(), VM: l.Ref.VM, Number: l.Ref.N, FlashBytes: l.ImageBytes}
+	if l.Err != nil {
+		e.State, e.Error = "damaged", oneLine(l.Err)
+		return e
 	}
-	e.UUID, e.Created, e.Machine, e.State = d.UUID.String(), d.Created, d.Machine, d.RunState
-	e.RAMBytes, e.NVRAMBytes = ramBytes(d.Meta), d.Report.NVRAMBytes
-	return e, nil
+	id := l.Identity
+	e.UUID, e.Created, e.Machine, e.State = id.UUID.String(), id.Created, id.Machine, id.RunState
+	e.RAMBytes = id.RAMBytes
+	if id.NVRAM != nil {
+		e.NVRAMBytes = id.NVRAM.Bytes
+	}
+	return e
 }
 
 func ramBytes(m *checkpoint.Meta) (n uint64) {

@@ -89,6 +89,11 @@ type fullFile struct {
 	writes int
 }
 
+func (d fullDisk) NoLinks(dir string) (vfs.FS, error) {
+	fsys, err := d.FS.NoLinks(dir)
+	return fullDisk{fsys}, err
+}
+
 func (d fullDisk) Create(name string) (vfs.File, error) {
 	f, err := d.FS.Create(name)
 	return &fullFile{File: f}, err
@@ -107,6 +112,11 @@ type buggyDisk struct{ vfs.FS }
 type buggyFile struct {
 	vfs.File
 	syncs int
+}
+
+func (d buggyDisk) NoLinks(dir string) (vfs.FS, error) {
+	fsys, err := d.FS.NoLinks(dir)
+	return buggyDisk{fsys}, err
 }
 
 func (d buggyDisk) Create(name string) (vfs.File, error) {

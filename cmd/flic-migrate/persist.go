@@ -63,7 +63,7 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 	defer show.finish()
 	o := p.encoding.options()
 	o.VM, o.Log, o.Progress = c.Ref.VM, p.log(), show.callback()
-	o.Libvirt = c.Meta.Libvirt
+	o.Libvirt, o.RunState = c.Meta.Libvirt, c.Meta.RunState
 	// A stream with a return path wants an answer; its source is long gone.
 	o.ReturnPath = io.Discard
 	newRef, meta, err := p.persist(ctx, st, c, o)

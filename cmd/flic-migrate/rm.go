@@ -36,7 +36,7 @@ type rmEntry struct {
 	Checkpoint string `json:"checkpoint"` // NAME@N
 	FlashBytes int64  `json:"flash_bytes"`
 	NVRAMBytes int64  `json:"nvram_bytes"`
-	Warning    string `json:"warning,omitempty"` // why NVRAM was not freed
+	Warning    string `json:"warning,omitempty"` // why something was not freed
 }
 
 func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
@@ -54,9 +54,9 @@ func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
 			break
 		}
 		e := rmEntry{Checkpoint: ref.String(), FlashBytes: rm.FlashBytes, NVRAMBytes: rm.NVRAMBytes}
-		if rm.NVRAM != nil {
-			e.Warning = oneLine(rm.NVRAM)
-			a.log().Warn("the NVRAM of a removed checkpoint was not freed; when its file is back, gc will", "checkpoint", e.Checkpoint, "cause", e.Warning)
+		if rm.Left != nil {
+			e.Warning = oneLine(rm.Left)
+			a.log().Warn("not all that a removed checkpoint took was freed; gc frees what belongs to nobody", "checkpoint", e.Checkpoint, "cause", e.Warning)
 		}
 		entries = append(entries, e)
 		if !asJSON {

@@ -76,8 +76,8 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	}
 	o.Guest.Undo = func(ctx context.Context) error {
 		removed, err := st.Remove(ctx, ref)
-		if err == nil && removed.NVRAM != nil {
-			o.Log.Warn("the NVRAM of what was saved in vain was not freed; gc will", "cause", removed.NVRAM)
+		if err == nil && removed.Left != nil {
+			o.Log.Warn("the NVRAM of what was saved in vain was not freed; gc will", "cause", removed.Left)
 		}
 		return err
 	}

@@ -30,6 +30,7 @@ type Meta struct {
 // know to list the checkpoint, to remove it and to tell what belongs to it.
 type Identity struct {
 	VM       string    `json:"vm"`
+	Number   int       `json:"number,omitempty"` // in its store; of an image outside of one, 0
 	UUID     uuid.UUID `json:"uuid"`
 	Created  time.Time `json:"created"`
 	Machine  string    `json:"machine,omitempty"`   // QEMU's machine type

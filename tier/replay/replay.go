@@ -104,7 +104,7 @@ func (p *Replayer) Stream(ctx context.Context, path string) (Result, error) {
 	}
 	err = p.check(ctx, path, ref, meta, &res)
 	rm, rerr := p.Store.Remove(context.WithoutCancel(ctx), ref)
-	return res, errors.Join(err, rerr, rm.NVRAM)
+	return res, errors.Join(err, rerr, rm.Left)
 }
 
 // everyPage is a working set with every n-th page of the guest whose stream is

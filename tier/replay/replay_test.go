@@ -96,6 +96,11 @@ type fullFile struct{ vfs.File }
 
 func (fullFile) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
 
+func (d fullDisk) NoLinks(dir string) (vfs.FS, error) {
+	fsys, err := d.FS.NoLinks(dir)
+	return fullDisk{fsys}, err
+}
+
 func (d fullDisk) Create(name string) (vfs.File, error) {
 	f, err := d.FS.Create(name)
 	return fullFile{f}, err

@@ -47,7 +47,7 @@ func (p *past) tables(pageSize int, blocks []workingset.Block) []workingset.Page
 	if p.meta == nil {
 		return nil
 	}
-	t := workingset.Touched{PageSize: p.meta.PageSize, Runs: p.meta.PageTables}
+	t := workingset.Touched{PageSize: p.meta.PageSize, Runs: []workingset.PageRun(p.meta.PageTables)}
 	for _, b := range p.meta.Blocks {
 		t.Blocks = append(t.Blocks, b.Name)
 	}

@@ -254,7 +254,7 @@ func (s *saver) open() error {
 	if err := s.out.open(size); err != nil {
 		return err
 	}
-	s.meta.PageSize, s.meta.UUID = size, s.out.tx.UUID()
+	s.meta.PageSize, s.meta.UUID, s.meta.Number = size, s.out.tx.UUID(), s.out.tx.Ref().N
 	return nil
 }
 

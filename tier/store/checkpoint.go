@@ -2,38 +2,89 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // Checkpoint is a checkpoint of a store, opened for reading. As long as it is open
-// it can't be removed.
+// it can't be removed, nor can what it refers to.
 type Checkpoint struct {
 	*checkpoint.Checkpoint
-	Ref   Ref
+	Ref Ref
+
 	store *Store
+	holds []Object // what it refers to, locked
+}
+
+// Close closes the checkpoint and lets go of what it refers to.
+func (c *Checkpoint) Close() error {
+	err := c.Checkpoint.Close()
+	for _, f := range c.holds {
+		f.Close()
+	}
+	return err
+}
+
+// errMisplaced: an image is another checkpoint than its place says.
+var errMisplaced = errors.New("it is not in its place")
+
+// checkPlace compares who an image says it is with where it lies.
+func checkPlace(file string, r Ref, id *checkpoint.Identity) error {
+	if own := (Ref{id.VM, id.Number}); own != r {
+		return &integrity.CorruptError{File: file, What: "IDENTITY",
+			Err: fmt.Errorf("it is checkpoint %v in the place of %v: %w", own, r, errMisplaced)}
+	}
+	return nil
+}
+
+// open opens a checkpoint's image and keeps it from being removed until it is
+// closed. r without a number is the VM's newest.
+func (s *Store) open(ctx context.Context, r Ref) (Object, Ref, error) {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return nil, r, err
+	}
+	defer unlock()
+	if r, err = s.Resolve(ctx, r); err != nil {
+		return nil, r, err
+	}
+	f, err := s.dir.Open(ctx, r.object(imageSuffix), Shared)
+	if errors.Is(err, vfs.ErrLocked) {
+		err = fmt.Errorf("checkpoint %v: %w", r, ErrInUse)
+	}
+	return f, r, err
 }
 
 // OpenCheckpoint opens a checkpoint as checkpoint.Open does; r without a number
 // is the VM's newest. An error that wraps ErrNotFound says what is missing.
-func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options) (*Checkpoint, error) {
-	f, r, err := s.openImage(ctx, r)
+func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options) (_ *Checkpoint, err error) {
+	f, r, err := s.open(ctx, r)
 	if err != nil {
 		return nil, err
 	}
+	c := &Checkpoint{Ref: r, store: s}
 	o.Name = r.String()
-	c, err := checkpoint.Open(ctx, s.fs, f, o)
-	if err != nil {
+	if c.Checkpoint, err = checkpoint.Open(ctx, s.fs, f, o); err != nil {
 		return nil, err
 	}
-	if c.Meta.VM != r.VM {
-		c.Close()
-		return nil, c.Image.Tail.Corrupt(image.Identity, fmt.Errorf("it is a checkpoint of VM %q in place of %v", c.Meta.VM, r))
+	opened := false
+	defer func() {
+		if !opened {
+			c.Close()
+		}
+	}()
+	if err := checkPlace(f.Name(), r, &c.Meta.Identity); err != nil {
+		return nil, err
 	}
-	return &Checkpoint{c, r, s}, nil
+	if c.holds, err = s.hold(ctx, c.Meta.References); err != nil {
+		return nil, fmt.Errorf("checkpoint %v: %w", r, err)
+	}
+	opened = true
+	return c, nil
 }
 
 // Verify is checkpoint.Checkpoint's, and checks what resumes have learned.
@@ -51,7 +102,7 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	return err
 }
 
-// Description is what a checkpoint says about itself, and where it is.
+// Description is all that a checkpoint says about itself, and where it is.
 type Description struct {
 	Ref        Ref
 	ImageBytes int64
@@ -59,10 +110,16 @@ type Description struct {
 }
 
 // Describe reads only what a checkpoint says about itself. Ref and ImageBytes are
-// set if only that can't be read.
+// set also if only that can't be read. It takes no lock.
 func (s *Store) Describe(ctx context.Context, r Ref) (d Description, err error) {
-	f, r, err := s.openImage(ctx, r)
 	d.Ref = r
+	if d.Ref, err = s.Resolve(ctx, r); err != nil {
+		return d, err
+	}
+	f, err := s.dir.Open(ctx, d.Ref.object(imageSuffix), Unlocked)
+	if gone(err) {
+		err = fmt.Errorf("checkpoint %v in store %s: %w", d.Ref, s.root, ErrNotFound)
+	}
 	if err != nil {
 		return d, err
 	}
@@ -70,6 +127,12 @@ func (s *Store) Describe(ctx context.Context, r Ref) (d Description, err error) 
 	if d.ImageBytes, err = f.Size(); err != nil {
 		return d, err
 	}
-	d.Meta, err = checkpoint.ReadMeta(f)
+	m, err := checkpoint.ReadMeta(f)
+	if err == nil {
+		err = checkPlace(f.Name(), d.Ref, &m.Identity)
+	}
+	if err == nil {
+		d.Meta = m
+	}
 	return d, err
 }

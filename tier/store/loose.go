@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"strings"
 	"time"
 
@@ -39,35 +38,29 @@ type Loose struct {
 // to be gone.
 const DefaultGrace = 24 * time.Hour
 
-func (s *Store) loosePath(id uuid.UUID) string { return s.path("loose", id.String()+".json") }
+// looseLook is how long one image's file is looked for: it can be on a file system
+// whose server does not answer.
+const looseLook = 10 * time.Second
+
+func looseObject(id uuid.UUID) string { return looseFolder + "/" + id.String() + ".json" }
 
 // writeLoose stores an entry. The caller holds the store lock.
-func (s *Store) writeLoose(l Loose) error {
-	b, err := seal(l)
-	if err != nil {
-		return err
-	}
-	return s.writeSmall(s.loosePath(l.UUID), b)
+func (s *Store) writeLoose(ctx context.Context, l Loose) error {
+	return s.writeSealed(ctx, looseObject(l.UUID), l)
 }
 
-func (s *Store) readLoose(id uuid.UUID) (Loose, error) {
+func (s *Store) readLoose(ctx context.Context, id uuid.UUID) (Loose, error) {
 	var l Loose
-	b, err := readSmall(s.fs, s.loosePath(id))
-	if err != nil {
-		return l, err
+	err := s.readSealed(ctx, looseObject(id), "place of an image", maxSealed, &l)
+	if err == nil && l.UUID != id {
+		err = &integrity.CorruptError{File: s.dir.Path(looseObject(id)), What: "place of an image", Err: errors.New("it is another image's")}
 	}
-	if err = unseal(b, &l); err == nil && l.UUID != id {
-		err = errors.New("it is another image's")
-	}
-	if err != nil {
-		return l, &integrity.CorruptError{File: s.loosePath(id), What: "place of an image", Err: err}
-	}
-	return l, nil
+	return l, err
 }
 
 // BeginLoose starts a save into a file outside of the store, as BeginFile does,
 // whose hot pages go to NVRAM. path is the file's, which exists.
-func (s *Store) BeginLoose(ctx context.Context, f vfs.File, path string) (*Tx, error) {
+func (s *Store) BeginLoose(ctx context.Context, f Sink, path string) (*Tx, error) {
 	place, err := loose.Locate(path)
 	if err != nil {
 		return nil, err
@@ -75,28 +68,28 @@ func (s *Store) BeginLoose(ctx context.Context, f vfs.File, path string) (*Tx, e
 	t := BeginFile(f)
 	t.s = s
 	t.loose = &Loose{UUID: t.uuid, Place: place, Created: time.Now()}
-	t.path = s.loosePath(t.uuid)
-	if err := s.fs.MkdirAll(s.path("loose")); err != nil {
-		return nil, err
-	}
+	t.name = looseObject(t.uuid)
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if err := s.writeLoose(*t.loose); err != nil {
+	if err := s.dir.Mkdir(ctx, looseFolder); err != nil {
 		return nil, err
 	}
-	if t.entry, err = s.fs.Open(t.path); err == nil {
-		err = t.entry.TryLock(vfs.Exclusive)
-	}
-	if err != nil {
-		if t.entry != nil {
-			t.entry.Close()
+	begun := false
+	defer func() {
+		if !begun {
+			s.dir.Remove(ctx, t.name)
 		}
-		s.fs.Remove(t.path)
+	}()
+	if err := s.writeLoose(ctx, *t.loose); err != nil {
 		return nil, err
 	}
+	if t.entry, err = s.dir.Open(ctx, t.name, Exclusive); err != nil {
+		return nil, err
+	}
+	begun = true
 	return t, nil
 }
 
@@ -108,11 +101,7 @@ func (t *Tx) commitLoose(ctx context.Context) error {
 	}
 	defer unlock()
 	t.loose.Whole = true
-	if err := t.s.writeLoose(*t.loose); err != nil {
-		return err
-	}
-	t.entry.Close()
-	return nil
+	return t.s.writeLoose(ctx, *t.loose)
 }
 
 // UseLoose keeps GC from the hot pages of an image that is being restored, until
@@ -125,26 +114,21 @@ func (s *Store) UseLoose(ctx context.Context, id uuid.UUID, path string) (done f
 		return nil, err
 	}
 	defer unlock()
-	f, err := s.fs.Open(s.loosePath(id))
-	if errors.Is(err, fs.ErrNotExist) {
+	f, err := s.dir.Open(ctx, looseObject(id), Shared)
+	if gone(err) {
 		return func(bool) error { return nil }, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := f.TryLock(vfs.Shared); err != nil {
-		f.Close()
-		return nil, err
-	}
 	return func(restored bool) error {
+		defer f.Close()
 		unlock, err := s.lock(ctx)
 		if err != nil {
-			f.Close()
 			return err
 		}
 		defer unlock()
-		defer f.Close()
-		l, err := s.readLoose(id)
+		l, err := s.readLoose(ctx, id)
 		if err != nil {
 			return err
 		}
@@ -152,14 +136,14 @@ func (s *Store) UseLoose(ctx context.Context, id uuid.UUID, path string) (done f
 			l.Place, l.Gone = place, time.Time{}
 		}
 		l.Restored = l.Restored || restored
-		return s.writeLoose(l)
+		return s.writeLoose(ctx, l)
 	}, nil
 }
 
 // Loose lists the images outside of the store that have hot pages in NVRAM.
 func (s *Store) Loose(ctx context.Context) ([]Loose, error) {
-	entries, err := s.fs.ReadDir(s.path("loose"))
-	if errors.Is(err, fs.ErrNotExist) {
+	entries, err := s.dir.List(ctx, looseFolder)
+	if gone(err) {
 		return nil, nil
 	}
 	if err != nil {
@@ -167,11 +151,15 @@ func (s *Store) Loose(ctx context.Context) ([]Loose, error) {
 	}
 	var list []Loose
 	for _, e := range entries {
-		id, err := uuid.Parse(strings.TrimSuffix(e.Name(), ".json"))
-		if err != nil {
+		num, ok := strings.CutSuffix(e.Name, ".json")
+		id, err := uuid.Parse(num)
+		if !ok || err != nil || id.String() != num {
 			continue
 		}
-		l, err := s.readLoose(id)
+		l, err := s.readLoose(ctx, id)
+		if gone(err) {
+			continue // given up since
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -180,65 +168,87 @@ func (s *Store) Loose(ctx context.Context) ([]Loose, error) {
 	return list, nil
 }
 
-// gcLoose adds to live whoever has an image, or may have one, and removes the
-// entries of the others. The caller holds the store lock. A damaged entry stops
-// GC: hot pages must not be given away because of it.
-func (s *Store) gcLoose(ctx context.Context, grace time.Duration, live map[uuid.UUID]bool, rep *GCReport) error {
-	list, err := s.Loose(ctx)
+// FindLoose tells whether a loose image is still there. A file system that does not
+// answer is as good as none.
+func (s *Store) FindLoose(ctx context.Context, l Loose) loose.State {
+	found := make(chan loose.State, 1)
+	go func() { found <- l.Place.Find(l.UUID, s.LooseHeader) }()
+	select {
+	case state := <-found:
+		return state
+	case <-ctx.Done():
+	case <-time.After(looseLook):
+	}
+	return loose.Unknown
+}
+
+// loose finds out which images outside of the store live, and removes the entries
+// of the others. A damaged entry stops GC: hot pages must not be given away because
+// of it. Files are looked for without the store lock.
+func (g *gc) loose(ctx context.Context, grace time.Duration) error {
+	list, err := g.Loose(ctx)
 	if err != nil {
 		return fmt.Errorf("gc stops, because it can't tell who owns what in NVRAM: %w", err)
 	}
 	for _, l := range list {
-		dead, err := s.looseIsDead(&l, grace, rep)
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		state := g.FindLoose(ctx, l)
+		dead, err := g.judge(ctx, l.UUID, state, grace)
 		if err != nil {
 			return err
 		}
 		if !dead {
-			live[l.UUID] = true
-			continue
-		}
-		if err := s.fs.Remove(s.loosePath(l.UUID)); err != nil {
-			return err
+			g.live[l.UUID] = true
 		}
 	}
 	if len(list) > 0 {
-		return s.fs.SyncDir(s.path("loose"))
+		return g.dir.Sync(ctx, looseFolder)
 	}
 	return nil
 }
 
-func (s *Store) looseIsDead(l *Loose, grace time.Duration, rep *GCReport) (bool, error) {
-	f, err := s.fs.Open(s.loosePath(l.UUID))
+// judge updates one entry, whose file is in that state, or removes it.
+func (g *gc) judge(ctx context.Context, id uuid.UUID, state loose.State, grace time.Duration) (dead bool, err error) {
+	unlock, err := g.lock(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	f, err := g.dir.Open(ctx, looseObject(id), Exclusive)
+	if errors.Is(err, vfs.ErrLocked) {
+		return false, nil // being saved or restored
+	}
+	if gone(err) {
+		return true, nil
+	}
 	if err != nil {
 		return false, err
 	}
 	defer f.Close()
-	if err := f.TryLock(vfs.Exclusive); errors.Is(err, vfs.ErrLocked) {
-		return false, nil // being saved or restored
-	} else if err != nil {
+	l, err := g.readLoose(ctx, id)
+	if err != nil {
 		return false, err
 	}
 	was := l.Gone
-	switch l.Place.Find(l.UUID, s.LooseHeader) {
+	switch state {
 	case loose.Unknown:
-		rep.Warnings = append(rep.Warnings, fmt.Sprintf("can't tell whether %s still needs its hot pages in NVRAM; they are kept", l.Place.Path))
+		g.rep.Warnings = append(g.rep.Warnings, fmt.Sprintf("can't tell whether %s still needs its hot pages in NVRAM; they are kept", l.Place.Path))
 		return false, nil
 	case loose.Present:
 		l.Gone = time.Time{}
 	case loose.Gone:
-		if !l.Whole || l.Restored {
-			return true, nil
-		}
 		if l.Gone.IsZero() {
 			l.Gone = time.Now()
 		}
-		if time.Since(l.Gone) >= grace {
-			return true, nil
+		if !l.Whole || l.Restored || time.Since(l.Gone) >= grace {
+			return true, g.dir.Remove(ctx, looseObject(id))
 		}
-		rep.GoneFiles++
+		g.rep.GoneFiles++
 	}
 	if l.Gone.Equal(was) {
 		return false, nil
 	}
-	return false, s.writeLoose(*l)
+	return false, g.writeLoose(ctx, l)
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
@@ -70,7 +71,11 @@ func (l *looseLab) begin(t *testing.T, path string) *store.Tx {
 	}
 	w, err := image.NewWriter(p.Image(), image.Header{PageSize: 4096, SegmentPages: 4, UUID: p.UUID(), Created: time.Now()}, image.None, 1)
 	if err == nil {
-		err = w.Finish([]byte("{}"), []byte("{}"))
+		var meta, id []byte
+		m := checkpoint.Meta{Identity: checkpoint.Identity{UUID: p.UUID(), PageSize: 4096}}
+		if meta, id, err = m.Documents(); err == nil {
+			err = w.Finish(meta, id)
+		}
 	}
 	if err != nil {
 		t.Fatal(err)

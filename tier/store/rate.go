@@ -2,16 +2,13 @@ package store
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"time"
 
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // Rate is how fast the store's file system reads: r of FLIC's equation (1).
@@ -35,28 +32,21 @@ const (
 // in the last month: it writes a file of 32 MiB, takes it out of the page cache
 // and reads it in a segment's size. That takes a second or so.
 func (s *Store) FlashRate(ctx context.Context) (Rate, error) {
-	name := s.path(rateFile)
-	b, err := readSmall(s.fs, name)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return Rate{}, err
-	}
 	var r Rate
 	// What is damaged is measured again.
-	if err == nil && unseal(b, &r) == nil && r.BytesPerSecond > 0 && time.Since(r.Measured) < rateAge {
+	if err := s.readSealed(ctx, rateFile, "flash rate", maxSealed, &r); err == nil && r.BytesPerSecond > 0 && time.Since(r.Measured) < rateAge {
 		return r, nil
 	}
-	if r, err = s.measureRate(ctx); err != nil {
-		return r, fmt.Errorf("measure how fast %s is read: %w", s.dir, err)
-	}
-	if b, err = seal(r); err != nil {
-		return r, err
+	r, err := s.measureRate(ctx)
+	if err != nil {
+		return r, fmt.Errorf("measure how fast %s is read: %w", s.root, err)
 	}
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return r, err
 	}
 	defer unlock()
-	return r, s.writeSmall(name, b)
+	return r, s.writeSealed(ctx, rateFile, r)
 }
 
 func (s *Store) measureRate(ctx context.Context) (r Rate, err error) {
@@ -64,19 +54,15 @@ func (s *Store) measureRate(ctx context.Context) (r Rate, err error) {
 	if err != nil {
 		return r, err
 	}
-	tmp := s.path("tmp", uuid.NewString()+".rate")
-	f, err := s.fs.Create(tmp)
-	if err == nil {
-		// GC takes what nobody has locked for a dead save's.
-		err = f.TryLock(vfs.Exclusive)
-	}
+	tmp := tmpFolder + "/" + uuid.NewString() + rateSuffix
+	f, err := s.dir.Create(ctx, tmp)
 	unlock()
-	if f == nil {
+	if err != nil {
 		return r, err
 	}
 	defer func() {
 		f.Close()
-		if e := s.fs.Remove(tmp); err == nil {
+		if e := s.dir.Remove(ctx, tmp); err == nil {
 			err = e
 		}
 	}()
@@ -95,7 +81,9 @@ func (s *Store) measureRate(ctx context.Context) (r Rate, err error) {
 	if err != nil {
 		return r, err
 	}
-	f.DropCache()
+	if f, ok := f.(interface{ DropCache() }); ok {
+		f.DropCache()
+	}
 	start := time.Now()
 	read := 0
 	for read < rateSample && time.Since(start) < rateTime {

@@ -4,8 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"syscall"
+
+	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -16,77 +21,220 @@ type Removed struct {
 	Ref        Ref
 	FlashBytes int64
 	NVRAMBytes int64
-	// NVRAM is why NVRAM was not freed, if it was not. The checkpoint is gone all
-	// the same, and gc can repeat it.
-	NVRAM error
+	// Kept names the checkpoints that need bytes of its image, which is not free
+	// before they are removed too.
+	Kept []Ref
+	// Left is why something of it was not freed, if so. The checkpoint is gone all
+	// the same, and gc frees what belongs to nobody.
+	Left error
 }
 
 // Remove removes a checkpoint, which nobody may have open (ErrInUse), durably, and
-// then gives its NVRAM back.
+// then gives back what it took. It needs no space for that: the store may be full.
+//
+// An image that is not in its place is removed there, and no more: the checkpoint
+// that it is, and that one's NVRAM, are another's.
 func (s *Store) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
-	unlock, err := s.lock(ctx)
-	if err != nil {
-		return rm, err
-	}
-	defer unlock()
-	if r, err = s.Resolve(ctx, r); err != nil {
-		return rm, err
-	}
 	rm.Ref = r
-	f, err := s.fs.Open(s.imagePath(r))
+	f, r, err := s.openForRemoval(ctx, r)
 	if err != nil {
 		return rm, err
 	}
 	defer f.Close()
-	if err := f.TryLock(vfs.Exclusive); errors.Is(err, vfs.ErrLocked) {
-		return rm, fmt.Errorf("checkpoint %v: %w", r, ErrInUse)
-	} else if err != nil {
-		return rm, err
-	}
-	if rm.FlashBytes, err = f.Size(); err != nil {
-		return rm, err
-	}
-	id, err := checkpoint.ReadIdentity(f)
-	if err != nil && !integrity.IsCorrupt(err) {
-		return rm, err
-	}
-	rm.NVRAM = err
-	last, err := s.lastNumber(r.VM)
+	rm.Ref = r
+	size, err := f.Size()
 	if err != nil {
 		return rm, err
 	}
-	if r.N == last {
-		b, err := seal(r.N)
-		if err != nil {
-			return rm, err
-		}
-		if err := s.writeSmall(s.path("vms", r.VM, "last"), b); err != nil {
-			return rm, err
-		}
+	id, err := checkpoint.ReadIdentity(f)
+	if err == nil {
+		err = checkPlace(f.Name(), r, id)
 	}
-	if err := s.fs.Remove(s.imagePath(r)); err != nil {
+	if err != nil && !integrity.IsCorrupt(err) && !isUnsupported(err) {
 		return rm, err
 	}
-	// Without its image it is nothing to anybody; GC would remove it too.
-	s.fs.Remove(s.touchedPath(r))
-	if err := s.fs.SyncDir(s.path("vms", r.VM)); err != nil {
+	rm.Left = err
+	// Nobody can begin to refer to it while it is locked; who does so already holds
+	// a lock on it, or is committed.
+	if err == nil {
+		if rm.Kept, err = s.referring(ctx, id.UUID); err != nil {
+			return rm, err
+		}
+	}
+	if err := s.unlist(ctx, r, len(rm.Kept) > 0); err != nil {
 		return rm, err
 	}
-	if id != nil && id.NVRAM != nil {
-		rm.NVRAMBytes, rm.NVRAM = s.freeNVRAM(ctx, id)
+	if len(rm.Kept) > 0 {
+		return rm, nil
 	}
+	rm.FlashBytes = size
+	if rm.Left == nil && id.NVRAM != nil {
+		rm.NVRAMBytes, rm.Left = s.freeNVRAM(ctx, id)
+	}
+	rm.Left = errors.Join(rm.Left, s.tidy(ctx, r))
 	return rm, nil
 }
 
+func isUnsupported(err error) bool {
+	var u *image.UnsupportedError
+	return errors.As(err, &u)
+}
+
+// openForRemoval finds a checkpoint and locks it against everybody.
+func (s *Store) openForRemoval(ctx context.Context, r Ref) (Object, Ref, error) {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return nil, r, err
+	}
+	defer unlock()
+	if r, err = s.Resolve(ctx, r); err != nil {
+		return nil, r, err
+	}
+	f, err := s.dir.Open(ctx, r.object(imageSuffix), Exclusive)
+	if errors.Is(err, vfs.ErrLocked) {
+		err = fmt.Errorf("checkpoint %v: %w", r, ErrInUse)
+	}
+	return f, r, err
+}
+
+// unlist takes a checkpoint's name away, durably. It is locked.
+func (s *Store) unlist(ctx context.Context, r Ref, keep bool) error {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	o, err := s.objects(ctx, r.VM)
+	if err != nil {
+		return err
+	}
+	old := r.object(imageSuffix)
+	if _, ok := slices.BinarySearch(o.images, r.N); !ok {
+		return fmt.Errorf("checkpoint %v in store %s: %w", r, s.root, ErrNotFound)
+	}
+	// The highest number is remembered by what is left of its image. A new name
+	// of the same length fits where the old one was, so that a full disk is no
+	// reason to fail.
+	if keep || r.N == o.last() {
+		removed := r.object(removedSuffix)
+		if slices.Contains(o.removed, r.N) {
+			// Somebody has put the image back under a number that was gone.
+			if err := s.dir.Remove(ctx, removed); err != nil {
+				return err
+			}
+		}
+		err := s.dir.Commit(ctx, old, removed)
+		if errors.Is(err, syscall.ENOSPC) && s.dir.Remove(ctx, r.object(touchedSuffix)) == nil {
+			err = s.dir.Commit(ctx, old, removed) // in the place of the hint's name
+		}
+		if err != nil {
+			return err
+		}
+	} else {
+		if err := s.dir.Remove(ctx, old); err != nil {
+			return err
+		}
+		if err := s.dir.Sync(ctx, vmFolder(r.VM)); err != nil {
+			return err
+		}
+	}
+	// Without its image it is nothing to anybody; gc would remove it too.
+	if slices.Contains(o.touched, r.N) {
+		s.dir.Remove(ctx, r.object(touchedSuffix))
+	}
+	return nil
+}
+
+// tidy frees what is left of a removed image that nobody needs, and what stood for
+// lower numbers. The image is locked.
+func (s *Store) tidy(ctx context.Context, r Ref) error {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	o, err := s.objects(ctx, r.VM)
+	if err != nil {
+		return err
+	}
+	if slices.Contains(o.removed, r.N) {
+		if err := s.dir.Empty(ctx, r.object(removedSuffix)); err != nil {
+			return err
+		}
+	}
+	for _, n := range o.removed {
+		if n == o.last() {
+			break
+		}
+		if err := s.removeEmpty(ctx, Ref{r.VM, n}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// removeEmpty removes what stands for a number that need not be remembered any
+// more. The caller holds the store lock.
+func (s *Store) removeEmpty(ctx context.Context, r Ref) error {
+	f, err := s.dir.Open(ctx, r.object(removedSuffix), Unlocked)
+	if err != nil {
+		return err
+	}
+	size, err := f.Size()
+	f.Close()
+	if err != nil || size > 0 {
+		return err // an image that others may need: gc looks
+	}
+	return s.dir.Remove(ctx, r.object(removedSuffix))
+}
+
+// freeNVRAM gives a checkpoint's NVRAM back.
 func (s *Store) freeNVRAM(ctx context.Context, id *checkpoint.Identity) (bytes int64, err error) {
-	f, err := nvram.Open(ctx, s.fs, id.NVRAM.Path, nvram.Options{})
+	if err := s.CheckHome(ctx); err != nil {
+		return 0, err
+	}
+	f, err := s.openNVRAM(ctx, nvramFile{id.NVRAM.Path, id.NVRAM.UUID})
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
-	if f.UUID() != id.NVRAM.UUID {
-		return 0, fmt.Errorf("%s is not the file the checkpoint was saved to", id.NVRAM.Path)
-	}
 	freed, err := f.FreeOwner(ctx, id.UUID)
 	return int64(freed) * nvram.ExtentSize, err
+}
+
+// nvramFile is the content of nvram/UUID.json.
+type nvramFile struct {
+	Path string    `json:"path"`
+	UUID uuid.UUID `json:"uuid"`
+}
+
+// openNVRAM opens an NVRAM file and refuses another one in its place.
+func (s *Store) openNVRAM(ctx context.Context, nf nvramFile) (*nvram.File, error) {
+	f, err := nvram.Open(ctx, s.fs, nf.Path, nvram.Options{})
+	if err != nil {
+		return nil, err
+	}
+	if f.UUID() != nf.UUID {
+		f.Close()
+		return nil, fmt.Errorf("NVRAM file %s is another one now", nf.Path)
+	}
+	return f, nil
+}
+
+func nvramObject(id uuid.UUID) string { return nvramFolder + "/" + id.String() + ".json" }
+
+// useNVRAM records, before any extent of it is reserved, that saves of this
+// store use an NVRAM file, so that GC finds what a killed save has left there.
+func (s *Store) useNVRAM(ctx context.Context, path string, id uuid.UUID) error {
+	want := nvramFile{path, id}
+	var have nvramFile
+	if s.readSealed(ctx, nvramObject(id), "NVRAM file's name", maxSealed, &have) == nil && have == want {
+		return nil
+	}
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return s.writeSealed(ctx, nvramObject(id), want)
 }

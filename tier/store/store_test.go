@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
@@ -74,7 +74,12 @@ func finish(p *Tx) error {
 	if err != nil {
 		return err
 	}
-	return w.Finish([]byte("{}"), []byte("{}"))
+	m := checkpoint.Meta{Identity: checkpoint.Identity{VM: p.ref.VM, Number: p.ref.N, UUID: p.uuid, PageSize: 4096}}
+	doc, id, err := m.Documents()
+	if err != nil {
+		return err
+	}
+	return w.Finish(doc, id)
 }
 
 func mustCommit(t testing.TB, s *Store, vm string) Ref {
@@ -142,7 +147,7 @@ func TestNames(t *testing.T) {
 		if _, err := s.Resolve(context.Background(), Ref{VM: name, N: 1}); !errors.Is(err, ErrName) {
 			t.Errorf("Resolve(%q): %v", name, err)
 		}
-		if _, _, err := s.openImage(context.Background(), Ref{VM: name}); !errors.Is(err, ErrName) {
+		if _, _, err := s.open(context.Background(), Ref{VM: name}); !errors.Is(err, ErrName) {
 			t.Errorf("OpenImage(%q): %v", name, err)
 		}
 		if _, err := s.Remove(context.Background(), Ref{VM: name, N: 1}); !errors.Is(err, ErrName) {
@@ -167,7 +172,7 @@ func TestOpen(t *testing.T) {
 	if again, err := Open(context.Background(), disk, "/deep/er/store", true); err != nil || again.UUID() != s.UUID() {
 		t.Errorf("made again: %v, %v", again, err)
 	}
-	sealed := func(f storeFile) []byte {
+	sealed := func(f storeDoc) []byte {
 		b, err := seal(f)
 		if err != nil {
 			t.Fatal(err)
@@ -177,17 +182,17 @@ func TestOpen(t *testing.T) {
 	for name, b := range map[string][]byte{
 		"empty":        {},
 		"not JSON":     []byte("store"),
-		"too large":    make([]byte, maxSmall+1),
-		"another kind": sealed(storeFile{"another store", 1, uuid.New()}),
-		"no UUID":      sealed(storeFile{formatName, 1, uuid.Nil}),
+		"too large":    make([]byte, maxSealed+1),
+		"another kind": sealed(storeDoc{Format: "another store", Version: 2, UUID: uuid.New()}),
+		"no UUID":      sealed(storeDoc{Format: formatName, Version: Version}),
 	} {
 		put(t, disk, "/deep/er/store/store.json", b)
 		if _, err := Open(context.Background(), disk, "/deep/er/store", true); !integrity.IsCorrupt(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	put(t, disk, "/deep/er/store/store.json", sealed(storeFile{formatName, Version + 1, uuid.New()}))
-	if _, err := Open(context.Background(), disk, "/deep/er/store", true); err == nil || integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "version 2") {
+	put(t, disk, "/deep/er/store/store.json", sealed(storeDoc{Format: formatName, Version: Version + 1, UUID: uuid.New()}))
+	if _, err := Open(context.Background(), disk, "/deep/er/store", true); err == nil || integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "version 3") {
 		t.Errorf("a later version: %v", err)
 	}
 }
@@ -283,7 +288,7 @@ func TestResolve(t *testing.T) {
 		if got, err := s.Resolve(context.Background(), ref); err != nil || got.N != want {
 			t.Errorf("%v: %v, %v", ref, got, err)
 		}
-		f, got, err := s.openImage(context.Background(), ref)
+		f, got, err := s.open(context.Background(), ref)
 		if err != nil || got.N != want {
 			t.Fatalf("open %v: %v, %v", ref, got, err)
 		}
@@ -293,7 +298,7 @@ func TestResolve(t *testing.T) {
 		if _, err := s.Resolve(context.Background(), ref); !errors.Is(err, ErrNotFound) {
 			t.Errorf("%v: %v", ref, err)
 		}
-		if _, _, err := s.openImage(context.Background(), ref); !errors.Is(err, ErrNotFound) {
+		if _, _, err := s.open(context.Background(), ref); !errors.Is(err, ErrNotFound) {
 			t.Errorf("open %v: %v", ref, err)
 		}
 		if _, err := s.Remove(context.Background(), ref); !errors.Is(err, ErrNotFound) {
@@ -310,9 +315,9 @@ func TestRemoveInUse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var readers []vfs.File
+	var readers []Object
 	for range 2 {
-		f, _, err := reader.openImage(context.Background(), ref)
+		f, _, err := reader.open(context.Background(), ref)
 		if err != nil {
 			t.Fatalf("readers exclude each other: %v", err)
 		}
@@ -340,7 +345,7 @@ func TestRemoveInUse(t *testing.T) {
 	if err := f.TryLock(vfs.Exclusive); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.openImage(context.Background(), ref); !errors.Is(err, ErrInUse) {
+	if _, _, err := s.open(context.Background(), ref); !errors.Is(err, ErrInUse) {
 		t.Errorf("open of a locked image: %v", err)
 	}
 }
@@ -374,7 +379,7 @@ func TestPending(t *testing.T) {
 	if err := finish(p); err != nil {
 		t.Fatal(err)
 	}
-	size, _ := p.image.Size()
+	size, _ := p.image.(Object).Size()
 	dead.Kill()
 	if rep, err := s.GC(context.Background()); err != nil || rep.Parts != 1 || rep.Bytes != size {
 		t.Errorf("gc of a dead save of %d bytes: %+v, %v", size, rep, err)
@@ -462,6 +467,15 @@ func TestTwoProcesses(t *testing.T) {
 func TestGCStops(t *testing.T) {
 	s, disk := newStore(t)
 	mustCommit(t, s, "vm")
+	p, err := s.Begin(t.Context(), "other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := p.Reserve(t.Context(), Reservation{Path: "/nvram.img", Bytes: 4096, PageSize: 4096}); err != nil {
+		t.Fatal(err)
+	}
+	p.keep = true // as if it had been killed
+	p.Abort()
 	put(t, disk, "/store/vms/vm/00000002.flic", []byte("half an image"))
 	if _, err := s.GC(context.Background()); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "00000002.flic") {
 		t.Errorf("gc: %v", err)
@@ -605,10 +619,10 @@ func TestUncertain(t *testing.T) {
 		if err := finish(p); err != nil {
 			t.Fatal(err)
 		}
-		// Lock, sync of vms, rename, sync of the VM's directory.
-		disk.FailAt(3, syscall.EIO)
+		// Lock, rename, sync of the VM's directory, and the same backwards.
+		disk.FailAt(2, syscall.EIO)
 		if c.also > 0 {
-			disk.FailAt(3+c.also, syscall.EIO)
+			disk.FailAt(2+c.also, syscall.EIO)
 		}
 		_, err = p.Commit(context.Background())
 		if !errors.Is(err, syscall.EIO) || IsUncertain(err) != c.uncertain || IsUncertain(fmt.Errorf("x: %w", err)) != c.uncertain {
@@ -623,7 +637,7 @@ func TestUncertain(t *testing.T) {
 // FuzzUnseal opens any sealed file. What is accepted says the same when it is
 // sealed again.
 func FuzzUnseal(f *testing.F) {
-	for _, v := range []any{storeFile{formatName, Version, uuid.UUID{1}}, nvramFile{"/dev/<pmem>&", uuid.UUID{2}}, 12,
+	for _, v := range []any{storeDoc{formatName, Version, uuid.UUID{1}, home{"/<store>", "inode 7"}}, nvramFile{"/dev/<pmem>&", uuid.UUID{2}}, 12,
 		workingset.Touched{PageSize: 4096, Blocks: []string{"a"}, Runs: []workingset.PageRun{{Page: 1, Count: 2}}}} {
 		b, err := seal(v)
 		if err != nil {
@@ -633,20 +647,14 @@ func FuzzUnseal(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// Behind the checksum, too.
-		var s sealed
-		if json.Unmarshal(b, &s) == nil {
-			s.CRC = integrity.Checksum(s.Body)
-			if b, err := json.Marshal(s); err == nil {
-				unsealTwice(t, b)
-			}
-		}
+		unsealTwice(t, fmt.Appendf(nil, "%08x %s\n", integrity.Checksum(b), b))
 		unsealTwice(t, b)
 	})
 }
 
 func unsealTwice(t *testing.T, b []byte) {
 	for _, pair := range [][2]any{
-		{new(storeFile), new(storeFile)}, {new(nvramFile), new(nvramFile)}, {new(int), new(int)},
+		{new(storeDoc), new(storeDoc)}, {new(nvramFile), new(nvramFile)}, {new(int), new(int)},
 		{new(workingset.Touched), new(workingset.Touched)},
 	} {
 		if unseal(b, pair[0]) != nil {

@@ -8,14 +8,19 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
-	"github.com/flic-migrate/flic-migrate/tier/rescue"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // ErrVolatile: the NVRAM file is on a file system that does not survive
 // power-off, and nobody said that this is fine.
 var ErrVolatile = errors.New("NVRAM file is on a volatile file system: hot pages would be lost at power-off")
+
+// Sink is an image in the making.
+type Sink interface {
+	image.Sink
+	Close() error
+}
 
 // Tx is a checkpoint in the making: its image, and its part of an NVRAM file. It
 // has failed until Commit has returned nil. Abort undoes whatever there is of it;
@@ -23,64 +28,122 @@ var ErrVolatile = errors.New("NVRAM file is on a volatile file system: hot pages
 // commit, so that a deferred Abort covers every way out, panics included.
 type Tx struct {
 	s     *Store // nil: BeginFile
-	vm    string
+	ref   Ref    // zero if the image is no store's
 	uuid  uuid.UUID
-	image vfs.File // exclusively locked if it is the store's
-	path  string   // of the image, or with loose of its entry
+	image Sink
+	name  string // of the image's object, or with loose of its entry
+	known bool   // the VM's folder was there, and durable, at the beginning
 	ended bool
 
 	nvfile *nvram.File
 	region *nvram.Region
+	holds  []Object // what it refers to, locked
 	// keep is set when the checkpoint may become visible in spite of an error:
 	// its NVRAM is then not given back.
 	keep bool
 
-	loose *Loose   // BeginLoose
-	entry vfs.File // its entry, exclusively locked
+	loose *Loose // BeginLoose
+	entry Object // its entry, exclusively locked
 }
 
-// Begin starts a checkpoint of VM vm.
-func (s *Store) Begin(ctx context.Context, vm string) (_ *Tx, err error) {
+// Begin starts the next checkpoint of VM vm.
+func (s *Store) Begin(ctx context.Context, vm string) (*Tx, error) {
 	if err := CheckVM(vm); err != nil {
 		return nil, err
 	}
-	t := &Tx{s: s, vm: vm, uuid: uuid.New()}
-	t.path = s.path("tmp", t.uuid.String()+".part")
+	t := &Tx{s: s, uuid: uuid.New()}
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if t.image, err = s.fs.Create(t.path); err != nil {
+	o, err := s.objects(ctx, vm)
+	if err != nil {
 		return nil, err
 	}
-	begun := false
-	defer func() {
-		if !begun {
-			t.Abort()
+	t.ref = Ref{vm, max(o.last(), 0)}
+	if err := s.taken(ctx, &t.ref); err != nil {
+		return nil, err
+	}
+	if t.ref.N++; t.ref.N > MaxNumber {
+		return nil, fmt.Errorf("VM %q has used up its checkpoint numbers", vm)
+	}
+	// While the guest runs is the time for this; at the commit it stands still.
+	if t.known = o.last() > 0; t.known {
+		if err := s.dir.Mkdir(ctx, vmFolder(vm)); err != nil {
+			return nil, err
 		}
-	}()
-	if err = t.image.TryLock(vfs.Exclusive); err != nil {
+	}
+	t.name = partName(t.ref, t.uuid)
+	if t.image, err = s.dir.Create(ctx, t.name); err != nil {
 		return nil, err
 	}
-	begun = true
 	return t, nil
+}
+
+// taken raises r's number to the highest that a save under way has. The caller
+// holds the store lock.
+func (s *Store) taken(ctx context.Context, r *Ref) error {
+	list, err := s.dir.List(ctx, tmpFolder)
+	if err != nil {
+		return err
+	}
+	for _, e := range list {
+		part, _, suffix, ok := parseTmp(e.Name)
+		if !ok || suffix != partSuffix || part.VM != r.VM || part.N <= r.N {
+			continue
+		}
+		f, err := s.dir.Open(ctx, tmpFolder+"/"+e.Name, Exclusive)
+		if err == nil {
+			f.Close() // its save is dead
+			continue
+		}
+		if !gone(err) {
+			r.N = part.N
+		}
+	}
+	return nil
 }
 
 // BeginFile starts a checkpoint whose image goes into a file that the caller has
 // opened, names and removes. It belongs to no store and has no NVRAM: Commit gives
 // it no name, and Abort leaves the file.
-func BeginFile(f vfs.File) *Tx { return &Tx{image: f, uuid: uuid.New()} }
+func BeginFile(f Sink) *Tx { return &Tx{image: f, uuid: uuid.New()} }
 
 // UUID is the checkpoint's.
 func (t *Tx) UUID() uuid.UUID { return t.uuid }
 
+// Ref is the checkpoint's to be, for its IDENTITY; zero if it is no store's.
+func (t *Tx) Ref() Ref { return t.ref }
+
 // Image is the image to be, empty at first. Commit and Abort close it.
-func (t *Tx) Image() vfs.File { return t.image }
+func (t *Tx) Image() Sink { return t.image }
 
 // HasNVRAM tells whether the checkpoint can have a part in NVRAM: one that no
 // store knows of can't, because nobody would give it back.
 func (t *Tx) HasNVRAM() bool { return t.s != nil }
+
+// Refer keeps the images with these UUIDs from going away until the transaction
+// has ended. A committed checkpoint's IDENTITY does so then.
+func (t *Tx) Refer(ctx context.Context, ids ...uuid.UUID) error {
+	if t.ref == (Ref{}) {
+		return errors.New("an image outside of a store can't refer to others")
+	}
+	held, err := t.s.hold(ctx, ids)
+	if err != nil {
+		return err
+	}
+	t.holds = append(t.holds, held...)
+	if some, err := t.s.shares(ctx); err != nil || some {
+		return err
+	}
+	unlock, err := t.s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return t.s.writeSealed(ctx, sharingFile, sharing{References: true})
+}
 
 // Reservation is what a checkpoint wants of an NVRAM file.
 type Reservation struct {
@@ -99,6 +162,10 @@ func (t *Tx) Reserve(ctx context.Context, r Reservation) (*nvram.Region, *nvram.
 	if !t.HasNVRAM() || t.nvfile != nil {
 		return nil, nil, errors.New("no room in NVRAM can be reserved here")
 	}
+	// The original would take it for what a dead save of its own has left.
+	if err := t.s.CheckHome(ctx); err != nil {
+		return nil, nil, err
+	}
 	// META says where the file is, to a restore with another working directory.
 	path, err := filepath.Abs(r.Path)
 	if err != nil {
@@ -114,7 +181,7 @@ func (t *Tx) Reserve(ctx context.Context, r Reservation) (*nvram.Region, *nvram.
 	if err := t.s.useNVRAM(ctx, path, t.nvfile.UUID()); err != nil {
 		return nil, nil, err
 	}
-	if t.region, err = t.nvfile.Reserve(ctx, t.uuid, t.s.uuid, r.Bytes, r.PageSize); err != nil {
+	if t.region, err = t.nvfile.Reserve(ctx, t.uuid, t.s.doc.UUID, r.Bytes, r.PageSize); err != nil {
 		return nil, nil, err
 	}
 	return t.region, t.nvfile, nil
@@ -122,23 +189,45 @@ func (t *Tx) Reserve(ctx context.Context, r Reservation) (*nvram.Region, *nvram.
 
 // Commit gives the image, which must be whole and synced, its name and returns
 // the checkpoint's reference once the name is durable. After an error nothing is
-// visible, unless [IsUncertain] says so, and the transaction is aborted.
-func (t *Tx) Commit(ctx context.Context) (ref Ref, err error) {
+// visible, unless [IsUncertain] says so, and the transaction is aborted. Nothing is
+// synced but the VM's own folder.
+func (t *Tx) Commit(ctx context.Context) (Ref, error) {
 	if t.ended {
 		return Ref{}, errors.New("the transaction has ended")
 	}
 	defer t.Abort()
+	var err error
 	switch {
 	case t.loose != nil:
 		err = t.commitLoose(ctx)
 	case t.s != nil:
-		ref, err = t.commit(ctx)
+		err = t.commit(ctx)
 	}
 	if err != nil {
 		return Ref{}, err
 	}
 	t.ended = true
-	return ref, t.close()
+	return t.ref, t.close()
+}
+
+func (t *Tx) commit(ctx context.Context) error {
+	unlock, err := t.s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if !t.known {
+		if err := t.s.dir.Mkdir(ctx, vmFolder(t.ref.VM)); err != nil {
+			return err
+		}
+	}
+	// Until it is known that the image has not got its name, it may be there, and
+	// be so after a power cut: its NVRAM must then stay its own until gc has seen
+	// the folder synced.
+	t.keep = true
+	err = t.s.dir.Commit(ctx, t.name, t.ref.object(imageSuffix))
+	t.keep = IsUncertain(err)
+	return err
 }
 
 // close closes what is open, and frees nothing.
@@ -152,65 +241,14 @@ func (t *Tx) close() error {
 	if t.entry != nil {
 		t.entry.Close()
 	}
+	for _, f := range t.holds {
+		f.Close()
+	}
 	err := t.image.Close()
-	if t.s != nil && t.loose == nil {
+	if t.ref.N > 0 {
 		err = nil // it is synced: nothing can be lost any more
 	}
 	return err
-}
-
-func (t *Tx) commit(ctx context.Context) (Ref, error) {
-	s := t.s
-	unlock, err := s.lock(ctx)
-	if err != nil {
-		return Ref{}, err
-	}
-	defer unlock()
-	dir := s.path("vms", t.vm)
-	if err := s.fs.MkdirAll(dir); err != nil {
-		return Ref{}, err
-	}
-	n, err := s.lastNumber(t.vm)
-	if err != nil {
-		return Ref{}, err
-	}
-	ref := Ref{t.vm, n + 1}
-	if ref.N > MaxNumber {
-		return Ref{}, fmt.Errorf("VM %q has used up its checkpoint numbers", t.vm)
-	}
-	final := s.imagePath(ref)
-	// Until the rename has failed for sure, or is undone for sure, the checkpoint
-	// may be there.
-	t.keep = true
-	if err := s.fs.Rename(t.path, final); err != nil {
-		t.keep = false
-		return Ref{}, err
-	}
-	if err := rescue.Call(func() error { return s.fs.SyncDir(dir) }); err != nil {
-		// The name may or may not be durable; take it back. If that does not
-		// become durable either, or can't be done, the name is or can come
-		// up, so the NVRAM part must stay its own until GC has seen the
-		// directory synced.
-		if s.fs.Remove(final) != nil || s.fs.SyncDir(dir) != nil {
-			return Ref{}, &uncertainError{err}
-		}
-		t.keep = false
-		return Ref{}, err
-	}
-	return ref, nil
-}
-
-// uncertainError is a Commit's failure after which the checkpoint may be there
-// all the same, at once or after a power cut.
-type uncertainError struct{ error }
-
-func (e *uncertainError) Unwrap() error { return e.error }
-
-// IsUncertain tells whether err is that of a Commit after which the checkpoint
-// may be there all the same.
-func IsUncertain(err error) bool {
-	var u *uncertainError
-	return errors.As(err, &u)
 }
 
 // Abort gives the transaction up. It returns an error if NVRAM was not given
@@ -221,13 +259,14 @@ func (t *Tx) Abort() error {
 	}
 	t.ended = true
 	defer t.close()
+	// Whatever has ended the save is no reason to keep what it took; the waits have
+	// limits of their own.
+	ctx := context.Background()
 	if t.s != nil {
-		defer t.s.fs.Remove(t.path)
+		defer t.s.dir.Remove(ctx, t.name)
 	}
 	if t.region != nil && !t.keep {
-		// Whatever has ended the save is no reason to keep its NVRAM; the wait for
-		// the file has a limit of its own.
-		return t.region.Release(context.Background())
+		return t.region.Release(ctx)
 	}
 	return nil
 }

@@ -203,6 +203,25 @@ func (o osFS) Stat(name string) (fs.FileInfo, error) {
 
 func (o osFS) Lstat(name string) (fs.FileInfo, error) { return o.stat(name, unix.O_NOFOLLOW) }
 
+// ID is the file's handle (name_to_handle_at(2)), which has beside the inode's
+// number one of its generation, so that it is nobody's who gets the number later;
+// of a file system without handles, the inode's number alone.
+func (o osFS) ID(name string) (string, error) {
+	f, err := o.lookAt(name, 0)
+	if err != nil {
+		return "", &fs.PathError{Op: "stat", Path: name, Err: err}
+	}
+	defer f.Close()
+	if h, _, err := unix.NameToHandleAt(int(f.Fd()), "", unix.AT_EMPTY_PATH); err == nil {
+		return fmt.Sprintf("handle %d %x", h.Type(), h.Bytes()), nil
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("inode %d", fi.Sys().(*syscall.Stat_t).Ino), nil
+}
+
 func (o osFS) ReadDir(dir string) ([]fs.DirEntry, error) {
 	d, err := o.openDir(dir)
 	if err != nil {

@@ -102,6 +102,11 @@ type FS interface {
 	Stat(name string) (fs.FileInfo, error)
 	Lstat(name string) (fs.FileInfo, error)
 
+	// ID tells a file or directory from every copy of it: it stays the same
+	// under every name, and after a mount at another place. A file system that
+	// numbers its files anew at each mount changes it all the same.
+	ID(name string) (string, error)
+
 	// SyncDir makes the creations, renames and removals of names in dir
 	// durable.
 	SyncDir(dir string) error

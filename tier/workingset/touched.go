@@ -1,5 +1,11 @@
 package workingset
 
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+)
+
 // PageRun is Count pages of a RAM block from Page on.
 type PageRun struct {
 	Block int    `json:"b"` // index into Touched.Blocks
@@ -11,14 +17,53 @@ type PageRun struct {
 // the guest had to wait for, in the order in which it first did. Unlike a Set
 // it keeps that order, which is the best one to send them in.
 type Touched struct {
-	PageSize int       `json:"page_size"` // bytes
-	Blocks   []string  `json:"blocks"`    // names of the RAM blocks
-	Runs     []PageRun `json:"runs"`
+	PageSize int      `json:"page_size"` // bytes
+	Blocks   nameList `json:"blocks"`    // names of the RAM blocks
+	Runs     runList  `json:"runs"`
+}
+
+// The lists have types of their own because each has its limit, which is checked
+// while it is decoded: {} is short, and what it stands for is not.
+type (
+	nameList []string
+	runList  []PageRun
+)
+
+func (l *nameList) UnmarshalJSON(b []byte) error { return decodeList(l, b, maxTouchedBlocks) }
+func (l *runList) UnmarshalJSON(b []byte) error  { return decodeList(l, b, MaxTouched) }
+
+// decodeList decodes a JSON array of at most so many elements.
+func decodeList[L ~[]T, T any](l *L, b []byte, most int) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	t, err := d.Token()
+	if err != nil {
+		return err
+	}
+	if *l = nil; t == nil {
+		return nil // null
+	}
+	if t != json.Delim('[') {
+		return fmt.Errorf("%v in place of a list", t)
+	}
+	for d.More() {
+		if len(*l) == most {
+			return fmt.Errorf("list of more than %d", most)
+		}
+		var v T
+		if err := d.Decode(&v); err != nil {
+			return err
+		}
+		*l = append(*l, v)
+	}
+	return nil
 }
 
 // MaxTouched caps the runs that are kept: a guest that has touched more pages
 // than this one by one has no working set to speak of.
-const MaxTouched = 1 << 18
+const MaxTouched = 1 << 16
+
+// maxTouchedBlocks is how many RAM blocks a guest can have (ramparse).
+const maxTouchedBlocks = 4096
 
 // Add appends runs that a later restore had to wait for.
 func (t *Touched) Add(runs []PageRun) {

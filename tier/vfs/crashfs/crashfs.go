@@ -36,6 +36,7 @@ package crashfs
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"math/rand/v2"
@@ -149,6 +150,7 @@ func (f *FS) CrashClone(seed uint64) *FS {
 
 	clone := New(f.d.capacity)
 	clone.d.volatile = f.d.volatile
+	clone.d.root.number = f.d.root.number
 	clone.d.rnd = rand.New(rand.NewPCG(seed, 4))
 	var copyDir func(from, to *inode)
 	copyDir = func(from, to *inode) {
@@ -156,6 +158,7 @@ func (f *FS) CrashClone(seed uint64) *FS {
 		for _, name := range sortedNames(entries(from)) {
 			i := entries(from)[name]
 			c := newInode(i.mode)
+			c.number = i.number
 			c.nlink = 1
 			if i.isDir() {
 				copyDir(i, c)
@@ -483,6 +486,17 @@ func (f *FS) Stat(name string) (fs.FileInfo, error) {
 		return nil, pathErr("stat", name, err)
 	}
 	return i.info(path.Base(name)), nil
+}
+
+// ID implements vfs.FS.
+func (f *FS) ID(name string) (string, error) {
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	i, err := f.find(name)
+	if err != nil {
+		return "", pathErr("stat", name, err)
+	}
+	return fmt.Sprint(i.number), nil
 }
 
 // Lstat implements vfs.FS.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -28,6 +29,7 @@ const (
 // what is on the disk for sure. The two are compared sector by sector, which
 // finds stores through mappings as well as writes.
 type inode struct {
+	number  uint64 // kept over a power cut
 	mode    fs.FileMode
 	modTime time.Time
 	nlink   int
@@ -45,8 +47,11 @@ type inode struct {
 	arena   []byte
 }
 
+// inodes numbers the inodes of all disks.
+var inodes atomic.Uint64
+
 func newInode(mode fs.FileMode) *inode {
-	i := &inode{mode: mode}
+	i := &inode{mode: mode, number: inodes.Add(1)}
 	if i.isDir() {
 		i.entries = map[string]*inode{}
 		i.durableEntries = map[string]*inode{}

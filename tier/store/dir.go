@@ -1,0 +1,229 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"path/filepath"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// Dir is all that a store asks of the place that it is kept in: objects of bytes
+// under names of a few parts with slashes between them, in folders that hold one
+// kind of object each. There is one implementation for use, a directory of a POSIX
+// file system; testDir says what any other has to do.
+//
+// Errors match fs.ErrNotExist and fs.ErrExist, vfs.ErrLocked for a lock that
+// somebody else has, and syscall.ENOSPC for a place that is full.
+type Dir interface {
+	// Path is what messages call an object; of "", what they call the place.
+	Path(name string) string
+
+	// ID tells the place from every copy of it. It stays the same when the place
+	// is moved.
+	ID(ctx context.Context) (string, error)
+
+	// Mkdir makes a folder, and those that it is in, durably. One that is there
+	// is no error, and is made durable too.
+	Mkdir(ctx context.Context, folder string) error
+
+	// List names what is in a folder, in order. What is changed meanwhile may be
+	// in the list or not.
+	List(ctx context.Context, folder string) ([]Entry, error)
+
+	// Sync makes durable what List shows of a folder now, removals too.
+	Sync(ctx context.Context, folder string) error
+
+	// Read returns an object's content, and refuses one of more than limit bytes
+	// (vfs.ErrTooLarge).
+	Read(ctx context.Context, name string, limit int64) ([]byte, error)
+
+	// Write makes or replaces an object, whole or not at all, and durably. spare
+	// is a name that the object may have until then, in another folder.
+	Write(ctx context.Context, name, spare string, b []byte) error
+
+	// Create makes an object (fs.ErrExist) to be filled, and locks it exclusively.
+	Create(ctx context.Context, name string) (Object, error)
+
+	// Open opens an object for reading, and locks it unless lock is Unlocked:
+	// without waiting, until it is closed or the process ends.
+	Open(ctx context.Context, name string, lock Locking) (Object, error)
+
+	// Commit gives an object the name to, durably, as one step: it fails if there
+	// is one of that name (fs.ErrExist), and of two that want it one gets it.
+	// After an error the object has its old name, unless IsUncertain says so.
+	Commit(ctx context.Context, from, to string) error
+
+	// Remove removes an object. A folder's removals are durable after Sync.
+	Remove(ctx context.Context, name string) error
+
+	// Empty takes an object's content away, and needs no space for that. Who is
+	// reading it must not be there any more.
+	Empty(ctx context.Context, name string) error
+
+	// Lock waits for the lock name, which only one can hold, until ctx is done and
+	// no longer than vfs.LockLimit. Close gives it up, and so does the end of the
+	// process.
+	Lock(ctx context.Context, name string) (io.Closer, error)
+}
+
+// Entry is one of a folder's.
+type Entry struct {
+	Name   string // without the folder's
+	Folder bool
+}
+
+// Locking says which lock Open takes.
+type Locking int
+
+const (
+	Unlocked  Locking = iota
+	Shared            // any number of readers
+	Exclusive         // nobody else
+)
+
+// Object is an open object. What Create gives can be written to, front to back,
+// while it is read.
+type Object interface {
+	image.Source
+	image.Sink
+	io.Closer
+}
+
+// posixDir is a directory of a file system.
+type posixDir struct {
+	fs   vfs.FS // follows no link below root
+	root string
+}
+
+// newPosixDir is the directory root, which may be named by a link; what is in it
+// is not.
+func newPosixDir(fsys vfs.FS, root string) (*posixDir, error) {
+	guarded, err := fsys.NoLinks(root)
+	return &posixDir{guarded, root}, err
+}
+
+func (d *posixDir) Path(name string) string { return filepath.Join(d.root, filepath.FromSlash(name)) }
+
+func (d *posixDir) ID(context.Context) (string, error) { return d.fs.ID(d.root) }
+
+func (d *posixDir) Mkdir(_ context.Context, folder string) error {
+	return d.fs.MkdirAll(d.Path(folder))
+}
+
+func (d *posixDir) List(_ context.Context, folder string) ([]Entry, error) {
+	list, err := d.fs.ReadDir(d.Path(folder))
+	entries := make([]Entry, len(list))
+	for i, e := range list {
+		entries[i] = Entry{e.Name(), e.IsDir()}
+	}
+	return entries, err
+}
+
+func (d *posixDir) Sync(_ context.Context, folder string) error { return d.fs.SyncDir(d.Path(folder)) }
+
+func (d *posixDir) Read(_ context.Context, name string, limit int64) ([]byte, error) {
+	return vfs.ReadFile(d.fs, d.Path(name), limit)
+}
+
+func (d *posixDir) Write(_ context.Context, name, spare string, b []byte) error {
+	return vfs.WriteFile(d.fs, d.Path(name), vfs.Writing{Temporary: d.Path(spare)}, vfs.Bytes(b))
+}
+
+func (d *posixDir) Create(_ context.Context, name string) (_ Object, err error) {
+	f, err := d.fs.Create(d.Path(name))
+	if err != nil {
+		return nil, err
+	}
+	locked := false
+	defer func() {
+		if !locked { // also while panicking
+			f.Close()
+			d.fs.Remove(d.Path(name))
+		}
+	}()
+	if err := f.TryLock(vfs.Exclusive); err != nil {
+		return nil, err
+	}
+	locked = true
+	return f, nil
+}
+
+func (d *posixDir) Open(_ context.Context, name string, lock Locking) (Object, error) {
+	f, err := d.fs.Open(d.Path(name))
+	if err != nil {
+		return nil, err
+	}
+	switch lock {
+	case Shared:
+		err = f.TryLock(vfs.Shared)
+	case Exclusive:
+		err = f.TryLock(vfs.Exclusive)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (d *posixDir) Commit(_ context.Context, from, to string) error {
+	old, final := d.Path(from), d.Path(to)
+	err := rescue.Call(func() error { return d.fs.Rename(old, final) })
+	if bug := (*rescue.Error)(nil); errors.As(err, &bug) {
+		return &uncertainError{err} // nobody knows how far it got
+	}
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(final)
+	err = rescue.Call(func() error { return d.fs.SyncDir(dir) })
+	if err == nil {
+		return nil
+	}
+	// The name may or may not be durable; take it back. If that does not become
+	// durable either, or can't be done, the name is or can come up.
+	if d.fs.Rename(final, old) != nil || d.fs.SyncDir(dir) != nil {
+		err = &uncertainError{err}
+	}
+	return err
+}
+
+func (d *posixDir) Remove(_ context.Context, name string) error { return d.fs.Remove(d.Path(name)) }
+
+func (d *posixDir) Empty(_ context.Context, name string) error {
+	f, err := d.fs.OpenRW(d.Path(name))
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Truncate(0), f.Close())
+}
+
+func (d *posixDir) Lock(ctx context.Context, name string) (io.Closer, error) {
+	return d.fs.Lock(ctx, d.Path(name), vfs.Exclusive)
+}
+
+// uncertainError is the failure of a Commit after which the object may have its
+// new name all the same, at once or after a power cut.
+type uncertainError struct{ error }
+
+func (e *uncertainError) Unwrap() error { return e.error }
+
+// IsUncertain tells whether err is that of a commit after which the checkpoint may
+// be there all the same, whole.
+func IsUncertain(err error) bool {
+	var u *uncertainError
+	return errors.As(err, &u)
+}
+
+// spare is a name for Dir.Write.
+func spare() string { return tmpFolder + "/" + uuid.NewString() + newSuffix }
+
+// gone tells whether err says only that something is not there.
+func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) }

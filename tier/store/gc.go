@@ -1,0 +1,344 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// GCReport says what a GC freed.
+type GCReport struct {
+	Parts        int      `json:"unfinished_saves"`   // images in the making that nobody makes any more
+	Removed      int      `json:"removed_images"`     // images of removed checkpoints
+	Bytes        int64    `json:"flash_bytes"`        // the size of both
+	NVRAMExtents int      `json:"nvram_extents"`      // extents freed
+	NVRAMBytes   int64    `json:"nvram_bytes"`        // their size
+	GoneFiles    int      `json:"gone_files"`         // images outside of the store whose file is gone, their NVRAM kept for now
+	Warnings     []string `json:"warnings,omitempty"` // what could not be looked at
+}
+
+func (rep *GCReport) warn(err error) { rep.Warnings = append(rep.Warnings, err.Error()) }
+
+// GC frees what ended or killed saves and interrupted removals have left: their
+// objects, and their extents in the NVRAM files this store has used. It can run
+// at any time beside saves and restores, and holds the store lock for moments only.
+func (s *Store) GC(ctx context.Context) (GCReport, error) { return s.GCAfter(ctx, DefaultGrace) }
+
+// GCAfter is GC with another grace period for the hot pages of images outside of
+// the store whose file is gone.
+//
+// Who is live is found out without a lock, by the order of the looks:
+//
+//	owners in NVRAM, then loose images and those in the making, then the VMs'
+//
+// An owner was announced before it took NVRAM, as an object in tmp or loose, and
+// goes from tmp to its VM's folder in one step. So an owner of the first look that
+// none of the later ones sees has been removed in between, or is dead.
+func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport, err error) {
+	g := gc{Store: s, rep: &rep, live: make(map[uuid.UUID]bool)}
+	if err := s.CheckHome(ctx); err != nil {
+		rep.warn(err) // and NVRAM stays as it is
+	} else if err := g.openNVRAM(ctx); err != nil {
+		return rep, err
+	}
+	defer g.close()
+	if err := g.loose(ctx, grace); err != nil {
+		return rep, err
+	}
+	if err := g.tmp(ctx); err != nil {
+		return rep, err
+	}
+	if err := g.vms(ctx); err != nil {
+		return rep, err
+	}
+	return rep, g.sweep(ctx)
+}
+
+// gc is one run of GC.
+type gc struct {
+	*Store
+	rep   *GCReport
+	live  map[uuid.UUID]bool
+	files []*nvramOwners
+}
+
+// nvramOwners is an NVRAM file, and whose extents of this store's were in it at
+// first.
+type nvramOwners struct {
+	*nvram.File
+	owners []nvram.Owner
+}
+
+func (g *gc) close() {
+	for _, f := range g.files {
+		f.Close()
+	}
+}
+
+func (g *gc) openNVRAM(ctx context.Context) error {
+	list, err := g.dir.List(ctx, nvramFolder)
+	if err != nil {
+		return err
+	}
+	for _, e := range list {
+		var nf nvramFile
+		err := g.readSealed(ctx, nvramFolder+"/"+e.Name, "NVRAM file's name", maxSealed, &nf)
+		if err != nil {
+			g.rep.warn(err)
+			continue
+		}
+		f, err := g.Store.openNVRAM(ctx, nf)
+		if err != nil {
+			g.rep.warn(fmt.Errorf("NVRAM file %s was not looked at: %w", nf.Path, err))
+			continue
+		}
+		o := &nvramOwners{File: f}
+		g.files = append(g.files, o)
+		if o.owners, err = f.Owners(ctx, g.doc.UUID); err != nil {
+			g.rep.warn(err)
+		}
+	}
+	return nil
+}
+
+// tmp removes what no process has locked; images that are being made are live.
+func (g *gc) tmp(ctx context.Context) error {
+	unlock, err := g.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	list, err := g.dir.List(ctx, tmpFolder)
+	if err != nil {
+		return err
+	}
+	removed := false
+	for _, e := range list {
+		_, id, suffix, ok := parseTmp(e.Name)
+		if !ok || e.Folder {
+			continue
+		}
+		name := tmpFolder + "/" + e.Name
+		f, err := g.dir.Open(ctx, name, Exclusive)
+		switch {
+		case errors.Is(err, vfs.ErrLocked):
+			g.live[id] = true
+			continue
+		case gone(err):
+			continue // a save that was given up does not wait for the lock
+		case err != nil:
+			// It may be somebody's.
+			g.live[id] = true
+			g.rep.warn(err)
+			continue
+		}
+		size, _ := f.Size()
+		err = g.dir.Remove(ctx, name)
+		f.Close()
+		if err != nil {
+			return err
+		}
+		removed = true
+		g.rep.Bytes += size
+		if suffix == partSuffix {
+			g.rep.Parts++
+		}
+	}
+	if removed {
+		return g.dir.Sync(ctx, tmpFolder)
+	}
+	return nil
+}
+
+// vms looks at the VMs' folders: their images are live, and what belongs to none
+// is removed.
+func (g *gc) vms(ctx context.Context) error {
+	vms, err := g.folders(ctx)
+	if err != nil {
+		return err
+	}
+	some, err := g.shares(ctx)
+	if err != nil {
+		return err
+	}
+	var needed map[uuid.UUID]bool // nil: nobody refers to anything
+	if some {
+		needed = make(map[uuid.UUID]bool)
+		if err := g.images(ctx, func(st stored) error {
+			if !st.gone {
+				for _, id := range st.id.References {
+					needed[id] = true
+				}
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	open := g.unaccounted()
+	for _, vm := range vms {
+		o, err := g.objects(ctx, vm)
+		if err != nil {
+			return err
+		}
+		// Newest first: those have NVRAM.
+		for _, n := range slices.Backward(o.images) {
+			if len(open) == 0 {
+				break
+			}
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+			id, err := g.owner(ctx, Ref{vm, n}.object(imageSuffix))
+			if gone(err) {
+				continue
+			}
+			if err != nil {
+				// Its NVRAM must not be given away because of it.
+				return fmt.Errorf("gc stops, because it can't tell which NVRAM this checkpoint owns: %w", err)
+			}
+			g.live[id] = true
+			delete(open, id)
+		}
+		if len(o.removed) > 0 || len(o.touched) > 0 {
+			if err := g.leftovers(ctx, vm, needed); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// unaccounted are the owners of NVRAM of whom it is not known yet whether they live.
+func (g *gc) unaccounted() map[uuid.UUID]bool {
+	open := make(map[uuid.UUID]bool)
+	for _, f := range g.files {
+		for _, o := range f.owners {
+			if !g.live[o.UUID] {
+				open[o.UUID] = true
+			}
+		}
+	}
+	return open
+}
+
+func (s *Store) owner(ctx context.Context, name string) (uuid.UUID, error) {
+	f, err := s.dir.Open(ctx, name, Unlocked)
+	if err != nil {
+		return uuid.Nil, err
+	}
+	defer f.Close()
+	h, err := image.ReadHeader(f)
+	return h.UUID, err
+}
+
+// leftovers removes from a VM's folder what was learned of checkpoints that are
+// gone, images of removed ones that nobody needs, and what stands for any number
+// but the highest.
+func (g *gc) leftovers(ctx context.Context, vm string, needed map[uuid.UUID]bool) error {
+	unlock, err := g.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	o, err := g.objects(ctx, vm)
+	if err != nil {
+		return err
+	}
+	for _, n := range o.touched {
+		if _, ok := slices.BinarySearch(o.images, n); ok {
+			continue
+		}
+		if err := g.dir.Remove(ctx, Ref{vm, n}.object(touchedSuffix)); err != nil {
+			return err
+		}
+	}
+	for _, n := range o.removed {
+		name := Ref{vm, n}.object(removedSuffix)
+		f, err := g.dir.Open(ctx, name, Exclusive)
+		if errors.Is(err, vfs.ErrLocked) {
+			continue // somebody reads it, or is about to refer to it
+		}
+		if err != nil {
+			return err
+		}
+		err = g.leftover(ctx, f, name, n == o.last(), needed)
+		f.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// leftover frees one removed image, which is locked, unless it is needed.
+func (g *gc) leftover(ctx context.Context, f Object, name string, highest bool, needed map[uuid.UUID]bool) error {
+	size, err := f.Size()
+	if err != nil {
+		return err
+	}
+	if size > 0 && needed != nil {
+		h, err := image.ReadHeader(f)
+		if integrity.IsCorrupt(err) {
+			g.rep.warn(fmt.Errorf("what is left of a removed checkpoint can't be read, and is kept: %w", err))
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if needed[h.UUID] {
+			g.live[h.UUID] = true
+			return nil
+		}
+	}
+	switch {
+	case !highest:
+		err = g.dir.Remove(ctx, name)
+	case size > 0:
+		err = g.dir.Empty(ctx, name)
+	}
+	if err == nil && size > 0 {
+		g.rep.Removed++
+		g.rep.Bytes += size
+	}
+	return err
+}
+
+// sweep gives back the extents of owners that are not live.
+func (g *gc) sweep(ctx context.Context) error {
+	dead := g.unaccounted()
+	if len(dead) > 0 {
+		// That an image is not there is only believed once it is durable: a removal
+		// that a power cut undoes must not have lost its NVRAM part (see commit).
+		vms, err := g.folders(ctx)
+		if err != nil {
+			return err
+		}
+		for _, vm := range vms {
+			if err := g.dir.Sync(ctx, vmFolder(vm)); err != nil && !gone(err) {
+				return err
+			}
+		}
+		if err := g.dir.Sync(ctx, vmsFolder); err != nil {
+			return err
+		}
+	}
+	for _, f := range g.files {
+		freed, err := f.Sweep(ctx, g.doc.UUID, func(owner uuid.UUID) bool { return !dead[owner] })
+		g.rep.NVRAMExtents += freed
+		g.rep.NVRAMBytes += int64(freed) * nvram.ExtentSize
+		if err != nil {
+			g.rep.warn(err)
+		}
+	}
+	return nil
+}

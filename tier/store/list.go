@@ -1,0 +1,173 @@
+package store
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+)
+
+// vmObjects is what is in a VM's folder: the numbers that each kind of object has,
+// in rising order.
+type vmObjects struct {
+	images, removed, touched []int
+}
+
+// last is the highest number that any of its checkpoints has had.
+func (o vmObjects) last() (n int) {
+	for _, list := range [][]int{o.images, o.removed} {
+		if len(list) > 0 {
+			n = max(n, list[len(list)-1])
+		}
+	}
+	return n
+}
+
+// objects lists a VM's folder; nothing if there is none.
+func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error) {
+	list, err := s.dir.List(ctx, vmFolder(vm))
+	if gone(err) {
+		return o, nil
+	}
+	if err != nil {
+		return o, err
+	}
+	for _, e := range list {
+		n, suffix, ok := parseNumber(e.Name)
+		switch {
+		case !ok || e.Folder:
+		case suffix == imageSuffix:
+			o.images = append(o.images, n)
+		case suffix == removedSuffix:
+			o.removed = append(o.removed, n)
+		case suffix == touchedSuffix:
+			o.touched = append(o.touched, n)
+		}
+	}
+	for _, l := range [][]int{o.images, o.removed, o.touched} {
+		slices.Sort(l)
+	}
+	return o, nil
+}
+
+// folders names the VMs that have a folder, with or without checkpoints.
+func (s *Store) folders(ctx context.Context) (vms []string, err error) {
+	list, err := s.dir.List(ctx, vmsFolder)
+	for _, e := range list {
+		if e.Folder && CheckVM(e.Name) == nil {
+			vms = append(vms, e.Name)
+		}
+	}
+	return vms, err
+}
+
+// VMs lists the names of the VMs that have checkpoints.
+func (s *Store) VMs(ctx context.Context) ([]string, error) {
+	refs, err := s.List(ctx, "")
+	var vms []string
+	for _, r := range refs {
+		vms = append(vms, r.VM)
+	}
+	return slices.Compact(vms), err
+}
+
+// List names all checkpoints: of one VM, or of all if vm is empty.
+func (s *Store) List(ctx context.Context, vm string) ([]Ref, error) {
+	vms := []string{vm}
+	if vm == "" {
+		var err error
+		if vms, err = s.folders(ctx); err != nil {
+			return nil, err
+		}
+	} else if err := CheckVM(vm); err != nil {
+		return nil, err
+	}
+	var refs []Ref
+	for _, v := range vms {
+		if err := context.Cause(ctx); err != nil {
+			return nil, err
+		}
+		o, err := s.objects(ctx, v)
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range o.images {
+			refs = append(refs, Ref{v, n})
+		}
+	}
+	return refs, nil
+}
+
+// Resolve gives the number of the newest checkpoint to a Ref without one, and
+// checks that the checkpoint exists.
+func (s *Store) Resolve(ctx context.Context, r Ref) (Ref, error) {
+	if err := CheckVM(r.VM); err != nil {
+		return r, err
+	}
+	o, err := s.objects(ctx, r.VM)
+	if err != nil {
+		return r, err
+	}
+	if r.N == 0 {
+		r.N = 0
+		if len(o.images) > 0 {
+			r.N = o.images[len(o.images)-1]
+		}
+	}
+	if _, ok := slices.BinarySearch(o.images, r.N); !ok {
+		return r, fmt.Errorf("checkpoint %v in store %s: %w", r, s.root, ErrNotFound)
+	}
+	return r, nil
+}
+
+// Listed is a checkpoint as a list shows it.
+type Listed struct {
+	Ref        Ref
+	ImageBytes int64
+	Identity   *checkpoint.Identity
+	// Err is what is wrong with the checkpoint, if it can't say who it is, or is
+	// another one than its place says; Identity is then nil.
+	Err error
+}
+
+// Identities describes the checkpoints of one VM, or of all if vm is empty. It
+// reads some KB of each and takes no lock. What goes away meanwhile is left out.
+func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
+	refs, err := s.List(ctx, vm)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]Listed, 0, len(refs))
+	for _, r := range refs {
+		if err := context.Cause(ctx); err != nil {
+			return nil, err
+		}
+		l := Listed{Ref: r}
+		l.Identity, l.ImageBytes, l.Err = s.identity(ctx, r)
+		if gone(l.Err) {
+			continue
+		}
+		list = append(list, l)
+	}
+	return list, nil
+}
+
+// identity reads who an image says it is, and refuses one that is not in its place.
+func (s *Store) identity(ctx context.Context, r Ref) (id *checkpoint.Identity, size int64, err error) {
+	f, err := s.dir.Open(ctx, r.object(imageSuffix), Unlocked)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer f.Close()
+	if size, err = f.Size(); err != nil {
+		return nil, 0, err
+	}
+	if id, err = checkpoint.ReadIdentity(f); err == nil {
+		err = checkPlace(f.Name(), r, id)
+	}
+	if err != nil {
+		id = nil
+	}
+	return id, size, err
+}

@@ -1,0 +1,137 @@
+package store
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/google/uuid"
+	"golang.org/x/text/unicode/norm"
+)
+
+// MaxNumber is the highest checkpoint number.
+const MaxNumber = 99999999
+
+// CheckVM tells whether name can be a VM's name: 1 to 128 bytes of printable UTF-8
+// without '/' and '@', not starting with '.' or '-', and in Unicode's normal form
+// NFC: names that look the same are the same.
+func CheckVM(name string) error {
+	why := ""
+	switch {
+	case name == "":
+		why = "it is empty"
+	case len(name) > 128:
+		why = fmt.Sprintf("it has %d bytes, and 128 are the most", len(name))
+	case !utf8.ValidString(name):
+		why = "it is not UTF-8"
+	case strings.ContainsAny(name, "/@"):
+		why = "it has a / or @ in it"
+	case name[0] == '.' || name[0] == '-':
+		why = "it begins with . or -"
+	case strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }):
+		why = "it has a character in it that can't be printed"
+	case !norm.NFC.IsNormalString(name):
+		why = fmt.Sprintf("it is not in Unicode's normal form NFC, as %q is", norm.NFC.String(name))
+	default:
+		return nil
+	}
+	return fmt.Errorf("VM name %q: %w: %s", name, ErrName, why)
+}
+
+// Ref names a checkpoint: the N-th of a VM; N = 0 means the newest.
+type Ref struct {
+	VM string
+	N  int
+}
+
+func (r Ref) String() string {
+	if r.N == 0 {
+		return r.VM
+	}
+	return fmt.Sprintf("%s@%d", r.VM, r.N)
+}
+
+// ParseRef parses NAME[@N].
+func ParseRef(s string) (Ref, error) {
+	vm, num, numbered := strings.Cut(s, "@")
+	if err := CheckVM(vm); err != nil {
+		return Ref{}, err
+	}
+	if !numbered {
+		return Ref{VM: vm}, nil
+	}
+	n, err := strconv.Atoi(num)
+	if err != nil || n < 1 || n > MaxNumber || strconv.Itoa(n) != num {
+		return Ref{}, fmt.Errorf("checkpoint number %q: %w", num, ErrName)
+	}
+	return Ref{vm, n}, nil
+}
+
+// The names in a store. What has another name is nobody's here, and is left alone.
+const (
+	storeFile   = "store.json"
+	lockName    = "lock"
+	sharingFile = "sharing.json"
+	tmpFolder   = "tmp"
+	nvramFolder = "nvram"
+	looseFolder = "loose"
+	vmsFolder   = "vms"
+
+	partSuffix = ".part" // of an image in the making
+	newSuffix  = ".new"  // of a sealed object in the making
+	rateSuffix = ".rate" // of a measurement
+
+	imageSuffix   = ".flic"
+	removedSuffix = ".gone" // no longer than imageSuffix: see remove
+	touchedSuffix = ".touched"
+)
+
+func vmFolder(vm string) string { return vmsFolder + "/" + vm }
+
+// object is the name of one of a checkpoint's objects.
+func (r Ref) object(suffix string) string {
+	return fmt.Sprintf("%s/%08d%s", vmFolder(r.VM), r.N, suffix)
+}
+
+// parseNumber parses an object's name in a VM's folder, NNNNNNNN with a suffix.
+func parseNumber(name string) (n int, suffix string, ok bool) {
+	num, suffix, ok := strings.Cut(name, ".")
+	if n, err := strconv.Atoi(num); ok && err == nil && n >= 1 && fmt.Sprintf("%08d", n) == num {
+		return n, "." + suffix, true
+	}
+	return 0, "", false
+}
+
+// partName is the name of an image in the making. It says which number is taken,
+// because nothing else does until it is committed.
+func partName(r Ref, id uuid.UUID) string {
+	return fmt.Sprintf("%s/%v.%v%s", tmpFolder, r, id, partSuffix)
+}
+
+const uuidLen = 36
+
+// parseTmp tells what an object in tmp is: of an image in the making it returns the
+// checkpoint and its UUID too.
+func parseTmp(name string) (r Ref, id uuid.UUID, suffix string, ok bool) {
+	dot := strings.LastIndexByte(name, '.')
+	if dot < uuidLen {
+		return r, id, "", false
+	}
+	stem, suffix := name[:dot], name[dot:]
+	ref, num := stem[:len(stem)-uuidLen], stem[len(stem)-uuidLen:]
+	id, err := uuid.Parse(num)
+	if err != nil || id.String() != num {
+		return r, id, "", false
+	}
+	switch suffix {
+	case newSuffix, rateSuffix:
+		return r, id, suffix, ref == ""
+	case partSuffix:
+		ref, ok := strings.CutSuffix(ref, ".")
+		r, err := ParseRef(ref)
+		return r, id, suffix, ok && err == nil && r.N > 0
+	}
+	return r, id, "", false
+}
