@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -667,5 +668,240 @@ func unsealTwice(t *testing.T, b []byte) {
 		if err := unseal(again, pair[1]); err != nil || !reflect.DeepEqual(pair[0], pair[1]) {
 			t.Errorf("%q sealed again is %q (%v)", b, again, err)
 		}
+	}
+}
+
+// TestForeignNames: what has no name of a store's is nobody's, and gc leaves it.
+func TestForeignNames(t *testing.T) {
+	s, disk := newStore(t)
+	mustCommit(t, s, "vm")
+	id := uuid.NewString()
+	ours := []string{"tmp/vm@7." + id + ".part", "tmp/" + id + ".new", "tmp/" + id + ".rate", "vms/vm/00000009.touched"}
+	others := []string{"tmp/notes", "tmp/" + id, "tmp/" + id + ".part", "tmp/vm@0." + id + ".part", "tmp/-@1." + id + ".part",
+		"tmp/x" + id + ".new", "tmp/" + strings.ToUpper(id) + ".new", "vms/vm/9.touched", "vms/vm/notes", "vms/vm/last", "loose.json", "nvram.txt"}
+	for _, name := range slices.Concat(ours, others) {
+		put(t, disk, "/store/"+name, []byte("x"))
+	}
+	rep, err := s.GC(t.Context())
+	if err != nil || rep.Parts != 1 || len(rep.Warnings) != 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	for _, name := range ours {
+		if _, err := disk.Stat("/store/" + name); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is left: %v", name, err)
+		}
+	}
+	for _, name := range others {
+		if _, err := disk.Stat("/store/" + name); err != nil {
+			t.Errorf("%s is gone: %v", name, err)
+		}
+	}
+}
+
+// TestEarlierVersion is told what it is.
+func TestEarlierVersion(t *testing.T) {
+	_, disk := newStore(t)
+	put(t, disk, "/store/store.json", []byte(`{"crc32c":1,"body":{"format":"flic-migrate store","version":1,"uuid":"7e8f0c1e-6d1f-4c3b-9b0a-8f5a4f2d6c11"}}`))
+	for _, create := range []bool{false, true} {
+		if _, err := Open(t.Context(), disk, "/store", create); err == nil || integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "an earlier flic-migrate wrote this store, in version 1; this one reads version 2") {
+			t.Errorf("open: %v", err)
+		}
+	}
+}
+
+// TestNormalForm: of two spellings that look the same only one is a name.
+func TestNormalForm(t *testing.T) {
+	if err := CheckVM("caf\u00e9"); err != nil {
+		t.Error(err)
+	}
+	if err := CheckVM("cafe\u0301"); !errors.Is(err, ErrName) || !strings.Contains(err.Error(), "NFC") {
+		t.Errorf("NFD: %v", err)
+	}
+}
+
+// TestTouchedCap: a document that is short and stands for much is not believed.
+func TestTouchedCap(t *testing.T) {
+	s, disk := newStore(t)
+	ref := mustCommit(t, s, "vm")
+	for name, doc := range map[string]string{
+		"runs":  `{"page_size":4096,"blocks":["a"],"runs":[` + strings.Repeat("{},", 1<<20) + `{}]}`,
+		"names": `{"page_size":4096,"blocks":[` + strings.Repeat(`"",`, 1<<20) + `""],"runs":[]}`,
+		"size":  `{"page_size":4096,"blocks":["` + strings.Repeat("a", 8<<20) + `"],"runs":[]}`,
+	} {
+		put(t, disk, "/store/vms/vm/00000001.touched", fmt.Appendf(nil, "%08x %s\n", integrity.Checksum([]byte(doc)), doc))
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := s.Touched(t.Context(), ref)
+		runtime.ReadMemStats(&after)
+		if !integrity.IsCorrupt(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if n := after.TotalAlloc - before.TotalAlloc; n > 40<<20 {
+			t.Errorf("%s: %d MB", name, n>>20)
+		}
+	}
+	// As much as a resume can learn is kept.
+	runs := make([]workingset.PageRun, workingset.MaxTouched)
+	for i := range runs {
+		runs[i] = workingset.PageRun{Block: 4095, Page: 1<<34 + uint64(i), Count: 1 << 34}
+	}
+	if err := s.AddTouched(t.Context(), ref, 4096, []string{"pc.ram"}, runs); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.Touched(t.Context(), ref); err != nil || len(got.Runs) != len(runs) {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestNumbersOfSaves: two saves of one VM have two numbers from their beginning, and
+// that of one that failed is given to the next.
+func TestNumbersOfSaves(t *testing.T) {
+	s, disk := newStore(t)
+	a, err := s.Begin(t.Context(), "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead := disk.Fork()
+	other, err := Open(t.Context(), dead, "/store", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := other.Begin(t.Context(), "vm")
+	if err != nil || a.Ref().N != 1 || b.Ref().N != 2 {
+		t.Fatalf("%v, %v, %v", a.Ref(), b.Ref(), err)
+	}
+	dead.Kill()
+	if ref := mustCommit(t, s, "vm"); ref.N != 2 {
+		t.Errorf("after a save that was killed: %v", ref)
+	}
+	if err := finish(a); err != nil {
+		t.Fatal(err)
+	}
+	if ref, err := a.Commit(t.Context()); err != nil || ref.N != 1 {
+		t.Errorf("the first one: %v, %v", ref, err)
+	}
+	if r, err := s.Resolve(t.Context(), Ref{VM: "vm"}); err != nil || r.N != 2 {
+		t.Errorf("the newest is the one that began last: %v, %v", r, err)
+	}
+}
+
+// TestCommitSyncsItsOwn: a commit makes no other VM's folder durable, and with its
+// VM known before, not even the folder of all.
+func TestCommitSyncsItsOwn(t *testing.T) {
+	s, disk := newStore(t)
+	mustCommit(t, s, "a")
+	mustCommit(t, s, "b")
+	p, err := s.Begin(t.Context(), "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := finish(p); err != nil {
+		t.Fatal(err)
+	}
+	before := len(disk.Ops())
+	if _, err := p.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, op := range disk.Ops()[before:] {
+		if op.Kind == crashfs.SyncDir && !strings.HasSuffix(op.Name, "/vms/a") {
+			t.Errorf("%v", op)
+		}
+	}
+}
+
+// refer commits a checkpoint that refers to others.
+func refer(t *testing.T, s *Store, vm string, ids ...uuid.UUID) Ref {
+	t.Helper()
+	p, err := s.Begin(t.Context(), vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Abort()
+	if err := p.Refer(t.Context(), ids...); err != nil {
+		t.Fatal(err)
+	}
+	w, err := image.NewWriter(p.image, image.Header{PageSize: 4096, SegmentPages: 2, UUID: p.uuid, Created: time.Now()}, image.None, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := checkpoint.Meta{Identity: checkpoint.Identity{VM: p.ref.VM, Number: p.ref.N, UUID: p.uuid, PageSize: 4096, References: ids}}
+	doc, id, err := m.Documents()
+	if err == nil {
+		err = w.Finish(doc, id)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref, err := p.Commit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ref
+}
+
+// TestReferences: an image that others refer to stays when it is removed, unlisted,
+// and goes with the last of them.
+func TestReferences(t *testing.T) {
+	s, disk := newStore(t)
+	base := mustCommit(t, s, "vm")
+	id, size, err := s.identity(t.Context(), base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, second := refer(t, s, "vm", id.UUID), refer(t, s, "other", id.UUID)
+	if to, by, err := s.References(t.Context(), base); err != nil || len(to) != 0 || !slices.Equal(by, []Ref{second, first}) {
+		t.Errorf("references of the first: %v, %v, %v", to, by, err)
+	}
+	if to, by, err := s.References(t.Context(), first); err != nil || !slices.Equal(to, []uuid.UUID{id.UUID}) || len(by) != 0 {
+		t.Errorf("references of the second: %v, %v, %v", to, by, err)
+	}
+	// Held, but not committed yet.
+	held, err := s.Begin(t.Context(), "third")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := held.Refer(t.Context(), id.UUID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Remove(t.Context(), base); !errors.Is(err, ErrInUse) {
+		t.Errorf("remove of what a save refers to: %v", err)
+	}
+	held.Abort()
+	rm, err := s.Remove(t.Context(), base)
+	if err != nil || rm.FlashBytes != 0 || len(rm.Kept) != 2 || rm.Left != nil {
+		t.Errorf("remove: %+v, %v", rm, err)
+	}
+	if refs, err := s.List(t.Context(), ""); err != nil || slices.Contains(refs, base) {
+		t.Errorf("it is listed: %v, %v", refs, err)
+	}
+	kept := func() int64 {
+		t.Helper()
+		if rep, err := s.GC(t.Context()); err != nil || len(rep.Warnings) != 0 {
+			t.Errorf("gc: %+v, %v", rep, err)
+		}
+		fi, err := disk.Stat("/store/vms/vm/00000001.gone")
+		if err != nil {
+			return 0
+		}
+		return fi.Size()
+	}
+	for _, r := range []Ref{first, second} {
+		if n := kept(); n != size {
+			t.Errorf("%d bytes of %d are kept for %v", n, size, r)
+		}
+		if _, err := s.Remove(t.Context(), r); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := kept(); n != 0 {
+		t.Errorf("%d bytes are kept for nobody", n)
+	}
+	p, err := s.Begin(t.Context(), "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Abort()
+	if err := p.Refer(t.Context(), id.UUID); !errors.Is(err, ErrNotFound) {
+		t.Errorf("a reference to what is gone: %v", err)
 	}
 }
