@@ -134,9 +134,9 @@ func (v *verifyCmd) verify(ctx context.Context, st *store.Store, ref store.Ref) 
 		if err != nil {
 			return e, err
 		}
-	case exitCode(err) == exitCorrupt, errors.Is(err, fs.ErrNotExist):
+	case cannotBeRead(err), errors.Is(err, fs.ErrNotExist):
 		// The checkpoint was there a moment ago, so what does not exist is
-		// its NVRAM file.
+		// its NVRAM file. One of another version must not keep --all from the others.
 		found(err)
 	default:
 		return e, err
