@@ -3,14 +3,11 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/restore"
-	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -30,7 +27,9 @@ func newPersist(a *app) *cobra.Command {
 		Long: `Persist copies a checkpoint to a new one of the same VM which has every page on
 flash and needs no NVRAM. It is for checkpoints whose NVRAM file is on a file
 system that a power-off empties, and for those whose NVRAM is wanted back: remove
-the old one when the new one is there.`,
+the old one when the new one is there. All that the old one says is the new one's too,
+such as whether its guest ran. Nothing is hashed and no segment becomes longer or
+shorter: of the flags for that --codec and --workers count.`,
 		Example: `  flic-migrate persist --store /srv/vms web1@3
   flic-migrate rm --store /srv/vms web1@3`,
 		Args: cobra.ExactArgs(1),
@@ -62,11 +61,7 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 	show := newProgress(p.stderr, p.quiet)
 	defer show.finish()
 	o := p.encoding.options()
-	o.VM, o.Log, o.Progress = c.Ref.VM, p.log(), show.callback()
-	o.Libvirt, o.RunState = c.Meta.Libvirt, c.Meta.RunState
-	// A stream with a return path wants an answer; its source is long gone.
-	o.ReturnPath = io.Discard
-	newRef, meta, err := p.persist(ctx, st, c, o)
+	newRef, meta, err := st.Copy(ctx, c, store.CopyOptions{Codec: o.Codec, Workers: o.Workers, Progress: show.callback()})
 	if err != nil {
 		return fmt.Errorf("copy of checkpoint %v: %w", c.Ref, err)
 	}
@@ -75,23 +70,4 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 	}
 	_, err = fmt.Fprintln(p.stdout, summary(newRef, &meta.Report))
 	return err
-}
-
-// persist is a restore piped into a save.
-func (p *persistCmd) persist(ctx context.Context, st *store.Store, c *store.Checkpoint, o save.Options) (store.Ref, *checkpoint.Meta, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	r, w := io.Pipe()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_, err := restore.Run(ctx, c.Checkpoint, w, restore.Options{Workers: o.Workers})
-		w.CloseWithError(err) // the save's read then fails with the cause
-	}()
-	ref, meta, err := save.Run(ctx, p.fs, st, r, o)
-	// A save that fails stops reading, which ends the restore's write; the
-	// checkpoint must not be closed while the restore still reads it.
-	r.CloseWithError(context.Canceled)
-	<-done
-	return ref, meta, err
 }

@@ -390,6 +390,9 @@ func (s *Segment) Lend(number uint32, pages []byte, pageSize int) {
 	*s = Segment{Number: number, Kind: Pages, data: pages, size: pageSize, reader: frameSource{name: "memory"}}
 }
 
+// Append appends the segment's payload, as a Buffer of its kind has it.
+func (s *Segment) Append(dst []byte) []byte { return append(dst, s.data...) }
+
 // Bytes is the memory the segment's content takes.
 func (s *Segment) Bytes() int { return len(s.data) }
 

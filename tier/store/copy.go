@@ -1,0 +1,243 @@
+package store
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/source"
+)
+
+// CopyOptions of Copy.
+type CopyOptions struct {
+	Codec    image.Codec
+	Workers  int                  // compressing threads; 0: one for each CPU
+	Progress func(progress.State) // called a few times a second; may be nil
+}
+
+// copyChunk is how many bytes of the page map are decoded to find one page, as in
+// a save.
+const copyChunk = 32 << 10
+
+// Copy makes the next checkpoint of c's VM in this store, which says and holds all that
+// c does and needs nothing beside its own image. It goes from image to image, and every
+// byte of c is checked on the way: segments keep their numbers, so that what is in
+// them keeps its place, and pages whose bytes are anywhere else follow in segments of
+// their own, each different one once.
+//
+// What resumes of a checkpoint of this store have learned is copied too, as well as
+// can be: it is a hint.
+func (s *Store) Copy(ctx context.Context, c *Checkpoint, o CopyOptions) (Ref, *checkpoint.Meta, error) {
+	ref, meta, err := s.copy(ctx, c.Checkpoint, c.Ref.VM, o)
+	if err != nil {
+		return ref, nil, err
+	}
+	if t, err := c.store.Touched(ctx, c.Ref); err == nil && len(t.Runs) > 0 {
+		s.AddTouched(ctx, ref, t.PageSize, t.Blocks, t.Runs)
+	}
+	return ref, meta, nil
+}
+
+func (s *Store) copy(ctx context.Context, c *checkpoint.Checkpoint, vm string, o CopyOptions) (ref Ref, meta *checkpoint.Meta, err error) {
+	tx, err := s.Begin(ctx, vm)
+	if err != nil {
+		return ref, nil, err
+	}
+	defer tx.Abort()
+	k := &copier{c: c, o: o, begin: time.Now(), moved: make(map[pagemap.Entry]uint64)}
+	im := c.Image
+	k.w, err = image.NewWriter(tx.Image(), image.Header{
+		PageSize: im.PageSize, SegmentPages: im.SegmentPages, UUID: tx.UUID(), Created: c.Meta.Created,
+	}, o.Codec, o.Workers)
+	if err != nil {
+		return ref, nil, err
+	}
+	defer k.w.Abort() // nothing after Finish
+	for _, step := range []func(context.Context) error{k.segments, k.pages, k.skeleton} {
+		if err := step(ctx); err != nil {
+			return ref, nil, err
+		}
+	}
+	if meta, err = k.finish(tx); err != nil {
+		return ref, nil, err
+	}
+	if err := context.Cause(ctx); err != nil {
+		return ref, nil, err
+	}
+	if ref, err = tx.Commit(ctx); err != nil {
+		return ref, nil, err
+	}
+	return ref, meta, nil
+}
+
+// copier is one Copy.
+type copier struct {
+	c     *checkpoint.Checkpoint
+	o     CopyOptions
+	begin time.Time
+	w     *image.Writer
+	table *pagemap.Builder
+
+	// buf is the segment that fills with pages from elsewhere; nil: none.
+	buf   *image.Buffer
+	moved map[pagemap.Entry]uint64 // their slots by what the map said of them
+	rep   checkpoint.Report
+	tick  time.Time
+	done  int64 // pages
+}
+
+// segments copies the image's segments.
+func (k *copier) segments(ctx context.Context) error {
+	var sr image.SegmentReader
+	for n := range k.c.Image.Segments() {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		if k.c.Image.SegmentOffset(uint32(n)) < 0 {
+			// A number that the save has not used is not used here.
+			k.w.Discard(k.w.NewBuffer(image.Pages))
+			continue
+		}
+		seg, err := k.c.Image.Segment(&sr, uint32(n))
+		if err != nil {
+			return err
+		}
+		b := k.w.NewBuffer(seg.Kind)
+		b.Data = seg.Append(b.Data)
+		sr.Recycle(seg)
+		if err := k.w.Submit(b); err != nil {
+			return err
+		}
+		k.progress(int64(seg.Len()))
+	}
+	return nil
+}
+
+// pages makes the page map, and moves what is not in the image into it.
+func (k *copier) pages(ctx context.Context) (err error) {
+	if k.table, err = pagemap.New(k.c.Meta.BlockPages()); err != nil {
+		return err
+	}
+	set := k.c.Sources()
+	rd := set.NewReader(k.c.NewCache(2 * source.MaxNeeds))
+	defer rd.Close()
+	err = k.c.PageMap.Runs(func(r pagemap.Run) error {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		if set.Row(r.Kind).Form != source.Whole || r.Kind == pagemap.Flash {
+			for i := range r.Count {
+				k.table.Set(r.Block, r.Page+i, pagemap.Make(r.Kind, r.First+i*r.Step))
+			}
+			return nil
+		}
+		return rd.Read(ctx, r, func(i, n uint64, content source.Content) error {
+			slot, err := k.move(pagemap.Make(r.Kind, r.First+i*r.Step), content)
+			for j := range n {
+				k.table.Set(r.Block, r.Page+i+j, pagemap.Make(pagemap.Flash, slot))
+			}
+			return err
+		})
+	})
+	if err == nil && k.buf != nil {
+		err = k.w.Submit(k.buf)
+	}
+	return err
+}
+
+// move gives a page from elsewhere a slot in the image, if what it was found under
+// has none yet.
+func (k *copier) move(e pagemap.Entry, content source.Content) (slot uint64, err error) {
+	if slot, ok := k.moved[e]; ok {
+		return slot, nil
+	}
+	size, per := k.c.Image.PageSize, k.w.SegmentPages()
+	if k.buf == nil {
+		k.buf = k.w.NewBuffer(image.Pages)
+	}
+	at := len(k.buf.Data)
+	slot = uint64(k.buf.Number)*uint64(per) + uint64(at/size)
+	k.buf.Data = k.buf.Data[:at+size]
+	if err := content.Copy(k.buf.Data[at:]); err != nil {
+		return 0, fmt.Errorf("%s: %w", k.c.Image.Name(), err)
+	}
+	k.moved[e] = slot
+	if len(k.buf.Data) == per*size {
+		full := k.buf
+		k.buf = nil
+		err = k.w.Submit(full)
+	}
+	k.progress(1)
+	return slot, err
+}
+
+// skeleton copies the skeleton log, chunk by chunk: META knows where the tail begins.
+func (k *copier) skeleton(ctx context.Context) error {
+	for i := range k.c.Image.Chunks(image.Skeleton) {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		b, err := k.c.Image.Chunk(image.Skeleton, i)
+		if err != nil {
+			return err
+		}
+		if err := k.chunk(image.Skeleton, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *copier) chunk(kind image.Kind, b []byte) error {
+	buf := k.w.NewBuffer(kind)
+	buf.Data = append(buf.Data, b...)
+	return k.w.Submit(buf)
+}
+
+// finish writes the page map and what the copy says about itself: what the original
+// says, but for where its bytes are.
+func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
+	m := *k.c.Meta
+	m.VM, m.Number, m.UUID = tx.Ref().VM, tx.Ref().N, tx.UUID()
+	m.NVRAM, m.References, m.MapChunks = nil, nil, nil
+	err := k.table.Encode(copyChunk, func(at pagemap.Start, b []byte) error {
+		m.MapChunks = append(m.MapChunks, at)
+		return k.chunk(image.PageMap, b)
+	})
+	if err == nil {
+		err = k.w.Drain()
+	}
+	if err != nil {
+		return nil, err
+	}
+	var counts source.Counts
+	err = k.table.Runs(func(r pagemap.Run) error {
+		source.Default.Count(&counts, r)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	rep := &m.Report
+	rep.Hot, rep.Cold, rep.Disk, rep.Delta = counts.Hot, counts.Cold, counts.Disk, counts.Delta
+	rep.NVRAMBytes, rep.FlashBytes, rep.Codec = 0, k.w.Len(), k.o.Codec.String()
+	rep.Seconds = checkpoint.Seconds{Total: time.Since(k.begin).Seconds()}
+	doc, id, err := m.Documents()
+	if err == nil {
+		err = k.w.Finish(doc, id)
+	}
+	rep.FlashBytes = k.w.Len()
+	return &m, err
+}
+
+func (k *copier) progress(pages int64) {
+	k.done += pages
+	if now := time.Now(); k.o.Progress != nil && now.Sub(k.tick) >= progress.Every {
+		k.tick = now
+		k.o.Progress(progress.State{Phase: "copy", Pages: k.done, BytesOut: k.w.Len()})
+	}
+}
