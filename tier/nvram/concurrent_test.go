@@ -9,7 +9,9 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -151,4 +153,63 @@ func TestHelperProcess(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// slowPunch is a disk on which each Punch takes some time. It counts them.
+type slowPunch struct {
+	vfs.FS
+	punched *atomic.Int64
+}
+
+func (s slowPunch) OpenRW(name string) (vfs.File, error) {
+	f, err := s.FS.OpenRW(name)
+	return slowPunchFile{f, s.punched}, err
+}
+
+type slowPunchFile struct {
+	vfs.File
+	punched *atomic.Int64
+}
+
+func (f slowPunchFile) Punch(off, n int64) error {
+	time.Sleep(25 * time.Millisecond)
+	f.punched.Add(1)
+	return f.File.Punch(off, n)
+}
+
+// TestGivingBackLetsOthersIn: who removes a large checkpoint does not keep the lock
+// from another process, which may have a stopped guest, until it is done. It ends,
+// and touches no group but those of the checkpoint.
+func TestGivingBackLetsOthersIn(t *testing.T) {
+	const groups = 60
+	path := filepath.Join(t.TempDir(), "nvram")
+	other := must(open(ctx, vfs.OS, path, Options{Create: true}, small))
+	defer other.Close()
+	m := model{}
+	check(m.save(other, owner(1), storeB, 2*(small.group-1), 8*15, true))
+	check(must(other.Reserve(ctx, owner(3), storeA, groups*(small.group-1)*small.extentSize, page)).Close())
+	check(m.save(other, owner(4), storeB, 2, 8, true)) // keeps the tail from being cut
+	var punched atomic.Int64
+	f := must(open(ctx, slowPunch{vfs.OS, &punched}, path, Options{}, small))
+	defer f.Close()
+	done := make(chan error, 1)
+	go func() {
+		_, err := f.FreeOwner(ctx, owner(3))
+		done <- err
+	}()
+	for punched.Load() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	must(other.Free(ctx))
+	if n := punched.Load(); n >= groups {
+		t.Errorf("the lock was free after %d groups of %d", n, groups)
+	}
+	check(<-done)
+	if n := punched.Load(); n != groups {
+		t.Errorf("%d holes punched, %d groups freed", n, groups)
+	}
+	for id, c := range m {
+		check(verify(other, id, c.extents, c.slots, page))
+	}
+	noDamage(t, other)
 }

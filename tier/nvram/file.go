@@ -796,8 +796,21 @@ func (f *File) giveBack(ctx context.Context, groups map[int64]bool) error {
 	if f.keeps() {
 		return nil
 	}
+	rested := time.Now()
+	step := func(fn func() error) error {
+		if time.Since(rested) > 200*time.Millisecond {
+			// Other processes only look from time to time whether the lock is free.
+			select {
+			case <-time.After(2 * vfs.LockPause):
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+			rested = time.Now()
+		}
+		return f.locked(ctx, vfs.Exclusive, fn)
+	}
 	for more := true; more; {
-		err := f.locked(ctx, vfs.Exclusive, func() (err error) {
+		err := step(func() (err error) {
 			more, err = f.cutTail()
 			return err
 		})
@@ -810,21 +823,25 @@ func (f *File) giveBack(ctx context.Context, groups map[int64]bool) error {
 		if groups != nil && !groups[group] {
 			continue
 		}
-		err = f.locked(ctx, vfs.Exclusive, func() error { return f.punchGroup(group) })
+		err = step(func() error { return f.punchGroup(group) })
 	}
 	return err
 }
 
-// cutTail ends the file after the last extent that is not free, or a group's length
-// before its end if there are more. The first extent stays. The file is locked.
+// cutTail ends the file after the last extent that is taken, or a group's length
+// before its end, and then there may be more to cut. The first extent stays. Whoever
+// has the file mapped touches extents that are his, which lie before the cut. The
+// file is locked.
 func (f *File) cutTail() (more bool, err error) {
 	size, err := f.f.Size()
 	if err != nil {
 		return false, err
 	}
-	end := int64(1)
+	whole := size / f.h.extentSize
+	least := max(whole-f.h.group, 1)
+	end := least
 	// A table can reach beyond the last whole extent.
-	for group := size / (f.h.group * f.h.extentSize); group >= 0 && end == 1; group-- {
+	for group := whole / f.h.group; end == least && (group+1)*f.h.group > least; group-- {
 		table, err := f.table(group)
 		if err != nil {
 			return false, err
@@ -839,8 +856,7 @@ func (f *File) cutTail() (more bool, err error) {
 	if end*f.h.extentSize >= size {
 		return false, nil
 	}
-	least := size/f.h.extentSize - f.h.group
-	return least > end, f.f.Truncate(max(end, least) * f.h.extentSize)
+	return end == least && least > 1, f.f.Truncate(end * f.h.extentSize)
 }
 
 // punchGroup punches the free extents of a group. The file is locked.

@@ -17,6 +17,11 @@ import (
 // hangs, and a save that waits for it for ever freezes its guest.
 const LockLimit = 30 * time.Second
 
+// LockPause is the longest pause between two looks at a lock that somebody else
+// has. Locks here are held for milliseconds, which are not worth more wake-ups.
+// Whoever takes one again and again leaves it free for longer than that at times.
+const LockPause = 20 * time.Millisecond
+
 func (o osFS) Lock(ctx context.Context, name string, mode LockMode) (Locked, error) {
 	return WaitLock(ctx, name, func() (Locked, error) { return o.TryLock(name, mode) })
 }
@@ -81,8 +86,7 @@ func flock(f *os.File, mode LockMode) error {
 // done, or for LockLimit, and says how long it waited for what. After LockLimit
 // the error is ErrLocked, else ctx's cause. It is for implementations of FS and
 // File. A blocking flock would be fairer, but can be neither cancelled nor timed
-// out. The pauses grow to 20 ms: locks here are held for milliseconds, which
-// are not worth more wake-ups.
+// out. The pauses grow to LockPause.
 func WaitLock[T any](ctx context.Context, name string, try func() (T, error)) (T, error) {
 	began := time.Now()
 	pause := 500 * time.Microsecond
@@ -96,7 +100,7 @@ func WaitLock[T any](ctx context.Context, name string, try func() (T, error)) (T
 		if waited < LockLimit {
 			select {
 			case <-time.After(pause):
-				pause = min(2*pause, 20*time.Millisecond)
+				pause = min(2*pause, LockPause)
 				continue
 			case <-ctx.Done():
 				waited = time.Since(began)
