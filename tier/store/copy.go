@@ -85,7 +85,6 @@ type copier struct {
 	// buf is the segment that fills with pages from elsewhere; nil: none.
 	buf   *image.Buffer
 	moved map[pagemap.Entry]uint64 // their slots by what the map said of them
-	rep   checkpoint.Report
 	tick  time.Time
 	done  int64 // pages
 }
