@@ -184,21 +184,42 @@ func (g *gc) vms(ctx context.Context) error {
 			return err
 		}
 	}
-	open := g.unaccounted()
-	for _, vm := range vms {
-		o, err := g.objects(ctx, vm)
-		if err != nil {
+	all := make([]vmObjects, len(vms))
+	for i, vm := range vms {
+		if all[i], err = g.objects(ctx, vm); err != nil {
 			return err
 		}
-		// Newest first: those have NVRAM.
-		for _, n := range slices.Backward(o.images) {
-			if len(open) == 0 {
-				break
+	}
+	if err := g.owners(ctx, vms, all); err != nil {
+		return err
+	}
+	for i, vm := range vms {
+		if len(all[i].removed) > 0 || len(all[i].touched) > 0 {
+			if err := g.leftovers(ctx, vm, needed); err != nil {
+				return err
 			}
+		}
+	}
+	return nil
+}
+
+// owners finds the images that own what is in NVRAM: the newest of each VM first,
+// then those before, because NVRAM has the newest as a rule. It reads nothing once
+// all owners are found.
+func (g *gc) owners(ctx context.Context, vms []string, all []vmObjects) error {
+	open := g.unaccounted()
+	for depth, more := 1, true; more && len(open) > 0; depth++ {
+		more = false
+		for i, vm := range vms {
+			if depth > len(all[i].images) || len(open) == 0 {
+				continue
+			}
+			more = true
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
-			id, err := g.owner(ctx, Ref{vm, n}.object(imageSuffix))
+			r := Ref{vm, all[i].images[len(all[i].images)-depth]}
+			id, err := g.owner(ctx, r.object(imageSuffix))
 			if gone(err) {
 				continue
 			}
@@ -208,11 +229,6 @@ func (g *gc) vms(ctx context.Context) error {
 			}
 			g.live[id] = true
 			delete(open, id)
-		}
-		if len(o.removed) > 0 || len(o.touched) > 0 {
-			if err := g.leftovers(ctx, vm, needed); err != nil {
-				return err
-			}
 		}
 	}
 	return nil

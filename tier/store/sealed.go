@@ -27,9 +27,15 @@ func seal(v any) ([]byte, error) {
 	return fmt.Appendf(nil, "%08x %s\n", integrity.Checksum(body), body), nil
 }
 
+// errEarlier: a document is sealed as in stores of version 1.
+var errEarlier = errors.New("an earlier flic-migrate wrote it")
+
 // unseal reads only what seal writes: each byte is under the checksum or can have
 // one value.
 func unseal(b []byte, v any) error {
+	if len(b) > 0 && b[0] == '{' {
+		return errEarlier
+	}
 	if len(b) <= sealHead || b[sealHead-1] != ' ' || b[len(b)-1] != '\n' {
 		return errors.New("not as it was written")
 	}

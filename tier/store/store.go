@@ -129,13 +129,12 @@ func Open(ctx context.Context, fsys vfs.FS, dir string, create bool) (*Store, er
 }
 
 func (s *Store) readDoc(ctx context.Context) error {
-	b, err := s.dir.Read(ctx, storeFile, maxSealed)
-	if err == nil && len(b) > 0 && b[0] == '{' {
-		// Version 1 was sealed in another way.
+	var doc storeDoc
+	err := s.readSealed(ctx, storeFile, "store description", maxSealed, &doc)
+	if errors.Is(err, errEarlier) {
 		return fmt.Errorf("%s: an earlier flic-migrate wrote this store, in version 1; this one reads version %d only", s.dir.Path(storeFile), Version)
 	}
-	var doc storeDoc
-	if err := s.readSealed(ctx, storeFile, "store description", maxSealed, &doc); err != nil {
+	if err != nil {
 		return err
 	}
 	if doc.Format != formatName || doc.UUID == uuid.Nil {

@@ -76,6 +76,9 @@ func finish(p *Tx) error {
 		return err
 	}
 	m := checkpoint.Meta{Identity: checkpoint.Identity{VM: p.ref.VM, Number: p.ref.N, UUID: p.uuid, PageSize: 4096}}
+	if p.nvfile != nil {
+		m.NVRAM = &checkpoint.NVRAM{Path: p.nvfile.Path(), UUID: p.nvfile.UUID(), Slots: 1, Bytes: 4096}
+	}
 	doc, id, err := m.Documents()
 	if err != nil {
 		return err
