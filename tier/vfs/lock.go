@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -23,7 +24,43 @@ const LockLimit = 30 * time.Second
 const LockPause = 20 * time.Millisecond
 
 func (o osFS) Lock(ctx context.Context, name string, mode LockMode) (Locked, error) {
-	return WaitLock(ctx, name, func() (Locked, error) { return o.TryLock(name, mode) })
+	l, err := WaitLock(ctx, name, func() (Locked, error) { return o.TryLock(name, mode) })
+	if err != nil {
+		if fi, serr := o.Lstat(name); serr == nil {
+			err = heldBy(err, fi)
+		}
+	}
+	return l, err
+}
+
+// heldBy adds to the error of a wait which processes it was that were waited for, as
+// far as /proc/locks tells.
+func heldBy(err error, fi fs.FileInfo) error {
+	var pe *fs.PathError
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok || !errors.As(err, &pe) {
+		return err
+	}
+	list, rerr := os.ReadFile("/proc/locks")
+	if rerr != nil {
+		return err
+	}
+	// 1: FLOCK  ADVISORY  WRITE 4711 fe:00:262158 0 EOF
+	id := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	var who []string
+	for line := range strings.Lines(string(list)) {
+		f := strings.Fields(line)
+		if len(f) < 6 || f[1] != "FLOCK" || f[5] != id || f[4] == "0" || f[4] == "-1" {
+			continue
+		}
+		if comm, err := os.ReadFile("/proc/" + f[4] + "/comm"); err == nil {
+			who = append(who, fmt.Sprintf("process %s (%s)", f[4], strings.TrimSpace(string(comm))))
+		}
+	}
+	if len(who) > 0 {
+		pe.Err = fmt.Errorf("%s has it: %w", strings.Join(who, ", "), pe.Err)
+	}
+	return err
 }
 
 func (o osFS) TryLock(name string, mode LockMode) (Locked, error) {
@@ -60,6 +97,11 @@ func (f *osFile) Lock(ctx context.Context, mode LockMode) error {
 	_, err := WaitLock(ctx, f.Name(), func() (struct{}, error) {
 		return struct{}{}, f.TryLock(mode)
 	})
+	if err != nil {
+		if fi, serr := f.Stat(); serr == nil {
+			err = heldBy(err, fi)
+		}
+	}
 	return err
 }
 

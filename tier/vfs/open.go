@@ -84,6 +84,17 @@ func (p place) open(flag int) (fd int, err error) {
 	return fd, err
 }
 
+// owner is who is to have a file that root makes in the place: below a guarded
+// directory, whoever has the directory. What root does in another user's store would
+// otherwise be of no use to him.
+func (p place) owner() (uid, gid int, ok bool) {
+	var st unix.Stat_t
+	if p.dir == unix.AT_FDCWD || os.Geteuid() != 0 || unix.Fstat(p.dir, &st) != nil {
+		return 0, 0, false
+	}
+	return int(st.Uid), int(st.Gid), st.Uid != 0
+}
+
 func openError(name string, err error) error {
 	if err == nil {
 		return nil
@@ -119,6 +130,11 @@ func (o osFS) openFile(name string, flag int) (*os.File, error) {
 	// Whatever umask takes away, a file of ours is its owner's to read.
 	if err == nil && flag&unix.O_CREAT != 0 && st.Mode&0o600 != 0o600 && int(st.Uid) == os.Geteuid() {
 		err = unix.Fchmod(fd, 0o600)
+	}
+	if err == nil && flag&unix.O_CREAT != 0 && st.Uid == 0 {
+		if uid, gid, ok := p.owner(); ok {
+			err = unix.Fchown(fd, uid, gid)
+		}
 	}
 	if err != nil {
 		unix.Close(fd)
@@ -261,6 +277,11 @@ func (o osFS) mkdir(name string) error {
 		err = unix.Fchmodat(p.dir, p.base, 0o700, unix.AT_SYMLINK_NOFOLLOW)
 		if err == unix.EOPNOTSUPP || err == unix.ENOSYS { // before Linux 6.6
 			err = unix.Fchmodat(p.dir, p.base, 0o700, 0)
+		}
+	}
+	if err == nil {
+		if uid, gid, ok := p.owner(); ok {
+			err = unix.Fchownat(p.dir, p.base, uid, gid, unix.AT_SYMLINK_NOFOLLOW)
 		}
 	}
 	if err != nil {

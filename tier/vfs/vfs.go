@@ -61,7 +61,8 @@ type FS interface {
 	// (ErrLink), and a file can only be a regular one. dir itself may be named
 	// by a link. Names that are not below dir are as before. A store is read
 	// and written through it, so that what somebody has put into its directory
-	// leads nobody out of it. One directory can be guarded at a time.
+	// leads nobody out of it. What root makes there belongs to whoever has the
+	// directory that it is made in. One directory can be guarded at a time.
 	NoLinks(dir string) (FS, error)
 
 	// Create makes a new file of mode 0600, whatever the umask is, open for
