@@ -21,6 +21,9 @@ in the store and in the NVRAM files it has used. It can run at any time, beside
 saves and restores; nothing needs it to run, but that NVRAM of libvirt's save files
 that are gone is free only after it.
 
+What lies among the checkpoints and is none, by its name or kind, may be one that
+somebody has renamed: gc names it, and frees no NVRAM as long as it is there.
+
 A store that is a copy of another one leaves NVRAM alone, because it is that one's.`,
 		Example: `  flic-migrate gc --store /srv/vms`,
 		Args:    cobra.NoArgs,

@@ -24,7 +24,8 @@ func newList(a *app) *cobra.Command {
 		Short: "List the checkpoints of one VM or of all",
 		Long: `List prints a line for each checkpoint: of one VM, or of all in the store. RAM is
 the size of the guest's memory; FLASH and NVRAM are what the checkpoint takes.
-STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say.`,
+STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say, or
+its version if it is in another one of the format.`,
 		Example: `  flic-migrate list --store /srv/vms
   flic-migrate list --store /srv/vms --json web1`,
 		Args: cobra.MaximumNArgs(1),
@@ -51,7 +52,7 @@ type listEntry struct {
 	FlashBytes int64     `json:"flash_bytes"` // the image file
 	NVRAMBytes int64     `json:"nvram_bytes"` // page content in NVRAM
 	Machine    string    `json:"machine,omitempty"`
-	State      string    `json:"state"` // QEMU's run state, or damaged
+	State      string    `json:"state"` // QEMU's run state, or damaged, "version N" or unsupported
 	Error      string    `json:"error,omitempty"`
 }
 
@@ -72,14 +73,18 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 	if vm != "" && len(list) == 0 {
 		return fmt.Errorf("VM %q in store %s: %w", vm, st.Dir(), store.ErrNotFound)
 	}
-	// A damaged checkpoint must not hide the others.
+	if _, err := a.warnOfStrays(ctx, st, vm); err != nil {
+		return err
+	}
+	// A checkpoint that can't be read must not hide the others. Damage is worse than
+	// another version.
 	var damage error
 	entries := []listEntry{}
 	for _, l := range list {
 		if l.Err != nil && !cannotBeRead(l.Err) {
 			return l.Err
 		}
-		if l.Err != nil {
+		if l.Err != nil && !integrity.IsCorrupt(damage) {
 			damage = l.Err
 		}
 		entries = append(entries, newListEntry(l))
@@ -95,6 +100,16 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 	return damage
 }
 
+// warnOfStrays names what may be checkpoints that somebody has renamed: of one VM, or
+// of all.
+func (a *app) warnOfStrays(ctx context.Context, st *store.Store, vm string) (strays []string, err error) {
+	strays, err = st.Strays(ctx, vm)
+	for _, path := range strays {
+		a.log().Warn("this has no name, or is of no kind, of a store's, and may be a checkpoint", "path", path)
+	}
+	return strays, err
+}
+
 // cannotBeRead tells whether err is one checkpoint's: damaged, or of another version.
 func cannotBeRead(err error) bool {
 	var u *image.UnsupportedError
@@ -105,6 +120,14 @@ func newListEntry(l store.Listed) listEntry {
 	e := listEntry{Checkpoint: l.Ref.String(), VM: l.Ref.VM, Number: l.Ref.N, FlashBytes: l.ImageBytes}
 	if l.Err != nil {
 		e.State, e.Error = "damaged", oneLine(l.Err)
+		var u *image.UnsupportedError
+		switch {
+		case integrity.IsCorrupt(l.Err) || !errors.As(l.Err, &u):
+		case u.Version > 0:
+			e.State = fmt.Sprintf("version %d", u.Version)
+		default:
+			e.State = "unsupported"
+		}
 		return e
 	}
 	id := l.Identity

@@ -9,6 +9,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -27,7 +29,9 @@ func newVerify(a *app) *cobra.Command {
 		Long: `Verify reads every byte of checkpoints, in both tiers, and checks it. It prints
 each damage with file and offset, and exits with 4 if there is any. An NVRAM file
 that is missing, or another one than the checkpoint was saved to, is damage too:
-such a checkpoint can't be restored.`,
+such a checkpoint can't be restored. With --all so is what lies among the
+checkpoints and has no name of one. A checkpoint in another version of the format
+is none: if there is nothing worse, the exit code is 1.`,
 		Example: `  flic-migrate verify --store /srv/vms web1@3
   flic-migrate verify --store /srv/vms --all`,
 		RunE: func(cmd *cobra.Command, args []string) error { return v.run(cmd.Context(), args) },
@@ -46,6 +50,8 @@ type verifyEntry struct {
 	Checkpoint string   `json:"checkpoint"` // NAME@N
 	OK         bool     `json:"ok"`
 	Damage     []string `json:"damage"`
+	// Unsupported: it may be whole, and this program can't read it, for what Damage says.
+	Unsupported bool `json:"unsupported,omitempty"`
 }
 
 func (v *verifyCmd) run(ctx context.Context, args []string) error {
@@ -57,27 +63,35 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 		return err
 	}
 	refs, err := resolve(ctx, st, args)
+	var strays []string
 	if v.all {
-		refs, err = st.List(ctx, "")
+		if refs, err = st.List(ctx, ""); err == nil {
+			strays, err = v.warnOfStrays(ctx, st, "")
+		}
 	}
 	if err != nil {
 		return err
 	}
 	entries := []verifyEntry{}
-	damaged := 0
+	damaged, unsupported := 0, 0
 	for _, ref := range refs {
 		e, err := v.verify(ctx, st, ref)
 		if err != nil {
 			return fmt.Errorf("checkpoint %v: %w", ref, err)
 		}
-		if !e.OK {
+		switch {
+		case e.Unsupported:
+			unsupported++
+		case !e.OK:
 			damaged++
 		}
 		entries = append(entries, e)
 		if !v.json {
 			result := "ok"
 			for _, d := range e.Damage {
-				result = "DAMAGED"
+				if result = "DAMAGED"; e.Unsupported {
+					result = "UNSUPPORTED"
+				}
 				fmt.Fprintf(v.stdout, "%s: %s\n", e.Checkpoint, d)
 			}
 			fmt.Fprintf(v.stdout, "%s: %s\n", e.Checkpoint, result)
@@ -88,8 +102,13 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 			return err
 		}
 	}
-	if damaged > 0 {
+	switch {
+	case damaged > 0:
 		return fmt.Errorf("%d of %d checkpoints: %w", damaged, len(entries), errDamaged)
+	case len(strays) > 0:
+		return fmt.Errorf("what may be checkpoints under other names, %d in all: %w", len(strays), errDamaged)
+	case unsupported > 0:
+		return fmt.Errorf("%d of %d checkpoints can't be read by this flic-migrate", unsupported, len(entries))
 	}
 	return nil
 }
@@ -119,7 +138,10 @@ const maxDamage = 1000
 func (v *verifyCmd) verify(ctx context.Context, st *store.Store, ref store.Ref) (verifyEntry, error) {
 	e := verifyEntry{Checkpoint: ref.String(), Damage: []string{}}
 	more := 0
+	e.Unsupported = true // until something else is found
 	found := func(err error) {
+		var u *image.UnsupportedError
+		e.Unsupported = e.Unsupported && errors.As(err, &u) && !integrity.IsCorrupt(err)
 		if len(e.Damage) == maxDamage {
 			more++
 			return
@@ -145,5 +167,6 @@ func (v *verifyCmd) verify(ctx context.Context, st *store.Store, ref store.Ref) 
 		e.Damage = append(e.Damage, fmt.Sprintf("and %d more", more))
 	}
 	e.OK = len(e.Damage) == 0
+	e.Unsupported = e.Unsupported && !e.OK
 	return e, nil
 }

@@ -185,8 +185,9 @@ func (f Features) check() error {
 // UnsupportedError says that an image, which may be whole, is not one that this
 // package can read.
 type UnsupportedError struct {
-	File string
-	Why  string
+	File    string
+	Why     string
+	Version uint32 // of the format, if that is why; otherwise 0
 }
 
 func (e *UnsupportedError) Error() string { return e.File + ": " + e.Why }
@@ -194,9 +195,9 @@ func (e *UnsupportedError) Error() string { return e.File + ": " + e.Why }
 // unsupportedVersion is what is said of a version that is not this package's.
 func unsupportedVersion(v uint32) error {
 	if v < Version {
-		return &UnsupportedError{Why: fmt.Sprintf("an earlier flic-migrate wrote it, in version %d of the format; this one reads version %d", v, Version)}
+		return &UnsupportedError{Version: v, Why: fmt.Sprintf("an earlier flic-migrate wrote it, in version %d of the format; this one reads version %d", v, Version)}
 	}
-	return &UnsupportedError{Why: fmt.Sprintf("it is in version %d of the format; this flic-migrate reads version %d", v, Version)}
+	return &UnsupportedError{Version: v, Why: fmt.Sprintf("it is in version %d of the format; this flic-migrate reads version %d", v, Version)}
 }
 
 // Header is the first 128 bytes of an image:

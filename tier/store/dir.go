@@ -3,13 +3,16 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"path/filepath"
+	"syscall"
 
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
@@ -52,7 +55,8 @@ type Dir interface {
 	Create(ctx context.Context, name string) (Object, error)
 
 	// Open opens an object for reading, and locks it unless lock is Unlocked:
-	// without waiting, until it is closed or the process ends.
+	// without waiting, until it is closed or the process ends. What stands there
+	// and is no object, as a folder, is damage (errNotObject).
 	Open(ctx context.Context, name string, lock Locking) (Object, error)
 
 	// Commit gives an object the name to, durably, as one step: it fails if there
@@ -64,8 +68,10 @@ type Dir interface {
 	Remove(ctx context.Context, name string) error
 
 	// Empty takes an object's content away, and needs no space for that. Who is
-	// reading it must not be there any more.
-	Empty(ctx context.Context, name string) error
+	// reading it must not be there any more. What else the place has of the same
+	// content, as hard links to it, keeps it: then space is needed, and spare is a
+	// name as in Write.
+	Empty(ctx context.Context, name, spare string) error
 
 	// Lock waits for the lock name, which only one can hold, until ctx is done and
 	// no longer than vfs.LockLimit. Close gives it up, and so does the end of the
@@ -77,6 +83,19 @@ type Dir interface {
 type Entry struct {
 	Name   string // without the folder's
 	Folder bool
+	Odd    bool // neither folder nor object: a link, a FIFO, a device
+}
+
+// errNotObject: where an object is to be, something else stands.
+var errNotObject = errors.New("no file of a store's")
+
+// notObject is the damage that something at path is not an object, because of err.
+func notObject(path string, err error) error {
+	var pe *fs.PathError
+	if errors.As(err, &pe) {
+		err = pe.Err
+	}
+	return &integrity.CorruptError{File: path, Err: fmt.Errorf("%w: %w", errNotObject, err)}
 }
 
 // Locking says which lock Open takes.
@@ -121,7 +140,7 @@ func (d *posixDir) List(_ context.Context, folder string) ([]Entry, error) {
 	list, err := d.fs.ReadDir(d.Path(folder))
 	entries := make([]Entry, len(list))
 	for i, e := range list {
-		entries[i] = Entry{e.Name(), e.IsDir()}
+		entries[i] = Entry{Name: e.Name(), Folder: e.IsDir(), Odd: !e.IsDir() && !e.Type().IsRegular()}
 	}
 	return entries, err
 }
@@ -157,6 +176,9 @@ func (d *posixDir) Create(_ context.Context, name string) (_ Object, err error) 
 
 func (d *posixDir) Open(_ context.Context, name string, lock Locking) (Object, error) {
 	f, err := d.fs.Open(d.Path(name))
+	if errors.Is(err, vfs.ErrNotRegular) || errors.Is(err, vfs.ErrLink) || errors.Is(err, syscall.EISDIR) {
+		return nil, notObject(d.Path(name), err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -197,12 +219,22 @@ func (d *posixDir) Commit(_ context.Context, from, to string) error {
 
 func (d *posixDir) Remove(_ context.Context, name string) error { return d.fs.Remove(d.Path(name)) }
 
-func (d *posixDir) Empty(_ context.Context, name string) error {
+// Empty shortens a file that has this one name only. One with more, as in a snapshot
+// that cp -al or rsync --link-dest made of the store, is the snapshot's too: it loses
+// the name here, to an empty file.
+func (d *posixDir) Empty(ctx context.Context, name, spare string) error {
 	f, err := d.fs.OpenRW(d.Path(name))
 	if err != nil {
 		return err
 	}
-	return errors.Join(f.Truncate(0), f.Close())
+	links, err := f.Links()
+	if err == nil && links == 1 {
+		err = f.Truncate(0)
+	}
+	if err = errors.Join(err, f.Close()); err != nil || links == 1 {
+		return err
+	}
+	return d.Write(ctx, name, spare, nil)
 }
 
 func (d *posixDir) Lock(ctx context.Context, name string) (io.Closer, error) {

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
@@ -148,9 +149,13 @@ func testDir(t *testing.T, make func(t *testing.T) Dir) {
 		check(t, "read of nothing", err, fs.ErrNotExist)
 		_, err = d.Open(ctx, "tmp/y", Shared)
 		check(t, "open of nothing", err, fs.ErrNotExist)
-		check(t, "empty", d.Empty(ctx, "tmp/x"), nil)
+		_, err = d.Open(ctx, "vms/a", Shared)
+		if check(t, "open of a folder", err, errNotObject); !integrity.IsCorrupt(err) {
+			t.Errorf("open of a folder is no damage: %v", err)
+		}
+		check(t, "empty", d.Empty(ctx, "tmp/x", "tmp/spare"), nil)
 		content(t, d, "tmp/x", "")
-		check(t, "empty of nothing", d.Empty(ctx, "tmp/y"), fs.ErrNotExist)
+		check(t, "empty of nothing", d.Empty(ctx, "tmp/y", "tmp/spare"), fs.ErrNotExist)
 		check(t, "write", d.Write(ctx, "vms/a/w", "tmp/spare", []byte("first")), nil)
 		check(t, "write over it", d.Write(ctx, "vms/a/w", "tmp/spare", []byte("2nd")), nil)
 		content(t, d, "vms/a/w", "2nd")
@@ -325,12 +330,12 @@ func (d *memDir) List(_ context.Context, folder string) (list []Entry, err error
 	in := func(name string) bool { return path.Dir(name) == cmp.Or(folder, ".") }
 	for name := range d.folders {
 		if in(name) {
-			list = append(list, Entry{path.Base(name), true})
+			list = append(list, Entry{Name: path.Base(name), Folder: true})
 		}
 	}
 	for name := range d.objects {
 		if in(name) {
-			list = append(list, Entry{path.Base(name), false})
+			list = append(list, Entry{Name: path.Base(name)})
 		}
 	}
 	slices.SortFunc(list, func(a, b Entry) int { return cmp.Compare(a.Name, b.Name) })
@@ -371,6 +376,9 @@ func (d *memDir) Create(_ context.Context, name string) (Object, error) {
 func (d *memDir) Open(_ context.Context, name string, lock Locking) (Object, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.folders[name] {
+		return nil, notObject(d.Path(name), memError("open", name, fs.ErrInvalid))
+	}
 	o, err := d.find("open", name)
 	if err != nil {
 		return nil, err
@@ -410,7 +418,7 @@ func (d *memDir) Remove(_ context.Context, name string) error {
 	return err
 }
 
-func (d *memDir) Empty(_ context.Context, name string) error {
+func (d *memDir) Empty(_ context.Context, name, _ string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	o, err := d.find("empty", name)

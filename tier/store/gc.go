@@ -69,6 +69,9 @@ type gc struct {
 	rep   *GCReport
 	live  map[uuid.UUID]bool
 	files []*nvramOwners
+	// keep: there is something that may be a checkpoint, and can't say which. No
+	// NVRAM is given back then, and no removed image that another may refer to.
+	keep bool
 }
 
 // nvramOwners is an NVRAM file, and whose extents of this store's were in it at
@@ -162,6 +165,15 @@ func (g *gc) tmp(ctx context.Context) error {
 // vms looks at the VMs' folders: their images are live, and what belongs to none
 // is removed.
 func (g *gc) vms(ctx context.Context) error {
+	// Anybody can have renamed an image, or put a link in the place of a VM's folder.
+	// Whoever it was must not lose the hot pages because of it.
+	strays, err := g.Strays(ctx, "")
+	if err != nil {
+		return err
+	}
+	for _, path := range strays {
+		g.unknown(fmt.Errorf("%s: it has no name, or is of no kind, of a store's, and may be a checkpoint", path))
+	}
 	vms, err := g.folders(ctx)
 	if err != nil {
 		return err
@@ -180,7 +192,7 @@ func (g *gc) vms(ctx context.Context) error {
 				}
 			}
 			return nil
-		}); err != nil {
+		}); err != nil && !errors.Is(err, errNotObject) {
 			return err
 		}
 	}
@@ -188,6 +200,12 @@ func (g *gc) vms(ctx context.Context) error {
 	for i, vm := range vms {
 		if all[i], err = g.objects(ctx, vm); err != nil {
 			return err
+		}
+		for _, n := range all[i].odd {
+			_, err := g.owner(ctx, Ref{vm, n}.object(imageSuffix))
+			if errors.Is(err, errNotObject) {
+				g.unknown(err)
+			}
 		}
 	}
 	if err := g.owners(ctx, vms, all); err != nil {
@@ -201,6 +219,12 @@ func (g *gc) vms(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// unknown keeps NVRAM because of something that may own a part of it.
+func (g *gc) unknown(err error) {
+	g.keep = true
+	g.rep.warn(fmt.Errorf("no NVRAM is freed, because it can't be told what this owns: %w", err))
 }
 
 // owners finds the images that own what is in NVRAM: the newest of each VM first,
@@ -220,7 +244,11 @@ func (g *gc) owners(ctx context.Context, vms []string, all []vmObjects) error {
 			}
 			r := Ref{vm, all[i].images[len(all[i].images)-depth]}
 			id, err := g.owner(ctx, r.object(imageSuffix))
-			if gone(err) {
+			if gone(err) || errors.Is(err, errNotObject) {
+				continue // if there is something, vms has said so
+			}
+			if isUnsupported(err) {
+				g.unknown(err)
 				continue
 			}
 			if err != nil {
@@ -281,8 +309,8 @@ func (g *gc) leftovers(ctx context.Context, vm string, needed map[uuid.UUID]bool
 	for _, n := range o.removed {
 		name := Ref{vm, n}.object(removedSuffix)
 		f, err := g.dir.Open(ctx, name, Exclusive)
-		if errors.Is(err, vfs.ErrLocked) {
-			continue // somebody reads it, or is about to refer to it
+		if errors.Is(err, vfs.ErrLocked) || errors.Is(err, errNotObject) {
+			continue // somebody reads it, or is about to refer to it; or it is a stray
 		}
 		if err != nil {
 			return err
@@ -303,6 +331,9 @@ func (g *gc) leftover(ctx context.Context, f Object, name string, highest bool, 
 		return err
 	}
 	if size > 0 && needed != nil {
+		if g.keep {
+			return nil
+		}
 		h, err := image.ReadHeader(f)
 		if integrity.IsCorrupt(err) {
 			g.rep.warn(fmt.Errorf("what is left of a removed checkpoint can't be read, and is kept: %w", err))
@@ -320,7 +351,7 @@ func (g *gc) leftover(ctx context.Context, f Object, name string, highest bool, 
 	case !highest:
 		err = g.dir.Remove(ctx, name)
 	case size > 0:
-		err = g.dir.Empty(ctx, name)
+		err = g.dir.Empty(ctx, name, spare())
 	}
 	if err == nil && size > 0 {
 		g.rep.Removed++
@@ -332,6 +363,9 @@ func (g *gc) leftover(ctx context.Context, f Object, name string, highest bool, 
 // sweep gives back the extents of owners that are not live.
 func (g *gc) sweep(ctx context.Context) error {
 	dead := g.unaccounted()
+	if g.keep {
+		clear(dead)
+	}
 	if len(dead) > 0 {
 		// That an image is not there is only believed once it is durable: a removal
 		// that a power cut undoes must not have lost its NVRAM part (see commit).

@@ -12,6 +12,8 @@ import (
 // in rising order.
 type vmObjects struct {
 	images, removed, touched []int
+	odd                      []int    // those of images where no file stands
+	strays                   []string // names of what else is there, with the folder's
 }
 
 // last is the highest number that any of its checkpoints has had.
@@ -35,17 +37,28 @@ func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error)
 	}
 	for _, e := range list {
 		n, suffix, ok := parseNumber(e.Name)
+		odd := e.Odd || e.Folder
+		// Whatever has the name of an image is listed, as damaged if it is none, so
+		// that it is seen and can be removed.
+		stray := odd
 		switch {
-		case !ok || e.Folder:
-		case suffix == imageSuffix:
+		case ok && suffix == imageSuffix:
 			o.images = append(o.images, n)
-		case suffix == removedSuffix:
+			if stray = false; odd {
+				o.odd = append(o.odd, n)
+			}
+		case ok && suffix == removedSuffix:
 			o.removed = append(o.removed, n)
-		case suffix == touchedSuffix:
+		case ok && suffix == touchedSuffix && !odd:
 			o.touched = append(o.touched, n)
+		default:
+			stray = true
+		}
+		if stray {
+			o.strays = append(o.strays, vmFolder(vm)+"/"+e.Name)
 		}
 	}
-	for _, l := range [][]int{o.images, o.removed, o.touched} {
+	for _, l := range [][]int{o.images, o.removed, o.touched, o.odd} {
 		slices.Sort(l)
 	}
 	return o, nil
@@ -60,6 +73,37 @@ func (s *Store) folders(ctx context.Context) (vms []string, err error) {
 		}
 	}
 	return vms, err
+}
+
+// Strays are the paths of what lies where checkpoints are and has no name, or is of
+// no kind, of a store's: of one VM, or of all if vm is empty. Each may be a checkpoint
+// that somebody has renamed, or a VM's folder.
+func (s *Store) Strays(ctx context.Context, vm string) (paths []string, err error) {
+	vms := []string{vm}
+	if vm == "" {
+		list, err := s.dir.List(ctx, vmsFolder)
+		if err != nil {
+			return nil, err
+		}
+		vms = nil
+		for _, e := range list {
+			if e.Folder && CheckVM(e.Name) == nil {
+				vms = append(vms, e.Name)
+			} else {
+				paths = append(paths, s.dir.Path(vmFolder(e.Name)))
+			}
+		}
+	}
+	for _, v := range vms {
+		o, err := s.objects(ctx, v)
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range o.strays {
+			paths = append(paths, s.dir.Path(name))
+		}
+	}
+	return paths, nil
 }
 
 // VMs lists the names of the VMs that have checkpoints.

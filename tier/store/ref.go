@@ -69,7 +69,7 @@ func ParseRef(s string) (Ref, error) {
 	return Ref{vm, n}, nil
 }
 
-// The names in a store. What has another name is nobody's here, and is left alone.
+// The names in a store. What has another name is left alone; see Strays.
 const (
 	storeFile   = "store.json"
 	lockName    = "lock"
@@ -98,7 +98,7 @@ func (r Ref) object(suffix string) string {
 // parseNumber parses an object's name in a VM's folder, NNNNNNNN with a suffix.
 func parseNumber(name string) (n int, suffix string, ok bool) {
 	num, suffix, ok := strings.Cut(name, ".")
-	if n, err := strconv.Atoi(num); ok && err == nil && n >= 1 && fmt.Sprintf("%08d", n) == num {
+	if n, err := strconv.Atoi(num); ok && err == nil && n >= 1 && n <= MaxNumber && fmt.Sprintf("%08d", n) == num {
 		return n, "." + suffix, true
 	}
 	return 0, "", false

@@ -37,6 +37,10 @@ type Removed struct {
 func (s *Store) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	rm.Ref = r
 	f, r, err := s.openForRemoval(ctx, r)
+	if errors.Is(err, errNotObject) {
+		rm.Ref, rm.Left = r, err
+		return rm, s.removeOdd(ctx, r)
+	}
 	if err != nil {
 		return rm, err
 	}
@@ -73,6 +77,39 @@ func (s *Store) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	}
 	rm.Left = errors.Join(rm.Left, s.tidy(ctx, r))
 	return rm, nil
+}
+
+// removeOdd removes what stands in an image's place and is no file: its name, and
+// nothing that it leads to.
+func (s *Store) removeOdd(ctx context.Context, r Ref) error {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	o, err := s.objects(ctx, r.VM)
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(o.odd, r.N) {
+		return fmt.Errorf("checkpoint %v in store %s: %w", r, s.root, ErrNotFound)
+	}
+	if r.N == o.last() && !slices.Contains(o.removed, r.N) {
+		// It can't be what remembers the number.
+		if err := s.dir.Write(ctx, r.object(removedSuffix), spare(), nil); err != nil {
+			return err
+		}
+	}
+	if err := s.dir.Remove(ctx, r.object(imageSuffix)); err != nil {
+		return err
+	}
+	if err := s.dir.Sync(ctx, vmFolder(r.VM)); err != nil {
+		return err
+	}
+	if slices.Contains(o.touched, r.N) {
+		s.dir.Remove(ctx, r.object(touchedSuffix)) // as gc would
+	}
+	return nil
 }
 
 func isUnsupported(err error) bool {
@@ -158,7 +195,7 @@ func (s *Store) tidy(ctx context.Context, r Ref) error {
 		return err
 	}
 	if slices.Contains(o.removed, r.N) {
-		if err := s.dir.Empty(ctx, r.object(removedSuffix)); err != nil {
+		if err := s.dir.Empty(ctx, r.object(removedSuffix), spare()); err != nil {
 			return err
 		}
 	}
@@ -177,6 +214,9 @@ func (s *Store) tidy(ctx context.Context, r Ref) error {
 // more. The caller holds the store lock.
 func (s *Store) removeEmpty(ctx context.Context, r Ref) error {
 	f, err := s.dir.Open(ctx, r.object(removedSuffix), Unlocked)
+	if errors.Is(err, errNotObject) {
+		return nil // a stray
+	}
 	if err != nil {
 		return err
 	}

@@ -16,7 +16,8 @@
 //
 // A checkpoint is visible exactly if its image has its name under vms: that it gets
 // it is the commit. Everything else can be rebuilt from the images, and the store
-// touches no object that has another name than these.
+// touches no object that has another name than these. Something else under vms may be
+// a checkpoint that somebody has renamed: as long as it is there, gc frees no NVRAM.
 //
 // What a store asks of its place is [Dir]. What it stores is opened with package
 // checkpoint, which knows no store.

@@ -146,6 +146,14 @@ func (f *osFile) Size() (int64, error) {
 
 // control runs fn with the file descriptor, which stays open meanwhile. It keeps
 // the file in the runtime's poller, which File.Fd would not.
+func (f *osFile) Links() (int, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return int(fi.Sys().(*syscall.Stat_t).Nlink), nil
+}
+
 func (f *osFile) control(fn func(fd int) error) error {
 	c, err := f.SyscallConn()
 	if err != nil {

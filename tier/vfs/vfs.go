@@ -145,6 +145,9 @@ type File interface {
 	// Size is the length in bytes; of a block device, its capacity.
 	Size() (int64, error)
 
+	// Links is how many names the file has; 0 if it was removed.
+	Links() (int, error)
+
 	// Sync makes the file's data and size durable. See the package comment
 	// for what a failure means.
 	Sync() error

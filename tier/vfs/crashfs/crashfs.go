@@ -720,6 +720,15 @@ func (h *file) Size() (int64, error) {
 	return h.i.size(), nil
 }
 
+func (h *file) Links() (int, error) {
+	h.fs.d.mu.Lock()
+	defer h.fs.d.mu.Unlock()
+	if err := h.begin(Read); err != nil {
+		return 0, pathErr("stat", h.name, err)
+	}
+	return h.i.nlink, nil
+}
+
 func (h *file) Sync() error {
 	h.fs.d.mu.Lock()
 	defer h.fs.d.mu.Unlock()
