@@ -144,8 +144,6 @@ func (f *osFile) Size() (int64, error) {
 	return int64(size), f.pathError("size", err)
 }
 
-// control runs fn with the file descriptor, which stays open meanwhile. It keeps
-// the file in the runtime's poller, which File.Fd would not.
 func (f *osFile) Links() (int, error) {
 	fi, err := f.Stat()
 	if err != nil {
@@ -154,6 +152,8 @@ func (f *osFile) Links() (int, error) {
 	return int(fi.Sys().(*syscall.Stat_t).Nlink), nil
 }
 
+// control runs fn with the file descriptor, which stays open meanwhile. It keeps
+// the file in the runtime's poller, which File.Fd would not.
 func (f *osFile) control(fn func(fd int) error) error {
 	c, err := f.SyscallConn()
 	if err != nil {
