@@ -125,7 +125,7 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		Log:   c.log(),
 	}
 	o.Save.VM, o.Save.Log, o.Save.Progress = vm, c.log(), p.callback()
-	if err := c.placement.options(&o.Save); err != nil {
+	if err := c.placement.options(c.app, &o.Save); err != nil {
 		return err
 	}
 	if timed || o.Save.NVRAM != "" && o.Save.WorkingSet == nil {

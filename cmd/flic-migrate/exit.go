@@ -52,7 +52,7 @@ func exitCode(err error) int {
 		return exitOK
 	case errors.As(err, &server):
 		return server.Server.ExitCode
-	case errors.As(err, &usage), errors.Is(err, store.ErrName):
+	case errors.As(err, &usage), errors.Is(err, store.ErrName), errors.Is(err, store.ErrInside):
 		return exitUsage
 	case errors.Is(err, errDamaged), integrity.IsCorrupt(err):
 		return exitCorrupt

@@ -52,10 +52,16 @@ func (p *placement) add(fs *pflag.FlagSet) {
 	fs.BoolVar(&p.volatile, "volatile-nvram", false, "accept an NVRAM file that loses its content at power-off (tmpfs)")
 }
 
-// options sets those of a save.
-func (p *placement) options(o *save.Options) (err error) {
+// options sets those of a save into the app's store.
+func (p *placement) options(a *app, o *save.Options) (err error) {
 	if p.workingSet != "" && p.nvram == "" {
 		return usageError{errors.New("--working-set says what goes to NVRAM, and there is no --nvram")}
+	}
+	if p.nvram != "" {
+		// Before the store is made, too.
+		if err := store.CheckNVRAM(a.fs, a.store, p.nvram); err != nil {
+			return err
+		}
 	}
 	o.NVRAM, o.NVRAMSize, o.NVRAMFormat, o.VolatileNVRAM = p.nvram, int64(p.nvramSize), p.format, p.volatile
 	if p.workingSet != "" {
@@ -155,7 +161,7 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 	}
 	defer out.Close()
 	o.VM, o.ReturnPath, o.Log = s.vm, out, s.log()
-	if err := s.placement.options(&o); err != nil {
+	if err := s.placement.options(s.app, &o); err != nil {
 		return ref, nil, err
 	}
 	st, err := s.openStore(ctx, true)

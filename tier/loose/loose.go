@@ -44,6 +44,8 @@ func (u unsupported) Write([]byte) (int, error)                { return 0, u.fai
 func (u unsupported) WriteAt([]byte, int64) (int, error)       { return 0, u.fail("write") }
 func (u unsupported) Truncate(int64) error                     { return u.fail("truncate") }
 func (u unsupported) Allocate(int64, int64) error              { return u.fail("fallocate") }
+func (u unsupported) Restrict() error                          { return u.fail("chmod") }
+func (u unsupported) GiveTo(fs.FileInfo) error                 { return u.fail("chown") }
 func (u unsupported) Punch(int64, int64) error                 { return u.fail("punch") }
 func (u unsupported) Data(off int64) (int64, error)            { return off, nil }
 func (u unsupported) Allocated() (int64, error)                { return 0, u.fail("stat") }

@@ -44,6 +44,9 @@ type Options struct {
 	// that has been an NVRAM file is left alone, damaged or not: it may have
 	// checkpoints.
 	Format bool
+	// Beside is a directory whose owner gets a file that root has Create make: he
+	// could open it for nothing otherwise. Empty: it stays root's.
+	Beside string
 	// ReadOnly opens for OpenRegion, Owners, Free and Check only.
 	ReadOnly bool
 }
@@ -84,11 +87,17 @@ func open(ctx context.Context, fsys vfs.FS, path string, o Options, g geometry) 
 	} else {
 		f.f, err = fsys.OpenRW(path)
 		if o.Create && errors.Is(err, fs.ErrNotExist) {
-			f.f, err = fsys.Create(path)
+			f.f, err = create(fsys, path, o.Beside)
 			if errors.Is(err, fs.ErrExist) { // another process was faster
 				f.f, err = fsys.OpenRW(path)
 			}
 		}
+	}
+	if errors.Is(err, vfs.ErrNotRegular) && character(fsys, path) {
+		// A device-DAX node can be mapped only: no read, write or fsync, and its
+		// lines must be flushed by user code. Its file-system or block form does
+		// all this in the kernel.
+		return nil, fmt.Errorf("%w (an NVRAM file can be on /dev/pmem*, or on a file system mounted with -o dax)", err)
 	}
 	if err != nil {
 		return nil, err
@@ -131,6 +140,30 @@ func open(ctx context.Context, fsys vfs.FS, path string, o Options, g geometry) 
 	}
 	opened = true
 	return f, nil
+}
+
+// create makes the file, which belongs to the owner of the directory beside.
+func create(fsys vfs.FS, path, beside string) (_ vfs.File, err error) {
+	f, err := fsys.Create(path)
+	if err != nil || beside == "" {
+		return f, err
+	}
+	fi, err := fsys.Stat(beside)
+	if err == nil {
+		err = f.GiveTo(fi)
+	}
+	if err != nil {
+		f.Close()
+		fsys.Remove(path)
+		return nil, err
+	}
+	return f, nil
+}
+
+// character tells whether path is a character device.
+func character(fsys vfs.FS, path string) bool {
+	fi, err := fsys.Stat(path)
+	return err == nil && fi.Mode()&fs.ModeCharDevice != 0
 }
 
 // Close closes the file. Its regions must have been closed before.
@@ -230,13 +263,22 @@ func (f *File) readHeader() (h header, both bool, err error) {
 // one if a copy is not valid or the capacity is to be raised.
 func (f *File) loadOrFormat(ctx context.Context, o Options, g geometry) error {
 	h, both, err := f.readHeader()
-	if err != nil {
+	format := err != nil
+	if format {
 		if !o.Create || o.ReadOnly || !integrity.IsCorrupt(err) {
 			return err
 		}
 		if err := f.mayFormat(ctx, err, o.Format, g); err != nil {
 			return err
 		}
+	}
+	// Guest memory goes in here. What is not to be an NVRAM file keeps its mode.
+	if !o.ReadOnly {
+		if err := f.f.Restrict(); err != nil {
+			return err
+		}
+	}
+	if format {
 		both = true
 		h, err = f.format(o, g)
 		if err != nil {

@@ -55,6 +55,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/google/uuid"
 
@@ -76,6 +77,8 @@ var (
 	// ErrCopied: the store is a copy of another one, and what is in NVRAM is that
 	// one's.
 	ErrCopied = errors.New("this store is a copy")
+	// ErrInside: what is to be an NVRAM file is in a store's directory.
+	ErrInside = errors.New("it is in the store's directory, where no NVRAM file can be")
 )
 
 // Store is an opened store. It holds no lock and no state but its identity; it
@@ -149,6 +152,9 @@ func (s *Store) readDoc(ctx context.Context) error {
 }
 
 func (s *Store) create(ctx context.Context) error {
+	if err := s.checkEmpty(ctx); err != nil {
+		return err
+	}
 	for _, folder := range []string{"", tmpFolder, nvramFolder, vmsFolder} {
 		if err := s.dir.Mkdir(ctx, folder); err != nil {
 			return err
@@ -171,6 +177,28 @@ func (s *Store) create(ctx context.Context) error {
 		return err
 	}
 	return s.readDoc(ctx)
+}
+
+// checkEmpty refuses to make a store around checkpoints that there are: they are of
+// one whose description is lost, and with it the UUID that their NVRAM is under.
+func (s *Store) checkEmpty(ctx context.Context) error {
+	for _, folder := range []string{vmsFolder, looseFolder} {
+		list, err := s.dir.List(ctx, folder)
+		if err != nil && !gone(err) {
+			return err
+		}
+		if len(list) == 0 {
+			continue
+		}
+		// A process that makes the store at the same time may have got this far.
+		// It has written the description before.
+		if err := s.readDoc(ctx); !gone(err) {
+			return err
+		}
+		return &integrity.CorruptError{File: s.dir.Path(storeFile), What: "store description",
+			Err: errors.New("there are checkpoints here and no store.json; no store is made around them")}
+	}
+	return nil
 }
 
 // place is where the store is now.
@@ -198,16 +226,8 @@ func (s *Store) CheckHome(ctx context.Context) error {
 	copied := at.ID != was.ID
 	if !copied {
 		// It was moved, or a disk was copied with all that is on it: then the
-		// original is still in its place.
-		other := &Store{fs: s.fs, root: was.Path}
-		d, err := newPosixDir(s.fs, was.Path)
-		if err != nil {
-			return err
-		}
-		other.dir = d
-		if other.readDoc(ctx) == nil && other.doc.UUID == s.doc.UUID {
-			copied = !s.same(was.Path)
-		}
+		// original is still in its place. A place that can't be looked at has none.
+		copied, _ = s.original(ctx)
 	}
 	if !copied {
 		return nil
@@ -218,6 +238,9 @@ func (s *Store) CheckHome(ctx context.Context) error {
 
 // same tells whether the directory at path is the store's own, under another name.
 func (s *Store) same(path string) bool {
+	if own, err := filepath.Abs(s.root); err == nil && own == path {
+		return true
+	}
 	a, err := s.fs.Stat(s.root)
 	if err != nil {
 		return false
@@ -226,8 +249,30 @@ func (s *Store) same(path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
+// original tells whether at the store's recorded home there is a store with the same
+// UUID that is not this very directory: the one that this is a copy of. An error says
+// that this can't be found out.
+func (s *Store) original(ctx context.Context) (bool, error) {
+	at := s.doc.Home.Path
+	if s.same(at) {
+		return false, nil
+	}
+	d, err := newPosixDir(s.fs, at)
+	if err != nil {
+		return false, err
+	}
+	other := &Store{dir: d, fs: s.fs, root: at}
+	err = other.readDoc(ctx)
+	if gone(err) || errors.Is(err, syscall.ENOTDIR) {
+		return false, nil
+	}
+	return err == nil && other.doc.UUID == s.doc.UUID, err
+}
+
 // Adopt makes the store's present place its home: the caller knows that the store
-// that it was copied from is gone for good. From then on that one is the copy.
+// that it was copied from is gone for good. From then on that one is the copy. It
+// refuses while that one can be seen in its place (ErrCopied), and if nobody can tell:
+// two owners would each give back what the other needs.
 func (s *Store) Adopt(ctx context.Context) error {
 	unlock, err := s.lock(ctx)
 	if err != nil {
@@ -237,6 +282,13 @@ func (s *Store) Adopt(ctx context.Context) error {
 	at, err := s.place(ctx)
 	if err != nil {
 		return err
+	}
+	there, err := s.original(ctx)
+	if err != nil {
+		return fmt.Errorf("%s: not adopted, because it can't be seen whether the store that it is a copy of is gone from %s: %w", s.root, s.doc.Home.Path, err)
+	}
+	if there {
+		return fmt.Errorf("%s: not adopted: %w of the one in %s, which is still there and owns what is in NVRAM", s.root, ErrCopied, s.doc.Home.Path)
 	}
 	doc := s.doc
 	doc.Home = at

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // ErrVolatile: the NVRAM file is on a file system that does not survive
@@ -171,7 +173,10 @@ func (t *Tx) Reserve(ctx context.Context, r Reservation) (*nvram.Region, *nvram.
 	if err != nil {
 		return nil, nil, err
 	}
-	t.nvfile, err = nvram.Open(ctx, t.s.fs, path, nvram.Options{Capacity: r.Capacity, Create: true, Format: r.Format})
+	if err := CheckNVRAM(t.s.fs, t.s.root, path); err != nil {
+		return nil, nil, err
+	}
+	t.nvfile, err = nvram.Open(ctx, t.s.fs, path, nvram.Options{Capacity: r.Capacity, Create: true, Format: r.Format, Beside: t.s.root})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -185,6 +190,57 @@ func (t *Tx) Reserve(ctx context.Context, r Reservation) (*nvram.Region, *nvram.
 		return nil, nil, err
 	}
 	return t.region, t.nvfile, nil
+}
+
+// CheckNVRAM refuses an NVRAM file in the directory of a store (ErrInside), under
+// whatever name it is reached, before anything is opened: it would overwrite the
+// store's own. Neither need exist.
+func CheckNVRAM(fsys vfs.FS, store, path string) error {
+	dir, err := resolve(store)
+	if err != nil {
+		return err
+	}
+	file, err := resolve(path)
+	if err != nil {
+		return err
+	}
+	root, err := fsys.Stat(dir)
+	if err != nil && !gone(err) {
+		return err
+	}
+	for at := file; ; at = filepath.Dir(at) {
+		inside := at == dir
+		if !inside && root != nil {
+			// A mount can give the directory another name.
+			fi, err := fsys.Stat(at)
+			inside = err == nil && os.SameFile(fi, root)
+		}
+		if inside {
+			return fmt.Errorf("%s: %w (%s)", path, ErrInside, store)
+		}
+		if at == filepath.Dir(at) {
+			return nil
+		}
+	}
+}
+
+// resolve is a path without links, of which the end need not exist.
+func resolve(path string) (string, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	rest := ""
+	for at := path; ; at = filepath.Dir(at) {
+		real, err := filepath.EvalSymlinks(at)
+		if err == nil {
+			return filepath.Join(real, rest), nil
+		}
+		if !gone(err) || at == filepath.Dir(at) {
+			return "", err
+		}
+		rest = filepath.Join(filepath.Base(at), rest)
+	}
 }
 
 // Commit gives the image, which must be whole and synced, its name and returns

@@ -131,7 +131,9 @@ func (o osFS) openFile(name string, flag int) (*os.File, error) {
 	if err == nil && flag&unix.O_CREAT != 0 && st.Mode&0o600 != 0o600 && int(st.Uid) == os.Geteuid() {
 		err = unix.Fchmod(fd, 0o600)
 	}
-	if err == nil && flag&unix.O_CREAT != 0 && st.Uid == 0 {
+	// A file of several names may be there under one that is no business of this
+	// directory's owner.
+	if err == nil && flag&unix.O_CREAT != 0 && st.Uid == 0 && st.Nlink == 1 {
 		if uid, gid, ok := p.owner(); ok {
 			err = unix.Fchown(fd, uid, gid)
 		}
@@ -157,10 +159,7 @@ func checkKind(mode uint32, device bool) error {
 	case unix.S_IFDIR:
 		return syscall.EISDIR
 	case unix.S_IFCHR:
-		// A device-DAX node can be mapped only: no read, write or fsync,
-		// and its lines must be flushed by user code. Its file-system or
-		// block form does all this in the kernel.
-		return fmt.Errorf("%w but a character device (an NVRAM file can be on /dev/pmem*, or on a file system mounted with -o dax)", ErrNotRegular)
+		what = "a character device"
 	case unix.S_IFIFO:
 		what = "a FIFO"
 	case unix.S_IFSOCK:

@@ -152,6 +152,26 @@ func (f *osFile) Links() (int, error) {
 	return int(fi.Sys().(*syscall.Stat_t).Nlink), nil
 }
 
+func (f *osFile) Restrict() error {
+	fi, err := f.Stat()
+	if err != nil || !fi.Mode().IsRegular() || fi.Mode().Perm()&0o077 == 0 {
+		return err
+	}
+	err = f.control(func(fd int) error { return unix.Fchmod(fd, 0o600) })
+	if err != nil {
+		err = fmt.Errorf("mode %04o lets other users in, and is not changed to 0600: %w", fi.Mode().Perm(), err)
+	}
+	return f.pathError("chmod", err)
+}
+
+func (f *osFile) GiveTo(dir fs.FileInfo) error {
+	st, ok := dir.Sys().(*syscall.Stat_t)
+	if !ok || os.Geteuid() != 0 || st.Uid == 0 {
+		return nil
+	}
+	return f.pathError("chown", f.control(func(fd int) error { return unix.Fchown(fd, int(st.Uid), int(st.Gid)) }))
+}
+
 // control runs fn with the file descriptor, which stays open meanwhile. It keeps
 // the file in the runtime's poller, which File.Fd would not.
 func (f *osFile) control(fn func(fd int) error) error {

@@ -42,11 +42,23 @@ func TestRootInAnothersDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.Close()
+	// A name of somebody else's file gives nobody that file.
+	other := filepath.Join(t.TempDir(), "other")
+	if err := os.WriteFile(other, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Link(other, filepath.Join(dir, "linked")); err != nil {
+		t.Fatal(err)
+	}
+	if l, err = fsys.Lock(t.Context(), filepath.Join(dir, "linked"), vfs.Exclusive); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
 	if f, err = vfs.OS.Create(filepath.Join(dir, "unguarded")); err != nil {
 		t.Fatal(err)
 	}
 	f.Close()
-	for name, uid := range map[string]int{"a": want, "a/b": want, "a/b/file": want, "lock": want, "unguarded": mine} {
+	for name, uid := range map[string]int{"a": want, "a/b": want, "a/b/file": want, "lock": want, "unguarded": mine, "linked": mine} {
 		fi, err := os.Lstat(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)

@@ -148,6 +148,15 @@ type File interface {
 	// Links is how many names the file has; 0 if it was removed.
 	Links() (int, error)
 
+	// Restrict takes a regular file's mode back to 0600 if it lets the group or
+	// others in. It fails with fs.ErrPermission if the file is another user's and
+	// this is not root. A block device is left alone.
+	Restrict() error
+
+	// GiveTo makes the owner of dir the file's, if root has made it there for
+	// somebody else's dir; it does nothing for others than root.
+	GiveTo(dir fs.FileInfo) error
+
 	// Sync makes the file's data and size durable. See the package comment
 	// for what a failure means.
 	Sync() error
