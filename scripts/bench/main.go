@@ -67,18 +67,23 @@ func (t tool) size(f string) int64 {
 	return n
 }
 
-func tools(binary string) []tool {
-	var list []tool
-	for _, codec := range []string{"", " zstd", " lz4"} {
-		flag := ""
-		if codec != "" {
-			flag = " --codec" + codec
-		}
-		list = append(list, tool{
-			"flic-migrate" + codec, "exec " + binary + " save --quiet --store $F --vm vm" + flag,
+// tools are ours in binary, with each of its codecs, another build of ours if there
+// is one, and what else people use.
+func tools(binary, other string) []tool {
+	ours := func(name, binary, flags string) tool {
+		return tool{
+			name, "exec " + binary + " save --quiet --store $F --vm vm" + flags,
 			"exec " + binary + " restore --quiet --store $F vm",
 			"exec " + binary + " rm --all --store $F vm > /dev/null",
-		})
+		}
+	}
+	list := []tool{
+		ours("flic-migrate", binary, ""),
+		ours("flic-migrate zstd", binary, " --codec zstd"),
+		ours("flic-migrate lz4", binary, " --codec lz4"),
+	}
+	if other != "" {
+		list = append(list, ours("other", other, ""))
 	}
 	for _, c := range [][3]string{
 		{"cat", "cat", "cat"},
@@ -137,15 +142,16 @@ func main() {
 	runs := flag.Int("runs", 5, "counted runs of each tool")
 	withQEMU := flag.Bool("qemu", true, "also with a real QEMU")
 	streams := flag.String("streams", "", "recorded streams, as a glob (default: those in testdata and one of a 512 MB guest)")
+	other := flag.String("other", "", "another build of flic-migrate, to compare with")
 	only := flag.String("only", "", "compare with these tools only, separated by commas")
 	flag.Parse()
-	if err := run(*runs, *withQEMU, *streams, *only); err != nil {
+	if err := run(*runs, *withQEMU, *streams, *only, *other); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(runs int, withQEMU bool, glob, only string) error {
+func run(runs int, withQEMU bool, glob, only, other string) error {
 	root, err := qemutest.ModuleRoot()
 	if err != nil {
 		return err
@@ -159,9 +165,9 @@ func run(runs int, withQEMU bool, glob, only string) error {
 	if err := qemutest.Build(context.Background(), binary); err != nil {
 		return err
 	}
-	list := tools(binary)
+	list := tools(binary, other)
 	if only != "" {
-		names := append(strings.Split(only, ","), "flic-migrate", "lz4")
+		names := append(strings.Split(only, ","), "flic-migrate", "other", "lz4")
 		list = slices.DeleteFunc(list, func(t tool) bool { return !slices.Contains(names, t.name) })
 	}
 	b := &bench{dir: dir, runs: runs, tools: list}
