@@ -15,6 +15,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
@@ -86,37 +87,11 @@ const (
 	maxRefs      = 1024
 )
 
-func (l *blockList) UnmarshalJSON(b []byte) error { return decodeList(l, b, MaxBlocks) }
-func (l *nameList) UnmarshalJSON(b []byte) error  { return decodeList(l, b, maxNames) }
-func (l *runList) UnmarshalJSON(b []byte) error   { return decodeList(l, b, MaxTableRuns) }
-func (l *startList) UnmarshalJSON(b []byte) error { return decodeList(l, b, maxMapChunks) }
-func (l *refList) UnmarshalJSON(b []byte) error   { return decodeList(l, b, maxRefs) }
-
-// decodeList decodes a JSON array of at most so many elements.
-func decodeList[L ~[]T, T any](l *L, b []byte, most int) error {
-	d := json.NewDecoder(bytes.NewReader(b))
-	t, err := d.Token()
-	if err != nil {
-		return err
-	}
-	if *l = nil; t == nil {
-		return nil // null
-	}
-	if t != json.Delim('[') {
-		return fmt.Errorf("%v in place of a list", t)
-	}
-	for d.More() {
-		if len(*l) == most {
-			return fmt.Errorf("list of more than %d", most)
-		}
-		var v T
-		if err := d.Decode(&v); err != nil {
-			return err
-		}
-		*l = append(*l, v)
-	}
-	return nil
-}
+func (l *blockList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, MaxBlocks) }
+func (l *nameList) UnmarshalJSON(b []byte) error  { return integrity.DecodeList(l, b, maxNames) }
+func (l *runList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, MaxTableRuns) }
+func (l *startList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, maxMapChunks) }
+func (l *refList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, maxRefs) }
 
 // NVRAM names the file that holds the NVRAM part.
 type NVRAM struct {

@@ -41,9 +41,10 @@ func checkPlace(file string, r Ref, id *checkpoint.Identity) error {
 	return nil
 }
 
-// open opens a checkpoint's image and keeps it from being removed until it is
-// closed. r without a number is the VM's newest.
-func (s *Store) open(ctx context.Context, r Ref) (Object, Ref, error) {
+// open opens a checkpoint's image and locks it until it is closed: Shared keeps it
+// from being removed, Exclusive is for who removes it. r without a number is the VM's
+// newest.
+func (s *Store) open(ctx context.Context, r Ref, lock Locking) (Object, Ref, error) {
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return nil, r, err
@@ -52,7 +53,7 @@ func (s *Store) open(ctx context.Context, r Ref) (Object, Ref, error) {
 	if r, err = s.Resolve(ctx, r); err != nil {
 		return nil, r, err
 	}
-	f, err := s.dir.Open(ctx, r.object(imageSuffix), Shared)
+	f, err := s.dir.Open(ctx, r.object(imageSuffix), lock)
 	if errors.Is(err, vfs.ErrLocked) {
 		err = fmt.Errorf("checkpoint %v: %w", r, ErrInUse)
 	}
@@ -62,7 +63,7 @@ func (s *Store) open(ctx context.Context, r Ref) (Object, Ref, error) {
 // OpenCheckpoint opens a checkpoint as checkpoint.Open does; r without a number
 // is the VM's newest. An error that wraps ErrNotFound says what is missing.
 func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options) (_ *Checkpoint, err error) {
-	f, r, err := s.open(ctx, r)
+	f, r, err := s.open(ctx, r, Shared)
 	if err != nil {
 		return nil, err
 	}

@@ -13,7 +13,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // Removed says what a removal has freed.
@@ -36,7 +35,7 @@ type Removed struct {
 // that it is, and that one's NVRAM, are another's.
 func (s *Store) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	rm.Ref = r
-	f, r, err := s.openForRemoval(ctx, r)
+	f, r, err := s.open(ctx, r, Exclusive)
 	if errors.Is(err, errNotObject) {
 		rm.Ref, rm.Left = r, err
 		return rm, s.removeOdd(ctx, r)
@@ -115,23 +114,6 @@ func (s *Store) removeOdd(ctx context.Context, r Ref) error {
 func isUnsupported(err error) bool {
 	var u *image.UnsupportedError
 	return errors.As(err, &u)
-}
-
-// openForRemoval finds a checkpoint and locks it against everybody.
-func (s *Store) openForRemoval(ctx context.Context, r Ref) (Object, Ref, error) {
-	unlock, err := s.lock(ctx)
-	if err != nil {
-		return nil, r, err
-	}
-	defer unlock()
-	if r, err = s.Resolve(ctx, r); err != nil {
-		return nil, r, err
-	}
-	f, err := s.dir.Open(ctx, r.object(imageSuffix), Exclusive)
-	if errors.Is(err, vfs.ErrLocked) {
-		err = fmt.Errorf("checkpoint %v: %w", r, ErrInUse)
-	}
-	return f, r, err
 }
 
 // unlist takes a checkpoint's name away, durably. It is locked.

@@ -151,7 +151,7 @@ func TestNames(t *testing.T) {
 		if _, err := s.Resolve(context.Background(), Ref{VM: name, N: 1}); !errors.Is(err, ErrName) {
 			t.Errorf("Resolve(%q): %v", name, err)
 		}
-		if _, _, err := s.open(context.Background(), Ref{VM: name}); !errors.Is(err, ErrName) {
+		if _, _, err := s.open(context.Background(), Ref{VM: name}, Shared); !errors.Is(err, ErrName) {
 			t.Errorf("OpenImage(%q): %v", name, err)
 		}
 		if _, err := s.Remove(context.Background(), Ref{VM: name, N: 1}); !errors.Is(err, ErrName) {
@@ -292,7 +292,7 @@ func TestResolve(t *testing.T) {
 		if got, err := s.Resolve(context.Background(), ref); err != nil || got.N != want {
 			t.Errorf("%v: %v, %v", ref, got, err)
 		}
-		f, got, err := s.open(context.Background(), ref)
+		f, got, err := s.open(context.Background(), ref, Shared)
 		if err != nil || got.N != want {
 			t.Fatalf("open %v: %v, %v", ref, got, err)
 		}
@@ -302,7 +302,7 @@ func TestResolve(t *testing.T) {
 		if _, err := s.Resolve(context.Background(), ref); !errors.Is(err, ErrNotFound) {
 			t.Errorf("%v: %v", ref, err)
 		}
-		if _, _, err := s.open(context.Background(), ref); !errors.Is(err, ErrNotFound) {
+		if _, _, err := s.open(context.Background(), ref, Shared); !errors.Is(err, ErrNotFound) {
 			t.Errorf("open %v: %v", ref, err)
 		}
 		if _, err := s.Remove(context.Background(), ref); !errors.Is(err, ErrNotFound) {
@@ -321,7 +321,7 @@ func TestRemoveInUse(t *testing.T) {
 	}
 	var readers []Object
 	for range 2 {
-		f, _, err := reader.open(context.Background(), ref)
+		f, _, err := reader.open(context.Background(), ref, Shared)
 		if err != nil {
 			t.Fatalf("readers exclude each other: %v", err)
 		}
@@ -349,7 +349,7 @@ func TestRemoveInUse(t *testing.T) {
 	if err := f.TryLock(vfs.Exclusive); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.open(context.Background(), ref); !errors.Is(err, ErrInUse) {
+	if _, _, err := s.open(context.Background(), ref, Shared); !errors.Is(err, ErrInUse) {
 		t.Errorf("open of a locked image: %v", err)
 	}
 }

@@ -1,10 +1,6 @@
 package workingset
 
-import (
-	"bytes"
-	"encoding/json"
-	"fmt"
-)
+import "github.com/flic-migrate/flic-migrate/tier/integrity"
 
 // PageRun is Count pages of a RAM block from Page on.
 type PageRun struct {
@@ -29,34 +25,8 @@ type (
 	runList  []PageRun
 )
 
-func (l *nameList) UnmarshalJSON(b []byte) error { return decodeList(l, b, maxTouchedBlocks) }
-func (l *runList) UnmarshalJSON(b []byte) error  { return decodeList(l, b, MaxTouched) }
-
-// decodeList decodes a JSON array of at most so many elements.
-func decodeList[L ~[]T, T any](l *L, b []byte, most int) error {
-	d := json.NewDecoder(bytes.NewReader(b))
-	t, err := d.Token()
-	if err != nil {
-		return err
-	}
-	if *l = nil; t == nil {
-		return nil // null
-	}
-	if t != json.Delim('[') {
-		return fmt.Errorf("%v in place of a list", t)
-	}
-	for d.More() {
-		if len(*l) == most {
-			return fmt.Errorf("list of more than %d", most)
-		}
-		var v T
-		if err := d.Decode(&v); err != nil {
-			return err
-		}
-		*l = append(*l, v)
-	}
-	return nil
-}
+func (l *nameList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, maxTouchedBlocks) }
+func (l *runList) UnmarshalJSON(b []byte) error  { return integrity.DecodeList(l, b, MaxTouched) }
 
 // MaxTouched caps the runs that are kept: a guest that has touched more pages
 // than this one by one has no working set to speak of.
