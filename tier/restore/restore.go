@@ -30,7 +30,7 @@ type Report struct {
 	Seconds  float64 `json:"seconds"`
 }
 
-// Restore writes the checkpoint's migration stream to w: byte for byte the one
+// Run writes the checkpoint's migration stream to w: byte for byte the one
 // that was saved if no page occurred in it twice, otherwise with each page's
 // last version once, where the page first appeared. Each page is checked before
 // it is written. After an error w has an incomplete stream, which QEMU refuses

@@ -68,13 +68,13 @@ type Options struct {
 // chunks, 256 KiB, that took 5 ms and 3 MB for a guest of 2 GB.
 const tableChunk = 32 << 10
 
-// Save reads a migration stream from in and commits it to the store as a
+// Run reads a migration stream from in and commits it to the store as a
 // checkpoint of o.VM. It returns when the checkpoint is durable, or with an
 // error and nothing left behind. A source that opened a return path has then
-// been told which of the two it is: QEMU's "completed" is Save's nil.
+// been told which of the two it is: QEMU's "completed" is Run's nil.
 //
 // An in that stays open when the stream has ended, as QEMU's end of a return path
-// does, must be a [Pipe]: any other is read to its end.
+// does, must be a [stream.Pipe]: any other is read to its end.
 //
 // Errors wrap stream.ErrTruncated, stream.ErrDamaged or stream.ErrNotStream
 // if the stream is at fault, and syscall.ENOSPC if there is no room.
@@ -86,7 +86,7 @@ func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Opti
 	})
 }
 
-// To is Save into a single file, which is no store's: the caller has opened the
+// To is Run into a single file, which is no store's: the caller has opened the
 // file, and names or removes it. For a caller whose source learns of a
 // failure in another way than by the stream: nothing of it is held back. Hot pages
 // go to NVRAM only if tx was begun by a store, which is then st; otherwise that
