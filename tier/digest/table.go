@@ -1,0 +1,263 @@
+package digest
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/zeebo/blake3"
+)
+
+// The digests of an image are stored in DIGESTS frames. Frame 0 is the table:
+//
+//	u32 version, 1; u32 0; u64 F, flash slots; u64 N, NVRAM slots
+//	32 B for each chunk: the BLAKE3-256 of its bytes
+//
+// The chunks follow, frame k+1 being chunk k: first those of the flash slots, 16384
+// digests each and the rest in the last, then likewise those of the NVRAM slots. A slot
+// that does not exist has a digest of zeros.
+const (
+	// PerChunk is how many digests are in a chunk, but for the last of its kind.
+	PerChunk = 16384
+
+	tableVersion = 1
+	tableHeadLen = 24
+	hashLen      = 32
+	// maxChunks is how many a table lists that fits into a frame of 256 KiB: enough
+	// for 134 million different pages.
+	maxChunks = (256<<10 - tableHeadLen) / hashLen
+)
+
+// ErrTooMany: an image has more slots than a table can list. It does without digests.
+var ErrTooMany = errors.New("more pages than digests can be kept of")
+
+// Chunk is a DIGESTS frame to be written.
+type Chunk struct {
+	Number uint32 // of the frame
+	Data   []byte
+}
+
+// Builder collects the digests of an image that is being written, segment by segment,
+// and gives out each chunk when the last of its slots is known: what is kept in memory
+// is what lies around the segments that are still open. It has one owner at a time.
+type Builder struct {
+	slots uint64 // in a full segment
+	open  map[uint64]*openChunk
+	hash  [][hashLen]byte // of the chunks so far
+	full  []Chunk
+	flash uint64 // slots, up to the end of the last segment
+}
+
+type openChunk struct {
+	data  []byte
+	known uint64 // slots
+}
+
+// NewBuilder returns a Builder for an image with so many slots in a full segment.
+func NewBuilder(slots int) *Builder {
+	return &Builder{slots: uint64(slots), open: make(map[uint64]*openChunk)}
+}
+
+// Segment takes the digests of segment n's pages, of which there may be fewer than
+// slots; each segment comes once, in any order.
+func (b *Builder) Segment(n uint32, sums []Sum) {
+	first := uint64(n) * b.slots
+	b.flash = max(b.flash, first+b.slots)
+	for i := uint64(0); i < b.slots; {
+		k, at := (first+i)/PerChunk, (first+i)%PerChunk
+		c := b.open[k]
+		if c == nil {
+			c = &openChunk{data: make([]byte, PerChunk*Size)}
+			b.open[k] = c
+		}
+		m := min(b.slots-i, PerChunk-at)
+		for j := i; j < min(i+m, uint64(len(sums))); j++ {
+			copy(c.data[(at+j-i)*Size:], sums[j][:])
+		}
+		if c.known += m; c.known == PerChunk {
+			b.close(k, c.data)
+			delete(b.open, k)
+		}
+		i += m
+	}
+}
+
+// close hands out a chunk.
+func (b *Builder) close(k uint64, data []byte) {
+	for uint64(len(b.hash)) <= k {
+		b.hash = append(b.hash, [hashLen]byte{})
+	}
+	b.hash[k] = sum256(data)
+	b.full = append(b.full, Chunk{uint32(k + 1), data})
+}
+
+// Next is a chunk to be written, if there is one.
+func (b *Builder) Next() (c Chunk, ok bool) {
+	if len(b.full) == 0 {
+		return c, false
+	}
+	c, b.full = b.full[0], b.full[1:]
+	return c, true
+}
+
+// Finish is told the digests of the NVRAM slots when all segments have come. After it
+// Next gives out what is left, the table last, of which it returns the root.
+func (b *Builder) Finish(nvram []Sum) (Root, error) {
+	flashChunks, nvramChunks := chunks(b.flash), chunks(uint64(len(nvram)))
+	if flashChunks+nvramChunks > maxChunks {
+		return Root{}, ErrTooMany
+	}
+	for k := range flashChunks {
+		if c := b.open[k]; c != nil {
+			b.close(k, c.data[:min(PerChunk, b.flash-k*PerChunk)*Size])
+		}
+	}
+	b.open = nil
+	for k := range nvramChunks {
+		part := nvram[k*PerChunk : min(uint64(len(nvram)), (k+1)*PerChunk)]
+		data := make([]byte, 0, len(part)*Size)
+		for _, s := range part {
+			data = append(data, s[:]...)
+		}
+		b.close(flashChunks+k, data)
+	}
+	le := binary.LittleEndian
+	t := le.AppendUint32(nil, tableVersion)
+	t = le.AppendUint32(t, 0)
+	t = le.AppendUint64(t, b.flash)
+	t = le.AppendUint64(t, uint64(len(nvram)))
+	for _, h := range b.hash {
+		t = append(t, h[:]...)
+	}
+	b.full = append(b.full, Chunk{0, t})
+	return sum256(t), nil
+}
+
+// chunks is how many hold so many digests.
+func chunks(n uint64) uint64 { return n/PerChunk + min(1, n%PerChunk) }
+
+// Table is what an image's digests are found by. It is safe for concurrent use.
+type Table struct {
+	// Flash and NVRAM are how many slots have digests.
+	Flash, NVRAM uint64
+
+	hash []byte // of the chunks
+	read func(frame int) ([]byte, error)
+	bad  func(frame int, err error) error
+	keep *Cache
+}
+
+// Open reads the table of an image's digests, which must have the given root. read
+// gives a DIGESTS frame, its checksum verified; bad makes an error of what is wrong
+// inside one. keep may be shared with other tables.
+func Open(root Root, keep *Cache, read func(frame int) ([]byte, error), bad func(frame int, err error) error) (*Table, error) {
+	b, err := read(0)
+	if err != nil {
+		return nil, err
+	}
+	if sum256(b) != root {
+		return nil, bad(0, ErrMismatch)
+	}
+	le := binary.LittleEndian
+	if len(b) < tableHeadLen {
+		return nil, bad(0, errors.New("too short"))
+	}
+	if v := le.Uint32(b); v != tableVersion || le.Uint32(b[4:]) != 0 {
+		return nil, bad(0, fmt.Errorf("it is in version %d, which this flic-migrate does not know", v))
+	}
+	t := &Table{Flash: le.Uint64(b[8:]), NVRAM: le.Uint64(b[16:]), hash: b[tableHeadLen:], read: read, bad: bad, keep: keep}
+	// Both fit into what is there before they are added.
+	n := uint64(len(t.hash)) / hashLen
+	if len(t.hash)%hashLen != 0 || chunks(t.Flash) > n || chunks(t.NVRAM) > n || chunks(t.Flash)+chunks(t.NVRAM) != n {
+		return nil, bad(0, fmt.Errorf("%d flash slots and %d NVRAM slots in a table of %d bytes", t.Flash, t.NVRAM, len(b)))
+	}
+	return t, nil
+}
+
+// FlashSlot is the digest of a flash slot's page.
+func (t *Table) FlashSlot(slot uint64) (Sum, error) { return t.get(0, slot, t.Flash) }
+
+// NVRAMSlot is the digest of an NVRAM slot's page.
+func (t *Table) NVRAMSlot(slot uint64) (Sum, error) { return t.get(chunks(t.Flash), slot, t.NVRAM) }
+
+// get finds digest number slot of n, which begin with the given chunk.
+func (t *Table) get(first, slot, n uint64) (s Sum, err error) {
+	if slot >= n {
+		return s, t.bad(0, fmt.Errorf("slot %d of %d has no digest", slot, n))
+	}
+	k := first + slot/PerChunk
+	b, err := t.keep.get(t, k, min(PerChunk, n-slot/PerChunk*PerChunk))
+	if err != nil {
+		return s, err
+	}
+	copy(s[:], b[slot%PerChunk*Size:])
+	return s, nil
+}
+
+// load reads chunk k, of n digests.
+func (t *Table) load(k, n uint64) ([]byte, error) {
+	frame := int(k) + 1
+	b, err := t.read(frame)
+	switch {
+	case err != nil:
+		return nil, err
+	case uint64(len(b)) != n*Size:
+		return nil, t.bad(frame, fmt.Errorf("%d bytes for %d digests", len(b), n))
+	case sum256(b) != [hashLen]byte(t.hash[k*hashLen:]):
+		return nil, t.bad(frame, ErrMismatch)
+	}
+	return b, nil
+}
+
+// Cache keeps the chunks that were used last, of any number of tables. It is safe for
+// concurrent use.
+type Cache struct {
+	max int
+
+	mu    sync.Mutex
+	kept  map[chunkKey]*keptChunk
+	clock uint64
+}
+
+type chunkKey struct {
+	t *Table
+	k uint64
+}
+
+type keptChunk struct {
+	data []byte
+	used uint64
+}
+
+// NewCache returns a Cache of at most so many chunks, of 256 KiB each.
+func NewCache(max int) *Cache { return &Cache{max: max, kept: make(map[chunkKey]*keptChunk)} }
+
+func (c *Cache) get(t *Table, k, n uint64) ([]byte, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.clock++
+	key := chunkKey{t, k}
+	if e := c.kept[key]; e != nil {
+		e.used = c.clock
+		return e.data, nil
+	}
+	b, err := t.load(k, n)
+	if err != nil {
+		return nil, err
+	}
+	if len(c.kept) >= c.max {
+		var oldest chunkKey
+		least := c.clock
+		for o, e := range c.kept {
+			if e.used < least {
+				oldest, least = o, e.used
+			}
+		}
+		delete(c.kept, oldest)
+	}
+	c.kept[key] = &keptChunk{b, c.clock}
+	return b, nil
+}
+
+func sum256(b []byte) [hashLen]byte { return blake3.Sum256(b) }
