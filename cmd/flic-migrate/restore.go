@@ -28,6 +28,7 @@ type restoreCmd struct {
 	recover bool
 	socket  string
 	learn   time.Duration
+	zeros   bool
 	nvram   string
 	workers count
 	report  string
@@ -69,6 +70,7 @@ stream, because QEMU would wait for ever on an empty one.`,
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died, for QEMU's migrate-recover")
 	fs.StringVar(&r.socket, "socket", "", "with --recover: the path of a socket on which QEMU listens, instead of standard input and output")
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
+	fs.BoolVar(&r.zeros, "zero-rest", true, "lazy: in the end send the pages without content as well, which QEMU 10.2 and later need; earlier ones are done sooner with --zero-rest=false")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
 	fs.StringVar(&r.report, "report", "", "write the JSON report to this file as well, also after a failure")
@@ -202,7 +204,7 @@ func (w *serving) eagerly(ctx context.Context, c *store.Checkpoint) (restore.Rep
 // lazily serves c over stdin and stdout, or over the socket that it was given.
 func (w *serving) lazily(ctx context.Context, st *store.Store, c *store.Checkpoint) (*lazy.Report, error) {
 	s := session.LazyServer{
-		Learn: w.learn, Recover: w.recover, Log: w.log(),
+		Learn: w.learn, ZeroRest: w.zeros, Recover: w.recover, Log: w.log(),
 		Progress: func(p lazy.Progress) {
 			w.progress(progress.State{Phase: "restore", Pages: p.Pages, PagesAll: p.PagesAll})
 		},

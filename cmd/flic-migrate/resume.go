@@ -186,6 +186,9 @@ func (r *resumeCmd) server(dir string, ref store.Ref, a session.ServerArgs) []st
 		if r.learn > 0 {
 			args = append(args, "--learn", r.learn.String())
 		}
+		if !a.ZeroRest {
+			args = append(args, "--zero-rest=false")
+		}
 	}
 	if a.Control != "" {
 		args = append(args, "--control", a.Control)
@@ -242,7 +245,10 @@ func (r *resumeCmd) show(doc resumeReport, failed error) error {
 
 // printCommands writes what Resume would do as QMP commands.
 func (r *resumeCmd) printCommands(o migration.ResumeOptions, server func(session.ServerArgs) []string) error {
-	uri := func(k migration.ServerKind) string { return session.ExecURI(server(session.ServerArgs{Kind: k})) }
+	// Which QEMU it will be is not known.
+	uri := func(k migration.ServerKind) string {
+		return session.ExecURI(server(session.ServerArgs{Kind: k, ZeroRest: true}))
+	}
 	lazily, kind := o.NotPossible == nil && o.Lazy != migration.LazyNever, migration.EagerServer
 	if lazily {
 		kind = migration.LazyServer

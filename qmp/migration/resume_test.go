@@ -77,3 +77,18 @@ func TestRunLeavesAlone(t *testing.T) {
 		}
 	}
 }
+
+// TestNeedsAllPages: QEMU 10.2 and later, the versions on the way to it, and those that
+// are not known.
+func TestNeedsAllPages(t *testing.T) {
+	for version, want := range map[[3]int]bool{
+		{}: true, {7, 2, 22}: false, {10, 0, 13}: false, {10, 1, 3}: false, {9, 2, 50}: false,
+		{10, 1, 50}: true, {10, 2, 0}: true, {11, 0, 0}: true, {11, 1, 2}: true,
+	} {
+		var v qmp.Version
+		v.QEMU.Major, v.QEMU.Minor, v.QEMU.Micro = version[0], version[1], version[2]
+		if NeedsAllPages(v) != want {
+			t.Errorf("%v: %v", version, !want)
+		}
+	}
+}

@@ -82,7 +82,8 @@ func (f *domainFeed) run(ctx context.Context, connect func() (*net.UnixConn, err
 
 func (f *domainFeed) lazily(ctx context.Context, connect func() (*net.UnixConn, error), opened func()) (*lazy.Report, error) {
 	s := LazyServer{
-		Learn: f.o.Learn, Recover: f.o.Recover, Log: f.o.Log,
+		// libvirt does not say which QEMU it has started.
+		Learn: f.o.Learn, ZeroRest: true, Recover: f.o.Recover, Log: f.o.Log,
 		Begin: func() (Ends, error) {
 			conn, err := connect()
 			if err != nil {

@@ -42,6 +42,8 @@ type ServerArgs struct {
 	Kind    migration.ServerKind
 	Control string // for Attach; empty: nobody listens
 	Socket  string // of a QEMU that listens on one; empty: standard input and output
+	// ZeroRest is lazy.Options.ZeroRest.
+	ZeroRest bool
 }
 
 // ResumeReport is what a resume did.
@@ -126,17 +128,17 @@ func resume(ctx context.Context, m *qmp.Monitor, c *store.Checkpoint, o ResumeOp
 // migration is what of a resume is the migration's.
 func (o *ResumeOptions) migration(ctx context.Context, m *qmp.Monitor, c *store.Checkpoint, s *servers) migration.ResumeOptions {
 	mo := ResumePlan(c, *o)
+	server := func(k migration.ServerKind, control, socket string) []string {
+		return o.Server(ServerArgs{Kind: k, Control: control, Socket: socket, ZeroRest: migration.NeedsAllPages(m.Version())})
+	}
 	mo.URI = func(k migration.ServerKind) string {
-		control := s.expect(func() int { return qemuUser(ctx, m, k == migration.RecoveringServer) })
-		return ExecURI(o.Server(ServerArgs{Kind: k, Control: control}))
+		return ExecURI(server(k, s.expect(func() int { return qemuUser(ctx, m, k == migration.RecoveringServer) }), ""))
 	}
 	mo.Serve = func(k migration.ServerKind, out *os.File) (func(), error) {
-		return s.start(func(control string) []string { return o.Server(ServerArgs{Kind: k, Control: control}) }, out, k != migration.EagerServer)
+		return s.start(func(control string) []string { return server(k, control, "") }, out, k != migration.EagerServer)
 	}
 	mo.Connect = func(socket string) error {
-		_, err := s.start(func(control string) []string {
-			return o.Server(ServerArgs{Kind: migration.RecoveringServer, Control: control, Socket: socket})
-		}, nil, false)
+		_, err := s.start(func(control string) []string { return server(migration.RecoveringServer, control, socket) }, nil, false)
 		return err
 	}
 	mo.Gone, mo.Regain = s.gone, s.regain

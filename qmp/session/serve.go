@@ -35,6 +35,7 @@ type DeadlineWriter interface {
 // learned, and keeps what is learned this time.
 type LazyServer struct {
 	Learn    time.Duration // lazy.Options.HoldBackground
+	ZeroRest bool          // lazy.Options.ZeroRest
 	Recover  bool          // go on for a server that has died
 	Progress func(lazy.Progress)
 	Log      *slog.Logger
@@ -50,7 +51,7 @@ func (s *LazyServer) Serve(ctx context.Context, st *store.Store, c *store.Checkp
 	blocks := c.Meta.WorkingSetBlocks()
 	var ends lateEnds
 	lo := lazy.Options{
-		HoldBackground: s.Learn, MaxHold: 10 * s.Learn, Progress: s.Progress,
+		HoldBackground: s.Learn, MaxHold: 10 * s.Learn, ZeroRest: s.ZeroRest, Progress: s.Progress,
 		Begin: func() error {
 			e, err := s.Begin()
 			ends = lateEnds{e.In, e.Out, e.Resize}
