@@ -2,6 +2,9 @@
 
 GO ?= go
 FUZZTIMES ?= 1
+# Debian suites whose QEMUs are tested besides the system's.
+SUITES ?=
+SUITE ?= host
 
 .PHONY: all build test test-qemu check lint race unit replay fuzz demo bench eval-workingset record clean
 
@@ -12,10 +15,11 @@ build:
 	CGO_ENABLED=0 $(GO) build -o bin/flic-migrate ./cmd/flic-migrate
 
 # Installs what is missing, then runs every test, those with a real QEMU
-# included, a short fuzz run of each parser, and the recorded streams.
+# included, on the system's and on those of the suites, a short fuzz run of each
+# parser, and the recorded streams.
 test:
 	scripts/deps
-	$(MAKE) check unit fuzz replay
+	$(MAKE) check unit test-qemu fuzz replay SUITE="host $(SUITES)"
 
 # What a commit passes: form, vet, staticcheck (its version is go.mod's), and the
 # tests that need no QEMU under the race detector.
@@ -28,10 +32,10 @@ lint:
 
 race:
 	scripts/deps race
-	GO=$(GO) scripts/race
+	GO=$(GO) scripts/tests race
 
 unit:
-	$(GO) test -timeout 15m ./...
+	GO=$(GO) scripts/tests plain
 
 replay: build
 	bin/flic-migrate replay testdata/*.stream.zst
@@ -41,12 +45,11 @@ replay: build
 fuzz:
 	scripts/fuzz $(FUZZTIMES)
 
-# The tests that boot a QEMU, on another Debian suite's: make test-qemu SUITE=trixie.
-# That QEMU sees no files but those below /tmp.
+# The tests that boot a QEMU: on the system's, or on a Debian suite's, such as
+# make test-qemu SUITE=trixie, or on several.
 test-qemu:
-	scripts/deps qemu qemu-aarch64 guest
-	PATH="$$(scripts/suite $(SUITE)):$$PATH" TMPDIR=/tmp FLIC_GUESTS=/tmp/flic-guests \
-		$(GO) test -timeout 30m -p 1 ./qmp/qemutest ./cmd/flic-migrate ./tier/lazy ./tier/mmu
+	scripts/deps qemu qemu-aarch64 guest libvirt bench
+	GO=$(GO) scripts/tests qemu $(SUITE)
 
 # Boots a guest, saves it, restores it, proves that it went on.
 demo: build

@@ -14,6 +14,7 @@ const op = "ram section"
 type Options struct {
 	PageSize     int  // target page size in bytes; 0: infer it
 	IgnoreShared bool // x-ignore-shared is among the configuration's capabilities
+	Mapped       bool // mapped-ram is
 }
 
 // A Decoder decodes the payloads of the RAM section. It lives as long as the
@@ -21,6 +22,7 @@ type Options struct {
 type Decoder struct {
 	pageSize     int
 	ignoreShared bool
+	mapped       bool
 	setup        *Setup
 	index        map[string]int // block name to index
 	block        int            // of the last page record; -1 before the first
@@ -30,7 +32,7 @@ type Decoder struct {
 // NewDecoder returns a Decoder. A page size that is not a power of two from
 // MinPageSize to MaxPageSize makes its Next return ErrUnknown.
 func NewDecoder(o Options) *Decoder {
-	return &Decoder{pageSize: o.PageSize, ignoreShared: o.IgnoreShared, block: -1}
+	return &Decoder{pageSize: o.PageSize, ignoreShared: o.IgnoreShared, mapped: o.Mapped, block: -1}
 }
 
 // Setup returns what the MemSize record said; nil before one was decoded.
@@ -236,6 +238,9 @@ func (d *Decoder) nextMemSize(c *stream.Cursor, rec *Record, v uint64) error {
 	}
 	if d.setup != nil {
 		return damaged("a second list of blocks")
+	}
+	if d.mapped {
+		return stream.Unknown("ram setup", offset, "mapped-ram: the pages are not sent, but lie at fixed places in a file")
 	}
 	s := &Setup{Total: v &^ flagMask}
 	if s.Total > MaxTotal {

@@ -62,6 +62,7 @@ func walk(r io.Reader, readAhead int) (w walked, err error) {
 			out = stream.AppendConfigSubsection(out, f.Subsection)
 			for _, name := range f.Subsection.Capabilities {
 				o.IgnoreShared = o.IgnoreShared || name == "x-ignore-shared"
+				o.Mapped = o.Mapped || name == "mapped-ram"
 			}
 			if b := f.Subsection.TargetPageBits; b != 0 {
 				o.PageSize = 1 << (b & 31)

@@ -44,6 +44,8 @@ type Walker struct {
 	PageSize int
 	// IgnoreShared: x-ignore-shared is among the capabilities.
 	IgnoreShared bool
+	// Mapped: mapped-ram is. Of such a stream RAM is not understood.
+	Mapped bool
 	// Early is the number of device sections so far that stand before RAM's pages.
 	Early int
 	// Absent is how many bytes of RAM are listed and will not come: memory of
@@ -64,8 +66,11 @@ type Walker struct {
 	header []byte // of a section of which nothing has been handed out yet
 }
 
-// ignoreShared is the capability that changes the format of RAM's setup.
-const ignoreShared = "x-ignore-shared"
+// The capabilities that change the format of RAM's section.
+const (
+	ignoreShared = "x-ignore-shared"
+	mappedRAM    = "mapped-ram"
+)
 
 // NewWalker returns a walker that tells v what comes from c. pageSize is the
 // guest's in bytes if it is known from elsewhere, or 0.
@@ -151,6 +156,7 @@ func (w *Walker) note(f *stream.Frame) {
 			}
 		case stream.SubsectionCapabilities:
 			w.IgnoreShared = slices.Contains(s.Capabilities, ignoreShared)
+			w.Mapped = slices.Contains(s.Capabilities, mappedRAM)
 			w.Uncertain = w.Uncertain || w.IgnoreShared // shared blocks are listed too
 		}
 	}
@@ -179,7 +185,7 @@ func (w *Walker) foreign(f *stream.Frame) error {
 
 func (w *Walker) records() error {
 	if w.dec == nil {
-		w.dec = NewDecoder(Options{PageSize: w.PageSize, IgnoreShared: w.IgnoreShared})
+		w.dec = NewDecoder(Options{PageSize: w.PageSize, IgnoreShared: w.IgnoreShared, Mapped: w.Mapped})
 	}
 	w.InRAM = true
 	var rec Record

@@ -348,7 +348,7 @@ func (l *Libvirt) xml(ctx context.Context, d Domain) (string, error) {
 		}
 		extra.WriteString("</qemu:commandline>")
 	}
-	if _, err := lookPath("x86"); err != nil {
+	if _, err := lookPath(context.Background(), "", "x86"); err != nil {
 		return "", err
 	}
 	// The one that libvirtd has asked already.

@@ -21,10 +21,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -64,6 +66,9 @@ const (
 // Config says what to run. The zero value is a q35 machine with 128 MiB and
 // nothing to boot.
 type Config struct {
+	// Suite is the Debian suite whose QEMU runs, such as trixie: scripts/suite makes
+	// it, and it sees no files but those below /tmp. If empty, it is the one in PATH.
+	Suite string
 	// Arch is x86 (the default) or arm64.
 	Arch string
 	// Machine is the value of -machine, q35 or virt if empty. Machine types with
@@ -158,7 +163,7 @@ func Launch(ctx context.Context, config Config) (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	program, err := lookPath(config.arch())
+	program, err := lookPath(ctx, config.Suite, config.arch())
 	if err != nil {
 		return nil, err
 	}
@@ -319,11 +324,15 @@ func or(value, otherwise string) string {
 	return value
 }
 
-// lookPath returns the path of the QEMU for an architecture.
-func lookPath(arch string) (string, error) {
+// lookPath returns the path of a suite's QEMU for an architecture.
+func lookPath(ctx context.Context, suite, arch string) (string, error) {
 	program, group := "qemu-system-x86_64", "qemu"
 	if arch == "arm64" {
 		program, group = "qemu-system-aarch64", "qemu-aarch64"
+	}
+	if suite != "" {
+		dir, err := script(ctx, "suite", suite)
+		return filepath.Join(dir, program), err
 	}
 	path, err := exec.LookPath(program)
 	if err != nil {
@@ -332,21 +341,68 @@ func lookPath(arch string) (string, error) {
 	return path, nil
 }
 
-// Assets returns the directory of what scripts/guest makes of this kind (x86,
-// arm64, tiny-x86, tiny-arm64, debian), making it first if need be.
-func Assets(ctx context.Context, kind string) (string, error) {
+// machineLine is one of -machine help: name, description, and after "alias of" the
+// name that it stands for.
+var machineLine = regexp.MustCompile(`(?m)^(\S+)\s+\S`)
+
+// Machines returns the machine types that the QEMU in PATH has for an architecture.
+func Machines(ctx context.Context, arch string) ([]string, error) {
+	program, err := lookPath(ctx, "", arch)
+	if err != nil {
+		return nil, err
+	}
+	out, err := exec.CommandContext(ctx, program, "-machine", "help").Output()
+	if err != nil {
+		return nil, fmt.Errorf("%s -machine help: %w", program, err)
+	}
+	var names []string
+	for _, m := range machineLine.FindAllSubmatch(out, -1) {
+		names = append(names, string(m[1]))
+	}
+	return names, nil
+}
+
+// Oldest returns the name of the oldest machine type of a family, such as
+// pc-i440fx, that the QEMU in PATH has for x86.
+func Oldest(ctx context.Context, family string) (string, error) {
+	names, err := Machines(ctx, "x86")
+	if err != nil {
+		return "", err
+	}
+	oldest, least := "", [2]int{math.MaxInt, 0}
+	for _, name := range names {
+		var v [2]int
+		if n, _ := fmt.Sscanf(name, family+"-%d.%d", &v[0], &v[1]); n == 2 && slices.Compare(v[:], least[:]) < 0 {
+			oldest, least = name, v
+		}
+	}
+	if oldest == "" {
+		return "", fmt.Errorf("qemutest: no machine type %s-*", family)
+	}
+	return oldest, nil
+}
+
+// script runs one of the scripts that print a directory, having made what is in it
+// if need be.
+func script(ctx context.Context, name, argument string) (string, error) {
 	root, err := ModuleRoot()
 	if err != nil {
 		return "", err
 	}
 	var stderr strings.Builder
-	cmd := exec.CommandContext(ctx, filepath.Join(root, "scripts", "guest"), kind)
+	cmd := exec.CommandContext(ctx, filepath.Join(root, "scripts", name), argument)
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("qemutest: scripts/guest %s: %w: %s\nWhat it needs is installed by: scripts/deps guest", kind, err, stderr.String())
+		return "", fmt.Errorf("qemutest: scripts/%s %s: %w: %s\nWhat it needs is installed by: scripts/deps guest", name, argument, err, stderr.String())
 	}
 	return strings.TrimSpace(string(out)), nil
+}
+
+// Assets returns the directory of what scripts/guest makes of this kind (x86,
+// arm64, tiny-x86, tiny-arm64, debian), making it first if need be.
+func Assets(ctx context.Context, kind string) (string, error) {
+	return script(ctx, "guest", kind)
 }
 
 // Build builds flic-migrate as the Makefile does, into a file.

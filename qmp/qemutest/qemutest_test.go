@@ -121,6 +121,10 @@ func TestTiny(t *testing.T) {
 	if err := os.WriteFile(file, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	oldest, err := Oldest(t.Context(), "pc-i440fx")
+	if err != nil {
+		t.Fatal(err)
+	}
 	const offset = 8 << 20 // of the content in RAM
 	for name, test := range map[string]struct {
 		config Config
@@ -129,7 +133,7 @@ func TestTiny(t *testing.T) {
 	}{
 		"q35":     {Config{}, 0, "pc.ram"},
 		"pc":      {Config{Machine: "pc", CPUs: 2}, 0, "pc.ram"},
-		"pc-2.3":  {Config{Machine: "pc-i440fx-2.3"}, 0, "pc.ram"},
+		"oldest":  {Config{Machine: oldest}, 0, "pc.ram"},
 		"microvm": {Config{Machine: "microvm"}, 0, "microvm.ram"},
 		"virt":    {Config{Arch: "arm64"}, 0x40000000, "mach-virt.ram"},
 	} {

@@ -1,5 +1,6 @@
-// Command record makes the recorded streams in testdata with a real QEMU, which
-// must be installed (scripts/deps qemu qemu-aarch64 guest):
+// Command record makes the recorded streams in testdata with real QEMUs: the
+// system's (scripts/deps qemu qemu-aarch64 guest), and those of Debian suites, which
+// scripts/suite makes:
 //
 //	go run ./scripts/record            all of them; takes some minutes
 //	go run ./scripts/record NAME...    those, and what is derived from them
@@ -9,8 +10,7 @@
 // loaded into a second QEMU, whose RAM must be the first one's. Only then it
 // replaces the one in testdata. Those with ".refused." in the name are damaged
 // ones, made of another recording, and QEMU must refuse them. The table in
-// testdata/README.md is written anew. Recordings of a newer QEMU are kept as they
-// are.
+// testdata/README.md is written anew.
 //
 // Background snapshots need userfaultfd, so run it as root, or with
 // vm.unprivileged_userfaultfd=1.
@@ -51,16 +51,13 @@ func main() {
 	testdata := filepath.Join(root, "testdata")
 	exitOn(os.MkdirAll(testdata, 0o755))
 	for _, name := range flag.Args() {
-		if r := find(name); r == nil || r.newer != "" {
-			exitOn(fmt.Errorf("no recording %q that can be made here; see -list", name))
+		if find(name) == nil {
+			exitOn(fmt.Errorf("no recording %q; see -list", name))
 		}
 	}
 	failed := false
 	for i := range recordings {
 		r := &recordings[i]
-		if r.newer != "" {
-			continue
-		}
 		if names := flag.Args(); len(names) > 0 && !slices.Contains(names, r.name) && !slices.Contains(names, r.from) {
 			continue
 		}

@@ -13,17 +13,18 @@ import (
 
 const readmeHead = `# Recorded streams
 
-Migration streams that QEMU 7.2 (or what the table says) wrote to an ` + "`exec:`" + `
-child, each compressed with zstd. This file and the streams are made by ` + "`go run ./scripts/record`" + `, which also
-restores each of them into a second QEMU and compares its memory. The guests
-run without an operating system, on memory of known, varied content, so that
-the streams are small; only the one with "linux" in its name has a kernel.
+Migration streams that QEMU wrote to an ` + "`exec:`" + ` child, or to a file where the
+table says so, each compressed with zstd. This file and the streams are made by
+` + "`go run ./scripts/record`" + `, which also restores each of them into a second QEMU and
+compares its memory. The guests run without an operating system, on memory of
+known, varied content, so that the streams are small; only the one with "linux" in
+its name has a kernel.
 
 A save must refuse those with ` + "`.refused.`" + ` in the name, and QEMU refuses to load
 them.
 
-| file | machine | how | what it shows | bytes | sha256 of the stream |
-|---|---|---|---|---|---|
+| file | QEMU | machine | how | what it shows | bytes | sha256 of the stream |
+|---|---|---|---|---|---|---|
 `
 
 // writeReadme describes the streams that are there. Sizes and checksums are of
@@ -47,10 +48,10 @@ func writeReadme(ctx context.Context, testdata string) error {
 
 // line is a recording's line of the table.
 func (r *recording) line(data []byte) string {
-	machine := r.machine
+	made := r
 	if r.from != "" {
-		machine = find(r.from).machine
+		made = find(r.from)
 	}
-	return fmt.Sprintf("| %s | %s | %s | %s | %d | %x |\n",
-		r.name+suffix, machine, r.how, r.oddity, len(data), sha256.Sum256(data))
+	return fmt.Sprintf("| %s | %s | %s | %s | %s | %d | %x |\n",
+		r.name+suffix, made.qemu, made.machine, r.how, r.oddity, len(data), sha256.Sum256(data))
 }

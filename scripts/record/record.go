@@ -50,6 +50,9 @@ func (r *recording) record(ctx context.Context, dir, file string) error {
 		return err
 	}
 	defer vm.Kill()
+	if v := vm.QMP.Version().String(); v != r.qemu {
+		return fmt.Errorf("this is QEMU %s, the table says %s", v, r.qemu)
+	}
 	ready := `tick 0000000\d\r`
 	if r.config.Guest == qemutest.Linux {
 		ready = `tick 5\r`
@@ -160,21 +163,42 @@ func (r *recording) save(ctx context.Context, vm *qemutest.VM, file string) erro
 		return err
 	}
 	uri := "exec:cat > " + file
+	if r.toFile {
+		uri = "file:" + file
+	}
 	if r.slowly {
 		uri = "exec:{ for i in 1 2 3 4 5 6 7 8; do head -c 128k; sleep 0.1; done; cat; } > " + file
 	}
 	if r.returnPath {
-		self, err := os.Executable()
-		if err != nil {
+		// A suite's QEMU does not see this program where it is.
+		self := file + ".answer"
+		if err := copySelf(self); err != nil {
 			return err
 		}
-		uri = "exec:" + self + " -answer " + file
+		uri = "exec:exec " + self + " -answer " + file
 	}
-	if err := vm.QMP.Execute(ctx, "migrate", map[string]any{"uri": uri, "blk": r.blocks}, nil); err != nil {
+	arguments := map[string]any{"uri": uri}
+	if r.blocks {
+		arguments["blk"] = true // which later QEMUs do not know
+	}
+	if err := vm.QMP.Execute(ctx, "migrate", arguments, nil); err != nil {
 		return err
 	}
 	_, err := migration.Wait(ctx, vm.QMP)
 	return err
+}
+
+// copySelf makes a copy of this program.
+func copySelf(to string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	program, err := os.ReadFile(self)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, program, 0o700)
 }
 
 // answer is the exec: child of a migration with a return path: it writes the
@@ -242,7 +266,11 @@ func (r *recording) load(ctx context.Context, dir, file string) (*qemutest.VM, e
 		vm.Kill()
 		return nil, err
 	}
-	if err := migration.Incoming(ctx, vm.QMP, "exec:cat "+file); err != nil {
+	uri := "exec:cat " + file
+	if r.toFile {
+		uri = "file:" + file
+	}
+	if err := migration.Incoming(ctx, vm.QMP, uri); err != nil {
 		vm.Kill()
 		return nil, err
 	}

@@ -21,6 +21,7 @@ type recording struct {
 	how     string
 	oddity  string
 
+	qemu    string // the version of the one that made it, which is that of config.Suite
 	config  qemutest.Config
 	content int       // pages of varied content in the guest's memory
 	change  [2]uint32 // pages of it that change, and how many of them in each tick
@@ -32,6 +33,7 @@ type recording struct {
 	returnPath   bool     // the exec: child must answer
 	slowly       bool     // the exec: child takes its time; max-bandwidth is not for every save
 	blocks       bool     // migrate with disks (blk)
+	toFile       bool     // to file: and not to an exec: child
 	// prepare runs before the migration, check after the restore, each with the
 	// VM and the recording's scratch directory.
 	prepare, check func(ctx context.Context, vm *qemutest.VM, dir string) error
@@ -42,10 +44,6 @@ type recording struct {
 	unequal []string
 	// shows returns an error if the stream lacks what it is recorded for.
 	shows func(*survey) error
-
-	// newer says which QEMU it was recorded with, if not with the one that the
-	// others are: such a stream is kept as it is.
-	newer string
 
 	// from makes the stream out of another one instead of recording it; such
 	// streams are damaged, and QEMU must refuse them.
@@ -60,7 +58,18 @@ var liveParameters = map[string]any{"max-bandwidth": 8 << 20, "downtime-limit": 
 // The content begins here in RAM, above the tiny guest.
 const contentOffset = 4 << 20
 
-var recordings = []recording{
+var recordings = slices.Concat(of("7.2.22", "", oldest), of("10.0.13", "trixie", newer10), of("11.1.2", "forky", newer11), derived)
+
+// of says which QEMU makes these recordings: its version, and the suite it is of.
+func of(version, suite string, list []recording) []recording {
+	for i := range list {
+		list[i].qemu, list[i].config.Suite = version, suite
+	}
+	return list
+}
+
+// oldest are the recordings of the system's QEMU.
+var oldest = []recording{
 	{
 		name:    "q35-stopped",
 		machine: "q35, 64 MiB",
@@ -307,16 +316,6 @@ var recordings = []recording{
 		}),
 	},
 	{
-		name:    "q35-virtio-mem",
-		machine: "pc-q35-11.0, 98312 KiB and 64 of 128 MiB of virtio-mem",
-		how:     "running guest, QEMU 11.1.2",
-		oddity:  "a device section before RAM; SWITCHOVER_START; a block of which no page comes",
-		newer:   "11.1.2",
-		shows: func(s *survey) error {
-			return unless(len(s.early) == 1 && s.sent["0000:00:01.0/vm0"] == 0, "early sections %v, pages %v", s.early, s.sent)
-		},
-	},
-	{
 		name:    "microvm-stopped",
 		machine: "microvm, 16 MiB",
 		how:     "stopped guest",
@@ -346,6 +345,10 @@ var recordings = []recording{
 		live: true, parameters: map[string]any{"max-bandwidth": 8 << 20, "downtime-limit": 4},
 		shows: all(arm, sentAgain(30), passes(3)),
 	},
+}
+
+// derived are damaged ones.
+var derived = []recording{
 	{
 		name: "microvm-truncated.refused", from: "microvm-stopped",
 		how:    "microvm-stopped, cut in the middle of a page",

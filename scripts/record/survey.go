@@ -22,8 +22,9 @@ type survey struct {
 	stepsBack   int            // page records below the one before them
 	passes      int
 	foreign     map[string]int // sections of others between RAM's START and the tail
-	early       []string       // device sections before RAM's pages
+	early       []string       // device sections before RAM's pages; with "behind" if RAM has begun
 	ramEnd      bool
+	unknown     error // why the stream is not understood from RAM on
 	tail        stream.Tail
 	tailLen     int
 
@@ -54,6 +55,7 @@ func surveyStream(r io.Reader) (*survey, error) {
 			s.subsections = append(s.subsections, f.Subsection.Name)
 			for _, name := range f.Subsection.Capabilities {
 				options.IgnoreShared = options.IgnoreShared || name == "x-ignore-shared"
+				options.Mapped = options.Mapped || name == "mapped-ram"
 			}
 			if bits := f.Subsection.TargetPageBits; bits != 0 {
 				options.PageSize = 1 << bits
@@ -65,7 +67,11 @@ func surveyStream(r io.Reader) (*survey, error) {
 				s.footerAt = f.Offset
 			}
 		case stream.SectionEarly:
-			s.early = append(s.early, f.Section.Name)
+			name := f.Section.Name
+			if d != nil {
+				name = "behind " + name
+			}
+			s.early = append(s.early, name)
 		case stream.SectionFull:
 			s.tailAt = f.Offset
 			s.footers = frames.Footers()
@@ -82,7 +88,12 @@ func surveyStream(r io.Reader) (*survey, error) {
 			if d == nil {
 				d = ramparse.NewDecoder(options)
 			}
-			if pages, err = s.readRAM(c, d, pages); err != nil {
+			pages, err = s.readRAM(c, d, pages)
+			if errors.Is(err, stream.ErrUnknown) {
+				s.unknown = err
+				return s, nil
+			}
+			if err != nil {
 				return s, err
 			}
 		}
