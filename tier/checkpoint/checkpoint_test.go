@@ -95,11 +95,18 @@ func TestMeta(t *testing.T) {
 		"many capabilities": func(m *Meta) { m.Capabilities = make([]string, maxNames+1) },
 		"many chunks":       func(m *Meta) { m.MapChunks = make([]pagemap.Start, maxMapChunks+1) },
 		"many references":   func(m *Meta) { m.References = make([]uuid.UUID, maxRefs+1) },
-		"tables nowhere":    func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 3, Count: 1}} },
-		"tables before":     func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: -1, Count: 1}} },
-		"tables behind":     func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 2}} },
-		"tables overflow":   func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 1<<64 - 1}} },
-		"table in no page":  func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 1}} },
+		"many bases":        func(m *Meta) { m.Bases = make([]pagemap.Start, maxMapChunks+1) },
+		"short root":        func(m *Meta) { m.Digests = &Digests{Algorithm: "a", Key: make([]byte, 16), Root: make([]byte, 31)} },
+		"no key":            func(m *Meta) { m.Digests = &Digests{Algorithm: "a", Root: make([]byte, RootLen)} },
+		"long key": func(m *Meta) {
+			m.Digests = &Digests{Algorithm: "a", Key: make([]byte, maxKey+1), Root: make([]byte, RootLen)}
+		},
+		"no algorithm":     func(m *Meta) { m.Digests = &Digests{Key: make([]byte, 16), Root: make([]byte, RootLen)} },
+		"tables nowhere":   func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 3, Count: 1}} },
+		"tables before":    func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: -1, Count: 1}} },
+		"tables behind":    func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 2}} },
+		"tables overflow":  func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 1<<64 - 1}} },
+		"table in no page": func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 1}} },
 		"too many tables": func(m *Meta) {
 			m.Blocks = m.Blocks[:1]
 			m.PageTables = []workingset.PageRun{{Count: 2}, {Page: 1, Count: 1}}

@@ -40,9 +40,21 @@ type Identity struct {
 	RAMBytes uint64    `json:"ram_bytes"`           // of all RAM blocks
 	NVRAM    *NVRAM    `json:"nvram,omitempty"`
 
-	// References are the checkpoints whose images have bytes of this one's pages.
-	// No save of this version makes any.
+	// References are the checkpoints whose images have bytes of this one's pages,
+	// in the order of the REFERENCES frame, which says which bytes.
 	References refList `json:"references,omitempty"`
+	// Digests tells how to check the image's pages by its DIGESTS; nil: it has none,
+	// and nobody can refer to it.
+	Digests *Digests `json:"digests,omitempty"`
+}
+
+// Digests is what must be known to check a page by its digest.
+type Digests struct {
+	Algorithm string `json:"algorithm"` // of the pages' digests
+	// Key goes into them, so that no guest can make two pages of one digest. It is
+	// made for a VM's first checkpoint and handed on, so that digests compare.
+	Key  []byte `json:"key"`
+	Root []byte `json:"root"` // BLAKE3-256 of the table of DIGESTS
 }
 
 // Bulk is the JSON document in a flash image's META frame.
@@ -63,6 +75,9 @@ type Bulk struct {
 	TailChunk int `json:"tail_chunk"`
 	// MapChunks lists where the page map's chunks start.
 	MapChunks startList `json:"table"`
+	// Bases lists where the chunks of the map from deltas to their bases start:
+	// block 0 are the slots of this image, block i+1 those of reference i.
+	Bases startList `json:"bases,omitempty"`
 
 	Report Report `json:"report"`
 }
@@ -85,6 +100,7 @@ const (
 	maxNames     = 4096
 	maxMapChunks = 1 << 19
 	maxRefs      = 1024
+	maxKey       = 64 // bytes
 )
 
 func (l *blockList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, MaxBlocks) }
@@ -266,6 +282,9 @@ func parseIdentity(b []byte) (*Identity, error) {
 	}
 	if n := id.NVRAM; n != nil && (n.Slots < 0 || n.Bytes != int64(n.Slots)*int64(id.PageSize)) {
 		return nil, fmt.Errorf("%d NVRAM slots of %d bytes together", n.Slots, n.Bytes)
+	}
+	if d := id.Digests; d != nil && (len(d.Root) != RootLen || len(d.Key) == 0 || len(d.Key) > maxKey || d.Algorithm == "") {
+		return nil, fmt.Errorf("digests by %q with a key of %d bytes and a root of %d", d.Algorithm, len(d.Key), len(d.Root))
 	}
 	return &id, nil
 }

@@ -104,8 +104,8 @@ const (
 	// them so that the restored stream is the saved one byte for byte: be32
 	// count, then count × be32 length, then the payloads.
 	Records Kind = 2
-	// Deltas is a segment of pages as changed words against a base. Its place in
-	// the numbering is reserved; no page of this version is in one.
+	// Deltas is a segment of pages as changed words against a base each (package
+	// delta), laid out as Records are. BASES says which bytes the bases are.
 	Deltas Kind = 3
 
 	// Skeleton is a chunk of the skeleton log (package skeleton).
@@ -114,11 +114,16 @@ const (
 	PageMap Kind = 17
 	// NVRAM lists the NVRAM part's extents and the CRC-32C of each slot.
 	NVRAM Kind = 18
-	// References, Digests and Disks are reserved for sources outside of this
-	// image: which they are, what their bytes must hash to, and which disk images.
+	// References lists the checkpoints whose images have bytes of this one's pages,
+	// and what of them is needed (package checkpoint).
 	References Kind = 19
-	Digests    Kind = 20
-	Disks      Kind = 21
+	// Digests are hashes of the pages in this image and in its NVRAM part, by which
+	// others that refer to them check what they get (package digest).
+	Digests Kind = 20
+	// Disks is reserved: the disk images that have bytes of this one's pages.
+	Disks Kind = 21
+	// Bases is a chunk of the map from deltas to what they are against.
+	Bases Kind = 22
 
 	// Meta is the JSON document that describes the checkpoint.
 	Meta Kind = 32
@@ -132,7 +137,7 @@ const (
 
 var kindNames = map[Kind]string{
 	Pages: "PAGES", Records: "RECORDS", Deltas: "DELTAS", Skeleton: "SKELETON", PageMap: "PAGE MAP", NVRAM: "NVRAM",
-	References: "REFERENCES", Digests: "DIGESTS", Disks: "DISKS", Meta: "META", Index: "INDEX", Identity: "IDENTITY",
+	References: "REFERENCES", Digests: "DIGESTS", Disks: "DISKS", Bases: "BASES", Meta: "META", Index: "INDEX", Identity: "IDENTITY",
 }
 
 func (k Kind) String() string {
@@ -157,12 +162,35 @@ func (k Kind) readable() bool {
 // knows nothing of it would give wrong bytes, or remove what others need.
 type Features struct{ Incompat, Compat uint64 }
 
-// Bits of Incompat. No image of this version has one; they have names so that
-// this version can say what a later one's image needs.
+// Bits of Incompat. Those that this version does not understand have names too, so
+// that it can say what a later one's image needs.
+const (
+	// HasDeltas: pages may be in DELTAS segments.
+	HasDeltas = 1 << iota
+	// HasReferences: there is a REFERENCES frame, and the images that it lists must
+	// be kept.
+	HasReferences
+
+	knownIncompat = HasDeltas | HasReferences
+)
+
 var incompatNames = []string{"deltas", "references", "disks"}
 
-// knownIncompat is what this version understands.
-const knownIncompat = 0
+// HasDigests is a bit of Compat: there are DIGESTS, so that other checkpoints can
+// refer to this one.
+const HasDigests = 1 << 0
+
+// announced is the bit of Incompat without which an image has no frame of a kind: a
+// reader that knows nothing of it must have been warned by the header.
+func (k Kind) announced() uint64 {
+	switch k {
+	case Deltas, Bases:
+		return HasDeltas
+	case References:
+		return HasReferences
+	}
+	return 0
+}
 
 func (f Features) check() error {
 	unknown := f.Incompat &^ knownIncompat

@@ -617,7 +617,13 @@ func TestContradictions(t *testing.T) {
 		"records without lengths":  {one(image.Records, image.None, 0, -1, be(nil, 2)), "2 records"},
 		"record beyond the end":    {one(image.Records, image.None, 0, -1, be(be(nil, 1), 7)), "ends behind"},
 		"record of 4 GiB":          {one(image.Records, image.None, 0, -1, be(be(be(nil, 2), 1<<32-1), 1)), "ends behind"},
-		"bytes behind the records": {one(image.Records, image.None, 0, -1, append(be(be(nil, 1), 1), "ab"...)), "behind the last"},
+		"bytes behind the records": {one(image.Records, image.None, 0, -1, append(be(be(nil, 1), 1), "ab"...)), "behind the last record"},
+		"bytes behind the deltas":  {withDeltas(one(image.Deltas, image.None, 0, -1, append(be(be(nil, 1), 1), "ab"...))), "behind the last delta"},
+		"no deltas":                {withDeltas(one(image.Deltas, image.None, 0, -1, be(nil, 0))), "0 deltas"},
+		"delta beyond the end":     {withDeltas(one(image.Deltas, image.None, 0, -1, be(be(nil, 1), 7))), "delta 0 ends behind"},
+		"deltas untold":            {one(image.Deltas, image.None, 0, -1, be(be(nil, 1), 0)), "DELTAS frame in an image whose features do not tell of it"},
+		"bases untold":             {one(image.Bases, image.None, 0, -1, page), "BASES frame in an image whose features"},
+		"references untold":        {one(image.References, image.None, 0, -1, page), "REFERENCES frame in an image whose features"},
 		"two of one number": {func(t testing.TB) []byte {
 			return newBuilder(t).frame(image.Pages, image.None, 0, -1, page).frame(image.Records, image.None, 0, -1, page).done()
 		}, "two"},
@@ -680,10 +686,10 @@ func TestUnsupported(t *testing.T) {
 		"short of version 1":    {one(false)[:70], "an earlier flic-migrate wrote it, in version 1"},
 		"version 3":             {changed(8, 3), "version 3 of the format; this flic-migrate reads version 2"},
 		"version of the footer": {changed(len(whole)-image.FooterLen+8, 7), "version 7"},
-		"references":            {changed(24, 2), "does not have: references (bit 1)"},
+		"disks":                 {changed(24, 4), "does not have: disks (bit 2)"},
 		"far features":          {changed(28, 1<<31|1), "does not have: bit 32, bit 63"},
 		"unknown segments":      {newBuilder(t).frame(9, image.None, 0, -1, page).done(), "frames of kind 9"},
-		"unknown chunks":        {newBuilder(t).frame(22, image.None, 0, -1, page).done(), "frames of kind 22"},
+		"unknown chunks":        {newBuilder(t).frame(23, image.None, 0, -1, page).done(), "frames of kind 23"},
 		"unknown description":   {newBuilder(t).frame(127, image.None, 0, -1, page).done(), "frames of kind 127"},
 	} {
 		err := read(c.b)
@@ -706,27 +712,78 @@ func TestUnsupported(t *testing.T) {
 // reserved. Their bytes are checked like all others.
 func TestOptional(t *testing.T) {
 	page := pages(1, 1, false)
-	b := newBuilder(t).frame(200, image.None, 0, -1, page).frame(image.References, image.None, 0, -1, page).
-		frame(image.Digests, image.None, 0, -1, page).frame(image.Disks, image.None, 0, -1, page).
-		frame(image.Deltas, image.None, 0, -1, page[:100]).frame(image.Pages, image.None, 1, -1, page).done()
+	b := newBuilder(t).frame(200, image.None, 0, -1, page).frame(image.Disks, image.None, 0, -1, page).
+		frame(image.Pages, image.None, 1, -1, page).done()
 	b[32] = 0xff // compatible features
 	tiertest.ResealEnds(b)
 	if err := read(b); err != nil {
 		t.Fatal(err)
 	}
-	im, err := image.Open(file(t, b))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var sr image.SegmentReader
-	if s, err := im.Segment(&sr, 0); err != nil || s.Len() != 0 {
-		t.Errorf("segment of deltas: %v", err)
-	} else if _, err := s.Page(0); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "DELTAS") {
-		t.Errorf("page of a segment of deltas: %v", err)
-	}
 	b[image.HeaderLen+image.FrameHeaderLen] ^= 1
 	if err := read(b); !errors.Is(err, integrity.ErrChecksum) {
 		t.Errorf("damage in a frame of an unknown kind: %v", err)
+	}
+}
+
+// withDeltas is an image with the feature that DELTAS need.
+func withDeltas(b func(testing.TB) []byte) func(testing.TB) []byte {
+	return func(t testing.TB) []byte {
+		b := b(t)
+		b[24] |= image.HasDeltas
+		tiertest.ResealEnds(b)
+		return b
+	}
+}
+
+// TestDeltas reads back what a Deltas segment was filled with, and that it has
+// neither pages nor records.
+func TestDeltas(t *testing.T) {
+	f := create(t)
+	h := header
+	h.Features = image.Features{Incompat: image.HasDeltas | image.HasReferences, Compat: image.HasDigests}
+	w, err := image.NewWriter(f, h, image.MinLZ, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for k, data := range map[image.Kind][]byte{image.Deltas: records(4), image.Bases: []byte("bases"), image.References: []byte("references"), image.Digests: []byte("digests")} {
+		b := w.NewBuffer(k)
+		b.Data = append(b.Data, data...)
+		if err := w.Submit(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Finish(nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	im, err := image.Open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if im.Features != h.Features {
+		t.Errorf("features %+v", im.Features)
+	}
+	var sr image.SegmentReader
+	s, err := im.Segment(&sr, 0)
+	if err != nil || s.Len() != 4 {
+		t.Fatal(s, err)
+	}
+	for i := range 4 {
+		if d, err := s.Delta(i); err != nil || !bytes.Equal(d, bytes.Repeat([]byte{byte(i)}, i*i)) {
+			t.Errorf("delta %d: %x, %v", i, d, err)
+		}
+	}
+	_, none := s.Delta(4)
+	_, page := s.Page(0)
+	_, record := s.Record(0)
+	for says, err := range map[string]error{"no delta 4": none, "no page 0": page, "no record 0": record} {
+		if !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "DELTAS segment 0: it has "+says) {
+			t.Errorf("%s: %v", says, err)
+		}
+	}
+	for k, want := range map[image.Kind]string{image.Bases: "bases", image.References: "references", image.Digests: "digests"} {
+		if b, err := im.Chunk(k, 0); err != nil || string(b) != want {
+			t.Errorf("%v: %q, %v", k, b, err)
+		}
 	}
 }
 
@@ -740,13 +797,6 @@ func (c *counting) ReadAt(b []byte, off int64) (int, error) {
 	c.reads++
 	c.bytes += len(b)
 	return c.Source.ReadAt(b, off)
-}
-
-// file is a file with content b.
-func file(t testing.TB, b []byte) vfs.File {
-	f := create(t)
-	f.WriteAt(b, 0)
-	return f
 }
 
 // TestReadTail reads IDENTITY with one read, or two if it is long, however large the
@@ -826,7 +876,7 @@ func TestReadErrors(t *testing.T) {
 func TestNames(t *testing.T) {
 	for k, want := range map[fmt.Stringer]string{
 		image.Pages: "PAGES", image.Records: "RECORDS", image.Skeleton: "SKELETON", image.PageMap: "PAGE MAP", image.NVRAM: "NVRAM",
-		image.Deltas: "DELTAS", image.References: "REFERENCES", image.Digests: "DIGESTS", image.Disks: "DISKS",
+		image.Deltas: "DELTAS", image.References: "REFERENCES", image.Digests: "DIGESTS", image.Disks: "DISKS", image.Bases: "BASES",
 		image.Meta: "META", image.Index: "INDEX", image.Identity: "IDENTITY", image.Kind(77): "kind 77",
 		image.None: "none", image.LZ4: "lz4", image.MinLZ: "minlz", image.Zstd: "zstd", image.Codec(77): "codec 77",
 	} {
@@ -840,16 +890,16 @@ func TestNames(t *testing.T) {
 func FuzzOpen(f *testing.F) {
 	for _, codec := range image.Codecs {
 		file := create(f)
-		w, err := image.NewWriter(file, image.Header{PageSize: 256, SegmentPages: 2}, codec, 1)
+		w, err := image.NewWriter(file, image.Header{PageSize: 256, SegmentPages: 2, Features: image.Features{Incompat: image.HasDeltas | image.HasReferences}}, codec, 1)
 		if err != nil {
 			f.Fatal(err)
 		}
-		for i, k := range []image.Kind{image.Pages, image.Skeleton, image.Records, image.Pages, image.PageMap, image.NVRAM} {
+		for i, k := range []image.Kind{image.Pages, image.Skeleton, image.Records, image.Pages, image.Deltas, image.PageMap, image.NVRAM, image.Bases, image.References} {
 			b := w.NewBuffer(k)
 			switch k {
 			case image.Pages:
 				b.Data = append(b.Data, bytes.Repeat([]byte("page"), 64*(1+i%2))...)
-			case image.Records:
+			case image.Records, image.Deltas:
 				b.Data = append(b.Data, records(2)...)
 			default:
 				b.Data = append(b.Data, "a chunk, a chunk, a chunk, a chunk, a chunk"...)

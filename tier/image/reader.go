@@ -216,6 +216,9 @@ func (im *Image) addFrame(e frameEntry, at int64) error {
 		}
 		return fmt.Errorf("%v frame before the index", e.kind)
 	}
+	if need := e.kind.announced(); im.Features.Incompat&need != need {
+		return fmt.Errorf("%v frame in an image whose features do not tell of it", e.kind)
+	}
 	where := &im.chunks[e.kind]
 	if e.kind.IsSegment() {
 		where = &im.segments
@@ -340,7 +343,7 @@ type Segment struct {
 	Kind   Kind
 	data   []byte
 	size   int         // page size
-	ends   []uint32    // Records: end of each payload in data
+	ends   []uint32    // Records and Deltas: end of each payload in data
 	reader frameSource // for errors
 }
 
@@ -349,7 +352,7 @@ type frameSource struct {
 	off  int64
 }
 
-// Len is the number of pages in the segment that this version can read.
+// Len is the number of pages in the segment.
 func (s *Segment) Len() int {
 	if s.Kind == Pages {
 		return len(s.data) / s.size
@@ -362,15 +365,20 @@ func (s *Segment) Len() int {
 // map.
 func (s *Segment) Page(i int) ([]byte, error) {
 	if s.Kind != Pages || i >= s.Len() {
-		return nil, s.corrupt(fmt.Errorf("it has no page %d", i))
+		return nil, s.Corrupt(fmt.Errorf("it has no page %d", i))
 	}
 	return s.data[i*s.size : (i+1)*s.size : (i+1)*s.size], nil
 }
 
 // Record is the deflated payload at position i of a Records segment.
-func (s *Segment) Record(i int) ([]byte, error) {
-	if s.Kind != Records || i >= s.Len() {
-		return nil, s.corrupt(fmt.Errorf("it has no record %d", i))
+func (s *Segment) Record(i int) ([]byte, error) { return s.payload(Records, i) }
+
+// Delta is the delta at position i of a Deltas segment.
+func (s *Segment) Delta(i int) ([]byte, error) { return s.payload(Deltas, i) }
+
+func (s *Segment) payload(k Kind, i int) ([]byte, error) {
+	if s.Kind != k || i >= s.Len() {
+		return nil, s.Corrupt(fmt.Errorf("it has no %v %d", payloadNames[k], i))
 	}
 	start := uint32(4 + 4*len(s.ends))
 	if i > 0 {
@@ -379,7 +387,10 @@ func (s *Segment) Record(i int) ([]byte, error) {
 	return s.data[start:s.ends[i]], nil
 }
 
-func (s *Segment) corrupt(err error) error {
+var payloadNames = map[Kind]string{Records: "record", Deltas: "delta"}
+
+// Corrupt reports that what the segment holds can't be.
+func (s *Segment) Corrupt(err error) error {
 	return &integrity.CorruptError{File: s.reader.name, Offset: s.reader.off,
 		What: fmt.Sprintf("%v segment %d", s.Kind, s.Number), Err: err}
 }
@@ -485,10 +496,10 @@ func (d *Decoder) Decode(st *Stored) (*Segment, error) {
 	h := &st.hdr
 	s := &Segment{Number: st.at.number, Kind: st.at.kind, data: data, size: h.PageSize, reader: frameSource{st.file, st.at.off}}
 	switch {
-	case s.Kind == Records:
-		err = s.parseRecords(*h)
+	case s.Kind == Records || s.Kind == Deltas:
+		err = s.parsePayloads(*h)
 	case s.Kind == Pages && (len(data) == 0 || len(data)%h.PageSize != 0):
-		err = s.corrupt(fmt.Errorf("%d bytes are no whole pages", len(data)))
+		err = s.Corrupt(fmt.Errorf("%d bytes are no whole pages", len(data)))
 	}
 	if err != nil {
 		return nil, err
@@ -512,26 +523,27 @@ type SegmentReader struct {
 	Decoder
 }
 
-func (s *Segment) parseRecords(h Header) error {
+// parsePayloads finds the payloads of a segment of Records or Deltas.
+func (s *Segment) parsePayloads(h Header) error {
 	if len(s.data) < 4 {
-		return s.corrupt(errors.New("too short"))
+		return s.Corrupt(errors.New("too short"))
 	}
 	be := binary.BigEndian
 	n := int(be.Uint32(s.data))
 	if n < 1 || n > h.SegmentPages || len(s.data) < 4+4*n {
-		return s.corrupt(fmt.Errorf("%d records", n))
+		return s.Corrupt(fmt.Errorf("%d %vs", n, payloadNames[s.Kind]))
 	}
 	s.ends = make([]uint32, n)
 	end := uint64(4 + 4*n)
 	for i := range s.ends {
 		end += uint64(be.Uint32(s.data[4+4*i:]))
 		if end > uint64(len(s.data)) {
-			return s.corrupt(fmt.Errorf("record %d ends behind the segment", i))
+			return s.Corrupt(fmt.Errorf("%v %d ends behind the segment", payloadNames[s.Kind], i))
 		}
 		s.ends[i] = uint32(end)
 	}
 	if end != uint64(len(s.data)) {
-		return s.corrupt(errors.New("bytes behind the last record"))
+		return s.Corrupt(fmt.Errorf("bytes behind the last %v", payloadNames[s.Kind]))
 	}
 	return nil
 }

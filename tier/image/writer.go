@@ -165,6 +165,14 @@ func (w *Writer) Recent(n uint32) []byte {
 // SegmentPages is the number of pages in a full segment.
 func (w *Writer) SegmentPages() int { return w.hdr.SegmentPages }
 
+// Segments is one more than the highest number of a segment that has been appended:
+// after a Drain, what a reader of the image will find.
+func (w *Writer) Segments() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.segments)
+}
+
 // Discard gives back a buffer that is not to be written. Its number stays
 // unused.
 func (w *Writer) Discard(b *Buffer) { w.free <- b }
@@ -219,7 +227,7 @@ func (w *Writer) codecFor(k Kind) Codec {
 	switch {
 	case w.codec == None || k == Records || k == NVRAM:
 		return None
-	case k == Pages:
+	case k == Pages || k == Deltas:
 		return w.codec
 	}
 	return MinLZ

@@ -47,6 +47,9 @@ const (
 	// Disk pages equal a block of a disk image; the value is the disk in bits 40–55
 	// and the block, in units of the page size, in bits 0–39.
 	Disk Kind = 8
+	// ForeignDelta pages are some changed words in another image and a base, which
+	// this checkpoint says itself; the value is as Foreign's, with the delta's slot.
+	ForeignDelta Kind = 9
 
 	// MaxKind is the largest that the format has room for.
 	MaxKind Kind = 63
@@ -54,7 +57,7 @@ const (
 	numKinds = int(MaxKind) + 1
 )
 
-var kindNames = []string{"absent", "fill", "zero data", "nvram", "flash", "delta", "foreign", "foreign nvram", "disk"}
+var kindNames = []string{"absent", "fill", "zero data", "nvram", "flash", "delta", "foreign", "foreign nvram", "disk", "foreign delta"}
 
 func (k Kind) String() string {
 	if int(k) < len(kindNames) {
@@ -88,6 +91,27 @@ func (e Entry) Kind() Kind { return Kind(e >> 56) }
 
 // Value is the kind's value, such as a slot.
 func (e Entry) Value() uint64 { return uint64(e) & MaxValue }
+
+// The value of a foreign kind is the number of a reference and a slot there, in so
+// many bits each.
+const (
+	refBits  = 16
+	slotBits = 40
+
+	// MaxRefs is how many references there is room for, and MaxSlots how many slots
+	// in each.
+	MaxRefs  = 1 << refBits
+	MaxSlots = 1 << slotBits
+)
+
+// MakeForeign is the entry of a foreign kind: a slot in the image, or the NVRAM part,
+// of reference ref.
+func MakeForeign(k Kind, ref int, slot uint64) Entry { return Make(k, uint64(ref)<<slotBits|slot) }
+
+// SplitForeign takes the value of an entry of a foreign kind apart.
+func SplitForeign(value uint64) (ref int, slot uint64) {
+	return int(value >> slotBits), value & (MaxSlots - 1)
+}
 
 // leafPages is how many pages' entries are allocated together: 32 KiB. A hostile
 // stream that touches one page of each leaf costs that much for 9 bytes.
@@ -123,6 +147,16 @@ func New(pages []uint64) (*Builder, error) {
 		t.blocks[i] = block{pages: n, leaves: make([]*leaf, (n+leafPages-1)/leafPages)}
 	}
 	return t, nil
+}
+
+// Grow makes a block longer: it has so many pages from now on, the new ones Absent. It
+// is for numberings whose end is not known at first, such as the slots of an image.
+func (t *Builder) Grow(b int, pages uint64) {
+	blk := &t.blocks[b]
+	for uint64(len(blk.leaves))*leafPages < pages {
+		blk.leaves = append(blk.leaves, nil)
+	}
+	blk.pages = max(blk.pages, pages)
 }
 
 // Blocks is the number of RAM blocks.

@@ -495,3 +495,43 @@ func TestMapMemory(t *testing.T) {
 		t.Errorf("room for %d runs, there are %d", n, pages)
 	}
 }
+
+// TestForeign: a reference and a slot there, as large as they may be, make an entry.
+func TestForeign(t *testing.T) {
+	for _, k := range []Kind{Foreign, ForeignNVRAM, ForeignDelta} {
+		for _, ref := range []int{0, 1, MaxRefs - 1} {
+			for _, slot := range []uint64{0, 77, MaxSlots - 1} {
+				e := MakeForeign(k, ref, slot)
+				if r, s := SplitForeign(e.Value()); e.Kind() != k || r != ref || s != slot {
+					t.Errorf("%v of slot %d of reference %d is %v %d %d", k, slot, ref, e.Kind(), r, s)
+				}
+			}
+		}
+	}
+}
+
+// TestGrow: a block that has become longer keeps what it had, and is Absent behind it.
+func TestGrow(t *testing.T) {
+	b, err := New([]uint64{0, 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[Start]Entry{}
+	for i, n := range []uint64{1, 5, leafPages, 3 * leafPages, 3*leafPages + 1} {
+		b.Grow(0, n)
+		b.Grow(1, 2) // no shorter
+		at := Start{0, n - 1}
+		want[at] = Make(Flash, uint64(i))
+		b.Set(at.Block, at.Page, want[at])
+	}
+	if b.Pages(0) != 3*leafPages+1 || b.Pages(1) != 3 {
+		t.Errorf("%d and %d pages", b.Pages(0), b.Pages(1))
+	}
+	for block := range 2 {
+		for page := range b.Pages(block) {
+			if got := b.Get(block, page); got != want[Start{block, page}] {
+				t.Errorf("page %d of block %d: %v", page, block, got)
+			}
+		}
+	}
+}

@@ -1,0 +1,103 @@
+package source
+
+import (
+	"cmp"
+	"slices"
+)
+
+// Range is the numbers from First on, so many of them.
+type Range struct{ First, Count uint32 }
+
+// End is the number behind the last.
+func (r Range) End() uint64 { return uint64(r.First) + uint64(r.Count) }
+
+// Ranges is a set of numbers: ranges that rise and do not touch each other.
+type Ranges []Range
+
+// Below is the numbers below n.
+func Below(n uint32) Ranges {
+	if n == 0 {
+		return nil
+	}
+	return Ranges{{0, n}}
+}
+
+// Count is how many numbers the set has.
+func (s Ranges) Count() (n uint64) {
+	for _, r := range s {
+		n += uint64(r.Count)
+	}
+	return n
+}
+
+// find is the place in s of the range that n is in.
+func (s Ranges) find(n uint64) (i int, ok bool) {
+	return slices.BinarySearchFunc(s, n, func(r Range, n uint64) int {
+		switch {
+		case r.End() <= n:
+			return -1
+		case uint64(r.First) > n:
+			return 1
+		}
+		return 0
+	})
+}
+
+// Has tells whether all numbers from first up to last are in the set.
+func (s Ranges) Has(first, last uint64) bool {
+	i, ok := s.find(first)
+	return ok && first <= last && last < s[i].End()
+}
+
+// Each calls fn with each number, in rising order.
+func (s Ranges) Each(fn func(n uint32) error) error {
+	for _, r := range s {
+		for i := range r.Count {
+			if err := fn(r.First + i); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Add adds the number n, which is as high as those in the set or higher.
+func (s Ranges) Add(n uint32) Ranges {
+	if len(s) > 0 {
+		last := &s[len(s)-1]
+		switch end := last.End(); {
+		case uint64(n) < end:
+			return s
+		case uint64(n) == end:
+			last.Count++
+			return s
+		}
+	}
+	return append(s, Range{n, 1})
+}
+
+// Coarse is a set of at most so many ranges, 1 or more, that has all of s and as few
+// other numbers as can be: the smallest gaps are closed.
+func (s Ranges) Coarse(most int) Ranges {
+	if len(s) <= most {
+		return s
+	}
+	// The places behind which a gap stays are those of the widest.
+	gaps := make([]int, len(s)-1)
+	for i := range gaps {
+		gaps[i] = i
+	}
+	width := func(i int) uint64 { return uint64(s[i+1].First) - s[i].End() }
+	slices.SortFunc(gaps, func(a, b int) int { return cmp.Compare(width(b), width(a)) })
+	gaps = gaps[:most-1]
+	slices.Sort(gaps)
+	out := make(Ranges, 0, most)
+	first := s[0].First
+	for _, i := range append(gaps, len(s)-1) {
+		out = append(out, Range{first, uint32(s[i].End() - uint64(first))})
+		if i+1 < len(s) {
+			first = s[i+1].First
+		}
+	}
+	return out
+}

@@ -1,0 +1,72 @@
+package source_test
+
+import (
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"github.com/flic-migrate/flic-migrate/tier/source"
+)
+
+// TestRanges compares sets with lists of numbers.
+func TestRanges(t *testing.T) {
+	for seed := range uint64(50) {
+		rng := rand.New(rand.NewPCG(seed, 2))
+		const end = 300
+		var have [end + 1]bool
+		var set source.Ranges
+		var list []uint32
+		for n := range uint32(end) {
+			if rng.IntN(10) < int(seed%10) {
+				have[n] = true
+				set = set.Add(n)
+				list = append(list, n)
+				if rng.IntN(2) == 0 {
+					set = set.Add(n)
+				}
+			}
+		}
+		var got []uint32
+		if err := set.Each(func(n uint32) error { got = append(got, n); return nil }); err != nil || !slices.Equal(got, list) {
+			t.Fatalf("%v is %v, want %v", set, got, list)
+		}
+		if set.Count() != uint64(len(list)) {
+			t.Errorf("%d numbers, want %d", set.Count(), len(list))
+		}
+		for first := range uint64(end) {
+			for last, all := first, true; last < end; last++ {
+				if all = all && have[last]; set.Has(first, last) != all {
+					t.Fatalf("%v has %d to %d: %v", set, first, last, !all)
+				}
+			}
+		}
+		if set.Has(5, 4) {
+			t.Error("it has what is no range")
+		}
+		for most := 1; most <= len(set); most++ {
+			coarse := set.Coarse(most)
+			if len(coarse) != most {
+				t.Fatalf("%d ranges of %d are %d", most, len(set), len(coarse))
+			}
+			for _, r := range set {
+				if !coarse.Has(uint64(r.First), r.End()-1) {
+					t.Fatalf("%v in %d ranges, %v, lacks %v", set, most, coarse, r)
+				}
+			}
+			// No gap that stays is smaller than one that is closed.
+			stays := uint64(end)
+			for i := 1; i < len(coarse); i++ {
+				stays = min(stays, uint64(coarse[i].First)-coarse[i-1].End())
+			}
+			for i := 1; i < len(set); i++ {
+				gap := uint64(set[i].First) - set[i-1].End()
+				if coarse.Has(set[i-1].End(), uint64(set[i].First)-1) && gap > stays {
+					t.Fatalf("%v in %d ranges: a gap of %d is closed and one of %d is not", set, most, gap, stays)
+				}
+			}
+		}
+	}
+	if len(source.Below(0)) != 0 || source.Below(7).Count() != 7 || !source.Below(7).Has(0, 6) {
+		t.Error("all numbers below one")
+	}
+}
