@@ -17,7 +17,8 @@ func newRm(a *app) *cobra.Command {
 		Short: "Remove checkpoints and free their space in both tiers",
 		Long: `Rm removes checkpoints and gives their NVRAM back. It wants the number of each:
 NAME without @N removes nothing, unless --all says that all of the VM's
-checkpoints are meant. A checkpoint that is being restored is not removed.
+checkpoints are meant. A checkpoint that is being restored is not removed; the others are, and the
+exit code says that one was not.
 
 The number of a removed checkpoint is never used again.`,
 		Example: `  flic-migrate rm --store /srv/vms web1@1 web1@2
@@ -50,8 +51,12 @@ func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
 		// gc frees what has no owner.
 		rm, rerr := st.Remove(ctx, ref)
 		if rerr != nil {
-			err = fmt.Errorf("checkpoint %v was not removed: %w", ref, rerr)
-			break
+			// One that can't be removed is no reason to keep the others.
+			err = errors.Join(err, fmt.Errorf("checkpoint %v was not removed: %w", ref, rerr))
+			if ctx.Err() != nil {
+				break
+			}
+			continue
 		}
 		e := rmEntry{Checkpoint: ref.String(), FlashBytes: rm.FlashBytes, NVRAMBytes: rm.NVRAMBytes}
 		if rm.Left != nil {
