@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
@@ -42,6 +43,11 @@ const (
 	// 50 MB/s, and so at most about a dozen pages.
 	pieceBytes = 64 << 10
 	piecePause = time.Millisecond
+
+	// patience is for how long QEMU may send nothing while it is read. It always has
+	// something: max-bandwidth, however small, lets some of it through each 100 ms,
+	// and a migration that has converged is cancelled at once.
+	patience = 30 * time.Second
 )
 
 // holdPages is how many pages of pass 1 are left when the hold begins. While
@@ -60,6 +66,8 @@ var (
 	ErrTooSmall = errors.New("the guest has too little memory for its writes to be tracked")
 	// ErrEnded: the migration ended before the interval was over.
 	ErrEnded = errors.New("the migration ended before the pages written since could be seen")
+	// ErrSilent: QEMU sends nothing and does not end.
+	ErrSilent = fmt.Errorf("QEMU has sent nothing for %v", patience)
 	// ErrSwitchover: somebody lets the migration complete.
 	ErrSwitchover = errors.New("the migration goes on to the devices: a tracking migration must not complete")
 )
@@ -74,6 +82,9 @@ func Filter(ctx context.Context, in stream.Pipe, interval time.Duration) (*worki
 	f := &filter{ctx: ctx, in: in, interval: interval, holdPages: holdPages(minPipe)}
 	if in.Capacity() == 0 {
 		f.holdPages = holdPages(socketBuffer)
+	}
+	if p, ok := in.(interface{ SetReadTimeout(time.Duration) }); ok {
+		p.SetReadTimeout(patience)
 	}
 	f.cur = stream.NewCursor(f, 128<<10)
 	f.walk = ramparse.NewWalker(f.cur, 0, ramparse.Visitor{Frame: f.frame, Record: f.record})
@@ -126,6 +137,9 @@ func (f *filter) Read(p []byte) (int, error) {
 		time.Sleep(piecePause)
 	}
 	n, err := f.in.Read(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = ErrSilent
+	}
 	f.piece += n
 	return n, err
 }

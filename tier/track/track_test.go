@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
 	"testing"
 	"time"
 
@@ -67,6 +68,35 @@ func recorded(pages int, later ...[]uint64) []byte {
 		b = stream.AppendFooter(ramparse.AppendEOS(b), 2)
 	}
 	return b
+}
+
+// silentPipe sends what it has, and then nothing, as a QEMU that hangs does.
+type silentPipe struct {
+	fakePipe
+	limit time.Duration
+}
+
+func (p *silentPipe) SetReadTimeout(d time.Duration) { p.limit = d }
+
+func (p *silentPipe) Read(b []byte) (int, error) {
+	n, err := p.fakePipe.Read(b)
+	if err == io.EOF && p.limit > 0 {
+		err = os.ErrDeadlineExceeded
+	}
+	return n, err
+}
+
+// A QEMU that falls silent is not waited for without end, in the first pass, after
+// it, or before any of it.
+func TestFilterSilent(t *testing.T) {
+	b := recorded(ramPages, []uint64{5, 6})
+	for _, n := range []int{0, 20, len(b) / 2, len(b)} {
+		in := &silentPipe{fakePipe: *source(b[:n])}
+		set, err := Filter(t.Context(), in, time.Millisecond)
+		if !errors.Is(err, ErrSilent) || set != nil {
+			t.Errorf("after %d of %d bytes: %v, %v", n, len(b), set, err)
+		}
+	}
 }
 
 // The set is exactly what the second pass has, whether the stream ends after it
