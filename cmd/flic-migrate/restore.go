@@ -24,18 +24,19 @@ import (
 
 type restoreCmd struct {
 	*app
-	lazy    choice
-	recover bool
-	socket  string
-	learn   time.Duration
-	zeros   bool
-	nvram   string
-	workers count
-	report  string
-	status  string
-	control string
-	json    bool
-	quiet   bool
+	lazy     choice
+	recover  bool
+	portable bool
+	socket   string
+	learn    time.Duration
+	zeros    bool
+	nvram    string
+	workers  count
+	report   string
+	status   string
+	control  string
+	json     bool
+	quiet    bool
 }
 
 func newRestore(a *app) *cobra.Command {
@@ -55,6 +56,10 @@ checkpoint ends in an error and never in a guest with wrong memory.
 The QEMU that reads it needs the same machine type, devices, memory size and CPU
 model as the one that was saved; "flic-migrate show" says what is known of it.
 
+A QEMU may refuse what another one has saved: pages that QEMU has compressed
+itself (removed in 9.1), ZERO records that are not of zeroes, COLO. With --portable
+the stream has none of that, and its pages are the same. resume asks for it.
+
 If restore fails before the first byte, it writes a line that is no migration
 stream, because QEMU would wait for ever on an empty one.`,
 		Example: `  qemu-system-x86_64 -machine pc-q35-7.2 -m 512 ... \
@@ -68,6 +73,7 @@ stream, because QEMU would wait for ever on an empty one.`,
 	fs := c.Flags()
 	fs.Var(&r.lazy, "lazy", "let the guest run before all of its memory is there")
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died, for QEMU's migrate-recover")
+	fs.BoolVar(&r.portable, "portable", false, "put what every QEMU loads in the place of what newer ones, or ones with other capabilities, refuse")
 	fs.StringVar(&r.socket, "socket", "", "with --recover: the path of a socket on which QEMU listens, instead of standard input and output")
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
 	fs.BoolVar(&r.zeros, "zero-rest", true, "lazy: in the end send the pages without content as well, which QEMU 10.2 and later need; earlier ones are done sooner with --zero-rest=false")
@@ -198,7 +204,7 @@ func (w *serving) eagerly(ctx context.Context, c *store.Checkpoint) (restore.Rep
 	// Fewer and larger writes; no matter if it is not a pipe, or if the
 	// kernel's limit for pipes says no.
 	unix.FcntlInt(w.stdout.Fd(), unix.F_SETPIPE_SZ, 1<<20)
-	return restore.Run(ctx, c.Checkpoint, w.stdout, restore.Options{Workers: w.workers.n, Progress: w.progress})
+	return restore.Run(ctx, c.Checkpoint, w.stdout, restore.Options{Workers: w.workers.n, Progress: w.progress, Portable: w.portable})
 }
 
 // lazily serves c over stdin and stdout, or over the socket that it was given.

@@ -15,6 +15,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -31,6 +32,8 @@ type resumeCmd struct {
 	nvram    string
 	json     bool
 	quiet    bool
+
+	portable bool // an eager server is to write what every QEMU loads
 }
 
 func newResume(a *app) *cobra.Command {
@@ -110,6 +113,9 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		return err
 	}
 	defer c.Close()
+	// Older QEMUs load it too, and would need the capabilities that the one which was
+	// saved had for what it replaces.
+	r.portable = restore.Portable(c.Checkpoint) == nil
 	p := newProgress(r.stderr, r.quiet)
 	o := session.ResumeOptions{
 		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover,
@@ -181,6 +187,9 @@ func (r *resumeCmd) server(dir string, ref store.Ref, a session.ServerArgs) []st
 	args := []string{exe, "restore", "--quiet", "--store", dir, "--lazy"}
 	if a.Kind == migration.EagerServer {
 		args = append(args, "never")
+		if r.portable {
+			args = append(args, "--portable")
+		}
 	} else {
 		args = append(args, "always")
 		if r.learn > 0 {

@@ -76,7 +76,8 @@ func (f *domainFeed) run(ctx context.Context, connect func() (*net.UnixConn, err
 	if err != nil {
 		return err
 	}
-	f.rep.Report, err = restore.Run(ctx, f.c.Checkpoint, conn, restore.Options{Progress: f.o.Progress})
+	f.rep.Report, err = restore.Run(ctx, f.c.Checkpoint, conn, restore.Options{Progress: f.o.Progress,
+		Portable: restore.Portable(f.c.Checkpoint) == nil})
 	return err
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -20,23 +21,34 @@ import (
 type Options struct {
 	Workers  int                  // decompressing goroutines; 0: GOMAXPROCS
 	Progress func(progress.State) // called a few times a second; may be nil
+	// Portable puts what every QEMU loads in the place of what some refuse; see
+	// Portable.
+	Portable bool
 }
 
 // Report is what an eager restore did.
 type Report struct {
-	BytesOut int64   `json:"bytes_out"` // of the stream
-	Pages    int64   `json:"pages"`     // page records written
-	Refetch  int64   `json:"refetched"` // segments that had to be decompressed again
-	Seconds  float64 `json:"seconds"`
+	BytesOut int64 `json:"bytes_out"` // of the stream
+	Pages    int64 `json:"pages"`     // page records written
+	Refetch  int64 `json:"refetched"` // segments that had to be decompressed again
+	// Rewritten are records and commands that are not in the form in which they were
+	// saved (Options.Portable).
+	Rewritten int64   `json:"rewritten,omitempty"`
+	Seconds   float64 `json:"seconds"`
 }
 
 // Run writes the checkpoint's migration stream to w: byte for byte the one
 // that was saved if no page occurred in it twice, otherwise with each page's
-// last version once, where the page first appeared. Each page is checked before
-// it is written. After an error w has an incomplete stream, which QEMU refuses
+// last version once, where the page first appeared, and always with each page's
+// content. Each page is checked before it is written. After an error w has an incomplete stream, which QEMU refuses
 // before the guest runs.
 func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) (Report, error) {
 	start := time.Now()
+	if o.Portable {
+		if err := Portable(c); err != nil {
+			return Report{}, err
+		}
+	}
 	// A page whose bytes can't be had is found before the first byte goes out.
 	if err := c.PageMap.Runs(c.Readable); err != nil {
 		return Report{}, err
@@ -52,7 +64,7 @@ func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) 
 		g.Go(func() error { return p.work(ctx) })
 	}
 	g.Go(func() error {
-		if err := c.Skeleton(r); err != nil {
+		if err := r.play(); err != nil {
 			return err
 		}
 		return r.flush()
@@ -80,6 +92,7 @@ type replayer struct {
 	named    bool                                      // its first record carries the block's name
 	write    func(i, n uint64, c source.Content) error // r.records
 	zeroPage []byte
+	scratch  []byte // portable: a page that lies nowhere as it is
 	tick     time.Time
 }
 
@@ -89,11 +102,28 @@ const outBuffer = 256 << 10
 
 func newReplayer(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) *replayer {
 	r := &replayer{ctx: ctx, c: c, w: w, o: o, block: -1, zeroPage: make([]byte, c.Meta.PageSize)}
+	if o.Portable {
+		r.scratch = make([]byte, c.Meta.PageSize)
+	}
 	r.buf, r.write = make([]byte, 0, outBuffer), r.records
 	for _, n := range c.Meta.BlockPages() {
 		r.total += int64(n)
 	}
 	return r
+}
+
+// play plays the skeleton.
+func (r *replayer) play() error {
+	if !r.o.Portable {
+		return r.c.Skeleton(r)
+	}
+	h := &head{Player: r, c: r.c}
+	err := r.c.Skeleton(h)
+	if err == nil {
+		err = h.end()
+	}
+	r.rep.Rewritten += h.changed
+	return err
 }
 
 // Literal implements skeleton.Player.
@@ -142,6 +172,13 @@ func (r *replayer) records(i, n uint64, c source.Content) error {
 		name = r.c.Meta.Blocks[r.run.Block].Name
 	}
 	r.block = r.run.Block
+	if r.o.Portable && (c.Form == source.Deflated || c.Form == source.Filled && c.Fill != 0) {
+		if err := c.Copy(r.scratch); err != nil {
+			return &integrity.CorruptError{File: r.c.Image.Name(), What: "page " + r.c.PageName(r.run.Block, r.run.Page+i), Err: err}
+		}
+		c = source.Content{Form: source.Whole, Data: r.scratch}
+		r.rep.Rewritten += int64(n)
+	}
 	for page := r.run.Page + i; page < r.run.Page+i+n; page++ {
 		// Largest head: be64, u8, name.
 		if err := r.room(8 + 256 + size + 64); err != nil {
