@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/compressor"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -56,7 +58,7 @@ func (l *libvirtSetup) next(installed bool) {
 	}
 	if installed {
 		l.printf("\nsystemd is not running here. Start libvirt's daemon again with this PATH; its domains\nrun on meanwhile:\n\n"+
-			"  PATH=%s:$PATH libvirtd --daemon\n", l.setup.PathDir())
+			"  PATH=%s:$PATH %s --daemon\n", l.setup.PathDir(), l.setup.DaemonName())
 		return
 	}
 	l.printf("\nsystemd is not running here. Start libvirt's daemon again, without %s in its\nPATH; its domains run on meanwhile.\n", l.setup.PathDir())
@@ -69,10 +71,11 @@ func newLibvirtInstall(a *app) *cobra.Command {
 		Short: "Make libvirt's save files go through flic-migrate",
 		Long: `Install makes a directory with links to this program under the names of libvirt's
 compressors; for systemd, a drop-in that puts it first in the PATH of libvirt's
-daemon; and lines at the end of qemu.conf that ask for a compressor. It prints what it
-has done, and how to restart the daemon, which it does not do itself. What is there
-already stays; what it would have to change of somebody else's stops it before
-anything is done.`,
+daemon; where libvirt's daemons have AppArmor profiles, a rule in /etc/apparmor.d/local
+that lets them execute this program; and lines at the end of qemu.conf that ask for a
+compressor. It prints what it has done, and how to restart the daemon, which it does
+not do itself. What is there already stays; what it would have to change of somebody
+else's stops it before anything is done.`,
 		Example: `  flic-migrate libvirt install --dry-run
   flic-migrate libvirt install`,
 		Args: cobra.NoArgs,
@@ -115,10 +118,41 @@ func (l *libvirtSetup) install() error {
 		}
 		l.printf("%-14s %s: %s\n", what, step.Path, step.What)
 	}
+	l.selinux()
 	if !l.dryRun {
 		l.next(true)
 	}
 	return nil
+}
+
+// selinux tells of what can only be told: whether a policy lets libvirt's daemon
+// execute the program is decided by the program's label.
+func (l *libvirtSetup) selinux() {
+	label, enforces := l.setup.SELinux()
+	if !enforces {
+		return
+	}
+	if label == "" {
+		label = "none that can be read"
+	}
+	l.printf("%-14s enforces; libvirt's daemon may execute what is labelled bin_t, and the label of %s is %s\n", "SELinux", l.setup.Program, label)
+}
+
+// confined says whether AppArmor lets libvirt's daemons execute the program, and
+// counts those that it keeps from it.
+func (l *libvirtSetup) confined() (kept int) {
+	for _, c := range l.setup.Confinements() {
+		what := "may execute"
+		switch {
+		case !c.Known:
+			what = "can't be told"
+		case !c.Allowed:
+			what = "may not"
+			kept++
+		}
+		l.printf("%-14s AppArmor's profile %s (%s) and %s\n", what, c.Profile, c.Mode, l.setup.Program)
+	}
+	return kept
 }
 
 func newLibvirtUninstall(a *app) *cobra.Command {
@@ -128,22 +162,46 @@ func newLibvirtUninstall(a *app) *cobra.Command {
 		Use:   "uninstall [flags]",
 		Short: "Undo libvirt install",
 		Long: `Uninstall undoes exactly what install has done. Save files that were written
-meanwhile hold flash images, which libvirt can't restore without flic-migrate: if there
-are managed saves of that kind it does nothing, unless with --force, and names them.
-Start those domains first, or turn each file into one that needs nothing:
+meanwhile hold flash images, which libvirt can't restore without flic-migrate: virsh
+restore of one waits until virsh destroy. If there are such managed saves, memory files
+of snapshots, or files with hot pages in NVRAM, it does nothing, unless with --force,
+and names them. Nobody has a list of what else virsh save has written. So, before:
+start those domains, or turn each file into one that needs nothing:
 
   flic-migrate import FILE.save && flic-migrate export NAME OTHER.save`,
 		Example: `  flic-migrate libvirt uninstall`,
 		Args:    cobra.NoArgs,
-		RunE:    func(*cobra.Command, []string) error { return l.uninstall(force) },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return l.uninstall(cmd.Context(), force) },
 	}
 	l.flags(c, true)
-	c.Flags().BoolVar(&force, "force", false, "even if managed saves need flic-migrate")
+	c.Flags().BoolVar(&force, "force", false, "even if save files need flic-migrate")
 	setKey(c.Flags(), "force", "libvirt-force")
 	return c
 }
 
-func (l *libvirtSetup) uninstall(force bool) error {
+// needed are the save files that only this program can read, as far as libvirt or the
+// store knows them.
+func (l *libvirtSetup) needed(ctx context.Context) (names []string) {
+	for _, save := range l.setup.Saves() {
+		if save.Ours {
+			names = append(names, save.Path)
+		}
+	}
+	// A store that can't be read must not be in the way.
+	st, err := l.openStore(ctx, false)
+	if err != nil {
+		return names
+	}
+	list, _ := st.Loose(ctx)
+	for _, f := range list {
+		if st.FindLoose(ctx, f) == loose.Present && !slices.Contains(names, f.Place.Path) {
+			names = append(names, f.Place.Path)
+		}
+	}
+	return names
+}
+
+func (l *libvirtSetup) uninstall(ctx context.Context, force bool) error {
 	if err := l.open(); err != nil {
 		return err
 	}
@@ -151,12 +209,12 @@ func (l *libvirtSetup) uninstall(force bool) error {
 	if err != nil {
 		return err
 	}
-	saves := l.setup.ManagedSaves()
-	for _, name := range saves {
-		l.log().Warn("this managed save can't be restored without flic-migrate", "file", name)
+	needed := l.needed(ctx)
+	for _, name := range needed {
+		l.log().Warn("this save file can't be restored without flic-migrate", "file", name)
 	}
-	if len(saves) > 0 && !force {
-		return errors.New("managed saves need flic-migrate: nothing was changed; see flic-migrate libvirt uninstall --help")
+	if len(needed) > 0 && !force {
+		return errors.New("save files need flic-migrate: nothing was changed; see flic-migrate libvirt uninstall --help")
 	}
 	if !l.dryRun {
 		if err := l.setup.Uninstall(); err != nil {
@@ -173,6 +231,9 @@ func (l *libvirtSetup) uninstall(force bool) error {
 		}
 		l.printf("%-14s %s: %s\n", what, step.Path, step.What)
 	}
+	l.printf("\nFiles of virsh save that flic-migrate has written need it for their restore: virsh\n" +
+		"restore of one without it waits until virsh destroy. Make plain ones of them first:\n\n" +
+		"  flic-migrate import FILE.save && flic-migrate export NAME OTHER.save\n")
 	if !l.dryRun {
 		l.next(false)
 	}
@@ -185,9 +246,9 @@ func newLibvirtStatus(a *app) *cobra.Command {
 		Use:   "status [flags]",
 		Short: "Say what of libvirt install is in place",
 		Long: `Status says what of an installation is there and what is not, whether the daemons
-that run find flic-migrate, which managed saves need it, and which save files have hot
-pages in NVRAM. The exit code is 0 if
-everything is in place, and 1 otherwise.`,
+that run find flic-migrate and AppArmor lets them execute it, which managed saves need
+it or were written past it, and which save files have hot pages in NVRAM. The exit code
+is 0 if everything is in place, and 1 otherwise.`,
 		Example: `  flic-migrate libvirt status`,
 		Args:    cobra.NoArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return l.status(cmd.Context()) },
@@ -242,16 +303,33 @@ func (l *libvirtSetup) status(ctx context.Context) error {
 			l.printf("%-14s %v\n", "in the way", step.Conflict)
 		}
 	}
+	missing += l.confined()
+	l.selinux()
 	for _, d := range l.setup.Daemons() {
-		what := "finds it"
-		if !d.Ours {
+		what, whose := "finds it", ""
+		switch {
+		case d.UID != 0:
+			// What is installed is for the system's daemon, and nothing of it is
+			// missing.
+			whose = fmt.Sprintf(", of user %d's qemu:///session", d.UID)
+			if !d.Ours {
+				what = "not set up"
+			}
+		case !d.Ours:
 			what = "to be restarted"
 			missing++
 		}
-		l.printf("%-14s %s, process %d\n", what, d.Name, d.PID)
+		l.printf("%-14s %s, process %d%s\n", what, d.Name, d.PID, whose)
 	}
-	for _, name := range l.setup.ManagedSaves() {
-		l.printf("%-14s %s\n", "needs it", name)
+	for _, save := range l.setup.Saves() {
+		switch {
+		case save.Ours:
+			l.printf("%-14s %s\n", "needs it", save.Path)
+		case save.Format == saveimage.Sparse:
+			l.printf("%-14s %s: sparse, which QEMU writes itself\n", "past it", save.Path)
+		case save.Format == saveimage.Raw:
+			l.printf("%-14s %s: raw, for which libvirt runs no program\n", "past it", save.Path)
+		}
 	}
 	if err := l.hot(ctx); err != nil {
 		return err

@@ -61,9 +61,10 @@ itself (removed in 9.1), ZERO records that are not of zeroes, COLO. With --porta
 the stream has none of that, and its pages are the same. resume asks for it.
 
 If restore fails before the first byte, it writes a line that is no migration
-stream, because QEMU would wait for ever on an empty one.`,
+stream, because QEMU would wait for ever on an empty one. That is what QEMU gets if the
+PATH of its exec: shell does not have the program: name it by its whole path.`,
 		Example: `  qemu-system-x86_64 -machine pc-q35-7.2 -m 512 ... \
-      -incoming "exec:exec flic-migrate restore --store /srv/vms web1"
+      -incoming "exec:exec /usr/local/bin/flic-migrate restore --store /srv/vms web1"
 
   # The third checkpoint, into a file:
   flic-migrate restore --store /srv/vms web1@3 > web1.stream`,

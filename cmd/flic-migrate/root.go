@@ -103,11 +103,15 @@ compressed flash image, each different page once. QEMU starts it as the child of
 a migration to exec: and pipes the migration stream through it.
 
 Alone, with a migration stream on its standard input, it is "flic-migrate save".`,
-		Example: `  # In QEMU's monitor (or QMP, or virsh qemu-monitor-command --hmp):
-  migrate "exec:flic-migrate save --store /srv/vms --vm web1"
+		Example: `  # In the monitor of a QEMU of your own (one of libvirt's dies of it):
+  migrate "exec:/usr/local/bin/flic-migrate save --store /srv/vms --vm web1"
 
   # A new QEMU with the same machine that goes on where the old one was:
-  qemu-system-x86_64 ... -incoming "exec:exec flic-migrate restore --store /srv/vms web1"
+  qemu-system-x86_64 ... -incoming "exec:exec /usr/local/bin/flic-migrate restore --store /srv/vms web1"
+
+  # The same for a domain of libvirt's, and for whoever has a QMP socket (--qmp):
+  flic-migrate checkpoint --store /srv/vms --domain web1 web1
+  flic-migrate resume --store /srv/vms --domain web1 web1
 
   # What there is, and whether it is whole:
   flic-migrate list --store /srv/vms

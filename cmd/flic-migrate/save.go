@@ -88,10 +88,10 @@ on disk. If QEMU has the migration capability return-path, QEMU reports
 
 Standard output belongs to that return path and carries nothing else.`,
 		Example: `  # In QEMU's monitor, with the guest running or stopped:
-  migrate "exec:flic-migrate save --store /srv/vms --vm web1"
+  migrate "exec:/usr/local/bin/flic-migrate save --store /srv/vms --vm web1"
 
   # Pages of the working set into persistent memory:
-  migrate "exec:flic-migrate save --store /srv/vms --vm web1 --nvram /mnt/pmem0/flic --nvram-size 4G --working-set /srv/web1.ws"
+  migrate "exec:/usr/local/bin/flic-migrate save --store /srv/vms --vm web1 --nvram /mnt/pmem0/flic --nvram-size 4G --working-set /srv/web1.ws"
 
   # A recorded stream:
   flic-migrate save --store /srv/vms --vm web1 < web1.stream`,

@@ -50,7 +50,7 @@ Without either it is the filter: it reads a migration stream from standard input
 		Example: `  flic-migrate track --qmp /run/web1.qmp --out /srv/web1.ws --rounds 3
   flic-migrate track --domain web1 --out /srv/web1.ws
   # then, in QEMU's monitor:
-  migrate "exec:flic-migrate save --vm web1 --nvram /mnt/pmem0/flic --nvram-size 4G --working-set /srv/web1.ws"`,
+  migrate "exec:/usr/local/bin/flic-migrate save --vm web1 --nvram /mnt/pmem0/flic --nvram-size 4G --working-set /srv/web1.ws"`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return t.run(cmd.Context()) },
 	}

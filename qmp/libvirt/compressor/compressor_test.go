@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 	case "libvirt_iohelper", "qemu-system-x86_64":
 		io.Copy(io.Discard, os.NewFile(9, "wait"))
 		os.Exit(0)
-	case "libvirtd":
+	case "virtqemud":
 		io.Copy(io.Discard, os.Stdin)
 		os.Exit(0)
 	}

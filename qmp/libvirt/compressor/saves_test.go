@@ -10,8 +10,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 )
 
-// TestManagedSaves finds the save files that need us, and no others.
-func TestManagedSaves(t *testing.T) {
+// TestSaves finds whole save files, managed ones and those of snapshots, and tells
+// which of them need us.
+func TestSaves(t *testing.T) {
 	s := host(t, false, "")
 	h, err := saveimage.New("<domain/>", "<cookie/>", true)
 	if err != nil {
@@ -25,24 +26,41 @@ func TestManagedSaves(t *testing.T) {
 	write(t, s.Root, dir+"cut.save", save[:100], 0o600)
 	write(t, s.Root, dir+"part.save", "LibvirtQemudPart"+save[16:]+ImageMagic, 0o600)
 	write(t, s.Root, dir+"bare.save", ImageMagic, 0o600)
-	if got, want := s.ManagedSaves(), []string{s.path(dir + "web 1.save")}; !reflect.DeepEqual(got, want) {
-		t.Errorf("%q, want %q", got, want)
+	h.SetFormat(saveimage.Sparse)
+	write(t, s.Root, dir+"sparse.save", string(h.Bytes())+"QEVM...", 0o600)
+	write(t, s.Root, "srv/memory & 1", save+ImageMagic, 0o600)
+	snapshot := func(name, memory string) {
+		write(t, s.Root, "var/lib/libvirt/qemu/snapshot/web 1/"+name+".xml", "<!--\nWARNING\n-->\n\n<domainsnapshot>\n  <name>"+name+
+			"</name>\n  "+memory+"\n  <domain><memory unit='KiB'>4</memory></domain>\n</domainsnapshot>\n", 0o600)
 	}
-	if got := (Setup{Root: t.TempDir()}).ManagedSaves(); len(got) != 0 {
-		t.Errorf("%q where there is nothing", got)
+	snapshot("s1", "<memory snapshot='external' file='/srv/memory &amp; 1'/>")
+	snapshot("s2", "<memory snapshot='internal'/>")
+	snapshot("s3", "<memory snapshot='external' file='/srv/gone'/>")
+	snapshot("s4", "<memory")
+	want := []Save{
+		{s.path(dir + "raw.save"), saveimage.Raw, false}, {s.path(dir + "short.save"), saveimage.Raw, false},
+		{s.path(dir + "sparse.save"), saveimage.Sparse, false}, {s.path(dir + "web 1.save"), saveimage.Raw, true},
+		{s.path("srv/memory & 1"), saveimage.Raw, true},
+	}
+	if got := s.Saves(); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	if got := (Setup{Root: t.TempDir()}).Saves(); len(got) != 0 {
+		t.Errorf("%+v where there is nothing", got)
 	}
 }
 
 // TestDaemons tells the daemons that find us from those that do not.
 func TestDaemons(t *testing.T) {
 	s := host(t, false, "")
+	const name = "virtqemud"
 	want := make(map[int]bool)
 	for i, path := range []string{s.PathDir() + ":/usr/bin", "/usr/bin:" + s.PathDir()} {
 		r, w, err := os.Pipe()
 		if err != nil {
 			t.Fatal(err)
 		}
-		cmd := exec.Command(filepath.Join(link(t, "libvirtd"), "libvirtd"))
+		cmd := exec.Command(filepath.Join(link(t, name), name))
 		cmd.Env = []string{"PATH=" + path}
 		cmd.Stdin = r
 		if err := cmd.Start(); err != nil {
@@ -59,7 +77,7 @@ func TestDaemons(t *testing.T) {
 			continue // another one's
 		}
 		found++
-		if d.Name != "libvirtd" || d.Ours != ours {
+		if d.Name != name || d.Ours != ours || d.UID != os.Getuid() {
 			t.Errorf("%+v, want ours %v", d, ours)
 		}
 	}

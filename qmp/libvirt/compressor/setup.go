@@ -53,6 +53,8 @@ type Step struct {
 	// Conflict is why it can't be done, or undone; it wraps ErrConflict.
 	Conflict error
 
+	// optional: without our lines, what is in conflict with them is as it should be.
+	optional bool
 	do, undo func() error
 }
 
@@ -66,6 +68,19 @@ func (s Setup) PathDir() string { return s.path(linkDir) }
 func (s Setup) Systemd() bool {
 	fi, err := os.Stat(s.path(systemdRun))
 	return err == nil && fi.IsDir()
+}
+
+// DaemonName is the daemon that runs compressors here: libvirtd, or virtqemud where
+// libvirt has a daemon for each of its drivers and no libvirtd.
+func (s Setup) DaemonName() string {
+	if _, err := os.Stat(s.path("usr/sbin/libvirtd")); err != nil {
+		for _, dir := range []string{"usr/sbin", "usr/bin"} {
+			if _, err := os.Stat(s.path(dir + "/virtqemud")); err == nil {
+				return "virtqemud"
+			}
+		}
+	}
+	return "libvirtd"
 }
 
 func (s Setup) path(name string) string { return filepath.Join(s.Root, name) }
@@ -89,11 +104,15 @@ func (s Setup) Steps() ([]Step, error) {
 			steps = append(steps, step)
 		}
 	}
+	rules, err := s.rules()
+	if err != nil {
+		return nil, err
+	}
 	step, err := s.conf()
 	if err != nil {
 		return nil, err
 	}
-	return append(steps, step), nil
+	return append(append(steps, rules...), step), nil
 }
 
 func (s Setup) link(name string) Step {
@@ -185,12 +204,14 @@ func (s Setup) conf() (Step, error) {
 		next, err = addBlock(have, missing, s.Replace)
 		step.Done = err == nil && !missing && bytes.Equal(next, have) // the user has set all of it
 	}
+	step.optional = !step.Done
 	if errors.Is(err, ErrConflict) {
 		step.Conflict = fmt.Errorf("%s: %w", path, err)
 	} else if err != nil {
 		return step, err
 	}
-	step.do = func() error { return replaceFile(path, next) }
+	const private = 0o600 // libvirt's own choice for qemu.conf
+	step.do = func() error { return replaceFile(path, next, private) }
 	step.undo = func() error {
 		switch {
 		case remove:
@@ -198,13 +219,14 @@ func (s Setup) conf() (Step, error) {
 		case bytes.Equal(old, have):
 			return nil
 		}
-		return replaceFile(path, old)
+		return replaceFile(path, old, private)
 	}
 	return step, nil
 }
 
-// replaceFile gives a file new content, with its mode and owner, in one step.
-func replaceFile(path string, b []byte) error {
+// replaceFile gives a file new content, with its mode and owner, in one step. mode
+// is for one that is new.
+func replaceFile(path string, b []byte, mode fs.FileMode) error {
 	if real, err := filepath.EvalSymlinks(path); err == nil {
 		path = real
 	}
@@ -216,7 +238,6 @@ func replaceFile(path string, b []byte) error {
 		return err
 	}
 	defer os.Remove(tmp.Name())
-	mode := fs.FileMode(0o600) // libvirt's own choice for qemu.conf
 	fi, err := os.Stat(path)
 	if err == nil {
 		mode = fi.Mode().Perm()
@@ -280,7 +301,7 @@ func (s Setup) Uninstall() error {
 			continue
 		}
 		// A qemu.conf without our lines is as it should be.
-		if step.Conflict != nil && (step.Done || step.Path != s.path(qemuConf)) {
+		if step.Conflict != nil && (step.Done || !step.optional) {
 			conflicts = append(conflicts, step.Conflict)
 			continue
 		}
@@ -291,8 +312,9 @@ func (s Setup) Uninstall() error {
 	return errors.Join(conflicts...)
 }
 
-// qemu.conf keeps all that is in it: our lines come at its end, between two that
-// say whose they are, and a line that is taken out of use is kept as a comment.
+// A file of somebody else's, qemu.conf or AppArmor's, keeps all that is in it: our
+// lines come at its end, between two that say whose they are, and a line that is
+// taken out of use is kept as a comment.
 const (
 	blockBegin = "# flic-migrate begin (\"flic-migrate libvirt uninstall\" takes these lines out"
 	blockEnd   = "# flic-migrate end"
@@ -325,7 +347,7 @@ func addBlock(conf []byte, missing, replace bool) ([]byte, error) {
 		key, value := string(m[1]), string(m[2])
 		if !Known(value) {
 			if !replace {
-				return nil, fmt.Errorf("line %d says %s = %q: take it out, or let it be replaced: %w", i+1, key, value, ErrConflict)
+				return nil, fmt.Errorf("line %d says %s = %q, for which libvirt runs no program: take it out, or let it be replaced: %w", i+1, key, value, ErrConflict)
 			}
 			next = append(append(next, replaced...), line...)
 			changed = true
@@ -334,7 +356,7 @@ func addBlock(conf []byte, missing, replace bool) ([]byte, error) {
 		set[key] = true
 		next = append(next, line...)
 	}
-	note, body := "", ""
+	body := ""
 	for _, key := range keys {
 		if !set[key] {
 			body += key + " = \"" + Names[0] + "\"\n"
@@ -343,14 +365,24 @@ func addBlock(conf []byte, missing, replace bool) ([]byte, error) {
 	if body == "" && !changed {
 		return conf, nil
 	}
+	return appendBlock(next, missing, body)
+}
+
+// appendBlock puts lines of ours at the end of a file that has none. The error wraps
+// ErrConflict.
+func appendBlock(text []byte, missing bool, body string) ([]byte, error) {
+	if bytes.Contains(text, []byte(blockEnd)) {
+		return nil, fmt.Errorf("a part of our lines is left: take out what has flic-migrate in it: %w", ErrConflict)
+	}
+	text, note := bytes.Clone(text), ""
 	switch {
 	case missing:
 		note = noteNewFile
-	case len(next) > 0 && next[len(next)-1] != '\n':
+	case len(text) > 0 && text[len(text)-1] != '\n':
 		note = noteNoNewline
-		next = append(next, '\n')
+		text = append(text, '\n')
 	}
-	return append(next, blockBegin+note+")\n"+body+blockEnd+"\n"...), nil
+	return append(text, blockBegin+note+")\n"+body+blockEnd+"\n"...), nil
 }
 
 // removeBlock undoes addBlock. What was written behind our lines stays.

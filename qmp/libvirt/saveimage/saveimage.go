@@ -51,12 +51,14 @@ const (
 	Bzip2
 	XZ
 	Lzop
-	Zstd // newer ones only
+	Zstd   // from libvirt 10.10 on
+	Sparse // from libvirt 11.2 on: a file with holes that QEMU writes itself; see NewSparse
 )
 
-var formatNames = [...]string{"raw", "gzip", "bzip2", "xz", "lzop", "zstd"}
+var formatNames = [...]string{"raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse"}
 
-// String is the format's name, which is that of the program that reads it.
+// String is the format's name, which is that of the program that reads it, if there
+// is one.
 func (f Format) String() string {
 	if int(f) < len(formatNames) {
 		return formatNames[f]

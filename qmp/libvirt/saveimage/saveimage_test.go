@@ -136,7 +136,7 @@ func TestNew(t *testing.T) {
 
 // TestFormats: the names are those of the programs.
 func TestFormats(t *testing.T) {
-	for f, want := range map[Format]string{Raw: "raw", Gzip: "gzip", Bzip2: "bzip2", XZ: "xz", Lzop: "lzop", Zstd: "zstd", 77: "format 77"} {
+	for f, want := range map[Format]string{Raw: "raw", Gzip: "gzip", Bzip2: "bzip2", XZ: "xz", Lzop: "lzop", Zstd: "zstd", Sparse: "sparse", 77: "format 77"} {
 		if f.String() != want {
 			t.Errorf("%d is %s", uint32(f), f)
 		}
