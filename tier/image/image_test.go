@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -15,6 +16,7 @@ import (
 	"github.com/google/uuid"
 	"go.uber.org/goleak"
 
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
@@ -923,4 +925,78 @@ func FuzzOpen(f *testing.F) {
 			tiertest.Reseal(b)
 		}
 	})
+}
+
+// TestDigests has the digests of all slots in the image: workers make those of PAGES,
+// and segments that are discarded, short, or left open for long keep none from leaving.
+func TestDigests(t *testing.T) {
+	h := digest.Fresh()
+	f := create(t)
+	w, err := image.NewWriter(f, header, image.LZ4, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.KeepDigests(h)
+	want := map[uint64]digest.Sum{}
+	late := w.NewBuffer(image.Records)
+	late.Data = append(late.Data, records(2)...)
+	late.Sums = append(late.Sums, digest.Sum{1}, digest.Sum{2})
+	want[0], want[1] = late.Sums[0], late.Sums[1]
+	per := uint64(header.SegmentPages)
+	n := int(2*digest.PerChunk/per) + 3
+	for i := range n {
+		b := w.NewBuffer(image.Pages)
+		if i%7 == 0 {
+			w.Discard(b)
+			continue
+		}
+		b.Data = append(b.Data, pages(1+i%int(per), uint64(i), true)...)
+		for j := range 1 + i%int(per) {
+			want[uint64(b.Number)*per+uint64(j)] = h.Sum(b.Data[j*header.PageSize : (j+1)*header.PageSize])
+		}
+		if err := w.Submit(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Submit(late); err != nil {
+		t.Fatal(err)
+	}
+	root, err := w.Digests([]digest.Sum{{7}, {8}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Finish([]byte("{}"), []byte("{}")); err != nil {
+		t.Fatal(err)
+	}
+	im, err := image.Open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tab, err := digest.Open(root, digest.NewCache(8), func(i int) ([]byte, error) { return im.Chunk(image.Digests, i) },
+		func(i int, err error) error { return im.Corrupt(image.Digests, i, err) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tab.Flash != uint64(n+1)*per || tab.NVRAM != 2 || im.Chunks(image.Digests) != 5 {
+		t.Errorf("%d flash slots, %d NVRAM slots, %d frames", tab.Flash, tab.NVRAM, im.Chunks(image.Digests))
+	}
+	for slot := range tab.Flash {
+		if got, err := tab.FlashSlot(slot); err != nil || got != want[slot] {
+			t.Fatalf("slot %d: %x, want %x, %v", slot, got, want[slot], err)
+		}
+	}
+	if got, err := tab.NVRAMSlot(1); err != nil || got != (digest.Sum{8}) {
+		t.Errorf("NVRAM slot: %x, %v", got, err)
+	}
+	// They leave while segments come, all but those that wait for one.
+	var order []image.Kind
+	im.Frames(func(k image.Kind, number uint32, _ int64) error {
+		if len(order) == 0 || order[len(order)-1] != k {
+			order = append(order, k)
+		}
+		return nil
+	})
+	if !slices.Equal(order[:4], []image.Kind{image.Pages, image.Digests, image.Pages, image.Records}) {
+		t.Errorf("frames in the order %v", order)
+	}
 }

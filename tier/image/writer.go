@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"sync"
 
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
@@ -55,6 +57,8 @@ type Writer struct {
 	all         []*Buffer
 	nextChunk   [256]uint32
 
+	hash *digest.Hasher // nil: no digests are kept
+
 	mu       sync.Mutex
 	cond     *sync.Cond
 	err      error        // first failure; sticky
@@ -63,6 +67,9 @@ type Writer struct {
 	flushed  int64        // writeback has been started up to here
 	frames   []frameEntry // appended so far, in file order
 	segments []frameAt    // by number; offset 0 if not appended
+
+	sumsMu sync.Mutex
+	sums   *digest.Builder // nil: no digests are kept
 }
 
 // frameEntry is one entry of INDEX: kind u8, number u32, stored length u32.
@@ -87,6 +94,10 @@ type Buffer struct {
 	Kind   Kind
 	Number uint32
 	Data   []byte
+	// Sums are the digests of a segment's pages, if the Writer keeps digests: for
+	// segments other than PAGES, whose digests it makes itself, the caller appends one
+	// for each slot.
+	Sums []digest.Sum
 
 	out   []byte // frame header and stored bytes
 	codec Codec
@@ -126,6 +137,12 @@ func NewWriter(f Sink, h Header, codec Codec, workers int) (*Writer, error) {
 	return w, nil
 }
 
+// KeepDigests has the image keep digests of its pages (DIGESTS), made by h. It is called
+// before the first segment.
+func (w *Writer) KeepDigests(h *digest.Hasher) {
+	w.hash, w.sums = h, digest.NewBuilder(w.hdr.SegmentPages)
+}
+
 // NewBuffer hands out the next buffer for a frame of kind k, numbered at once
 // so that slots are known while the segment fills. It waits while too many
 // frames are in flight, which is how a slow file slows the producer down.
@@ -139,7 +156,7 @@ func (w *Writer) NewBuffer(k Kind) *Buffer {
 	if cap(b.Data) < need {
 		b.Data = make([]byte, 0, need)
 	}
-	b.Data = b.Data[:0]
+	b.Data, b.Sums = b.Data[:0], b.Sums[:0]
 	if k.IsSegment() {
 		b.Number = w.nextSegment
 		w.nextSegment++
@@ -175,7 +192,14 @@ func (w *Writer) Segments() int {
 
 // Discard gives back a buffer that is not to be written. Its number stays
 // unused.
-func (w *Writer) Discard(b *Buffer) { w.free <- b }
+func (w *Writer) Discard(b *Buffer) {
+	if w.sums != nil && b.Kind.IsSegment() {
+		w.sumsMu.Lock()
+		w.sums.Segment(b.Number, nil)
+		w.sumsMu.Unlock()
+	}
+	w.free <- b
+}
 
 // Submit queues b to be compressed and appended. It returns the first failure
 // of any earlier frame.
@@ -208,6 +232,13 @@ func (w *Writer) work() {
 
 // encode makes b.out of b.Data.
 func (w *Writer) encode(c *compressor, b *Buffer) (err error) {
+	if w.hash != nil && b.Kind == Pages {
+		n := len(b.Data) / w.hdr.PageSize
+		b.Sums = slices.Grow(b.Sums[:0], n)[:n]
+		for i := range b.Sums {
+			w.hash.Put(&b.Sums[i], b.Data[i*w.hdr.PageSize:(i+1)*w.hdr.PageSize])
+		}
+	}
 	b.out = grow(b.out[:0], FrameHeaderLen)[:FrameHeaderLen]
 	if b.out, b.codec, err = c.compress(w.codecFor(b.Kind), b.out, b.Data); err != nil {
 		return err
@@ -220,7 +251,7 @@ func (w *Writer) encode(c *compressor, b *Buffer) (err error) {
 	return nil
 }
 
-// codecFor spares deflated records a second compression. The chunks always get
+// codecFor spares deflated records a second compression, and digests one in vain. The chunks always get
 // MinLZ: they are small beside the pages, and setting up the tables of Zstandard's
 // encoder takes a third of a small guest's save.
 func (w *Writer) codecFor(k Kind) Codec {
@@ -242,14 +273,69 @@ func (w *Writer) append() {
 			err = rescue.Call(func() error { _, err := w.f.Write(b.out); return err })
 		}
 		w.appended(b, err)
+		if err == nil && w.sums != nil && b.Kind.IsSegment() {
+			w.fail(rescue.Call(func() error { return w.digested(b) }))
+		}
+		w.finished()
 		w.free <- b
+	}
+}
+
+// digested takes the digests of a segment that was appended, and appends the chunks of
+// DIGESTS that are complete with it.
+func (w *Writer) digested(b *Buffer) error {
+	w.sumsMu.Lock()
+	defer w.sumsMu.Unlock()
+	w.sums.Segment(b.Number, b.Sums)
+	for {
+		c, ok := w.sums.Next()
+		if !ok || w.failed() != nil {
+			return nil
+		}
+		out := appendFrame(nil, Digests, c.Number, c.Data)
+		if _, err := w.f.Write(out); err != nil {
+			return err
+		}
+		w.appended(&Buffer{Kind: Digests, Number: c.Number, out: out}, nil)
+	}
+}
+
+// finished is told when a submitted frame, and what came with it, has been appended.
+func (w *Writer) finished() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.pending--
+	w.cond.Broadcast()
+}
+
+// Digests writes what is left of DIGESTS, when all segments have been submitted: nvram
+// are the digests of the NVRAM part's slots. The root, which IDENTITY holds, stands for
+// all of them. digest.ErrTooMany says that the image has to do without.
+func (w *Writer) Digests(nvram []digest.Sum) (root digest.Root, err error) {
+	if err := w.Drain(); err != nil {
+		return root, err
+	}
+	w.sumsMu.Lock()
+	defer w.sumsMu.Unlock()
+	if root, err = w.sums.Finish(nvram); err != nil {
+		return root, err
+	}
+	for {
+		c, ok := w.sums.Next()
+		if !ok {
+			return root, nil
+		}
+		b := w.NewBuffer(Digests)
+		b.Number, b.Data = c.Number, append(b.Data, c.Data...)
+		if err := w.Submit(b); err != nil {
+			return root, err
+		}
 	}
 }
 
 func (w *Writer) appended(b *Buffer, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.pending--
 	if err != nil && w.err == nil {
 		w.err = err
 	}
@@ -369,8 +455,8 @@ func (w *Writer) Finish(meta, identity []byte) error {
 		index = binary.LittleEndian.AppendUint32(index, e.number)
 		index = binary.LittleEndian.AppendUint32(index, e.stored)
 	}
-	end := appendFrame(nil, Index, index)
-	end = appendFrame(end, Identity, identity)
+	end := appendFrame(nil, Index, 0, index)
+	end = appendFrame(end, Identity, 0, identity)
 	end = footer{
 		features:    w.hdr.Features,
 		indexOffset: uint64(w.off), indexStored: uint32(len(index)), frames: uint32(len(w.frames)),
@@ -385,11 +471,11 @@ func (w *Writer) Finish(meta, identity []byte) error {
 }
 
 // appendFrame appends a frame that is stored as it is.
-func appendFrame(dst []byte, k Kind, payload []byte) []byte {
+func appendFrame(dst []byte, k Kind, number uint32, payload []byte) []byte {
 	head := len(dst)
-	dst = append(dst, make([]byte, FrameHeaderLen)...)
+	dst = slices.Grow(dst, FrameHeaderLen+len(payload))[:head+FrameHeaderLen]
 	frameHeader{
-		kind: k, raw: uint32(len(payload)), stored: uint32(len(payload)), crc: integrity.Checksum(payload),
+		kind: k, raw: uint32(len(payload)), stored: uint32(len(payload)), number: number, crc: integrity.Checksum(payload),
 	}.put(dst[head:])
 	return append(dst, payload...)
 }
