@@ -225,9 +225,9 @@ var inverted = source.Row{
 	Kind: 40, Name: "inverted", Form: source.Whole,
 	Count: func(c *source.Counts, r pagemap.Run) { c.Cold += int64(r.Count) },
 	Check: source.Default.Row(pagemap.Flash).Check,
-	Needs: source.SlotNeeds,
+	Needs: source.Default.Row(pagemap.Flash).Needs,
 	Content: func(rd *source.Reader, e pagemap.Entry) (source.Content, error) {
-		s, i := rd.InSegment(e.Value())
+		s, i := rd.InSegment(0, e.Value())
 		b, err := s.Page(i)
 		b = bytes.Clone(b)
 		invert(b)

@@ -91,7 +91,7 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta) error
 		n    int64
 	}{
 		{"zero", r.Zero}, {"sent as data", r.ZeroAsData}, {"duplicate", r.Duplicate}, {"hot", r.Hot}, {"cold", r.Cold},
-		{"equal to disk", r.Disk}, {"delta", r.Delta}, {"sent again", r.Resent}, {"superseded", r.Superseded}, {"hot without room", r.Surplus},
+		{"equal to disk", r.Disk}, {"delta", r.Delta}, {"unchanged", r.Unchanged}, {"sent again", r.Resent}, {"superseded", r.Superseded}, {"hot without room", r.Surplus},
 		{"guest page tables", r.PageTables},
 	} {
 		line("  "+p.name, "%d", p.n)

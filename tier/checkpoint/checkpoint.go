@@ -8,7 +8,6 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
-	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/skeleton"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -23,13 +22,13 @@ type Checkpoint struct {
 	// PageMap says where each page's bytes are.
 	PageMap *pagemap.Map
 
-	name   string // Options.Name
-	src    Source
-	table  *source.Table
-	facts  source.Facts
-	nvfile *nvram.File
-	part   *NVRAMPart
-	region *nvram.Region
+	name  string // Options.Name
+	src   Source
+	table *source.Table
+	facts source.Facts
+	part  *openPart    // nil: it has none
+	refs  []*reference // opened, in the order in which entries count them
+	check checker
 }
 
 // Source is where a checkpoint's image is: in a file, or in a part of one.
@@ -45,6 +44,9 @@ type Options struct {
 	NVRAM string
 	// Name is what messages call the checkpoint; if empty, its UUID.
 	Name string
+	// Images opens the image that a reference names, which then stays whole until it
+	// is closed; nil: there is no place to look.
+	Images func(ctx context.Context, r *Reference) (Source, error)
 	// Sources are the kinds of source that are known; nil: source.Default.
 	Sources *source.Table
 }
@@ -85,75 +87,90 @@ func (c *Checkpoint) load(ctx context.Context, fsys vfs.FS, o Options) error {
 	if c.Meta.TailChunk < 0 || c.Meta.TailChunk > im.Chunks(image.Skeleton) {
 		return im.Corrupt(image.Meta, 0, fmt.Errorf("device tail in skeleton chunk %d of %d", c.Meta.TailChunk, im.Chunks(image.Skeleton)))
 	}
-	if im.Chunks(image.PageMap) != len(c.Meta.MapChunks) {
-		return im.Corrupt(image.Meta, 0, fmt.Errorf("%d page map chunks, %d in the image", len(c.Meta.MapChunks), im.Chunks(image.PageMap)))
-	}
-	c.facts = source.Facts{PageSize: im.PageSize, SegmentPages: uint64(im.SegmentPages), Objects: []uint32{uint32(im.Segments())}}
-	c.PageMap, err = pagemap.NewMap(pagemap.Source{
-		Pages: c.Meta.BlockPages(), Starts: c.Meta.MapChunks,
-		Read:  func(i int) ([]byte, error) { return im.Chunk(image.PageMap, i) },
-		Check: func(_ int, r pagemap.Run) error { return c.checkRun(r) },
-		Bad:   func(i int, err error) error { return im.Corrupt(image.PageMap, i, err) },
-	})
+	refs, err := c.Meta.references(im)
 	if err != nil {
-		return im.Corrupt(image.Meta, 0, err)
+		return err
+	}
+	if c.PageMap, err = c.Meta.pageMap(im, refs, &c.facts, c.table); err != nil {
+		return err
+	}
+	if err := c.openReferences(ctx, fsys, refs, o); err != nil {
+		return err
 	}
 	return c.openNVRAM(ctx, fsys, o)
 }
 
-func (c *Checkpoint) openNVRAM(ctx context.Context, fsys vfs.FS, o Options) error {
-	m := c.Meta.NVRAM
-	if m == nil {
-		return nil
+// pageMap opens the page map, and finds out what its entries are checked against, for
+// which it reads nothing but this image.
+func (m *Meta) pageMap(im *image.Image, refs References, f *source.Facts, table *source.Table) (*pagemap.Map, error) {
+	slots := 0
+	if m.NVRAM != nil {
+		slots = m.NVRAM.Slots
 	}
-	im := c.Image
-	var b []byte
-	for i := range im.Chunks(image.NVRAM) {
-		chunk, err := im.Chunk(image.NVRAM, i)
-		if err != nil {
-			return err
+	f.PageSize = im.PageSize
+	f.Spaces = []source.SpaceFacts{{
+		SegmentPages: uint64(im.SegmentPages), Segments: source.Below(uint32(im.Segments())), Slots: source.Below(uint32(slots)),
+	}}
+	// A delta's slot is a page of this map.
+	sizes := []uint64{uint64(im.Segments()) * uint64(im.SegmentPages)}
+	for i := range refs {
+		r := &refs[i]
+		f.Spaces = append(f.Spaces, source.SpaceFacts{SegmentPages: uint64(r.SegmentPages), Segments: r.NeedSegments, Slots: r.NeedSlots})
+		sizes = append(sizes, uint64(r.Segments)*uint64(r.SegmentPages))
+	}
+	var err error
+	if len(m.Bases) > 0 || im.Chunks(image.Bases) > 0 {
+		if f.Bases, err = openMap(im, image.Bases, sizes, m.Bases, f.CheckBase); err != nil {
+			return nil, err
 		}
-		b = append(b, chunk...)
 	}
-	part, err := parseNVRAMPart(b, c.Meta.BlockPages())
-	if err == nil && len(part.Slots) != m.Slots {
-		err = fmt.Errorf("describes %d slots, %d in use", len(part.Slots), m.Slots)
-	}
-	if err != nil {
-		return im.Corrupt(image.NVRAM, 0, err)
-	}
-	c.part, c.facts.Slots = part, uint64(len(part.Slots))
-	path := m.Path
-	if o.NVRAM != "" {
-		path = o.NVRAM
-	}
-	if c.nvfile, err = nvram.Open(ctx, fsys, path, nvram.Options{ReadOnly: true}); err != nil {
-		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
-	}
-	if c.nvfile.UUID() != m.UUID {
-		return &integrity.CorruptError{File: path, What: fmt.Sprintf("NVRAM part of checkpoint %s", c.name),
-			Err: errors.New("not the file it was saved to")}
-	}
-	if c.region, err = c.nvfile.OpenRegion(c.Meta.UUID, part.Extents, c.Meta.PageSize); err != nil {
-		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
-	}
-	if len(part.Slots) > c.region.Slots() {
-		return im.Corrupt(image.NVRAM, 0, fmt.Errorf("%d slots in extents for %d", len(part.Slots), c.region.Slots()))
-	}
-	return nil
+	return openMap(im, image.PageMap, m.BlockPages(), m.MapChunks, func(r pagemap.Run) error {
+		if err := table.Check(f, r); err != nil {
+			return fmt.Errorf("page %s: %w", m.PageName(r.Block, r.Page), err)
+		}
+		return nil
+	})
 }
 
-// checkRun finds pages whose source can't exist before any page is given out.
-func (c *Checkpoint) checkRun(r pagemap.Run) error {
-	if err := c.table.Check(&c.facts, r); err != nil {
-		return fmt.Errorf("page %s: %w", c.PageName(r.Block, r.Page), err)
+// openMap opens a page map that is in chunks of a kind. check may refuse its runs.
+func openMap(im *image.Image, k image.Kind, pages []uint64, starts []pagemap.Start, check func(pagemap.Run) error) (*pagemap.Map, error) {
+	if im.Chunks(k) != len(starts) {
+		return nil, im.Corrupt(image.Meta, 0, fmt.Errorf("%d %v chunks, %d in the image", len(starts), k, im.Chunks(k)))
+	}
+	m, err := pagemap.NewMap(pagemap.Source{
+		Pages: pages, Starts: starts,
+		Read:  func(i int) ([]byte, error) { return im.Chunk(k, i) },
+		Check: func(_ int, r pagemap.Run) error { return check(r) },
+		Bad: func(i int, err error) error {
+			if integrity.IsCorrupt(err) {
+				return err // of BASES, which says of itself where it is
+			}
+			return im.Corrupt(k, i, err)
+		},
+	})
+	if err != nil {
+		return nil, im.Corrupt(image.Meta, 0, fmt.Errorf("%v: %w", k, err))
+	}
+	return m, nil
+}
+
+func (c *Checkpoint) openNVRAM(ctx context.Context, fsys vfs.FS, o Options) error {
+	if c.Meta.NVRAM == nil {
+		return nil
+	}
+	c.part = new(openPart)
+	if err := c.part.open(ctx, fsys, c.Image, &c.Meta.Identity, o.NVRAM); err != nil {
+		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
+	}
+	if err := c.part.check(c.Meta.BlockPages()); err != nil {
+		return c.Image.Corrupt(image.NVRAM, 0, err)
 	}
 	return nil
 }
 
 // Sources are the sources of the checkpoint's pages, for readers of them.
 func (c *Checkpoint) Sources() *source.Set {
-	return &source.Set{Facts: c.facts, Table: c.table, Backing: backing{c}}
+	return &source.Set{Facts: c.facts, Table: c.table, Backing: backing{c}, Checker: &c.check}
 }
 
 // Readable tells whether a run's pages can be read at all: the error, which names the
@@ -175,14 +192,18 @@ type backing struct{ c *Checkpoint }
 
 // Fetch implements source.Backing.
 func (b backing) Fetch(st *image.Stored, n source.Need) error {
-	if n.Space != 0 {
-		return fmt.Errorf("%s: %v can't be fetched", b.c.Image.Name(), n)
+	if n.Space > 0 {
+		return b.c.refs[n.Space-1].im.FetchSegment(st, n.Number)
 	}
 	return b.c.Image.FetchSegment(st, n.Number)
 }
 
-// Slot implements source.Backing.
-func (b backing) Slot(slot uint64, want source.Page) ([]byte, error) {
+// Slot implements source.Backing. What is a reference's is checked by its digest, and
+// not here.
+func (b backing) Slot(space source.Space, slot uint64, want source.Page) ([]byte, error) {
+	if space > 0 {
+		return b.c.refs[space-1].part.region.Page(int(slot)), nil
+	}
 	return b.c.slot(slot, want.Block, want.Number)
 }
 
@@ -190,20 +211,29 @@ func (b backing) Slot(slot uint64, want source.Page) ([]byte, error) {
 func (b backing) Guard(fn func() error) error { return b.c.guard(fn) }
 
 // Drop implements source.Backing.
-func (b backing) Drop(first, n uint64) { b.c.region.DontNeed(int(first), int(n)) }
+func (b backing) Drop(space source.Space, first, n uint64) {
+	part := b.c.part
+	if space > 0 {
+		part = b.c.refs[space-1].part
+	}
+	part.region.DontNeed(int(first), int(n))
+}
 
 // PageName names a page for messages: block name and byte offset in it.
-func (c *Checkpoint) PageName(block int, page uint64) string {
-	return fmt.Sprintf("%s:%#x", c.Meta.Blocks[block].Name, page*uint64(c.Meta.PageSize))
+func (c *Checkpoint) PageName(block int, page uint64) string { return c.Meta.PageName(block, page) }
+
+// PageName names a page for messages: block name and byte offset in it.
+func (m *Meta) PageName(block int, page uint64) string {
+	return fmt.Sprintf("%s:%#x", m.Blocks[block].Name, page*uint64(m.PageSize))
 }
 
 // Close releases the checkpoint and everything it mapped.
 func (c *Checkpoint) Close() error {
-	if c.region != nil {
-		c.region.Close()
+	if c.part != nil {
+		c.part.close()
 	}
-	if c.nvfile != nil {
-		c.nvfile.Close()
+	for _, r := range c.refs {
+		r.close()
 	}
 	return c.src.Close()
 }
@@ -234,21 +264,35 @@ func (c *Checkpoint) SkeletonChunks(first, end int, p skeleton.Player) error {
 // read only, valid until Close. The page is the one it is wanted for, for the error.
 // It is called, and the content used, inside guard.
 func (c *Checkpoint) slot(slot uint64, block int, page uint64) ([]byte, error) {
-	b := c.region.Page(int(slot))
+	b := c.part.region.Page(int(slot))
 	if integrity.Checksum(b) != c.part.Slots[slot].CRC {
-		return nil, &integrity.CorruptError{File: c.nvfile.Path(), Offset: c.region.Offset(int(slot)),
+		return nil, &integrity.CorruptError{File: c.part.file.Path(), Offset: c.part.region.Offset(int(slot)),
 			What: "page " + c.PageName(block, page), Err: integrity.ErrChecksum}
 	}
 	return b, nil
 }
 
 // guard runs fn, which reads NVRAM pages in the calling goroutine, and turns a fault
-// of the mapping into an error.
+// of a mapping into an error.
 func (c *Checkpoint) guard(fn func() error) error {
-	if c.region == nil {
+	if c.part == nil && len(c.refs) == 0 {
 		return fn()
 	}
-	return c.region.Guard(fn)
+	err := vfs.CatchFault(fn)
+	if err == nil {
+		return nil
+	}
+	// Each part knows its own faults.
+	passOn := func() error { return err }
+	if c.part != nil {
+		err = c.part.region.Guard(passOn)
+	}
+	for _, r := range c.refs {
+		if r.part != nil {
+			err = r.part.region.Guard(passOn)
+		}
+	}
+	return err
 }
 
 // NVRAMSlots describes the NVRAM part's slots, in prefetch order.
@@ -257,4 +301,25 @@ func (c *Checkpoint) NVRAMSlots() []NVRAMSlot {
 		return nil
 	}
 	return c.part.Slots
+}
+
+// HotPages calls fn with the pages that NVRAM was taken for, in prefetch order: those
+// of this checkpoint's own part, and then those of what it needs of other parts. A page
+// may have its bytes elsewhere by now, and may not exist.
+func (c *Checkpoint) HotPages(fn func(block int, page uint64) error) error {
+	for _, s := range c.NVRAMSlots() {
+		if err := fn(int(s.Block), s.Page); err != nil {
+			return err
+		}
+	}
+	for _, r := range c.refs {
+		err := r.NeedSlots.Each(func(slot uint32) error {
+			s := r.part.Slots[slot]
+			return fn(int(s.Block), s.Page)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }

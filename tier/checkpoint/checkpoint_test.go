@@ -25,36 +25,36 @@ func TestNVRAMPart(t *testing.T) {
 	pages := []uint64{10, 0, 3}
 	part := &NVRAMPart{Extents: []uint32{1, 2, 1<<32 - 1}, Slots: []NVRAMSlot{{1, 0, 9}, {2, 2, 0}, {1<<32 - 1, 2, 2}}}
 	stored := part.Append(nil)
-	got, err := parseNVRAMPart(stored, pages)
-	if err != nil || fmt.Sprint(got) != fmt.Sprint(part) {
+	got, err := parseNVRAMPart(stored)
+	if err != nil || fmt.Sprint(got) != fmt.Sprint(part) || got.check(pages) != nil {
 		t.Errorf("%v, %v", got, err)
 	}
-	if empty, err := parseNVRAMPart((&NVRAMPart{}).Append(nil), nil); err != nil || len(empty.Extents)+len(empty.Slots) != 0 {
+	if empty, err := parseNVRAMPart((&NVRAMPart{}).Append(nil)); err != nil || len(empty.Extents)+len(empty.Slots) != 0 {
 		t.Errorf("nothing: %v, %v", empty, err)
 	}
 	for n := range stored {
-		if _, err := parseNVRAMPart(stored[:n], pages); err == nil {
+		if _, err := parseNVRAMPart(stored[:n]); err == nil {
 			t.Errorf("cut to %d bytes of %d", n, len(stored))
 		}
 	}
-	if _, err := parseNVRAMPart(append(bytes.Clone(stored), 0), pages); err == nil {
+	if _, err := parseNVRAMPart(append(bytes.Clone(stored), 0)); err == nil {
 		t.Error("one byte more")
 	}
 	for _, at := range []int{0, 12, 15} {
 		bad := bytes.Clone(stored)
 		bad[at] += 2
-		if _, err := parseNVRAMPart(bad, pages); err == nil || !strings.Contains(err.Error(), "version") {
+		if _, err := parseNVRAMPart(bad); err == nil || !strings.Contains(err.Error(), "version") {
 			t.Errorf("reserved byte %d: %v", at, err)
 		}
 	}
 	for _, s := range []NVRAMSlot{{Block: 0, Page: 10}, {Block: 1, Page: 0}, {Block: 3, Page: 0}, {Block: 1 << 31}, {Page: 1 << 63}} {
-		if _, err := parseNVRAMPart((&NVRAMPart{Slots: []NVRAMSlot{s}}).Append(nil), pages); err == nil {
+		if p, err := parseNVRAMPart((&NVRAMPart{Slots: []NVRAMSlot{s}}).Append(nil)); err != nil || p.check(pages) == nil {
 			t.Errorf("slot of %+v", s)
 		}
 	}
 	// A length alone must not size an allocation.
 	if n := testing.AllocsPerRun(1, func() {
-		parseNVRAMPart([]byte{1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0}, pages)
+		parseNVRAMPart([]byte{1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0})
 	}); n > 20 {
 		t.Errorf("%v allocations", n)
 	}
@@ -96,17 +96,11 @@ func TestMeta(t *testing.T) {
 		"many chunks":       func(m *Meta) { m.MapChunks = make([]pagemap.Start, maxMapChunks+1) },
 		"many references":   func(m *Meta) { m.References = make([]uuid.UUID, maxRefs+1) },
 		"many bases":        func(m *Meta) { m.Bases = make([]pagemap.Start, maxMapChunks+1) },
-		"short root":        func(m *Meta) { m.Digests = &Digests{Algorithm: "a", Key: make([]byte, 16), Root: make([]byte, 31)} },
-		"no key":            func(m *Meta) { m.Digests = &Digests{Algorithm: "a", Root: make([]byte, RootLen)} },
-		"long key": func(m *Meta) {
-			m.Digests = &Digests{Algorithm: "a", Key: make([]byte, maxKey+1), Root: make([]byte, RootLen)}
-		},
-		"no algorithm":     func(m *Meta) { m.Digests = &Digests{Key: make([]byte, 16), Root: make([]byte, RootLen)} },
-		"tables nowhere":   func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 3, Count: 1}} },
-		"tables before":    func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: -1, Count: 1}} },
-		"tables behind":    func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 2}} },
-		"tables overflow":  func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 1<<64 - 1}} },
-		"table in no page": func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 1}} },
+		"tables nowhere":    func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 3, Count: 1}} },
+		"tables before":     func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: -1, Count: 1}} },
+		"tables behind":     func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 2}} },
+		"tables overflow":   func(m *Meta) { m.PageTables = []workingset.PageRun{{Page: 1, Count: 1<<64 - 1}} },
+		"table in no page":  func(m *Meta) { m.PageTables = []workingset.PageRun{{Block: 1}} },
 		"too many tables": func(m *Meta) {
 			m.Blocks = m.Blocks[:1]
 			m.PageTables = []workingset.PageRun{{Count: 2}, {Page: 1, Count: 1}}
@@ -130,6 +124,11 @@ func TestMeta(t *testing.T) {
 		}
 		if _, err := parseMeta(meta, identity); err == nil {
 			t.Errorf("%s: accepted", name)
+		}
+	}
+	for _, digests := range []string{`{"key":"00"}`, `{"root":7}`, `{"key":"` + strings.Repeat("g", 64) + `"}`, `{"root":"` + strings.Repeat("0", 66) + `"}`} {
+		if _, err := parseIdentity([]byte(`{"page_size":4096,"digests":` + digests + `}`)); err == nil {
+			t.Errorf("digests %s", digests)
 		}
 	}
 	for _, doc := range []string{"{", `{"blocks":{}}`, `{"blocks":[`, `{"blocks":7}`, `{"ram_bytes":1}`} {
@@ -241,7 +240,7 @@ func FuzzNVRAMPart(f *testing.F) {
 	f.Add((&NVRAMPart{}).Append(nil))
 	f.Add((&NVRAMPart{Extents: []uint32{1, 5}, Slots: []NVRAMSlot{{7, 0, 3}, {8, 1, 1}}}).Append(nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		p, err := parseNVRAMPart(b, []uint64{300, 2})
+		p, err := parseNVRAMPart(b)
 		if err == nil && !bytes.Equal(p.Append(nil), b) {
 			t.Error("written again it is another")
 		}

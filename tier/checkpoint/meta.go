@@ -5,7 +5,6 @@ package checkpoint
 
 import (
 	"bytes"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
@@ -48,13 +48,12 @@ type Identity struct {
 	Digests *Digests `json:"digests,omitempty"`
 }
 
-// Digests is what must be known to check a page by its digest.
+// Digests is what must be known to check a page by its digest (package digest).
 type Digests struct {
-	Algorithm string `json:"algorithm"` // of the pages' digests
-	// Key goes into them, so that no guest can make two pages of one digest. It is
-	// made for a VM's first checkpoint and handed on, so that digests compare.
-	Key  []byte `json:"key"`
-	Root []byte `json:"root"` // BLAKE3-256 of the table of DIGESTS
+	Algorithm digest.Algorithm `json:"algorithm"`
+	// Key is made for a VM's first checkpoint and handed on, so that digests compare.
+	Key  digest.Key  `json:"key"`
+	Root digest.Root `json:"root"` // of the table of DIGESTS
 }
 
 // Bulk is the JSON document in a flash image's META frame.
@@ -100,7 +99,6 @@ const (
 	maxNames     = 4096
 	maxMapChunks = 1 << 19
 	maxRefs      = 1024
-	maxKey       = 64 // bytes
 )
 
 func (l *blockList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, MaxBlocks) }
@@ -144,7 +142,8 @@ type Report struct {
 	Hot        int64 `json:"hot"`        // in the NVRAM part
 	Cold       int64 `json:"cold"`       // in the flash image
 	Disk       int64 `json:"disk"`       // equal to a block of a disk image
-	Delta      int64 `json:"delta"`      // stored against the parent's page
+	Delta      int64 `json:"delta"`      // stored as what has changed of another page
+	Unchanged  int64 `json:"unchanged"`  // as in an earlier checkpoint, which has them
 	Resent     int64 `json:"resent"`     // records of pages that had come before
 	Superseded int64 `json:"superseded"` // stored, then replaced by a later version
 	// SupersededFlash is those of them that were on flash: written there in vain.
@@ -283,9 +282,6 @@ func parseIdentity(b []byte) (*Identity, error) {
 	if n := id.NVRAM; n != nil && (n.Slots < 0 || n.Bytes != int64(n.Slots)*int64(id.PageSize)) {
 		return nil, fmt.Errorf("%d NVRAM slots of %d bytes together", n.Slots, n.Bytes)
 	}
-	if d := id.Digests; d != nil && (len(d.Root) != RootLen || len(d.Key) == 0 || len(d.Key) > maxKey || d.Algorithm == "") {
-		return nil, fmt.Errorf("digests by %q with a key of %d bytes and a root of %d", d.Algorithm, len(d.Key), len(d.Root))
-	}
 	return &id, nil
 }
 
@@ -333,77 +329,4 @@ func (m *Meta) parseBulk(b []byte) error {
 		return fmt.Errorf("libvirt domain of %d bytes, cookie of %d", len(l.XML), len(l.Cookie))
 	}
 	return nil
-}
-
-// NVRAMPart is the content of the NVRAM frames: which extents of the NVRAM
-// file belong to the checkpoint, in slot order, and for each slot in use, which
-// is the prefetch order, its CRC-32C and the page it was taken for. Stored
-// little-endian, cut into chunks anywhere:
-//
-//	u32 version, 1; u32 number of extents; u32 number of slots; u32 0
-//	u32 for each extent
-//	for each slot: u32 CRC-32C, u32 block, u64 page
-type NVRAMPart struct {
-	Extents []uint32
-	Slots   []NVRAMSlot
-}
-
-// NVRAMSlot describes a slot of the NVRAM part.
-type NVRAMSlot struct {
-	CRC   uint32
-	Block uint32
-	Page  uint64
-}
-
-const (
-	nvramVersion = 1
-	nvramHeadLen = 16
-	nvramSlotLen = 16
-)
-
-// Append appends the stored form.
-func (p *NVRAMPart) Append(dst []byte) []byte {
-	le := binary.LittleEndian
-	dst = le.AppendUint32(dst, nvramVersion)
-	dst = le.AppendUint32(dst, uint32(len(p.Extents)))
-	dst = le.AppendUint32(dst, uint32(len(p.Slots)))
-	dst = le.AppendUint32(dst, 0)
-	for _, e := range p.Extents {
-		dst = le.AppendUint32(dst, e)
-	}
-	for _, s := range p.Slots {
-		dst = le.AppendUint32(dst, s.CRC)
-		dst = le.AppendUint32(dst, s.Block)
-		dst = le.AppendUint64(dst, s.Page)
-	}
-	return dst
-}
-
-// parseNVRAMPart reads the stored form; pages gives the size of each block.
-func parseNVRAMPart(b []byte, pages []uint64) (*NVRAMPart, error) {
-	le := binary.LittleEndian
-	if len(b) < nvramHeadLen {
-		return nil, errors.New("too short")
-	}
-	version, extents, slots := le.Uint32(b), int(le.Uint32(b[4:])), int(le.Uint32(b[8:]))
-	if version != nvramVersion || le.Uint32(b[12:]) != 0 {
-		return nil, fmt.Errorf("it is in version %d, which this flic-migrate does not know", version)
-	}
-	b = b[nvramHeadLen:]
-	if want := 4*extents + nvramSlotLen*slots; len(b) != want {
-		return nil, fmt.Errorf("%d extents and %d slots in %d bytes", extents, slots, len(b))
-	}
-	p := &NVRAMPart{Extents: make([]uint32, extents), Slots: make([]NVRAMSlot, slots)}
-	for i := range p.Extents {
-		p.Extents[i] = le.Uint32(b[4*i:])
-	}
-	b = b[4*extents:]
-	for i := range p.Slots {
-		s := b[nvramSlotLen*i:]
-		p.Slots[i] = NVRAMSlot{le.Uint32(s), le.Uint32(s[4:]), le.Uint64(s[8:])}
-		if blk := p.Slots[i].Block; int64(blk) >= int64(len(pages)) || p.Slots[i].Page >= pages[blk] {
-			return nil, fmt.Errorf("slot %d is for page %d of block %d", i, p.Slots[i].Page, blk)
-		}
-	}
-	return p, nil
 }

@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
@@ -18,7 +19,7 @@ type Reference struct {
 	UUID uuid.UUID
 	// Root is the digest of its DIGESTS' table: whatever is taken from it is checked
 	// up to this value, which is under this checkpoint's own checksums.
-	Root [RootLen]byte
+	Root digest.Root
 	// VM and Number are its name in its store: for messages, and where to look first.
 	VM     string
 	Number int
@@ -48,9 +49,6 @@ func (r *Reference) Name() string { return fmt.Sprintf("%s@%d (%v)", r.VM, r.Num
 type References []Reference
 
 const (
-	// RootLen is the length of a digest of DIGESTS, BLAKE3-256, in bytes.
-	RootLen = 32
-
 	referencesVersion = 1
 	referencesHeadLen = 8
 	referenceLen      = 72 // without name and ranges

@@ -12,13 +12,14 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
 // twoReferences is a document with little of everything.
 func twoReferences() References {
 	return References{
-		{UUID: uuid.UUID{1}, Root: [RootLen]byte{2, 3}, VM: "vm", Number: 7, SegmentPages: 32, Segments: 100, Slots: 50,
+		{UUID: uuid.UUID{1}, Root: digest.Root{2, 3}, VM: "vm", Number: 7, SegmentPages: 32, Segments: 100, Slots: 50,
 			NeedSegments: source.Ranges{{First: 0, Count: 1}, {First: 2, Count: 98}}, NeedSlots: source.Ranges{{First: 10, Count: 40}}},
 		{UUID: uuid.UUID{9}, VM: "Übung", Number: 99999999, SegmentPages: 256, Segments: 1<<32 - 1,
 			NeedSegments: source.Ranges{{First: 1, Count: 1<<32 - 2}}},

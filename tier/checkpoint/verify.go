@@ -14,22 +14,27 @@ import (
 )
 
 // Verify reads and checks every byte of the checkpoint: all frames, all NVRAM
-// slots, that each page's bytes can be had, and that the skeleton places every page
-// that was saved exactly once. found is called for each damage, in order of files;
-// Verify goes on after it and returns an error only if it could not go on.
+// slots, what it needs of other checkpoints, that each page's bytes can be had, and that
+// the skeleton places every page that was saved exactly once. found is called for each
+// damage, in order of files; Verify goes on after it and returns an error only if it
+// could not go on.
 func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
-	v := &verifier{c: c, ctx: ctx, found: found, set: c.Sources(), cache: c.NewCache(2 * source.MaxNeeds)}
+	v := &verifier{c: c, ctx: ctx, found: found, set: c.Sources(), cache: c.NewCache(verifyCache), bad: make(map[source.Need]bool)}
 	v.slots = &slotChecker{Backing: v.set.Backing, checked: make([]bool, len(c.NVRAMSlots()))}
 	v.set.Backing = v.slots
 	v.reader = v.set.NewReader(v.cache)
 	defer v.reader.Close()
-	for _, step := range []func() error{v.frames, v.nvram, v.elsewhere, v.unused, v.skeleton} {
+	for _, step := range []func() error{v.frames, v.references, v.nvram, v.elsewhere, v.unused, v.skeleton} {
 		if err := step(); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// verifyCache is how many decoded segments a Verify keeps: pages are read by the
+// segments of their bases, and several segments of deltas may be against one.
+const verifyCache = 16
 
 // verifier is one Verify.
 type verifier struct {
@@ -41,6 +46,9 @@ type verifier struct {
 	reader *source.Reader
 	slots  *slotChecker
 	decode image.SegmentReader
+	order  *source.Order // nil: the page map is damaged, and elsewhere reports it
+	bad    map[source.Need]bool
+	room   [source.MaxNeeds]source.Need
 }
 
 // report passes damage to found and anything else on.
@@ -54,43 +62,84 @@ func (v *verifier) report(err error) error {
 }
 
 // frames reads the image from front to back: each segment once, and with it the
-// pages that are in it.
-func (v *verifier) frames() error {
-	order, err := v.set.NewOrder(v.c.PageMap)
-	if err != nil {
+// pages that need it first.
+func (v *verifier) frames() (err error) {
+	if v.order, err = v.set.NewOrder(v.c.PageMap); err != nil {
 		if !integrity.IsCorrupt(err) {
 			return err
 		}
-		order = nil // elsewhere reports it
+		v.order = nil
 	}
 	return v.c.Image.Frames(func(k image.Kind, n uint32, _ int64) error {
 		if v.ctx.Err() != nil {
 			return context.Cause(v.ctx)
 		}
 		if k.IsSegment() {
-			return v.segment(order, source.Segment(n))
+			return v.segment(source.Segment(n))
 		}
 		_, err := v.c.Image.Chunk(k, int(n))
 		return v.report(err)
 	})
 }
 
-func (v *verifier) segment(order *source.Order, n source.Need) error {
-	h, err := v.cache.Get(v.ctx, n, &v.decode)
-	if err != nil {
-		return v.report(err)
+// references reads what this checkpoint needs of the images of others, and nothing else
+// of them, each from front to back.
+func (v *verifier) references() error {
+	for i, r := range v.c.refs {
+		err := r.NeedSegments.Each(func(n uint32) error {
+			if v.ctx.Err() != nil {
+				return context.Cause(v.ctx)
+			}
+			if r.im.SegmentOffset(n) < 0 {
+				return nil // a number that was not used; a page that names it says so
+			}
+			return v.segment(source.Need{Space: source.Space(i + 1), Number: n})
+		})
+		if err != nil {
+			return err
+		}
 	}
-	defer v.cache.Release(h)
-	if order == nil {
-		return nil
-	}
-	return order.Stretches(order.Thing(n), v.pages)
+	return nil
 }
 
-// pages reads the pages of a stretch. Of damaged ones the first is reported.
+// segment reads a segment, and the pages that need it first.
+func (v *verifier) segment(n source.Need) error {
+	ok, err := v.sound(n)
+	if err != nil || !ok || v.order == nil {
+		return err
+	}
+	return v.order.Stretches(v.order.Thing(n), v.pages)
+}
+
+// sound tells whether a segment can be decoded. Once it reports why not.
+func (v *verifier) sound(n source.Need) (bool, error) {
+	if v.bad[n] {
+		return false, nil
+	}
+	h, err := v.cache.Get(v.ctx, n, &v.decode)
+	if err != nil {
+		if n.Space > 0 {
+			err = fmt.Errorf("it needs checkpoint %s: %w", v.c.refs[n.Space-1].Name(), err)
+		}
+		err = v.report(err)
+		v.bad[n] = err == nil
+		return false, err
+	}
+	v.cache.Release(h)
+	return true, nil
+}
+
+// pages reads the pages of a stretch. Of damaged ones the first is reported, and none
+// where a segment is damaged: that was.
 func (v *verifier) pages(r pagemap.Run) error {
 	if r.Step == 0 {
 		r.Count = 1 // they are all in one place
+	}
+	needs, _ := v.set.Stretch(r, v.room[:])
+	for _, n := range needs {
+		if ok, err := v.sound(n); !ok {
+			return err
+		}
 	}
 	at := r.Page
 	err := v.reader.Read(v.ctx, r, func(i, n uint64, _ source.Content) error {
@@ -114,7 +163,7 @@ func (v *verifier) nvram() error {
 	// Of the file's two headers one is enough to read it, so nobody else
 	// notices when the other is lost. What else Check finds is either this
 	// checkpoint's, and was found by Open, or another's.
-	damage, err := v.c.nvfile.Check(v.ctx)
+	damage, err := v.c.part.file.Check(v.ctx)
 	if err != nil {
 		return err
 	}
@@ -159,25 +208,23 @@ func (v *verifier) unused() error {
 		if err := v.report(err); err != nil {
 			return err
 		}
-		v.c.region.DontNeed(slot, 1)
+		v.c.part.region.DontNeed(slot, 1)
 	}
 	return nil
 }
 
-// slotChecker is a Backing that checks each NVRAM slot once, however many pages have
-// it. Its bytes are for nobody.
+// slotChecker is a Backing that remembers which of the own NVRAM slots were checked.
 type slotChecker struct {
 	source.Backing
 	checked []bool
 }
 
 // Slot implements source.Backing.
-func (s *slotChecker) Slot(slot uint64, want source.Page) ([]byte, error) {
-	if s.checked[slot] {
-		return nil, nil
+func (s *slotChecker) Slot(space source.Space, slot uint64, want source.Page) ([]byte, error) {
+	if space == 0 {
+		s.checked[slot] = true
 	}
-	s.checked[slot] = true
-	return s.Backing.Slot(slot, want)
+	return s.Backing.Slot(space, slot, want)
 }
 
 // placement is where the skeleton places pages, numbered through all blocks.

@@ -260,6 +260,14 @@ func (im *Image) SegmentOffset(n uint32) int64 {
 	return im.frames[im.segments[n]].off
 }
 
+// SegmentKind is the kind of segment n, or 0 if there is no such segment.
+func (im *Image) SegmentKind(n uint32) Kind {
+	if im.SegmentOffset(n) < 0 {
+		return 0
+	}
+	return im.frames[im.segments[n]].kind
+}
+
 // StoredBytes is what the frames of a kind take in the file, with their
 // headers.
 func (im *Image) StoredBytes(k Kind) int64 {

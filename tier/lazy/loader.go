@@ -174,18 +174,21 @@ func (l *loader) load(ctx context.Context, window []stretch) error {
 // that a live save sent again later may have left its slot: what is elsewhere is
 // not in reach here.
 func (l *loader) loadNVRAM(ctx context.Context) error {
-	for _, s := range l.c.NVRAMSlots() {
-		run, err := l.c.PageMap.Find(int(s.Block), s.Page)
+	err := l.c.HotPages(func(block int, page uint64) error {
+		if block >= l.c.PageMap.Blocks() || page >= l.c.PageMap.Pages(block) {
+			return nil // another checkpoint's
+		}
+		run, err := l.c.PageMap.Find(block, page)
 		if err != nil {
 			return err
 		}
-		run.Count = 1
-		if !l.bare(run) {
-			continue
+		if run.Count = 1; !l.bare(run) {
+			return nil
 		}
-		if err := l.add(ctx, run, false); err != nil {
-			return err
-		}
+		return l.add(ctx, run, false)
+	})
+	if err != nil {
+		return err
 	}
 	return l.end(ctx)
 }

@@ -80,7 +80,7 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, s
 		p.sent = append(p.sent, bitmap.New(int64(n)))
 	}
 	saved := c.Meta.Report
-	p.total = saved.Hot + saved.Cold + saved.Disk + saved.Delta
+	p.total = saved.Hot + saved.Cold + saved.Disk + saved.Delta + saved.Unchanged
 	if o.ZeroRest {
 		p.total = 0
 		for _, b := range p.sent {

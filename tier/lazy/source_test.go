@@ -24,14 +24,14 @@ const toyKind pagemap.Kind = 60
 var toy = source.Row{
 	Kind: toyKind, Name: "toy", Form: source.Whole,
 	Needs: func(f *source.Facts, r pagemap.Run, dst []source.Need) ([]source.Need, uint64) {
-		dst, n := source.SlotNeeds(f, r, dst)
+		dst, n := source.Default.Row(pagemap.Flash).Needs(f, r, dst)
 		return append(dst, source.Segment(0)), n
 	},
 	Content: func(rd *source.Reader, e pagemap.Entry) (source.Content, error) {
 		if _, err := rd.Segment(source.Segment(0)).Page(0); err != nil {
 			return source.Content{}, err
 		}
-		per := rd.Facts().SegmentPages
+		per := rd.Facts().Spaces[0].SegmentPages
 		b, err := rd.Segment(source.Segment(uint32(e.Value() / per))).Page(int(e.Value() % per))
 		return source.Content{Form: source.Whole, Data: b}, err
 	},

@@ -403,4 +403,5 @@ func (p *placer) report(r *checkpoint.Report) {
 		return nil
 	})
 	r.Zero, r.ZeroAsData, r.Hot, r.Cold = n.Zero, n.ZeroAsData, n.Hot, n.Cold
+	r.Delta, r.Unchanged = n.Delta, n.Unchanged
 }

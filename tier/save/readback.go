@@ -27,7 +27,7 @@ type readback struct {
 func newReadback(p *placer) *readback {
 	b := &readback{p: p, slot: make([]byte, p.pageSize)}
 	set := &source.Set{
-		Facts: source.Facts{PageSize: p.pageSize, SegmentPages: uint64(p.segmentPages())},
+		Facts: source.Facts{PageSize: p.pageSize, Spaces: []source.SpaceFacts{{SegmentPages: uint64(p.segmentPages())}}},
 		Table: source.Default, Backing: b,
 	}
 	b.reader = set.NewReader(source.NewCache(b.Fetch, cachedSegments))
@@ -59,7 +59,7 @@ func (b *readback) Fetch(st *image.Stored, n source.Need) error {
 
 // Slot implements source.Backing. What is being written is read with read(2): its
 // checksum is not durable yet, and a fault in a mapping would be a read error.
-func (b *readback) Slot(slot uint64, _ source.Page) ([]byte, error) {
+func (b *readback) Slot(_ source.Space, slot uint64, _ source.Page) ([]byte, error) {
 	return b.slot, b.p.to.region.ReadPage(int(slot), b.slot)
 }
 
@@ -67,7 +67,7 @@ func (b *readback) Slot(slot uint64, _ source.Page) ([]byte, error) {
 func (b *readback) Guard(fn func() error) error { return fn() }
 
 // Drop implements source.Backing.
-func (b *readback) Drop(uint64, uint64) {}
+func (b *readback) Drop(source.Space, uint64, uint64) {}
 
 // content copies what entry e stands for into dst. It never waits for anything but
 // the image's writer, which has an end.

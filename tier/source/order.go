@@ -10,19 +10,24 @@ import (
 type Order struct {
 	set    *Set
 	m      *pagemap.Map
-	bases  []uint64 // of each space: things in all spaces before it
-	starts []uint32 // of each thing, its first stretch, and the number of all
-	pages  []uint64 // of each stretch, its first page
+	before [][]uint64 // of each space and each of its ranges of segments: things in all before it
+	starts []uint32   // of each thing, its first stretch, and the number of all
+	pages  []uint64   // of each stretch, its first page
 	room   [MaxNeeds]Need
 }
 
 // NewOrder looks at the whole page map, twice.
 func (s *Set) NewOrder(m *pagemap.Map) (*Order, error) {
-	o := &Order{set: s, m: m, bases: make([]uint64, len(s.Objects)+1)}
-	for i, n := range s.Objects {
-		o.bases[i+1] = o.bases[i] + uint64(n)
+	o := &Order{set: s, m: m, before: make([][]uint64, len(s.Spaces))}
+	things := uint64(0)
+	for i := range s.Spaces {
+		o.before[i] = append(o.before[i], things)
+		for _, r := range s.Spaces[i].Segments {
+			things += uint64(r.Count)
+			o.before[i] = append(o.before[i], things)
+		}
 	}
-	o.starts = make([]uint32, o.bases[len(s.Objects)]+1)
+	o.starts = make([]uint32, things+1)
 	// First how many each thing has, one place further on.
 	err := o.each(func(thing uint64, _ pagemap.Run) { o.starts[thing+1]++ })
 	if err != nil {
@@ -61,10 +66,19 @@ func (o *Order) each(fn func(thing uint64, r pagemap.Run)) error {
 }
 
 // Things is how many things there are that pages may need.
-func (o *Order) Things() uint64 { return o.bases[len(o.bases)-1] }
+func (o *Order) Things() uint64 { return uint64(len(o.starts)) - 1 }
 
-// Thing numbers what can be needed through all spaces.
-func (o *Order) Thing(n Need) uint64 { return o.bases[n.Space] + uint64(n.Number) }
+// Thing numbers what can be needed through all spaces. What no page may need has the
+// number of what comes next.
+func (o *Order) Thing(n Need) uint64 {
+	ranges := o.set.Spaces[n.Space].Segments
+	i, ok := ranges.find(uint64(n.Number))
+	thing := o.before[n.Space][i]
+	if ok {
+		thing += uint64(n.Number - ranges[i].First)
+	}
+	return thing
+}
 
 // Stretches calls fn with each stretch whose first need is a thing, in page order.
 func (o *Order) Stretches(thing uint64, fn func(r pagemap.Run) error) error {

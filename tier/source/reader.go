@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 )
@@ -15,19 +16,28 @@ type Page struct {
 }
 
 // Backing is where the bytes of one checkpoint's sources come from: its image and
-// its NVRAM part, whole or while they are written.
+// its NVRAM part, whole or while they are written, and those of its references.
 type Backing interface {
 	// Fetch reads what n names as it is stored, and checks it. It may be called from
 	// several goroutines.
 	Fetch(st *image.Stored, n Need) error
-	// Slot is the content of an NVRAM slot, checked, which is wanted for a page.
-	// The bytes may lie in a mapping: they are touched within Guard only, and only
-	// until the next call or Drop.
-	Slot(slot uint64, want Page) ([]byte, error)
-	// Guard runs fn and turns a fault of the mapping into an error.
+	// Slot is the content of an NVRAM slot, which is wanted for a page; one of space 0
+	// is checked. The bytes may lie in a mapping: they are touched within Guard only,
+	// and only until the next call or Drop.
+	Slot(space Space, slot uint64, want Page) ([]byte, error)
+	// Guard runs fn and turns a fault of a mapping into an error.
 	Guard(fn func() error) error
 	// Drop takes slots [first, first+n) out of the process's memory.
-	Drop(first, n uint64)
+	Drop(space Space, first, n uint64)
+}
+
+// Checker checks by its digest what comes from a reference. An error says which bytes
+// are wrong.
+type Checker interface {
+	// CheckPage is for the page of a flash slot, which may be that of a delta.
+	CheckPage(space Space, slot uint64, page []byte) error
+	// CheckSlot is for the page of an NVRAM slot.
+	CheckSlot(space Space, slot uint64, page []byte) error
 }
 
 // Lender is a Backing that has some of what is to be fetched in memory, decoded.
@@ -42,6 +52,7 @@ type Set struct {
 	Facts
 	*Table
 	Backing
+	Checker // nil: there are no references
 }
 
 // Stretch tells what the first pages of a run need, and how many of them, at least 1,
@@ -73,15 +84,21 @@ type Reader struct {
 	fn    func(i, n uint64, c Content) error
 	pages func() error // readPages
 
-	slots struct{ reads, first, last uint64 } // since slots were let go
+	slots []slotReads // by space
+
+	// Pages in the making: one inflated, and one of a base and a delta.
+	unpacked, result []byte
 }
+
+// slotReads is what was read of an NVRAM part since slots were let go.
+type slotReads struct{ reads, first, last uint64 }
 
 // hand is what a Reader has at hand.
 type hand struct {
 	need    Need
 	held    *Held // nil: it is lent, for one page
 	segment *image.Segment
-	first   uint64 // its first slot, if it is a segment of the own image
+	first   uint64 // its first slot
 }
 
 // NewReader returns a Reader that has what it needs decoded when it needs it, by
@@ -222,14 +239,35 @@ func (rd *Reader) Segment(n Need) *image.Segment {
 
 // InSegment is the segment and the position in it of a flash slot that the page that
 // is being read needs.
-func (rd *Reader) InSegment(slot uint64) (*image.Segment, int) {
+func (rd *Reader) InSegment(space Space, slot uint64) (*image.Segment, int) {
 	for i := range rd.at[:rd.n] {
 		h := &rd.at[i]
-		if n := slot - h.first; h.need.Space == 0 && n < rd.set.SegmentPages {
+		if n := slot - h.first; h.need.Space == space && n < rd.set.Spaces[space].SegmentPages {
 			return h.segment, int(n)
 		}
 	}
 	panic("source: a row wants what it does not need")
+}
+
+// inflated is the page at a position of a segment, deflated there or not.
+func (rd *Reader) inflated(s *image.Segment, i int) ([]byte, error) {
+	c, err := ofSegment(s, i)
+	if err != nil || c.Form != Deflated {
+		return c.Data, err
+	}
+	page := rd.buffer(&rd.unpacked)
+	if err := ramparse.Inflate(page, c.Data); err != nil {
+		return nil, s.Corrupt(fmt.Errorf("record %d: %w", i, err))
+	}
+	return page, nil
+}
+
+// buffer is a page's length of memory, made when it is first needed.
+func (rd *Reader) buffer(b *[]byte) []byte {
+	if *b == nil {
+		*b = make([]byte, rd.set.PageSize)
+	}
+	return *b
 }
 
 func (rd *Reader) find(n Need) *hand {
@@ -264,7 +302,7 @@ func (rd *Reader) want(ctx context.Context, needs []Need) error {
 		}
 		if rd.lender != nil {
 			if s := rd.lender.Lend(n); s != nil {
-				rd.at[rd.n] = hand{n, nil, s, uint64(n.Number) * rd.set.SegmentPages}
+				rd.at[rd.n] = hand{n, nil, s, uint64(n.Number) * rd.set.Spaces[n.Space].SegmentPages}
 				rd.n++
 				continue
 			}
@@ -282,7 +320,7 @@ func (rd *Reader) want(ctx context.Context, needs []Need) error {
 			rd.cache.Release(h)
 			return err
 		}
-		rd.at[rd.n] = hand{n, h, s, uint64(n.Number) * rd.set.SegmentPages}
+		rd.at[rd.n] = hand{n, h, s, uint64(n.Number) * rd.set.Spaces[n.Space].SegmentPages}
 		rd.n++
 	}
 	return nil
@@ -293,10 +331,12 @@ func (rd *Reader) want(ctx context.Context, needs []Need) error {
 // a whole folio, and 512 KiB have been seen.
 func (rd *Reader) LetGo() {
 	const around = 512
-	if v := &rd.slots; v.reads > 0 {
-		first := v.first - min(v.first, around)
-		rd.set.Drop(first, v.last+around-first)
-		v.reads = 0
+	for space := range rd.slots {
+		if v := &rd.slots[space]; v.reads > 0 {
+			first := v.first - min(v.first, around)
+			rd.set.Drop(Space(space), first, v.last+around-first)
+			v.reads = 0
+		}
 	}
 }
 
@@ -305,15 +345,18 @@ func (rd *Reader) LetGo() {
 const dropEvery = 1024
 
 // slot is the content of an NVRAM slot for the page that is being read.
-func (rd *Reader) slot(n uint64) ([]byte, error) {
-	v := &rd.slots
+func (rd *Reader) slot(space int, n uint64) ([]byte, error) {
+	for len(rd.slots) <= space {
+		rd.slots = append(rd.slots, slotReads{})
+	}
+	v := &rd.slots[space]
 	if v.reads == dropEvery {
-		rd.set.Drop(v.first, v.last-v.first+1)
+		rd.set.Drop(Space(space), v.first, v.last-v.first+1)
 		v.reads = 0
 	}
 	if v.reads == 0 {
 		v.first, v.last = n, n
 	}
 	v.reads, v.first, v.last = v.reads+1, min(v.first, n), max(v.last, n)
-	return rd.set.Slot(n, rd.page)
+	return rd.set.Slot(Space(space), n, rd.page)
 }

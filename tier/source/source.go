@@ -7,6 +7,14 @@
 //	                       │              └─► Cache: Reserve, Fill, Wait, Release
 //	                       └─► Row.Content ◄──────┘ ─► record form and bytes
 //
+//	kind            bytes are                                        checked by
+//	nvram           in this checkpoint's NVRAM part                  CRC-32C
+//	flash           in a segment of its image                        CRC-32C
+//	foreign nvram   in another's NVRAM part                          digest
+//	foreign         in a segment of another's image                  digest
+//	delta           words here, and a base that is one of the above  as its parts
+//	foreign delta   words there, likewise                            digest of the page
+//
 // Eager and lazy restore, verify, copies and a save that reads back what it has
 // stored all go through it, and nothing else looks at an entry's kind. So a new
 // source of page bytes is one row more. A kind without a row refuses the pages that
@@ -21,7 +29,6 @@ import (
 	"fmt"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
-	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 )
 
@@ -69,11 +76,11 @@ func (c Content) Copy(dst []byte) error {
 	return nil
 }
 
-// Space is a numbering of things that must be fetched. 0 are the segments of the
-// checkpoint's own image; a source that reads something else has a space of its own.
+// Space is an image, whose segments are numbered, and the NVRAM part that goes with it.
+// 0 is the checkpoint's own, i+1 that of its reference i.
 type Space uint16
 
-// Need names one thing that must be fetched and decoded.
+// Need names one thing that must be fetched and decoded: a segment of an image.
 type Need struct {
 	Space  Space
 	Number uint32
@@ -86,15 +93,23 @@ func (n Need) String() string {
 	if n.Space == 0 {
 		return fmt.Sprintf("segment %d", n.Number)
 	}
-	return fmt.Sprintf("object %d of space %d", n.Number, n.Space)
+	return fmt.Sprintf("segment %d of reference %d", n.Number, n.Space-1)
 }
 
 // Facts are what a row must know of a checkpoint.
 type Facts struct {
-	PageSize     int      // bytes
-	SegmentPages uint64   // pages in a full segment
-	Slots        uint64   // of the NVRAM part in use
-	Objects      []uint32 // of each space: one more than the highest number
+	PageSize int // bytes
+	Spaces   []SpaceFacts
+	// Bases is the entry of each delta's base: block i is space i, a page a slot there.
+	// It is checked with CheckBase. nil: there are no deltas.
+	Bases *pagemap.Map
+}
+
+// SpaceFacts are what a row must know of an image.
+type SpaceFacts struct {
+	SegmentPages uint64 // pages in a full segment
+	Segments     Ranges // that pages may need
+	Slots        Ranges // of its NVRAM part, likewise
 }
 
 // MaxNeeds is how many needs one page can have: a delta and its base.
@@ -118,9 +133,11 @@ type Row struct {
 	// returns how many of the run's pages, at least 1, need exactly that. nil: nothing.
 	Needs func(f *Facts, r pagemap.Run, dst []Need) ([]Need, uint64)
 	// Content is the content of a page with entry e. Its needs are at hand:
-	// Reader.Segment gives them. Errors need not name the page.
+	// Reader.Segment and Reader.InSegment give them. Errors need not name the page.
 	Content func(rd *Reader, e pagemap.Entry) (Content, error)
 
+	// bytes is Content as a whole page, of kinds whose bytes are stored.
+	bytes   func(rd *Reader, e pagemap.Entry) ([]byte, error)
 	unknown bool
 }
 
@@ -142,7 +159,8 @@ type Counts struct {
 	Hot        int64 // in the NVRAM part
 	Cold       int64 // in the flash image
 	Disk       int64 // equal to a block of a disk image
-	Delta      int64 // stored against another page
+	Delta      int64 // stored here, against another page
+	Unchanged  int64 // in another checkpoint, whole or against another page
 }
 
 // Table has the rows by kind. It does not change once it is made.
@@ -151,7 +169,7 @@ type Table struct {
 }
 
 // Default is the table of this version's kinds.
-var Default = newTable().With(rows...)
+var Default = stored.With(bare...).With(deltas...)
 
 func newTable() *Table {
 	t := new(Table)
@@ -199,8 +217,8 @@ func (e *UnknownError) Error() string {
 	return fmt.Sprintf("its source, %v, is not known to this flic-migrate", e.Kind)
 }
 
-// rows are the kinds of this version.
-var rows = []Row{
+// bare are the kinds whose entries say it all.
+var bare = []Row{
 	{
 		Kind: pagemap.Absent, Name: "absent", Form: Nothing,
 		Content: func(*Reader, pagemap.Entry) (Content, error) { return Content{}, nil },
@@ -224,52 +242,4 @@ var rows = []Row{
 		},
 		Content: func(*Reader, pagemap.Entry) (Content, error) { return Content{Form: Zeros}, nil },
 	},
-	{
-		Kind: pagemap.NVRAM, Name: "nvram", Form: Whole, Mapped: true,
-		Count: func(c *Counts, r pagemap.Run) { c.Hot += int64(r.Count) },
-		Check: func(f *Facts, r pagemap.Run) error {
-			if last := r.Last(); last >= f.Slots {
-				return fmt.Errorf("NVRAM slot %d does not exist", last)
-			}
-			return nil
-		},
-		Content: func(rd *Reader, e pagemap.Entry) (Content, error) {
-			b, err := rd.slot(e.Value())
-			return Content{Form: Whole, Data: b}, err
-		},
-	},
-	{
-		Kind: pagemap.Flash, Name: "flash", Form: Whole,
-		Count: func(c *Counts, r pagemap.Run) { c.Cold += int64(r.Count) },
-		Check: func(f *Facts, r pagemap.Run) error {
-			if last := r.Last(); last/f.SegmentPages >= uint64(f.Objects[0]) {
-				return fmt.Errorf("flash slot %d does not exist", last)
-			}
-			return nil
-		},
-		Needs: SlotNeeds,
-		Content: func(rd *Reader, e pagemap.Entry) (Content, error) {
-			return ofSegment(rd.InSegment(e.Value()))
-		},
-	},
-}
-
-// SlotNeeds is Row.Needs of kinds whose value is a flash slot.
-func SlotNeeds(f *Facts, r pagemap.Run, dst []Need) ([]Need, uint64) {
-	n, at := r.First/f.SegmentPages, r.First%f.SegmentPages
-	count := r.Count
-	if r.Step != 0 {
-		count = min(count, f.SegmentPages-at)
-	}
-	return append(dst, Segment(uint32(n))), count
-}
-
-// ofSegment is the content at a position of a decoded segment.
-func ofSegment(s *image.Segment, i int) (Content, error) {
-	if s.Kind == image.Records {
-		b, err := s.Record(i)
-		return Content{Form: Deflated, Data: b}, err
-	}
-	b, err := s.Page(i)
-	return Content{Form: Whole, Data: b}, err
 }

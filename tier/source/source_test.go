@@ -2,7 +2,9 @@ package source_test
 
 import (
 	"bytes"
+	"compress/zlib"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -13,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/tier/delta"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -28,22 +31,87 @@ const (
 // fill is the content of a flash slot.
 func fill(slot uint64) []byte { return bytes.Repeat([]byte{byte(slot), byte(slot >> 4)}, pageSize/2) }
 
-// open is an image with segments of those pages.
-func open(t testing.TB) *image.Image {
+// spaces are the images: the checkpoint's own and those of two references. Segments
+// have pages, records or deltas, as the letters say; NVRAM parts have 10 slots.
+var spaces = []struct {
+	per      int
+	segments string
+}{
+	{per, strings.Repeat("p", segments) + "ddd"},
+	{8, "ppdrppd"},
+	{2, "prpdpppppp"},
+}
+
+// held is what is in a slot of a space, NVRAM slots counting from 5000 on. It differs
+// from slot to slot, and in each word from that of space 0.
+func held(space int, slot uint64) []byte {
+	return fill(slot + uint64(space)*10000)
+}
+
+// word is the one that the delta in a slot changes, and to what.
+func word(space int, slot uint64) (at int, value byte) {
+	return int(slot) % (pageSize / 8), byte(slot) ^ byte(space) | 0x80
+}
+
+// base is what the delta in a slot is against: anything that is no delta.
+func base(space int, slot uint64) pagemap.Entry {
+	switch slot % 5 {
+	case 0:
+		return pagemap.Make(pagemap.NVRAM, slot%9)
+	case 1:
+		return pagemap.Make(pagemap.Flash, slot%(segments*per))
+	case 2:
+		return pagemap.MakeForeign(pagemap.Foreign, 0, slot%16)
+	case 3: // of the records
+		return pagemap.MakeForeign(pagemap.Foreign, 1, 2+slot%2)
+	}
+	return pagemap.MakeForeign(pagemap.ForeignNVRAM, 1, slot%9)
+}
+
+// open is the image of a space.
+func open(t testing.TB, space int) *image.Image {
 	t.Helper()
-	f, err := crashfs.New(0).Create("/image")
+	f, err := crashfs.New(0).Create(fmt.Sprintf("/image%d", space))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	w, err := image.NewWriter(f, image.Header{PageSize: pageSize, SegmentPages: per}, image.LZ4, 1)
+	sp := spaces[space]
+	w, err := image.NewWriter(f, image.Header{PageSize: pageSize, SegmentPages: sp.per, Features: image.Features{Incompat: image.HasDeltas}}, image.LZ4, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for n := range uint64(segments) {
-		b := w.NewBuffer(image.Pages)
-		for i := range uint64(per) {
-			b.Data = append(b.Data, fill(n*per+i)...)
+	for n, letter := range sp.segments {
+		kind := map[rune]image.Kind{'p': image.Pages, 'r': image.Records, 'd': image.Deltas}[letter]
+		b := w.NewBuffer(kind)
+		lengths, payloads := binary.BigEndian.AppendUint32(nil, uint32(sp.per)), []byte(nil)
+		for i := range sp.per {
+			slot := uint64(n*sp.per + i)
+			page := held(space, slot)
+			var payload []byte
+			switch kind {
+			case image.Pages:
+				b.Data = append(b.Data, page...)
+				continue
+			case image.Records:
+				payload = deflate(page)
+			case image.Deltas:
+				changed := make([]byte, pageSize)
+				at, v := word(space, slot)
+				for j := range 8 {
+					changed[8*at+j] = v
+				}
+				// The base is zero where nothing changes.
+				var ok bool
+				if payload, ok = delta.Encode(nil, changed, make([]byte, pageSize)); !ok {
+					t.Fatal("no delta")
+				}
+			}
+			lengths = binary.BigEndian.AppendUint32(lengths, uint32(len(payload)))
+			payloads = append(payloads, payload...)
+		}
+		if kind != image.Pages {
+			b.Data = append(append(b.Data, lengths...), payloads...)
 		}
 		if err := w.Submit(b); err != nil {
 			t.Fatal(err)
@@ -59,10 +127,19 @@ func open(t testing.TB) *image.Image {
 	return im
 }
 
-// backing has an image and an NVRAM part of 10 slots.
+func deflate(page []byte) []byte {
+	var b bytes.Buffer
+	w := zlib.NewWriter(&b)
+	w.Write(page)
+	w.Close()
+	return b.Bytes()
+}
+
+// backing has the images and NVRAM parts. It checks what comes from references.
 type backing struct {
-	im      *image.Image
+	im      []*image.Image
 	fetched atomic.Int64
+	checked atomic.Int64
 	fail    atomic.Pointer[error]
 	guarded int
 	dropped []uint64
@@ -73,17 +150,38 @@ func (b *backing) Fetch(st *image.Stored, n source.Need) error {
 	if err := b.fail.Load(); err != nil {
 		return *err
 	}
-	return b.im.FetchSegment(st, n.Number)
+	return b.im[n.Space].FetchSegment(st, n.Number)
 }
 
-func (b *backing) Slot(slot uint64, want source.Page) ([]byte, error) {
+func (b *backing) Slot(space source.Space, slot uint64, want source.Page) ([]byte, error) {
 	if b.guarded == 0 {
 		return nil, errors.New("not guarded")
 	}
 	if slot == 9 {
 		return nil, fmt.Errorf("slot 9 for page %d", want.Number)
 	}
-	return fill(1000 + slot), nil
+	return held(int(space), 5000+slot), nil
+}
+
+func (b *backing) CheckPage(space source.Space, slot uint64, page []byte) error {
+	b.checked.Add(1)
+	sp := spaces[space]
+	must := held(int(space), slot)
+	if sp.segments[int(slot)/sp.per] == 'd' {
+		must = want(pagemap.MakeForeign(pagemap.ForeignDelta, int(space)-1, slot))
+	}
+	if space == 0 || !bytes.Equal(page, must) {
+		return fmt.Errorf("slot %d of space %d has another digest", slot, space)
+	}
+	return nil
+}
+
+func (b *backing) CheckSlot(space source.Space, slot uint64, page []byte) error {
+	b.checked.Add(1)
+	if space == 0 || !bytes.Equal(page, held(int(space), 5000+slot)) {
+		return fmt.Errorf("NVRAM slot %d of space %d has another digest", slot, space)
+	}
+	return nil
 }
 
 func (b *backing) Guard(fn func() error) error {
@@ -92,23 +190,23 @@ func (b *backing) Guard(fn func() error) error {
 	return fn()
 }
 
-func (b *backing) Drop(first, n uint64) { b.dropped = append(b.dropped, first, n) }
+func (b *backing) Drop(_ source.Space, first, n uint64) { b.dropped = append(b.dropped, first, n) }
 
 // xor is a toy with two needs: the page is that of one flash slot, in the lower bits
 // of the value, against that of another.
 var xor = source.Row{
 	Kind: 41, Name: "xor", Form: source.Whole,
 	Needs: func(f *source.Facts, r pagemap.Run, dst []source.Need) ([]source.Need, uint64) {
-		a, b := r.First&0xff/f.SegmentPages, r.First>>8/f.SegmentPages
+		a, b := r.First&0xff/per, r.First>>8/per
 		return append(dst, source.Segment(uint32(a)), source.Segment(uint32(b))), 1
 	},
 	Content: func(rd *source.Reader, e pagemap.Entry) (source.Content, error) {
-		s, i := rd.InSegment(e.Value() & 0xff)
+		s, i := rd.InSegment(0, e.Value()&0xff)
 		a, err := s.Page(i)
 		if err != nil {
 			return source.Content{}, err
 		}
-		s, i = rd.InSegment(e.Value() >> 8)
+		s, i = rd.InSegment(0, e.Value()>>8)
 		b, err := s.Page(i)
 		if err != nil {
 			return source.Content{}, err
@@ -122,23 +220,78 @@ var xor = source.Row{
 }
 
 func newSet(t testing.TB) (*source.Set, *backing) {
-	b := &backing{im: open(t)}
-	return &source.Set{
-		Facts: source.Facts{PageSize: pageSize, SegmentPages: per, Slots: 10, Objects: []uint32{segments}},
-		Table: source.Default.With(xor), Backing: b,
-	}, b
+	b := new(backing)
+	f := source.Facts{PageSize: pageSize}
+	var slots []uint64
+	for i, sp := range spaces {
+		b.im = append(b.im, open(t, i))
+		n := uint32(len(sp.segments))
+		s := source.SpaceFacts{SegmentPages: uint64(sp.per), Slots: source.Below(10), Segments: source.Below(n)}
+		if i == 2 {
+			s.Segments = source.Ranges{{First: 0, Count: 5}, {First: 7, Count: n - 7}} // it needs no more
+		}
+		f.Spaces = append(f.Spaces, s)
+		slots = append(slots, uint64(len(sp.segments)*sp.per))
+	}
+	bases, err := pagemap.New(slots)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, sp := range spaces {
+		for slot := range slots[i] {
+			if sp.segments[int(slot)/sp.per] == 'd' {
+				bases.Set(i, slot, base(i, slot))
+			}
+		}
+	}
+	f.Bases = stored(t, bases, slots, func(r pagemap.Run) error { return f.CheckBase(r) })
+	return &source.Set{Facts: f, Table: source.Default.With(xor), Backing: b, Checker: b}, b
+}
+
+// stored is a map as it is read.
+func stored(t testing.TB, b *pagemap.Builder, pages []uint64, check func(pagemap.Run) error) *pagemap.Map {
+	t.Helper()
+	var starts []pagemap.Start
+	var chunks [][]byte
+	if err := b.Encode(64, func(at pagemap.Start, c []byte) error {
+		starts, chunks = append(starts, at), append(chunks, bytes.Clone(c))
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	m, err := pagemap.NewMap(pagemap.Source{Pages: pages, Starts: starts,
+		Read:  func(i int) ([]byte, error) { return chunks[i], nil },
+		Check: func(_ int, r pagemap.Run) error { return check(r) },
+		Bad:   func(_ int, err error) error { return err }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
 }
 
 // want is what a page with entry e holds.
 func want(e pagemap.Entry) []byte {
 	v := e.Value()
+	space := 0
+	switch e.Kind() {
+	case pagemap.Foreign, pagemap.ForeignNVRAM, pagemap.ForeignDelta:
+		space, v = pagemap.SplitForeign(v)
+		space++
+	}
 	switch e.Kind() {
 	case pagemap.Fill:
 		return bytes.Repeat([]byte{byte(v)}, pageSize)
-	case pagemap.NVRAM:
-		return fill(1000 + v)
-	case pagemap.Flash:
-		return fill(v)
+	case pagemap.NVRAM, pagemap.ForeignNVRAM:
+		return held(space, 5000+v)
+	case pagemap.Flash, pagemap.Foreign:
+		return held(space, v)
+	case pagemap.Delta, pagemap.ForeignDelta:
+		b := want(base(space, v))
+		at, c := word(space, v)
+		for i := range 8 {
+			b[8*at+i] = c
+		}
+		return b
 	case xor.Kind:
 		b := fill(v & 0xff)
 		for i, c := range fill(v >> 8) {
@@ -150,7 +303,7 @@ func want(e pagemap.Entry) []byte {
 }
 
 // random is a map of runs of all kinds, and its entries.
-func random(t testing.TB, seed uint64) (*pagemap.Map, [][]pagemap.Entry) {
+func random(t testing.TB, seed uint64, check func(pagemap.Run) error) (*pagemap.Map, [][]pagemap.Entry) {
 	t.Helper()
 	pages := []uint64{300, 0, 70}
 	rng := rand.New(rand.NewPCG(seed, 7))
@@ -162,7 +315,8 @@ func random(t testing.TB, seed uint64) (*pagemap.Map, [][]pagemap.Entry) {
 	for blk, n := range pages {
 		model[blk] = make([]pagemap.Entry, n)
 		for p := uint64(0); p < n; {
-			kind := []pagemap.Kind{pagemap.Absent, pagemap.Fill, pagemap.ZeroData, pagemap.NVRAM, pagemap.Flash, pagemap.Flash, xor.Kind}[rng.IntN(7)]
+			kind := []pagemap.Kind{pagemap.Absent, pagemap.Fill, pagemap.ZeroData, pagemap.NVRAM, pagemap.Flash, pagemap.Flash, xor.Kind,
+				pagemap.Delta, pagemap.Foreign, pagemap.ForeignNVRAM, pagemap.ForeignDelta}[rng.IntN(11)]
 			first, step, count := uint64(0), uint64(0), 1+rng.Uint64N(12)
 			switch kind {
 			case pagemap.Fill:
@@ -174,6 +328,33 @@ func random(t testing.TB, seed uint64) (*pagemap.Map, [][]pagemap.Entry) {
 				first = rng.Uint64N(segments*per - 12)
 			case xor.Kind:
 				first = rng.Uint64N(segments*per) | rng.Uint64N(segments*per)<<8
+			case pagemap.Delta:
+				step, first = rng.Uint64N(2), segments*per+rng.Uint64N(12)
+				count = min(count, (segments+3)*per-first)
+			case pagemap.Foreign:
+				// The first ones, pages and records, up to the deltas.
+				step = rng.Uint64N(2)
+				at, end := rng.Uint64N(16), uint64(16)
+				ref := rng.IntN(2)
+				if ref == 1 {
+					at, end = rng.Uint64N(6), 6
+				} else if rng.IntN(2) == 0 {
+					at, end = 24+rng.Uint64N(24), 48
+				}
+				count = min(count, end-at)
+				first = uint64(pagemap.MakeForeign(0, ref, at))
+			case pagemap.ForeignNVRAM:
+				first = uint64(pagemap.MakeForeign(0, 1, rng.Uint64N(9)))
+			case pagemap.ForeignDelta:
+				step = rng.Uint64N(2)
+				slots := [][2]uint64{{16, 24}, {48, 56}, {6, 8}}[rng.IntN(3)]
+				at := slots[0] + rng.Uint64N(slots[1]-slots[0])
+				count = min(count, slots[1]-at)
+				if slots[0] == 6 {
+					first = uint64(pagemap.MakeForeign(0, 1, at))
+				} else {
+					first = uint64(pagemap.MakeForeign(0, 0, at))
+				}
 			}
 			for i := uint64(0); i < count && p < n; i++ {
 				model[blk][p] = pagemap.Make(kind, first+i*step)
@@ -182,21 +363,7 @@ func random(t testing.TB, seed uint64) (*pagemap.Map, [][]pagemap.Entry) {
 			}
 		}
 	}
-	var starts []pagemap.Start
-	var chunks [][]byte
-	if err := b.Encode(64, func(at pagemap.Start, c []byte) error {
-		starts, chunks = append(starts, at), append(chunks, bytes.Clone(c))
-		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
-	m, err := pagemap.NewMap(pagemap.Source{Pages: pages, Starts: starts,
-		Read:  func(i int) ([]byte, error) { return chunks[i], nil },
-		Check: func(int, pagemap.Run) error { return nil },
-		Bad:   func(_ int, err error) error { return err }})
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := stored(t, b, pages, check)
 	return m, model
 }
 
@@ -207,7 +374,7 @@ func TestReader(t *testing.T) {
 	defer rd.Close()
 	page := make([]byte, pageSize)
 	for seed := range uint64(20) {
-		m, model := random(t, seed)
+		m, model := random(t, seed, func(r pagemap.Run) error { return set.Table.Check(&set.Facts, r) })
 		next := uint64(0)
 		err := m.Runs(func(r pagemap.Run) error {
 			next = 0
@@ -243,7 +410,10 @@ func TestReader(t *testing.T) {
 	if len(b.dropped) == 0 {
 		t.Error("NVRAM slots stay mapped")
 	}
-	for _, k := range []pagemap.Kind{pagemap.Delta, pagemap.Foreign, pagemap.ForeignNVRAM, pagemap.Disk, 63} {
+	if b.checked.Load() == 0 {
+		t.Error("nothing of a reference was checked")
+	}
+	for _, k := range []pagemap.Kind{pagemap.Disk, 10, 63} {
 		var unknown *source.UnknownError
 		if err := rd.Copy(t.Context(), page, source.Page{}, pagemap.Make(k, 1)); !errors.As(err, &unknown) || unknown.Kind != k || set.Row(k).Known() {
 			t.Errorf("%v: %v", k, err)
@@ -255,7 +425,7 @@ func TestReader(t *testing.T) {
 func TestPlanned(t *testing.T) {
 	set, b := newSet(t)
 	for seed := range uint64(20) {
-		m, model := random(t, seed)
+		m, model := random(t, seed, func(r pagemap.Run) error { return set.Table.Check(&set.Facts, r) })
 		var runs []pagemap.Run
 		if err := m.Runs(func(r pagemap.Run) error { runs = append(runs, r); return nil }); err != nil {
 			t.Fatal(err)
@@ -313,12 +483,12 @@ func TestPlanned(t *testing.T) {
 func TestOrder(t *testing.T) {
 	set, _ := newSet(t)
 	for seed := range uint64(20) {
-		m, model := random(t, seed)
+		m, model := random(t, seed, func(r pagemap.Run) error { return set.Table.Check(&set.Facts, r) })
 		o, err := set.NewOrder(m)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if o.Things() != segments {
+		if o.Things() != segments+3+7+8 {
 			t.Errorf("%d things", o.Things())
 		}
 		seen := make([][]int, len(model))
@@ -349,7 +519,8 @@ func TestOrder(t *testing.T) {
 		for blk := range model {
 			for p, e := range model[blk] {
 				times := 0
-				if e.Kind() == pagemap.Flash || e.Kind() == xor.Kind {
+				switch e.Kind() {
+				case pagemap.Flash, xor.Kind, pagemap.Delta, pagemap.Foreign, pagemap.ForeignDelta:
 					times = 1
 				}
 				if seen[blk][p] != times {
@@ -502,3 +673,112 @@ func TestLender(t *testing.T) {
 		t.Errorf("lent %d times, fetched %d", l.n, b.fetched.Load())
 	}
 }
+
+// TestCheck refuses entries that name what is not there, or what this checkpoint does
+// not say that it needs.
+func TestCheck(t *testing.T) {
+	set, _ := newSet(t)
+	per2 := uint64(spaces[2].per)
+	for _, c := range []struct {
+		e     pagemap.Entry
+		count uint64
+		says  string
+	}{
+		{pagemap.MakeForeign(pagemap.Foreign, 0, 55), 1, ""},
+		{pagemap.MakeForeign(pagemap.Foreign, 0, 55), 2, "flash slot 56 is not among those that are needed of reference 0"},
+		{pagemap.MakeForeign(pagemap.Foreign, 0, 1<<40-1), 1, "is not among those"},
+		{pagemap.MakeForeign(pagemap.Foreign, 0, 1<<40-1), 2, "a run from reference 0 into the next"},
+		{pagemap.MakeForeign(pagemap.Foreign, 1, 5*per2-1), 1, ""},
+		{pagemap.MakeForeign(pagemap.Foreign, 1, 5*per2-1), 2, "flash slot 10 is not among those"},
+		{pagemap.MakeForeign(pagemap.Foreign, 1, 5*per2-1), 2*per2 + 2, "is not among those"}, // both ends are needed
+		{pagemap.MakeForeign(pagemap.Foreign, 2, 0), 1, "reference 2 does not exist"},
+		{pagemap.MakeForeign(pagemap.Foreign, 65535, 0), 1, "reference 65535 does not exist"},
+		{pagemap.MakeForeign(pagemap.ForeignNVRAM, 1, 9), 1, ""},
+		{pagemap.MakeForeign(pagemap.ForeignNVRAM, 1, 9), 2, "NVRAM slot 10 is not among those"},
+		{pagemap.MakeForeign(pagemap.ForeignNVRAM, 7, 0), 1, "reference 7 does not exist"},
+		{pagemap.MakeForeign(pagemap.ForeignDelta, 0, 16), 8, ""},
+		{pagemap.MakeForeign(pagemap.ForeignDelta, 0, 16), 9, "the delta in slot 24 has no base"},
+		{pagemap.MakeForeign(pagemap.ForeignDelta, 0, 15), 1, "the delta in slot 15 has no base"},
+		{pagemap.MakeForeign(pagemap.ForeignDelta, 0, 56), 1, "flash slot 56"},
+		{pagemap.Make(pagemap.Delta, segments*per), 12, ""},
+		{pagemap.Make(pagemap.Delta, segments*per-1), 1, "has no base"},
+		{pagemap.Make(pagemap.Delta, (segments+3)*per), 1, "flash slot 92 does not exist"},
+		{pagemap.Make(pagemap.NVRAM, 9), 2, "NVRAM slot 10 does not exist"},
+		{pagemap.Make(pagemap.Flash, pagemap.MaxValue), 1, "does not exist"},
+	} {
+		r := pagemap.Run{Count: c.count, Kind: c.e.Kind(), First: c.e.Value(), Step: 1}
+		err := set.Table.Check(&set.Facts, r)
+		if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
+			t.Errorf("%d pages of %v %#x: %v", c.count, r.Kind, r.First, err)
+		}
+	}
+	for _, c := range []struct {
+		e    pagemap.Entry
+		says string
+	}{
+		{0, ""},
+		{pagemap.Make(pagemap.Flash, 5), ""},
+		{pagemap.Make(pagemap.Delta, segments*per), "against a page of kind delta"},
+		{pagemap.MakeForeign(pagemap.ForeignDelta, 0, 16), "against a page of kind foreign delta"},
+		{pagemap.Make(pagemap.Fill, 1), "against a page of kind fill"},
+		{pagemap.Make(60, 1), "against a page of kind source kind 60"},
+		{pagemap.Make(pagemap.Flash, 5000), "base of the delta in slot 7: flash slot 5000 does not exist"},
+		{pagemap.MakeForeign(pagemap.ForeignNVRAM, 0, 77), "NVRAM slot 77 is not among"},
+	} {
+		err := set.CheckBase(pagemap.Run{Page: 7, Count: 1, Kind: c.e.Kind(), First: c.e.Value()})
+		if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
+			t.Errorf("base of %v %#x: %v", c.e.Kind(), c.e.Value(), err)
+		}
+	}
+	// Without a map of bases there are no deltas.
+	set.Bases = nil
+	if err := set.Table.Check(&set.Facts, pagemap.Run{Count: 1, Kind: pagemap.Delta, First: segments * per}); err == nil || !strings.Contains(err.Error(), "has no base") {
+		t.Errorf("no bases at all: %v", err)
+	}
+}
+
+// TestDigests: what comes from a reference is checked, and refused if it is wrong; what
+// is the checkpoint's own has checksums.
+func TestDigests(t *testing.T) {
+	set, b := newSet(t)
+	page := make([]byte, pageSize)
+	foreign := pagemap.Make(pagemap.Delta, segments*per+2) // its base is
+	for _, e := range []pagemap.Entry{
+		pagemap.MakeForeign(pagemap.Foreign, 0, 3), pagemap.MakeForeign(pagemap.Foreign, 1, 2), pagemap.MakeForeign(pagemap.ForeignNVRAM, 1, 3),
+		pagemap.MakeForeign(pagemap.ForeignDelta, 0, 16), foreign,
+	} {
+		rd := set.NewReader(source.NewCache(b.Fetch, source.MaxNeeds))
+		before := b.checked.Load()
+		if err := rd.Copy(t.Context(), page, source.Page{}, e); err != nil || b.checked.Load() == before {
+			t.Errorf("%v %#x: %v, and %d checks", e.Kind(), e.Value(), err, b.checked.Load()-before)
+		}
+		rd.Close()
+		wrong := &source.Set{Facts: set.Facts, Table: set.Table, Backing: b, Checker: refuser{}}
+		rd = wrong.NewReader(source.NewCache(b.Fetch, source.MaxNeeds))
+		if err := rd.Copy(t.Context(), page, source.Page{}, e); !errors.Is(err, errRefused) {
+			t.Errorf("%v %#x, wrong: %v", e.Kind(), e.Value(), err)
+		}
+		rd.Close()
+	}
+	// Foreign records are inflated: a stream may have to do without such records.
+	rd := set.NewReader(source.NewCache(b.Fetch, source.MaxNeeds))
+	defer rd.Close()
+	_, record := pagemap.SplitForeign(pagemap.MakeForeign(pagemap.Foreign, 1, 2).Value())
+	run := pagemap.Run{Count: 1, Kind: pagemap.Foreign, First: uint64(1)<<40 | record}
+	if err := rd.Read(t.Context(), run, func(_, _ uint64, c source.Content) error {
+		if c.Form != source.Whole {
+			t.Errorf("a foreign record has form %d", c.Form)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
+var errRefused = errors.New("refused")
+
+// refuser finds nothing right.
+type refuser struct{}
+
+func (refuser) CheckPage(source.Space, uint64, []byte) error { return errRefused }
+func (refuser) CheckSlot(source.Space, uint64, []byte) error { return errRefused }

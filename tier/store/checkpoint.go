@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
@@ -17,16 +20,6 @@ type Checkpoint struct {
 	Ref Ref
 
 	store *Store
-	holds []Object // what it refers to, locked
-}
-
-// Close closes the checkpoint and lets go of what it refers to.
-func (c *Checkpoint) Close() error {
-	err := c.Checkpoint.Close()
-	for _, f := range c.holds {
-		f.Close()
-	}
-	return err
 }
 
 // errMisplaced: an image is another checkpoint than its place says.
@@ -60,8 +53,9 @@ func (s *Store) open(ctx context.Context, r Ref, lock Locking) (Object, Ref, err
 	return f, r, err
 }
 
-// OpenCheckpoint opens a checkpoint as checkpoint.Open does; r without a number
-// is the VM's newest. An error that wraps ErrNotFound says what is missing.
+// OpenCheckpoint opens a checkpoint as checkpoint.Open does, and what it refers to; r
+// without a number is the VM's newest. An error that wraps ErrNotFound says what is
+// missing.
 func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options) (_ *Checkpoint, err error) {
 	f, r, err := s.open(ctx, r, Shared)
 	if err != nil {
@@ -69,23 +63,69 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 	}
 	c := &Checkpoint{Ref: r, store: s}
 	o.Name = r.String()
+	o.Images = func(ctx context.Context, ref *checkpoint.Reference) (checkpoint.Source, error) {
+		return s.openReferred(ctx, Ref{ref.VM, ref.Number}, ref.UUID)
+	}
 	if c.Checkpoint, err = checkpoint.Open(ctx, s.fs, f, o); err != nil {
 		return nil, err
 	}
-	opened := false
-	defer func() {
-		if !opened {
-			c.Close()
-		}
-	}()
 	if err := checkPlace(f.Name(), r, &c.Meta.Identity); err != nil {
+		c.Close()
 		return nil, err
 	}
-	if c.holds, err = s.hold(ctx, c.Meta.References); err != nil {
-		return nil, fmt.Errorf("checkpoint %v: %w", r, err)
-	}
-	opened = true
 	return c, nil
+}
+
+// openReferred opens the image with a UUID, listed or not, and locks it until it is
+// closed. Where it was when it was referred to is looked at first, because to look
+// everywhere takes a read of each image.
+func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (Object, error) {
+	if CheckVM(was.VM) == nil && was.N >= 1 && was.N <= MaxNumber {
+		// In this order: it can go from the first name to the second meanwhile.
+		for _, suffix := range []string{imageSuffix, removedSuffix} {
+			f, err := s.openWith(ctx, was.object(suffix), id)
+			if f != nil || err != nil {
+				return f, err
+			}
+		}
+	}
+	var found Object
+	err := s.images(ctx, func(st stored) (err error) {
+		if found == nil && st.id.UUID == id {
+			found, err = s.openWith(ctx, st.object(), id)
+		}
+		return err
+	})
+	if err == nil && found == nil {
+		err = fmt.Errorf("its image in store %s: %w", s.root, ErrNotFound)
+	}
+	if err != nil && found != nil {
+		found.Close()
+	}
+	return found, err
+}
+
+// openWith opens an image that has a UUID, and locks it: nil if what is there is
+// another's, or nothing.
+func (s *Store) openWith(ctx context.Context, name string, id uuid.UUID) (Object, error) {
+	f, err := s.dir.Open(ctx, name, Shared)
+	switch {
+	case gone(err):
+		return nil, nil
+	case errors.Is(err, vfs.ErrLocked):
+		return nil, fmt.Errorf("%s, which is going away: %w", s.dir.Path(name), ErrInUse)
+	case err != nil:
+		return nil, err
+	}
+	size, err := f.Size()
+	if err == nil && size > 0 {
+		var h image.Header
+		if h, err = image.ReadHeader(f); err == nil && h.UUID == id {
+			return f, nil
+		}
+	}
+	f.Close()
+	return nil, err
 }
 
 // Verify is checkpoint.Checkpoint's, and checks what resumes have learned.

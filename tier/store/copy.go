@@ -23,6 +23,9 @@ type CopyOptions struct {
 // a save.
 const copyChunk = 32 << 10
 
+// copyCache is how many decoded segments are kept while pages are moved.
+const copyCache = 32
+
 // Copy makes the next checkpoint of c's VM in this store, which says and holds all that
 // c does and needs nothing beside its own image. It goes from image to image, and every
 // byte of c is checked on the way: segments keep their numbers, so that what is in
@@ -96,8 +99,9 @@ func (k *copier) segments(ctx context.Context) error {
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		if k.c.Image.SegmentOffset(uint32(n)) < 0 {
-			// A number that the save has not used is not used here.
+		if kind := k.c.Image.SegmentKind(uint32(n)); kind != image.Pages && kind != image.Records {
+			// A number that the save has not used is not used here, and pages that are
+			// deltas are moved as a whole.
 			k.w.Discard(k.w.NewBuffer(image.Pages))
 			continue
 		}
@@ -122,7 +126,8 @@ func (k *copier) pages(ctx context.Context) (err error) {
 		return err
 	}
 	set := k.c.Sources()
-	rd := set.NewReader(k.c.NewCache(2 * source.MaxNeeds))
+	// Pages come in their order, and their bytes from several images.
+	rd := set.NewReader(k.c.NewCache(copyCache + 2*len(set.Spaces)))
 	defer rd.Close()
 	err = k.c.PageMap.Runs(func(r pagemap.Run) error {
 		if err := context.Cause(ctx); err != nil {
@@ -202,7 +207,7 @@ func (k *copier) chunk(kind image.Kind, b []byte) error {
 func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 	m := *k.c.Meta
 	m.VM, m.Number, m.UUID = tx.Ref().VM, tx.Ref().N, tx.UUID()
-	m.NVRAM, m.References, m.MapChunks = nil, nil, nil
+	m.NVRAM, m.References, m.Digests, m.MapChunks, m.Bases = nil, nil, nil, nil, nil
 	err := k.table.Encode(copyChunk, func(at pagemap.Start, b []byte) error {
 		m.MapChunks = append(m.MapChunks, at)
 		return k.chunk(image.PageMap, b)
@@ -222,7 +227,7 @@ func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 		return nil, err
 	}
 	rep := &m.Report
-	rep.Hot, rep.Cold, rep.Disk, rep.Delta = counts.Hot, counts.Cold, counts.Disk, counts.Delta
+	rep.Hot, rep.Cold, rep.Disk, rep.Delta, rep.Unchanged = counts.Hot, counts.Cold, counts.Disk, counts.Delta, counts.Unchanged
 	rep.NVRAMBytes, rep.FlashBytes, rep.Codec = 0, k.w.Len(), k.o.Codec.String()
 	rep.Seconds = checkpoint.Seconds{Total: time.Since(k.begin).Seconds()}
 	doc, id, err := m.Documents()

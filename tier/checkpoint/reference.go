@@ -1,0 +1,164 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/digest"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/source"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// reference is the image of another checkpoint, and its NVRAM part if that is needed,
+// opened.
+type reference struct {
+	*Reference
+	src     Source
+	im      *image.Image
+	digests *digest.Table
+	part    *openPart // nil: not needed
+}
+
+func (r *reference) close() {
+	if r.part != nil {
+		r.part.close()
+	}
+	if r.src != nil {
+		r.src.Close()
+	}
+}
+
+// ErrAlone: a checkpoint refers to others, and there is no store to look for them in.
+var ErrAlone = errors.New("it has pages in the images of other checkpoints, and is outside of their store")
+
+// references reads what a checkpoint refers to, and compares it with what IDENTITY says
+// of it, by which a store keeps it.
+func (m *Meta) references(im *image.Image) (References, error) {
+	refs, err := ReferencesOf(im)
+	if err != nil {
+		return nil, err
+	}
+	if !slices.EqualFunc(refs, m.References, func(r Reference, id uuid.UUID) bool { return r.UUID == id }) {
+		return nil, im.Corrupt(image.References, 0, errors.New("IDENTITY lists other references"))
+	}
+	if len(refs) > 0 && m.Digests == nil {
+		return nil, im.Tail.Corrupt(image.Identity, errors.New("it refers to others, and has no key to check their pages with"))
+	}
+	return refs, nil
+}
+
+// openReferences opens all that the checkpoint refers to.
+func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs References, o Options) error {
+	if len(refs) == 0 {
+		return nil
+	}
+	var err error
+	if c.check.hasher, err = digest.New(c.Meta.Digests.Algorithm, c.Meta.Digests.Key); err != nil {
+		return &image.UnsupportedError{File: c.Image.Name(), Why: err.Error()}
+	}
+	if o.Images == nil {
+		return fmt.Errorf("%s: %w, of which it names %s", c.Image.Name(), ErrAlone, refs[0].Name())
+	}
+	// A demand of a lazy restore that misses takes half a millisecond longer. 8 bytes
+	// a page, for half of the digests, are within what a restore may take.
+	keep := 8
+	for _, n := range c.Meta.BlockPages() {
+		keep += int(n / (2 * digest.PerChunk))
+	}
+	cache := digest.NewCache(keep)
+	for i := range refs {
+		r := &reference{Reference: &refs[i]}
+		c.refs = append(c.refs, r)
+		if err := r.open(ctx, fsys, c.Meta, cache, o); err != nil {
+			return fmt.Errorf("checkpoint %s: it needs pages of checkpoint %s: %w", c.name, r.Name(), err)
+		}
+	}
+	c.check.refs = c.refs
+	return nil
+}
+
+// open opens the reference of a checkpoint m, and finds out whether it is what it was
+// when that one was saved, as far as that can be told without reading pages.
+func (r *reference) open(ctx context.Context, fsys vfs.FS, m *Meta, cache *digest.Cache, o Options) (err error) {
+	if r.src, err = o.Images(ctx, r.Reference); err != nil {
+		return err
+	}
+	if r.im, err = image.Open(r.src); err != nil {
+		return err
+	}
+	id, err := identityOf(r.im.Tail)
+	if err != nil {
+		return err
+	}
+	wrong := func(format string, args ...any) error {
+		return r.im.Tail.Corrupt(image.Identity, fmt.Errorf(format, args...))
+	}
+	switch d := id.Digests; {
+	case id.UUID != r.UUID:
+		return wrong("it is checkpoint %v", id.UUID)
+	case r.im.PageSize != m.PageSize || id.PageSize != m.PageSize:
+		return wrong("it has pages of %d bytes and not of %d", r.im.PageSize, m.PageSize)
+	case r.im.SegmentPages != r.SegmentPages || r.im.Segments() != int(r.Segments):
+		return wrong("it has %d segments of %d pages, and had %d of %d", r.im.Segments(), r.im.SegmentPages, r.Segments, r.SegmentPages)
+	case d == nil:
+		return wrong("it has no digests of its pages")
+	case d.Algorithm != m.Digests.Algorithm || d.Key != m.Digests.Key || d.Root != r.Root:
+		return wrong("its pages have other digests than when it was referred to")
+	}
+	r.digests, err = digest.Open(r.Root, cache,
+		func(frame int) ([]byte, error) { return r.im.Chunk(image.Digests, frame) },
+		func(frame int, err error) error { return r.im.Corrupt(image.Digests, frame, err) })
+	if err != nil || len(r.NeedSlots) == 0 {
+		return err
+	}
+	if id.NVRAM == nil || id.NVRAM.Slots != int(r.Slots) {
+		return wrong("its NVRAM part is not the one of %d slots that it had", r.Slots)
+	}
+	r.part = new(openPart)
+	if o.NVRAM != "" {
+		// It takes the place of this checkpoint's file, which as a rule is the other's.
+		err := r.part.open(ctx, fsys, r.im, id, o.NVRAM)
+		if !errors.Is(err, errOtherNVRAM) {
+			return err
+		}
+		r.part.close()
+		*r.part = openPart{}
+	}
+	return r.part.open(ctx, fsys, r.im, id, "")
+}
+
+// checker is a source.Checker of what references have.
+type checker struct {
+	hasher *digest.Hasher
+	refs   []*reference
+}
+
+// CheckPage implements source.Checker.
+func (c *checker) CheckPage(space source.Space, slot uint64, page []byte) error {
+	r := c.refs[space-1]
+	want, err := r.digests.FlashSlot(slot)
+	if err == nil && c.hasher.Sum(page) != want {
+		per := uint64(r.SegmentPages)
+		n := uint32(slot / per)
+		err = &integrity.CorruptError{File: r.im.Name(), Offset: r.im.SegmentOffset(n),
+			What: fmt.Sprintf("page %d of segment %d", slot%per, n), Err: digest.ErrMismatch}
+	}
+	return err
+}
+
+// CheckSlot implements source.Checker.
+func (c *checker) CheckSlot(space source.Space, slot uint64, page []byte) error {
+	r := c.refs[space-1]
+	want, err := r.digests.NVRAMSlot(slot)
+	if err == nil && c.hasher.Sum(page) != want {
+		err = &integrity.CorruptError{File: r.part.file.Path(), Offset: r.part.region.Offset(int(slot)),
+			What: fmt.Sprintf("NVRAM slot %d of checkpoint %s", slot, r.Name()), Err: digest.ErrMismatch}
+	}
+	return err
+}
