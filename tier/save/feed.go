@@ -54,6 +54,8 @@ type feed struct {
 	silence time.Duration // Options.Silence
 	waits   bool          // the source waits for our answer
 	first   bool          // pages have come, and not every page once
+
+	hold *hold // nil: the save is not held
 }
 
 // newFeed returns the feed and the cursor that reads from it.
@@ -82,6 +84,9 @@ func (f *feed) Read(p []byte) (int, error) {
 	n, err := f.in.Read(p)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = f.silent()
+	}
+	if err == nil && f.hold.pending() {
+		err = f.hold.pace(f.ctx, n)
 	}
 	for try := 1; err == nil && f.want < f.have; try++ {
 		// Now is when the pipe is emptiest.
@@ -223,10 +228,13 @@ func (f *feed) readAhead(sure int) {
 	f.cur.SetReadAhead(min(ahead, max(f.have, maxAhead)))
 }
 
-// release ends the holding back.
+// release ends the holding back. How far is read ahead is the hold's to say, as long
+// as there is to be one.
 func (f *feed) release() {
 	f.released, f.first = true, false
-	f.cur.SetReadAhead(maxAhead)
+	if !f.hold.pending() {
+		f.cur.SetReadAhead(maxAhead)
+	}
 	if f.pipe != nil {
 		f.want = maxPipe
 		f.have = f.pipe.SetCapacity(maxPipe)

@@ -33,6 +33,9 @@ type parser struct {
 	known func() error
 	// tick is called now and then.
 	tick func(phase string, always bool)
+	// hold, if not nil, says when held is called, once.
+	hold *hold
+	held func() error
 	// warn says what the user should know.
 	warn func(msg string, args ...any)
 
@@ -59,7 +62,8 @@ func (p *parser) ram() error {
 	if err == nil && !p.walk.NoDevices && p.meta.Blocks == nil {
 		err = stream.Unknown("device section", p.cur.Offset(), "before RAM")
 	}
-	if errors.Is(err, stream.ErrUnknown) {
+	// What can't be told apart has no place to hold at.
+	if errors.Is(err, stream.ErrUnknown) && !p.hold.pending() {
 		err = p.opaque(err)
 	}
 	return err
@@ -153,6 +157,9 @@ func (p *parser) start() error {
 		p.unseen = 0
 	}
 	p.feed.adjust(p.unseen)
+	if p.hold != nil {
+		return p.hold.start(p.unseen)
+	}
 	return nil
 }
 
@@ -171,6 +178,10 @@ func (p *parser) page(d *ramparse.Decoder, rec *ramparse.Record) error {
 	}
 	p.last.block, p.last.page = uint64(rec.Block), rec.Page
 	if p.place.has(rec.Block, rec.Page) {
+		if p.hold.pending() {
+			// Passes have begun that were to wait.
+			return ErrNotHeld
+		}
 		if p.resent++; p.resent%1024 == 0 {
 			p.tick("ram", false)
 		}
@@ -189,7 +200,13 @@ func (p *parser) page(d *ramparse.Decoder, rec *ramparse.Record) error {
 	if p.unseen%1024 == 0 {
 		p.tick("ram", false)
 	}
-	return p.place.put(rec)
+	if err := p.place.put(rec); err != nil {
+		return err
+	}
+	if p.hold.pending() && p.hold.reached(p.unseen) {
+		return p.held()
+	}
+	return nil
 }
 
 // tail reads the device tail and whatever follows it, up to the end of the stream.

@@ -50,6 +50,8 @@ type Options struct {
 
 	Libvirt *checkpoint.Libvirt // kept with the checkpoint; may be nil
 
+	Hold *Hold // the save waits near the end of the first pass; nil: it does not
+
 	// ReturnPath is where the answers to a source with the return-path
 	// capability go: the process's stdout. Nothing else is written to it. If it
 	// has a SetWriteDeadline, no answer waits for long.
@@ -115,6 +117,12 @@ func newSaver(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o
 	var cur *stream.Cursor
 	s.feed, cur = newFeed(ctx, in, o.Silence)
 	s.parse = newParser(s.feed, cur, s.meta, &s.ans)
+	if o.Hold != nil {
+		s.parse.hold, s.parse.held = newHold(*o.Hold, cur), s.hold
+		s.feed.hold = s.parse.hold
+		// Nothing is known yet of how much RAM is to come.
+		cur.SetReadAhead(minPipe)
+	}
 	s.parse.begin, s.parse.known, s.parse.tick, s.parse.warn = s.place, s.checkSpace, s.tick, s.o.Log.Warn
 	s.parse.skel = skeleton.Writer{Limit: image.MaxChunk, Emit: s.emitSkeleton}
 	return s
@@ -143,6 +151,9 @@ func (s *saver) run(begin func() error) (ref store.Ref, meta *checkpoint.Meta, e
 func (s *saver) save() (store.Ref, error) {
 	if err := s.parse.ram(); err != nil {
 		return store.Ref{}, err
+	}
+	if s.parse.hold.pending() {
+		return store.Ref{}, ErrNotHeld
 	}
 	s.rep.Seconds.RAM = s.since(s.begin)
 	if err := s.sync(); err != nil {

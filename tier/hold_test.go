@@ -1,0 +1,171 @@
+package tier_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+)
+
+// heldStream is a guest with enough pages to be held, most of which have the
+// shortest records there are.
+func heldStream(passes int) *tiertest.Stream {
+	return tiertest.New(tiertest.Options{
+		Passes: passes, Resend: 0.02, ReturnPath: true,
+		Blocks: []tiertest.Block{{Name: "pc.ram", Size: 64 << 20}, {Name: "rom", Size: 256 << 10}},
+		Mix:    tiertest.Mix{tiertest.Zero: 60, tiertest.Text: 2, tiertest.Duplicate: 1, tiertest.Random: 1},
+	})
+}
+
+// counter counts what is read.
+type counter struct {
+	io.Reader
+	n int64
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// TestHold holds a save: more of pass 1 is left than what nobody reads has room for,
+// and what comes after is the checkpoint, with its own time and run state.
+func TestHold(t *testing.T) {
+	for _, buffer := range []int{0, 16 << 10} {
+		s := heldStream(3)
+		pass1 := heldStream(1).Layout().Tail
+		l := newLab(t, crashfs.New(0), "/")
+		in := &counter{Reader: bytes.NewReader(s.Bytes())}
+		var begun, held int64
+		var went time.Time
+		var answers bytes.Buffer
+		ref, meta, err := l.run(t.Context(), in, save.Options{VM: "vm", ReturnPath: &answers, Hold: &save.Hold{
+			Buffer: buffer,
+			Begun:  func(pages int64) { begun = pages },
+			Wait: func(context.Context) (string, error) {
+				held = in.n
+				if left := pass1 - in.n; left < int64(buffer+32<<10) {
+					t.Errorf("only %d bytes of the first pass are left, and %d have room", left, buffer+32<<10)
+				}
+				if len(l.tree(t)) == 0 || bytes.Contains(answers.Bytes(), returnpath.AppendShut(nil, 0)) {
+					t.Error("a save that is held has answered, or has nothing")
+				}
+				time.Sleep(10 * time.Millisecond)
+				went = time.Now()
+				return "running", nil
+			},
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := int64(s.Pages(0) + s.Pages(1)); begun != want || held == 0 || held == in.n {
+			t.Errorf("it was held at %d of %d bytes; begun with %d pages, want %d", held, in.n, begun, want)
+		}
+		if meta.RunState != "running" || meta.Created.Before(went) || meta.Report.Seconds.Total > time.Since(went).Seconds() || meta.Report.Resent == 0 {
+			t.Errorf("%+v", meta)
+		}
+		if !bytes.HasSuffix(answers.Bytes(), returnpath.AppendShut(nil, 0)) {
+			t.Error("the source has not heard that all is well")
+		}
+		l.holds(t, ref, s)
+		l.noLeaks(t)
+	}
+}
+
+// TestHoldFails ends saves that can't be held, or are not to go on: they leave
+// nothing, and the source hears of it.
+func TestHoldFails(t *testing.T) {
+	given := errors.New("given up")
+	some := tiertest.Mix{tiertest.Zero: 1, tiertest.Absent: 1}
+	large := []tiertest.Block{{Name: "m", Size: 48 << 20}}
+	for name, c := range map[string]struct {
+		o    tiertest.Options
+		wait error
+		want error
+	}{
+		"given up":       {tiertest.Options{Blocks: large, Mix: tiertest.Mix{tiertest.Zero: 1}}, given, given},
+		"too small":      {tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 32 << 20}}, Mix: tiertest.Mix{tiertest.Zero: 1}}, nil, save.ErrTooSmall},
+		"pages left out": {tiertest.Options{Blocks: large, Mix: some}, nil, save.ErrNotHeld},
+		"another pass":   {tiertest.Options{Blocks: large, Mix: some, Passes: 2, Resend: 0.01}, nil, save.ErrNotHeld},
+		"unknown":        {tiertest.Options{Blocks: large, Mix: tiertest.Mix{tiertest.Zero: 1}, Unknown: tiertest.Record}, nil, stream.ErrUnknown},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c.o.ReturnPath = true
+			l := newLab(t, crashfs.New(0), "/")
+			var answers bytes.Buffer
+			_, _, err := l.run(t.Context(), bytes.NewReader(tiertest.New(c.o).Bytes()), save.Options{VM: "vm", ReturnPath: &answers, Hold: &save.Hold{
+				Wait: func(context.Context) (string, error) {
+					if c.wait == nil {
+						t.Error("it was held")
+					}
+					return "", c.wait
+				},
+			}})
+			if !errors.Is(err, c.want) {
+				t.Errorf("%v, want %v", err, c.want)
+			}
+			if !bytes.HasSuffix(answers.Bytes(), returnpath.AppendShut(nil, 1)) {
+				t.Error("the source has not heard of it")
+			}
+			nothingLeft(t, l)
+		})
+	}
+}
+
+// TestHoldRate reads the first pass no faster than it may, what comes after the hold
+// as fast as it can, and does not wait for the clock when it is to hurry or to end.
+func TestHoldRate(t *testing.T) {
+	s := heldStream(2)
+	b := s.Bytes()
+	run := func(ctx context.Context, hurry chan struct{}) (held, all time.Duration, err error) {
+		l := newLab(t, crashfs.New(0), "/")
+		start := time.Now()
+		_, _, err = l.run(ctx, bytes.NewReader(b), save.Options{VM: "vm", Progress: func(progress.State) {}, Hold: &save.Hold{
+			Rate: 100_000, Hurry: hurry,
+			Wait: func(context.Context) (string, error) {
+				held = time.Since(start)
+				return "running", nil
+			},
+		}})
+		return held, time.Since(start), err
+	}
+	synctest.Test(t, func(t *testing.T) {
+		held, all, err := run(t.Context(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Some of the stream is left for after the hold.
+		if whole := time.Duration(len(b)) * 10 * time.Microsecond; held < whole/4 || held > whole {
+			t.Errorf("held after %v, want at most %v", held, whole)
+		}
+		if all-held > time.Second {
+			t.Errorf("after the hold it took %v", all-held)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		hurry := make(chan struct{})
+		time.AfterFunc(time.Second, func() { close(hurry) })
+		if held, _, err := run(t.Context(), hurry); err != nil || held > 2*time.Second {
+			t.Errorf("held after %v, %v", held, err)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		asked := errors.New("asked to end")
+		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, asked)
+		defer cancel()
+		if _, all, err := run(ctx, nil); !errors.Is(err, asked) || all > 2*time.Second {
+			t.Errorf("%v after %v", err, all)
+		}
+	})
+}

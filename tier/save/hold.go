@@ -1,0 +1,161 @@
+package save
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/stream"
+)
+
+// A save can be held: it reads the first pass over memory at a modest rate while the
+// guest runs, and then reads no further, until it is told to go on. QEMU's migration
+// thread waits in a write meanwhile, the guest runs, and QEMU keeps account of the
+// pages that it writes. Who stops the guest and then lets the save go on gets a
+// checkpoint of that moment for the cost of what was written since.
+//
+//	pass 1 ──────────────► held ──────────────► rest of pass 1, pass 2, devices
+//	at Hold.Rate           in Hold.Wait         at full speed
+//	the guest runs         the guest runs       the guest stands still
+//
+// The hold must come before QEMU has nothing left to send of pass 1, as it then could
+// see that it can finish, and stop the guest to do so. So as much of the pass must be
+// left as does not fit into what takes bytes though nobody reads: the socket and
+// QEMU's own buffer. Holding a page back before it is sent first loses nothing:
+// QEMU clears its dirty log for a GiB at a time, with the first page sent of it.
+
+// Hold has a save held near the end of the first pass.
+type Hold struct {
+	// Rate bounds what is read before, in bytes of the stream a second; 0: it does not.
+	Rate int64
+	// Buffer is how many bytes of the stream the transport takes though nobody reads.
+	Buffer int
+	// Hurry, once it is closed, takes the bound of Rate away. It may be nil.
+	Hurry <-chan struct{}
+	// Begun is called when it is known how many pages are to come, and that these
+	// are enough for a hold. It may be nil.
+	Begun func(pages int64)
+	// Wait is called when nothing is read any more, and all that was placed is
+	// durable. It returns when the save is to go on, with the guest's run state before
+	// it was stopped, as Options.RunState, or with the reason why it is not to. It must
+	// end with ctx.
+	Wait func(ctx context.Context) (runState string, err error)
+}
+
+var (
+	// ErrTooSmall: the guest's memory is too small for QEMU to be held.
+	ErrTooSmall = errors.New("the guest has too little memory for a checkpoint to be armed")
+	// ErrNotHeld: the first pass was over before it could be held.
+	ErrNotHeld = errors.New("QEMU's first pass over memory has ended before it could be held; not all pages were in it")
+)
+
+const (
+	// sourceBuffer is QEMU's own (IO_BUF_SIZE, migration/qemu-file.c). Beside it, it
+	// holds up to 64 pages by reference.
+	sourceBuffer = 32 << 10
+	sourcePages  = 64
+	// holdSpare is how many pages are left beyond what the buffers can hold. QEMU
+	// takes a pass for finished as soon as what is left could be sent within
+	// downtime-limit, at the rate that it has seen: 1 ms at 2 GB/s is half of it.
+	holdSpare = 1024
+	// paceEvery is how much is read between two looks at the clock, in bytes.
+	paceEvery = 64 << 10
+)
+
+// hold is a Hold at work. One goroutine, the save's, has it.
+type hold struct {
+	Hold
+	cur  *stream.Cursor
+	left uint64 // pages of pass 1 that have not come when it holds
+	done bool   // it has been held, or is not to be
+
+	since time.Time // pacing began
+	read  int64     // bytes, since then
+}
+
+func newHold(h Hold, cur *stream.Cursor) *hold {
+	return &hold{Hold: h, cur: cur, left: uint64((h.Buffer+sourceBuffer)/shortestRecord + sourcePages + holdSpare)}
+}
+
+// pending tells whether the save is still to be held. A nil hold is not.
+func (h *hold) pending() bool { return h != nil && !h.done }
+
+// start is called when it is known how many pages are to come.
+func (h *hold) start(unseen uint64) error {
+	if unseen < 2*h.left {
+		return fmt.Errorf("%w: it has %d pages, and needs %d", ErrTooSmall, unseen, 2*h.left)
+	}
+	if h.Begun != nil {
+		h.Begun(int64(unseen))
+	}
+	return nil
+}
+
+// reached is told how many pages have not come yet, after each that has come first,
+// and tells whether now is the time to hold.
+func (h *hold) reached(unseen uint64) bool {
+	if unseen <= h.left {
+		return true
+	}
+	// What is read ahead must not reach beyond the hold: it would be out of QEMU's
+	// hands. Half of the way is far enough until the next adjustment, unless that is
+	// the last.
+	if far := unseen - h.left; far <= 2*adjustEvery {
+		h.cur.SetReadAhead(0)
+	} else if far%adjustEvery == 0 {
+		h.cur.SetReadAhead(int(min(far*shortestRecord/2, paceEvery)))
+	}
+	return false
+}
+
+// pace waits after a read of n bytes for as long as Rate asks for.
+func (h *hold) pace(ctx context.Context, n int) error {
+	if h.Rate <= 0 {
+		return nil
+	}
+	if h.since.IsZero() {
+		h.since = time.Now()
+	}
+	if h.read += int64(n); h.read < paceEvery {
+		return nil
+	}
+	ahead := time.Duration(float64(h.read)/float64(h.Rate)*float64(time.Second)) - time.Since(h.since)
+	if ahead < time.Millisecond {
+		if ahead < -time.Second {
+			// What QEMU did not send is not made up for later.
+			h.since, h.read = time.Time{}, 0
+		}
+		return nil
+	}
+	timer := time.NewTimer(ahead)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-h.Hurry:
+		h.Rate = 0
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	return nil
+}
+
+// hold lets the guest run until the save is to go on. What comes then is the
+// checkpoint, and so is its time.
+func (s *saver) hold() error {
+	h := s.parse.hold
+	// All that can be done before the guest stands still.
+	if err := s.out.sync(); err != nil {
+		return err
+	}
+	s.tick("held", true)
+	state, err := h.Wait(s.ctx)
+	if err != nil {
+		return err
+	}
+	h.done = true
+	s.begin = time.Now()
+	s.meta.Created, s.o.RunState = s.begin, state
+	s.feed.release()
+	return nil
+}
