@@ -69,7 +69,7 @@ func TestCopy(t *testing.T) {
 					// All else is as it was.
 					same, orig := *d.Meta, *was
 					for _, m := range []*checkpoint.Meta{&same, &orig} {
-						m.UUID, m.Number, m.NVRAM, m.MapChunks, m.Report, m.Created = orig.UUID, 0, nil, nil, checkpoint.Report{}, m.Created.UTC().Round(0)
+						m.UUID, m.Number, m.NVRAM, m.Digests, m.MapChunks, m.Report, m.Created = orig.UUID, 0, nil, nil, nil, checkpoint.Report{}, m.Created.UTC().Round(0)
 					}
 					if !reflect.DeepEqual(same, orig) {
 						t.Errorf("%v: the copy says\n%+v, and the original\n%+v", codec, same, orig)

@@ -2,10 +2,13 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
@@ -51,15 +54,20 @@ func (s *Store) copy(ctx context.Context, c *checkpoint.Checkpoint, vm string, o
 		return ref, nil, err
 	}
 	defer tx.Abort()
-	k := &copier{c: c, o: o, begin: time.Now(), moved: make(map[pagemap.Entry]uint64)}
+	k := &copier{c: c, o: o, begin: time.Now(), moved: make(map[pagemap.Entry]*movedSlots)}
+	if k.hash, err = hasherOf(c.Meta); err != nil {
+		return ref, nil, err
+	}
 	im := c.Image
 	k.w, err = image.NewWriter(tx.Image(), image.Header{
 		PageSize: im.PageSize, SegmentPages: im.SegmentPages, UUID: tx.UUID(), Created: c.Meta.Created,
+		Features: image.Features{Compat: image.HasDigests},
 	}, o.Codec, o.Workers)
 	if err != nil {
 		return ref, nil, err
 	}
 	defer k.w.Abort() // nothing after Finish
+	k.w.KeepDigests(k.hash)
 	for _, step := range []func(context.Context) error{k.segments, k.pages, k.skeleton} {
 		if err := step(ctx); err != nil {
 			return ref, nil, err
@@ -77,9 +85,22 @@ func (s *Store) copy(ctx context.Context, c *checkpoint.Checkpoint, vm string, o
 	return ref, meta, nil
 }
 
+// hasherOf makes digests that compare with a checkpoint's, if it has some.
+func hasherOf(m *checkpoint.Meta) (*digest.Hasher, error) {
+	if m.Digests == nil {
+		return digest.Fresh(), nil
+	}
+	return digest.New(m.Digests.Algorithm, m.Digests.Key)
+}
+
+// movedSlots are the slots that the pages of neighbouring entries have in the copy, and
+// one more, because 0 is none.
+type movedSlots [512]uint64
+
 // copier is one Copy.
 type copier struct {
 	c     *checkpoint.Checkpoint
+	hash  *digest.Hasher
 	o     CopyOptions
 	begin time.Time
 	w     *image.Writer
@@ -87,7 +108,8 @@ type copier struct {
 
 	// buf is the segment that fills with pages from elsewhere; nil: none.
 	buf   *image.Buffer
-	moved map[pagemap.Entry]uint64 // their slots by what the map said of them
+	moved map[pagemap.Entry]*movedSlots // by what the map said of them
+	page  []byte                        // a page inflated
 	tick  time.Time
 	done  int64 // pages
 }
@@ -111,13 +133,37 @@ func (k *copier) segments(ctx context.Context) error {
 		}
 		b := k.w.NewBuffer(seg.Kind)
 		b.Data = seg.Append(b.Data)
+		if seg.Kind == image.Records {
+			if b.Sums, err = k.digests(b.Sums, seg); err != nil {
+				return err
+			}
+		}
+		n := seg.Len()
 		sr.Recycle(seg)
 		if err := k.w.Submit(b); err != nil {
 			return err
 		}
-		k.progress(int64(seg.Len()))
+		k.progress(int64(n))
 	}
 	return nil
+}
+
+// digests appends those of the pages of a segment of records.
+func (k *copier) digests(sums []digest.Sum, seg *image.Segment) ([]digest.Sum, error) {
+	if k.page == nil {
+		k.page = make([]byte, k.c.Image.PageSize)
+	}
+	for i := range seg.Len() {
+		b, err := seg.Record(i)
+		if err != nil {
+			return nil, err
+		}
+		if err := ramparse.Inflate(k.page, b); err != nil {
+			return nil, seg.Corrupt(fmt.Errorf("record %d: %w", i, err))
+		}
+		sums = append(sums, k.hash.Sum(k.page))
+	}
+	return sums, nil
 }
 
 // pages makes the page map, and moves what is not in the image into it.
@@ -156,8 +202,14 @@ func (k *copier) pages(ctx context.Context) (err error) {
 // move gives a page from elsewhere a slot in the image, if what it was found under
 // has none yet.
 func (k *copier) move(e pagemap.Entry, content source.Content) (slot uint64, err error) {
-	if slot, ok := k.moved[e]; ok {
-		return slot, nil
+	near := k.moved[e/pagemap.Entry(len(movedSlots{}))]
+	if near == nil {
+		near = new(movedSlots)
+		k.moved[e/pagemap.Entry(len(near))] = near
+	}
+	known := &near[e%pagemap.Entry(len(near))]
+	if *known > 0 {
+		return *known - 1, nil
 	}
 	size, per := k.c.Image.PageSize, k.w.SegmentPages()
 	if k.buf == nil {
@@ -169,7 +221,7 @@ func (k *copier) move(e pagemap.Entry, content source.Content) (slot uint64, err
 	if err := content.Copy(k.buf.Data[at:]); err != nil {
 		return 0, fmt.Errorf("%s: %w", k.c.Image.Name(), err)
 	}
-	k.moved[e] = slot
+	*known = slot + 1
 	if len(k.buf.Data) == per*size {
 		full := k.buf
 		k.buf = nil
@@ -212,10 +264,16 @@ func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 		m.MapChunks = append(m.MapChunks, at)
 		return k.chunk(image.PageMap, b)
 	})
-	if err == nil {
-		err = k.w.Drain()
-	}
 	if err != nil {
+		return nil, err
+	}
+	switch root, err := k.w.Digests(nil); {
+	case err == nil:
+		m.Digests = &checkpoint.Digests{Algorithm: k.hash.Algorithm(), Key: k.hash.Key(), Root: root}
+	case !errors.Is(err, digest.ErrTooMany):
+		return nil, err
+	}
+	if err := k.w.Drain(); err != nil {
 		return nil, err
 	}
 	var counts source.Counts
