@@ -36,8 +36,8 @@ func newImport(a *app) *cobra.Command {
 		Use:   "import [flags] FILE.save",
 		Short: "Copy a save file of libvirt's into the store",
 		Long: `Import reads a file of virsh save or managedsave and commits its state to the store
-as the next checkpoint of the domain. The stream may be raw, compressed by one of
-libvirt's compressors (the program must be installed), or a flash image of ours.
+as the next checkpoint of the domain. The stream may be raw, sparse, compressed by one
+of libvirt's compressors (the program must be installed), or a flash image of ours.
 Domain XML, libvirt's cookie and whether the domain ran are kept with it, and
 "export" gives them back. The file stays as it is.`,
 		Example: `  flic-migrate import --store /srv/vms /var/lib/libvirt/qemu/save/web1.save`,
@@ -116,6 +116,8 @@ func (m *importCmd) open(ctx context.Context, f *os.File, h *saveimage.Header) (
 		return m.image(ctx, f)
 	case h.Format == saveimage.Raw:
 		return io.NopCloser(f), nil
+	case h.Format == saveimage.Sparse:
+		return m.sparse(f, h)
 	}
 	name := h.Format.String()
 	if !compressor.Known(name) {
@@ -135,6 +137,21 @@ func (m *importCmd) open(ctx context.Context, f *os.File, h *saveimage.Header) (
 		return nil, err
 	}
 	return d, cmd.Start()
+}
+
+// sparse gives the stream of a file that QEMU has written itself.
+func (m *importCmd) sparse(f *os.File, h *saveimage.Header) (io.ReadCloser, error) {
+	start, err := f.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	r, w := io.Pipe()
+	go func() { w.CloseWithError(saveimage.CopySparse(w, f, start, fi.Size(), h)) }()
+	return r, nil
 }
 
 // image restores a flash image into a pipe.

@@ -9,11 +9,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/compressor"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -451,5 +453,62 @@ func TestLibvirtNVRAM(t *testing.T) {
 	}
 	ok(t, os.WriteFile(l.nvram, hot, 0o600))
 	v.Do(t, "restore", file)
+	ticks(t, v.Attach(t, "a"))
+}
+
+// TestLibvirtFormats: a domain is saved in every format that this libvirt has, and
+// its file imported, exported and restored: its memory is what it was. Where virsh
+// chooses the format of each save, those that libvirt has a program for come to us
+// all the same, and the others are told.
+func TestLibvirtFormats(t *testing.T) {
+	v := newHost(t, qemutest.LibvirtConfig{})
+	v.wrap(t, compressor.Names...)
+	v.tinyNoise(t, "a", 64)
+	v.Do(t, "suspend", "a")
+	want := v.ram(t, "a", 262152<<10)
+	l := newLab(t)
+	help, err := v.Virsh("help", "save")
+	ok(t, err)
+	perCall := strings.Contains(help, "--image-format")
+	formats := append([]string{"raw"}, compressor.Names...)
+	if perCall {
+		formats = append(formats, "sparse")
+	} else if i := slices.Index(formats, "zstd"); i > 0 {
+		formats = slices.Delete(formats, i, i+1)
+	}
+	conf, err := os.ReadFile(v.path("etc/libvirt/qemu.conf"))
+	ok(t, err)
+	for _, format := range formats {
+		file, plain := v.path("var/lib/libvirt/qemu/save/"+format+".save"), v.path(format+".plain")
+		args := []string{"save", "a", file}
+		if perCall {
+			args = append(args, "--image-format", format)
+		} else {
+			ok(t, os.WriteFile(v.path("etc/libvirt/qemu.conf"), fmt.Appendf(conf[:len(conf):len(conf)], "save_image_format = %q\n", format), 0o600))
+			v.Restart(t)
+		}
+		v.Do(t, args...)
+		past := format == "raw" || format == "sparse"
+		if v.ours(t, file) == past {
+			t.Errorf("%s: ours is %v", format, !past)
+		}
+		l.run(t, "import", "--vm", format, file)
+		l.run(t, "export", format, plain)
+		out, _ := exec.Command("flic-migrate", "libvirt", "status", "--root", v.Dir, "--store", l.store).Output()
+		if told := map[bool]string{true: "past it", false: "needs it"}[past] + strings.Repeat(" ", 7); !strings.Contains(string(out), told+file) && !strings.Contains(string(out), told+" "+file) {
+			t.Errorf("%s: status does not say %q:\n%s", format, told, out)
+		}
+		for _, name := range []string{file, plain} {
+			v.Do(t, "restore", name)
+			if got := v.ram(t, "a", 262152<<10); !bytes.Equal(got, want) {
+				t.Errorf("%s: memory restored from %s differs at %#x", format, name, differAt(got, want))
+			}
+			if name == file {
+				v.Do(t, "destroy", "a")
+			}
+		}
+		ok(t, os.Remove(file))
+	}
+	v.Do(t, "resume", "a")
 	ticks(t, v.Attach(t, "a"))
 }

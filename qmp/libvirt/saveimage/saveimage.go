@@ -52,7 +52,7 @@ const (
 	XZ
 	Lzop
 	Zstd   // from libvirt 10.10 on
-	Sparse // from libvirt 11.2 on: a file with holes that QEMU writes itself; see NewSparse
+	Sparse // from libvirt 11.2 on: a file with holes that QEMU writes itself; see CopySparse
 )
 
 var formatNames = [...]string{"raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse"}
