@@ -24,7 +24,9 @@ import (
 // It is opened before the migration; a migration to URI then feeds the stream
 // that Accept returns.
 type Channel struct {
-	URI     string
+	URI string
+	// buffer is how many bytes of the stream wait, at most, though nobody reads.
+	buffer  int
 	accept  func(context.Context) (*os.File, error)
 	discard func(context.Context)
 }
@@ -80,6 +82,28 @@ func newEnds(d Direction) (reader, writer *os.File, err error) {
 	return os.NewFile(uintptr(fds[0]), "migration stream"), os.NewFile(uintptr(fds[1]), "migration stream"), nil
 }
 
+// usualBuffer is waiting of a socket with Linux's net.core.wmem_default, which only the
+// sender can change.
+const usualBuffer = 248 << 10
+
+// waiting is how many bytes wait in a Unix socket, whose sending end f is, though nobody
+// reads. The kernel takes a write as long as what it has is below the bound, and in
+// pieces of half of that, or of 36 KiB (unix_stream_sendmsg in net/unix/af_unix.c).
+// It is 0 for what is no socket.
+func waiting(f *os.File) int {
+	n, err := unix.GetsockoptInt(int(f.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF)
+	if err != nil {
+		return 0
+	}
+	return n + min(n/2, 36<<10)
+}
+
+// setSendBuffer bounds what waits in a socket; the kernel takes the double of what it
+// is told (socket(7)).
+func setSendBuffer(f *os.File, n int) error {
+	return unix.SetsockoptInt(int(f.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, n/2)
+}
+
 // passedName is the channel's name in QEMU. One is enough, as QEMU runs one
 // migration at a time, and a name used again releases what it meant before.
 const passedName = "flic-migrate"
@@ -98,7 +122,12 @@ func takeBack(ctx context.Context, x qmp.Executor) {
 }
 
 func passChannel(ctx context.Context, x qmp.Executor, p qmp.FilePasser, d Direction) (*Channel, error) {
-	ours, theirs, err := newEnds(d)
+	return passEnds(ctx, x, p, func() (ours, theirs *os.File, err error) { return newEnds(d) })
+}
+
+// passEnds passes QEMU the second of the ends that are made.
+func passEnds(ctx context.Context, x qmp.Executor, p qmp.FilePasser, ends func() (ours, theirs *os.File, err error)) (*Channel, error) {
+	ours, theirs, err := ends()
 	if err != nil {
 		return nil, err
 	}
@@ -109,7 +138,8 @@ func passChannel(ctx context.Context, x qmp.Executor, p qmp.FilePasser, d Direct
 		return nil, err
 	}
 	return &Channel{
-		URI: "fd:" + passedName,
+		URI:    "fd:" + passedName,
+		buffer: waiting(theirs),
 		accept: func(context.Context) (*os.File, error) {
 			f := ours
 			ours = nil
@@ -159,6 +189,7 @@ func ListenChannel(ctx context.Context, x qmp.Executor, dir string) (*Channel, e
 	}
 	return &Channel{
 		URI:     "unix:" + path,
+		buffer:  usualBuffer,
 		accept:  func(ctx context.Context) (*os.File, error) { return acceptFrom(ctx, l, uid) },
 		discard: func(context.Context) { l.Close(); os.RemoveAll(dir) },
 	}, nil

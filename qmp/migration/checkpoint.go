@@ -121,16 +121,21 @@ const maxDowntime = 2000 * 1000
 // After a failure, also when ctx ends, the guest does what it did before. In
 // every case capabilities and parameters are then as they were; if that fails
 // the error says so.
-func Checkpoint(ctx context.Context, x qmp.Executor, o CheckpointOptions) (rep CheckpointReport, err error) {
+func Checkpoint(ctx context.Context, x qmp.Executor, o CheckpointOptions) (CheckpointReport, error) {
 	c := &checkpointer{drive: drive{x: x, open: o.Open, redial: o.Redial}, o: o}
 	if err := c.check(ctx); err != nil {
 		return c.rep, err
 	}
+	return c.run(ctx, c.save)
+}
+
+// run does it: save goes up to QEMU's completed.
+func (c *checkpointer) run(ctx context.Context, save func(context.Context) error) (rep CheckpointReport, err error) {
 	listening, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	events, eventsErr := x.Events(listening)
+	events, eventsErr := c.x.Events(listening)
 	start := time.Now()
-	err = c.save(ctx)
+	err = save(ctx)
 	confirmed := err == nil
 	if confirmed {
 		c.rep.Saved = true

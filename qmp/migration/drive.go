@@ -82,6 +82,9 @@ func (d *drive) prepare(ctx context.Context, need func(string, bool) bool, durin
 		}
 	}
 	if info.Status != StatusNone && !info.Status.Ended() {
+		if d.settings.left == leftArmed {
+			return ErrArmed
+		}
 		return fmt.Errorf("%w (it is %s)", ErrMigrating, info.Status)
 	}
 	if d.was, err = qmp.QueryStatus(ctx, d.x); err != nil {

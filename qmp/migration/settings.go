@@ -35,6 +35,7 @@ const (
 	leftNothing  leftover = iota
 	leftSettings          // settings that were not the user's
 	leftStopped           // and a guest that we stopped and should have let run
+	leftArmed             // settings, and a migration if the process that has its stream lives
 )
 
 // QEMU's defaults (migration/migration.c), for settings whose former values
@@ -74,6 +75,8 @@ func planSettings(ctx context.Context, x qmp.Executor, need func(name string, is
 		s.left = leftSettings
 	case fmt.Sprint(stoppedBandwidth):
 		s.left = leftStopped
+	case fmt.Sprint(armedBandwidth):
+		s.left = leftArmed
 	}
 	if s.left != leftNothing {
 		s.formerly["max-bandwidth"] = defaultBandwidth

@@ -1,0 +1,172 @@
+package migration
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
+)
+
+// armedGuest is a QEMU that is armed, what was kept of it as another process reads it,
+// and its settings before.
+func armedGuest(t *testing.T) (x *simulated, kept Kept, was string) {
+	t.Helper()
+	x = simulate("running")
+	x.onMigrate = func(*simulated) {}
+	was = x.settings()
+	err := Arm(t.Context(), x, ArmOptions{Open: x.open, Take: func(_ context.Context, f *os.File, _ int, k Kept) error {
+		b, err := json.Marshal(k)
+		if err == nil {
+			err = json.Unmarshal(b, &kept)
+		}
+		return err
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if x.run != "running" || x.status != StatusActive {
+		t.Fatalf("armed: the guest is %s, the migration %s", x.run, x.status)
+	}
+	if x.parameters["max-bandwidth"] != float64(armedBandwidth) || x.parameters["downtime-limit"] != float64(1) ||
+		!x.capabilities["return-path"] || !x.capabilities["events"] || x.capabilities["xbzrle"] || x.capabilities["auto-converge"] {
+		t.Errorf("armed: %s", x.settings())
+	}
+	return x, kept, was
+}
+
+// An armed checkpoint stops the guest, lets it run on, and leaves settings as they
+// were before it was armed, whether it succeeds or not.
+func TestCheckpointArmed(t *testing.T) {
+	broken := errors.New("no space")
+	for name, save := range map[string]func(x *simulated) error{
+		"saved":       func(x *simulated) error { completes(x); return nil },
+		"fails":       func(*simulated) error { return broken },
+		"QEMU fails":  func(x *simulated) error { x.ends(StatusFailed, "device X", "running"); return io.ErrUnexpectedEOF },
+		"was stopped": func(x *simulated) error { completes(x); return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			x, kept, was := armedGuest(t)
+			run := "running"
+			if name == "was stopped" {
+				run = "paused"
+				x.run = run
+			}
+			rep, err := CheckpointArmed(t.Context(), x, kept, CheckpointOptions{Save: func(_ context.Context, _ *os.File, before qmp.RunState) error {
+				if before.Status != run || x.run != "paused" {
+					t.Errorf("the guest is %s and was %s", x.run, before.Status)
+				}
+				if run == "running" && x.parameters["max-bandwidth"] != float64(stoppedBandwidth) {
+					t.Error("nobody could tell who has stopped the guest")
+				}
+				return save(x)
+			}})
+			if saved := name == "saved" || name == "was stopped"; rep.Saved != saved || (err == nil) != saved {
+				t.Errorf("%+v, %v", rep, err)
+			}
+			if name == "fails" && !errors.Is(err, broken) {
+				t.Error(err)
+			}
+			if name == "saved" && rep.Downtime != 5*time.Millisecond {
+				t.Errorf("downtime %v", rep.Downtime)
+			}
+			if run == "paused" {
+				run = "postmigrate"
+			}
+			if x.run != run || x.settings() != was {
+				t.Errorf("the guest is %s, settings were\n%s\nare\n%s", x.run, was, x.settings())
+			}
+		})
+	}
+}
+
+// What can't be armed is as it was.
+func TestArmFails(t *testing.T) {
+	broken := errors.New("no space")
+	for name, test := range map[string]struct {
+		prepare func(*simulated)
+		take    error
+		want    error
+	}{
+		"nobody reads":  {func(*simulated) {}, broken, broken},
+		"paused":        {func(s *simulated) { s.run = "paused" }, nil, ErrPausedGuest},
+		"blocked":       {func(s *simulated) { s.blocked = []string{"nvme"} }, nil, ErrBlocked},
+		"migrating":     {func(s *simulated) { s.status = StatusActive; s.stream, _ = os.Open(os.DevNull) }, nil, ErrMigrating},
+		"armed already": {func(s *simulated) { s.status = StatusActive; s.parameters["max-bandwidth"] = armedBandwidth }, nil, ErrArmed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			x := simulate("running")
+			x.onMigrate = func(*simulated) {}
+			test.prepare(x)
+			was, run := x.settings(), x.run
+			err := Arm(t.Context(), x, ArmOptions{Open: x.open, Take: func(context.Context, *os.File, int, Kept) error { return test.take }})
+			if !errors.Is(err, test.want) {
+				t.Errorf("%v, want %v", err, test.want)
+			}
+			if x.settings() != was || x.run != run {
+				t.Errorf("the guest is %s, settings were\n%s\nare\n%s", x.run, was, x.settings())
+			}
+		})
+	}
+	x := simulate("running")
+	x.refuse["migrate"] = "no such device"
+	was := x.settings()
+	err := Arm(t.Context(), x, ArmOptions{Open: x.open})
+	qmptest.Mention(t, err, "no such device")
+	if x.settings() != was {
+		t.Errorf("settings %s", x.settings())
+	}
+}
+
+// While a guest is armed nothing else begins a migration, and says why. It can be
+// disarmed by who knows the settings, and by who does not.
+func TestDisarm(t *testing.T) {
+	x, kept, was := armedGuest(t)
+	if _, err := Checkpoint(t.Context(), x, CheckpointOptions{Mode: ModeStop, Save: savesAll, Open: x.open}); !errors.Is(err, ErrArmed) {
+		t.Errorf("checkpoint: %v", err)
+	}
+	if _, err := Track(t.Context(), x, TrackOptions{}); !errors.Is(err, ErrArmed) {
+		t.Errorf("track: %v", err)
+	}
+	if err := Disarm(t.Context(), x, DisarmOptions{Kept: kept}); err != nil || x.status != StatusCancelled || x.settings() != was {
+		t.Errorf("%v; the migration is %s, settings %s", err, x.status, x.settings())
+	}
+	if _, err := CheckpointArmed(t.Context(), x, kept, CheckpointOptions{}); !errors.Is(err, ErrNotArmed) {
+		t.Errorf("not armed: %v", err)
+	}
+
+	// Somebody has cancelled it, and runs a migration of his own.
+	x, kept, _ = armedGuest(t)
+	x.ends(StatusCancelled, "", "running")
+	x.status = StatusActive
+	if err := Disarm(t.Context(), x, DisarmOptions{Kept: kept, Ended: true}); err != nil || x.status != StatusActive || x.parameters["max-bandwidth"] != float64(33<<20) {
+		t.Errorf("%v; the migration is %s, settings %s", err, x.status, x.settings())
+	}
+
+	// What a killed checkpoint has stopped runs again.
+	x, kept, was = armedGuest(t)
+	x.parameters["max-bandwidth"], x.run = float64(stoppedBandwidth), "paused"
+	err := Disarm(t.Context(), x, DisarmOptions{Kept: kept, Before: qmp.RunState{Running: true, Status: "running"}})
+	if err != nil || x.run != "running" || x.settings() != was {
+		t.Errorf("%v; the guest is %s, settings %s", err, x.run, x.settings())
+	}
+
+	// Nobody knows any more how it was.
+	x, _, _ = armedGuest(t)
+	forgotten, err := Forgotten(t.Context(), x)
+	if err != nil || forgotten == nil {
+		t.Fatal(forgotten, err)
+	}
+	if err := Disarm(t.Context(), x, DisarmOptions{Kept: *forgotten}); err != nil || x.status != StatusCancelled ||
+		x.parameters["max-bandwidth"] != float64(defaultBandwidth) || x.capabilities["return-path"] {
+		t.Errorf("%v; the migration is %s, settings %s", err, x.status, x.settings())
+	}
+	if forgotten, err = Forgotten(t.Context(), simulate("running")); forgotten != nil || err != nil {
+		t.Error(forgotten, err)
+	}
+}
