@@ -2,9 +2,11 @@ package save
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -17,6 +19,10 @@ type output struct {
 	codec   image.Codec
 	workers int
 	segment int // pages; 0: as many as suit the codec
+
+	// hash makes the digests of the image's pages; nil: it keeps none, and nobody can
+	// refer to it.
+	hash *digest.Hasher
 
 	img    *image.Writer // nil until open
 	nvfile *nvram.File   // nil without NVRAM
@@ -36,6 +42,9 @@ func (o *output) open(pageSize int) error {
 	o.img, err = image.NewWriter(o.tx.Image(), image.Header{
 		PageSize: pageSize, SegmentPages: segment, UUID: o.tx.UUID(), Created: o.created,
 	}, o.codec, o.workers)
+	if err == nil && o.hash != nil {
+		o.img.KeepDigests(o.hash)
+	}
 	return err
 }
 
@@ -73,6 +82,19 @@ func (o *output) syncNVRAM() error {
 		return nil
 	}
 	return o.region.Sync()
+}
+
+// digests writes what is left of the pages' digests, when all pages have been placed:
+// nvram are those of the NVRAM part. It returns nil if there are none.
+func (o *output) digests(nvram []digest.Sum) (*checkpoint.Digests, error) {
+	if o.hash == nil {
+		return nil, nil
+	}
+	root, err := o.img.Digests(nvram)
+	if errors.Is(err, digest.ErrTooMany) {
+		return nil, nil
+	}
+	return &checkpoint.Digests{Algorithm: o.hash.Algorithm(), Key: o.hash.Key(), Root: root}, err
 }
 
 // finishNVRAM gives back the extents behind the slots that were used, and writes

@@ -9,6 +9,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
@@ -36,6 +37,7 @@ type placer struct {
 	lengths []uint32      // of those payloads
 
 	slots     []checkpoint.NVRAMSlot // those given out
+	sums      []digest.Sum           // of their pages, if digests are kept
 	rewritten []bool                 // slots whose content was replaced
 	users     []uint32               // by slot: pages that have it
 	free      []int                  // slots given out that no page has any more
@@ -54,8 +56,9 @@ type placer struct {
 type target struct {
 	pages  *pagemap.Builder
 	img    *image.Writer
-	region *nvram.Region // nil: every page is cold
-	hot    hotSet        // the pages that the region is for
+	hash   *digest.Hasher // nil: no digests are kept
+	region *nvram.Region  // nil: every page is cold
+	hot    hotSet         // the pages that the region is for
 }
 
 // counts is what a placer has done so far, as the report has it.
@@ -179,8 +182,16 @@ func (p *placer) rewrite(block int, page uint64, data []byte) (done bool, err er
 	}
 	p.last.ok = false
 	p.rewritten[e.Value()] = true
-	p.slots[e.Value()].CRC = integrity.Checksum(data)
-	return true, p.to.region.Write(int(e.Value()), data)
+	return true, p.write(int(e.Value()), block, page, data)
+}
+
+// write puts a page into a slot that has been given out.
+func (p *placer) write(slot, block int, page uint64, data []byte) error {
+	p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(data), Block: uint32(block), Page: page}
+	if p.to.hash != nil {
+		p.to.hash.Put(&p.sums[slot], data)
+	}
+	return p.to.region.Write(slot, data)
 }
 
 // single deduplicates pages one by one.
@@ -264,6 +275,9 @@ func (p *placer) canTakeBack(e pagemap.Entry) bool {
 func (p *placer) takeBack() {
 	if inNVRAM(p.last.entry) {
 		p.slots = p.slots[:len(p.slots)-2]
+		if p.to.hash != nil {
+			p.sums = p.sums[:len(p.slots)]
+		}
 		return
 	}
 	p.seg.Data = p.seg.Data[:len(p.seg.Data)-2*p.pageSize]
@@ -288,8 +302,7 @@ func (p *placer) pair(e pagemap.Entry) ([]byte, error) {
 func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagemap.Entry, error) {
 	if hot && p.room() {
 		slot := p.takeSlot()
-		p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(data), Block: uint32(block), Page: page}
-		return pagemap.Make(pagemap.NVRAM, uint64(slot)), p.to.region.Write(slot, data)
+		return pagemap.Make(pagemap.NVRAM, uint64(slot)), p.write(slot, block, page, data)
 	}
 	// A full segment leaves when the next page comes, so that a pair in it
 	// can be taken back until then.
@@ -321,6 +334,9 @@ func (p *placer) takeSlot() int {
 		return slot
 	}
 	p.slots = append(p.slots, checkpoint.NVRAMSlot{})
+	if p.to.hash != nil {
+		p.sums = append(p.sums, digest.Sum{})
+	}
 	return len(p.slots) - 1
 }
 
@@ -358,6 +374,9 @@ func (p *placer) record(block int, page uint64, payload []byte) error {
 	slot := uint64(p.records.Number)*uint64(p.segmentPages()) + uint64(len(p.lengths))
 	p.lengths = append(p.lengths, uint32(len(payload)))
 	p.records.Data = append(p.records.Data, payload...)
+	if p.to.hash != nil {
+		p.records.Sums = append(p.records.Sums, p.to.hash.Sum(p.scratch))
+	}
 	p.set(block, page, pagemap.Make(pagemap.Flash, slot))
 	return nil
 }

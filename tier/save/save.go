@@ -12,6 +12,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
@@ -83,6 +84,7 @@ const tableChunk = 32 << 10
 func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Options) (store.Ref, *checkpoint.Meta, error) {
 	s := newSaver(ctx, fsys, st, in, o)
 	return s.run(func() (err error) {
+		s.out.hash = digest.Fresh()
 		s.out.tx, err = st.Begin(ctx, o.VM)
 		return err
 	})
@@ -278,7 +280,7 @@ func (s *saver) place() (*placer, error) {
 	for _, n := range pages {
 		s.rep.Pages += int64(n)
 	}
-	to := target{img: s.out.img}
+	to := target{img: s.out.img, hash: s.out.hash}
 	var err error
 	if to.pages, err = pagemap.New(pages); err != nil {
 		return nil, stream.Damaged("ram setup", s.parse.cur.Offset(), "%v", err)
@@ -398,6 +400,9 @@ func (s *saver) commit() (store.Ref, error) {
 		return store.Ref{}, err
 	}
 	if s.meta.NVRAM, err = s.out.finishNVRAM(s.ctx, place.slots, s.meta.PageSize); err != nil {
+		return store.Ref{}, err
+	}
+	if s.meta.Digests, err = s.out.digests(place.sums); err != nil {
 		return store.Ref{}, err
 	}
 	if err := s.out.img.Drain(); err != nil {

@@ -7,7 +7,6 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/mmu"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -142,8 +141,7 @@ func (p *placer) promote(runs []workingset.PageRun) (moved bool, err error) {
 				return moved, err
 			}
 			slot := p.takeSlot()
-			p.slots[slot] = checkpoint.NVRAMSlot{CRC: integrity.Checksum(p.scratch), Block: uint32(r.Block), Page: page}
-			if err := p.to.region.Write(slot, p.scratch); err != nil {
+			if err := p.write(slot, r.Block, page, p.scratch); err != nil {
 				return moved, err
 			}
 			p.set(r.Block, page, pagemap.Make(pagemap.NVRAM, uint64(slot)))
