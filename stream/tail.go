@@ -184,7 +184,7 @@ type TailSection struct {
 	Offset, Length int
 
 	// Fields are the state's fields in order, subsections not among them. A
-	// section that is not as long as its description says has none: where
+	// section that is not as long as its description says has nil: where
 	// they begin could not be told.
 	Fields []TailField
 }

@@ -704,8 +704,8 @@ func TestResumeRegains(t *testing.T) {
 		}
 		// The next server has nothing to say, and QEMU must not notice.
 		ok(t, os.WriteFile(stillborn(l.store), nil, 0o600))
-		// The devices may ask for a page or two, with its neighbours, before the guest.
-		dies := cutEnv + "=" + fmt.Sprint(opening+int64(8*(i+3))*4200)
+		// The devices ask for up to ten pages, with their neighbours, before the guest.
+		dies := cutEnv + "=" + fmt.Sprint(opening+int64(8*(i+11))*4200)
 		r := l.resumesWith(t, "flic-migrate-cut", []string{dies}, "--lazy", "always", "--learn", "200ms", "--qmp", vm.Socket, "vm@1")
 		doc, _ := r.outcome(t)
 		t.Logf("running after %v, all there after %v", doc.Running, doc.Resident)

@@ -175,7 +175,7 @@ func (r *resumeCmd) again(dir string, ref store.Ref) string {
 	if r.nvram != "" {
 		words = append(words, "--nvram-from", r.nvram)
 	}
-	return session.ShellWords(words)
+	return migration.ShellWords(words)
 }
 
 // server is the command line of the restoring filter.
@@ -256,7 +256,7 @@ func (r *resumeCmd) show(doc resumeReport, failed error) error {
 func (r *resumeCmd) printCommands(o migration.ResumeOptions, server func(session.ServerArgs) []string) error {
 	// Which QEMU it will be is not known.
 	uri := func(k migration.ServerKind) string {
-		return session.ExecURI(server(session.ServerArgs{Kind: k, ZeroRest: true}))
+		return migration.ExecURI(server(session.ServerArgs{Kind: k, ZeroRest: true}))
 	}
 	lazily, kind := o.NotPossible == nil && o.Lazy != migration.LazyNever, migration.EagerServer
 	if lazily {

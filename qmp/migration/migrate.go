@@ -25,21 +25,28 @@ import (
 // qapi/migration.json).
 type Status string
 
-// The states of a migration. A newer QEMU may have more; an unknown one is
-// neither an end nor an error.
+// The states of a migration, of QEMU 7.2 to 11.1. A newer QEMU may have more; an
+// unknown one is neither an end nor an error, and nothing goes on because of it.
 const (
-	StatusNone           Status = "none"
-	StatusSetup          Status = "setup"
-	StatusActive         Status = "active"
-	StatusPreSwitchover  Status = "pre-switchover" // guest stopped, waits for Continue
-	StatusDevice         Status = "device"
+	StatusNone          Status = "none"
+	StatusSetup         Status = "setup"
+	StatusWaitUnplug    Status = "wait-unplug" // of a failover device, by the guest
+	StatusActive        Status = "active"
+	StatusPreSwitchover Status = "pre-switchover" // guest stopped, waits for Continue
+	StatusDevice        Status = "device"         // at every switchover from 10.0 on
+	StatusColo          Status = "colo"
+	// StatusPostcopyDevice: the destination loads its devices, and does not run (10.2).
+	StatusPostcopyDevice Status = "postcopy-device"
 	StatusPostcopyActive Status = "postcopy-active"
 	StatusPostcopyPaused Status = "postcopy-paused"
+	// StatusPostcopyRecoverSetup: a new server is waited for (9.1).
+	StatusPostcopyRecoverSetup Status = "postcopy-recover-setup"
 	// StatusPostcopyRecover: a new server is being shaken hands with.
 	StatusPostcopyRecover Status = "postcopy-recover"
 	StatusCancelling      Status = "cancelling"
 	StatusCancelled       Status = "cancelled"
 	StatusCompleted       Status = "completed"
+	StatusFailing         Status = "failing" // on its way to failed (11.0)
 	StatusFailed          Status = "failed"
 )
 
@@ -47,6 +54,10 @@ const (
 func (s Status) Ended() bool {
 	return s == StatusCompleted || s == StatusFailed || s == StatusCancelled
 }
+
+// recovered says whether a lazy restore whose server had died goes on: with the new
+// one, or to its end.
+func (s Status) recovered() bool { return s == StatusPostcopyActive || s == StatusCompleted }
 
 // Info is QEMU's report of a migration. What QEMU did not say is zero.
 type Info struct {

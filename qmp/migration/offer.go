@@ -13,10 +13,10 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp"
 )
 
-// offer makes a stream ready and returns its URI. If the monitor carries files, the
+// offer makes a stream ready and returns its place. If the monitor carries files, the
 // server begins first: the guest need not wait for that, and a server that can't
 // costs nothing but an error. Withdraw takes back what QEMU has refused.
-func (o *ResumeOptions) offer(ctx context.Context, x qmp.Executor, lazy bool) (uri string, withdraw func(), err error) {
+func (o *ResumeOptions) offer(ctx context.Context, x qmp.Executor, lazy bool) (at place, withdraw func(), err error) {
 	// A pipe if it is enough: an eager restore through a socket takes up to three
 	// times as long.
 	kind, direction := EagerServer, OneWay
@@ -25,18 +25,18 @@ func (o *ResumeOptions) offer(ctx context.Context, x qmp.Executor, lazy bool) (u
 	}
 	p, ok := x.(qmp.FilePasser)
 	if !ok || o.Serve == nil {
-		return o.URI(kind), func() {}, nil
+		return place{command: o.Command(kind)}, func() {}, nil
 	}
 	theirs, ours, err := newEnds(direction)
 	if err != nil {
-		return "", nil, err
+		return at, nil, err
 	}
 	defer theirs.Close()
 	defer ours.Close()
 	if err := p.PassFile(ctx, passedName, theirs); notCarried(err) {
-		return o.URI(kind), func() {}, nil
+		return place{command: o.Command(kind)}, func() {}, nil
 	} else if err != nil {
-		return "", nil, err
+		return at, nil, err
 	}
 	end, err := o.Serve(kind, ours)
 	if err != nil {
@@ -55,9 +55,9 @@ func (o *ResumeOptions) offer(ctx context.Context, x qmp.Executor, lazy bool) (u
 	}
 	if err != nil {
 		withdraw()
-		return "", nil, err
+		return at, nil, err
 	}
-	return "fd:" + passedName, withdraw, nil
+	return place{uri: "fd:" + passedName}, withdraw, nil
 }
 
 // beginTime is how long a server may take to open its store and write a first byte.

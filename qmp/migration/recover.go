@@ -23,7 +23,7 @@ func Recover(ctx context.Context, m *qmp.Monitor, o ResumeOptions) (ResumeReport
 	if err := o.checkMark(ctx, m); err != nil {
 		return rep, err
 	}
-	o.recovering = true
+	o.recovering, o.loaded = true, true
 	ctx, end := patient(ctx)
 	defer end()
 	err := o.goOn(ctx, m, start, &rep)
@@ -41,7 +41,7 @@ func (o *ResumeOptions) goOn(ctx context.Context, m *qmp.Monitor, start time.Tim
 	if err == nil {
 		err = o.finishResume(watched, m, start, rep)
 	}
-	return because(watched, err)
+	return o.because(watched, err)
 }
 
 // regain recovers as long as Regain allows it. A later Recover might find nobody to
@@ -77,7 +77,7 @@ const (
 // was; one that dies in the middle of the handshake takes QEMU with it
 // (migration/savevm.c, loadvm_process_command in postcopy-recover).
 func (o *ResumeOptions) recoverPaused(ctx context.Context, m *qmp.Monitor) error {
-	uri, begin := o.URI(RecoveringServer), func() error { return nil }
+	uri, begin := ExecURI(o.Command(RecoveringServer)), func() error { return nil }
 	if o.Connect != nil && sandboxed(m) {
 		path, err := besides(m)
 		if err != nil {
@@ -106,8 +106,10 @@ func (o *ResumeOptions) recoverPaused(ctx context.Context, m *qmp.Monitor) error
 		switch {
 		case err != nil:
 			return err
-		case info.Status != StatusPostcopyPaused && info.Status != StatusPostcopyRecover:
+		case info.Status.recovered():
 			return nil
+		case info.Status.Ended():
+			return &Error{Status: info.Status, Desc: info.ErrorDesc}
 		case gone:
 			return fmt.Errorf("%w (the new one too)", ErrServerDied)
 		}

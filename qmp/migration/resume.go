@@ -52,10 +52,10 @@ type ResumeOptions struct {
 	// it is eager, and else a socket from which it reads QEMU's requests; end kills
 	// it. out is the caller's to close.
 	Serve func(k ServerKind, out *os.File) (end func(), err error)
-	// URI has QEMU start the server. It is used if the monitor carries no files,
-	// without Serve, and for a RecoveringServer: QEMU may be able to run only commands
-	// out of band then, of which getfd is none.
-	URI func(k ServerKind) string
+	// Command is the command line of a server that QEMU starts. It is used if the
+	// monitor carries no files, without Serve, and for a RecoveringServer: QEMU may be
+	// able to run only commands out of band then, of which getfd is none.
+	Command func(k ServerKind) []string
 	// Connect starts a RecoveringServer for a QEMU that may start no process (-sandbox
 	// spawn=deny) and listens on a socket. The server connects when nothing can keep
 	// it from speaking any more: a connection that ends before is the end of QEMU.
@@ -65,6 +65,8 @@ type ResumeOptions struct {
 	Gone func() bool
 	// recovering: the guest may have run before, and been stopped by somebody.
 	recovering bool
+	// loaded: the devices are, so the guest may have run.
+	loaded bool
 	// Regain is asked, when a server has died, whether to start another at once. nil:
 	// never. It needs a Monitor with OOB.
 	Regain func() bool
@@ -153,7 +155,7 @@ func Resume(ctx context.Context, x qmp.Executor, o ResumeOptions) (ResumeReport,
 	if rep.Lazy {
 		o.mark(ctx, x)
 	}
-	uri, withdraw, err := o.offer(ctx, x, rep.Lazy)
+	from, withdraw, err := o.offer(ctx, x, rep.Lazy)
 	if err != nil {
 		o.unmark(ctx, x)
 		return rep, err
@@ -163,22 +165,37 @@ func Resume(ctx context.Context, x qmp.Executor, o ResumeOptions) (ResumeReport,
 	watched, stop := watchIncoming(ctx, x)
 	defer stop()
 	start := time.Now()
-	if err := Incoming(ctx, x, uri); err != nil {
+	stays, err := incoming(ctx, x, from, rep.Lazy)
+	if err != nil {
 		withdraw()
 		o.unmark(ctx, x)
 		return rep, err
 	}
-	err = because(watched, o.load(watched, x, start, &rep))
+	err = o.because(watched, o.load(watched, x, start, &rep))
+	if stays && errors.Is(err, ErrBeforeRun) || errors.Is(err, errDevice) {
+		return rep, giveUp(ctx, x, err)
+	}
 	return rep, o.regain(ctx, x, start, &rep, err)
 }
 
+// errGaveUp: QEMU's migration has failed.
+var errGaveUp = errors.New("QEMU has given up, and its output has the reason; if it does not end by itself, kill it")
+
 // because says why a resume has failed, whatever call has noticed it.
-func because(watched context.Context, err error) error {
+func (o *ResumeOptions) because(watched context.Context, err error) error {
+	cause := context.Cause(watched)
+	if errors.Is(cause, ErrServerDied) {
+		o.loaded = true // or it would not be paused
+	}
 	switch {
 	case err == nil:
 		return nil
+	case errors.Is(cause, errGaveUp) && !o.loaded:
+		return fmt.Errorf("%w: %w", ErrBeforeRun, cause)
+	case errors.Is(cause, errGaveUp):
+		return fmt.Errorf("the restore failed when the guest could run, before all of its memory was there; the checkpoint is untouched: %w", cause)
 	case watched.Err() != nil:
-		return context.Cause(watched)
+		return cause
 	case errors.Is(err, qmp.ErrLost) && !errors.Is(err, ErrBeforeRun):
 		return fmt.Errorf("QEMU has ended before all memory was there, and its output has the reason; the checkpoint is untouched: %w", err)
 	}
@@ -187,9 +204,10 @@ func because(watched context.Context, err error) error {
 
 // load follows an incoming migration that has begun.
 func (o *ResumeOptions) load(ctx context.Context, x qmp.Executor, start time.Time, rep *ResumeReport) error {
-	if err := leaveInmigrate(ctx, x); err != nil {
+	if err := leaveInmigrate(ctx, x, rep.Lazy); err != nil {
 		return err
 	}
+	o.loaded = true
 	if err := o.run(ctx, x, start, rep); err != nil {
 		return err
 	}
@@ -210,7 +228,7 @@ func watchIncoming(ctx context.Context, x qmp.Executor) (context.Context, func()
 				case Status(status) == StatusPostcopyPaused:
 					cancel(ErrServerDied)
 				case Status(status) == StatusFailed:
-					cancel(fmt.Errorf("%w: QEMU has given up; if it does not end by itself, kill it", ErrBeforeRun))
+					cancel(errGaveUp)
 				}
 			}
 		}()
@@ -281,29 +299,6 @@ func (o *ResumeOptions) run(ctx context.Context, x qmp.Executor, start time.Time
 // (monitor/qmp.c, QMP_REQ_QUEUE_LEN_MAX).
 func patient(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, 365*24*time.Hour)
-}
-
-// leaveInmigrate waits for the end of the run state inmigrate. There is no
-// event for it when QEMU was started with -S, so it asks, and QEMU has little
-// else to do.
-func leaveInmigrate(ctx context.Context, x qmp.Executor) error {
-	for start := time.Now(); ; {
-		s, err := qmp.QueryStatus(ctx, x)
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case errors.Is(err, qmp.ErrLost):
-			return fmt.Errorf("%w: QEMU has ended, and its output has the reason: %w", ErrBeforeRun, err)
-		case err != nil || s.Status != "inmigrate":
-			return err
-		}
-		// So that it is known a twentieth too late at the most.
-		wait := time.Since(start) / 20
-		select {
-		case <-time.After(min(max(wait, time.Millisecond/2), 50*time.Millisecond)):
-		case <-ctx.Done():
-		}
-	}
 }
 
 // finishResume waits until all memory is there and makes the QEMU fit for

@@ -116,7 +116,7 @@ func resume(ctx context.Context, m *qmp.Monitor, c *store.Checkpoint, o ResumeOp
 	// A server ends a moment after QEMU has its last byte. One that was killed
 	// leaves no report.
 	last := s.newest().state()
-	if err == nil || errors.Is(err, migration.ErrServerDied) {
+	if err == nil || errors.Is(err, migration.ErrServerDied) || errors.Is(err, migration.ErrBeforeRun) {
 		last = s.newest().final(context.WithoutCancel(ctx))
 	}
 	if rep.Server = last.report; err != nil && last.report != nil && last.report.Error != "" {
@@ -131,8 +131,8 @@ func (o *ResumeOptions) migration(ctx context.Context, m *qmp.Monitor, c *store.
 	server := func(k migration.ServerKind, control, socket string) []string {
 		return o.Server(ServerArgs{Kind: k, Control: control, Socket: socket, ZeroRest: migration.NeedsAllPages(m.Version())})
 	}
-	mo.URI = func(k migration.ServerKind) string {
-		return ExecURI(server(k, s.expect(func() int { return qemuUser(ctx, m, k == migration.RecoveringServer) }), ""))
+	mo.Command = func(k migration.ServerKind) []string {
+		return server(k, s.expect(func() int { return qemuUser(ctx, m, k == migration.RecoveringServer) }), "")
 	}
 	mo.Serve = func(k migration.ServerKind, out *os.File) (func(), error) {
 		return s.start(func(control string) []string { return server(k, control, "") }, out, k != migration.EagerServer)

@@ -238,10 +238,8 @@ func (s *servers) run(ctx context.Context) error {
 
 // leftQEMU tells whether the server has ended and QEMU may not notice.
 func (s *servers) leftQEMU(now state) bool {
-	select {
-	case <-s.running:
+	if s.ran() {
 		return false // it notices
-	default:
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -275,9 +273,24 @@ func (s *servers) look() state {
 		s.say(fmt.Sprintf("%s: for %v no sign of the server; if QEMU was to start it, its output may say why", s.name, s.stalled))
 		return now
 	}
-	s.say(fmt.Sprintf("%s: no progress for %v: the server, process %d, has sent %d of %d pages%s. The guest may be waiting for it, and has lost nothing. "+
-		"If the server does not go on, end it with kill -9 %d", s.name, s.stalled, now.pid, now.at.Pages, now.at.PagesAll, doing(now.pid), now.pid))
+	text := fmt.Sprintf("%s: no progress for %v: the server, process %d, has sent %d of %d pages%s. ", s.name, s.stalled, now.pid, now.at.Pages, now.at.PagesAll, doing(now.pid))
+	if s.ran() {
+		text += fmt.Sprintf("The guest may be waiting for it, and has lost nothing. If the server does not go on, end it with kill -9 %d", now.pid)
+	} else {
+		text += "The guest has not run, and the checkpoint is untouched: to give up, end that QEMU"
+	}
+	s.say(text)
 	return now
+}
+
+// ran tells whether the guest may run.
+func (s *servers) ran() bool {
+	select {
+	case <-s.running:
+		return true
+	default:
+		return false
+	}
 }
 
 // doing says what a process that gets nothing done does, if that is of use and can

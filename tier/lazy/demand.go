@@ -41,10 +41,11 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 		if err != nil {
 			return err
 		}
+		p.heard.Store(int64(time.Since(p.start)))
 		switch m.Type {
 		case returnpath.Shut:
 			if m.Value != 0 {
-				return fmt.Errorf("QEMU reports that loading failed (SHUT %d)", m.Value)
+				return fmt.Errorf("%w (SHUT %d)", ErrFailed, m.Value)
 			}
 			if !closed(p.rep.shut) {
 				close(p.rep.shut)
@@ -54,6 +55,9 @@ func (p *pump) receive(ctx context.Context, rd *returnpath.Reader) error {
 			if m.Value == devicesLoaded && !p.devicesLoaded() {
 				p.loadedAt = time.Now()
 				close(p.loaded)
+			}
+			if n := int64(m.Value) - deviceLoaded; n >= 0 && n < int64(len(p.devices)) {
+				p.loadedDevices.Store(n + 1)
 			}
 			continue
 		case returnpath.ReqPages, returnpath.ReqPagesID:

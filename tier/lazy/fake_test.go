@@ -113,6 +113,7 @@ type fakeQEMU struct {
 	afterPart func(section int)
 	// loading keeps the PING in the package from being answered.
 	loading bool
+	pings   int // of devices in the package, which nobody has answered
 
 	mu       sync.Mutex
 	lastName string // block of the last REQ_PAGES_ID
@@ -268,6 +269,14 @@ func (d *fakeQEMU) loadOpening(rd *stream.Reader, dec *ramparse.Decoder) error {
 	all, layout := d.s.Bytes(), d.s.Layout()
 	want := append(postcopy.AppendListen(nil), all[layout.Tail:layout.EOF]...)
 	want = postcopy.AppendRun(postcopy.AppendPing(want, 3))
+	// Behind each device whose end is known a PING asks whether it was loaded.
+	for d.pings = 0; ; d.pings++ {
+		ping := postcopy.AppendPing(nil, uint32(0x1000+d.pings))
+		if !bytes.Contains(pack, ping) {
+			break
+		}
+		pack = bytes.Replace(pack, ping, nil, 1)
+	}
 	if !bytes.Equal(pack, want) {
 		return fmt.Errorf("package of %d bytes is not LISTEN, devices, PING, RUN of %d bytes", len(pack), len(want))
 	}

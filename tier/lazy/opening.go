@@ -53,6 +53,9 @@ func Possible(c *checkpoint.Checkpoint) error {
 type opening struct {
 	bytes []byte
 	ramID uint32 // section id of RAM, for PART and END
+	// named are the devices behind whose state in the package a PING stands, in order,
+	// and the one behind those.
+	named []string
 }
 
 // maxOpening caps the literals before RAM's first page: configuration and RAM
@@ -161,9 +164,18 @@ func (o *opening) ramSetup(cur *stream.Cursor) error {
 	return nil
 }
 
+// footerLength is that of a section's footer, 7e be32 id: Possible asks for them.
+const footerLength = 5
+
 // devicesLoaded is the value of the PING that QEMU answers when it has loaded
 // the package up to RUN (3, as its own source has it).
 const devicesLoaded = 3
+
+// deviceLoaded is the value of the PING behind the first device's state; the next
+// ones count on from there. QEMU answers it when it has read so far, and so says by
+// its silence which device it could not load. Nothing else does: its own reason is in
+// its output or, from 10.2 on, nowhere.
+const deviceLoaded = 0x1000
 
 // devices writes the package: LISTEN, every device's section, PING, RUN.
 func (o *opening) devices(tail []byte) error {
@@ -172,7 +184,20 @@ func (o *opening) devices(tail []byte) error {
 		return errors.New("device tail does not end in QEMU_VM_EOF")
 	}
 	pack := postcopy.AppendListen(nil)
-	pack = append(pack, tail[:end]...)
+	at := 0
+	// Without a vmdescription, or with a wrong one, it is not known where sections end.
+	parsed, _ := stream.ParseTail(tail)
+	for i, s := range parsed.Sections {
+		o.named = append(o.named, s.Name)
+		if s.Fields == nil {
+			break // where it ends was found by looks, which a guest could imitate
+		}
+		next := s.Offset + s.Length + footerLength
+		pack = append(pack, tail[at:next]...)
+		pack = postcopy.AppendPing(pack, deviceLoaded+uint32(i))
+		at = next
+	}
+	pack = append(pack, tail[at:end]...)
 	pack = postcopy.AppendPing(pack, devicesLoaded)
 	pack = postcopy.AppendRun(pack)
 	o.bytes = postcopy.AppendPackage(o.bytes, pack)

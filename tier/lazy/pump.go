@@ -2,6 +2,8 @@ package lazy
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"sync/atomic"
 	"time"
@@ -48,6 +50,11 @@ type pump struct {
 
 	demands chan demand
 	serving atomic.Bool // one of them is being answered
+	// devices are opening.named, of which loadedDevices are known to be loaded; heard
+	// is when QEMU has last said anything, in ns since start.
+	devices       []string
+	loadedDevices atomic.Int64
+	heard         atomic.Int64
 	// loaded is closed when QEMU has loaded the devices, at loadedAt.
 	loaded   chan struct{}
 	loadedAt time.Time
@@ -65,9 +72,9 @@ const (
 	zeroChunk, zeroPause = 256, time.Millisecond
 )
 
-func newPump(c *checkpoint.Checkpoint, out io.Writer, ramID uint32, o Options, start time.Time) *pump {
+func newPump(c *checkpoint.Checkpoint, out io.Writer, op *opening, o Options, start time.Time) *pump {
 	p := &pump{
-		c: c, out: out, ramID: ramID, o: o, start: start, named: -1,
+		c: c, out: out, ramID: op.ramID, devices: op.named, o: o, start: start, named: -1,
 		blocks: make(map[string]int), demands: make(chan demand, maxDemands),
 		loaded: make(chan struct{}), ended: make(chan struct{}),
 		set: c.Sources(),
@@ -176,8 +183,15 @@ func (p *pump) serve(ctx context.Context, ld *loader) error {
 // (migration/savevm.c, postcopy_ram_listen_thread waits for
 // main_thread_load_event).
 func (p *pump) untilLoaded(ctx context.Context) error {
+	p.heard.Store(int64(time.Since(p.start)))
+	look := time.NewTicker(p.o.LoadTime / 10)
+	defer look.Stop()
 	for !p.devicesLoaded() {
 		select {
+		case <-look.C:
+			if time.Since(p.start)-time.Duration(p.heard.Load()) > p.o.LoadTime {
+				return ErrNotLoaded
+			}
 		case d := <-p.demands:
 			if err := p.demanded(ctx, d); err != nil {
 				return err
@@ -188,6 +202,15 @@ func (p *pump) untilLoaded(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// atDevice adds to QEMU's end, or its silence, at which device that was.
+func (p *pump) atDevice(err error) error {
+	at := int(p.loadedDevices.Load())
+	if at >= len(p.devices) || p.devicesLoaded() || !errors.Is(err, ErrGone) && !errors.Is(err, ErrFailed) && !errors.Is(err, ErrNotLoaded) {
+		return err
+	}
+	return fmt.Errorf("%w: it has not loaded the state of device %q", err, p.devices[at])
 }
 
 // yield writes what is there and serves the demands that have come.

@@ -36,6 +36,10 @@ type Options struct {
 	// one in force. A page that the guest asks for waits for what is in the pipe,
 	// so it is small while the guest asks. nil: the pipe is as it is.
 	Resize func(bytes int) int
+	// LoadTime is how long QEMU may say nothing while it loads the devices, which it
+	// does in milliseconds; 0 means 30 s. QEMU 10.2 and later, when they have failed to
+	// load one, wait in silence for the end of the stream.
+	LoadTime time.Duration
 	// Begin is called when all is done that can fail without QEMU; may be nil. An
 	// error ends the server. Only after it are in and out used.
 	Begin func() error
@@ -129,6 +133,12 @@ func (r *Report) Wait(ctx context.Context) error {
 // ErrGone: QEMU closed its end before it had everything.
 var ErrGone = errors.New("QEMU has closed the return path: it has ended or given up the restore")
 
+// ErrFailed: QEMU says that it could not load.
+var ErrFailed = errors.New("QEMU reports that loading failed")
+
+// ErrNotLoaded: QEMU has not loaded the devices within Options.LoadTime.
+var ErrNotLoaded = errors.New("QEMU does not go on loading")
+
 // Serve restores c to the QEMU at the other ends of in (its return path) and
 // out. It returns after the last byte is written; the caller then calls Report.Wait,
 // and ends the process, because QEMU may wait for that.
@@ -169,7 +179,10 @@ func serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.W
 	if err != nil {
 		return nil, err
 	}
-	p := newPump(c, out, op.ramID, o, start)
+	if o.LoadTime <= 0 {
+		o.LoadTime = 30 * time.Second
+	}
+	p := newPump(c, out, op, o, start)
 	if err := o.begin(); err != nil {
 		return p.report(), err
 	}
@@ -184,7 +197,7 @@ func serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.W
 	if errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
-	return p.report(), err
+	return p.report(), p.atDevice(err)
 }
 
 // endWith has the reads of in and the writes of out that wait end when ctx does,

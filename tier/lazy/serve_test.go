@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -103,7 +104,17 @@ func TestOpeningBytes(t *testing.T) {
 	setup, err := s.setup()
 	check(t, err)
 	synctest.Test(t, func(t *testing.T) {
-		pack := "\x08\x00\x04\x00\x00" + string(all[layout.Tail:layout.EOF]) + "\x08\x00\x02\x00\x04\x00\x00\x00\x03" + "\x08\x00\x05\x00\x00"
+		// Behind each device a PING, with a number of its own.
+		tail, devices := all[layout.Tail:], ""
+		parsed, err := stream.ParseTail(tail)
+		check(t, err)
+		at := 0
+		for i, s := range parsed.Sections {
+			end := s.Offset + s.Length + 5
+			devices += string(tail[at:end]) + "\x08\x00\x02\x00\x04\x00\x00\x10" + string(rune(i))
+			at = end
+		}
+		pack := "\x08\x00\x04\x00\x00" + devices + "\x08\x00\x02\x00\x04\x00\x00\x00\x03" + "\x08\x00\x05\x00\x00"
 		want := string(all[:layout.RAM]) +
 			"\x08\x00\x01\x00\x00" + // OPEN_RETURN_PATH
 			"\x08\x00\x03\x00\x10\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00\x00\x10\x00" + // ADVISE
@@ -659,6 +670,52 @@ func TestGone(t *testing.T) {
 			rp.Close()
 		}
 	})
+}
+
+// TestDeviceFails: a QEMU that can't load a device says so, ends, or, from 10.2 on, says
+// nothing any more. Which device it was is known in each case, as far as it is described.
+func TestDeviceFails(t *testing.T) {
+	for _, described := range []bool{true, false} {
+		s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks, NoDescription: !described}, 3, save.Options{})
+		parsed, err := stream.ParseTail(s.Bytes()[s.Layout().Tail:])
+		check(t, err)
+		if described == (len(parsed.Sections) < 3) {
+			t.Fatalf("%d devices", len(parsed.Sections))
+		}
+		for name, tc := range map[string]struct {
+			last func(rp io.WriteCloser)
+			err  error
+		}{
+			"says so": {func(rp io.WriteCloser) { rp.Write(returnpath.AppendShut(nil, 1)) }, lazy.ErrFailed},
+			"ends":    {func(rp io.WriteCloser) { rp.Close() }, lazy.ErrGone},
+			"waits":   {func(io.WriteCloser) {}, lazy.ErrNotLoaded},
+		} {
+			for loaded := range max(1, len(parsed.Sections)) {
+				synctest.Test(t, func(t *testing.T) {
+					d := newFakeQEMU(s)
+					d.loading = true
+					d.onRun = func() {
+						for i := range loaded {
+							time.Sleep(time.Second) // slow, but it goes on
+							d.rp.Write(returnpath.AppendPong(nil, uint32(0x1000+i)))
+						}
+						tc.last(d.rp.(io.WriteCloser))
+					}
+					begin := time.Now()
+					res := d.run(t, t.Context(), lazy.Serve, lazy.Options{LoadTime: 2 * time.Second})
+					if !errors.Is(res.server, tc.err) || described != strings.Contains(res.server.Error(), "device ") {
+						t.Errorf("%s: %v", name, res.server)
+					}
+					if took := time.Since(begin) - time.Duration(loaded)*time.Second; took > 3*time.Second {
+						t.Errorf("%s: noticed after %v", name, took)
+					}
+					if described && (d.pings != len(parsed.Sections) || !strings.Contains(res.server.Error(), strconv.Quote(parsed.Sections[loaded].Name))) {
+						t.Errorf("%s: %d of %d devices have a PING; %v", name, d.pings, len(parsed.Sections), res.server)
+					}
+				})
+			}
+		}
+	}
 }
 
 // TestWait: a server ends when QEMU has said that it has everything, and not before,
