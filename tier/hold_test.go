@@ -9,10 +9,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
@@ -47,12 +50,14 @@ func TestHold(t *testing.T) {
 		pass1 := heldStream(1).Layout().Tail
 		l := newLab(t, crashfs.New(0), "/")
 		in := &counter{Reader: bytes.NewReader(s.Bytes())}
-		var begun, held int64
+		var begun store.Ref
+		var id uuid.UUID
+		var held int64
 		var went time.Time
 		var answers bytes.Buffer
 		ref, meta, err := l.run(t.Context(), in, save.Options{VM: "vm", ReturnPath: &answers, Hold: &save.Hold{
 			Buffer: buffer,
-			Begun:  func(pages int64) { begun = pages },
+			Begun:  func(r store.Ref, u uuid.UUID) error { begun, id = r, u; return nil },
 			Wait: func(context.Context) (string, error) {
 				held = in.n
 				if left := pass1 - in.n; left < int64(buffer+32<<10) {
@@ -69,8 +74,8 @@ func TestHold(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if want := int64(s.Pages(0) + s.Pages(1)); begun != want || held == 0 || held == in.n {
-			t.Errorf("it was held at %d of %d bytes; begun with %d pages, want %d", held, in.n, begun, want)
+		if begun != ref || id != meta.UUID || held == 0 || held == in.n {
+			t.Errorf("it was held at %d of %d bytes; %v %v has begun, and %v %v was saved", held, in.n, begun, id, ref, meta.UUID)
 		}
 		if meta.RunState != "running" || meta.Created.Before(went) || meta.Report.Seconds.Total > time.Since(went).Seconds() || meta.Report.Resent == 0 {
 			t.Errorf("%+v", meta)

@@ -189,9 +189,6 @@ func (d *drive) attach(ctx context.Context, consume func(context.Context) error,
 // DisarmOptions say what Disarm finds.
 type DisarmOptions struct {
 	Kept Kept
-	// Before is what the guest did before a CheckpointArmed, if one has begun; else
-	// the guest is left as it is.
-	Before qmp.RunState
 	// Ended: the migration is known to have ended. One that runs is not ours then.
 	Ended  bool
 	Redial Redialer // may be nil
@@ -204,12 +201,14 @@ func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 	if err != nil {
 		return err
 	}
+	d := &drive{x: x, redial: o.Redial, started: !o.Ended}
 	switch string(p["max-bandwidth"]) {
-	case fmt.Sprint(armedBandwidth), fmt.Sprint(stoppedBandwidth):
+	case fmt.Sprint(armedBandwidth):
+	case fmt.Sprint(stoppedBandwidth):
+		d.was.Running = true // and so it is to be again
 	default:
 		return nil
 	}
-	d := &drive{x: x, redial: o.Redial, started: !o.Ended, was: o.Before}
 	d.settings = settings{off: o.Kept.Capabilities, formerly: o.Kept.Parameters}
 	return d.end(ctx)
 }

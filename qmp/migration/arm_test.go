@@ -151,7 +151,7 @@ func TestDisarm(t *testing.T) {
 	// What a killed checkpoint has stopped runs again.
 	x, kept, was = armedGuest(t)
 	x.parameters["max-bandwidth"], x.run = float64(stoppedBandwidth), "paused"
-	err := Disarm(t.Context(), x, DisarmOptions{Kept: kept, Before: qmp.RunState{Running: true, Status: "running"}})
+	err := Disarm(t.Context(), x, DisarmOptions{Kept: kept})
 	if err != nil || x.run != "running" || x.settings() != was {
 		t.Errorf("%v; the guest is %s, settings %s", err, x.run, x.settings())
 	}

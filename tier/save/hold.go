@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
 // A save can be held: it reads the first pass over memory at a modest rate while the
@@ -33,9 +36,9 @@ type Hold struct {
 	Buffer int
 	// Hurry, once it is closed, takes the bound of Rate away. It may be nil.
 	Hurry <-chan struct{}
-	// Begun is called when it is known how many pages are to come, and that these
-	// are enough for a hold. It may be nil.
-	Begun func(pages int64)
+	// Begun is called when it is known that enough pages are to come for a hold, with
+	// the checkpoint that is in the making. An error ends the save. It may be nil.
+	Begun func(ref store.Ref, id uuid.UUID) error
 	// Wait is called when nothing is read any more, and all that was placed is
 	// durable. It returns when the save is to go on, with the guest's run state before
 	// it was stopped, as Options.RunState, or with the reason why it is not to. It must
@@ -67,6 +70,7 @@ const (
 type hold struct {
 	Hold
 	cur  *stream.Cursor
+	tx   func() *store.Tx
 	left uint64 // pages of pass 1 that have not come when it holds
 	done bool   // it has been held, or is not to be
 
@@ -74,8 +78,8 @@ type hold struct {
 	read  int64     // bytes, since then
 }
 
-func newHold(h Hold, cur *stream.Cursor) *hold {
-	return &hold{Hold: h, cur: cur, left: uint64((h.Buffer+sourceBuffer)/shortestRecord + sourcePages + holdSpare)}
+func newHold(h Hold, cur *stream.Cursor, tx func() *store.Tx) *hold {
+	return &hold{Hold: h, cur: cur, tx: tx, left: uint64((h.Buffer+sourceBuffer)/shortestRecord + sourcePages + holdSpare)}
 }
 
 // pending tells whether the save is still to be held. A nil hold is not.
@@ -86,10 +90,10 @@ func (h *hold) start(unseen uint64) error {
 	if unseen < 2*h.left {
 		return fmt.Errorf("%w: it has %d pages, and needs %d", ErrTooSmall, unseen, 2*h.left)
 	}
-	if h.Begun != nil {
-		h.Begun(int64(unseen))
+	if h.Begun == nil {
+		return nil
 	}
-	return nil
+	return h.Begun(h.tx().Ref(), h.tx().UUID())
 }
 
 // reached is told how many pages have not come yet, after each that has come first,

@@ -120,7 +120,7 @@ func newSaver(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o
 	s.feed, cur = newFeed(ctx, in, o.Silence)
 	s.parse = newParser(s.feed, cur, s.meta, &s.ans)
 	if o.Hold != nil {
-		s.parse.hold, s.parse.held = newHold(*o.Hold, cur), s.hold
+		s.parse.hold, s.parse.held = newHold(*o.Hold, cur, func() *store.Tx { return s.out.tx }), s.hold
 		s.feed.hold = s.parse.hold
 		// Nothing is known yet of how much RAM is to come.
 		cur.SetReadAhead(minPipe)

@@ -57,6 +57,9 @@ func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport,
 	if err := g.tmp(ctx); err != nil {
 		return rep, err
 	}
+	if err := g.armed(ctx); err != nil {
+		return rep, err
+	}
 	if err := g.vms(ctx); err != nil {
 		return rep, err
 	}
