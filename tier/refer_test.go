@@ -17,6 +17,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
@@ -67,6 +68,55 @@ func TestReferences(t *testing.T) {
 		}
 		l.noLeaks(t)
 	}
+}
+
+// TestReads counts the places that the pages of a chain are in, and what a restore says
+// that it has read.
+func TestReads(t *testing.T) {
+	l, list := chained(t, 2)
+	for i, want := range list {
+		got, err := l.st.Reads(t.Context(), want.Ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := l.st.OpenCheckpoint(t.Context(), want.Ref, checkpoint.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		needs := map[source.Need]bool{}
+		pages := int64(0)
+		set := c.Sources()
+		var room [source.MaxNeeds]source.Need
+		for block := range c.PageMap.Blocks() {
+			for page := range c.PageMap.Pages(block) {
+				r, err := c.PageMap.Find(block, page)
+				if err != nil {
+					t.Fatal(err)
+				}
+				list, _ := set.Stretch(r, room[:])
+				for _, n := range list {
+					needs[n] = true
+				}
+				switch r.Kind {
+				case pagemap.Absent, pagemap.Fill, pagemap.ZeroData:
+				default:
+					pages++
+				}
+			}
+		}
+		if got != source.NewReads(int64(len(needs)), pages, 4096) || got.PerMB < 1 {
+			t.Errorf("generation %d: %+v, and it needs %d segments for %d pages", i, got, len(needs), pages)
+		}
+		rep, err := restore.Run(t.Context(), c.Checkpoint, io.Discard, restore.Options{})
+		if err != nil || rep.Reads == nil || *rep.Reads != got {
+			t.Errorf("generation %d: a restore says %+v, %v, and the plan %+v", i, rep.Reads, err, got)
+		}
+		c.Close()
+	}
+	if r := source.NewReads(0, 0, 4096); r.PerMB != 0 {
+		t.Errorf("nothing at all: %+v", r)
+	}
+	l.noLeaks(t)
 }
 
 // TestCopyReferences copies checkpoints that refer to others: the copies are whole by

@@ -10,6 +10,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -20,7 +22,8 @@ func newShow(a *app) *cobra.Command {
 		Short: "Show all that a checkpoint says about itself",
 		Long: `Show prints what a checkpoint says about itself: machine, memory, when and how it
 was saved and what the save came to. NAME alone means the VM's newest checkpoint.
-It reads the description only; "flic-migrate verify" reads everything.`,
+It reads the description and the page map, which says in how many places of the images
+the pages are; "flic-migrate verify" reads everything.`,
 		Example: `  flic-migrate show --store /srv/vms web1
   flic-migrate show --store /srv/vms --json web1@3`,
 		Args: cobra.ExactArgs(1),
@@ -36,6 +39,7 @@ type showDoc struct {
 	Number     int    `json:"number"`
 	FileBytes  int64  `json:"file_bytes"` // the image file
 	*checkpoint.Meta
+	Reads *source.Reads `json:"reads,omitempty"` // of a restore; missing if the page map can't tell
 }
 
 func (a *app) show(ctx context.Context, name string, asJSON bool) error {
@@ -51,13 +55,21 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 	if err != nil {
 		return err
 	}
-	if asJSON {
-		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta})
+	// What a checkpoint says of itself is shown also if its page map is damaged.
+	var reads *source.Reads
+	if r, err := st.Reads(ctx, d.Ref); err == nil {
+		reads = &r
 	}
-	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta)
+	if asJSON {
+		if m := d.Meta; m.Digests != nil {
+			m.Digests.Key = digest.Key{} // whoever reads this need not know it
+		}
+		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, reads})
+	}
+	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, reads)
 }
 
-func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta) error {
+func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, reads *source.Reads) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
 	r := &m.Report
@@ -106,6 +118,9 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta) error
 		line("  slots", "%d", n.Slots)
 	} else {
 		line("NVRAM", "-")
+	}
+	if reads != nil {
+		line("a restore reads", "%d places, %.1f for each MB", reads.Places, reads.PerMB)
 	}
 	if m.Libvirt != nil {
 		line("libvirt", "a domain, %d bytes of XML (--json shows it)", len(m.Libvirt.XML))

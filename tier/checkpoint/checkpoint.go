@@ -154,6 +154,29 @@ func openMap(im *image.Image, k image.Kind, pages []uint64, starts []pagemap.Sta
 	return m, nil
 }
 
+// ReadsOf counts what a restore of an image's checkpoint has to read, here and in the
+// images that it refers to. It reads what the image says of itself, and no pages.
+func ReadsOf(src image.Source) (source.Reads, error) {
+	im, err := image.Open(src)
+	if err != nil {
+		return source.Reads{}, err
+	}
+	m, err := metaOf(im.Tail)
+	if err != nil {
+		return source.Reads{}, err
+	}
+	refs, err := m.references(im)
+	if err != nil {
+		return source.Reads{}, err
+	}
+	set := source.Set{Table: source.Default}
+	pages, err := m.pageMap(im, refs, &set.Facts, set.Table)
+	if err != nil {
+		return source.Reads{}, err
+	}
+	return set.Reads(pages)
+}
+
 func (c *Checkpoint) openNVRAM(ctx context.Context, fsys vfs.FS, o Options) error {
 	if c.Meta.NVRAM == nil {
 		return nil

@@ -52,7 +52,7 @@ type Identity struct {
 type Digests struct {
 	Algorithm digest.Algorithm `json:"algorithm"`
 	// Key is made for a VM's first checkpoint and handed on, so that digests compare.
-	Key  digest.Key  `json:"key"`
+	Key  digest.Key  `json:"key,omitzero"`
 	Root digest.Root `json:"root"` // of the table of DIGESTS
 }
 

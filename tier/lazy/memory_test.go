@@ -18,10 +18,12 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest/chain"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
@@ -102,11 +104,14 @@ func TestMemory(t *testing.T) {
 		size uint64
 		o    tiertest.Options
 		hot  bool // all pages in NVRAM
+		next bool // of a checkpoint that is made of them, scattered over both
 	}{
-		{"few runs", 4096 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 95, tiertest.Text: 5}}, false},
-		{"a run a page, scattered over the image", 4096 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Duplicate: 1}, Pool: 30000}, false},
-		{"in any order", 512 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Text: 1}, Shuffle: true}, false},
-		{"all hot", 1024 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Sparse: 1}}, true},
+		{"few runs", 4096 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 95, tiertest.Text: 5}}, false, false},
+		{"a run a page, scattered over the image", 4096 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Duplicate: 1}, Pool: 30000}, false, false},
+		{"in any order", 512 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Text: 1}, Shuffle: true}, false, false},
+		{"all hot", 1024 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Sparse: 1}}, true, false},
+		{"deltas and references, a run a page", 2048 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Duplicate: 1}, Pool: 30000}, false, true},
+		{"references to all of a large image", 1024 * mib, tiertest.Options{Mix: tiertest.Mix{tiertest.Sparse: 1}}, false, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			if raceDetector() {
@@ -134,8 +139,16 @@ func TestMemory(t *testing.T) {
 			}
 			r := s.Reader()
 			defer r.Close()
-			_, _, err = save.Run(t.Context(), vfs.OS, st, r, o)
+			ref, _, err := save.Run(t.Context(), vfs.OS, st, r, o)
 			check(t, err)
+			if tc.next {
+				c, err := st.OpenCheckpoint(t.Context(), ref, checkpoint.Options{})
+				check(t, err)
+				ref, _, err = st.Copy(t.Context(), c, store.CopyOptions{Codec: image.MinLZ})
+				check(t, err)
+				check(t, c.Close())
+				chain.Scatter(t, st, ref)
+			}
 
 			exe, err := os.Executable()
 			check(t, err)

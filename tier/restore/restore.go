@@ -33,15 +33,17 @@ type Report struct {
 	Refetch  int64 `json:"refetched"` // segments that had to be decompressed again
 	// Rewritten are records and commands that are not in the form in which they were
 	// saved (Options.Portable).
-	Rewritten int64   `json:"rewritten,omitempty"`
-	Seconds   float64 `json:"seconds"`
+	Rewritten int64 `json:"rewritten,omitempty"`
+	// Reads is how many places were read for the pages; nil of a lazy restore.
+	Reads   *source.Reads `json:"reads,omitempty"`
+	Seconds float64       `json:"seconds"`
 }
 
 // Run writes the checkpoint's migration stream to w: byte for byte the one
 // that was saved if no page occurred in it twice, otherwise with each page's
 // last version once, where the page first appeared, and always with each page's
-// content. Each page is checked before it is written. After an error w has an incomplete stream, which QEMU refuses
-// before the guest runs.
+// content. Each page is checked before it is written. After an error w has an incomplete
+// stream, which QEMU refuses before the guest runs.
 func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) (Report, error) {
 	start := time.Now()
 	if o.Portable {
@@ -72,6 +74,8 @@ func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) 
 	err := g.Wait()
 	r.rep.Seconds = time.Since(start).Seconds()
 	r.rep.Refetch = p.cache.Refilled()
+	reads := source.NewReads(p.cache.Filled(), r.stored, c.Meta.PageSize)
+	r.rep.Reads = &reads
 	return r.rep, err
 }
 
@@ -85,7 +89,8 @@ type replayer struct {
 	pages *source.Reader
 	buf   []byte
 	rep   Report
-	total int64
+	// stored are the pages so far that have bytes somewhere, total those of all blocks.
+	stored, total int64
 
 	block    int                                       // of the last record, for CONTINUE; -1 before the first
 	run      pagemap.Run                               // that is being written
@@ -172,6 +177,9 @@ func (r *replayer) records(i, n uint64, c source.Content) error {
 		name = r.c.Meta.Blocks[r.run.Block].Name
 	}
 	r.block = r.run.Block
+	if c.Form == source.Whole || c.Form == source.Deflated {
+		r.stored += int64(n)
+	}
 	if r.o.Portable && (c.Form == source.Deflated || c.Form == source.Filled && c.Fill != 0) {
 		if err := c.Copy(r.scratch); err != nil {
 			return &integrity.CorruptError{File: r.c.Image.Name(), What: "page " + r.c.PageName(r.run.Block, r.run.Page+i), Err: err}

@@ -51,6 +51,13 @@ func NewCache(fetch Fetch, max int) *Cache {
 // CountRefills has the cache count what is decoded again.
 func (c *Cache) CountRefills() { c.seen = make(map[Need]struct{}) }
 
+// Filled is how many different segments were decoded, since CountRefills.
+func (c *Cache) Filled() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return int64(len(c.seen))
+}
+
 // Refilled is how many segments were decoded again, since CountRefills.
 func (c *Cache) Refilled() int64 {
 	c.mu.Lock()

@@ -48,6 +48,54 @@ func (s *Set) NewOrder(m *pagemap.Map) (*Order, error) {
 	return o, err
 }
 
+// Reads is what the pages of a checkpoint take to be read: the read budget. A medium
+// that seeks is as slow as there are places, and one that does not as there are bytes.
+type Reads struct {
+	// Places is how many different segments are needed, of all images together.
+	Places int64 `json:"places"`
+	// Bytes is what the pages hold whose bytes are in them or in NVRAM.
+	Bytes int64 `json:"bytes"`
+	// PerMB is Places for each million of Bytes; 0 if there are none.
+	PerMB float64 `json:"per_mb"`
+}
+
+// NewReads is a budget of so many places and pages.
+func NewReads(places, pages int64, pageSize int) Reads {
+	r := Reads{Places: places, Bytes: pages * int64(pageSize)}
+	if r.Bytes > 0 {
+		r.PerMB = float64(r.Places) / (float64(r.Bytes) / 1e6)
+	}
+	return r
+}
+
+// Reads counts what the pages of a page map need. It reads none of them.
+func (s *Set) Reads(m *pagemap.Map) (Reads, error) {
+	needed := make(map[Need]struct{})
+	var pages int64
+	var last Need
+	room := make([]Need, 0, MaxNeeds)
+	err := m.Runs(func(r pagemap.Run) error {
+		if s.Row(r.Kind).Form != Whole {
+			return nil
+		}
+		pages += int64(r.Count)
+		for {
+			needs, n := s.Stretch(r, room)
+			for _, need := range needs {
+				if need != last || len(needed) == 0 {
+					needed[need] = struct{}{}
+					last = need
+				}
+			}
+			if n == r.Count {
+				return nil
+			}
+			r = r.From(n)
+		}
+	})
+	return NewReads(int64(len(needed)), pages, s.PageSize), err
+}
+
 // each calls fn with the first of every stretch's needs, if it has some, and the run
 // that begins with it.
 func (o *Order) each(fn func(thing uint64, r pagemap.Run)) error {

@@ -10,6 +10,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -148,6 +149,17 @@ type Description struct {
 	Ref        Ref
 	ImageBytes int64
 	*checkpoint.Meta
+}
+
+// Reads counts what a restore of a checkpoint has to read: it looks at the page map. It
+// takes no lock.
+func (s *Store) Reads(ctx context.Context, r Ref) (source.Reads, error) {
+	f, err := s.dir.Open(ctx, r.object(imageSuffix), Unlocked)
+	if err != nil {
+		return source.Reads{}, err
+	}
+	defer f.Close()
+	return checkpoint.ReadsOf(f)
 }
 
 // Describe reads only what a checkpoint says about itself. Ref and ImageBytes are
