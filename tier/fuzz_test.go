@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"runtime/metrics"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest/chain"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
 
@@ -157,7 +159,7 @@ func FuzzCheckpoint(f *testing.F) {
 			h.Truncate(0)
 			h.WriteAt(b, 0)
 			h.Close()
-			readAll(t, l)
+			readAll(t, l, store.Ref{VM: "vm", N: 1})
 			b = bytes.Clone(b)
 			tiertest.Reseal(b)
 		}
@@ -168,9 +170,44 @@ func FuzzCheckpoint(f *testing.F) {
 	})
 }
 
+// FuzzReferences puts any file in the place of one of three images of a chain, as it is
+// and with its checksums put right, and reads the last of them.
+func FuzzReferences(f *testing.F) {
+	l := newLab(f, crashfs.New(0), "/")
+	streams := generations(1, 3, []tiertest.Block{{Name: "ram", Size: 40 << 10}, {Name: "rom", Size: 2 << 10}})
+	for i := range streams {
+		streams[i].PageSize, streams[i].PageBits = 1<<10, true
+	}
+	list := chain.Build(f, l.st, chain.Options{Seed: 1, Streams: streams, Codec: image.None, NVRAM: l.nvram, Deltas: 0.9, Scattered: 0.2})
+	name := func(n int) string { return fmt.Sprintf("/vms/vm/%08d.flic", 1+n) }
+	var was [][]byte
+	for n := range list {
+		was = append(was, l.file(f, name(n)))
+		f.Add(was[n], byte(n))
+	}
+	f.Fuzz(func(t *testing.T, b []byte, which byte) {
+		if len(b) > 1<<20 {
+			return
+		}
+		n := int(which) % len(list)
+		before := allocated()
+		for range 2 {
+			l.write(t, name(n), b)
+			readAll(t, l, list[2].Ref)
+			b = bytes.Clone(b)
+			tiertest.Reseal(b)
+		}
+		if n := allocated() - before; n > 512<<20+256*uint64(len(b)) {
+			t.Errorf("%d bytes allocated for an image of %d", n, len(b))
+		}
+		l.write(t, name(n), was[n])
+		l.noLeaks(t)
+	})
+}
+
 // readAll verifies and restores what is there, up to some MB of stream.
-func readAll(t *testing.T, l *lab) {
-	c, err := l.st.OpenCheckpoint(context.Background(), store.Ref{VM: "vm", N: 1}, checkpoint.Options{})
+func readAll(t *testing.T, l *lab, ref store.Ref) {
+	c, err := l.st.OpenCheckpoint(context.Background(), ref, checkpoint.Options{})
 	if err != nil {
 		return
 	}
