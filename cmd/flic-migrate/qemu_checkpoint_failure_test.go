@@ -203,8 +203,10 @@ func TestCheckpointFailures(t *testing.T) {
 func TestCheckpointBlocked(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	vm := qemutest.Start(t, qemutest.Config{Args: []string{"-device", "nvme,serial=1"}})
-	l.attempts(t, nil, vm.Socket).fails(exitFailed, migration.ErrBlocked.Error(), "nvme")
+	// One that no QEMU can migrate; nvme and others have learned it.
+	vm := qemutest.Start(t, qemutest.Config{Args: []string{"-audiodev", "none,id=none", "-device", "nec-usb-xhci",
+		"-device", "usb-audio,audiodev=none"}})
+	l.attempts(t, nil, vm.Socket).fails(exitFailed, migration.ErrBlocked.Error(), "usb-audio")
 	if s, err := qmp.QueryStatus(t.Context(), vm.QMP); err != nil || !s.Running {
 		t.Errorf("%+v, %v", s, err)
 	}

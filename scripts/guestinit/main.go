@@ -5,6 +5,8 @@
 //
 //	flic.fill=MiB      size of the buffer of known content (default 8)
 //	flic.seed=N        what it is filled with (default 1)
+//	flic.memory=MiB    wait before that until Linux has so much memory, of which
+//	                   devices may plug some in late
 //	flic.dirty=N       pages changed in every 100 ms from the start (default 0)
 //	flic.bytes=N       bytes changed in such a page (default 64)
 //	flic.read=PATH     mount /dev/vda and read everything below PATH, so that
@@ -96,6 +98,9 @@ func run() error {
 	if err != nil {
 		return err
 	}
+	if err := waitForMemory("/proc/meminfo", options.number("memory", 0)<<20, time.Minute); err != nil {
+		return err
+	}
 	g, err := newGuest(int(options.number("fill", 8))<<20, options.number("seed", 1))
 	if err != nil {
 		return err
@@ -152,6 +157,27 @@ func (o options) number(key string, otherwise uint64) uint64 {
 		return otherwise
 	}
 	return n
+}
+
+// waitForMemory waits until Linux has so many bytes, all told. path is that of
+// proc_meminfo(5).
+func waitForMemory(path string, bytes uint64, limit time.Duration) error {
+	for end := time.Now().Add(limit); ; time.Sleep(50 * time.Millisecond) {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		var kilobytes uint64
+		if _, err := fmt.Sscanf(string(text), "MemTotal: %d kB", &kilobytes); err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if kilobytes<<10 >= bytes {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%d kB of memory, and not %d bytes", kilobytes, bytes)
+		}
+	}
 }
 
 func newGuest(size int, seed uint64) (*guest, error) {

@@ -228,3 +228,26 @@ func TestCommandLine(t *testing.T) {
 		t.Errorf("got %v", o)
 	}
 }
+
+// The guest waits for memory that is plugged in late, and not for ever.
+func TestWaitForMemory(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "meminfo")
+	write := func(kilobytes int) {
+		text := fmt.Sprintf("MemTotal:       %d kB\nMemFree:        1 kB\n", kilobytes)
+		if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+			t.Error(err)
+		}
+		os.Rename(path+".new", path)
+	}
+	write(1024)
+	if err := waitForMemory(path, 1<<20, 0); err != nil {
+		t.Error(err)
+	}
+	if err := waitForMemory(path, 1<<20+1, time.Millisecond); err == nil {
+		t.Error("memory that never came was there")
+	}
+	time.AfterFunc(60*time.Millisecond, func() { write(2048) })
+	if err := waitForMemory(path, 2<<20, time.Minute); err != nil {
+		t.Error(err)
+	}
+}
