@@ -337,7 +337,7 @@ func TestCancelledSaves(t *testing.T) {
 			gone(t, pid)
 			// QEMU 10 and later wait for the save's last word before they end its
 			// stream, so it is the save that has to end.
-			silent := len(capabilities) > 0 && vm.QMP.Version().Major >= 8
+			silent := len(capabilities) > 0 && vm.QMP.Version().QEMU.Major >= 8
 			if o := l.outcome(t); o.ExitCode != exitStream && !(silent && strings.Contains(o.Error, "has sent nothing for too long")) {
 				t.Errorf("the save says %+v", o)
 			}

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -76,7 +77,10 @@ func noUserfaultfd() {
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0x7fff0000},                      // SECCOMP_RET_ALLOW
 	}
 	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+	err := noUserfaultfdDevice()
+	if err == nil {
+		err = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+	}
 	if err == nil {
 		// For all threads of this process: which one calls execve is not known.
 		if _, _, e := unix.Syscall(unix.SYS_SECCOMP, 1, 1, uintptr(unsafe.Pointer(&prog))); e != 0 {
@@ -88,6 +92,19 @@ func noUserfaultfd() {
 	}
 	fmt.Fprintln(os.Stderr, "no-userfaultfd:", err)
 	os.Exit(99)
+}
+
+// noUserfaultfdDevice takes /dev/userfaultfd away, which QEMU 8.1 and later open
+// instead, from this thread and what it executes.
+func noUserfaultfdDevice() error {
+	const device = "/dev/userfaultfd"
+	if _, err := os.Stat(device); err != nil || os.Geteuid() != 0 {
+		return nil // nobody else may open it
+	}
+	runtime.LockOSThread()
+	return errors.Join(unix.Unshare(unix.CLONE_NEWNS),
+		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		unix.Mount("/dev/null", device, "", unix.MS_BIND, ""))
 }
 
 // resuming is a resume that has been started.

@@ -46,6 +46,13 @@ func (vm *VM) Blocks(ctx context.Context) ([]Block, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Each address space has a view. What the guest sees is the one called memory;
+	// devices have others, in which a block may be at another address.
+	for _, view := range strings.Split(flat, "FlatView #") {
+		if strings.Contains(view, `AS "memory", root:`) {
+			flat = view
+		}
+	}
 	for _, m := range flatLine.FindAllStringSubmatch(flat, -1) {
 		if strings.Contains(m[3], "@") {
 			continue
