@@ -138,8 +138,8 @@ func (w *Walker) note(f *stream.Frame) {
 	switch f.Kind {
 	case stream.SectionEarly:
 		w.Early++
-		n, ok := unplugged(f)
-		w.Absent += n
+		v, ok := ParseVirtioMem(f)
+		w.Absent += v.Absent()
 		w.Uncertain = w.Uncertain || !ok
 	case stream.CommandFrame:
 		// be64 page sizes of the blocks, be64 target page size; or nothing.

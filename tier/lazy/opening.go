@@ -56,6 +56,15 @@ type opening struct {
 	// named are the devices behind whose state in the package a PING stands, in order,
 	// and the one behind those.
 	named []string
+	// unplugged is what the guest does not have of virtio-mem devices' blocks: a
+	// destination knows that itself, and asks for none of it.
+	unplugged []extent
+}
+
+// extent is a run of bytes of a block, by its index in META.
+type extent struct {
+	block         int
+	start, length uint64
 }
 
 // maxOpening caps the literals before RAM's first page: configuration and RAM
@@ -139,6 +148,13 @@ func (o *opening) setup(c *checkpoint.Checkpoint, head []byte) error {
 		case f.Kind == stream.CommandFrame:
 		case f.Kind == stream.SectionEarly:
 			section(f.Raw)
+			if v, ok := ramparse.ParseVirtioMem(&f); ok {
+				if block := v.Block(c.Meta.Blocks); block >= 0 {
+					v.Unplugged(func(start, length uint64) {
+						o.unplugged = append(o.unplugged, extent{block, start, length})
+					})
+				}
+			}
 		case f.Kind == stream.SectionStart && f.Section.Name == ramparse.SectionName:
 			started = true
 			o.ramID = f.Section.ID

@@ -28,6 +28,7 @@ type pump struct {
 
 	blocks map[string]int
 	sent   []bitmap.Bitmap
+	none   map[int]bitmap.Bitmap // by block: pages that zeroRest leaves out
 	buf    []byte
 	named  int // block of the last record in buf; -1 at a section's start
 	set    *source.Set
@@ -98,6 +99,25 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, op *opening, o Options, st
 		p.recent[i].block = -1
 	}
 	return p
+}
+
+// leaveOut has zeroRest leave out what the guest has not plugged in, which may be many
+// times its memory, and which a zero page would populate where pages are files'.
+func (p *pump) leaveOut(unplugged []extent) {
+	p.none = make(map[int]bitmap.Bitmap)
+	for _, u := range unplugged {
+		pages := p.sent[u.block].Pages()
+		if _, ok := p.none[u.block]; !ok {
+			p.none[u.block] = bitmap.New(pages)
+		}
+		first, size := int64(u.start)/int64(p.c.Meta.PageSize), int64(p.c.Meta.PageSize)
+		for page := first; page < min(pages, first+int64(u.length)/size); page++ {
+			p.none[u.block].Set(page)
+			if p.o.ZeroRest {
+				p.total--
+			}
+		}
+	}
 }
 
 // run serves until all pages are sent. What goes wrong in one goroutine cancels
@@ -311,8 +331,9 @@ func (p *pump) zeroRest(ctx context.Context) error {
 	defer pause.Stop()
 	n := 0
 	for block, sent := range p.sent {
+		none, left := p.none[block]
 		for page := range sent.Pages() {
-			if sent.Has(page) {
+			if sent.Has(page) || left && none.Has(page) {
 				continue
 			}
 			if err := p.append(block, uint64(page), nil); err != nil {

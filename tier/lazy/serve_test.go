@@ -966,6 +966,28 @@ func TestZeroRest(t *testing.T) {
 	})
 }
 
+// TestZeroRestUnplugged: what a guest has not plugged in of a virtio-mem device does not
+// come, although everything else does.
+func TestZeroRestUnplugged(t *testing.T) {
+	const hidden = 8 << 20
+	device := tiertest.Block{Name: tiertest.EarlyDevice + "/vm0", Size: hidden + 1<<20, Shared: true}
+	s := newSaved(t, tiertest.Options{Seed: 31, Early: 1, Blocks: []tiertest.Block{device, {Name: "m", Size: 1 << 20}}}, 3, save.Options{})
+	synctest.Test(t, func(t *testing.T) {
+		d := newFakeQEMU(s)
+		d.mayZeroAll()
+		var last lazy.Progress
+		rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{ZeroRest: true, Progress: func(p lazy.Progress) { last = p }}).ok(t)
+		for id := range d.got {
+			if id.Block == 0 && id.Page < hidden/4096 {
+				t.Fatalf("page %d of the device's block came, which is not plugged in", id.Page)
+			}
+		}
+		if want := int64(1<<20/4096 + 1<<20/4096); int64(len(d.got)) != want || last.PagesAll != want || rep.ZeroRest < 1<<20/4096 {
+			t.Errorf("%d pages came, want %d; %+v, %+v", len(d.got), want, last, rep)
+		}
+	})
+}
+
 // TestBegin: nothing is read or written before Begin, and if it fails nothing at all.
 func TestBegin(t *testing.T) {
 	s := newSaved(t, tiertest.Options{Seed: 18, Blocks: threeBlocks}, 3, save.Options{})

@@ -13,6 +13,7 @@ import (
 	"io"
 	"iter"
 	"math/bits"
+	"strings"
 
 	"github.com/klauspost/compress/zlib"
 
@@ -64,12 +65,14 @@ type Options struct {
 	PartLen  int     // mean number of records in a section; 0: 100
 	Flush    bool    // MULTIFD_FLUSH records
 
-	ReturnPath      bool // OPEN_RETURN_PATH, and PINGs here and there
-	IgnoreShared    bool // the capability, and addresses in the setup
-	DirtyBitmap     bool // interleaved dirty-bitmap sections
-	BlockMigration  bool // interleaved block sections
-	BlocksFirst     int  // MiB of block sections before the first page
-	Early           int  // early device sections; the first is virtio-mem's, with the Shared blocks unplugged
+	ReturnPath     bool // OPEN_RETURN_PATH, and PINGs here and there
+	IgnoreShared   bool // the capability, and addresses in the setup
+	DirtyBitmap    bool // interleaved dirty-bitmap sections
+	BlockMigration bool // interleaved block sections
+	BlocksFirst    int  // MiB of block sections before the first page
+	// Early is how many early device sections there are. The first is virtio-mem's: of a
+	// block with the name of EarlyDevice before it, or else of all Shared ones.
+	Early           int
 	EarlyBehind     bool // they stand behind ram's START, as on QEMU 10, not before it
 	NoConfiguration bool // as machine types before 2.4, which have no footers either
 	NoEnd           bool // no ram END, as a background snapshot
@@ -343,9 +346,12 @@ func (g *generator) ping(n uint32) {
 	g.buf = stream.AppendCommand(g.buf, stream.CommandPing, binary.BigEndian.AppendUint32(nil, n))
 }
 
+// EarlyDevice is the path of the virtio-mem device of Options.Early.
+const EarlyDevice = "0000:00:00.0"
+
 // earlyBody is what virtio-mem saves ahead of RAM (vmstate_virtio_mem_device_early):
-// be64 address, region, block size, be32 node, be64 plugged, be64 bits and their
-// bitmap. The others are large, and full of what looks like a footer.
+// be64 address, region, size of its parts, be32 node, be64 plugged, and the bitmap of
+// the parts. The others are large, and full of what looks like a footer.
 func (g *generator) earlyBody(i int) []byte {
 	if i > 0 {
 		body := make([]byte, 70<<10)
@@ -362,19 +368,33 @@ func (g *generator) earlyBody(i int) []byte {
 			hidden += b.Size
 		}
 	}
+	// A megabyte is plugged, at the end. Bits are those of 64-bit words, the lowest first.
+	const part = 64 << 10
+	region := 1<<20 + hidden
+	for _, b := range g.o.Blocks {
+		if strings.HasPrefix(b.Name, EarlyDevice+"/") {
+			region, hidden = b.Size, b.Size-1<<20
+		}
+	}
 	body := binary.BigEndian.AppendUint64(nil, 1<<32)
-	body = binary.BigEndian.AppendUint64(body, 1<<20+hidden)
-	body = binary.BigEndian.AppendUint64(body, 2<<20)
+	body = binary.BigEndian.AppendUint64(body, region)
+	body = binary.BigEndian.AppendUint64(body, part)
 	body = binary.BigEndian.AppendUint32(body, 0)
 	body = binary.BigEndian.AppendUint64(body, 1<<20)
-	body = binary.BigEndian.AppendUint64(body, 8)
-	return append(body, 0x5a)
+	words := make([]uint64, (region/part+63)/64)
+	for i := hidden / part; i < region/part; i++ {
+		words[i/64] |= 1 << (i % 64)
+	}
+	for _, w := range words {
+		body = binary.BigEndian.AppendUint64(body, w)
+	}
+	return body
 }
 
 func (g *generator) earlySection(i int) stream.Section {
 	name := fmt.Sprintf("0000:00:%02x.0/early", i)
 	if i == 0 {
-		name = "0000:00:00.0/virtio-mem-device-early"
+		name = EarlyDevice + "/virtio-mem-device-early"
 	}
 	return stream.Section{ID: idEarly + uint32(i), Name: name, Version: 1}
 }
