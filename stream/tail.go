@@ -177,6 +177,27 @@ type Tail struct {
 	Description []byte        // the vmdescription's JSON; nil without
 }
 
+// Described lists the device sections that a complete tail's vmdescription names, early
+// ones among them, with name and instance alone. It is nil without a vmdescription, or
+// with one that is nonsense.
+func Described(tail []byte) []Section {
+	var desc struct {
+		Devices []struct {
+			Name     string `json:"name"`
+			Instance int64  `json:"instance_id"`
+		} `json:"devices"`
+	}
+	b := descriptionIf(tail, func([]byte) bool { return true })
+	if b == nil || json.Unmarshal(b, &desc) != nil {
+		return nil
+	}
+	list := make([]Section, len(desc.Devices))
+	for i, d := range desc.Devices {
+		list[i] = Section{Name: d.Name, Instance: uint32(d.Instance)}
+	}
+	return list
+}
+
 // TailSection is a FULL section. Offset and Length are those of its body
 // within the tail, without header and footer.
 type TailSection struct {

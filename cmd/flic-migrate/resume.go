@@ -25,6 +25,7 @@ type resumeCmd struct {
 	lazy     choice
 	paused   bool
 	recover  bool
+	force    bool
 	print    bool
 	learn    time.Duration
 	stalled  time.Duration
@@ -43,7 +44,7 @@ func newResume(a *app) *cobra.Command {
 		Short: "Restore a checkpoint into a QEMU through its monitor, the guest running at once",
 		Long: `Resume restores a checkpoint into a QEMU that was started with
 -incoming defer -S and the arguments of the one that was saved. It checks that
-machine type and RAM are the same, lets the guest run on what it needs first
+machine type, RAM, vCPUs and devices are the same, lets the guest run on what it needs first
 while the rest of its memory loads (lazily, if QEMU may use userfaultfd), or
 paused if it was paused when saved, and reports when all memory is there.
 
@@ -70,6 +71,7 @@ themselves.`,
 	fs.Var(&r.lazy, "lazy", "let the guest run before all of its memory is there")
 	fs.BoolVar(&r.paused, "paused", false, "leave the guest paused, even if it ran when saved")
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died")
+	fs.BoolVar(&r.force, "force", false, "resume although vCPUs or devices seem to be others than those that were saved")
 	fs.BoolVar(&r.print, "print", false, "print the QMP commands and do nothing")
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
 	fs.IntVar(&r.restarts, "restarts", 5, "with --qmp: how many times the process that serves the memory is started again if it dies")
@@ -79,6 +81,7 @@ themselves.`,
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary")
 	setKey(fs, "recover", "resume-recover")
 	setKey(fs, "paused", "resume-paused")
+	setKey(fs, "force", "resume-force")
 	setKey(fs, "print", "resume-print")
 	return c
 }
@@ -118,7 +121,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	r.portable = restore.Portable(c.Checkpoint) == nil
 	p := newProgress(r.stderr, r.quiet)
 	o := session.ResumeOptions{
-		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover,
+		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover, Force: r.force,
 		Learn: r.learn, Restarts: r.restarts, Stalled: r.stalled,
 		Server: func(a session.ServerArgs) []string { return r.server(dir, c.Ref, a) },
 		Running: func(rep migration.ResumeReport) {

@@ -82,18 +82,12 @@ type ResumeOptions struct {
 	RunState string
 	// Paused leaves the guest paused, whatever it was when saved.
 	Paused bool
-	// Expect is what the saved VM was; what differs ends the resume before
-	// the guest could run.
-	Expect Expect
+	// Check is called, if not nil, when the QEMU is known to wait for a migration and
+	// before anything is done to it. An error ends the resume; notLazy is why this QEMU
+	// can't restore lazily, or nil.
+	Check func(ctx context.Context) (notLazy error, warnings []string, err error)
 	// Running is called, if not nil, when the guest may run.
 	Running func(ResumeReport)
-}
-
-// Expect describes the machine that a stream was saved from. Empty fields are
-// not checked.
-type Expect struct {
-	Machine string // QEMU's machine type, such as pc-q35-7.2
-	Blocks  []ramparse.Block
 }
 
 // ResumeReport is what a resume did.
@@ -109,8 +103,6 @@ type ResumeReport struct {
 var (
 	// ErrNotIncoming: the QEMU does not wait for a migration.
 	ErrNotIncoming = errors.New("this QEMU does not wait for a migration: start it with -incoming defer -S")
-	// ErrMismatch: the QEMU is not the machine that was saved.
-	ErrMismatch = errors.New("this QEMU is not the machine that was saved")
 	// ErrBeforeRun: the restore has failed, the guest never ran, and QEMU is
 	// of no more use.
 	ErrBeforeRun = errors.New("the restore failed before the guest could run; the checkpoint is untouched")
@@ -138,13 +130,15 @@ func Resume(ctx context.Context, x qmp.Executor, o ResumeOptions) (ResumeReport,
 	if s.Status != "inmigrate" {
 		return rep, fmt.Errorf("%w (it is %s)", ErrNotIncoming, s.Status)
 	}
-	more, err := CheckMachine(ctx, x, o.Expect)
-	if err != nil {
-		return rep, err
-	}
-	if o.NotPossible == nil && more != nil {
-		// Of ROM, for example, which the eager one leaves as it is.
-		o.NotPossible = fmt.Errorf("this QEMU has RAM that was not saved and that a lazy restore would empty: %s", strings.Join(more, ", "))
+	if o.Check != nil {
+		notLazy, warnings, err := o.Check(ctx)
+		rep.Warnings = append(rep.Warnings, warnings...)
+		if err != nil {
+			return rep, err
+		}
+		if o.NotPossible == nil {
+			o.NotPossible = notLazy
+		}
 	}
 	if err := SetCapabilities(ctx, x, map[string]bool{"events": true}); err != nil {
 		return rep, err
@@ -325,64 +319,14 @@ func (o *ResumeOptions) finishResume(ctx context.Context, x qmp.Executor, start 
 	return err
 }
 
-// CheckMachine compares the QEMU at x with what was saved. A difference wraps
-// ErrMismatch and says what differs. more are the RAM blocks that only the QEMU has,
-// which QEMU itself allows.
-func CheckMachine(ctx context.Context, x qmp.Executor, want Expect) (more []string, err error) {
-	if want.Machine != "" {
-		var typ string
-		err := x.Execute(ctx, "qom-get", map[string]any{"path": "/machine", "property": "type"}, &typ)
-		if err != nil {
-			return nil, err
-		}
-		if have := strings.TrimSuffix(typ, "-machine"); have != want.Machine {
-			return nil, fmt.Errorf("%w: machine type %s was saved, this is %s (use -machine %s)", ErrMismatch, want.Machine, have, want.Machine)
-		}
-	}
-	if want.Blocks == nil {
-		return nil, nil
-	}
-	blocks, err := RAMBlocks(ctx, x)
-	if err != nil {
-		return nil, err
-	}
-	have := make(map[string]ramparse.Block)
-	for _, b := range blocks {
-		have[b.Name] = b
-	}
-	var differ []string
-	for _, w := range want.Blocks {
-		h, ok := have[w.Name]
-		delete(have, w.Name)
-		switch {
-		case !ok:
-			differ = append(differ, fmt.Sprintf("RAM block %s of %d bytes is missing", w.Name, w.Used))
-		case h.Used != w.Used && !resizable(w.Name):
-			differ = append(differ, fmt.Sprintf("RAM block %s has %d bytes, %d were saved", w.Name, h.Used, w.Used))
-		}
-	}
-	if differ != nil {
-		return nil, fmt.Errorf("%w: %s", ErrMismatch, strings.Join(differ, "; "))
-	}
-	for _, b := range blocks {
-		if _, ok := have[b.Name]; ok {
-			more = append(more, b.Name)
-		}
-	}
-	return more, nil
-}
-
-// resizable tells whether a block takes the size that the stream gives it
-// (qemu_ram_resize, used for firmware tables).
-func resizable(name string) bool { return strings.HasPrefix(name, "/rom@") }
-
 // ramblockLine is a line of HMP's "info ramblock": name, page size, then
 // offset, used and total length in hexadecimal, and in newer versions more:
 //
 //	pc.ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000
-var ramblockLine = regexp.MustCompile(`(?m)^\s*(\S+)\s+\d+ \w+\s+0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+`)
+var ramblockLine = regexp.MustCompile(`(?m)^\s*(\S+)\s+(\d+) ([KMG])iB\s+0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+`)
 
-// RAMBlocks lists QEMU's RAM blocks. QMP has no command for that.
+// RAMBlocks lists QEMU's RAM blocks, with the size of the host's pages in them. QMP has
+// no command for that.
 func RAMBlocks(ctx context.Context, x qmp.Executor) ([]ramparse.Block, error) {
 	text, err := qmp.HumanMonitor(ctx, x, "info ramblock")
 	if err != nil {
@@ -390,11 +334,16 @@ func RAMBlocks(ctx context.Context, x qmp.Executor) ([]ramparse.Block, error) {
 	}
 	var blocks []ramparse.Block
 	for _, m := range ramblockLine.FindAllStringSubmatch(text, -1) {
-		used, err := strconv.ParseUint(m[2], 16, 64)
+		page, err := strconv.ParseUint(m[2], 10, 32)
 		if err != nil {
 			return nil, err
 		}
-		blocks = append(blocks, ramparse.Block{Name: m[1], Used: used})
+		used, err := strconv.ParseUint(m[4], 16, 64)
+		if err != nil {
+			return nil, err
+		}
+		unit := 10 * (1 + strings.Index("KMG", m[3]))
+		blocks = append(blocks, ramparse.Block{Name: m[1], Used: used, PageSize: page << unit})
 	}
 	if len(blocks) == 0 {
 		return nil, fmt.Errorf("no block in QEMU's answer to info ramblock: %q", text)

@@ -28,6 +28,10 @@ type ResumeOptions struct {
 	// ever.
 	Stalled time.Duration
 
+	// Force resumes although the QEMU seems to be another machine than was saved, as
+	// far as a user may know better.
+	Force bool
+
 	// Server is the command line of a server, a process of its own. The servers of a
 	// domain are in this process.
 	Server func(ServerArgs) []string
@@ -141,6 +145,7 @@ func (o *ResumeOptions) migration(ctx context.Context, m *qmp.Monitor, c *store.
 		_, err := s.start(func(control string) []string { return server(migration.RecoveringServer, control, socket) }, nil, false)
 		return err
 	}
+	mo.Check = func(ctx context.Context) (error, []string, error) { return o.check(ctx, m, c) }
 	mo.Gone, mo.Regain = s.gone, s.regain
 	mo.Running = func(rep migration.ResumeReport) {
 		close(s.running)
@@ -159,7 +164,6 @@ func ResumePlan(c *store.Checkpoint, o ResumeOptions) migration.ResumeOptions {
 		NotPossible: lazy.Possible(c.Checkpoint),
 		RunState:    c.Meta.RunState,
 		Paused:      o.Paused,
-		Expect:      migration.Expect{Machine: c.Meta.Machine, Blocks: c.Meta.Blocks},
 	}
 	return mo
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/preflight"
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -58,6 +59,9 @@ func destination(machine string, inmigrate func() bool, took chan<- string) func
 				}
 			case "query-migrate":
 				answer = fmt.Sprintf(`{"status": %q}`, map[bool]string{true: "completed", false: "active"}[done])
+			case "qom-list", "query-cpus-fast", "query-machines":
+				c.Refuse(cmd, "CommandNotFound", "no such command")
+				return
 			case "qom-get":
 				answer = fmt.Sprintf("%q", machine+"-machine")
 			case "human-monitor-command":
@@ -131,7 +135,7 @@ func TestResume(t *testing.T) {
 	// Another machine is refused before a server is started.
 	q := qmptest.New(t, destination("microvm", func() bool { return true }, nil))
 	_, err := Resume(t.Context(), Target{QMP: q.Addr}, st, c, ResumeOptions{Log: slog.New(slog.DiscardHandler)})
-	if !errors.Is(err, migration.ErrMismatch) {
+	if !errors.Is(err, preflight.ErrMismatch) {
 		t.Error(err)
 	}
 	if left, err := os.ReadDir(os.TempDir()); err != nil || len(left) > 0 {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
@@ -281,6 +282,34 @@ func (c *Checkpoint) SkeletonChunks(first, end int, p skeleton.Player) error {
 		}
 	}
 	return nil
+}
+
+// DeviceTail is the stored stream from the first device section behind RAM on. It is
+// nil if there is none, or if the stream was not understood that far (OpaqueBytes).
+func (c *Checkpoint) DeviceTail() ([]byte, error) {
+	t := &tailPlayer{c: c}
+	err := c.SkeletonChunks(c.Meta.TailChunk, c.Image.Chunks(image.Skeleton), t)
+	return t.b, err
+}
+
+// tailPlayer collects the device tail.
+type tailPlayer struct {
+	c *Checkpoint
+	b []byte
+}
+
+// Literal implements skeleton.Player.
+func (t *tailPlayer) Literal(b []byte) error {
+	if len(b) > stream.MaxTail-len(t.b) {
+		return t.c.Image.Corrupt(image.Skeleton, t.c.Meta.TailChunk, stream.ErrTooLong)
+	}
+	t.b = append(t.b, b...)
+	return nil
+}
+
+// Pages implements skeleton.Player.
+func (t *tailPlayer) Pages(int, uint64, uint64, bool) error {
+	return t.c.Image.Corrupt(image.Skeleton, t.c.Meta.TailChunk, errors.New("pages among the device state"))
 }
 
 // slot returns the content of an NVRAM slot from the mapping, checked, without a copy:
