@@ -6,7 +6,7 @@ FUZZTIMES ?= 1
 SUITES ?=
 SUITE ?= host
 
-.PHONY: all build test test-qemu check lint race unit replay fuzz demo bench eval-workingset record clean
+.PHONY: all build test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean
 
 all: build
 
@@ -20,6 +20,7 @@ build:
 test:
 	scripts/deps
 	$(MAKE) check unit test-qemu fuzz replay SUITE="host $(SUITES)"
+	[ -z "$(strip $(SUITES))" ] || $(MAKE) test-libvirt SUITE="$(SUITES)"
 
 # What a commit passes: form, vet, staticcheck (its version is go.mod's), and the
 # tests that need no QEMU under the race detector.
@@ -50,6 +51,18 @@ fuzz:
 test-qemu:
 	scripts/deps qemu qemu-aarch64 guest libvirt bench
 	GO=$(GO) scripts/tests qemu $(SUITE)
+
+# The tests of libvirt, on a Debian suite's libvirt and QEMU: make test-libvirt
+# SUITE=trixie, or several. Some three minutes each.
+test-libvirt:
+	scripts/deps qemu guest
+	GO=$(GO) scripts/tests libvirt $(SUITE)
+
+# What libvirt install does under an enforcing AppArmor, in a VM with a Debian suite's
+# kernel, profiles and libvirt. Some five minutes, emulated: no part of make test.
+test-apparmor: build
+	scripts/deps qemu guest
+	scripts/apparmor $(SUITE) bin/flic-migrate
 
 # Boots a guest, saves it, restores it, proves that it went on.
 demo: build

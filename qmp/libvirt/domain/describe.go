@@ -135,8 +135,15 @@ func parseLabel(label string) (uid, gid int, ok bool) {
 	return int(u), int(g), err == nil && err2 == nil
 }
 
-// baseLabel finds the owner of QEMUs in libvirt's description of its host.
-func baseLabel(capabilities string) (uid, gid int, err error) {
+// hostSecurity is what libvirt's description of its host says of the security drivers
+// under which it starts QEMUs.
+type hostSecurity struct {
+	uid, gid int  // of QEMUs, if there is a DAC driver; both 0 otherwise
+	dac      bool // there is one
+	confined bool // AppArmor or SELinux decides what a QEMU may do
+}
+
+func parseCapabilities(capabilities string) (s hostSecurity, err error) {
 	var host struct {
 		Models []struct {
 			Model  string `xml:"model"`
@@ -147,21 +154,18 @@ func baseLabel(capabilities string) (uid, gid int, err error) {
 		} `xml:"host>secmodel"`
 	}
 	if err := xml.Unmarshal([]byte(capabilities), &host); err != nil {
-		return 0, 0, fmt.Errorf("libvirt's capabilities: %w", err)
+		return s, fmt.Errorf("libvirt's capabilities: %w", err)
 	}
 	for _, m := range host.Models {
+		if m.Model == "apparmor" || m.Model == "selinux" {
+			s.confined = true
+		}
 		for _, l := range m.Labels {
-			if m.Model != "dac" {
+			if m.Model != "dac" || s.dac {
 				continue
 			}
-			if uid, gid, ok := parseLabel(strings.TrimSpace(l.Label)); ok {
-				return uid, gid, nil
-			}
+			s.uid, s.gid, s.dac = parseLabel(strings.TrimSpace(l.Label))
 		}
 	}
-	return 0, 0, errNoOwner
+	return s, nil
 }
-
-// errNoOwner: libvirt has no DAC driver, as in a session, so QEMU's user is the
-// daemon's own.
-var errNoOwner = errors.New("libvirt does not say which user its QEMUs run as")

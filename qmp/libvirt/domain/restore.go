@@ -14,6 +14,7 @@ import (
 	"github.com/digitalocean/go-libvirt"
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 )
 
@@ -61,6 +62,11 @@ var recoverTime = migration.RecoverTime
 var errStuck = errors.New("QEMU does not hear libvirt: its main loop waits for a page of the guest that nobody serves, and libvirt's monitor " +
 	"has no out-of-band commands. The domain has to be destroyed; the checkpoint is untouched")
 
+// errDaemonEnded: seen of libvirt 11.3, which reads through a null pointer when it
+// prepares a recovery (qemuProcessIncomingDefNew); 9.0 and 12.8 do not.
+var errDaemonEnded = errors.New("libvirt's daemon has ended when it was told to go on with a domain whose memory is not all there, as that of " +
+	"libvirt 11.3 does. The domain still waits: another libvirt (12.8 can) finds it, or it has to be destroyed; the checkpoint is untouched")
+
 // Restore starts the domain and returns when all its memory is there.
 //
 // If this process ends before the guest runs there is no domain. After that the
@@ -82,12 +88,12 @@ func Restore(ctx context.Context, uri string, d Description, o RestoreOptions) (
 		return rep, err
 	}
 	defer c.close()
-	dir, err := c.socketDir(ctx, id)
+	socket, err := c.socketPath(ctx, id)
 	if err != nil {
 		return rep, err
 	}
-	defer os.RemoveAll(dir)
-	r := &restore{client: c, d: d, o: o, name: id.Name, cookie: cookie(id, cpu), socket: filepath.Join(dir, "s")}
+	defer os.RemoveAll(filepath.Dir(socket))
+	r := &restore{client: c, d: d, o: o, name: id.Name, cookie: cookie(id, cpu), socket: socket}
 	start := time.Now()
 	if rep.Lazy, rep.Reason, err = r.prepare(ctx); err != nil {
 		return rep, err
@@ -106,34 +112,59 @@ type restore struct {
 	flags  libvirt.DomainMigrateFlags
 }
 
-// socketDir makes a directory that QEMU's user, and nobody else, can listen in.
-func (c *client) socketDir(ctx context.Context, id identity) (string, error) {
-	uid, gid, ok := id.owner()
-	if !ok {
-		host, err := ask(ctx, c, "capabilities", func() ([]byte, error) { return c.rpc.Capabilities() })
-		if err != nil {
-			return "", err
-		}
-		uid, gid, err = baseLabel(string(host))
-		if errors.Is(err, errNoOwner) {
-			uid, gid, err = os.Getuid(), os.Getgid(), nil
-		}
-		if err != nil {
-			return "", err
-		}
-	}
-	dir, err := os.MkdirTemp("", "flic-")
+// socketFolder is where the sockets of libvirt's own tunnelled migrations were. Its
+// AppArmor driver lets a QEMU make files there, and in directories in there, whose names
+// end as socketEnd and the domain's (src/security/virt-aa-helper.c); SELinux's policy
+// has it among QEMU's. In other places a confined QEMU can't listen.
+var socketFolder = "/run/libvirt/qemu" // not const for the sake of a test
+
+const socketEnd = ".tunnelmigrate.dest."
+
+// maxSocket is the longest path of a socket that the kernel takes.
+const maxSocket = 107
+
+// socketPath makes a directory that QEMU's user, and nobody else, can listen in, and
+// returns the path for the socket. The caller removes the directory.
+func (c *client) socketPath(ctx context.Context, id identity) (string, error) {
+	capabilities, err := ask(ctx, c, "capabilities", func() ([]byte, error) { return c.rpc.Capabilities() })
 	if err != nil {
 		return "", err
 	}
-	if uid == os.Getuid() {
-		return dir, nil
+	host, err := parseCapabilities(string(capabilities))
+	if err != nil {
+		return "", err
 	}
-	if err := os.Chown(dir, uid, gid); err != nil {
+	uid, gid, ok := id.owner()
+	switch {
+	case ok:
+	case host.dac:
+		uid, gid = host.uid, host.gid
+	default:
+		// libvirt has no DAC driver, as in a session, so QEMU's user is the
+		// daemon's own.
+		uid, gid = os.Getuid(), os.Getgid()
+	}
+	folder, name := "", "s"
+	if host.confined && c.uri == string(libvirt.QEMUSystem) {
+		folder, name = socketFolder, "s"+socketEnd+id.Name
+	}
+	dir, err := os.MkdirTemp(folder, "flic-")
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, name)
+	if len(path) > maxSocket {
+		err = fmt.Errorf("the domain's name is too long: the socket %s would have %d bytes in its path, and %d is the limit", path, len(path), maxSocket)
+	} else if uid != os.Getuid() {
+		if err = os.Chown(dir, uid, gid); err != nil {
+			err = fmt.Errorf("libvirt's QEMU is user %d, to whom a directory can only be given by root: %w", uid, err)
+		}
+	}
+	if err != nil {
 		os.RemoveAll(dir)
-		return "", fmt.Errorf("libvirt's QEMU is user %d, to whom a directory can only be given by root: %w", uid, err)
+		return "", err
 	}
-	return dir, nil
+	return path, nil
 }
 
 // cookie is what a source would say about itself
@@ -214,6 +245,9 @@ func (r *restore) listen(ctx context.Context) error {
 		return struct{}{}, err
 	})
 	var refused libvirt.Error
+	if r.o.Recover && errors.Is(err, qmp.ErrLost) {
+		return fmt.Errorf("%w: %w", errDaemonEnded, err)
+	}
 	if r.o.Recover || !errors.As(err, &refused) {
 		return err
 	}

@@ -35,6 +35,11 @@ const (
 <secmodel><model>dac</model><doi>0</doi><baselabel type='kvm'>+64055:+107</baselabel><baselabel type='qemu'>+64055:+107</baselabel></secmodel></host></capabilities>`
 )
 
+// confinedBy adds a security driver to a host's capabilities.
+func confinedBy(model, capabilities string) string {
+	return strings.Replace(capabilities, "<host>", "<host><secmodel><model>"+model+"</model><doi>0</doi></secmodel>", 1)
+}
+
 func TestChild(t *testing.T) {
 	for document, want := range map[string]string{
 		exampleXML: exampleCPU,
@@ -68,11 +73,18 @@ func TestIdentity(t *testing.T) {
 			t.Errorf("%q is %q", bad, name)
 		}
 	}
-	if uid, gid, err := baseLabel(exampleCapabilities); uid != 64055 || gid != 107 || err != nil {
-		t.Errorf("base label %d:%d, %v", uid, gid, err)
+	for text, want := range map[string]hostSecurity{
+		exampleCapabilities:                         {uid: 64055, gid: 107, dac: true},
+		"<capabilities/>":                           {},
+		confinedBy("apparmor", exampleCapabilities): {uid: 64055, gid: 107, dac: true, confined: true},
+		confinedBy("selinux", exampleCapabilities):  {uid: 64055, gid: 107, dac: true, confined: true},
+	} {
+		if got, err := parseCapabilities(text); got != want || err != nil {
+			t.Errorf("%s: %+v, %v", text, got, err)
+		}
 	}
-	if _, _, err := baseLabel("<capabilities/>"); !errors.Is(err, errNoOwner) {
-		t.Errorf("no base label: %v", err)
+	if _, err := parseCapabilities("<capabilities>"); err == nil {
+		t.Error("cut capabilities are taken")
 	}
 	for _, bad := range []string{"", "+1", "1:1", "+1:1", "+-1:+1", "+1:+", "+99999999999:+1", "qemu:qemu"} {
 		if uid, gid, ok := parseLabel(bad); ok {
@@ -107,35 +119,78 @@ func TestCookie(t *testing.T) {
 	}
 }
 
-func TestSocketDir(t *testing.T) {
-	uri := fakeDaemon(t, web1(0, 1, nil))
-	c, err := open(t.Context(), uri)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.close()
-	t.Setenv("TMPDIR", t.TempDir())
-	id := identity{Name: "x"}
-	id.Labels = append(id.Labels, struct {
-		Model string `xml:"model,attr"`
-		Label string `xml:"label"`
-	}{"dac", fmt.Sprintf("+%d:+%d", os.Getuid()+1, os.Getgid()+1)})
-	dir, err := c.socketDir(t.Context(), id)
-	if os.Getuid() != 0 {
-		if err == nil || !strings.Contains(err.Error(), "root") {
-			t.Errorf("%s, %v", dir, err)
+// TestSocketPath: the directory is QEMU's alone, and where something confines QEMU the
+// socket's name is one that libvirt's AppArmor driver lets it make.
+func TestSocketPath(t *testing.T) {
+	run, tmp := t.TempDir(), t.TempDir()
+	t.Setenv("TMPDIR", tmp)
+	socketFolder = run
+	defer func() { socketFolder = "/run/libvirt/qemu" }()
+	own := fmt.Sprintf("+%d:+%d", os.Getuid(), os.Getgid())
+	base := strings.ReplaceAll(exampleCapabilities, "+64055:+107", own)
+	another := fmt.Sprintf("+%d:+%d", os.Getuid()+1, os.Getgid()+1)
+	for name, c := range map[string]struct {
+		capabilities, label, session, domain string
+		want, fails                          string
+	}{
+		"free":          {capabilities: base, domain: "x", want: tmp + "/flic-*/s"},
+		"no DAC":        {capabilities: "<capabilities/>", domain: "x", want: tmp + "/flic-*/s"},
+		"AppArmor":      {capabilities: confinedBy("apparmor", base), domain: "web 1", want: run + "/flic-*/s.tunnelmigrate.dest.web 1"},
+		"SELinux":       {capabilities: confinedBy("selinux", base), domain: "x", want: run + "/flic-*/s.tunnelmigrate.dest.x"},
+		"session":       {capabilities: confinedBy("selinux", base), session: "session", domain: "x", want: tmp + "/flic-*/s"},
+		"own label":     {capabilities: base, label: another, domain: "x", want: tmp + "/flic-*/s", fails: "by root"},
+		"long name":     {capabilities: confinedBy("apparmor", base), domain: strings.Repeat("x", 107), fails: "too long"},
+		"damaged words": {capabilities: "<", domain: "x", fails: "XML"},
+	} {
+		uri := fakeDaemon(t, func(program, procedure uint32, args []byte) (string, *libvirt.Error) {
+			if procedure == capabilities {
+				return text(c.capabilities), nil
+			}
+			return web1(0, 1, nil)(program, procedure, args)
+		})
+		if c.session != "" {
+			uri = strings.Replace(uri, "/system", "/"+c.session, 1)
 		}
-		return
+		client, err := open(t.Context(), uri)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := identity{Name: c.domain}
+		if c.label != "" {
+			id.Labels = append(id.Labels, struct {
+				Model string `xml:"model,attr"`
+				Label string `xml:"label"`
+			}{"dac", c.label})
+		}
+		path, err := client.socketPath(t.Context(), id)
+		client.close()
+		if c.fails != "" && (c.label == "" || os.Getuid() != 0) {
+			if err == nil || !strings.Contains(err.Error(), c.fails) {
+				t.Errorf("%s: %s, %v", name, path, err)
+			}
+			continue
+		}
+		if ok, _ := filepath.Match(c.want, path); err != nil || !ok {
+			t.Errorf("%s: %s, %v; want %s", name, path, err, c.want)
+			continue
+		}
+		fi, err := os.Stat(filepath.Dir(path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		owner := own
+		if c.label != "" {
+			owner = c.label
+		}
+		if st := fi.Sys().(*syscall.Stat_t); fmt.Sprintf("+%d:+%d", st.Uid, st.Gid) != owner || fi.Mode().Perm() != 0o700 {
+			t.Errorf("%s: %d:%d %v", name, st.Uid, st.Gid, fi.Mode())
+		}
+		os.RemoveAll(filepath.Dir(path))
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	fi, err := os.Stat(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if st := fi.Sys().(*syscall.Stat_t); st.Uid != 1 || st.Gid != 1 || fi.Mode().Perm() != 0o700 {
-		t.Errorf("%d:%d %v", st.Uid, st.Gid, fi.Mode())
+	for _, dir := range []string{run, tmp} {
+		if left, _ := os.ReadDir(dir); len(left) > 0 {
+			t.Errorf("left in %s: %v", dir, left)
+		}
 	}
 }
 
@@ -338,7 +393,7 @@ func FuzzDescription(f *testing.F) {
 			return
 		}
 		id.owner()
-		_, _, _ = baseLabel(saved)
+		_, _ = parseCapabilities(saved)
 		cpu, err := child(saved, "cpu")
 		if err != nil {
 			return
