@@ -521,7 +521,7 @@ func TestReferenceForged(t *testing.T) {
 			t.Fatal(err)
 		}
 		f.Close()
-		if digests < 10 {
+		if digests < 5 {
 			t.Errorf("of vm@%d only %d digests were wrong", r.Number, digests)
 		}
 		l.write(t, name, was)

@@ -209,17 +209,22 @@ func (c *Checkpoint) Readable(r pagemap.Run) error {
 
 // NewCache returns a cache of decoded segments for readers of the checkpoint, of at
 // most max. All may share one.
-func (c *Checkpoint) NewCache(max int) *source.Cache { return source.NewCache(backing{c}.Fetch, max) }
+func (c *Checkpoint) NewCache(max int) *source.Cache { return source.NewCache(backing{c}, max) }
 
 // backing is a Checkpoint as a source.Backing.
 type backing struct{ c *Checkpoint }
 
-// Fetch implements source.Backing.
+// Fetch implements source.Segments.
 func (b backing) Fetch(st *image.Stored, n source.Need) error {
 	if n.Space > 0 {
 		return b.c.refs[n.Space-1].im.FetchSegment(st, n.Number)
 	}
 	return b.c.Image.FetchSegment(st, n.Number)
+}
+
+// CheckSegment implements source.Segments.
+func (b backing) CheckSegment(n source.Need, s *image.Segment) error {
+	return b.c.check.segment(n, s)
 }
 
 // Slot implements source.Backing. What is a reference's is checked by its digest, and

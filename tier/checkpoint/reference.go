@@ -139,6 +139,23 @@ type checker struct {
 	refs   []*reference
 }
 
+// segment checks the pages of a PAGES segment of a reference: all of them, whichever are
+// needed. A segment with a page that is not what it was is not the one that was
+// referred to.
+func (c *checker) segment(n source.Need, s *image.Segment) error {
+	first := uint64(n.Number) * uint64(c.refs[n.Space-1].SegmentPages)
+	for i := range s.Len() {
+		page, err := s.Page(i)
+		if err == nil {
+			err = c.CheckPage(n.Space, first+uint64(i), page)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // CheckPage implements source.Checker.
 func (c *checker) CheckPage(space source.Space, slot uint64, page []byte) error {
 	r := c.refs[space-1]

@@ -30,7 +30,7 @@ func newReadback(p *placer) *readback {
 		Facts: source.Facts{PageSize: p.pageSize, Spaces: []source.SpaceFacts{{SegmentPages: uint64(p.segmentPages())}}},
 		Table: source.Default, Backing: b,
 	}
-	b.reader = set.NewReader(source.NewCache(b.Fetch, cachedSegments))
+	b.reader = set.NewReader(source.NewCache(b, cachedSegments))
 	return b
 }
 
@@ -56,6 +56,9 @@ func (b *readback) Fetch(st *image.Stored, n source.Need) error {
 	}
 	return b.p.to.img.FetchSegment(st, n.Number)
 }
+
+// CheckSegment implements source.Segments: all segments are the image's own.
+func (b *readback) CheckSegment(source.Need, *image.Segment) error { return nil }
 
 // Slot implements source.Backing. What is being written is read with read(2): its
 // checksum is not durable yet, and a fault in a mapping would be a read error.

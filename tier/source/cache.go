@@ -7,16 +7,22 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 )
 
-// Fetch reads what n names as it is stored, and checks it. It may be called from
-// several goroutines.
-type Fetch func(st *image.Stored, n Need) error
+// Segments are what a Cache keeps. Both methods may be called from several goroutines.
+type Segments interface {
+	// Fetch reads what n names as it is stored, and checks it.
+	Fetch(st *image.Stored, n Need) error
+	// CheckSegment checks, by their digests, the pages of a PAGES segment of a
+	// reference that has been decoded. All that a restore decodes ahead is checked
+	// ahead, too: beside the goroutine that writes the stream, and once.
+	CheckSegment(n Need, s *image.Segment) error
+}
 
 // Cache keeps decoded segments. All who read one checkpoint can share it: who wants
 // to have one decoded reserves it, one of those who did fills it, all wait for that,
 // and release it when they are done with its bytes. What nobody holds stays until its
 // memory is needed for another; that of the one not used for longest goes first.
 type Cache struct {
-	fetch Fetch
+	from  Segments
 	max   int
 	freed chan struct{} // has an element if somebody who waits for room may look again
 
@@ -44,8 +50,8 @@ type Held struct {
 // NewCache returns a cache of at most max segments, 1 or more: those that are held
 // and those that are kept. A holder of several must be sure that so many fit beside
 // those of all others.
-func NewCache(fetch Fetch, max int) *Cache {
-	return &Cache{fetch: fetch, max: max, freed: make(chan struct{}, 1), held: make(map[Need]*Held)}
+func NewCache(from Segments, max int) *Cache {
+	return &Cache{from: from, max: max, freed: make(chan struct{}, 1), held: make(map[Need]*Held)}
 }
 
 // CountRefills has the cache count what is decoded again.
@@ -151,9 +157,12 @@ func (c *Cache) Have(n Need) *Held {
 func (c *Cache) Fill(h *Held, sr *image.SegmentReader) {
 	sr.Recycle(h.segment)
 	h.segment = nil
-	err := c.fetch(&sr.Stored, h.Need)
+	err := c.from.Fetch(&sr.Stored, h.Need)
 	if err == nil {
 		h.segment, err = sr.Decode(&sr.Stored)
+	}
+	if err == nil && h.Need.Space > 0 && h.segment.Kind == image.Pages {
+		err = c.from.CheckSegment(h.Need, h.segment)
 	}
 	c.mu.Lock()
 	h.err, h.filled = err, true

@@ -18,9 +18,7 @@ type Page struct {
 // Backing is where the bytes of one checkpoint's sources come from: its image and
 // its NVRAM part, whole or while they are written, and those of its references.
 type Backing interface {
-	// Fetch reads what n names as it is stored, and checks it. It may be called from
-	// several goroutines.
-	Fetch(st *image.Stored, n Need) error
+	Segments
 	// Slot is the content of an NVRAM slot, which is wanted for a page; one of space 0
 	// is checked. The bytes may lie in a mapping: they are touched within Guard only,
 	// and only until the next call or Drop.
@@ -31,10 +29,11 @@ type Backing interface {
 	Drop(space Space, first, n uint64)
 }
 
-// Checker checks by its digest what comes from a reference. An error says which bytes
-// are wrong.
+// Checker checks by its digest what comes from a reference when it is used. An error
+// says which bytes are wrong.
 type Checker interface {
-	// CheckPage is for the page of a flash slot, which may be that of a delta.
+	// CheckPage is for the page that is made of what is in a flash slot, a record or a
+	// delta.
 	CheckPage(space Space, slot uint64, page []byte) error
 	// CheckSlot is for the page of an NVRAM slot.
 	CheckSlot(space Space, slot uint64, page []byte) error

@@ -81,7 +81,7 @@ func flashRow(row Row, at locate) Row {
 		space, slot := at(e.Value())
 		seg, i := rd.InSegment(Space(space), slot)
 		b, err := rd.inflated(seg, i)
-		if err == nil && space > 0 {
+		if err == nil && space > 0 && seg.Kind != image.Pages { // those the Cache has checked
 			err = rd.set.CheckPage(Space(space), slot, b)
 		}
 		return b, err

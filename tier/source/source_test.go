@@ -140,9 +140,12 @@ type backing struct {
 	im      []*image.Image
 	fetched atomic.Int64
 	checked atomic.Int64
-	fail    atomic.Pointer[error]
-	guarded int
-	dropped []uint64
+	// segments were checked as a whole; with refuse that finds nothing right.
+	segments atomic.Int64
+	refuse   bool
+	fail     atomic.Pointer[error]
+	guarded  int
+	dropped  []uint64
 }
 
 func (b *backing) Fetch(st *image.Stored, n source.Need) error {
@@ -151,6 +154,21 @@ func (b *backing) Fetch(st *image.Stored, n source.Need) error {
 		return *err
 	}
 	return b.im[n.Space].FetchSegment(st, n.Number)
+}
+
+func (b *backing) CheckSegment(n source.Need, s *image.Segment) error {
+	b.segments.Add(1)
+	if b.refuse {
+		return errRefused
+	}
+	sp := spaces[n.Space]
+	for i := range sp.per {
+		page, err := s.Page(i)
+		if n.Space == 0 || err != nil || !bytes.Equal(page, held(int(n.Space), uint64(int(n.Number)*sp.per+i))) {
+			return fmt.Errorf("%v has other digests, %v", n, err)
+		}
+	}
+	return nil
 }
 
 func (b *backing) Slot(space source.Space, slot uint64, want source.Page) ([]byte, error) {
@@ -370,7 +388,7 @@ func random(t testing.TB, seed uint64, check func(pagemap.Run) error) (*pagemap.
 // TestReader reads every page of maps with all kinds, run by run and one by one.
 func TestReader(t *testing.T) {
 	set, b := newSet(t)
-	rd := set.NewReader(source.NewCache(b.Fetch, source.MaxNeeds))
+	rd := set.NewReader(source.NewCache(b, source.MaxNeeds))
 	defer rd.Close()
 	page := make([]byte, pageSize)
 	for seed := range uint64(20) {
@@ -410,7 +428,7 @@ func TestReader(t *testing.T) {
 	if len(b.dropped) == 0 {
 		t.Error("NVRAM slots stay mapped")
 	}
-	if b.checked.Load() == 0 {
+	if b.checked.Load() == 0 || b.segments.Load() == 0 {
 		t.Error("nothing of a reference was checked")
 	}
 	for _, k := range []pagemap.Kind{pagemap.Disk, 10, 63} {
@@ -442,7 +460,7 @@ func TestPlanned(t *testing.T) {
 				r = r.From(n)
 			}
 		}
-		cache := source.NewCache(b.Fetch, source.MaxNeeds)
+		cache := source.NewCache(b, source.MaxNeeds)
 		var sr image.SegmentReader
 		rd := set.NewPlannedReader(cache, func(ctx context.Context, n source.Need) (*source.Held, error) {
 			if len(plan) == 0 || plan[0] != n {
@@ -468,7 +486,7 @@ func TestPlanned(t *testing.T) {
 		}
 	}
 	// A plan for something else is found out.
-	cache := source.NewCache(b.Fetch, 4)
+	cache := source.NewCache(b, 4)
 	var sr image.SegmentReader
 	rd := set.NewPlannedReader(cache, func(ctx context.Context, n source.Need) (*source.Held, error) {
 		return cache.Get(ctx, source.Segment(n.Number+1), &sr)
@@ -535,7 +553,7 @@ func TestOrder(t *testing.T) {
 func TestCache(t *testing.T) {
 	_, b := newSet(t)
 	const goroutines, most = 6, 8
-	c := source.NewCache(b.Fetch, most)
+	c := source.NewCache(b, most)
 	c.CountRefills()
 	var wg sync.WaitGroup
 	for g := range uint64(goroutines) {
@@ -572,7 +590,7 @@ func TestCache(t *testing.T) {
 // TestCacheFull waits for room, and not for ever.
 func TestCacheFull(t *testing.T) {
 	_, b := newSet(t)
-	c := source.NewCache(b.Fetch, 2)
+	c := source.NewCache(b, 2)
 	var sr image.SegmentReader
 	var held []*source.Held
 	for n := range uint32(2) {
@@ -657,7 +675,7 @@ func TestLender(t *testing.T) {
 	set, b := newSet(t)
 	l := &lender{backing: b}
 	set.Backing = l
-	rd := set.NewReader(source.NewCache(b.Fetch, source.MaxNeeds))
+	rd := set.NewReader(source.NewCache(b, source.MaxNeeds))
 	defer rd.Close()
 	page := make([]byte, pageSize)
 	for i := range uint64(3) {
@@ -747,21 +765,23 @@ func TestDigests(t *testing.T) {
 		pagemap.MakeForeign(pagemap.Foreign, 0, 3), pagemap.MakeForeign(pagemap.Foreign, 1, 2), pagemap.MakeForeign(pagemap.ForeignNVRAM, 1, 3),
 		pagemap.MakeForeign(pagemap.ForeignDelta, 0, 16), foreign,
 	} {
-		rd := set.NewReader(source.NewCache(b.Fetch, source.MaxNeeds))
-		before := b.checked.Load()
-		if err := rd.Copy(t.Context(), page, source.Page{}, e); err != nil || b.checked.Load() == before {
-			t.Errorf("%v %#x: %v, and %d checks", e.Kind(), e.Value(), err, b.checked.Load()-before)
+		rd := set.NewReader(source.NewCache(b, source.MaxNeeds))
+		before := b.checked.Load() + b.segments.Load()
+		if err := rd.Copy(t.Context(), page, source.Page{}, e); err != nil || b.checked.Load()+b.segments.Load() == before {
+			t.Errorf("%v %#x: %v, and no check", e.Kind(), e.Value(), err)
 		}
 		rd.Close()
+		b.refuse = true
 		wrong := &source.Set{Facts: set.Facts, Table: set.Table, Backing: b, Checker: refuser{}}
-		rd = wrong.NewReader(source.NewCache(b.Fetch, source.MaxNeeds))
+		rd = wrong.NewReader(source.NewCache(b, source.MaxNeeds))
 		if err := rd.Copy(t.Context(), page, source.Page{}, e); !errors.Is(err, errRefused) {
 			t.Errorf("%v %#x, wrong: %v", e.Kind(), e.Value(), err)
 		}
 		rd.Close()
+		b.refuse = false
 	}
 	// Foreign records are inflated: a stream may have to do without such records.
-	rd := set.NewReader(source.NewCache(b.Fetch, source.MaxNeeds))
+	rd := set.NewReader(source.NewCache(b, source.MaxNeeds))
 	defer rd.Close()
 	_, record := pagemap.SplitForeign(pagemap.MakeForeign(pagemap.Foreign, 1, 2).Value())
 	run := pagemap.Run{Count: 1, Kind: pagemap.Foreign, First: uint64(1)<<40 | record}
