@@ -286,10 +286,16 @@ func (m *Monitor) OOB() bool { return m.options.OOB }
 // SocketPath is the path of the monitor's Unix socket, and empty for another kind
 // of monitor.
 func (m *Monitor) SocketPath() string {
-	if network, path := splitAddress(m.addr); network == "unix" {
-		return path
+	path, _ := SocketPath(m.addr)
+	return path
+}
+
+// SocketPath is the path in an address of Dial's that is a Unix socket's.
+func SocketPath(address string) (path string, ok bool) {
+	if network, path := splitAddress(address); network == "unix" {
+		return path, true
 	}
-	return ""
+	return "", false
 }
 
 // Peer is who listens at the other end of a Unix socket. It is not known of another

@@ -30,6 +30,9 @@ type checkpointCmd struct {
 	downtime  time.Duration
 	patience  time.Duration
 	giveUp    bool
+	arm       bool
+	armRate   size
+	armLog    string
 	json      bool
 	quiet     bool
 }
@@ -53,6 +56,12 @@ reports. The QEMU needs nothing but a monitor (-qmp unix:...), or libvirt's.
                      it writes meanwhile are saved again
   --mode background  it runs, and what is saved is its state at the beginning
                      (QEMU's background-snapshot, which needs userfaultfd)
+
+With --arm a process stays behind that has the next checkpoint ready: it reads the
+guest's memory at --arm-rate while the guest runs, and then waits. The next checkpoint
+of the VM (with --mode stop, stored in the same way) takes what the guest has written
+since, for which alone the guest stands still. Meanwhile QEMU makes no other migration
+and adds or removes no devices; disarm ends it. Give --arm each time.
 
 A guest that is paused is saved as it is, whatever the mode. Afterwards the guest
 does what it did before, or what --then says.
@@ -88,10 +97,14 @@ it lets it run first.`,
 	fs.DurationVar(&c.downtime, "downtime", 300*time.Millisecond, "live: how long the guest may stand still")
 	fs.DurationVar(&c.patience, "patience", time.Minute, "live: how long to try to keep to that; then the guest is stopped for as long as it takes")
 	fs.BoolVar(&c.giveUp, "give-up", false, "live: fail instead of stopping the guest for longer")
+	c.armRate = 100 << 20
+	fs.BoolVar(&c.arm, "arm", false, "leave a process behind that has the next checkpoint ready")
+	fs.Var(&c.armRate, "arm-rate", "how fast that process reads the guest's memory, bytes a second; 0: as fast as it can")
+	fs.StringVar(&c.armLog, "arm-log", "", "file for its messages (default: nowhere)")
 	c.encoding.add(fs)
 	fs.BoolVar(&c.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary")
-	for _, name := range []string{"mode", "then", "rounds", "give-up"} {
+	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm"} {
 		setKey(fs, name, "checkpoint-"+name)
 	}
 	return cmd
@@ -125,9 +138,13 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		Log:   c.log(),
 	}
 	o.Save.VM, o.Save.Log, o.Save.Progress = vm, c.log(), p.callback()
+	if c.arm {
+		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog)}
+	}
 	if err := c.placement.options(c.app, &o.Save); err != nil {
 		return err
 	}
+	o.WatchAsked = timed
 	if timed || o.Save.NVRAM != "" && o.Save.WorkingSet == nil {
 		o.Watch = &session.TrackOptions{
 			Interval: timer, Rounds: c.rounds.n,
@@ -166,6 +183,9 @@ func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
 	if c.downtime < time.Millisecond || c.patience < 0 {
 		return 0, usageError{errors.New("--downtime must be at least 1ms, and --patience not negative")}
 	}
+	if c.arm && (c.then.value == string(migration.ThenPause) || c.then.value == string(migration.ThenQuit)) {
+		return 0, usageError{fmt.Errorf("--arm needs a guest that runs afterwards, and --then says %s", c.then.value)}
+	}
 	return timer, nil
 }
 
@@ -187,5 +207,11 @@ func (c *checkpointCmd) show(doc checkpointReport) error {
 	}
 	fmt.Fprintf(c.stderr, "flic-migrate: %s: %s; %d passes, %.2f s in all; now it is %s\n",
 		doc.Checkpoint, stood, doc.Passes, doc.Total.Seconds(), doc.State)
+	if doc.Armed {
+		fmt.Fprintf(c.stderr, "flic-migrate: %s had been armed\n", doc.Checkpoint)
+	}
+	if doc.ArmedProcess > 0 {
+		fmt.Fprintf(c.stderr, "flic-migrate: the next one is armed: process %d has it ready; QEMU makes no other migration until disarm\n", doc.ArmedProcess)
+	}
 	return nil
 }

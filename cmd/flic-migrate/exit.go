@@ -46,19 +46,22 @@ func (e usageError) Unwrap() error { return e.error }
 func exitCode(err error) int {
 	var usage usageError
 	var server *session.ServerError
+	var armed *session.ArmedError
 	var migration *migration.Error
 	switch {
 	case err == nil:
 		return exitOK
 	case errors.As(err, &server):
 		return server.Server.ExitCode
+	case errors.As(err, &armed):
+		return armed.ExitCode
 	case errors.As(err, &usage), errors.Is(err, store.ErrName), errors.Is(err, store.ErrInside):
 		return exitUsage
 	case errors.Is(err, errDamaged), integrity.IsCorrupt(err):
 		return exitCorrupt
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return exitNoSpace
-	case errors.Is(err, store.ErrNotFound), errors.Is(err, domain.ErrNotFound), errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, store.ErrNotFound), errors.Is(err, session.ErrNotArmed), errors.Is(err, domain.ErrNotFound), errors.Is(err, fs.ErrNotExist):
 		return exitNotFound
 	case errors.As(err, &migration):
 		// QEMU has broken off the stream; it has the reason.

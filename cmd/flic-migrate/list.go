@@ -25,7 +25,8 @@ func newList(a *app) *cobra.Command {
 		Long: `List prints a line for each checkpoint: of one VM, or of all in the store. RAM is
 the size of the guest's memory; FLASH and NVRAM are what the checkpoint takes.
 STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say, or
-its version if it is in another one of the format.`,
+its version if it is in another one of the format; "next armed" stands with the newest
+checkpoint of a VM whose next one is (checkpoint --arm).`,
 		Example: `  flic-migrate list --store /srv/vms
   flic-migrate list --store /srv/vms --json web1`,
 		Args: cobra.MaximumNArgs(1),
@@ -52,7 +53,8 @@ type listEntry struct {
 	FlashBytes int64     `json:"flash_bytes"` // the image file
 	NVRAMBytes int64     `json:"nvram_bytes"` // page content in NVRAM
 	Machine    string    `json:"machine,omitempty"`
-	State      string    `json:"state"` // QEMU's run state, or damaged, "version N" or unsupported
+	State      string    `json:"state"`           // QEMU's run state, or damaged, "version N" or unsupported
+	Armed      bool      `json:"armed,omitempty"` // the VM's next one is armed; on its newest
 	Error      string    `json:"error,omitempty"`
 }
 
@@ -89,6 +91,7 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 		}
 		entries = append(entries, newListEntry(l))
 	}
+	markArmed(ctx, st, entries)
 	if asJSON {
 		err = printJSON(a.stdout, entries)
 	} else {
@@ -146,12 +149,28 @@ func ramBytes(m *checkpoint.Meta) (n uint64) {
 	return n
 }
 
+// markArmed marks the newest checkpoint of each VM that is armed. The list is in order.
+func markArmed(ctx context.Context, st *store.Store, entries []listEntry) {
+	for i := range entries {
+		e := &entries[i]
+		if i+1 < len(entries) && entries[i+1].VM == e.VM {
+			continue
+		}
+		// What can't be read is gc's, and no reason to list nothing.
+		_, e.Armed, _ = st.ArmedFor(ctx, e.VM)
+	}
+}
+
 func printList(w io.Writer, entries []listEntry) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(t, "CHECKPOINT\tCREATED\tRAM\tFLASH\tNVRAM\tMACHINE\tSTATE")
 	for _, e := range entries {
+		state := dash(e.State)
+		if e.Armed {
+			state += ", next armed"
+		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Checkpoint, localTime(e.Created), human(int64(e.RAMBytes)),
-			human(e.FlashBytes), human(e.NVRAMBytes), dash(e.Machine), dash(e.State))
+			human(e.FlashBytes), human(e.NVRAMBytes), dash(e.Machine), state)
 	}
 	return t.Flush()
 }

@@ -37,6 +37,8 @@ func start(fsys vfs.FS, args []string) int {
 	case name == guardName:
 		guardMain()
 		return exitOK
+	case name == armedName:
+		return armedMain(fsys)
 	case compressor.Known(name):
 		return standIn(fsys, name, args[1:])
 	}

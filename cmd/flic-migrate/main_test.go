@@ -39,6 +39,7 @@ func TestMain(m *testing.M) {
 		"flic-migrate-buggy":  func() { os.Exit(run(newApp(buggyDisk{vfs.OS}), os.Args[1:])) },
 		"flic-migrate-faulty": faulty,
 		guardName:             guardMain,
+		armedName:             armed,
 		"flic-migrate-cut":    cut,
 		"no-userfaultfd":      noUserfaultfd,
 		"mkstream":            mkstream,

@@ -32,14 +32,17 @@ func (f fault) uri(l *lab, flags ...string) string {
 }
 
 // faulty is the main function of flic-migrate-faulty.
-func faulty() {
+func faulty() { os.Exit(run(newApp(faultyFS()), os.Args[1:])) }
+
+// faultyFS is the file system that the environment asks for.
+func faultyFS() *faultFS {
 	fsys := &faultFS{FS: vfs.OS}
 	f := &fsys.fault
 	if _, err := fmt.Sscan(os.Getenv(faultEnv), &f.op, &f.n, &f.stall, &f.errno, &f.mark); err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", faultEnv, err)
 		os.Exit(99)
 	}
-	os.Exit(run(newApp(fsys), os.Args[1:]))
+	return fsys
 }
 
 type faultFS struct {

@@ -209,8 +209,25 @@ func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 	default:
 		return nil
 	}
+	if o.Ended {
+		// It may be ending, and settings can't be changed before it has.
+		if _, err := d.untilEnded(ctx); err != nil {
+			return err
+		}
+	}
 	d.settings = settings{off: o.Kept.Capabilities, formerly: o.Kept.Parameters}
 	return d.end(ctx)
+}
+
+// untilEnded waits a little for a migration that ends.
+func (d *drive) untilEnded(ctx context.Context) (Info, error) {
+	ctx, stop := context.WithTimeout(ctx, livesTime)
+	defer stop()
+	info, err := Wait(ctx, d.x, StatusFailed, StatusCancelled, StatusNone)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = nil
+	}
+	return info, err
 }
 
 // Forgotten is the Kept of an Arm whose process has died: QEMU's defaults, for what

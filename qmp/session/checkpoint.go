@@ -28,12 +28,16 @@ type CheckpointOptions struct {
 	Save save.Options
 	// Watch says how the guest is watched before; nil: it is not.
 	Watch *TrackOptions
+	// WatchAsked: the guest is to be watched, whatever is known of it already.
+	WatchAsked bool
 	// Watched is called, if not nil, with what the watching has shown.
 	Watched func(rounds.Report)
 	// Guard starts something that reads a stream to its end if this process is
 	// killed, which background mode needs; see the mode.
 	Guard func(stream *os.File) (release func(), err error)
-	Log   *slog.Logger // of warnings
+	// Arm leaves the next checkpoint armed, if this one succeeds; nil: it is not.
+	Arm *ArmOptions
+	Log *slog.Logger // of warnings
 }
 
 // CheckpointReport is what was done. It is the command's JSON document.
@@ -43,13 +47,17 @@ type CheckpointReport struct {
 	// Tracking is missing if the guest was not watched.
 	Tracking *rounds.Report     `json:"tracking,omitempty"`
 	Save     *checkpoint.Report `json:"save"`
+	// Armed: it was made by a process that had it ready.
+	Armed bool `json:"armed"`
+	// ArmedProcess is the process that has the next one ready; 0: there is none.
+	ArmedProcess int `json:"armed_process,omitempty"`
 }
 
 // Checkpoint saves the target's guest. If the report says Saved there is a
 // checkpoint, even if there is an error as well: then something else is not as it
 // should be.
 func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o CheckpointOptions) (rep CheckpointReport, err error) {
-	if o.Save.Libvirt, err = t.describe(ctx); err != nil {
+	if t, err = t.absolute(); err != nil {
 		return rep, err
 	}
 	x, err := t.dial(ctx, qmp.Options{})
@@ -59,13 +67,40 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	defer x.Close()
 	redial, hangUp := t.redialer()
 	defer hangUp()
+	o.Guest.Redial = redial
+	rep, done, err := o.fromArmed(ctx, st, t, x)
+	if err == nil && (!done || o.Arm != nil) {
+		var derr error
+		if o.Save.Libvirt, derr = t.describe(ctx); !done {
+			err = derr
+		}
+	}
+	if err == nil && !done {
+		rep, err = o.checkpoint(ctx, fs, st, x)
+	}
+	for _, w := range rep.Warnings {
+		o.Log.Warn(w)
+	}
+	if err == nil && o.Arm != nil {
+		if rep.ArmedProcess, err = o.arm(ctx, st, t, x, redial, rep.Checkpoint); err != nil {
+			err = fmt.Errorf("the next one is not armed: %w", err)
+		}
+	}
+	if err != nil && rep.Saved {
+		// What is there must be known, whatever else there is to say.
+		err = fmt.Errorf("%s is saved, but: %w", rep.Checkpoint, err)
+	}
+	return rep, err
+}
+
+// checkpoint is one that nobody has ready.
+func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, x qmp.Executor) (rep CheckpointReport, err error) {
 	if o.Watch != nil {
-		if rep.Tracking, err = o.watch(ctx, x, redial); err != nil {
+		if rep.Tracking, err = o.watch(ctx, x, o.Guest.Redial); err != nil {
 			return rep, err
 		}
 	}
 	var ref store.Ref
-	o.Guest.Redial = redial
 	o.Guest.Save = func(ctx context.Context, f *os.File, before qmp.RunState) error {
 		var meta *checkpoint.Meta
 		var err error
@@ -82,13 +117,6 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 		return err
 	}
 	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
-	for _, w := range rep.Warnings {
-		o.Log.Warn(w)
-	}
-	if err != nil && rep.Saved {
-		// What is there must be known, whatever else there is to say.
-		err = fmt.Errorf("%s is saved, but: %w", rep.Checkpoint, err)
-	}
 	return rep, err
 }
 

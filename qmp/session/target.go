@@ -3,6 +3,9 @@ package session
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
@@ -14,9 +17,37 @@ import (
 // Target is the QEMU that a session is with: one whose monitor is free, or one of
 // libvirt's.
 type Target struct {
-	QMP     string // a monitor's address, as of qmp.Dial
-	Domain  string // instead of it, the name of a domain
-	Connect string // libvirt's daemon, as of domain.Dial; empty: the default
+	QMP     string `json:"qmp,omitempty"`     // a monitor's address, as of qmp.Dial
+	Domain  string `json:"domain,omitempty"`  // instead of it, the name of a domain
+	Connect string `json:"connect,omitempty"` // libvirt's daemon, as of domain.Dial; empty: the default
+}
+
+// String names the target as the command line does.
+func (t Target) String() string {
+	switch {
+	case t.Domain == "":
+		return "--qmp " + t.QMP
+	case t.Connect == "":
+		return "--domain " + t.Domain
+	}
+	return "--domain " + t.Domain + " --connect " + t.Connect
+}
+
+// absolute is the target for a process that may run in another directory.
+func (t Target) absolute() (Target, error) {
+	path, ok := qmp.SocketPath(t.QMP)
+	if !ok || t.QMP == "" {
+		return t, nil
+	}
+	path, err := filepath.Abs(path)
+	t.QMP = path
+	return t, err
+}
+
+// unreachable tells whether a dial has failed because there is no QEMU.
+func unreachable(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) ||
+		errors.Is(err, domain.ErrNotFound) || errors.Is(err, domain.ErrInactive)
 }
 
 // ErrTwoTargets: both kinds of QEMU are named.

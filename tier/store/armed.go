@@ -30,8 +30,8 @@ type Armed struct {
 	Control string    `json:"control"` // path of the socket that the process listens on
 	Target  string    `json:"target"`  // which QEMU it is, as commands name it
 	Created time.Time `json:"created"` // when it was armed
-	// Kept is what is to be put back in that QEMU, and not for the store to know.
-	Kept json.RawMessage `json:"kept"`
+	// State is what its process knows of that QEMU, and not for the store to know.
+	State json.RawMessage `json:"state"`
 }
 
 const armedFolder = "armed"

@@ -34,14 +34,14 @@ func TestArmed(t *testing.T) {
 			t.Fatal(err)
 		}
 		return tx, Armed{VM: "vm", Part: tx.UUID(), Number: tx.Ref().N, Parent: "vm@1", PID: 1, Control: "/tmp/x/s",
-			Target: "--qmp /x", Created: time.Now(), Kept: json.RawMessage(`{"a":1}`)}
+			Target: "--qmp /x", Created: time.Now(), State: json.RawMessage(`{"a":1}`)}
 	}
 	tx, note := begin()
 	if err := st.NoteArmed(ctx, note); err != nil {
 		t.Fatal(err)
 	}
 	a, lives, err := st.ArmedFor(ctx, "vm")
-	if err != nil || !lives || a.Part != note.Part || string(a.Kept) != `{"a":1}` {
+	if err != nil || !lives || a.Part != note.Part || string(a.State) != `{"a":1}` {
 		t.Errorf("%+v, %v, %v", a, lives, err)
 	}
 	other, second := begin()

@@ -1,0 +1,524 @@
+package session
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// ArmOptions say how the next checkpoint is armed.
+type ArmOptions struct {
+	// Rate bounds how fast the armed process reads the first pass over memory while
+	// the guest runs, in bytes a second; 0: it does not.
+	Rate int64
+	// Start starts a process that gives these files to ArmedProcess.Run. It must
+	// outlive this one.
+	Start func(files []*os.File) (*os.Process, error)
+}
+
+// ArmedError is the failure of an armed process.
+type ArmedError struct {
+	Text     string
+	ExitCode int
+}
+
+func (e *ArmedError) Error() string { return e.Text }
+
+// errArmedDied: an armed process has ended without its last word.
+var errArmedDied = errors.New("the process that had the checkpoint ready has died")
+
+// armedFor is an armed process as a command knows it.
+type armedFor struct {
+	note  store.Armed
+	state armedState
+	conn  net.Conn // nil: it is dead
+	hello armedHello
+	said  chan armedSay // closed at its end
+}
+
+// findArmed returns the armed process of a VM, also if it has died; nil if there is
+// none.
+func findArmed(ctx context.Context, st *store.Store, vm string) (*armedFor, error) {
+	note, lives, err := st.ArmedFor(ctx, vm)
+	if err != nil || note == nil {
+		return nil, err
+	}
+	p := &armedFor{note: *note}
+	if err := json.Unmarshal(note.State, &p.state); err != nil {
+		return nil, fmt.Errorf("note of the armed process %d: %w", note.PID, err)
+	}
+	if !lives {
+		return p, nil
+	}
+	if p.conn, err = net.DialTimeout("unix", note.Control, 5*time.Second); err != nil {
+		if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
+			p.conn = nil
+			return p, nil
+		}
+		return nil, fmt.Errorf("the armed process %d: %w", note.PID, err)
+	}
+	return p, p.greet(ctx)
+}
+
+// greet waits for the process's hello. That it has died, or has failed, is told by conn
+// being nil.
+func (p *armedFor) greet(ctx context.Context) error {
+	p.said = make(chan armedSay, 8)
+	go listenArmed(p.conn, p.said)
+	m, err := p.hear(ctx)
+	switch {
+	case err == nil && m.Hello != nil:
+		p.hello = *m.Hello
+	case err == nil && m.Report != nil:
+		p.close()
+		return &ArmedError{m.Report.Error, m.Report.ExitCode}
+	case errors.Is(err, errArmedDied):
+		p.close()
+		return nil
+	case err == nil:
+		err = errors.New("the armed process says what is no hello")
+	}
+	if err != nil {
+		p.close()
+	}
+	return err
+}
+
+// listenArmed hears a process until its end, or until it says more than anybody waits
+// for.
+func listenArmed(conn net.Conn, said chan<- armedSay) {
+	defer close(said)
+	lines := bufio.NewScanner(conn)
+	lines.Buffer(nil, maxArmed)
+	for lines.Scan() {
+		var m armedSay
+		if json.Unmarshal(lines.Bytes(), &m) != nil {
+			return
+		}
+		select {
+		case said <- m:
+		default:
+			return
+		}
+	}
+}
+
+// hear returns the next message.
+func (p *armedFor) hear(ctx context.Context) (armedSay, error) {
+	select {
+	case m, ok := <-p.said:
+		if !ok {
+			return m, errArmedDied
+		}
+		return m, nil
+	case <-ctx.Done():
+		return armedSay{}, context.Cause(ctx)
+	}
+}
+
+func (p *armedFor) ask(a armedAsk) error {
+	_ = p.conn.SetWriteDeadline(time.Now().Add(5 * time.Second))
+	if err := json.NewEncoder(p.conn).Encode(a); err != nil {
+		return fmt.Errorf("%w: %w", errArmedDied, err)
+	}
+	return nil
+}
+
+func (p *armedFor) close() {
+	if p.conn != nil {
+		p.conn.Close()
+		p.conn = nil
+	}
+}
+
+// report waits for the process's last word.
+func (p *armedFor) report(ctx context.Context) (*armedReport, error) {
+	for {
+		m, err := p.hear(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if r := m.Report; r != nil {
+			if r.Error != "" {
+				return nil, &ArmedError{r.Error, r.ExitCode}
+			}
+			return r, nil
+		}
+	}
+}
+
+// buried is called with a process that has died: it takes its note back and puts the
+// QEMU at x right, unless x is nil or another one.
+func (p *armedFor) buried(ctx context.Context, st *store.Store, t Target, x qmp.Executor) (err error) {
+	if x != nil && p.note.Target == t.String() {
+		err = migration.Disarm(ctx, x, migration.DisarmOptions{Kept: p.state.Kept, Ended: true})
+	}
+	if dir := filepath.Dir(p.note.Control); strings.HasPrefix(filepath.Base(dir), armedDir) {
+		os.RemoveAll(dir)
+	}
+	return errors.Join(err, st.ForgetArmed(ctx, p.note))
+}
+
+// disarmTime is how long an armed process may take to end.
+const disarmTime = time.Minute
+
+// disarm ends the process and waits until all is as it was. Nobody may hold the monitor.
+func (p *armedFor) disarm(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, disarmTime)
+	defer cancel()
+	if err := p.ask(armedAsk{Ask: "disarm"}); err != nil {
+		return err
+	}
+	return p.ends(ctx)
+}
+
+// ends waits for the end of a process that makes no checkpoint any more.
+func (p *armedFor) ends(ctx context.Context) error {
+	_, err := p.report(ctx)
+	var ended *ArmedError
+	if errors.As(err, &ended) || errors.Is(err, errArmedDied) {
+		return nil
+	}
+	return err
+}
+
+// errOtherwise: what is armed is not what is asked for.
+var errOtherwise = errors.New("it was armed for another checkpoint than this one")
+
+// suits tells whether what the process has ready is what o asks for.
+func (p *armedFor) suits(o *CheckpointOptions, t Target) error {
+	want, err := encodingOf(o.Save)
+	switch {
+	case err != nil:
+		return err
+	case p.hello.Target != t.String():
+		return fmt.Errorf("%w: of %s", errOtherwise, p.hello.Target)
+	case o.Guest.Mode != migration.ModeStop:
+		return fmt.Errorf("%w: with the guest stopped", errOtherwise)
+	case want != p.hello.Encoding:
+		return fmt.Errorf("%w: stored in another way", errOtherwise)
+	case o.Watch != nil && (o.WatchAsked || len(p.hello.WorkingSet) == 0):
+		return fmt.Errorf("%w: the guest can't be watched meanwhile", errOtherwise)
+	}
+	set, err := encodeSet(o.Save.WorkingSet)
+	if err == nil && set != nil && !bytes.Equal(set, p.hello.WorkingSet) {
+		err = fmt.Errorf("%w: with another working set", errOtherwise)
+	}
+	return err
+}
+
+// encodeSet is a working set for another process; nil for none.
+func encodeSet(ws *workingset.Set) ([]byte, error) {
+	if ws == nil {
+		return nil, nil
+	}
+	var b bytes.Buffer
+	if _, err := ws.WriteTo(&b); err != nil {
+		return nil, err
+	}
+	if b.Len() > maxArmedSet {
+		return nil, fmt.Errorf("a working set of %d bytes is too large for a checkpoint that is armed", b.Len())
+	}
+	return b.Bytes(), nil
+}
+
+// checkpoint makes the checkpoint that the process has ready, of the QEMU at x.
+func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, x qmp.Executor, o CheckpointOptions) (rep CheckpointReport, err error) {
+	if err := p.ready(ctx); err != nil {
+		return rep, err
+	}
+	var made *armedReport
+	o.Guest.Save = func(ctx context.Context, _ *os.File, before qmp.RunState) error {
+		state := ""
+		if before.Running {
+			state = before.Status
+		}
+		err := p.ask(armedAsk{Ask: "go", RunState: state})
+		if err == nil {
+			made, err = p.report(ctx)
+		}
+		if err != nil && ctx.Err() != nil {
+			// It must have let go of the stream before QEMU is put right.
+			ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			defer cancel()
+			if p.ask(armedAsk{Ask: "abort"}) == nil {
+				// All may have been saved before it was heard of.
+				if made, _ = p.report(ending); made != nil {
+					err = nil
+				}
+			}
+		}
+		if err == nil {
+			rep.Checkpoint, rep.Save = made.Checkpoint, made.Save
+		}
+		return err
+	}
+	o.Guest.Undo = func(ctx context.Context) error {
+		ref, err := store.ParseRef(made.Checkpoint)
+		if err == nil {
+			_, err = st.Remove(ctx, ref)
+		}
+		return err
+	}
+	rep.CheckpointReport, err = migration.CheckpointArmed(ctx, x, p.hello.Kept, o.Guest)
+	rep.Armed = rep.Saved
+	_ = p.ask(armedAsk{Ask: "done"})
+	return rep, err
+}
+
+// ready waits until the process holds the stream.
+func (p *armedFor) ready(ctx context.Context) error {
+	if err := p.ask(armedAsk{Ask: "ready"}); err != nil {
+		return err
+	}
+	for {
+		m, err := p.hear(ctx)
+		if err != nil {
+			return err
+		}
+		if m.Report != nil {
+			return fmt.Errorf("%w: %s", migration.ErrNotArmed, m.Report.Error)
+		}
+		if m.Held {
+			return nil
+		}
+	}
+}
+
+// again tells whether an ordinary checkpoint is to be made after err.
+func again(err error) bool {
+	return errors.Is(err, errArmedDied) || errors.Is(err, migration.ErrNotArmed)
+}
+
+// fromArmed makes the checkpoint by an armed process, if there is one that suits. It
+// returns false if there is none, or none any more: then an ordinary checkpoint can be
+// made.
+func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Target, x qmp.Executor) (rep CheckpointReport, done bool, err error) {
+	p, err := findArmed(ctx, st, o.Save.VM)
+	if integrity.IsCorrupt(err) {
+		o.Log.Warn("it can't be told whether the guest is armed", "error", err)
+		return rep, false, nil
+	}
+	if err != nil || p == nil {
+		return rep, false, err
+	}
+	defer p.close()
+	if p.conn == nil {
+		o.Log.Warn("an ordinary checkpoint is made", "reason", errArmedDied)
+		return rep, false, p.buried(ctx, st, t, x)
+	}
+	if err := p.suits(o, t); err != nil {
+		if p.hello.Target != t.String() {
+			return rep, false, nil // another QEMU, which has the same name here
+		}
+		o.Log.Warn("the guest was armed, but an ordinary checkpoint is made", "reason", err)
+		return rep, false, o.supersede(ctx, p, x)
+	}
+	rep, err = p.checkpoint(ctx, st, x, *o)
+	if rep.Saved && o.Save.WorkingSet == nil && len(p.hello.WorkingSet) > 0 {
+		// For the one that may be armed after it.
+		set, serr := workingset.Read(bytes.NewReader(p.hello.WorkingSet))
+		o.Save.WorkingSet, err = set, errors.Join(err, serr)
+	}
+	if !again(err) || ctx.Err() != nil {
+		return rep, true, err
+	}
+	o.Log.Warn("the guest was armed, but an ordinary checkpoint is made", "reason", err)
+	p.close()
+	return CheckpointReport{}, false, p.buried(ctx, st, t, x)
+}
+
+// supersede ends a process whose monitor this process has, and puts QEMU right itself.
+func (o *CheckpointOptions) supersede(ctx context.Context, p *armedFor, x qmp.Executor) error {
+	ctx, cancel := context.WithTimeout(ctx, disarmTime)
+	defer cancel()
+	if err := p.ask(armedAsk{Ask: "leave"}); err != nil {
+		return err
+	}
+	if err := migration.Disarm(ctx, x, migration.DisarmOptions{Kept: p.hello.Kept}); err != nil {
+		return err
+	}
+	// It sees the end of its stream.
+	return p.ends(ctx)
+}
+
+// armedDir begins the name of an armed process's directory in the temporary one.
+const armedDir = "flic-armed-"
+
+// arm leaves the next checkpoint armed, and returns the process.
+func (o *CheckpointOptions) arm(ctx context.Context, st *store.Store, t Target, x qmp.Executor, redial migration.Redialer, parent string) (pid int, err error) {
+	dir, err := os.MkdirTemp("", armedDir) // mode 0700
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		if err != nil {
+			os.RemoveAll(dir)
+		}
+	}()
+	control := filepath.Join(dir, "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: control, Net: "unix"})
+	if err != nil {
+		return 0, err
+	}
+	l.SetUnlinkOnClose(false)
+	defer l.Close()
+	c := armedConfig{VM: o.Save.VM, Parent: parent, Libvirt: o.Save.Libvirt, Rate: o.Arm.Rate, Control: control}
+	if c.Store, err = filepath.Abs(st.Dir()); err != nil {
+		return 0, err
+	}
+	if c.Target, err = t.absolute(); err != nil {
+		return 0, err
+	}
+	if c.Encoding, err = encodingOf(o.Save); err != nil {
+		return 0, err
+	}
+	if c.WorkingSet, err = encodeSet(o.Save.WorkingSet); err != nil {
+		return 0, err
+	}
+	take := func(ctx context.Context, stream *os.File, buffer int, kept migration.Kept) error {
+		c.Buffer, c.Kept = buffer, kept
+		p, err := o.startArmed(ctx, stream, l, c)
+		if err == nil {
+			pid = p
+		}
+		return err
+	}
+	return pid, migration.Arm(ctx, x, migration.ArmOptions{Take: take, Redial: redial})
+}
+
+// startArmed starts the process and waits until it has the stream.
+func (o *CheckpointOptions) startArmed(ctx context.Context, stream *os.File, l *net.UnixListener, c armedConfig) (pid int, err error) {
+	b, err := json.Marshal(c)
+	if err != nil {
+		return 0, err
+	}
+	fd, err := unix.MemfdCreate("flic-armed", unix.MFD_CLOEXEC)
+	if err != nil {
+		return 0, err
+	}
+	config := os.NewFile(uintptr(fd), "configuration")
+	defer config.Close()
+	if _, err := config.WriteAt(b, 0); err != nil {
+		return 0, err
+	}
+	listener, err := l.File()
+	if err != nil {
+		return 0, err
+	}
+	defer listener.Close()
+	process, err := o.Arm.Start([]*os.File{stream, listener, config})
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		if err != nil {
+			_ = process.Kill()
+		}
+	}()
+	p := new(armedFor)
+	if p.conn, err = net.DialTimeout("unix", c.Control, 5*time.Second); err != nil {
+		return 0, err
+	}
+	defer p.close()
+	if err := p.greet(ctx); err != nil {
+		return 0, err
+	}
+	if p.conn == nil {
+		return 0, errArmedDied
+	}
+	return process.Pid, nil
+}
+
+// DisarmOptions of Disarm.
+type DisarmOptions struct {
+	VM  string // whose note is looked for; "": the target's
+	Log *slog.Logger
+}
+
+// ErrNotArmed: there is nothing to disarm.
+var ErrNotArmed = errors.New("it is not armed")
+
+// Disarm ends the armed checkpoint of a VM, or of a target: all is as before it was
+// armed, and the guest runs on. Without a store, nil, it can only be a target. A process that has died has left settings behind, which
+// are put back if the target is given, or known from the store.
+func Disarm(ctx context.Context, st *store.Store, t Target, o DisarmOptions) error {
+	vms := []string{o.VM}
+	if st == nil {
+		vms = nil
+	} else if o.VM == "" {
+		var err error
+		if vms, err = st.Armed(ctx); err != nil {
+			return err
+		}
+	}
+	want, err := t.absolute()
+	if err != nil {
+		return err
+	}
+	for _, vm := range vms {
+		p, err := findArmed(ctx, st, vm)
+		if err != nil || p == nil || t.Given() && p.note.Target != want.String() {
+			if o.VM != "" && err != nil {
+				return err
+			}
+			continue
+		}
+		defer p.close()
+		if p.conn != nil {
+			return p.disarm(ctx)
+		}
+		o.Log.Warn("the process that had the checkpoint ready has died before", "process", p.note.PID)
+		return p.bury(ctx, st)
+	}
+	if !t.Given() {
+		return ErrNotArmed
+	}
+	// Another store's, or nobody knows whose.
+	x, err := t.dial(ctx, qmp.Options{})
+	if err != nil {
+		return err
+	}
+	defer x.Close()
+	kept, err := migration.Forgotten(ctx, x)
+	if err == nil && kept == nil {
+		err = ErrNotArmed
+	}
+	if err != nil {
+		return err
+	}
+	o.Log.Warn("this store does not know what the migration settings were; they will be QEMU's defaults")
+	return migration.Disarm(ctx, x, migration.DisarmOptions{Kept: *kept})
+}
+
+// bury puts the QEMU of a dead process right, if it is still there.
+func (p *armedFor) bury(ctx context.Context, st *store.Store) error {
+	t := p.state.Target
+	x, err := t.dial(ctx, qmp.Options{})
+	if unreachable(err) {
+		return p.buried(ctx, st, t, nil)
+	}
+	if err != nil {
+		return err
+	}
+	defer x.Close()
+	return p.buried(ctx, st, t, x)
+}

@@ -1,0 +1,554 @@
+package session
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// A checkpoint can leave the next one armed: a process of its own has the stream of a
+// migration that has begun, and holds it (package save, Hold). It holds no monitor,
+// which takes one client. Commands talk to it over a Unix socket in a directory that
+// only its user can enter: lines of JSON, a message each.
+//
+//	command                         armed process
+//	     ◄─ {"hello":{…}}           when the stream has begun
+//	{"ask":"ready"} ─►              the rest of the first pass at full speed
+//	     ◄─ {"held":true}
+//	{"ask":"go","run_state":…} ─►   the guest stands still: the checkpoint is made
+//	     ◄─ {"report":{…}}          its last word, also after a failure
+//	{"ask":"done"} ─►               QEMU is as it should be: the process may end
+//
+// {"ask":"disarm"} ends it: it cancels the migration, puts settings back, and reports.
+// {"ask":"leave"} says that the command has the monitor, and does that itself. So it is
+// from ready on; {"ask":"abort"} then ends it. A command that lets it go on, and is gone
+// before it is done, leaves QEMU to the process.
+type armedAsk struct {
+	Ask      string `json:"ask"`
+	RunState string `json:"run_state,omitempty"`
+}
+
+type armedSay struct {
+	Hello  *armedHello  `json:"hello,omitempty"`
+	Held   bool         `json:"held,omitempty"`
+	Report *armedReport `json:"report,omitempty"`
+}
+
+// armedHello is what the process has ready.
+type armedHello struct {
+	PID        int            `json:"pid"`
+	Checkpoint string         `json:"checkpoint"` // to be, NAME@N
+	Target     string         `json:"target"`
+	Encoding   armedEncoding  `json:"encoding"`
+	WorkingSet []byte         `json:"working_set,omitempty"`
+	Kept       migration.Kept `json:"kept"`
+}
+
+// armedState is what the process's note says of QEMU: with it a command can put that
+// right when the process is dead.
+type armedState struct {
+	Target Target         `json:"target"`
+	Kept   migration.Kept `json:"kept"`
+}
+
+// armedReport is how it went.
+type armedReport struct {
+	Checkpoint string             `json:"checkpoint,omitempty"`
+	Save       *checkpoint.Report `json:"save,omitempty"`
+	Error      string             `json:"error,omitempty"`
+	ExitCode   int                `json:"exit_code"`
+}
+
+// armedEncoding is how the checkpoint will be stored, which is decided when it is
+// armed: a command that wants another one can't use it.
+type armedEncoding struct {
+	NVRAM         string       `json:"nvram"`
+	NVRAMSize     int64        `json:"nvram_size"`
+	VolatileNVRAM bool         `json:"volatile_nvram"`
+	SampleSize    int          `json:"sample_size"`
+	Energy        dedup.Energy `json:"energy"`
+	Battery       int          `json:"battery"`
+	Codec         image.Codec  `json:"codec"`
+	SegmentPages  int          `json:"segment_pages"`
+	Workers       int          `json:"workers"`
+}
+
+func encodingOf(o save.Options) (e armedEncoding, err error) {
+	e = armedEncoding{o.NVRAM, o.NVRAMSize, o.VolatileNVRAM, o.SampleSize, o.Energy, o.Battery, o.Codec, o.SegmentPages, o.Workers}
+	if e.NVRAM != "" {
+		e.NVRAM, err = filepath.Abs(e.NVRAM)
+	}
+	return e, err
+}
+
+func (e armedEncoding) options() save.Options {
+	return save.Options{NVRAM: e.NVRAM, NVRAMSize: e.NVRAMSize, VolatileNVRAM: e.VolatileNVRAM, SampleSize: e.SampleSize,
+		Energy: e.Energy, Battery: e.Battery, Codec: e.Codec, SegmentPages: e.SegmentPages, Workers: e.Workers}
+}
+
+// armedConfig is all that the process is told by who starts it.
+type armedConfig struct {
+	Store      string              `json:"store"`
+	VM         string              `json:"vm"`
+	Parent     string              `json:"parent"` // NAME@N, the checkpoint that was made just now
+	Target     Target              `json:"target"`
+	Encoding   armedEncoding       `json:"encoding"`
+	WorkingSet []byte              `json:"working_set,omitempty"`
+	Libvirt    *checkpoint.Libvirt `json:"libvirt,omitempty"`
+	Kept       migration.Kept      `json:"kept"`
+	Buffer     int                 `json:"buffer"` // save.Hold's
+	Rate       int64               `json:"rate"`   // save.Hold's
+	Control    string              `json:"control"`
+}
+
+const (
+	// maxAsk caps what a command may say, in bytes.
+	maxAsk = 4 << 10
+	// maxArmedSet caps a working set, which has some bits a page, in bytes.
+	maxArmedSet = 32 << 20
+	// maxArmed caps what an armed process is told and says, in bytes: a working set, in
+	// base 64, and a domain's XML.
+	maxArmed = 2 * maxArmedSet
+	// settleTime is how long a command that has its report may take to put QEMU right.
+	settleTime = 2 * time.Minute
+	// putBackTime is how long the process tries to put QEMU right itself; its monitor
+	// may be somebody's.
+	putBackTime = 30 * time.Second
+)
+
+var (
+	errDisarmed = errors.New("it was disarmed")
+	errAborted  = errors.New("the checkpoint was given up")
+	errOrphaned = errors.New("the command that made the checkpoint has ended")
+	// ErrStreamEnded: the migration was cancelled, or QEMU has ended.
+	errStreamEnded = errors.New("the migration has ended: QEMU has, or somebody has cancelled it")
+)
+
+// ArmedProcess is what the armed process needs beside its files.
+type ArmedProcess struct {
+	FS       vfs.FS
+	Open     func(ctx context.Context, dir string) (*store.Store, error)
+	ExitCode func(error) int // of the command, for a failure
+	Log      *slog.Logger
+}
+
+// ArmedFiles is how many files Run takes: the stream, the control socket, and the
+// configuration.
+const ArmedFiles = 3
+
+// Run is the armed process, from beginning to end. When ctx ends, so does it: the guest
+// is disarmed first.
+func (p ArmedProcess) Run(ctx context.Context, files []*os.File) error {
+	stream := files[0]
+	defer stream.Close()
+	listener, err := net.FileListener(files[1])
+	files[1].Close()
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	var c armedConfig
+	b, err := io.ReadAll(io.LimitReader(files[2], maxArmed))
+	files[2].Close()
+	if err == nil {
+		err = json.Unmarshal(b, &c)
+	}
+	if err != nil {
+		return err
+	}
+	s := &armedServer{
+		p: p, c: c, goOn: make(chan string, 1), hurry: make(chan struct{}),
+		begun: make(chan struct{}), held: make(chan struct{}), saved: make(chan struct{}), settled: make(chan struct{}), ended: make(chan struct{}),
+	}
+	defer os.RemoveAll(filepath.Dir(c.Control))
+	return s.run(ctx, stream, listener.(*net.UnixListener))
+}
+
+// armedServer is an armed process at work.
+type armedServer struct {
+	p ArmedProcess
+	c armedConfig
+
+	stop  context.CancelCauseFunc // ends the save
+	hurry chan struct{}           // closed: Hold.Hurry
+	once  sync.Once               // of hurry
+	goOn  chan string             // the run state, once
+	begun chan struct{}           // closed: the note is there
+	held  chan struct{}           // closed: nothing is read any more
+	saved chan struct{}           // closed: report is there
+	// settled is closed when the command that let it go on has put QEMU right, or
+	// never will.
+	settled chan struct{}
+	ended   chan struct{} // closed: all is cleaned up
+	report  armedReport
+
+	note store.Armed
+	putM sync.Mutex // one puts QEMU right at a time
+	put  bool       // and it has been done, or is somebody else's to do
+
+	mu      sync.Mutex
+	driven  bool // a command has let it go on
+	orphan  bool // and is gone
+	talking sync.WaitGroup
+}
+
+func (s *armedServer) run(ctx context.Context, stream *os.File, l *net.UnixListener) error {
+	saving, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer stop(nil)
+	s.stop = stop
+	asked := context.AfterFunc(ctx, func() {
+		if !s.isDriven() {
+			s.disarm()
+		}
+		stop(context.Cause(ctx))
+	})
+	defer asked()
+	go s.listen(l)
+	ref, meta, err := s.save(saving, stream)
+	if err != nil {
+		s.report = armedReport{Error: err.Error(), ExitCode: s.p.ExitCode(err)}
+	} else {
+		s.report = armedReport{Checkpoint: ref.String(), Save: &meta.Report}
+	}
+	// QEMU sees the end of a stream that is not wanted any more.
+	stream.Close()
+	close(s.saved)
+	if s.isDriven() {
+		select {
+		case <-s.settled:
+		case <-time.After(settleTime):
+			s.setOrphan()
+		}
+		s.mu.Lock()
+		orphan := s.orphan
+		s.mu.Unlock()
+		if orphan {
+			s.p.Log.Warn(errOrphaned.Error() + "; the guest is let run")
+			s.putBack(false)
+		}
+	} else if s.hasBegun() {
+		s.putBack(true)
+	}
+	s.forget()
+	l.Close()
+	close(s.ended)
+	s.talking.Wait()
+	return err
+}
+
+// save is the checkpoint.
+func (s *armedServer) save(ctx context.Context, f *os.File) (ref store.Ref, meta *checkpoint.Meta, err error) {
+	st, err := s.p.Open(ctx, s.c.Store)
+	if err != nil {
+		return ref, nil, err
+	}
+	in, err := pipe.New(ctx, int(f.Fd()))
+	if err != nil {
+		return ref, nil, err
+	}
+	defer in.Close()
+	out, err := pipe.NewWriter(f)
+	if err != nil {
+		return ref, nil, err
+	}
+	defer out.Close()
+	o := s.c.Encoding.options()
+	o.VM, o.Libvirt, o.ReturnPath, o.Log = s.c.VM, s.c.Libvirt, out, s.p.Log
+	if len(s.c.WorkingSet) > 0 {
+		if o.WorkingSet, err = workingset.Read(strings.NewReader(string(s.c.WorkingSet))); err != nil {
+			return ref, nil, err
+		}
+	}
+	o.Hold = &save.Hold{
+		Rate: s.c.Rate, Buffer: s.c.Buffer, Hurry: s.hurry,
+		Begun: func(r store.Ref, id uuid.UUID) error {
+			state, err := json.Marshal(armedState{s.c.Target, s.c.Kept})
+			if err != nil {
+				return err
+			}
+			s.note = store.Armed{VM: s.c.VM, Part: id, Number: r.N, Parent: s.c.Parent, PID: os.Getpid(),
+				Control: s.c.Control, Target: s.c.Target.String(), Created: time.Now(), State: state}
+			if err := st.NoteArmed(ctx, s.note); err != nil {
+				return fmt.Errorf("note of the armed checkpoint: %w", err)
+			}
+			close(s.begun)
+			return nil
+		},
+		Wait: func(ctx context.Context) (string, error) { return s.wait(ctx, f) },
+	}
+	return save.Run(ctx, s.p.FS, st, in, o)
+}
+
+// wait is Hold.Wait.
+func (s *armedServer) wait(ctx context.Context, f *os.File) (string, error) {
+	close(s.held)
+	debug.FreeOSMemory() // it may be for hours
+	unwatch, err := watchEnd(f, func() { s.stop(errStreamEnded) })
+	if err != nil {
+		return "", err
+	}
+	defer unwatch()
+	select {
+	case state := <-s.goOn:
+		return state, nil
+	case <-ctx.Done():
+		return "", context.Cause(ctx)
+	}
+}
+
+// watchEnd calls fn when the other end of a socket is closed, though there is still
+// something to read. Unwatch ends the watching.
+func watchEnd(f *os.File, fn func()) (unwatch func(), err error) {
+	var wake [2]int
+	if err := unix.Pipe2(wake[:], unix.O_CLOEXEC); err != nil {
+		return nil, err
+	}
+	done := make(chan struct{})
+	fd := int32(f.Fd())
+	go func() {
+		defer close(done)
+		fds := []unix.PollFd{{Fd: fd, Events: unix.POLLRDHUP}, {Fd: int32(wake[0]), Events: unix.POLLIN}}
+		for {
+			_, err := unix.Poll(fds, -1)
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			if fds[1].Revents == 0 {
+				fn()
+			}
+			return
+		}
+	}()
+	return func() {
+		unix.Close(wake[1])
+		<-done
+		unix.Close(wake[0])
+	}, nil
+}
+
+// forget takes the note back, if there is one.
+func (s *armedServer) forget() {
+	if !s.hasBegun() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), putBackTime)
+	defer cancel()
+	st, err := s.p.Open(ctx, s.c.Store)
+	if err == nil {
+		err = st.ForgetArmed(ctx, s.note)
+	}
+	if err != nil {
+		s.p.Log.Warn("the note of the armed checkpoint stays; gc will remove it", "error", err)
+	}
+}
+
+// disarm cancels the migration while it is still wanted by QEMU, so that QEMU calls it
+// cancelled, and no failure.
+func (s *armedServer) disarm() {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := s.putBackOnce(ctx, false); err != nil {
+		s.p.Log.Warn("QEMU's migration could not be cancelled, and will fail", "error", err)
+	}
+}
+
+// putBack makes QEMU what it was, however long its monitor is somebody's. A QEMU that
+// is not there any more is as it should be.
+func (s *armedServer) putBack(ended bool) {
+	ctx, cancel := context.WithTimeout(context.Background(), putBackTime)
+	defer cancel()
+	for {
+		err := s.putBackOnce(ctx, ended)
+		if err == nil || unreachable(err) {
+			return
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			s.p.Log.Warn("the migration settings are not as they were; the next checkpoint will put them back", "error", err)
+			return
+		}
+	}
+}
+
+// leave says whether somebody else puts QEMU right.
+func (s *armedServer) leave(to bool) {
+	s.putM.Lock()
+	defer s.putM.Unlock()
+	s.put = to
+}
+
+func (s *armedServer) putBackOnce(ctx context.Context, ended bool) error {
+	s.putM.Lock()
+	defer s.putM.Unlock()
+	if s.put {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, putBackTime/3)
+	defer cancel()
+	x, err := s.c.Target.dial(ctx, qmp.Options{})
+	if err != nil {
+		return err
+	}
+	defer x.Close()
+	err = migration.Disarm(ctx, x, migration.DisarmOptions{Kept: s.c.Kept, Ended: ended})
+	s.put = err == nil
+	return err
+}
+
+// hasBegun tells whether there is a note, and whoever armed is done.
+func (s *armedServer) hasBegun() bool {
+	select {
+	case <-s.begun:
+		return true
+	default:
+		return false
+	}
+}
+
+func (s *armedServer) isDriven() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.driven
+}
+
+// setOrphan is called when the command that let it go on will put nothing right.
+func (s *armedServer) setOrphan() {
+	s.mu.Lock()
+	s.orphan = true
+	s.mu.Unlock()
+}
+
+// listen talks with whoever connects, until the socket is closed.
+func (s *armedServer) listen(l *net.UnixListener) {
+	for {
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			return
+		}
+		// The directory lets in nobody else; but the kernel shows the path to all.
+		if peer, known := qmp.PeerOf(conn); !known || int(peer.Uid) != os.Getuid() && peer.Uid != 0 {
+			conn.Close()
+			continue
+		}
+		s.talking.Go(func() { s.talk(conn) })
+	}
+}
+
+// talk serves one command.
+func (s *armedServer) talk(conn net.Conn) {
+	defer conn.Close()
+	say := func(m armedSay) {
+		_ = conn.SetWriteDeadline(time.Now().Add(lastWord))
+		_ = json.NewEncoder(conn).Encode(m)
+	}
+	asks := make(chan armedAsk)
+	over := make(chan struct{})
+	defer close(over)
+	go func() {
+		defer close(asks)
+		lines := bufio.NewScanner(conn)
+		lines.Buffer(nil, maxAsk)
+		for lines.Scan() {
+			var a armedAsk
+			if json.Unmarshal(lines.Bytes(), &a) != nil {
+				return
+			}
+			select {
+			case asks <- a:
+			case <-over:
+				return
+			}
+		}
+	}()
+	select {
+	case <-s.begun:
+		say(armedSay{Hello: &armedHello{os.Getpid(), store.Ref{VM: s.note.VM, N: s.note.Number}.String(), s.note.Target,
+			s.c.Encoding, s.c.WorkingSet, s.c.Kept}})
+	case <-s.saved:
+		// Whoever arms has the monitor, and puts QEMU right.
+		say(armedSay{Report: &s.report})
+		return
+	}
+	// What it waits for. Who has the monitor must not wait until QEMU is put right.
+	var held, report <-chan struct{}
+	driver := false
+	for {
+		select {
+		case a, open := <-asks:
+			switch {
+			case !open:
+				s.leave(false)
+				if driver {
+					s.setOrphan()
+					s.stop(errOrphaned)
+					close(s.settled)
+				}
+				return
+			case a.Ask == "leave":
+				s.leave(true)
+				report = s.saved
+			case a.Ask == "ready":
+				s.leave(true)
+				s.once.Do(func() { close(s.hurry) })
+				held, report = s.held, s.saved
+			case a.Ask == "go" && !driver:
+				s.mu.Lock()
+				driver, s.driven = !s.driven, true
+				s.mu.Unlock()
+				if !driver {
+					return
+				}
+				held, report = nil, s.saved
+				s.goOn <- a.RunState
+			case a.Ask == "done" && driver:
+				close(s.settled)
+				return
+			case a.Ask == "abort":
+				s.stop(errAborted)
+			case a.Ask == "disarm":
+				if !s.isDriven() {
+					s.disarm()
+				}
+				s.stop(errDisarmed)
+				held, report = nil, s.ended
+			}
+		case <-held:
+			held = nil
+			say(armedSay{Held: true})
+		case <-report:
+			report = nil
+			say(armedSay{Report: &s.report})
+			if !driver {
+				return
+			}
+		case <-s.ended:
+			return
+		}
+	}
+}
