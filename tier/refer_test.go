@@ -752,3 +752,48 @@ func TestReferenceHostile(t *testing.T) {
 		}
 	})
 }
+
+// TestOwnDigests: verify compares an image's pages with what it says of them to others,
+// whatever the checksums say.
+func TestOwnDigests(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	blocks := []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}}
+	list := chain.Build(t, l.st, chain.Options{Seed: 7, Streams: generations(7, 2, blocks), Codec: image.None, NVRAM: l.nvram, Deltas: 0.9, Scattered: 0.2})
+	seen := map[image.Kind]int{}
+	for _, c := range list {
+		name := fmt.Sprintf("/vms/vm/%08d.flic", c.Ref.N)
+		was := l.file(t, name)
+		f, err := l.fs.Open(l.dir + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		im, err := image.Open(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := im.Frames(func(k image.Kind, n uint32, off int64) error {
+			if k != image.Pages && k != image.Deltas && k != image.Digests {
+				return nil
+			}
+			b := bytes.Clone(was)
+			// The last byte of a page, of the words of the last delta, of digests.
+			b[off+image.FrameHeaderLen+int64(binary.LittleEndian.Uint32(b[off+8:]))-1] ^= 0x81
+			tiertest.Reseal(b)
+			l.write(t, name, b)
+			found := l.verify(c.Ref)
+			if len(found) == 0 || !errors.Is(found[0], digest.ErrMismatch) || !integrity.IsCorrupt(found[0]) {
+				t.Errorf("%v: %v %d: %v", c.Ref, k, n, found)
+			}
+			seen[k]++
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		l.write(t, name, was)
+		l.holds(t, c.Ref, c.Stream)
+	}
+	if len(seen) != 3 {
+		t.Errorf("of frames there were only %v", seen)
+	}
+}

@@ -111,9 +111,7 @@ func (r *reference) open(ctx context.Context, fsys vfs.FS, m *Meta, cache *diges
 	case d.Algorithm != m.Digests.Algorithm || d.Key != m.Digests.Key || d.Root != r.Root:
 		return wrong("its pages have other digests than when it was referred to")
 	}
-	r.digests, err = digest.Open(r.Root, cache,
-		func(frame int) ([]byte, error) { return r.im.Chunk(image.Digests, frame) },
-		func(frame int, err error) error { return r.im.Corrupt(image.Digests, frame, err) })
+	r.digests, err = openDigests(r.im, r.Root, cache)
 	if err != nil || len(r.NeedSlots) == 0 {
 		return err
 	}
@@ -133,17 +131,38 @@ func (r *reference) open(ctx context.Context, fsys vfs.FS, m *Meta, cache *diges
 	return r.part.open(ctx, fsys, r.im, id, "")
 }
 
-// checker is a source.Checker of what references have.
+// checker is a source.Checker of what references have, and for a Verify of what the
+// image has itself.
 type checker struct {
 	hasher *digest.Hasher
 	refs   []*reference
+	own    *ownDigests // nil: not checked
 }
 
-// segment checks the pages of a PAGES segment of a reference: all of them, whichever are
+// ownDigests are the digests that an image has of its own pages, for others.
+type ownDigests struct {
+	im    *image.Image
+	table *digest.Table
+}
+
+// openDigests opens the table of an image's digests.
+func openDigests(im *image.Image, root digest.Root, cache *digest.Cache) (*digest.Table, error) {
+	return digest.Open(root, cache,
+		func(frame int) ([]byte, error) { return im.Chunk(image.Digests, frame) },
+		func(frame int, err error) error { return im.Corrupt(image.Digests, frame, err) })
+}
+
+// segment checks the pages of a PAGES segment: all of them, whichever are
 // needed. A segment with a page that is not what it was is not the one that was
 // referred to.
 func (c *checker) segment(n source.Need, s *image.Segment) error {
-	first := uint64(n.Number) * uint64(c.refs[n.Space-1].SegmentPages)
+	per := 0
+	if n.Space > 0 {
+		per = c.refs[n.Space-1].SegmentPages
+	} else if c.own != nil {
+		per = c.own.im.SegmentPages
+	}
+	first := uint64(n.Number) * uint64(per)
 	for i := range s.Len() {
 		page, err := s.Page(i)
 		if err == nil {
@@ -158,12 +177,23 @@ func (c *checker) segment(n source.Need, s *image.Segment) error {
 
 // CheckPage implements source.Checker.
 func (c *checker) CheckPage(space source.Space, slot uint64, page []byte) error {
-	r := c.refs[space-1]
-	want, err := r.digests.FlashSlot(slot)
-	if err == nil && c.hasher.Sum(page) != want {
-		per := uint64(r.SegmentPages)
+	if space > 0 {
+		r := c.refs[space-1]
+		return checkPage(c.hasher, r.digests, r.im, slot, page)
+	}
+	if c.own != nil {
+		return checkPage(c.hasher, c.own.table, c.own.im, slot, page)
+	}
+	return nil
+}
+
+// checkPage compares the page of a flash slot with its digest.
+func checkPage(hasher *digest.Hasher, t *digest.Table, im *image.Image, slot uint64, page []byte) error {
+	want, err := t.FlashSlot(slot)
+	if err == nil && hasher.Sum(page) != want {
+		per := uint64(im.SegmentPages)
 		n := uint32(slot / per)
-		err = &integrity.CorruptError{File: r.im.Name(), Offset: r.im.SegmentOffset(n),
+		err = &integrity.CorruptError{File: im.Name(), Offset: im.SegmentOffset(n),
 			What: fmt.Sprintf("page %d of segment %d", slot%per, n), Err: digest.ErrMismatch}
 	}
 	return err

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
@@ -19,8 +21,13 @@ import (
 // damage, in order of files; Verify goes on after it and returns an error only if it
 // could not go on.
 func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
-	v := &verifier{c: c, ctx: ctx, found: found, set: c.Sources(), cache: c.NewCache(verifyCache), bad: make(map[source.Need]bool)}
-	v.slots = &slotChecker{Backing: v.set.Backing, checked: make([]bool, len(c.NVRAMSlots()))}
+	v := &verifier{c: c, ctx: ctx, found: found, set: c.Sources(), cache: c.NewCache(verifyCache), bad: make(map[source.Need]bool), seen: make(map[source.Need]bool)}
+	v.check.hasher, v.check.refs = c.check.hasher, c.check.refs
+	if err := v.report(v.openDigests()); err != nil {
+		return err
+	}
+	v.set.Checker = &v.check
+	v.slots = &slotChecker{Backing: v.set.Backing, checked: make([]bool, len(c.NVRAMSlots())), check: &v.check, part: c.part}
 	v.set.Backing = v.slots
 	v.reader = v.set.NewReader(v.cache)
 	defer v.reader.Close()
@@ -45,10 +52,31 @@ type verifier struct {
 	cache  *source.Cache
 	reader *source.Reader
 	slots  *slotChecker
+	check  checker
+	page   []byte // inflated
 	decode image.SegmentReader
-	order  *source.Order // nil: the page map is damaged, and elsewhere reports it
-	bad    map[source.Need]bool
+	order  *source.Order        // nil: the page map is damaged, and elsewhere reports it
+	bad    map[source.Need]bool // segments that can't be decoded
+	seen   map[source.Need]bool // own segments whose digests were compared
 	room   [source.MaxNeeds]source.Need
+}
+
+// openDigests has what the image says of its own pages checked as well: others may come
+// to refer to them.
+func (v *verifier) openDigests() error {
+	m, im := v.c.Meta, v.c.Image
+	if m.Digests == nil {
+		return nil
+	}
+	hasher, err := digest.New(m.Digests.Algorithm, m.Digests.Key)
+	if err != nil {
+		return nil // a later version's, for which it need not be known
+	}
+	t, err := openDigests(im, m.Digests.Root, digest.NewCache(4))
+	if err == nil {
+		v.check.hasher, v.check.own = hasher, &ownDigests{im, t}
+	}
+	return err
 }
 
 // report passes damage to found and anything else on.
@@ -125,8 +153,43 @@ func (v *verifier) sound(n source.Need) (bool, error) {
 		v.bad[n] = err == nil
 		return false, err
 	}
-	v.cache.Release(h)
+	defer v.cache.Release(h)
+	if n.Space == 0 && v.check.own != nil && !v.seen[n] {
+		v.seen[n] = true
+		s, err := h.Wait(v.ctx)
+		if err == nil {
+			err = v.digests(n, s)
+		}
+		return true, v.report(err)
+	}
 	return true, nil
+}
+
+// digests compares the pages of an own segment with their digests. Those of deltas are
+// compared as they are read.
+func (v *verifier) digests(n source.Need, s *image.Segment) error {
+	switch s.Kind {
+	case image.Pages:
+		return v.check.segment(n, s)
+	case image.Records:
+		if v.page == nil {
+			v.page = make([]byte, v.set.PageSize)
+		}
+		for i := range s.Len() {
+			b, err := s.Record(i)
+			if err != nil {
+				return err
+			}
+			if err := ramparse.Inflate(v.page, b); err != nil {
+				return s.Corrupt(fmt.Errorf("record %d: %w", i, err))
+			}
+			slot := uint64(n.Number)*uint64(v.c.Image.SegmentPages) + uint64(i)
+			if err := v.check.CheckPage(0, slot, v.page); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // pages reads the pages of a stretch. Of damaged ones the first is reported, and none
@@ -202,7 +265,7 @@ func (v *verifier) unused() error {
 			return context.Cause(v.ctx)
 		}
 		err := v.c.guard(func() error {
-			_, err := v.c.slot(uint64(slot), int(owner.Block), owner.Page)
+			_, err := v.slots.Slot(0, uint64(slot), source.Page{Block: int(owner.Block), Number: owner.Page})
 			return err
 		})
 		if err := v.report(err); err != nil {
@@ -213,18 +276,29 @@ func (v *verifier) unused() error {
 	return nil
 }
 
-// slotChecker is a Backing that remembers which of the own NVRAM slots were checked.
+// slotChecker is a Backing that remembers which of the own NVRAM slots were checked,
+// and compares them with their digests.
 type slotChecker struct {
 	source.Backing
 	checked []bool
+	check   *checker
+	part    *openPart
 }
 
 // Slot implements source.Backing.
 func (s *slotChecker) Slot(space source.Space, slot uint64, want source.Page) ([]byte, error) {
+	b, err := s.Backing.Slot(space, slot, want)
+	if err == nil && space == 0 && !s.checked[slot] && s.check.own != nil {
+		var sum digest.Sum
+		if sum, err = s.check.own.table.NVRAMSlot(slot); err == nil && s.check.hasher.Sum(b) != sum {
+			err = &integrity.CorruptError{File: s.part.file.Path(), Offset: s.part.region.Offset(int(slot)),
+				What: fmt.Sprintf("NVRAM slot %d", slot), Err: digest.ErrMismatch}
+		}
+	}
 	if space == 0 {
 		s.checked[slot] = true
 	}
-	return s.Backing.Slot(space, slot, want)
+	return b, err
 }
 
 // placement is where the skeleton places pages, numbered through all blocks.

@@ -33,7 +33,7 @@ type Backing interface {
 // says which bytes are wrong.
 type Checker interface {
 	// CheckPage is for the page that is made of what is in a flash slot, a record or a
-	// delta.
+	// delta. Of space 0 it need check nothing: what the page is made of was checked.
 	CheckPage(space Space, slot uint64, page []byte) error
 	// CheckSlot is for the page of an NVRAM slot.
 	CheckSlot(space Space, slot uint64, page []byte) error
@@ -51,7 +51,7 @@ type Set struct {
 	Facts
 	*Table
 	Backing
-	Checker // nil: there are no references
+	Checker // nil: there are no references, and own deltas need no check
 }
 
 // Stretch tells what the first pages of a run need, and how many of them, at least 1,

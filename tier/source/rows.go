@@ -148,7 +148,7 @@ func deltaRow(row Row, at locate) Row {
 		if err := delta.Apply(out, base, d); err != nil {
 			return nil, seg.Corrupt(fmt.Errorf("delta %d: %w", i, err))
 		}
-		if space > 0 {
+		if rd.set.Checker != nil {
 			err = rd.set.CheckPage(Space(space), slot, out)
 		}
 		return out, err

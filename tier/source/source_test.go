@@ -182,13 +182,16 @@ func (b *backing) Slot(space source.Space, slot uint64, want source.Page) ([]byt
 }
 
 func (b *backing) CheckPage(space source.Space, slot uint64, page []byte) error {
+	if space == 0 {
+		return nil
+	}
 	b.checked.Add(1)
 	sp := spaces[space]
 	must := held(int(space), slot)
 	if sp.segments[int(slot)/sp.per] == 'd' {
 		must = want(pagemap.MakeForeign(pagemap.ForeignDelta, int(space)-1, slot))
 	}
-	if space == 0 || !bytes.Equal(page, must) {
+	if !bytes.Equal(page, must) {
 		return fmt.Errorf("slot %d of space %d has another digest", slot, space)
 	}
 	return nil
