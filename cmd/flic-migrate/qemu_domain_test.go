@@ -91,6 +91,14 @@ func (d *domainLab) on(t *testing.T, verb string, args ...string) string {
 	return d.run(t, verb, append([]string{"--connect", d.uri(), "--domain", d.name}, args...)...)
 }
 
+// starts is how often libvirt has started the domain's QEMU.
+func (d *domainLab) starts(t *testing.T) int {
+	t.Helper()
+	b, err := os.ReadFile(d.path("var/log/libvirt/qemu/" + d.name + ".log"))
+	ok(t, err)
+	return strings.Count(string(b), ": starting up")
+}
+
 // gone ends the domain and forgets it.
 func (d *domainLab) gone(t *testing.T) {
 	t.Helper()
@@ -173,7 +181,12 @@ func TestDomain(t *testing.T) {
 	} {
 		d.gone(t)
 		var rep resumeReport
+		started := d.starts(t)
 		ok(t, json.Unmarshal([]byte(d.on(t, "resume", append(args, "--json", name)...)), &rep))
+		// Where its user may not use userfaultfd no QEMU is started to find that out.
+		if n := d.starts(t) - started; n != 1 {
+			t.Errorf("%s: libvirt has started %d QEMUs; %+v", name, n, rep)
+		}
 		want := "running"
 		if len(args) > 2 {
 			want = "paused"

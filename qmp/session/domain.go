@@ -7,6 +7,7 @@ import (
 	"net"
 
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
+	"github.com/flic-migrate/flic-migrate/qmp/preflight"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
@@ -29,6 +30,7 @@ func resumeDomain(ctx context.Context, t Target, st *store.Store, c *store.Check
 	rep.ResumeReport, err = domain.Restore(ctx, t.Connect, d, domain.RestoreOptions{
 		Lazy:        o.Lazy,
 		NotPossible: lazy.Possible(c.Checkpoint),
+		User:        func(uid int) error { return preflight.Domain(d.XML, uid) },
 		Paused:      o.Paused || c.Meta.RunState != "" && c.Meta.RunState != "running",
 		Recover:     o.Recover,
 		Feed:        feed.run,

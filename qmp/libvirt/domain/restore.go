@@ -13,6 +13,7 @@ import (
 
 	"github.com/digitalocean/go-libvirt"
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
@@ -43,7 +44,10 @@ type RestoreOptions struct {
 	Feed func(ctx context.Context, connect func() (*net.UnixConn, error), lazy bool, opened func()) error
 	// NotPossible is why the stream can't be lazy, or nil.
 	NotPossible error
-	Running     func(migration.ResumeReport) // called, if not nil, when the guest may run
+	// User is asked, if not nil, why a QEMU of that user can't be lazy, before libvirt
+	// starts one: a QEMU that has to say so itself is started in vain.
+	User    func(uid int) error
+	Running func(migration.ResumeReport) // called, if not nil, when the guest may run
 }
 
 // ErrExists: the domain's name is taken.
@@ -209,6 +213,14 @@ func (r *restore) prepare(ctx context.Context) (lazy bool, reason string, err er
 		listening, stop := context.WithTimeoutCause(ctx, recoverTime, errStuck)
 		defer stop()
 		return true, "", r.listen(listening)
+	}
+	if r.o.NotPossible == nil && r.o.Lazy != migration.LazyNever && r.o.User != nil {
+		// The socket's directory is its QEMU's.
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Dir(r.socket), &st); err != nil {
+			return false, "", err
+		}
+		r.o.NotPossible = r.o.User(int(st.Uid))
 	}
 	if r.o.NotPossible == nil && r.o.Paused {
 		r.o.NotPossible = errLazyPaused

@@ -286,6 +286,11 @@ func (d *destination) said() (string, string) {
 	return strings.Join(d.prepared, " "), strings.Join(d.finished, " ")
 }
 
+// notUser is RestoreOptions.User for which no QEMU of this process's user can be lazy.
+func notUser(why error) func(int) error {
+	return func(uid int) error { return map[bool]error{true: why}[uid == os.Getuid()] }
+}
+
 func TestRestore(t *testing.T) {
 	broken := errors.New("not what was stored")
 	middle := &destination{postcopy: true, reads: true}
@@ -323,9 +328,15 @@ func TestRestore(t *testing.T) {
 		"lazy":          {d: &destination{postcopy: true}, o: RestoreOptions{Lazy: migration.LazyAuto, Feed: lazily}, prepared: "0x8009", finished: "0", lazy: true},
 		"not lazy":      {o: RestoreOptions{Lazy: migration.LazyAuto, Feed: lazily}, prepared: "0x8009 0x9", finished: "0", reason: "Postcopy is not supported"},
 		"can't be lazy": {o: RestoreOptions{Lazy: migration.LazyAuto, NotPossible: broken, Feed: lazily}, prepared: "0x9", finished: "0", reason: broken.Error()},
-		"always":        {o: RestoreOptions{Lazy: migration.LazyAlways, Feed: lazily}, prepared: "0x8009", want: "Postcopy is not supported"},
-		"always, but":   {o: RestoreOptions{Lazy: migration.LazyAlways, NotPossible: broken, Feed: lazily}, want: broken.Error()},
-		"the feed":      {o: RestoreOptions{Lazy: migration.LazyNever, Feed: fails}, prepared: "0x9", finished: "1", want: broken.Error()},
+		// A QEMU is started once.
+		"not its user":        {o: RestoreOptions{Lazy: migration.LazyAuto, User: notUser(broken), Feed: lazily}, prepared: "0x9", finished: "0", reason: broken.Error()},
+		"never its user":      {o: RestoreOptions{Lazy: migration.LazyAlways, User: notUser(broken), Feed: lazily}, want: broken.Error()},
+		"its user, not asked": {o: RestoreOptions{Lazy: migration.LazyNever, User: notUser(broken), Feed: stream}, prepared: "0x9", finished: "0"},
+		"another's": {d: &destination{postcopy: true}, o: RestoreOptions{Lazy: migration.LazyAuto, Feed: lazily,
+			User: func(uid int) error { return map[bool]error{false: broken}[uid == os.Getuid()] }}, prepared: "0x8009", finished: "0", lazy: true},
+		"always":      {o: RestoreOptions{Lazy: migration.LazyAlways, Feed: lazily}, prepared: "0x8009", want: "Postcopy is not supported"},
+		"always, but": {o: RestoreOptions{Lazy: migration.LazyAlways, NotPossible: broken, Feed: lazily}, want: broken.Error()},
+		"the feed":    {o: RestoreOptions{Lazy: migration.LazyNever, Feed: fails}, prepared: "0x9", finished: "1", want: broken.Error()},
 		"in the middle": {d: middle, o: RestoreOptions{Lazy: migration.LazyAlways, Feed: func(ctx context.Context, connect func() (*net.UnixConn, error), lazy bool, opened func()) error {
 			if _, err := connect(); err != nil {
 				return err
