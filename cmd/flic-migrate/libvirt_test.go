@@ -271,6 +271,29 @@ func TestLibvirtInstall(t *testing.T) {
 	again(raw)
 	cycle(gzip, false)
 
+	// Ours does not come back without us. The real program writes nothing, so virsh
+	// waits until the domain is destroyed, which uninstall has said.
+	v.Do(t, "destroy", "a")
+	restored := make(chan error, 1)
+	go func() {
+		_, err := v.Virsh("restore", ours)
+		restored <- err
+	}()
+	select {
+	case err = <-restored:
+	case <-time.After(5 * time.Second):
+		t.Log("virsh restore waits")
+		if out, err := v.Virsh("destroy", "a"); err != nil {
+			t.Errorf("destroy: %v, %s", err, out)
+		}
+		err = <-restored
+	}
+	if err == nil {
+		t.Error("a file of ours was restored without us")
+	}
+	v.Do(t, "restore", gzip)
+	ticks(t, v.Attach(t, "a"))
+
 	// A raw save file of libvirt's comes back byte for byte.
 	format("raw")
 	direct, back := v.path("direct.save"), v.path("back.save")
