@@ -8,8 +8,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
@@ -189,4 +192,275 @@ func TestArmedAgain(t *testing.T) {
 		t.Errorf("lazily restored RAM differs: %s", diff)
 	}
 	goesOn(t, ctx, vm, tick, 16)
+}
+
+// Whatever ends an armed checkpoint, the guest runs on, settings are as they were, and
+// nothing is left.
+func TestArmedEnds(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	c := q35.tiny(t, qemutest.LiveMemory, varied(4096), 20)
+	vm := qemutest.Start(t, c)
+	vm.WaitFor(t, `tick 00000002\r`)
+	set(t, vm, map[string]any{"max-bandwidth": int64(33 << 20), "downtime-limit": 250}, "xbzrle")
+	before := settings(t, vm)
+	names := []string{}
+	arm := func(flags ...string) *store.Armed {
+		t.Helper()
+		rep := l.checkpoint(t, vm, append([]string{"--arm"}, flags...)...)
+		if rep.ArmedProcess == 0 {
+			t.Fatalf("%+v", rep)
+		}
+		names = append(names, rep.Checkpoint)
+		note, _ := l.armedNote(t)
+		return note
+	}
+	held := func() *store.Armed {
+		t.Helper()
+		arm()
+		return l.isArmed(t, vm)
+	}
+	// unchanged is called when the process has ended, or is dead.
+	unchanged := func(what string, note *store.Armed) {
+		t.Helper()
+		l.notArmed(t, what, note)
+		if after := settings(t, vm); after != before {
+			t.Errorf("%s: settings were\n%s\nand are\n%s", what, before, after)
+		}
+		runsOn(t, vm)
+		if have := l.list(t); fmt.Sprint(have) != fmt.Sprint(names) {
+			t.Errorf("%s: the store lists %v, want %v", what, have, names)
+		}
+	}
+	kill := func(note *store.Armed, s syscall.Signal) {
+		t.Helper()
+		ok(t, syscall.Kill(note.PID, s))
+		until(t, "the armed process's end", func() bool { return !alive(note.PID) })
+	}
+
+	note := held()
+	// What else wants to migrate says why it can't.
+	out, err := exec.Command("flic-migrate", "track", "--qmp", vm.Socket, "--out", l.ws, "--interval", "1s").CombinedOutput()
+	if err == nil || !strings.Contains(string(out), migration.ErrArmed.Error()) {
+		t.Errorf("track: %v, %s", err, out)
+	}
+	other := newLab(t)
+	other.attempts(t, nil, vm.Socket).fails(exitFailed, migration.ErrArmed.Error())
+	l.gc(t)
+	if now, lives := l.armedNote(t); now == nil || !lives || now.Part != note.Part {
+		t.Errorf("after gc: %+v, %v", now, lives)
+	}
+	l.run(t, "disarm", "vm")
+	unchanged("disarm by name", note)
+	out, err = exec.Command("flic-migrate", "disarm", "--store", l.store, "vm").CombinedOutput()
+	if code := err.(*exec.ExitError).ExitCode(); code != exitNotFound {
+		t.Errorf("disarm of what is not armed: exit code %d, %s", code, out)
+	}
+	note = arm("--arm-rate", "4M") // far from the hold
+	l.run(t, "disarm", "--qmp", vm.Socket)
+	unchanged("disarm by monitor, in the first pass", note)
+	note = held()
+	other.run(t, "disarm", "--qmp", vm.Socket) // which sets QEMU's defaults
+	until(t, "the end of the process", func() bool { return !alive(note.PID) })
+	runsOn(t, vm)
+	set(t, vm, map[string]any{"max-bandwidth": int64(33 << 20), "downtime-limit": 250}, "xbzrle")
+	unchanged("disarm from another store", note)
+
+	note = held()
+	kill(note, syscall.SIGTERM)
+	unchanged("SIGTERM", note)
+	note = arm("--arm-rate", "4M")
+	kill(note, syscall.SIGTERM)
+	unchanged("SIGTERM in the first pass", note)
+	note = held()
+	ok(t, migration.Cancel(ctx, vm.QMP))
+	until(t, "the armed process's end", func() bool { return !alive(note.PID) })
+	unchanged("migrate_cancel", note)
+	note = arm("--arm-rate", "4M")
+	ok(t, migration.Cancel(ctx, vm.QMP))
+	until(t, "the armed process's end", func() bool { return !alive(note.PID) })
+	unchanged("migrate_cancel in the first pass", note)
+
+	// Killed: the guest runs, and the next one puts settings back.
+	for _, flags := range [][]string{nil, {"--arm-rate", "4M"}} {
+		note = arm(flags...)
+		if flags == nil {
+			l.isArmed(t, vm)
+		}
+		kill(note, syscall.SIGKILL)
+		ended(t, ctx, vm, migration.StatusFailed)
+		runsOn(t, vm)
+		rep := l.checkpoint(t, vm)
+		names = append(names, rep.Checkpoint)
+		if rep.Armed || len(rep.Warnings) > 0 {
+			t.Errorf("after a kill: %+v", rep)
+		}
+		l.gc(t)
+		unchanged("killed", note)
+	}
+	note = held()
+	kill(note, syscall.SIGKILL)
+	l.run(t, "disarm", "vm")
+	l.gc(t)
+	unchanged("killed, and disarmed", note)
+
+	// Asked for otherwise: disarmed, and made anew.
+	note = held()
+	rep := l.checkpoint(t, vm, "--mode", "live")
+	names = append(names, rep.Checkpoint)
+	if rep.Armed || rep.Mode != migration.ModeLive {
+		t.Errorf("live: %+v", rep)
+	}
+	unchanged("live", note)
+
+	// The guest is paused by its user, and stays so.
+	note = held()
+	ok(t, qmp.Stop(ctx, vm.QMP))
+	rep = l.checkpoint(t, vm)
+	names = append(names, rep.Checkpoint)
+	if !rep.Armed || rep.State != "postmigrate" || rep.Downtime != 0 || l.show(t, rep.Checkpoint).RunState != "paused" {
+		t.Errorf("paused: %+v", rep)
+	}
+	l.shadow(t, ctx, vm, rep.Checkpoint)
+	ok(t, qmp.Cont(ctx, vm.QMP))
+	unchanged("paused", note)
+
+	// QEMU ends.
+	note = held()
+	vm.Kill()
+	l.notArmed(t, "QEMU killed", note)
+	if have := l.list(t); fmt.Sprint(have) != fmt.Sprint(names) {
+		t.Errorf("QEMU killed: the store lists %v, want %v", have, names)
+	}
+}
+
+// An armed checkpoint that fails when it is made, or whose command or process is killed
+// then, lets the guest run and leaves nothing.
+func TestArmedFails(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	c := q35.tiny(t, qemutest.LiveMemory, varied(4096), 20)
+	vm := qemutest.Start(t, c)
+	vm.WaitFor(t, `tick 00000002\r`)
+	before := settings(t, vm)
+	// arm has the armed process, and none but it, on a file system with a fault.
+	arm := func(f *fault) *store.Armed {
+		t.Helper()
+		f.mark = filepath.Join(l.dir, "mark")
+		cmd := exec.Command("flic-migrate", "checkpoint", "--store", l.store, "--qmp", vm.Socket, "--arm", "vm")
+		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s %d %d %d %s", faultEnv, f.op, f.n, f.stall, f.errno, f.mark))
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return l.isArmed(t, vm)
+	}
+	unchanged := func(what string, note *store.Armed, names ...string) {
+		t.Helper()
+		runsOn(t, vm)
+		l.notArmed(t, what, note)
+		if after := settings(t, vm); after != before {
+			t.Errorf("%s: settings were\n%s\nand are\n%s", what, before, after)
+		}
+		l.holds(t, names...)
+	}
+
+	note := arm(&fault{op: "rename", n: 1, errno: unix.ENOSPC})
+	l.attempts(t, nil, vm.Socket).fails(exitNoSpace, unix.ENOSPC.Error())
+	unchanged("no space", note, "vm@1")
+
+	stalled := func() *fault { return &fault{op: "rename", n: 1, stall: 2 * time.Second} }
+	atGo := func(f *fault) *attempt {
+		t.Helper()
+		ok(t, os.RemoveAll(f.mark))
+		a := l.attempts(t, nil, vm.Socket)
+		waitForFile(t, f.mark)
+		if s, err := qmp.QueryStatus(ctx, vm.QMP); err != nil || s.Running {
+			t.Errorf("%+v, %v: the guest runs, so this shows nothing", s, err)
+		}
+		return a
+	}
+
+	// The command is asked to end.
+	f := stalled()
+	note = arm(f)
+	a := atGo(f)
+	ok(t, a.cmd.Process.Signal(syscall.SIGTERM))
+	_ = a.cmd.Wait()
+	names := l.list(t) // it may have been too late
+	if code := a.cmd.ProcessState.ExitCode(); (code == 0) != (len(names) == 3) {
+		t.Errorf("SIGTERM: exit code %d, %v\n%s", code, names, a.stderr.String())
+	}
+	unchanged("SIGTERM", note, names...)
+
+	// The command is killed: the process lets the guest run.
+	f = stalled()
+	note = arm(f)
+	a = atGo(f)
+	ok(t, a.cmd.Process.Kill())
+	_ = a.cmd.Wait()
+	until(t, "the armed process's end", func() bool { return !alive(note.PID) })
+	unchanged("the command killed", note, l.list(t)...)
+
+	// The process is killed: an ordinary checkpoint is made.
+	f = stalled()
+	note = arm(f)
+	a = atGo(f)
+	ok(t, syscall.Kill(note.PID, syscall.SIGKILL))
+	if err := a.cmd.Wait(); err != nil || !strings.Contains(a.stderr.String(), "ordinary") {
+		t.Errorf("the process killed: %v, %s", err, a.stderr.String())
+	}
+	l.gc(t)
+	unchanged("the process killed", note, l.list(t)...)
+
+	// Both are killed: the next checkpoint lets the guest run.
+	f = stalled()
+	note = arm(f)
+	a = atGo(f)
+	ok(t, a.cmd.Process.Kill())
+	ok(t, syscall.Kill(note.PID, syscall.SIGKILL))
+	_ = a.cmd.Wait()
+	ended(t, ctx, vm, migration.StatusFailed)
+	l.gc(t) // and nobody knows the settings any more, which are QEMU's own here
+	if rep := l.checkpoint(t, vm); rep.State != "running" || l.show(t, rep.Checkpoint).RunState != "running" {
+		t.Errorf("both killed: %+v", rep)
+	}
+	ok(t, os.RemoveAll(filepath.Dir(note.Control)))
+	unchanged("both killed", note, l.list(t)...)
+}
+
+// A monitor that carries no files, and a guest that is too small for what sockets take.
+func TestArmedOverSockets(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	for _, memory := range []string{qemutest.LiveMemory, "327688K"} {
+		port := freePort(t)
+		c := q35.tiny(t, memory, varied(2048), 20)
+		c.Args = append(c.Args, "-qmp", "tcp:"+port+",server=on,wait=off")
+		vm := qemutest.Start(t, c)
+		vm.WaitFor(t, `tick 00000002\r`)
+		before := settings(t, vm)
+		if memory == qemutest.LiveMemory {
+			l.attempts(t, nil, port, "--arm").fails(exitFailed, "vm@1 is saved", "too little memory")
+		} else {
+			cmd := exec.Command("flic-migrate", "checkpoint", "--store", l.store, "--qmp", port, "--arm", "vm")
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			note := l.isArmed(t, vm)
+			runsOn(t, vm)
+			out := l.run(t, "checkpoint", "--qmp", port, "--then", "pause", "--json", "vm")
+			if !strings.Contains(out, `"armed": true`) {
+				t.Error(out)
+			}
+			l.notArmed(t, "made", note)
+			l.shadow(t, ctx, vm, "vm")
+			ok(t, qmp.Cont(ctx, vm.QMP))
+		}
+		runsOn(t, vm)
+		if after := settings(t, vm); after != before {
+			t.Errorf("settings were\n%s\nand are\n%s", before, after)
+		}
+		l.notArmed(t, memory, nil)
+		vm.Kill()
+	}
 }
