@@ -382,14 +382,25 @@ func TestHotResent(t *testing.T) {
 	}
 }
 
-// TestReturnPath answers a source that waits: PONG with the value of each PING,
-// in order, and SHUT once, last.
+// TestReturnPath answers a source that waits: SWITCHOVER_ACK at once, if it knows that,
+// PONG with the value of each PING, in order, and SHUT once, last.
 func TestReturnPath(t *testing.T) {
-	s := tiertest.New(tiertest.Options{ReturnPath: true, PartLen: 10})
+	for _, machine := range []string{"pc-q35-8.0", "pc-q35-8.1"} {
+		returnPathOf(t, machine, machine == "pc-q35-8.1")
+	}
+}
+
+func returnPathOf(t *testing.T, machine string, acknowledged bool) {
+	s := tiertest.New(tiertest.Options{Machine: machine, ReturnPath: true, PartLen: 10})
 	l := newLab(t, crashfs.New(0), "/")
 	var answers bytes.Buffer
 	l.save(t, s, save.Options{ReturnPath: &answers})
 	r := returnpath.NewReader(&answers)
+	if acknowledged {
+		if m, err := r.Next(); err != nil || m.Type != returnpath.SwitchoverAck {
+			t.Errorf("%s: %v, %v", machine, m.Type, err)
+		}
+	}
 	var pongs int
 	for {
 		m, err := r.Next()

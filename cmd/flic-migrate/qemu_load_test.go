@@ -40,7 +40,7 @@ func TestResumeDeviceFails(t *testing.T) {
 			vm := qemutest.Start(t, to)
 			begin := time.Now()
 			doc := l.fails(t, "flic-migrate", vm, exitFailed, []string{"failed before the guest could run", "the checkpoint is untouched"},
-				"--lazy", lazy, "--stalled", "1s", "vm@1")
+				"--force", "--lazy", lazy, "--stalled", "1s", "vm@1")
 			took := time.Since(begin)
 			t.Logf("%s, lazy %s: after %v: %s", tc.name, lazy, took, doc.Error)
 			if took > answered {

@@ -287,6 +287,9 @@ func (r *resumeCmd) printCommands(o migration.ResumeOptions, server func(session
 			command("migrate-recover", map[string]any{"uri": uri(migration.RecoveringServer)}))
 	} else {
 		lines = append(lines, "# QEMU: -incoming defer -S", capability("events", true))
+		for _, name := range o.Capabilities {
+			lines = append(lines, capability(name, true))
+		}
 		if lazily {
 			lines = append(lines, capability("postcopy-ram", true))
 		}

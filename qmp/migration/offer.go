@@ -45,9 +45,6 @@ func (o *ResumeOptions) offer(ctx context.Context, x qmp.Executor, lazy bool) (a
 	withdraw = func() {
 		end()
 		takeBack(ctx, x)
-		if lazy {
-			_ = SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false})
-		}
 	}
 	if err == nil {
 		ours.Close() // or the server's end would not be seen

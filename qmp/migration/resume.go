@@ -67,12 +67,16 @@ type ResumeOptions struct {
 	recovering bool
 	// loaded: the devices are, so the guest may have run.
 	loaded bool
+	// caps are QEMU's capabilities; nil if it was another process that changed them.
+	caps *adjusted
 	// Regain is asked, when a server has died, whether to start another at once. nil:
 	// never. It needs a Monitor with OOB.
 	Regain func() bool
 	// ID tells checkpoints apart, in letters, digits and "-": a Recover refuses to
 	// go on with another than was begun with. Empty: it is the caller's to know.
 	ID string
+	// Capabilities are those that the saved stream says its QEMU had.
+	Capabilities []string
 	// Lazy is "auto" if empty.
 	Lazy LazyMode
 	// NotPossible says why this checkpoint can't be restored lazily; nil if
@@ -140,19 +144,24 @@ func Resume(ctx context.Context, x qmp.Executor, o ResumeOptions) (ResumeReport,
 			o.NotPossible = notLazy
 		}
 	}
-	if err := SetCapabilities(ctx, x, map[string]bool{"events": true}); err != nil {
+	if o.caps, err = adjust(ctx, x); err != nil {
 		return rep, err
 	}
-	if err := prepareLazy(ctx, x, o, &rep); err != nil {
+	if err := o.caps.checkCapabilities(o.Capabilities); err != nil {
 		return rep, err
 	}
-	if rep.Lazy {
+	err = o.prepareLazy(ctx, x, &rep)
+	if err == nil && rep.Lazy {
 		o.mark(ctx, x)
 	}
-	from, withdraw, err := o.offer(ctx, x, rep.Lazy)
+	var from place
+	var withdraw func()
+	if err == nil {
+		from, withdraw, err = o.offer(ctx, x, rep.Lazy)
+	}
 	if err != nil {
 		o.unmark(ctx, x)
-		return rep, err
+		return rep, errors.Join(err, o.putBack(ctx, x))
 	}
 	ctx, end := patient(ctx)
 	defer end()
@@ -163,7 +172,7 @@ func Resume(ctx context.Context, x qmp.Executor, o ResumeOptions) (ResumeReport,
 	if err != nil {
 		withdraw()
 		o.unmark(ctx, x)
-		return rep, err
+		return rep, errors.Join(err, o.putBack(ctx, x))
 	}
 	err = o.because(watched, o.load(watched, x, start, &rep))
 	if stays && errors.Is(err, ErrBeforeRun) || errors.Is(err, errDevice) {
@@ -230,13 +239,17 @@ func watchIncoming(ctx context.Context, x qmp.Executor) (context.Context, func()
 	return ctx, func() { cancel(nil) }
 }
 
-// prepareLazy decides how to restore and sets the capability for it.
-func prepareLazy(ctx context.Context, x qmp.Executor, o ResumeOptions, rep *ResumeReport) error {
+// prepareLazy decides how to restore and sets the capabilities for it.
+func (o *ResumeOptions) prepareLazy(ctx context.Context, x qmp.Executor, rep *ResumeReport) error {
+	saved := o.Capabilities
+	// What is in the way of postcopy-ram goes first, and postcopy-ram is for itself:
+	// QEMU takes all of a call's capabilities or none.
+	if err := o.caps.set(ctx, x, loads(saved, false)); err != nil {
+		return err
+	}
 	why := o.NotPossible
 	if o.Lazy != LazyNever && why == nil {
-		// In a call of its own: QEMU takes all of a call's capabilities or
-		// none.
-		err := SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": true})
+		err := o.caps.set(ctx, x, loads(saved, true))
 		var refused *qmp.Error
 		if err != nil && !errors.As(err, &refused) {
 			return err
@@ -246,6 +259,9 @@ func prepareLazy(ctx context.Context, x qmp.Executor, o ResumeOptions, rep *Resu
 			return nil
 		}
 		why = fmt.Errorf("%w: %w", ErrPostcopy, err)
+		if len(saved) > 0 {
+			why = fmt.Errorf("QEMU can't restore lazily with the capabilities that the saved one had (%s): %w", strings.Join(saved, ", "), err)
+		}
 	}
 	if o.Lazy == LazyAlways {
 		return why
@@ -253,9 +269,16 @@ func prepareLazy(ctx context.Context, x qmp.Executor, o ResumeOptions, rep *Resu
 	if o.Lazy != LazyNever {
 		rep.Reason = why.Error()
 	}
-	// A stream without its own advice must not meet the capability: a later
-	// save from this QEMU would wait for a return path.
-	return SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false})
+	return nil
+}
+
+// putBack makes a QEMU that has loaded, or will not, fit for what its user wants.
+func (o *ResumeOptions) putBack(ctx context.Context, x qmp.Executor) error {
+	if o.caps == nil {
+		// It is known of no other.
+		return SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false})
+	}
+	return o.caps.putBack(ctx, x)
 }
 
 // run puts the guest into its state.
@@ -308,11 +331,12 @@ func (o *ResumeOptions) finishResume(ctx context.Context, x qmp.Executor, start 
 	rep.Resident = time.Since(start)
 	if rep.Lazy {
 		o.unmark(ctx, x)
-		// With it set, the next migration to exec: would wait for answers on
-		// a return path.
-		if err := SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false}); err != nil {
-			return err
-		}
+	}
+	var refused *qmp.Error
+	if err := o.putBack(ctx, x); errors.As(err, &refused) {
+		rep.Warnings = append(rep.Warnings, fmt.Sprintf("the guest is whole, but QEMU's migration capabilities are not as they were: %v", err))
+	} else if err != nil {
+		return err
 	}
 	s, err := qmp.QueryStatus(ctx, x)
 	rep.State = s.Status

@@ -159,11 +159,12 @@ func (o *ResumeOptions) migration(ctx context.Context, m *qmp.Monitor, c *store.
 // ResumePlan is what a resume of c asks of a QEMU, without the servers.
 func ResumePlan(c *store.Checkpoint, o ResumeOptions) migration.ResumeOptions {
 	mo := migration.ResumeOptions{
-		ID:          c.Meta.UUID.String(),
-		Lazy:        o.Lazy,
-		NotPossible: lazy.Possible(c.Checkpoint),
-		RunState:    c.Meta.RunState,
-		Paused:      o.Paused,
+		ID:           c.Meta.UUID.String(),
+		Lazy:         o.Lazy,
+		NotPossible:  lazy.Possible(c.Checkpoint),
+		RunState:     c.Meta.RunState,
+		Paused:       o.Paused,
+		Capabilities: c.Meta.Capabilities,
 	}
 	return mo
 }

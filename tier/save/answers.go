@@ -26,6 +26,10 @@ func (a *answers) open() bool {
 
 func (a *answers) pong(value uint32) error { return a.write(returnpath.AppendPong(nil, value)) }
 
+// acknowledge says that the source may stop its guest whenever it likes: there are no
+// devices here that have to be ready first.
+func (a *answers) acknowledge() error { return a.write(returnpath.AppendSwitchoverAck(nil)) }
+
 // failed says that there will be no checkpoint.
 func (a *answers) failed() error { return a.write(returnpath.AppendShut(nil, 1)) }
 

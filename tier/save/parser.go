@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/google/uuid"
@@ -38,6 +40,9 @@ type parser struct {
 	held func() error
 	// warn says what the user should know.
 	warn func(msg string, args ...any)
+
+	acknowledges bool      // SWITCHOVER_ACK has been sent, or it has been said that it may be missing
+	allSeen      time.Time // when every page had come once
 
 	unseen      uint64                       // pages that are to come and have not
 	resent      int64                        // page records for pages that had come
@@ -110,6 +115,9 @@ func (p *parser) command(c *stream.Command) error {
 		// From here on the source's "completed" waits for our word, so nothing
 		// needs to be held back.
 		p.feed.answered()
+		if p.acknowledges = takesAck(p.meta.Machine); p.acknowledges {
+			return p.ans.acknowledge()
+		}
 	case stream.CommandPing:
 		if len(c.Payload) == 4 {
 			return p.ans.pong(be32(c.Payload))
@@ -133,8 +141,46 @@ func (p *parser) record(d *ramparse.Decoder, rec *ramparse.Record) error {
 		}
 	case ramparse.EOS:
 		p.feed.adjust(p.unseen)
+		p.unacknowledged()
 	}
 	return p.skel.Literal(rec.Raw)
+}
+
+// takesAck tells from a machine type whether a source of it takes the message
+// SWITCHOVER_ACK, at any time and only perhaps in vain (MIG_RP_MSG_SWITCHOVER_ACK in
+// migration/migration.c). QEMU knows it since 8.1. With the types from 11.1 on the source
+// counts the devices that have to be ready (switchover-ack-legacy=off): it waits for
+// nothing of ours, and fails at a message too many.
+func takesAck(machine string) bool {
+	m := versionedMachine.FindStringSubmatch(machine)
+	if m == nil {
+		return false
+	}
+	major, err1 := strconv.Atoi(m[1])
+	minor, err2 := strconv.Atoi(m[2])
+	return err1 == nil && err2 == nil && (major == 8 && minor >= 1 || major == 9 || major == 10 || major == 11 && minor == 0)
+}
+
+// versionedMachine is a machine type with QEMU's version, such as pc-q35-8.1.
+var versionedMachine = regexp.MustCompile(`-([0-9]+)\.([0-9]+)$`)
+
+// ackTime is how long a source whose memory has all come once may go on before it is
+// said that it may be waiting for what it is not sent.
+const ackTime = 5 * time.Second
+
+// unacknowledged is called at each section's end. A source with switchover-ack goes on
+// for ever without that message, and nothing in the stream tells it from one whose
+// guest writes a lot.
+func (p *parser) unacknowledged() {
+	switch {
+	case !p.ans.opened || p.acknowledges || p.place == nil || p.unseen > 0:
+	case p.allSeen.IsZero():
+		p.allSeen = time.Now()
+	case time.Since(p.allSeen) > ackTime:
+		p.acknowledges = true // said once
+		p.warn("all memory has come, and the source goes on: if its capability switchover-ack is on, switch it off; "+
+			"it may be waiting for a message that other QEMUs fail at", "machine", p.meta.Machine)
+	}
 }
 
 // start begins the next stage, if it has not begun.
