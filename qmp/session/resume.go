@@ -120,7 +120,8 @@ func resume(ctx context.Context, m *qmp.Monitor, c *store.Checkpoint, o ResumeOp
 	// A server ends a moment after QEMU has its last byte. One that was killed
 	// leaves no report.
 	last := s.newest().state()
-	if err == nil || errors.Is(err, migration.ErrServerDied) || errors.Is(err, migration.ErrBeforeRun) {
+	if err == nil || errors.Is(err, migration.ErrServer) ||
+		errors.Is(err, migration.ErrServerDied) || errors.Is(err, migration.ErrBeforeRun) {
 		last = s.newest().final(context.WithoutCancel(ctx))
 	}
 	if rep.Server = last.report; err != nil && last.report != nil && last.report.Error != "" {
