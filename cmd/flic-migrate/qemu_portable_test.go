@@ -109,12 +109,36 @@ func TestPortableRestores(t *testing.T) {
 func TestPortableDisks(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	l.recorded(t, "q35-block")
+	want := l.recorded(t, "q35-block")
 	cmd := exec.Command("flic-migrate", "restore", "--store", l.store, "--portable", "--quiet", "vm@1")
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err == nil || strings.HasPrefix(string(out), "QEVM") || !strings.Contains(stderr.String(), "content of a disk") {
 		t.Errorf("%v, %d bytes, %s", err, len(out), stderr.String())
+	}
+
+	// A QEMU that still has block migration takes it as it is; another is told so.
+	disk := filepath.Join(l.dir, "disk")
+	ok(t, os.WriteFile(disk, nil, 0o600))
+	ok(t, os.Truncate(disk, 6<<20))
+	c := qemutest.Config{Machine: l.show(t, "vm@1").Machine, Memory: qemutest.LiveMemory, Args: []string{
+		"-drive", "if=none,id=disk0,format=raw,file=" + disk, "-device", "virtio-blk-pci,drive=disk0,id=virtio0"}}
+	vm := qemutest.Start(t, destination(c, "defer"))
+	known, err := migration.Capabilities(t.Context(), vm.QMP)
+	ok(t, err)
+	if _, takes := known["block"]; !takes {
+		l.fails(t, "flic-migrate", vm, exitFailed, []string{"content of its disks", "up to 9.0"}, "vm@1")
+		state(t, vm, "inmigrate")
+		return
+	}
+	if doc, _ := l.resume(t, vm, "--paused", "vm@1"); doc.Lazy || !strings.Contains(doc.Reason, "block") {
+		t.Errorf("%+v", doc)
+	}
+	if have := ram(t, limit(t), vm)["pc.ram"]; !bytes.Equal(have, want["pc.ram"]) {
+		t.Error("RAM differs")
+	}
+	if content, err := os.ReadFile(disk); err != nil || !bytes.ContainsFunc(content, func(r rune) bool { return r != 0 }) {
+		t.Errorf("the disk has nothing of what was saved: %v", err)
 	}
 }

@@ -40,12 +40,21 @@ func full() qemutest.Config {
 	return c
 }
 
-// stopped saves a guest that has not run.
-func (l *lab) stopped(t *testing.T, c qemutest.Config) {
+// plug is a command by which a test adds an object or a device.
+type plug struct {
+	command string
+	args    map[string]any
+}
+
+// stopped saves a guest that has not run, with what is plugged in before.
+func (l *lab) stopped(t *testing.T, c qemutest.Config, plugged ...plug) {
 	t.Helper()
 	c.Paused = true
 	vm := qemutest.Start(t, c)
 	set(t, vm, fast)
+	for _, p := range plugged {
+		ok(t, vm.QMP.Execute(t.Context(), p.command, p.args, nil))
+	}
 	saved(t, limit(t), vm, l.save())
 	vm.Kill()
 }
@@ -65,20 +74,58 @@ func TestPreflightSame(t *testing.T) {
 	old := pc.Config
 	old.Memory, old.CPUs = "32M", 2
 	old.Args = []string{"-vga", "cirrus", "-device", "virtio-net-pci", "-device", "piix3-usb-uhci,id=u", "-device", "usb-kbd"}
-	for name, c := range map[string]qemutest.Config{"full": full(), "memory": withMemory, "hotplug": hotplug, "arm": arm, "microvm": small, "pc": old} {
+	// Nodes of memory of all kinds, and what goes with it: -smp as well.
+	shm, err := os.MkdirTemp("/dev/shm", "flic-test-")
+	ok(t, err)
+	t.Cleanup(func() { os.RemoveAll(shm) })
+	numa := qemutest.Config{Memory: "64M", CPUs: 4}
+	for i, backend := range []string{"memory-backend-ram", "memory-backend-memfd", "memory-backend-file,share=on,mem-path=" + shm, "memory-backend-ram,share=on"} {
+		numa.Args = append(numa.Args, "-object", fmt.Sprintf("%s,size=16M,id=n%d", backend, i), "-numa", fmt.Sprintf("node,memdev=n%d,cpus=%d", i, i))
+	}
+	disks := qemutest.Config{Memory: "32M"}
+	for i := range 20 {
+		id := fmt.Sprintf("d%d", i)
+		disks.Args = slices.Concat(disks.Args, null(id), devices(fmt.Sprintf("%s,drive=%s", []string{"virtio-blk-pci", "scsi-hd"}[i%2], id)))
+		if i == 0 {
+			disks.Args = append(disks.Args, "-device", "virtio-scsi-pci")
+		}
+	}
+	for name, c := range map[string]qemutest.Config{"full": full(), "memory": withMemory, "hotplug": hotplug, "arm": arm, "microvm": small, "pc": old,
+		"numa": numa, "20 disks": disks} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
 			l.stopped(t, c)
-			for _, lazy := range []string{"auto", "never"} {
-				vm := qemutest.Start(t, destination(c, "defer"))
-				doc, _ := l.resume(t, vm, "--lazy", lazy, "vm@1")
-				if len(doc.Warnings) > 0 || doc.Reason != "" || doc.Lazy != (lazy == "auto") {
-					t.Errorf("%s: %+v", lazy, doc)
-				}
-				vm.Kill()
-			}
+			l.isSame(t, c)
 		})
+	}
+	t.Run("plugged in", func(t *testing.T) {
+		t.Parallel()
+		l := newLab(t)
+		c := qemutest.Config{Memory: "32M,slots=4,maxmem=1G", CPUs: 1, Args: []string{"-smp", "1,maxcpus=2", "-device", "pcie-root-port,id=rp1,addr=3"}}
+		l.stopped(t, c, plug{"object-add", map[string]any{"qom-type": "memory-backend-ram", "id": "m1", "size": 128 << 20}},
+			plug{"device_add", map[string]any{"driver": "pc-dimm", "id": "dimm1", "memdev": "m1"}},
+			plug{"device_add", map[string]any{"driver": "virtio-rng-pci", "id": "rng", "bus": "rp1"}},
+			plug{"device_add", map[string]any{"driver": "qemu64-x86_64-cpu", "id": "cpu1", "socket-id": 0, "core-id": 1, "thread-id": 0}})
+		vm := qemutest.Start(t, destination(c, "defer"))
+		l.fails(t, "flic-migrate", vm, exitFailed, []string{"m1 of 134217728 bytes is missing", "has 1 vCPU, and 2 when", "virtio-rng at PCI address 00:03.0:00.0"}, "vm@1")
+		vm.Kill()
+		c.Args = append(c.Args, "-object", "memory-backend-ram,id=m1,size=128M")
+		c.Args = append(c.Args, devices("pc-dimm,id=dimm1,memdev=m1", "virtio-rng-pci,bus=rp1", "qemu64-x86_64-cpu,socket-id=0,core-id=1,thread-id=0")...)
+		l.isSame(t, c)
+	})
+}
+
+// isSame resumes vm@1 into a QEMU that is what was saved, without a word about it.
+func (l *lab) isSame(t *testing.T, c qemutest.Config) {
+	t.Helper()
+	for _, lazy := range []string{"auto", "never"} {
+		vm := qemutest.Start(t, destination(c, "defer"))
+		doc, _ := l.resume(t, vm, "--lazy", lazy, "vm@1")
+		if len(doc.Warnings) > 0 || doc.Reason != "" || doc.Lazy != (lazy == "auto") {
+			t.Errorf("%s: %+v", lazy, doc)
+		}
+		vm.Kill()
 	}
 }
 
