@@ -441,12 +441,34 @@ func TestReferenceDamage(t *testing.T) {
 			continue // nobody's, or a page's zeros; there are enough others
 		}
 		damage(l.nvram, at, false, false, "NVRAM")
+		flipped := l.flipped(t, l.nvram, at, func() []error { return l.verify(last.Ref) })
+		for _, err := range flipped {
+			if err != nil && !strings.Contains(err.Error(), "page pc.ram:0x") {
+				t.Errorf("damage in NVRAM names no page: %v", err)
+			}
+		}
 		pages++
 	}
 	if pages < 5 {
 		t.Errorf("only %d pages in NVRAM", pages)
 	}
 	l.noLeaks(t)
+}
+
+// flipped does something while a byte of a file is another.
+func (l *lab) flipped(t *testing.T, path string, off int64, fn func() []error) []error {
+	t.Helper()
+	f, err := l.fs.OpenRW(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	was := []byte{l.byteAt(t, path, off)}
+	if _, err := f.WriteAt([]byte{^was[0]}, off); err != nil {
+		t.Fatal(err)
+	}
+	defer f.WriteAt(was, off)
+	return fn()
 }
 
 func (l *lab) byteAt(t *testing.T, path string, off int64) byte {

@@ -79,7 +79,7 @@ func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs Refer
 			return fmt.Errorf("checkpoint %s: it needs pages of checkpoint %s: %w", c.name, r.Name(), err)
 		}
 	}
-	c.check.refs = c.refs
+	c.check.meta, c.check.refs = c.Meta, c.refs
 	return nil
 }
 
@@ -134,6 +134,7 @@ func (r *reference) open(ctx context.Context, fsys vfs.FS, m *Meta, cache *diges
 // checker is a source.Checker of what references have, and for a Verify of what the
 // image has itself.
 type checker struct {
+	meta   *Meta
 	hasher *digest.Hasher
 	refs   []*reference
 	own    *ownDigests // nil: not checked
@@ -200,12 +201,12 @@ func checkPage(hasher *digest.Hasher, t *digest.Table, im *image.Image, slot uin
 }
 
 // CheckSlot implements source.Checker.
-func (c *checker) CheckSlot(space source.Space, slot uint64, page []byte) error {
+func (c *checker) CheckSlot(space source.Space, slot uint64, want source.Page, content []byte) error {
 	r := c.refs[space-1]
-	want, err := r.digests.NVRAMSlot(slot)
-	if err == nil && c.hasher.Sum(page) != want {
+	sum, err := r.digests.NVRAMSlot(slot)
+	if err == nil && c.hasher.Sum(content) != sum {
 		err = &integrity.CorruptError{File: r.part.file.Path(), Offset: r.part.region.Offset(int(slot)),
-			What: fmt.Sprintf("NVRAM slot %d of checkpoint %s", slot, r.Name()), Err: digest.ErrMismatch}
+			What: fmt.Sprintf("page %s, of checkpoint %s", c.meta.PageName(want.Block, want.Number), r.Name()), Err: digest.ErrMismatch}
 	}
 	return err
 }

@@ -22,7 +22,7 @@ import (
 // could not go on.
 func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	v := &verifier{c: c, ctx: ctx, found: found, set: c.Sources(), cache: c.NewCache(verifyCache), bad: make(map[source.Need]bool), seen: make(map[source.Need]bool)}
-	v.check.hasher, v.check.refs = c.check.hasher, c.check.refs
+	v.check = c.check
 	if err := v.report(v.openDigests()); err != nil {
 		return err
 	}

@@ -35,8 +35,9 @@ type Checker interface {
 	// CheckPage is for the page that is made of what is in a flash slot, a record or a
 	// delta. Of space 0 it need check nothing: what the page is made of was checked.
 	CheckPage(space Space, slot uint64, page []byte) error
-	// CheckSlot is for the page of an NVRAM slot.
-	CheckSlot(space Space, slot uint64, page []byte) error
+	// CheckSlot is for the content of a reference's NVRAM slot, which is wanted for a
+	// page, as Backing.Slot is asked for it.
+	CheckSlot(space Space, slot uint64, want Page, content []byte) error
 }
 
 // Lender is a Backing that has some of what is to be fetched in memory, decoded.

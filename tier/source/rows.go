@@ -61,7 +61,7 @@ func nvramRow(row Row, at locate) Row {
 		space, slot := at(e.Value())
 		b, err := rd.slot(space, slot)
 		if err == nil && space > 0 {
-			err = rd.set.CheckSlot(Space(space), slot, b)
+			err = rd.set.CheckSlot(Space(space), slot, rd.page, b)
 		}
 		return b, err
 	}

@@ -197,7 +197,7 @@ func (b *backing) CheckPage(space source.Space, slot uint64, page []byte) error 
 	return nil
 }
 
-func (b *backing) CheckSlot(space source.Space, slot uint64, page []byte) error {
+func (b *backing) CheckSlot(space source.Space, slot uint64, _ source.Page, page []byte) error {
 	b.checked.Add(1)
 	if space == 0 || !bytes.Equal(page, held(int(space), 5000+slot)) {
 		return fmt.Errorf("NVRAM slot %d of space %d has another digest", slot, space)
@@ -803,5 +803,5 @@ var errRefused = errors.New("refused")
 // refuser finds nothing right.
 type refuser struct{}
 
-func (refuser) CheckPage(source.Space, uint64, []byte) error { return errRefused }
-func (refuser) CheckSlot(source.Space, uint64, []byte) error { return errRefused }
+func (refuser) CheckPage(source.Space, uint64, []byte) error              { return errRefused }
+func (refuser) CheckSlot(source.Space, uint64, source.Page, []byte) error { return errRefused }
