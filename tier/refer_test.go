@@ -229,6 +229,9 @@ func TestReferenceMissing(t *testing.T) {
 				t.Fatalf("%d bytes, %v", b.Len(), err)
 			}
 			if name != "NVRAM gone" {
+				if !integrity.IsCorrupt(err) {
+					t.Errorf("it is no damage: %v", err)
+				}
 				for _, says := range []string{"checkpoint vm@3: it needs pages of checkpoint vm@1", list[0].UUID.String()} {
 					if !strings.Contains(err.Error(), says) {
 						t.Errorf("%v does not say %q", err, says)

@@ -79,7 +79,7 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 
 // openReferred opens the image with a UUID, listed or not, and locks it until it is
 // closed. Where it was when it was referred to is looked at first, because to look
-// everywhere takes a read of each image.
+// everywhere takes a read of each image. That there is none is damage.
 func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (Object, error) {
 	if CheckVM(was.VM) == nil && was.N >= 1 && was.N <= MaxNumber {
 		// In this order: it can go from the first name to the second meanwhile.
@@ -98,7 +98,8 @@ func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (Object
 		return err
 	})
 	if err == nil && found == nil {
-		err = fmt.Errorf("its image in store %s: %w", s.root, ErrNotFound)
+		// The checkpoint that refers to it is there, and not whole.
+		err = &integrity.CorruptError{File: s.root, What: "its image", Err: ErrNotFound}
 	}
 	if err != nil && found != nil {
 		found.Close()
