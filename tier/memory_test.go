@@ -35,6 +35,9 @@ type job struct {
 	Dir     string
 	Options tiertest.Options
 	Hot     uint64 // each Hot-th page is hot; 0: none
+	// Then is what the guest has become, which is saved a second time, with the first
+	// as its parent; nil: it is not.
+	Then *tiertest.Options
 }
 
 // done is what a child tells.
@@ -169,20 +172,36 @@ func withRAM(o tiertest.Options, size uint64) tiertest.Options {
 // partial hashes, pairs of equal ones that of full hashes, hot ones the NVRAM
 // part.
 func TestMemory(t *testing.T) {
+	later := func(o tiertest.Options) *tiertest.Options {
+		o.Passes, o.Resend = o.Passes+1, 0.3
+		return &o
+	}
+	data := withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Sparse: 1, tiertest.Text: 1}, Passes: 1}, 512<<20)
 	for name, c := range map[string]struct {
-		o   tiertest.Options
-		hot uint64
+		o    tiertest.Options
+		hot  uint64
+		then *tiertest.Options
 	}{
-		"zero and repeated": {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 90, tiertest.ZeroData: 2, tiertest.Duplicate: 8}, Pool: 1000}, 4<<30), 0},
-		"half different":    {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Sparse: 1}}, 512<<20), 0},
-		"live":              {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 6, tiertest.Sparse: 3, tiertest.Duplicate: 1}, Passes: 3, Resend: 0.1, XBZRLE: true}, 512<<20), 10},
-		"all hot":           {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 3, tiertest.Sparse: 1}}, 1<<30), 1},
-		"pairs":             {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Duplicate: 1}, Pool: 30000}, 512<<20), 0},
+		"increment":         {data, 0, later(data)},
+		"increment, hot":    {data, 4, later(data)},
+		"zero and repeated": {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 90, tiertest.ZeroData: 2, tiertest.Duplicate: 8}, Pool: 1000}, 4<<30), 0, nil},
+		"half different":    {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Sparse: 1}}, 512<<20), 0, nil},
+		"live":              {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 6, tiertest.Sparse: 3, tiertest.Duplicate: 1}, Passes: 3, Resend: 0.1, XBZRLE: true}, 512<<20), 10, nil},
+		"all hot":           {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 3, tiertest.Sparse: 1}}, 1<<30), 1, nil},
+		"pairs":             {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Duplicate: 1}, Pool: 30000}, 512<<20), 0, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			j := job{Verb: "save", Dir: t.TempDir(), Options: c.o, Hot: c.hot}
-			for _, j.Verb = range []string{"save", "restore"} {
+			verbs := []string{"save", "restore"}
+			if j.Then = c.then; j.Then != nil {
+				child(t, j)
+				j.Options, j.Verb = *j.Then, "save"
+			}
+			for _, j.Verb = range verbs {
 				d := child(t, j)
+				if j.Then != nil && j.Verb == "save" && (d.Report.Unchanged == 0 || d.Report.Delta == 0) {
+					t.Errorf("%d pages unchanged, %d deltas", d.Report.Unchanged, d.Report.Delta)
+				}
 				t.Logf("%s: %.1f MiB of %.1f, %.1f s", j.Verb, mib(d.Peak), mib(limit(c.o)), d.Seconds)
 				if d.Peak > limit(c.o) {
 					t.Errorf("%s took %.1f MiB, promised are %.1f", j.Verb, mib(d.Peak), mib(limit(c.o)))

@@ -20,6 +20,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
@@ -160,13 +161,17 @@ func TestPanic(t *testing.T) {
 	s := tiertest.New(tiertest.Options{ReturnPath: true, Passes: 3, Resend: 0.3, XBZRLE: true, PartLen: 60,
 		Blocks: []tiertest.Block{{Name: "pc.ram", Size: 768 << 10}, {Name: "rom", Size: 32 << 10}}})
 	b := s.Bytes()
+	was := tiertest.New(tiertest.Options{Passes: 2, Resend: 0.3,
+		Blocks: []tiertest.Block{{Name: "pc.ram", Size: 768 << 10}, {Name: "rom", Size: 32 << 10}}})
 	for name, scene := range map[string]struct {
 		fs, in, answer, progress bool
+		parent                   bool // there is a checkpoint before
 	}{
-		"file system": {fs: true},
-		"input":       {in: true},
-		"answers":     {answer: true},
-		"progress":    {progress: true},
+		"file system":                {fs: true},
+		"file system, with a parent": {fs: true, parent: true},
+		"input":                      {in: true},
+		"answers":                    {answer: true},
+		"progress":                   {progress: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -181,6 +186,9 @@ func TestPanic(t *testing.T) {
 				// A file that a panic has left half formatted is nobody's yet.
 				if f, err := nvram.Open(context.Background(), l.fs, l.nvram, nvram.Options{Capacity: 40 << 18, Create: true}); err != nil || f.Close() != nil {
 					t.Fatal(err)
+				}
+				if scene.parent {
+					l.save(t, was, save.Options{NVRAM: l.nvram, WorkingSet: hotSet(t, was, every(3)), SegmentPages: 12})
 				}
 				var in io.Reader = bytes.NewReader(b)
 				if scene.in {
@@ -213,6 +221,10 @@ func TestPanic(t *testing.T) {
 					l.holdsOnly(t)
 					continue
 				}
+				if scene.parent && err == nil {
+					// A parent that can't be read does without.
+					continue
+				}
 				var bug *rescue.Error
 				if !errors.As(err, &bug) {
 					t.Fatalf("%s panicked: %v", at, err)
@@ -233,7 +245,12 @@ func TestPanic(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				nothingLeft(t, l)
+				if scene.parent {
+					l.holdsOnly(t)
+					l.remove(store.Ref{VM: "vm", N: 1})
+				} else {
+					nothingLeft(t, l)
+				}
 				if t.Failed() {
 					t.Fatalf("panic %d, in %s: %v\n%s", n, at, err, bug.Stack)
 				}

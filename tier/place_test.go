@@ -188,7 +188,7 @@ func TestRemoveFull(t *testing.T) {
 	l := newLab(t, fsys, dir)
 	s := small(1)
 	for range 3 {
-		l.save(t, s, save.Options{})
+		l.save(t, s, save.Options{Parent: save.ParentNone})
 	}
 	f, err := fsys.Create(filepath.Join(dir, "fill"))
 	if err != nil {
@@ -198,7 +198,7 @@ func TestRemoveFull(t *testing.T) {
 		_, err = f.Write(make([]byte, 4096))
 	}
 	f.Close()
-	if _, _, err := l.trySave(s, save.Options{}); err == nil {
+	if _, _, err := l.trySave(s, save.Options{Parent: save.ParentNone}); err == nil {
 		t.Fatal("the file system is not full")
 	}
 	for _, n := range []int{3, 1, 2} {
@@ -206,7 +206,7 @@ func TestRemoveFull(t *testing.T) {
 			t.Errorf("remove of %d: %v", n, err)
 		}
 	}
-	if ref, _ := l.save(t, s, save.Options{}); ref.N != 4 {
+	if ref, _ := l.save(t, s, save.Options{Parent: save.ParentNone}); ref.N != 4 {
 		t.Errorf("the next checkpoint is %v", ref)
 	}
 }

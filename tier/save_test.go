@@ -245,7 +245,7 @@ func TestSharedNVRAM(t *testing.T) {
 	put := func(l *lab, vm string, seed uint64) {
 		t.Helper()
 		s := stream(seed)
-		ref, _ := l.save(t, s, save.Options{VM: vm, WorkingSet: hotSet(t, s, every(2)), NVRAMSize: 40 << 18})
+		ref, _ := l.save(t, s, save.Options{VM: vm, WorkingSet: hotSet(t, s, every(2)), NVRAMSize: 40 << 18, Parent: save.ParentNone})
 		all = append(all, saved{l, ref, s})
 	}
 	for i := range uint64(3) {

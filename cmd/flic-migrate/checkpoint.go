@@ -20,6 +20,7 @@ type checkpointCmd struct {
 	encoding
 	placement
 	monitor   monitorFlags
+	parent    parentFlag
 	mode      choice
 	then      choice
 	timer     string
@@ -89,6 +90,7 @@ it lets it run first.`,
 	fs.Var(&c.mode, "mode", "when the guest runs meanwhile")
 	fs.Var(&c.then, "then", "what becomes of the guest (default: what it did before)")
 	c.placement.add(fs)
+	addParent(fs, &c.parent)
 	fs.StringVar(&c.timer, "timer", "auto", "how long the guest's writes are watched in each round, such as 4s; auto: by equation (1), in all rounds")
 	fs.Var(&c.rounds, "rounds", "how often; pages written in more, and in later, rounds are hotter")
 	fs.Float64Var(&c.beta, "beta", 3, "auto: safety factor on the time flash takes")
@@ -137,7 +139,7 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		Guard: guard,
 		Log:   c.log(),
 	}
-	o.Save.VM, o.Save.Log, o.Save.Progress = vm, c.log(), p.callback()
+	o.Save.VM, o.Save.Parent, o.Save.Log, o.Save.Progress = vm, string(c.parent), c.log(), p.callback()
 	if c.arm {
 		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog)}
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
 // size is a flag in bytes with an optional suffix K, M, G or T, powers of 1024.
@@ -66,6 +67,22 @@ func (c *choice) Set(v string) error {
 		}
 	}
 	return fmt.Errorf("must be one of %s", strings.Join(c.choices, ", "))
+}
+
+// parentFlag is --parent.
+type parentFlag string
+
+func (p *parentFlag) Type() string   { return "auto|none|NAME@N" }
+func (p *parentFlag) String() string { return string(*p) }
+
+func (p *parentFlag) Set(v string) error {
+	if v != save.ParentAuto && v != save.ParentNone {
+		if r, err := store.ParseRef(v); err != nil || r.N == 0 {
+			return fmt.Errorf("must be %s, %s or a checkpoint's name, NAME@N", save.ParentAuto, save.ParentNone)
+		}
+	}
+	*p = parentFlag(v)
+	return nil
 }
 
 // count is a flag that is a number of things, with bounds.

@@ -86,6 +86,7 @@ func (m *importCmd) run(ctx context.Context, name string) error {
 	show := newProgress(m.stderr, m.quiet)
 	defer show.finish()
 	o := m.encoding.options()
+	o.Parent = save.ParentNone // what comes from elsewhere depends on nothing here
 	o.VM, o.Log, o.Progress, o.Libvirt = vm, m.log(), show.callback(),
 		&checkpoint.Libvirt{XML: h.XML(), Cookie: h.Cookie(), SaveFile: h.Bytes()}
 	if h.Running != 0 {

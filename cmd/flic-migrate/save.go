@@ -30,6 +30,7 @@ type saveCmd struct {
 	encoding
 	placement
 	vm     string
+	parent parentFlag
 	report string
 	json   bool
 	quiet  bool
@@ -100,12 +101,19 @@ Standard output belongs to that return path and carries nothing else.`,
 	}
 	fs := c.Flags()
 	fs.StringVar(&s.vm, "vm", "", "name of the VM (required)")
+	addParent(fs, &s.parent)
 	s.placement.add(fs)
 	s.encoding.add(fs)
 	fs.StringVar(&s.report, "report", "", "write the JSON report to this file as well, also after a failure")
 	fs.BoolVar(&s.json, "json", false, "end with the report as one line of JSON on standard error")
 	fs.BoolVar(&s.quiet, "quiet", false, "no progress and no summary")
 	return c
+}
+
+// addParent adds --parent.
+func addParent(fs *pflag.FlagSet, p *parentFlag) {
+	*p = save.ParentAuto
+	fs.Var(p, "parent", "checkpoint to refer to for what has not changed; auto: the VM's newest; none: store all anew")
 }
 
 // saveReport is the JSON document of a save.
@@ -160,7 +168,7 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 		return ref, nil, err
 	}
 	defer out.Close()
-	o.VM, o.ReturnPath, o.Log = s.vm, out, s.log()
+	o.VM, o.Parent, o.ReturnPath, o.Log = s.vm, string(s.parent), out, s.log()
 	if err := s.placement.options(s.app, &o); err != nil {
 		return ref, nil, err
 	}
@@ -217,6 +225,10 @@ func writeReport(path string, b []byte) error {
 
 // summary is the line that a save ends with.
 func summary(ref store.Ref, r *checkpoint.Report) string {
-	return fmt.Sprintf("saved %v: %s in, %d pages (%d zero, %d duplicate, %d hot, %d cold), %s to flash, %s to NVRAM, %.2f s",
-		ref, human(r.BytesIn), r.Pages, r.Zero, r.Duplicate, r.Hot, r.Cold, human(r.FlashBytes), human(r.NVRAMBytes), r.Seconds.Total)
+	since := ""
+	if r.Parent != "" {
+		since = fmt.Sprintf(", %d as in %s, %d changed in part", r.Unchanged, r.Parent, r.Delta)
+	}
+	return fmt.Sprintf("saved %v: %s in, %d pages (%d zero, %d duplicate, %d hot, %d cold%s), %s to flash, %s to NVRAM, %.2f s",
+		ref, human(r.BytesIn), r.Pages, r.Zero, r.Duplicate, r.Hot, r.Cold, since, human(r.FlashBytes), human(r.NVRAMBytes), r.Seconds.Total)
 }

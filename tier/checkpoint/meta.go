@@ -134,18 +134,20 @@ const MaxLibvirt = 4 << 20
 
 // Report is what a save did. Counts are pages unless they say otherwise.
 type Report struct {
-	BytesIn    int64 `json:"bytes_in"`   // of the stream
-	Pages      int64 `json:"pages"`      // of all RAM blocks
-	Zero       int64 `json:"zero"`       // zero, however they were sent
-	ZeroAsData int64 `json:"zero_data"`  // those of them that QEMU sent as data
-	Duplicate  int64 `json:"duplicate"`  // equal to another page of this checkpoint
-	Hot        int64 `json:"hot"`        // in the NVRAM part
-	Cold       int64 `json:"cold"`       // in the flash image
-	Disk       int64 `json:"disk"`       // equal to a block of a disk image
-	Delta      int64 `json:"delta"`      // stored as what has changed of another page
-	Unchanged  int64 `json:"unchanged"`  // as in an earlier checkpoint, which has them
-	Resent     int64 `json:"resent"`     // records of pages that had come before
-	Superseded int64 `json:"superseded"` // stored, then replaced by a later version
+	Parent     string `json:"parent,omitempty"` // NAME@N of the checkpoint that it refers to
+	BytesIn    int64  `json:"bytes_in"`         // of the stream
+	Pages      int64  `json:"pages"`            // of all RAM blocks
+	Zero       int64  `json:"zero"`             // zero, however they were sent
+	ZeroAsData int64  `json:"zero_data"`        // those of them that QEMU sent as data
+	Duplicate  int64  `json:"duplicate"`        // equal to another page of this checkpoint
+	Hot        int64  `json:"hot"`              // in the NVRAM part
+	Cold       int64  `json:"cold"`             // in the flash image
+	Disk       int64  `json:"disk"`             // equal to a block of a disk image
+	Delta      int64  `json:"delta"`            // stored as what has changed of another page
+	DeltaBytes int64  `json:"delta_bytes"`      // of those, before they are compressed
+	Unchanged  int64  `json:"unchanged"`        // as in an earlier checkpoint, which has them
+	Resent     int64  `json:"resent"`           // records of pages that had come before
+	Superseded int64  `json:"superseded"`       // stored, then replaced by a later version
 	// SupersededFlash is those of them that were on flash: written there in vain.
 	SupersededFlash int64 `json:"superseded_flash"`
 	Surplus         int64 `json:"surplus"`     // hot, but the NVRAM file had no room

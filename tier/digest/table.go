@@ -175,6 +175,13 @@ func Open(root Root, keep *Cache, read func(frame int) ([]byte, error), bad func
 	return t, nil
 }
 
+// Keep is the same table, which keeps its chunks where another one does.
+func (t *Table) Keep(where *Table) *Table {
+	n := *t
+	n.keep = where.keep
+	return &n
+}
+
 // FlashSlot is the digest of a flash slot's page.
 func (t *Table) FlashSlot(slot uint64) (Sum, error) { return t.get(0, slot, t.Flash) }
 

@@ -38,11 +38,17 @@ type Start struct {
 // Encode calls emit with chunk after chunk, each at most limit bytes long
 // (limit ≥ 64), and where it starts. The slice is emit's only until it returns.
 func (t *Builder) Encode(limit int, emit func(at Start, chunk []byte) error) error {
+	return Encode(t.Runs, limit, emit)
+}
+
+// Encode is Builder.Encode of a map that is nowhere as a whole: runs calls its argument
+// with every run, Absent ones included, in block and page order.
+func Encode(runs func(func(Run) error) error, limit int, emit func(at Start, chunk []byte) error) error {
 	const maxRun = 1 + 2*binary.MaxVarintLen64
 	var buf []byte
 	var at Start
 	var next [numKinds]uint64
-	err := t.Runs(func(r Run) error {
+	err := runs(func(r Run) error {
 		if len(buf) > 0 && len(buf)+maxRun > limit {
 			if err := emit(at, buf); err != nil {
 				return err

@@ -185,6 +185,18 @@ func (t *Builder) Set(b int, page uint64, e Entry) (old Entry) {
 	return old
 }
 
+// Change replaces each entry of a block by what fn makes of it.
+func (t *Builder) Change(b int, fn func(Entry) Entry) {
+	for _, l := range t.blocks[b].leaves {
+		if l == nil {
+			continue
+		}
+		for i := range l {
+			l[i] = fn(l[i])
+		}
+	}
+}
+
 // Run is a stretch of pages of one kind in a block. Values are First,
 // First+Step, First+2·Step … with Step 0 or 1.
 type Run struct {

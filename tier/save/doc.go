@@ -1,11 +1,17 @@
 // Package save makes a checkpoint of a migration stream.
 //
-//	in ─► feed ─► parser ─┬─ pages ─► placer ─┬─ hot ──► NVRAM region ─┐
-//	                      │                   └─ cold ─┐               │
-//	                      └─ all else ─► skeleton ─────┴─► image ──────┴─► transaction
+//	in ─► feed ─► parser ─┬─ pages ─► matcher ─► placer ─┬─ hot ──► NVRAM region ─┐
+//	                      │              ▲               └─ cold ─┐               │
+//	                      │            parent                     │               │
+//	                      └─ all else ─► skeleton ────────────────┴─► image ──────┴─► transaction
 //
 // Each stage knows the next, and none the one before. One goroutine runs them; the
-// image's Writer compresses and writes with some of its own.
+// matcher compares pages with the parent checkpoint's, and the image's Writer compresses
+// and writes, with some of their own. Without a parent there is no matcher.
+//
+// What a checkpoint refers to is bytes, and never what another checkpoint's page map
+// says of them: entries of the parent's are taken over under names of the new one's
+// own. A parent costs no save: what of it can't be read is stored anew.
 //
 // # What QEMU is told
 //

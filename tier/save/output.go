@@ -23,6 +23,8 @@ type output struct {
 	// hash makes the digests of the image's pages; nil: it keeps none, and nobody can
 	// refer to it.
 	hash *digest.Hasher
+	// features are what the image may turn out to need.
+	features image.Features
 
 	img    *image.Writer // nil until open
 	nvfile *nvram.File   // nil without NVRAM
@@ -40,7 +42,7 @@ func (o *output) open(pageSize int) error {
 	}
 	var err error
 	o.img, err = image.NewWriter(o.tx.Image(), image.Header{
-		PageSize: pageSize, SegmentPages: segment, UUID: o.tx.UUID(), Created: o.created,
+		PageSize: pageSize, SegmentPages: segment, UUID: o.tx.UUID(), Created: o.created, Features: o.features,
 	}, o.codec, o.workers)
 	if err == nil && o.hash != nil {
 		o.img.KeepDigests(o.hash)
@@ -53,6 +55,18 @@ func (o *output) chunk(k image.Kind, b []byte) error {
 	buf := o.img.NewBuffer(k)
 	buf.Data = append(buf.Data, b...)
 	return o.img.Submit(buf)
+}
+
+// chunks writes a document in as many frames as it takes.
+func (o *output) chunks(k image.Kind, b []byte) error {
+	for len(b) > 0 {
+		n := min(len(b), image.MaxChunk)
+		if err := o.chunk(k, b[:n]); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
 }
 
 // reserve takes room in an NVRAM file.
@@ -110,12 +124,8 @@ func (o *output) finishNVRAM(ctx context.Context, slots []checkpoint.NVRAMSlot, 
 		return nil, nil
 	}
 	part := checkpoint.NVRAMPart{Extents: o.region.Extents(), Slots: slots}
-	for b := part.Append(nil); len(b) > 0; {
-		n := min(len(b), image.MaxChunk)
-		if err := o.chunk(image.NVRAM, b[:n]); err != nil {
-			return nil, err
-		}
-		b = b[n:]
+	if err := o.chunks(image.NVRAM, part.Append(nil)); err != nil {
+		return nil, err
 	}
 	return &checkpoint.NVRAM{
 		Path: o.nvfile.Path(), UUID: o.nvfile.UUID(), Slots: len(slots),

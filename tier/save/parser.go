@@ -29,8 +29,8 @@ type parser struct {
 
 	// begin makes the next stage, when the first page comes or when all that will
 	// come has; place is nil until then.
-	begin func() (*placer, error)
-	place *placer
+	begin func() (stage, error)
+	place stage
 	// known is called when the RAM blocks are.
 	known func() error
 	// tick is called now and then.
@@ -48,6 +48,18 @@ type parser struct {
 	resent      int64                        // page records for pages that had come
 	last        struct{ block, page uint64 } // of the last page record
 	placedBlock uint64                       // of the last page record in the skeleton
+}
+
+// stage is what takes the pages: the matcher, or where there is no parent the placer.
+type stage interface {
+	// has tells whether a page has come.
+	has(block int, page uint64) bool
+	// put takes the page of a record.
+	put(rec *ramparse.Record) error
+	// read copies what a page holds so far into dst; zeros if it has not come.
+	read(dst []byte, block int, page uint64) error
+	// flush hands on whatever is still open. Nothing is put after it.
+	flush() error
 }
 
 func newParser(f *feed, cur *stream.Cursor, meta *checkpoint.Meta, a *answers) *parser {

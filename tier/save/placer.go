@@ -20,8 +20,10 @@ import (
 // placer decides where a page's content goes, once for each record:
 //
 //	zero ───────────────────────────► page map
+//	the parent's (matcher) ─────────► page map: where that is
 //	equal to a stored page (dedup) ─► page map: that page's slot
 //	in the working set ─────────────► NVRAM slot
+//	the parent's, with changes ─────► delta in a flash segment
 //	else ───────────────────────────► flash segment
 //
 // It reads back what it has placed where a later record needs it: a difference
@@ -33,8 +35,9 @@ type placer struct {
 	scratch  []byte // a page in the making: of a difference, or on its way to another tier
 
 	seg     *image.Buffer // open PAGES segment
-	records *image.Buffer // open RECORDS segment: its payloads
-	lengths []uint32      // of those payloads
+	records packed        // open RECORDS segment
+	deltas  packed        // open DELTAS segment
+	bases   []deltaBase   // of all deltas so far, by rising slot
 
 	slots     []checkpoint.NVRAMSlot // those given out
 	sums      []digest.Sum           // of their pages, if digests are kept
@@ -55,6 +58,7 @@ type placer struct {
 // target is where a placer puts pages. All of it is the placer's own while it works.
 type target struct {
 	pages  *pagemap.Builder
+	par    *parent // what was compared with; nil: there is none
 	img    *image.Writer
 	hash   *digest.Hasher // nil: no digests are kept
 	region *nvram.Region  // nil: every page is cold
@@ -63,7 +67,7 @@ type target struct {
 
 // counts is what a placer has done so far, as the report has it.
 type counts struct {
-	NonZeroBytes, Duplicate, Superseded, SupersededFlash, Surplus int64
+	NonZeroBytes, Duplicate, Superseded, SupersededFlash, Surplus, DeltaBytes int64
 }
 
 // placed remembers where the last page went.
@@ -110,19 +114,29 @@ func (p *placer) put(rec *ramparse.Record) error {
 	return p.difference(rec)
 }
 
-// difference places a page as an XBZRLE record changes it, wherever its last content
-// is by now. A page that has not come has none: ROM is not zero in a destination.
+// difference places a page as an XBZRLE record changes it.
 func (p *placer) difference(rec *ramparse.Record) error {
-	if !p.has(rec.Block, rec.Page) {
-		return stream.Damaged("xbzrle page", rec.Offset, "a difference to a page that has not come")
-	}
-	if err := p.read(p.scratch, rec.Block, rec.Page); err != nil {
+	data, err := p.changed(rec)
+	if err != nil {
 		return err
 	}
-	if err := ramparse.ApplyXBZRLE(p.scratch, rec.Data); err != nil {
-		return stream.Damaged("xbzrle page", rec.Offset, "%v", err)
+	return p.page(rec.Block, rec.Page, data)
+}
+
+// changed is a page as an XBZRLE record changes it, wherever its last content is by now;
+// valid until the next page is placed. A page that has not come has none: ROM is not
+// zero in a destination.
+func (p *placer) changed(rec *ramparse.Record) ([]byte, error) {
+	if !p.has(rec.Block, rec.Page) {
+		return nil, stream.Damaged("xbzrle page", rec.Offset, "a difference to a page that has not come")
 	}
-	return p.page(rec.Block, rec.Page, p.scratch)
+	if err := p.read(p.scratch, rec.Block, rec.Page); err != nil {
+		return nil, err
+	}
+	if err := ramparse.ApplyXBZRLE(p.scratch, rec.Data); err != nil {
+		return nil, stream.Damaged("xbzrle page", rec.Offset, "%v", err)
+	}
+	return p.scratch, nil
 }
 
 // set replaces a page's entry. It is the only one who does, so that it is known
@@ -142,7 +156,7 @@ func (p *placer) set(block int, page uint64, e pagemap.Entry) {
 		if p.users[old.Value()]--; p.users[old.Value()] == 0 && old.Value() < uint64(len(p.slots)) {
 			p.free = append(p.free, int(old.Value()))
 		}
-	case inFlash(old):
+	case inFlash(old) || isDelta(old):
 		p.count.Superseded++
 		p.count.SupersededFlash++
 	}
@@ -291,7 +305,7 @@ func (p *placer) pair(e pagemap.Entry) ([]byte, error) {
 		return p.seg.Data[i : i+2*p.pageSize], nil
 	}
 	for i := range 2 {
-		if err := p.back.content(p.pairBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagemap.Entry(i)); err != nil {
+		if err := p.back.content(p.pairBuf[i*p.pageSize:(i+1)*p.pageSize], source.Page{}, e+pagemap.Entry(i)); err != nil {
 			return nil, err
 		}
 	}
@@ -362,39 +376,90 @@ func (p *placer) record(block int, page uint64, payload []byte) error {
 	}
 	p.last.ok = false
 	p.count.NonZeroBytes += int64(p.pageSize)
-	if p.records != nil && (len(p.lengths) == p.segmentPages() ||
-		4+4*(len(p.lengths)+1)+len(p.records.Data)+len(payload) > cap(p.records.Data)) {
-		if err := p.submitRecords(); err != nil {
-			return err
-		}
-	}
-	if p.records == nil {
-		p.records = p.to.img.NewBuffer(image.Records)
-	}
-	slot := uint64(p.records.Number)*uint64(p.segmentPages()) + uint64(len(p.lengths))
-	p.lengths = append(p.lengths, uint32(len(payload)))
-	p.records.Data = append(p.records.Data, payload...)
+	var sum digest.Sum
 	if p.to.hash != nil {
-		p.records.Sums = append(p.records.Sums, p.to.hash.Sum(p.scratch))
+		sum = p.to.hash.Sum(p.scratch)
 	}
-	p.set(block, page, pagemap.Make(pagemap.Flash, slot))
+	slot, err := p.pack(&p.records, image.Records, payload, sum)
+	if err == nil {
+		p.set(block, page, pagemap.Make(pagemap.Flash, slot))
+	}
+	return err
+}
+
+// deltaBase is what the delta in a slot is against.
+type deltaBase struct {
+	slot uint64
+	base pagemap.Entry
+}
+
+// matched places a page record that has been compared with the parent.
+func (p *placer) matched(it *item) error {
+	if it.fill >= 0 {
+		p.fill(it.block, it.page, byte(it.fill))
+		return nil
+	}
+	// What the guest waits for must not be on flash.
+	if it.found == isNew || it.hot && it.cold && p.room() {
+		return p.page(it.block, it.page, it.data)
+	}
+	p.last.ok = false
+	p.count.NonZeroBytes += int64(p.pageSize)
+	if it.found == isEqual {
+		p.set(it.block, it.page, it.entry)
+		return nil
+	}
+	slot, err := p.pack(&p.deltas, image.Deltas, it.delta, it.sum)
+	if err != nil {
+		return err
+	}
+	p.count.DeltaBytes += int64(len(it.delta))
+	p.bases = append(p.bases, deltaBase{slot, it.entry})
+	p.set(it.block, it.page, pagemap.Make(pagemap.Delta, slot))
 	return nil
 }
 
-// submitRecords puts the lengths before the payloads and hands the segment on.
-func (p *placer) submitRecords() error {
-	b := p.records
-	p.records = nil
+// packed is an open segment of payloads of any length, RECORDS or DELTAS.
+type packed struct {
+	buf     *image.Buffer // the payloads; nil: none is open
+	lengths []uint32
+}
+
+// pack puts a payload, which stands for a page with the given digest, into an open
+// segment, and returns its slot.
+func (p *placer) pack(k *packed, kind image.Kind, payload []byte, sum digest.Sum) (slot uint64, err error) {
+	if k.buf != nil && (len(k.lengths) == p.segmentPages() ||
+		4+4*(len(k.lengths)+1)+len(k.buf.Data)+len(payload) > cap(k.buf.Data)) {
+		if err := p.submitPacked(k); err != nil {
+			return 0, err
+		}
+	}
+	if k.buf == nil {
+		k.buf = p.to.img.NewBuffer(kind)
+	}
+	slot = uint64(k.buf.Number)*uint64(p.segmentPages()) + uint64(len(k.lengths))
+	k.lengths = append(k.lengths, uint32(len(payload)))
+	k.buf.Data = append(k.buf.Data, payload...)
+	if p.to.hash != nil {
+		k.buf.Sums = append(k.buf.Sums, sum)
+	}
+	return slot, nil
+}
+
+// submitPacked puts the lengths before the payloads and hands the segment on.
+func (p *placer) submitPacked(k *packed) error {
+	b := k.buf
+	k.buf = nil
 	if b == nil {
 		return nil
 	}
 	payloads := append([]byte(nil), b.Data...)
-	b.Data = binary.BigEndian.AppendUint32(b.Data[:0], uint32(len(p.lengths)))
-	for _, n := range p.lengths {
+	b.Data = binary.BigEndian.AppendUint32(b.Data[:0], uint32(len(k.lengths)))
+	for _, n := range k.lengths {
 		b.Data = binary.BigEndian.AppendUint32(b.Data, n)
 	}
 	b.Data = append(b.Data, payloads...)
-	p.lengths = p.lengths[:0]
+	k.lengths = k.lengths[:0]
 	return p.to.img.Submit(b)
 }
 
@@ -404,7 +469,10 @@ func (p *placer) flush() error {
 	if err := p.submitSegment(); err != nil {
 		return err
 	}
-	return p.submitRecords()
+	if err := p.submitPacked(&p.records); err != nil {
+		return err
+	}
+	return p.submitPacked(&p.deltas)
 }
 
 func (p *placer) nvramBytes() int64 { return int64(len(p.slots)) * int64(p.pageSize) }
@@ -414,7 +482,7 @@ func (p *placer) report(r *checkpoint.Report) {
 	r.NVRAMBytes = p.nvramBytes()
 	r.SampledBytes, r.HashedBytes = p.index.SampledBytes, p.index.HashedBytes
 	c := &p.count
-	r.NonZeroBytes, r.Duplicate, r.Surplus = c.NonZeroBytes, c.Duplicate, c.Surplus
+	r.NonZeroBytes, r.Duplicate, r.Surplus, r.DeltaBytes = c.NonZeroBytes, c.Duplicate, c.Surplus, c.DeltaBytes
 	r.Superseded, r.SupersededFlash = c.Superseded, c.SupersededFlash
 	var n source.Counts
 	p.to.pages.Runs(func(run pagemap.Run) error {

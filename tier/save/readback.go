@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/delta"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
@@ -17,21 +18,41 @@ const cachedSegments = 16
 // readback gives a placer what it has placed. It is the sources of a checkpoint that
 // is still being written: what lies in the placer's and the writer's buffers comes
 // from there, and all else by way of the file.
+//
+// A page that is not whole in this checkpoint is what the parent has at its place, or
+// a delta against that, so the parent gives it.
 type readback struct {
 	p      *placer
 	reader *source.Reader
 	lent   image.Segment
 	slot   []byte // a page from NVRAM
+
+	parent *parentReader // nil: there is none
+	result []byte        // a page made of a delta
 }
 
 func newReadback(p *placer) *readback {
 	b := &readback{p: p, slot: make([]byte, p.pageSize)}
+	table := source.Default
+	if p.to.par != nil {
+		// The reader's waits have an end: nobody else fills its cache.
+		b.parent, b.result = p.to.par.reader(context.Background()), make([]byte, p.pageSize)
+		for _, k := range []pagemap.Kind{pagemap.Foreign, pagemap.ForeignNVRAM, pagemap.ForeignDelta} {
+			table = table.With(source.Row{Kind: k, Name: k.String(), Form: source.Whole, Content: b.parents})
+		}
+		table = table.With(source.Row{Kind: pagemap.Delta, Name: "delta", Form: source.Whole, Needs: ownSegment, Content: b.delta})
+	}
 	set := &source.Set{
 		Facts: source.Facts{PageSize: p.pageSize, Spaces: []source.SpaceFacts{{SegmentPages: uint64(p.segmentPages())}}},
-		Table: source.Default, Backing: b,
+		Table: table, Backing: b,
 	}
 	b.reader = set.NewReader(source.NewCache(b, cachedSegments))
 	return b
+}
+
+// ownSegment is Row.Needs of a page in a segment of this image.
+func ownSegment(f *source.Facts, r pagemap.Run, dst []source.Need) ([]source.Need, uint64) {
+	return append(dst, source.Segment(uint32(r.First/f.Spaces[0].SegmentPages))), 1
 }
 
 // Lend implements source.Lender: most segments that are asked for are still in a
@@ -47,11 +68,47 @@ func (b *readback) Lend(n source.Need) *image.Segment {
 	return &b.lent
 }
 
-// Fetch implements source.Backing. An open segment of records has to leave first.
+// parents is Row.Content of a page that is as it is in the parent.
+func (b *readback) parents(rd *source.Reader, _ pagemap.Entry) (source.Content, error) {
+	page := rd.Page()
+	at, ok := b.parent.find(page.Block, page.Number)
+	if !ok {
+		return source.Content{}, errors.New("the parent has lost it")
+	}
+	data, err := b.parent.content(at, page.Block, page.Number)
+	return source.Content{Form: source.Whole, Data: data}, err
+}
+
+// delta is Row.Content of a page that is a delta against the parent's whole bytes.
+func (b *readback) delta(rd *source.Reader, e pagemap.Entry) (c source.Content, err error) {
+	seg, i := rd.InSegment(0, e.Value())
+	d, err := seg.Delta(i)
+	if err != nil {
+		return c, err
+	}
+	page := rd.Page()
+	at, ok := b.parent.find(page.Block, page.Number)
+	if ok && at.Tier == source.AsDelta {
+		at, ok = b.parent.base(at)
+	}
+	if !ok {
+		return c, errors.New("the parent has lost what it is a delta against")
+	}
+	base, err := b.parent.content(at, page.Block, page.Number)
+	if err == nil {
+		err = delta.Apply(b.result, base, d)
+	}
+	return source.Content{Form: source.Whole, Data: b.result}, err
+}
+
+// Fetch implements source.Backing. An open segment of records or deltas has to leave
+// first.
 func (b *readback) Fetch(st *image.Stored, n source.Need) error {
-	if r := b.p.records; r != nil && n.Number == r.Number {
-		if err := b.p.submitRecords(); err != nil {
-			return err
+	for _, k := range []*packed{&b.p.records, &b.p.deltas} {
+		if k.buf != nil && n.Number == k.buf.Number {
+			if err := b.p.submitPacked(k); err != nil {
+				return err
+			}
 		}
 	}
 	return b.p.to.img.FetchSegment(st, n.Number)
@@ -72,15 +129,16 @@ func (b *readback) Guard(fn func() error) error { return fn() }
 // Drop implements source.Backing.
 func (b *readback) Drop(source.Space, uint64, uint64) {}
 
-// content copies what entry e stands for into dst. It never waits for anything but
-// the image's writer, which has an end.
-func (b *readback) content(dst []byte, e pagemap.Entry) error {
-	return b.reader.Copy(context.Background(), dst, source.Page{}, e)
+// content copies what entry e stands for into dst; if that is in the parent, the page
+// that has the entry must be given. It never waits for anything but the image's writer,
+// which has an end.
+func (b *readback) content(dst []byte, of source.Page, e pagemap.Entry) error {
+	return b.reader.Copy(context.Background(), dst, of, e)
 }
 
 // read copies what a page holds so far into dst; zeros if it has not come.
 func (p *placer) read(dst []byte, block int, page uint64) error {
-	return p.back.content(dst, p.to.pages.Get(block, page))
+	return p.back.content(dst, source.Page{Block: block, Number: page}, p.to.pages.Get(block, page))
 }
 
 // stored tells whether a page has content in a tier: its source is not the entry
@@ -94,7 +152,7 @@ func (p *placer) stored(block int, page uint64) bool {
 func (p *placer) Fetch(at dedup.Place) ([]byte, error) {
 	e := placeEntry(at)
 	for i := range p.chunkPages {
-		err := p.back.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], e+pagemap.Entry(i))
+		err := p.back.content(p.fetchBuf[i*p.pageSize:(i+1)*p.pageSize], source.Page{}, e+pagemap.Entry(i))
 		if errors.Is(err, loose.ErrGone) {
 			err = dedup.ErrGone
 		}
@@ -125,6 +183,7 @@ func (p *placer) Stale(at dedup.Place) bool {
 
 func inNVRAM(e pagemap.Entry) bool { return e.Kind() == pagemap.NVRAM }
 func inFlash(e pagemap.Entry) bool { return e.Kind() == pagemap.Flash }
+func isDelta(e pagemap.Entry) bool { return e.Kind() == pagemap.Delta }
 
 // A dedup.Place is a slot and, in bit 0, whether it is one of flash.
 

@@ -49,6 +49,10 @@ type Options struct {
 	// guest stands still; 0: 250 ms.
 	TablesTime time.Duration
 
+	// Parent is the checkpoint that this one may refer to for what has not changed:
+	// ParentAuto or empty, ParentNone, or a name. To refers to none.
+	Parent string
+
 	Libvirt *checkpoint.Libvirt // kept with the checkpoint; may be nil
 
 	Hold *Hold // the save waits near the end of the first pass; nil: it does not
@@ -84,9 +88,10 @@ const tableChunk = 32 << 10
 func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Options) (store.Ref, *checkpoint.Meta, error) {
 	s := newSaver(ctx, fsys, st, in, o)
 	return s.run(func() (err error) {
-		s.out.hash = digest.Fresh()
-		s.out.tx, err = st.Begin(ctx, o.VM)
-		return err
+		if s.out.tx, err = st.Begin(ctx, o.VM); err != nil {
+			return err
+		}
+		return s.openParent()
 	})
 }
 
@@ -187,6 +192,11 @@ type saver struct {
 	meta *checkpoint.Meta // filled as the stream tells
 	rep  checkpoint.Report
 	past past
+	par  *parent // nil: there is none
+	// match and placer are the stages behind the parser, once there are pages; match
+	// is nil without a parent.
+	match  *matcher
+	placer *placer
 	// single is set if the image goes to a file that is no store's.
 	single bool
 
@@ -204,6 +214,9 @@ func (s *saver) abandon(cause error) {
 			s.o.Log.Error(bug.Error(), "stack", string(bug.Stack))
 			return nil
 		})
+	}
+	if s.match != nil {
+		s.step("end of the comparison", func() error { s.match.stop(); return nil })
 	}
 	if s.out.img != nil {
 		s.step("end of the image", func() error { s.out.img.Abort(); return nil })
@@ -271,8 +284,23 @@ func (s *saver) open() error {
 	return nil
 }
 
-// place makes the placer, once the blocks and the page size are known.
-func (s *saver) place() (*placer, error) {
+// openParent opens the checkpoint that this one may refer to. Digests are its digests'
+// like, so that they compare.
+func (s *saver) openParent() (err error) {
+	if s.par, err = openParent(s.ctx, s.st, s.out.tx, s.o, s.o.workers()); err != nil {
+		return err
+	}
+	if s.par == nil {
+		s.out.hash = digest.Fresh()
+		return nil
+	}
+	s.out.hash = s.par.sums.Hasher
+	s.out.features.Incompat = image.HasDeltas | image.HasReferences
+	return nil
+}
+
+// place makes the stages that take pages, once the blocks and the page size are known.
+func (s *saver) place() (stage, error) {
 	if err := s.open(); err != nil {
 		return nil, err
 	}
@@ -284,6 +312,13 @@ func (s *saver) place() (*placer, error) {
 	var err error
 	if to.pages, err = pagemap.New(pages); err != nil {
 		return nil, stream.Damaged("ram setup", s.parse.cur.Offset(), "%v", err)
+	}
+	if s.par != nil {
+		if err := s.par.bind(s.meta.Blocks, s.meta.PageSize); err != nil {
+			s.o.Log.Warn("nothing is referred to of what should be the parent", "error", err)
+		} else {
+			to.par = s.par
+		}
 	}
 	surplus, err := s.reserve(&to)
 	if err != nil {
@@ -305,7 +340,12 @@ func (s *saver) place() (*placer, error) {
 	// the promise of 32 B a page.
 	p := newPlacer(to, s.meta.PageSize, chunk, sample, max(1<<16, int(s.rep.Pages/8)))
 	p.count.Surplus = surplus
-	return p, nil
+	s.placer = p
+	if to.par == nil {
+		return p, nil
+	}
+	s.match = newMatcher(s.ctx, p, s.par, s.o.workers())
+	return s.match, nil
 }
 
 // reserve takes room in NVRAM for the working set, if there is one, and returns how
@@ -388,8 +428,11 @@ func (s *saver) tail() error {
 func (s *saver) commit() (store.Ref, error) {
 	start := time.Now()
 	s.tick("commit", true)
-	place := s.parse.place
+	place := s.placer
 	if err := s.parse.skel.Flush(); err != nil {
+		return store.Ref{}, err
+	}
+	if err := s.references(s.ctx); err != nil {
 		return store.Ref{}, err
 	}
 	err := place.to.pages.Encode(tableChunk, func(at pagemap.Start, b []byte) error {
@@ -447,9 +490,9 @@ func (s *saver) tick(phase string, always bool) {
 	s.lastTick = now
 	p := progress.State{Phase: phase, PagesAll: s.rep.Pages, Pages: s.rep.Pages - int64(s.parse.unseen),
 		BytesIn: s.parse.cur.Offset(), BytesOut: s.out.len()}
-	if s.parse.place != nil {
+	if s.placer != nil {
 		// The image can be open before there is a page to place.
-		p.BytesOut += s.parse.place.nvramBytes()
+		p.BytesOut += s.placer.nvramBytes()
 	}
 	s.o.Progress(p)
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/mmu"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -30,7 +31,7 @@ func maxTables(pages int64) int { return int(min(4096+pages/64, maxTableRuns)) }
 // called after everything has been placed. That nothing is found is no error,
 // and the report says why.
 func (s *saver) findTables(tail []byte, t *stream.Tail) error {
-	if s.parse.place == nil {
+	if s.placer == nil {
 		return nil
 	}
 	runs, err := s.walkTables(tail, t)
@@ -45,7 +46,7 @@ func (s *saver) findTables(tail []byte, t *stream.Tail) error {
 	for _, r := range runs {
 		s.rep.PageTables += int64(r.Count)
 	}
-	moved, err := s.parse.place.promote(runs)
+	moved, err := s.placer.promote(runs)
 	if err != nil || !moved {
 		return err
 	}
@@ -72,7 +73,7 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 			}
 			for n := 0; n < len(buf); {
 				at := offset + uint64(n)
-				if err := s.parse.place.read(page, block, at/size); err != nil {
+				if err := s.placer.read(page, block, at/size); err != nil {
 					return false, err
 				}
 				n += copy(buf[n:], page[at%size:])
@@ -84,7 +85,7 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 			for page := offset / size; page <= (offset+uint64(n)-1)/size; page++ {
 				// A table without entries is a page of zeros: there is nothing
 				// to store, and nobody waits long for it.
-				if s.parse.place.stored(block, page) {
+				if s.placer.stored(block, page) {
 					runs = appendPage(runs, block, page)
 				}
 			}
@@ -126,7 +127,7 @@ func (p *placer) promote(runs []workingset.PageRun) (moved bool, err error) {
 	for _, r := range runs {
 		for page := r.Page; page < r.Page+r.Count; page++ {
 			e := p.to.pages.Get(r.Block, page)
-			if !inFlash(e) {
+			if at, ok := source.Default.Locate(e); !ok || at.Tier == source.InNVRAM {
 				continue
 			}
 			if !p.room() {
@@ -137,8 +138,12 @@ func (p *placer) promote(runs []workingset.PageRun) (moved bool, err error) {
 					break
 				}
 			}
-			if err := p.back.content(p.scratch, e); err != nil {
-				return moved, err
+			if err := p.read(p.scratch, r.Block, page); err != nil {
+				if inFlash(e) {
+					return moved, err
+				}
+				p.to.par.damaged(err)
+				continue // where it is, it is as safe as it was
 			}
 			slot := p.takeSlot()
 			if err := p.write(slot, r.Block, page, p.scratch); err != nil {
@@ -164,7 +169,7 @@ func (p *placer) demote(before int) (int, error) {
 		if p.users[slot] != 1 || p.to.pages.Get(block, page) != e || p.to.hot.ws.Heat(block, int64(page)) > p.to.hot.min {
 			continue
 		}
-		if err := p.back.content(p.scratch, e); err != nil {
+		if err := p.read(p.scratch, block, page); err != nil {
 			return 0, err
 		}
 		e, err := p.store(block, page, p.scratch, false)

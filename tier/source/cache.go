@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 // Segments are what a Cache keeps. Both methods may be called from several goroutines.
@@ -157,13 +158,19 @@ func (c *Cache) Have(n Need) *Held {
 func (c *Cache) Fill(h *Held, sr *image.SegmentReader) {
 	sr.Recycle(h.segment)
 	h.segment = nil
-	err := c.from.Fetch(&sr.Stored, h.Need)
-	if err == nil {
-		h.segment, err = sr.Decode(&sr.Stored)
-	}
-	if err == nil && h.Need.Space > 0 && h.segment.Kind == image.Pages {
-		err = c.from.CheckSegment(h.Need, h.segment)
-	}
+	// Whatever becomes of it, others may wait for it: a panic is an error to them too.
+	err := rescue.Call(func() (err error) {
+		if err = c.from.Fetch(&sr.Stored, h.Need); err != nil {
+			return err
+		}
+		if h.segment, err = sr.Decode(&sr.Stored); err != nil {
+			return err
+		}
+		if h.Need.Space > 0 && h.segment.Kind == image.Pages {
+			err = c.from.CheckSegment(h.Need, h.segment)
+		}
+		return err
+	})
 	c.mu.Lock()
 	h.err, h.filled = err, true
 	if h.refs == 0 {

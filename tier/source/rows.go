@@ -54,6 +54,7 @@ var deltas = []Row{
 // nvramRow makes a row of pages that are in an NVRAM part.
 func nvramRow(row Row, at locate) Row {
 	row.Form, row.Mapped = Whole, true
+	row.at, row.tier = at, InNVRAM
 	row.Check = func(f *Facts, r pagemap.Run) error {
 		return f.check(r, at, "NVRAM slot", func(s *SpaceFacts, first, last uint64) bool { return s.Slots.Has(first, last) })
 	}
@@ -72,6 +73,7 @@ func nvramRow(row Row, at locate) Row {
 // flashRow makes a row of whole pages that are in segments.
 func flashRow(row Row, at locate) Row {
 	row.Form = Whole
+	row.at, row.tier = at, OnFlash
 	row.Check = func(f *Facts, r pagemap.Run) error { return f.checkFlash(r, at) }
 	row.Needs = func(f *Facts, r pagemap.Run, dst []Need) ([]Need, uint64) {
 		need, n := f.segment(r, at)
@@ -101,6 +103,7 @@ func flashRow(row Row, at locate) Row {
 // deltaRow makes a row of pages that are deltas in segments against bases.
 func deltaRow(row Row, at locate) Row {
 	row.Form, row.Mapped = Whole, true
+	row.at, row.tier = at, AsDelta
 	row.Check = func(f *Facts, r pagemap.Run) error {
 		if err := f.checkFlash(r, at); err != nil {
 			return err

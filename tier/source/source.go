@@ -138,6 +138,8 @@ type Row struct {
 
 	// bytes is Content as a whole page, of kinds whose bytes are stored.
 	bytes   func(rd *Reader, e pagemap.Entry) ([]byte, error)
+	at      locate // of kinds whose bytes are stored
+	tier    Tier
 	unknown bool
 }
 

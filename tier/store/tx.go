@@ -39,7 +39,8 @@ type Tx struct {
 
 	nvfile *nvram.File
 	region *nvram.Region
-	holds  []Object // what it refers to, locked
+	holds  []Object      // what it refers to, locked
+	opened []*Checkpoint // likewise
 	// keep is set when the checkpoint may become visible in spite of an error:
 	// its NVRAM is then not given back.
 	keep bool
@@ -125,8 +126,14 @@ func (t *Tx) Image() Sink { return t.image }
 // store knows of can't, because nobody would give it back.
 func (t *Tx) HasNVRAM() bool { return t.s != nil }
 
-// Refer keeps the images with these UUIDs from going away until the transaction
-// has ended. A committed checkpoint's IDENTITY does so then.
+// Hold keeps an open checkpoint, and what it refers to, from going away until the
+// transaction has ended, and closes it then.
+func (t *Tx) Hold(c *Checkpoint) { t.opened = append(t.opened, c) }
+
+// Refer is called before the commit of a checkpoint that refers to others: from then on
+// a store has to look for references. It keeps the images with these UUIDs, if Hold does
+// not, from going away until the transaction has ended; the committed checkpoint's
+// IDENTITY does so after that.
 func (t *Tx) Refer(ctx context.Context, ids ...uuid.UUID) error {
 	if t.ref == (Ref{}) {
 		return errors.New("an image outside of a store can't refer to others")
@@ -299,6 +306,9 @@ func (t *Tx) close() error {
 	}
 	for _, f := range t.holds {
 		f.Close()
+	}
+	for _, c := range t.opened {
+		c.Close()
 	}
 	err := t.image.Close()
 	if t.ref.N > 0 {

@@ -1,0 +1,301 @@
+package save
+
+import (
+	"bytes"
+	"context"
+	"runtime"
+	"sync"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/tier/delta"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
+	"github.com/flic-migrate/flic-migrate/tier/source"
+)
+
+// matcher is the stage before the placer if there is a parent. It compares pages with
+// what the parent has at their place, many at a time on all CPUs, and hands them on in
+// their order:
+//
+//	parser ─► batch ─┬─► worker: digest, delta ─┐
+//	                 └─► flight ─────────────────► placer
+//
+// The digest of a page tells whether it is as it was, and then nothing is read; only of
+// one that is not the parent's bytes are read, for the delta. A page that has come is
+// known to have come at once, and stands for nothing until it is placed.
+type matcher struct {
+	next   *placer
+	par    *parent
+	batch  *batch   // that fills; nil: none
+	flight []*batch // with the workers, in order
+	free   []*batch
+	most   int         // batches in flight
+	work   chan *batch // nil: the workers have been told to end
+	alive  sync.WaitGroup
+}
+
+// batchBytes is the size of the pages of a batch: large against the cost of handing it
+// on, and small enough for a CPU's cache.
+const batchBytes = 256 << 10
+
+// batch is some page records that came one after the other.
+type batch struct {
+	items  []item
+	data   []byte // of items, page after page
+	deltas []byte // of items
+	done   chan error
+}
+
+// item is a page record, and what a worker has found out about it.
+type item struct {
+	block int
+	page  uint64
+	fill  int    // the byte of a ZERO record; -1: there is content
+	data  []byte // of the page
+	hot   bool
+
+	found finding
+	// entry is where an equal page is, and what a delta is against.
+	entry pagemap.Entry
+	cold  bool // what entry names is on flash
+	delta []byte
+	sum   digest.Sum // of the page, unless it is new
+}
+
+// finding is what the parent has to do with a page.
+type finding uint8
+
+const (
+	isNew     finding = iota // nothing
+	isEqual                  // it has the same page
+	isChanged                // it has one that makes a delta pay
+)
+
+// newMatcher starts workers, which end with stop.
+func newMatcher(ctx context.Context, next *placer, par *parent, workers int) *matcher {
+	m := &matcher{next: next, par: par, most: 2*workers + 1, work: make(chan *batch, 2*workers+1)}
+	for range workers {
+		r, work := par.reader(ctx), m.work
+		m.alive.Go(func() { r.work(work) })
+	}
+	return m
+}
+
+// workers is how many goroutines do what can be done beside one another.
+func (o *Options) workers() int {
+	if o.Workers > 0 {
+		return o.Workers
+	}
+	return runtime.GOMAXPROCS(0)
+}
+
+// stop ends the workers. What is in flight is lost.
+func (m *matcher) stop() {
+	if m.work == nil {
+		return
+	}
+	close(m.work)
+	m.work = nil
+	m.alive.Wait()
+}
+
+// has tells whether a page has come.
+func (m *matcher) has(block int, page uint64) bool { return m.next.has(block, page) }
+
+// read copies what a page holds so far into dst.
+func (m *matcher) read(dst []byte, block int, page uint64) error {
+	if err := m.drain(); err != nil {
+		return err
+	}
+	return m.next.read(dst, block, page)
+}
+
+// put takes a page record.
+func (m *matcher) put(rec *ramparse.Record) error {
+	it := item{block: rec.Block, page: rec.Page, fill: -1}
+	data := rec.Data
+	switch rec.Kind {
+	case ramparse.Zero:
+		if !m.has(rec.Block, rec.Page) {
+			return m.next.put(rec) // nothing that is in a batch is before it
+		}
+		it.fill, data = int(rec.Fill), nil
+	case ramparse.Page:
+	case ramparse.XBZRLE:
+		err := m.settle(rec)
+		if err == nil {
+			data, err = m.next.changed(rec)
+		}
+		if err != nil {
+			return err
+		}
+	default:
+		// A page that QEMU compressed is to be given back as it was, which the
+		// parent's might not be.
+		if err := m.settle(rec); err != nil {
+			return err
+		}
+		return m.next.put(rec)
+	}
+	if !m.has(rec.Block, rec.Page) {
+		m.next.to.pages.Set(rec.Block, rec.Page, pagemap.Make(pagemap.Fill, 0))
+	}
+	if m.batch == nil {
+		m.batch = m.newBatch()
+	}
+	b := m.batch
+	if it.fill < 0 {
+		at := len(b.data)
+		b.data = append(b.data, data...)
+		it.data = b.data[at:len(b.data):len(b.data)]
+		it.hot = m.next.to.hot.has(rec.Block, rec.Page)
+	}
+	b.items = append(b.items, it)
+	if len(b.data)+m.next.pageSize > cap(b.data) || len(b.items) == cap(b.items) {
+		return m.submit()
+	}
+	return nil
+}
+
+// settle sees to it that no batch has the page of a record.
+func (m *matcher) settle(rec *ramparse.Record) error {
+	for _, b := range append(m.flight, m.batch) {
+		if b == nil {
+			continue
+		}
+		for i := range b.items {
+			if it := &b.items[i]; it.page == rec.Page && it.block == rec.Block {
+				return m.drain()
+			}
+		}
+	}
+	return nil
+}
+
+func (m *matcher) newBatch() *batch {
+	if n := len(m.free); n > 0 {
+		b := m.free[n-1]
+		m.free = m.free[:n-1]
+		b.items, b.data, b.deltas = b.items[:0], b.data[:0], b.deltas[:0]
+		return b
+	}
+	pages := max(4, batchBytes/m.next.pageSize)
+	return &batch{items: make([]item, 0, 2*pages), data: make([]byte, 0, pages*m.next.pageSize), done: make(chan error, 1)}
+}
+
+// submit hands the open batch to the workers, and places what is done.
+func (m *matcher) submit() error {
+	m.work <- m.batch
+	m.flight = append(m.flight, m.batch)
+	m.batch = nil
+	for len(m.flight) == m.most {
+		if err := m.place(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// drain places all that has come.
+func (m *matcher) drain() error {
+	if m.batch != nil {
+		if err := m.submit(); err != nil {
+			return err
+		}
+	}
+	for len(m.flight) > 0 {
+		if err := m.place(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// flush places all that has come, and hands on whatever is still open. Nothing comes
+// after it.
+func (m *matcher) flush() error {
+	err := m.drain()
+	m.stop()
+	if err != nil {
+		return err
+	}
+	return m.next.flush()
+}
+
+// place waits for the oldest batch in flight and hands its pages on.
+func (m *matcher) place() error {
+	b := m.flight[0]
+	m.flight = append(m.flight[:0], m.flight[1:]...)
+	if err := <-b.done; err != nil {
+		return err
+	}
+	for i := range b.items {
+		if err := m.next.matched(&b.items[i]); err != nil {
+			return err
+		}
+	}
+	m.free = append(m.free, b)
+	return nil
+}
+
+// work is a worker.
+func (r *parentReader) work(batches <-chan *batch) {
+	defer r.close()
+	for b := range batches {
+		// A panic ends the save; the stage waits for each batch.
+		b.done <- rescue.Call(func() error {
+			for i := range b.items {
+				if it := &b.items[i]; it.fill < 0 {
+					b.deltas = r.compare(it, b.deltas)
+				}
+			}
+			return nil
+		})
+	}
+}
+
+// compare finds out what the parent has to do with a page. Deltas are appended to room.
+func (r *parentReader) compare(it *item, room []byte) []byte {
+	it.found = isNew
+	if it.data[0] == 0 && bytes.Equal(it.data[1:], it.data[:len(it.data)-1]) {
+		return room // zeros
+	}
+	at, ok := r.find(it.block, it.page)
+	if !ok {
+		return room
+	}
+	want, err := r.sums.Sum(at)
+	if err != nil {
+		r.damaged(err)
+		return room
+	}
+	r.sums.Hasher.Put(&it.sum, it.data)
+	if it.sum == want {
+		if it.entry, ok = r.here(at); ok {
+			it.found, it.cold = isEqual, at.Tier != source.InNVRAM
+			return room
+		}
+	}
+	if it.hot {
+		return room // what the guest waits for has no base to wait for
+	}
+	if at.Tier == source.AsDelta {
+		if at, ok = r.base(at); !ok {
+			return room
+		}
+	}
+	if it.entry, ok = r.here(at); !ok {
+		return room
+	}
+	base, err := r.content(at, it.block, it.page)
+	if err != nil {
+		r.damaged(err)
+		return room
+	}
+	head := len(room)
+	if room, ok = delta.Encode(room, it.data, base); ok {
+		it.found, it.delta = isChanged, room[head:len(room):len(room)]
+	}
+	return room
+}

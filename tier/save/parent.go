@@ -1,0 +1,294 @@
+package save
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/tier/bitmap"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
+	"github.com/flic-migrate/flic-migrate/tier/source"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+)
+
+// What Options.Parent can be besides a checkpoint's name.
+const (
+	ParentAuto = "auto" // the VM's newest checkpoint, if it can be one
+	ParentNone = "none" // no other checkpoint is referred to
+)
+
+const (
+	// maxReferences is how many checkpoints a new one refers to, its parent included:
+	// what a restore has to hold open, and reads from places far apart. Of those that
+	// the parent refers to, the ones with the fewest pages are left out.
+	maxReferences = 48
+	// sparse is the share of a segment, 1/sparse, that must be in use for its pages to
+	// be referred to: a restore reads a segment as a whole, and all of it is kept.
+	// What is left out is stored again.
+	sparse = 8
+	// digestChunks is how many chunks of digests are kept, 16 MiB: pages come in the
+	// order of their addresses, and so do the slots of each image, nearly.
+	digestChunks = 64
+	// baseSegments is how many decoded segments of bases are kept besides those that
+	// the workers have in hand.
+	baseSegments = 8
+)
+
+// parent is the checkpoint that a save is compared with, and what of it can be referred
+// to. Comparing is safe from several goroutines, with a parentReader each.
+type parent struct {
+	c    *store.Checkpoint
+	sums *checkpoint.Digester
+	set  *source.Set
+	// cache has the segments that bases are in.
+	cache *source.Cache
+	// refs are the references of the new checkpoint, the parent first; spaces are, by
+	// the parent's space, one more than their place in refs, 0 for what is left out.
+	refs   checkpoint.References
+	spaces []source.Space
+	// dense are, by the parent's space, the segments in which enough is in use.
+	dense []bitmap.Bitmap
+	// blocks are the parent's, by this save's: -1 for those that it does not have.
+	blocks []int
+
+	log    *slog.Logger
+	warned sync.Once
+}
+
+// openParent opens the checkpoint that o asks for; nil if there is none. It stays open,
+// and nothing of what it needs goes away, until tx has ended.
+func openParent(ctx context.Context, st *store.Store, tx *store.Tx, o Options, workers int) (*parent, error) {
+	if o.Parent == ParentNone {
+		return nil, nil
+	}
+	ref, asked := store.Ref{VM: o.VM}, o.Parent != ParentAuto && o.Parent != ""
+	if asked {
+		var err error
+		if ref, err = store.ParseRef(o.Parent); err != nil {
+			return nil, err
+		}
+	}
+	p, err := newParent(ctx, st, tx, ref, o.Log, workers)
+	switch {
+	case err == nil:
+		return p, nil
+	case asked:
+		return nil, fmt.Errorf("parent %v: %w", ref, err)
+	case ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	case errors.Is(err, store.ErrNotFound) || errors.Is(err, errNoDigests):
+		return nil, nil // it is the VM's first, or an earlier version's
+	}
+	o.Log.Warn("the newest checkpoint can't be referred to, so all is stored anew", "error", err)
+	return nil, nil
+}
+
+// errNoDigests: a checkpoint says nothing by which its pages can be known.
+var errNoDigests = errors.New("it has no digests of its pages, so nothing can refer to it")
+
+func newParent(ctx context.Context, st *store.Store, tx *store.Tx, ref store.Ref, log *slog.Logger, workers int) (*parent, error) {
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{})
+	if err != nil {
+		return nil, err
+	}
+	tx.Hold(c)
+	p := &parent{c: c, log: log}
+	if p.sums, err = c.Digester(digestChunks); err != nil {
+		return nil, err
+	}
+	if p.sums == nil {
+		return nil, errNoDigests
+	}
+	p.set = c.Sources()
+	p.cache = c.NewCache(baseSegments + workers*source.MaxNeeds)
+	return p, p.choose()
+}
+
+// choose looks at the parent's page map for what is worth to be referred to.
+func (p *parent) choose() error {
+	spaces := p.set.Spaces
+	// Pages in use, by space and segment. A delta's base counts too.
+	use := make([][]uint16, len(spaces))
+	pages := make([]int64, len(spaces))
+	for i := range spaces {
+		p.dense = append(p.dense, bitmap.New(int64(p.segments(i))))
+		use[i] = make([]uint16, p.segments(i))
+	}
+	var count func(r pagemap.Run)
+	count = func(r pagemap.Run) {
+		at, ok := p.set.Locate(r.Entry(0))
+		if !ok {
+			return
+		}
+		pages[at.Space] += int64(r.Count)
+		if at.Tier == source.AsDelta {
+			for i := range r.Count {
+				if base, ok := p.base(source.Location{Space: at.Space, Slot: at.Slot + i*r.Step}); ok {
+					count(pagemap.Run{Count: 1, Kind: base.Entry().Kind(), First: base.Entry().Value()})
+				}
+				if r.Step == 0 {
+					break
+				}
+			}
+		}
+		if at.Tier == source.InNVRAM {
+			return
+		}
+		per := spaces[at.Space].SegmentPages
+		for n := r.Count; n > 0; {
+			m := n
+			if r.Step != 0 {
+				m = min(n, per-at.Slot%per)
+			}
+			// Of a page that many have, one is in use.
+			u := &use[at.Space][at.Slot/per]
+			*u = uint16(min(uint64(*u)+max(1, m*r.Step), per))
+			n -= m
+			at.Slot += m
+		}
+	}
+	if err := p.c.PageMap.Runs(func(r pagemap.Run) error { count(r); return nil }); err != nil {
+		return err
+	}
+	order := make([]int, len(spaces)-1)
+	for i := range order {
+		order[i] = i + 1
+	}
+	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(pages[b], pages[a]) })
+	order = append([]int{0}, order[:min(len(order), maxReferences-1)]...)
+	slices.Sort(order)
+	p.spaces = make([]source.Space, len(spaces))
+	theirs := p.c.References()
+	for _, i := range order {
+		ref := checkpoint.Reference{
+			UUID: p.c.Meta.UUID, Root: p.c.Meta.Digests.Root, VM: p.c.Ref.VM, Number: p.c.Ref.N,
+			SegmentPages: p.c.Image.SegmentPages, Segments: uint32(p.c.Image.Segments()),
+		}
+		if n := p.c.Meta.NVRAM; n != nil {
+			ref.Slots = uint32(n.Slots)
+		}
+		if i > 0 {
+			ref = theirs[i-1]
+		}
+		ref.NeedSegments, ref.NeedSlots = nil, nil
+		p.refs = append(p.refs, ref)
+		p.spaces[i] = source.Space(len(p.refs))
+		for n, u := range use[i] {
+			if uint64(u)*sparse >= spaces[i].SegmentPages {
+				p.dense[i].Set(int64(n))
+			}
+		}
+	}
+	return nil
+}
+
+// segments is one more than the highest segment of a space that is in use.
+func (p *parent) segments(space int) uint64 {
+	s := p.set.Spaces[space].Segments
+	if len(s) == 0 {
+		return 0
+	}
+	return s[len(s)-1].End()
+}
+
+// bind tells which of the parent's RAM blocks is which of this save's.
+func (p *parent) bind(blocks []ramparse.Block, pageSize int) error {
+	if pageSize != p.set.PageSize {
+		return fmt.Errorf("it has pages of %d bytes, and the guest has %d", p.set.PageSize, pageSize)
+	}
+	p.blocks = make([]int, len(blocks))
+	for i := range blocks {
+		p.blocks[i] = slices.IndexFunc(p.c.Meta.Blocks, func(b ramparse.Block) bool { return b.Name == blocks[i].Name })
+	}
+	return nil
+}
+
+// here is a place of the parent's as this checkpoint names it, if it is to be referred
+// to.
+func (p *parent) here(at source.Location) (pagemap.Entry, bool) {
+	space := p.spaces[at.Space]
+	if space == 0 || at.Tier != source.InNVRAM && !p.dense[at.Space].Has(int64(at.Slot/p.set.Spaces[at.Space].SegmentPages)) {
+		return 0, false
+	}
+	at.Space = space
+	return at.Entry(), true
+}
+
+// base is where the whole bytes are that a page at a place is, or is a delta against.
+func (p *parent) base(at source.Location) (source.Location, bool) {
+	r, err := p.set.Bases.Find(int(at.Space), at.Slot)
+	if err != nil {
+		p.damaged(err)
+		return at, false
+	}
+	return p.set.Locate(r.Entry(0))
+}
+
+// damaged says that the parent can't be read, once: what can't be compared is stored.
+// A bug is no damage, and goes on.
+func (p *parent) damaged(err error) {
+	if bug := (*rescue.Error)(nil); errors.As(err, &bug) {
+		panic(bug)
+	}
+	p.warned.Do(func() {
+		p.log.Warn("the parent can't be read as a whole, so more is stored anew", "error", err)
+	})
+}
+
+// parentReader reads the parent's pages in one goroutine.
+type parentReader struct {
+	*parent
+	ctx  context.Context
+	rd   *source.Reader
+	run  pagemap.Run // the one that the last page was in
+	page []byte
+}
+
+func (p *parent) reader(ctx context.Context) *parentReader {
+	return &parentReader{parent: p, ctx: ctx, rd: p.set.NewReader(p.cache), page: make([]byte, p.set.PageSize)}
+}
+
+func (r *parentReader) close() { r.rd.Close() }
+
+// find is where the bytes of a page of this save's are in the parent; false if they are
+// nowhere.
+func (r *parentReader) find(block int, page uint64) (at source.Location, ok bool) {
+	b := r.blocks[block]
+	if b < 0 || page >= r.c.PageMap.Pages(b) {
+		return at, false
+	}
+	if r.run.Block != b || page-r.run.Page >= r.run.Count {
+		var err error
+		if r.run, err = r.c.PageMap.Find(b, page); err != nil {
+			r.run = pagemap.Run{}
+			r.damaged(err)
+			return at, false
+		}
+	}
+	return r.set.Locate(r.run.Entry(page - r.run.Page))
+}
+
+// content is what is at a place, checked; valid until the next call. The page, by this
+// save's numbers, is the one it is wanted for.
+func (r *parentReader) content(at source.Location, block int, page uint64) ([]byte, error) {
+	err := r.rd.Copy(r.ctx, r.page, source.Page{Block: r.blocks[block], Number: page}, at.Entry())
+	if err != nil {
+		return nil, err
+	}
+	if at.Space > 0 {
+		return r.page, nil
+	}
+	// What is the parent's own is not checked by its digest where it is read.
+	want, err := r.sums.Sum(at)
+	if err == nil && r.sums.Hasher.Sum(r.page) != want {
+		err = fmt.Errorf("page %s of checkpoint %v is not what its digest says", r.c.PageName(r.blocks[block], page), r.c.Ref)
+	}
+	return r.page, err
+}

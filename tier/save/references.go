@@ -1,0 +1,216 @@
+package save
+
+import (
+	"cmp"
+	"context"
+	"slices"
+
+	"github.com/flic-migrate/flic-migrate/tier/bitmap"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/source"
+)
+
+// baseOf is what a delta that pages of this checkpoint have is against.
+type baseOf struct {
+	delta source.Location
+	base  pagemap.Entry
+}
+
+// referred is what a checkpoint that is placed needs of others.
+type referred struct {
+	refs  checkpoint.References
+	bases []baseOf // by space and slot, each once
+
+	par      *parent
+	segments []bitmap.Bitmap // by reference
+	slots    []bitmap.Bitmap
+}
+
+// refer finds out what a placed checkpoint needs of others, and leaves out the
+// references of which it needs nothing: entries count without them after it.
+func (p *placer) refer() (*referred, error) {
+	par := p.to.par
+	n := &referred{par: par}
+	if par == nil {
+		return n, nil
+	}
+	for i := range par.refs {
+		n.segments = append(n.segments, bitmap.New(int64(par.refs[i].Segments)))
+		n.slots = append(n.slots, bitmap.New(int64(par.refs[i].Slots)))
+	}
+	theirs := make([]source.Space, len(par.refs)) // the parent's spaces, by reference
+	for space, s := range par.spaces {
+		if s > 0 {
+			theirs[s-1] = source.Space(space)
+		}
+	}
+	err := p.to.pages.Runs(func(r pagemap.Run) error {
+		for i := range r.Count {
+			at, ok := source.Default.Locate(r.Entry(i))
+			if !ok || at.Space == 0 && at.Tier != source.AsDelta {
+				return nil // as all of the run
+			}
+			if at.Space > 0 {
+				n.need(at)
+			}
+			if at.Tier != source.AsDelta {
+				continue
+			}
+			b := baseOf{delta: at}
+			if at.Space == 0 {
+				j, _ := slices.BinarySearchFunc(p.bases, at.Slot, func(b deltaBase, slot uint64) int { return cmp.Compare(b.slot, slot) })
+				b.base = p.bases[j].base
+			} else {
+				base, err := par.set.Bases.Find(int(theirs[at.Space-1]), at.Slot)
+				if err != nil {
+					return err
+				}
+				where, _ := par.set.Locate(base.Entry(0))
+				where.Space = par.spaces[where.Space]
+				b.base = where.Entry()
+			}
+			where, _ := source.Default.Locate(b.base)
+			n.need(where)
+			n.bases = append(n.bases, b)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.bases = nil
+	n.drop(p.to.pages)
+	slices.SortFunc(n.bases, func(a, b baseOf) int {
+		return cmp.Or(cmp.Compare(a.delta.Space, b.delta.Space), cmp.Compare(a.delta.Slot, b.delta.Slot))
+	})
+	n.bases = slices.CompactFunc(n.bases, func(a, b baseOf) bool { return a.delta == b.delta })
+	return n, nil
+}
+
+// need notes that bytes at a place are needed.
+func (n *referred) need(at source.Location) {
+	ref := at.Space - 1
+	if at.Tier == source.InNVRAM {
+		n.slots[ref].Set(int64(at.Slot))
+		return
+	}
+	n.segments[ref].Set(int64(at.Slot / uint64(n.par.refs[ref].SegmentPages)))
+}
+
+// drop makes the list of references, without those of which nothing is needed.
+func (n *referred) drop(pages *pagemap.Builder) {
+	now := make([]source.Space, len(n.par.refs)+1) // by space so far
+	for i, r := range n.par.refs {
+		for run := range n.segments[i].Runs() {
+			r.NeedSegments = append(r.NeedSegments, source.Range{First: uint32(run.First), Count: uint32(run.N)})
+		}
+		for run := range n.slots[i].Runs() {
+			r.NeedSlots = append(r.NeedSlots, source.Range{First: uint32(run.First), Count: uint32(run.N)})
+		}
+		if len(r.NeedSegments)+len(r.NeedSlots) > 0 {
+			n.refs = append(n.refs, r)
+			now[i+1] = source.Space(len(n.refs))
+		}
+	}
+	if len(n.refs) == len(n.par.refs) {
+		return
+	}
+	move := func(e pagemap.Entry) pagemap.Entry {
+		at, ok := source.Default.Locate(e)
+		if !ok || at.Space == 0 {
+			return e
+		}
+		at.Space = now[at.Space]
+		return at.Entry()
+	}
+	for b := range pages.Blocks() {
+		pages.Change(b, move)
+	}
+	for i := range n.bases {
+		n.bases[i].base = move(n.bases[i].base)
+		n.bases[i].delta.Space = now[n.bases[i].delta.Space]
+	}
+}
+
+// baseRuns are the runs of the map from deltas to their bases: block 0 is this image,
+// with so many slots, block i+1 reference i.
+func (n *referred) baseRuns(slots uint64) func(fn func(pagemap.Run) error) error {
+	sizes := []uint64{slots}
+	for i := range n.refs {
+		sizes = append(sizes, uint64(n.refs[i].Segments)*uint64(n.refs[i].SegmentPages))
+	}
+	return func(fn func(pagemap.Run) error) error {
+		rest := n.bases
+		for block, size := range sizes {
+			for page := uint64(0); page < size; {
+				r := pagemap.Run{Block: block, Page: page, Count: size - page}
+				if len(rest) > 0 && rest[0].delta.Space == source.Space(block) {
+					if r.Count = rest[0].delta.Slot - page; r.Count == 0 {
+						r = runOfBases(rest, block)
+						rest = rest[r.Count:]
+					}
+				}
+				if err := fn(r); err != nil {
+					return err
+				}
+				page += r.Count
+			}
+		}
+		return nil
+	}
+}
+
+// runOfBases is the run that a list of bases, of one space at its beginning, begins with.
+func runOfBases(list []baseOf, block int) pagemap.Run {
+	first := list[0]
+	r := pagemap.Run{Block: block, Page: first.delta.Slot, Count: 1, Kind: first.base.Kind(), First: first.base.Value()}
+	for i := 1; i < len(list); i++ {
+		b := list[i]
+		if b.delta.Space != first.delta.Space || b.delta.Slot != first.delta.Slot+uint64(i) {
+			break
+		}
+		if i == 1 && b.base == first.base+1 {
+			r.Step = 1
+		}
+		if b.base != r.Entry(uint64(i)) {
+			break
+		}
+		r.Count++
+	}
+	return r
+}
+
+// references writes what says where pages are that are not whole in this image:
+// REFERENCES and BASES.
+func (s *saver) references(ctx context.Context) error {
+	n, err := s.placer.refer()
+	if err != nil {
+		return err
+	}
+	if len(n.refs) > 0 {
+		s.rep.Parent = s.placer.to.par.c.Ref.String()
+		if err := s.out.tx.Refer(ctx); err != nil {
+			return err
+		}
+		if err := s.out.chunks(image.References, n.refs.Append(nil)); err != nil {
+			return err
+		}
+	}
+	s.meta.References = nil
+	for i := range n.refs {
+		s.meta.References = append(s.meta.References, n.refs[i].UUID)
+	}
+	if len(n.bases) == 0 {
+		return nil
+	}
+	if err := s.out.img.Drain(); err != nil {
+		return err
+	}
+	slots := uint64(s.out.img.Segments()) * uint64(s.out.img.SegmentPages())
+	return pagemap.Encode(n.baseRuns(slots), tableChunk, func(at pagemap.Start, b []byte) error {
+		s.meta.Bases = append(s.meta.Bases, at)
+		return s.out.chunk(image.Bases, b)
+	})
+}
