@@ -19,7 +19,8 @@ func newGC(a *app) *cobra.Command {
 		Long: `Gc frees what saves that were killed and removals that were interrupted have left
 in the store and in the NVRAM files it has used. It can run at any time, beside
 saves and restores; nothing needs it to run, but that NVRAM of libvirt's save files
-that are gone is free only after it.
+that are gone is free only after it. Of removed checkpoints that others refer to it
+frees what nobody needs.
 
 What lies among the checkpoints and is none, by its name or kind, may be one that
 somebody has renamed: gc names it, and frees no NVRAM as long as it is there.
@@ -55,6 +56,6 @@ func (a *app) gc(ctx context.Context, asJSON, adopt bool, grace time.Duration) e
 	if asJSON {
 		return printJSON(a.stdout, rep)
 	}
-	_, err = fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes), human(rep.NVRAMBytes))
+	_, err = fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes+rep.TrimmedBytes), human(rep.NVRAMBytes))
 	return err
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -19,6 +20,9 @@ func newRm(a *app) *cobra.Command {
 NAME without @N removes nothing, unless --all says that all of the VM's
 checkpoints are meant. A checkpoint that is being restored is not removed; the others are, and the
 exit code says that one was not.
+
+What other checkpoints need of a removed one is kept until they are removed too, and
+what only this one needed of removed ones is freed with it.
 
 The number of a removed checkpoint is never used again.`,
 		Example: `  flic-migrate rm --store /srv/vms web1@1 web1@2
@@ -37,7 +41,9 @@ type rmEntry struct {
 	Checkpoint string `json:"checkpoint"` // NAME@N
 	FlashBytes int64  `json:"flash_bytes"`
 	NVRAMBytes int64  `json:"nvram_bytes"`
-	Warning    string `json:"warning,omitempty"` // why something was not freed
+	// KeptFor are the checkpoints that need some of it, NAME@N.
+	KeptFor []string `json:"kept_for,omitempty"`
+	Warning string   `json:"warning,omitempty"` // why something was not freed
 }
 
 func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
@@ -46,10 +52,11 @@ func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
 		return err
 	}
 	entries := []rmEntry{}
+	remover := st.Remover()
 	for _, ref := range refs {
 		// NVRAM that can't be freed now is a warning: the checkpoint is gone, and
 		// gc frees what has no owner.
-		rm, rerr := st.Remove(ctx, ref)
+		rm, rerr := remover.Remove(ctx, ref)
 		if rerr != nil {
 			// One that can't be removed is no reason to keep the others.
 			err = errors.Join(err, fmt.Errorf("checkpoint %v was not removed: %w", ref, rerr))
@@ -59,13 +66,23 @@ func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
 			continue
 		}
 		e := rmEntry{Checkpoint: ref.String(), FlashBytes: rm.FlashBytes, NVRAMBytes: rm.NVRAMBytes}
+		for _, by := range rm.Kept {
+			e.KeptFor = append(e.KeptFor, by.String())
+		}
 		if rm.Left != nil {
 			e.Warning = oneLine(rm.Left)
 			a.log().Warn("not all that a removed checkpoint took was freed; gc frees what belongs to nobody", "checkpoint", e.Checkpoint, "cause", e.Warning)
 		}
 		entries = append(entries, e)
 		if !asJSON {
-			fmt.Fprintf(a.stdout, "%s: removed, %s of flash and %s of NVRAM freed\n", e.Checkpoint, human(e.FlashBytes), human(e.NVRAMBytes))
+			kept := ""
+			if n := len(e.KeptFor); n > 0 {
+				kept = fmt.Sprintf("; %d others need the rest", n)
+				if n == 1 {
+					kept = fmt.Sprintf("; %s needs the rest", e.KeptFor[0])
+				}
+			}
+			fmt.Fprintf(a.stdout, "%s: removed, %s of flash and %s of NVRAM freed%s\n", e.Checkpoint, human(e.FlashBytes), human(e.NVRAMBytes), kept)
 		}
 	}
 	if asJSON {
@@ -105,6 +122,8 @@ func (a *app) removals(ctx context.Context, names []string, all bool) (*store.St
 		if err != nil {
 			return nil, nil, err
 		}
+		// The newest first: what others need is then never kept for them.
+		slices.Reverse(more)
 		refs = append(refs, more...)
 	}
 	return st, refs, nil

@@ -183,7 +183,7 @@ func (c *Checkpoint) openNVRAM(ctx context.Context, fsys vfs.FS, o Options) erro
 		return nil
 	}
 	c.part = new(openPart)
-	if err := c.part.open(ctx, fsys, c.Image, &c.Meta.Identity, o.NVRAM); err != nil {
+	if err := c.part.open(ctx, fsys, c.Image, &c.Meta.Identity, o.NVRAM, source.Below(uint32(c.Meta.NVRAM.Slots))); err != nil {
 		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
 	}
 	if err := c.part.check(c.Meta.BlockPages()); err != nil {

@@ -9,6 +9,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -100,8 +101,9 @@ type openPart struct {
 }
 
 // open opens the NVRAM part that an image describes, in the file whose path IDENTITY
-// says, unless another is given. After an error it is to be closed too.
-func (p *openPart) open(ctx context.Context, fsys vfs.FS, im *image.Image, id *Identity, path string) error {
+// says, unless another is given; of it the slots that are needed, because the others may
+// have been given back. After an error it is to be closed too.
+func (p *openPart) open(ctx context.Context, fsys vfs.FS, im *image.Image, id *Identity, path string, need source.Ranges) error {
 	var b []byte
 	for i := range im.Chunks(image.NVRAM) {
 		chunk, err := im.Chunk(image.NVRAM, i)
@@ -127,7 +129,11 @@ func (p *openPart) open(ctx context.Context, fsys vfs.FS, im *image.Image, id *I
 	if p.file.UUID() != id.NVRAM.UUID {
 		return &integrity.CorruptError{File: path, What: "header", Err: errOtherNVRAM}
 	}
-	if p.region, err = p.file.OpenRegion(id.UUID, desc.Extents, id.PageSize); err != nil {
+	per := uint64(p.file.PerExtent(id.PageSize))
+	p.region, err = p.file.OpenSome(id.UUID, desc.Extents, id.PageSize, func(index int) bool {
+		return need.Meets(uint64(index)*per, uint64(index+1)*per-1)
+	})
+	if err != nil {
 		return err
 	}
 	if len(desc.Slots) > p.region.Slots() {

@@ -121,14 +121,14 @@ func (r *reference) open(ctx context.Context, fsys vfs.FS, m *Meta, cache *diges
 	r.part = new(openPart)
 	if o.NVRAM != "" {
 		// It takes the place of this checkpoint's file, which as a rule is the other's.
-		err := r.part.open(ctx, fsys, r.im, id, o.NVRAM)
+		err := r.part.open(ctx, fsys, r.im, id, o.NVRAM, r.NeedSlots)
 		if !errors.Is(err, errOtherNVRAM) {
 			return err
 		}
 		r.part.close()
 		*r.part = openPart{}
 	}
-	return r.part.open(ctx, fsys, r.im, id, "")
+	return r.part.open(ctx, fsys, r.im, id, "", r.NeedSlots)
 }
 
 // checker is a source.Checker of what references have, and for a Verify of what the

@@ -169,6 +169,16 @@ func parseRanges(b []byte, n int, end uint32) (source.Ranges, []byte, error) {
 	return list, b[rangeLen*n:], nil
 }
 
+// ReadReferences reads what an image refers to: its index and those frames, and nothing
+// else of it.
+func ReadReferences(src image.Source) (References, error) {
+	im, err := image.Open(src)
+	if err != nil {
+		return nil, err
+	}
+	return ReferencesOf(im)
+}
+
 // ReferencesOf reads what an image refers to; nothing if it has no such frame.
 func ReferencesOf(im *image.Image) (References, error) {
 	if im.Chunks(image.References) == 0 {

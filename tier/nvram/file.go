@@ -751,7 +751,7 @@ func (f *File) Reserve(ctx context.Context, owner, store uuid.UUID, bytes int64,
 		})
 		if err == nil {
 			r.extents = list
-			err = r.mapExtents()
+			err = r.mapExtents(list)
 		}
 		if err != nil {
 			// If this fails too, Sweep will find them.
@@ -770,6 +770,13 @@ func (f *File) Reserve(ctx context.Context, owner, store uuid.UUID, bytes int64,
 // size, and lies within the file; an integrity.CorruptError otherwise. The content of the
 // pages is covered by the caller's own checksums.
 func (f *File) OpenRegion(owner uuid.UUID, extents []uint32, pageSize int) (*Region, error) {
+	return f.OpenSome(owner, extents, pageSize, nil)
+}
+
+// OpenSome is OpenRegion of those extents only whose numbers among the owner's need is
+// true for (nil: of all): the others may have been given back by FreeSome, and their
+// slots can't be read.
+func (f *File) OpenSome(owner uuid.UUID, extents []uint32, pageSize int, need func(index int) bool) (*Region, error) {
 	if !f.h.validPageSize(pageSize) {
 		return nil, fmt.Errorf("nvram: no page can have %d bytes", pageSize)
 	}
@@ -780,7 +787,12 @@ func (f *File) OpenRegion(owner uuid.UUID, extents []uint32, pageSize int) (*Reg
 	// No lock: entries of an owner that is not being removed don't change.
 	var table []byte
 	group := int64(-1)
+	var opened []uint32
 	for i, extent := range extents {
+		if need != nil && !need(i) {
+			continue
+		}
+		opened = append(opened, extent)
 		at := f.h.entryOffset(int64(extent))
 		if int64(extent)%f.h.group == 0 {
 			return nil, f.corrupt(f.h.offset(extent), "extent %d holds an owner table, not pages of checkpoint %v", extent, owner)
@@ -808,7 +820,7 @@ func (f *File) OpenRegion(owner uuid.UUID, extents []uint32, pageSize int) (*Reg
 	}
 	r := f.newRegion(pageSize)
 	r.owner, r.extents = owner, slices.Clone(extents)
-	if err := r.mapExtents(); err != nil {
+	if err := r.mapExtents(opened); err != nil {
 		return nil, err
 	}
 	return r, nil
@@ -962,14 +974,36 @@ func (f *File) release(ctx context.Context, match func(entry, entryState) bool) 
 // a number is one of giving disk blocks back, which Sweep tries again. Call it only
 // when the checkpoint's removal is durable, and no reader has it open.
 func (f *File) FreeOwner(ctx context.Context, owner uuid.UUID) (freed int, err error) {
+	return f.FreeSome(ctx, owner, func(int) bool { return true })
+}
+
+// FreeSome is FreeOwner of those extents only whose numbers among the owner's which is
+// true for. Nobody may need what is in them any more, nor have them open.
+func (f *File) FreeSome(ctx context.Context, owner uuid.UUID, which func(index int) bool) (freed int, err error) {
 	if owner == uuid.Nil {
 		return 0, nil
 	}
-	list, err := f.release(ctx, func(e entry, s entryState) bool { return e.owner == owner })
+	list, err := f.release(ctx, func(e entry, s entryState) bool { return e.owner == owner && which(int(e.index)) })
 	if err != nil || len(list) == 0 {
 		return 0, err
 	}
 	return len(list), f.giveBack(ctx, f.groupsOf(list))
+}
+
+// PerExtent is how many slots of a page size an extent has.
+func (f *File) PerExtent(pageSize int) int { return int(f.h.extentSize) / pageSize }
+
+// Owned lists the numbers, among the owner's, of the extents that an owner has now.
+func (f *File) Owned(ctx context.Context, owner uuid.UUID) (indexes []int, err error) {
+	err = f.locked(ctx, vfs.Shared, func() error {
+		return f.forEach(func(_ uint32, _ []byte, e entry, s entryState) error {
+			if s == taken && e.owner == owner {
+				indexes = append(indexes, int(e.index))
+			}
+			return nil
+		})
+	})
+	return indexes, err
 }
 
 // Sweep frees, durably, the extents of store whose owner is not live, and those

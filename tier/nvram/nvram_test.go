@@ -1300,3 +1300,47 @@ func BenchmarkWrite(b *testing.B) {
 		check(r.Write(i%slots, buf))
 	}
 }
+
+// TestFreeSome gives back a part of what an owner has: the others are read as before, and
+// what is needed of the part is missed.
+func TestFreeSome(t *testing.T) {
+	f := createSmall(t, crashfs.New(0), Options{Capacity: 60 * small.extentSize})
+	defer f.Close()
+	per := f.PerExtent(page)
+	w := must(f.Reserve(ctx, owner(1), storeA, 6*small.extentSize, page))
+	check(fill(w, w.Slots()))
+	check(w.Sync())
+	extents := w.Extents()
+	check(w.Close())
+	free := must(f.Free(ctx))
+	gone := func(index int) bool { return index < 2 || index == 4 }
+	if n := must(f.FreeSome(ctx, owner(1), gone)); n != 3 {
+		t.Errorf("%d extents freed", n)
+	}
+	if n := must(f.FreeSome(ctx, owner(1), gone)); n != 0 {
+		t.Errorf("%d extents freed again", n)
+	}
+	if now := must(f.Free(ctx)); now != free+3*small.extentSize {
+		t.Errorf("%d bytes free, were %d", now, free)
+	}
+	if owned := must(f.Owned(ctx, owner(1))); fmt.Sprint(owned) != "[2 3 5]" {
+		t.Errorf("owned: %v", owned)
+	}
+	r := must(f.OpenSome(owner(1), extents, page, func(index int) bool { return index == 3 || index == 5 }))
+	for _, slot := range []int{3 * per, 4*per - 1, 5 * per, 6*per - 1} {
+		if !bytes.Equal(r.Page(slot), content(owner(1), slot, page)) {
+			t.Errorf("slot %d", slot)
+		}
+	}
+	r.DontNeed(3*per, per)
+	check(r.Close())
+	for _, need := range []func(int) bool{nil, gone, func(index int) bool { return index > 3 }} {
+		if _, err := f.OpenSome(owner(1), extents, page, need); !integrity.IsCorrupt(err) {
+			t.Errorf("what is not there is opened: %v", err)
+		}
+	}
+	if n := must(f.FreeOwner(ctx, owner(1))); n != 3 {
+		t.Errorf("%d extents freed in the end", n)
+	}
+	noDamage(t, f)
+}

@@ -63,12 +63,13 @@ func (f *File) newRegion(pageSize int) *Region {
 	return &Region{f: f, pageSize: pageSize, perExtent: int(f.h.extentSize) / pageSize}
 }
 
-func (r *Region) mapExtents() error {
-	if len(r.extents) == 0 {
+// mapExtents maps the extents of a list, which are to be used.
+func (r *Region) mapExtents(list []uint32) error {
+	if len(list) == 0 {
 		return nil
 	}
-	r.base = r.f.h.offset(slices.Min(r.extents))
-	end := r.f.h.offset(slices.Max(r.extents)) + r.f.h.extentSize
+	r.base = r.f.h.offset(slices.Min(list))
+	end := r.f.h.offset(slices.Max(list)) + r.f.h.extentSize
 	var err error
 	r.m, err = r.f.f.Map(r.base, end-r.base, false)
 	return err

@@ -76,6 +76,31 @@ func (s Ranges) Add(n uint32) Ranges {
 	return append(s, Range{n, 1})
 }
 
+// Union is the set of what is in s or in t.
+func (s Ranges) Union(t Ranges) (u Ranges) {
+	for len(s)+len(t) > 0 {
+		next := &s
+		if len(s) == 0 || len(t) > 0 && t[0].First < s[0].First {
+			next = &t
+		}
+		r := (*next)[0]
+		*next = (*next)[1:]
+		if len(u) > 0 && u[len(u)-1].End() >= uint64(r.First) {
+			last := &u[len(u)-1]
+			last.Count = uint32(max(last.End(), r.End()) - uint64(last.First))
+		} else {
+			u = append(u, r)
+		}
+	}
+	return u
+}
+
+// Meets tells whether one of the numbers from first up to last is in the set.
+func (s Ranges) Meets(first, last uint64) bool {
+	i, ok := s.find(first)
+	return ok || i < len(s) && uint64(s[i].First) <= last
+}
+
 // Coarse is a set of at most so many ranges, 1 or more, that has all of s and as few
 // other numbers as can be: the smallest gaps are closed.
 func (s Ranges) Coarse(most int) Ranges {

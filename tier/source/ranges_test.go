@@ -40,6 +40,28 @@ func TestRanges(t *testing.T) {
 				}
 			}
 		}
+		var other source.Ranges
+		for n := range uint32(end) {
+			if rng.IntN(10) < int(seed/10) {
+				other = other.Add(n)
+			}
+		}
+		both := set.Union(other)
+		for n := range uint64(end) {
+			if both.Has(n, n) != (set.Has(n, n) || other.Has(n, n)) {
+				t.Fatalf("%v and %v are %v", set, other, both)
+			}
+			if last := n + n%7; both.Meets(n, last) != slices.ContainsFunc(both, func(r source.Range) bool {
+				return uint64(r.First) <= last && r.End() > n
+			}) {
+				t.Fatalf("%v meets %d to %d: %v", both, n, last, both.Meets(n, last))
+			}
+		}
+		for i := 1; i < len(both); i++ {
+			if both[i-1].End() >= uint64(both[i].First) {
+				t.Fatalf("ranges touch: %v", both)
+			}
+		}
 		if set.Has(5, 4) {
 			t.Error("it has what is no range")
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -82,9 +83,9 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 // everywhere takes a read of each image. That there is none is damage.
 func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (Object, error) {
 	if CheckVM(was.VM) == nil && was.N >= 1 && was.N <= MaxNumber {
-		// In this order: it can go from the first name to the second meanwhile.
-		for _, suffix := range []string{imageSuffix, removedSuffix} {
-			f, err := s.openWith(ctx, was.object(suffix), id)
+		// In this order: it can go from the first name to one of the others meanwhile.
+		for _, name := range []string{was.object(imageSuffix), was.object(removedSuffix), was.keptObject(id)} {
+			f, err := s.openWith(ctx, name, id)
 			if f != nil || err != nil {
 				return f, err
 			}
@@ -93,7 +94,7 @@ func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (Object
 	var found Object
 	err := s.images(ctx, func(st stored) (err error) {
 		if found == nil && st.id.UUID == id {
-			found, err = s.openWith(ctx, st.object(), id)
+			found, err = s.openWith(ctx, st.name, id)
 		}
 		return err
 	})
@@ -107,17 +108,33 @@ func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (Object
 	return found, err
 }
 
+// openLimit is how long who opens an image that others need waits for a removal or gc,
+// which locks it for a moment to free what nobody needs of it.
+const openLimit = 10 * time.Second
+
 // openWith opens an image that has a UUID, and locks it: nil if what is there is
 // another's, or nothing.
 func (s *Store) openWith(ctx context.Context, name string, id uuid.UUID) (Object, error) {
-	f, err := s.dir.Open(ctx, name, Shared)
-	switch {
-	case gone(err):
-		return nil, nil
-	case errors.Is(err, vfs.ErrLocked):
-		return nil, fmt.Errorf("%s, which is going away: %w", s.dir.Path(name), ErrInUse)
-	case err != nil:
-		return nil, err
+	var f Object
+	for begin := time.Now(); ; {
+		var err error
+		f, err = s.dir.Open(ctx, name, Shared)
+		if err == nil {
+			break
+		}
+		switch {
+		case gone(err):
+			return nil, nil
+		case !errors.Is(err, vfs.ErrLocked):
+			return nil, err
+		case time.Since(begin) > openLimit:
+			return nil, fmt.Errorf("%s, which is going away: %w", s.dir.Path(name), ErrInUse)
+		}
+		select {
+		case <-time.After(vfs.LockPause):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
 	}
 	size, err := f.Size()
 	if err == nil && size > 0 {

@@ -73,11 +73,20 @@ type Dir interface {
 	// name as in Write.
 	Empty(ctx context.Context, name, spare string) error
 
+	// Punch gives up what is in ranges of an object, which nobody needs any more; what
+	// is there then is undefined. It returns how many bytes that has freed: none where
+	// the place can't do so, or has the content under another name too. It is durable,
+	// or has not happened, or in part, as the place likes.
+	Punch(ctx context.Context, name string, ranges []byteRange) (freed int64, err error)
+
 	// Lock waits for the lock name, which only one can hold, until ctx is done and
 	// no longer than vfs.LockLimit. Close gives it up, and so does the end of the
 	// process.
 	Lock(ctx context.Context, name string) (io.Closer, error)
 }
+
+// byteRange is the bytes of an object from off up to end.
+type byteRange struct{ off, end int64 }
 
 // Entry is one of a folder's.
 type Entry struct {
@@ -113,6 +122,8 @@ type Object interface {
 	image.Source
 	image.Sink
 	io.Closer
+	// Allocated is how many bytes it takes of the place.
+	Allocated() (int64, error)
 }
 
 // posixDir is a directory of a file system.
@@ -235,6 +246,50 @@ func (d *posixDir) Empty(ctx context.Context, name, spare string) error {
 		return err
 	}
 	return d.Write(ctx, name, spare, nil)
+}
+
+// punchUnit is what ranges are cut to: a file system frees whole blocks, and as a rule
+// they have 4 KiB.
+const punchUnit = 4 << 10
+
+func (r byteRange) whole() byteRange {
+	return byteRange{(r.off + punchUnit - 1) / punchUnit * punchUnit, r.end / punchUnit * punchUnit}
+}
+
+func (d *posixDir) Punch(_ context.Context, name string, ranges []byteRange) (freed int64, err error) {
+	f, err := d.fs.OpenRW(d.Path(name))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	links, err := f.Links()
+	if err != nil || links != 1 {
+		return 0, err
+	}
+	before, err := f.Allocated()
+	if err != nil {
+		return 0, err
+	}
+	for _, r := range ranges {
+		if r = r.whole(); r.off >= r.end {
+			continue
+		}
+		at, err := f.Data(r.off)
+		if err == io.EOF || err == nil && at >= r.end {
+			continue // as it was left the last time
+		}
+		if err == nil {
+			err = f.Punch(r.off, r.end-r.off)
+		}
+		if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.ENOSPC) {
+			break
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	after, err := f.Allocated()
+	return max(0, before-after), err
 }
 
 func (d *posixDir) Lock(ctx context.Context, name string) (io.Closer, error) {

@@ -410,6 +410,9 @@ func (d *memDir) Commit(_ context.Context, from, to string) error {
 	return nil
 }
 
+// Punch implements Dir: it can't.
+func (d *memDir) Punch(context.Context, string, []byteRange) (int64, error) { return 0, nil }
+
 func (d *memDir) Remove(_ context.Context, name string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -459,6 +462,8 @@ func (h *memHandle) Size() (int64, error) {
 	defer h.d.mu.Unlock()
 	return int64(len(h.o.b)), nil
 }
+
+func (h *memHandle) Allocated() (int64, error) { return h.Size() }
 
 func (h *memHandle) ReadAt(b []byte, off int64) (int, error) {
 	h.d.mu.Lock()

@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
@@ -20,6 +21,8 @@ type GCReport struct {
 	Parts        int      `json:"unfinished_saves"`   // images in the making that nobody makes any more
 	Removed      int      `json:"removed_images"`     // images of removed checkpoints
 	Bytes        int64    `json:"flash_bytes"`        // the size of both
+	Trimmed      int      `json:"trimmed_images"`     // images of removed checkpoints, needed in part
+	TrimmedBytes int64    `json:"trimmed_bytes"`      // what was freed of them on flash
 	NVRAMExtents int      `json:"nvram_extents"`      // extents freed
 	NVRAMBytes   int64    `json:"nvram_bytes"`        // their size
 	GoneFiles    int      `json:"gone_files"`         // images outside of the store whose file is gone, their NVRAM kept for now
@@ -181,24 +184,6 @@ func (g *gc) vms(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	some, err := g.shares(ctx)
-	if err != nil {
-		return err
-	}
-	var needed map[uuid.UUID]bool // nil: nobody refers to anything
-	if some {
-		needed = make(map[uuid.UUID]bool)
-		if err := g.images(ctx, func(st stored) error {
-			if !st.gone {
-				for _, id := range st.id.References {
-					needed[id] = true
-				}
-			}
-			return nil
-		}); err != nil && !errors.Is(err, errNotObject) {
-			return err
-		}
-	}
 	all := make([]vmObjects, len(vms))
 	for i, vm := range vms {
 		if all[i], err = g.objects(ctx, vm); err != nil {
@@ -214,15 +199,48 @@ func (g *gc) vms(ctx context.Context) error {
 	if err := g.owners(ctx, vms, all); err != nil {
 		return err
 	}
+	v, err := g.needs(ctx, vms, all)
+	if err != nil {
+		return err
+	}
 	for i, vm := range vms {
-		if len(all[i].removed) > 0 || len(all[i].touched) > 0 {
-			if err := g.leftovers(ctx, vm, needed); err != nil {
+		if len(all[i].removed) > 0 || len(all[i].kept) > 0 || len(all[i].touched) > 0 {
+			if err := g.leftovers(ctx, vm, v); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
 }
+
+// needs finds out what listed checkpoints need of the images that are not listed.
+func (g *gc) needs(ctx context.Context, vms []string, all []vmObjects) (*survey, error) {
+	var ids []uuid.UUID
+	for i, vm := range vms {
+		for _, st := range all[i].unlisted(vm) {
+			empty, err := g.unlistedIs(ctx, &st)
+			if err == nil && !empty {
+				ids = append(ids, st.uuid)
+			}
+			if err != nil && !cannotTell(err) && !gone(err) {
+				return nil, err
+			}
+		}
+	}
+	v := g.survey(make(map[string]*checkpoint.Identity), ids...)
+	if len(ids) > 0 {
+		if err := v.update(ctx); err != nil {
+			return nil, err
+		}
+		if v.unclear != nil && !isUnsupported(v.unclear) {
+			return nil, v.unclear
+		}
+	}
+	return v, nil
+}
+
+// cannotTell tells whether err is that of an image that can't say who it is.
+func cannotTell(err error) bool { return integrity.IsCorrupt(err) || isUnsupported(err) }
 
 // unknown keeps NVRAM because of something that may own a part of it.
 func (g *gc) unknown(err error) {
@@ -289,9 +307,9 @@ func (s *Store) owner(ctx context.Context, name string) (uuid.UUID, error) {
 }
 
 // leftovers removes from a VM's folder what was learned of checkpoints that are
-// gone, images of removed ones that nobody needs, and what stands for any number
-// but the highest.
-func (g *gc) leftovers(ctx context.Context, vm string, needed map[uuid.UUID]bool) error {
+// gone, images of removed ones that nobody needs and what nobody needs of the others,
+// and what stands for any number but the highest.
+func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 	unlock, err := g.lock(ctx)
 	if err != nil {
 		return err
@@ -309,16 +327,45 @@ func (g *gc) leftovers(ctx context.Context, vm string, needed map[uuid.UUID]bool
 			return err
 		}
 	}
-	for _, n := range o.removed {
-		name := Ref{vm, n}.object(removedSuffix)
-		f, err := g.dir.Open(ctx, name, Exclusive)
-		if errors.Is(err, vfs.ErrLocked) || errors.Is(err, errNotObject) {
-			continue // somebody reads it, or is about to refer to it; or it is a stray
+	settled := false
+	for _, st := range o.unlisted(vm) {
+		empty, err := g.unlistedIs(ctx, &st)
+		if gone(err) || errors.Is(err, errNotObject) {
+			continue // a stray
+		}
+		if cannotTell(err) {
+			// As a rule it is what a power cut has left of one that was emptied.
+			missing, merr := g.missing(ctx, v)
+			if merr != nil {
+				return merr
+			}
+			if missing {
+				g.unknown(fmt.Errorf("what is left of a removed checkpoint can't be read, and is kept, because others refer to one that is not there: %w", err))
+				continue
+			}
+			err = nil
 		}
 		if err != nil {
 			return err
 		}
-		err = g.leftover(ctx, f, name, n == o.last(), needed)
+		f, err := g.dir.Open(ctx, st.name, Exclusive)
+		if errors.Is(err, vfs.ErrLocked) {
+			// Somebody reads it, or is about to refer to it.
+			g.live[st.uuid] = true
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if !settled && !empty {
+			if err = v.update(ctx); err == nil {
+				err = g.settle(ctx)
+			}
+			settled = true
+		}
+		if err == nil {
+			err = g.leftover(ctx, st, empty, f, o, v)
+		}
 		f.Close()
 		if err != nil {
 			return err
@@ -327,39 +374,69 @@ func (g *gc) leftovers(ctx context.Context, vm string, needed map[uuid.UUID]bool
 	return nil
 }
 
-// leftover frees one removed image, which is locked, unless it is needed.
-func (g *gc) leftover(ctx context.Context, f Object, name string, highest bool, needed map[uuid.UUID]bool) error {
-	size, err := f.Size()
-	if err != nil {
-		return err
+// missing tells whether a listed checkpoint refers to an image that can't be found.
+func (g *gc) missing(ctx context.Context, v *survey) (bool, error) {
+	if err := v.update(ctx); err != nil || v.unclear != nil {
+		return true, err
 	}
-	if size > 0 && needed != nil {
-		if g.keep {
-			return nil
-		}
-		h, err := image.ReadHeader(f)
-		if integrity.IsCorrupt(err) {
-			g.rep.warn(fmt.Errorf("what is left of a removed checkpoint can't be read, and is kept: %w", err))
-			return nil
-		}
+	there := make(map[uuid.UUID]bool)
+	vms, err := g.folders(ctx)
+	if err != nil {
+		return true, err
+	}
+	for _, vm := range vms {
+		o, err := g.objects(ctx, vm)
 		if err != nil {
-			return err
+			return true, err
 		}
-		if needed[h.UUID] {
-			g.live[h.UUID] = true
+		for _, st := range o.unlisted(vm) {
+			g.unlistedIs(ctx, &st)
+			there[st.uuid] = true
+		}
+	}
+	for _, id := range v.known {
+		there[id.UUID] = true
+	}
+	for _, id := range v.known {
+		for _, to := range id.References {
+			if !there[to] {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
+}
+
+// leftover frees one unlisted image, which is locked, or what nobody needs of it.
+func (g *gc) leftover(ctx context.Context, st stored, empty bool, f Object, o vmObjects, v *survey) error {
+	if empty {
+		if st.ref.N == o.last() {
 			return nil
 		}
+		return g.dir.Remove(ctx, st.name)
+	}
+	// It can have come since the look, and a stray may need it.
+	if _, known := v.of[st.uuid]; g.keep || !known && st.uuid != uuid.Nil {
+		g.live[st.uuid] = true
+		return nil
+	}
+	fr, left, err := g.free(ctx, st, f, o, v)
+	if left != nil && !errors.Is(left, ErrCopied) { // of that GCAfter has warned
+		g.rep.warn(left)
+	}
+	if !fr.removed {
+		g.live[st.uuid] = true
 	}
 	switch {
-	case !highest:
-		err = g.dir.Remove(ctx, name)
-	case size > 0:
-		err = g.dir.Empty(ctx, name, spare())
-	}
-	if err == nil && size > 0 {
+	case fr.removed:
 		g.rep.Removed++
-		g.rep.Bytes += size
+		g.rep.Bytes += fr.flash
+	case fr.flash > 0:
+		g.rep.Trimmed++
+		g.rep.TrimmedBytes += fr.flash
 	}
+	g.rep.NVRAMExtents += int(fr.nvram / nvram.ExtentSize)
+	g.rep.NVRAMBytes += fr.nvram
 	return err
 }
 

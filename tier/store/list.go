@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 )
 
@@ -13,7 +15,14 @@ import (
 type vmObjects struct {
 	images, removed, touched []int
 	odd                      []int    // those of images where no file stands
+	kept                     []kept   // replaced images that others need
 	strays                   []string // names of what else is there, with the folder's
+}
+
+// kept is an image that another has replaced under its number.
+type kept struct {
+	n  int
+	id uuid.UUID
 }
 
 // last is the highest number that any of its checkpoints has had.
@@ -52,7 +61,10 @@ func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error)
 		case ok && suffix == touchedSuffix && !odd:
 			o.touched = append(o.touched, n)
 		default:
-			stray = true
+			id, replaced := parseKept(suffix)
+			if stray = !ok || !replaced || odd; !stray {
+				o.kept = append(o.kept, kept{n, id})
+			}
 		}
 		if stray {
 			o.strays = append(o.strays, vmFolder(vm)+"/"+e.Name)

@@ -104,6 +104,19 @@ func parseNumber(name string) (n int, suffix string, ok bool) {
 	return 0, "", false
 }
 
+// keptObject is the name of an image that others need, and that another has replaced
+// under its checkpoint's number.
+func (r Ref) keptObject(id uuid.UUID) string { return r.object("." + id.String() + removedSuffix) }
+
+// parseKept tells of a suffix whether it is one of keptObject's.
+func parseKept(suffix string) (id uuid.UUID, ok bool) {
+	if len(suffix) != 1+uuidLen+len(removedSuffix) || suffix[1+uuidLen:] != removedSuffix {
+		return id, false
+	}
+	id, err := uuid.Parse(suffix[1 : 1+uuidLen])
+	return id, err == nil && id.String() == suffix[1:1+uuidLen]
+}
+
 // partName is the name of an image in the making. It says which number is taken,
 // because nothing else does until it is committed.
 func partName(r Ref, id uuid.UUID) string {

@@ -2,17 +2,20 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
-// A checkpoint can refer to others whose images have bytes of its pages; its
-// IDENTITY names them by UUID. No save of this version makes such a checkpoint. The
-// rules hold already: what is referred to stays when it is removed, unlisted
-// (.gone), until nobody refers to it any more, and gc then frees it.
+// A checkpoint can refer to others whose images have bytes of its pages; its IDENTITY
+// names them by UUID, and its REFERENCES say which bytes those are. What is referred to
+// stays when it is removed, unlisted (.gone), and what nobody needs of it is freed.
 
 // sharing is the content of sharing.json, which is written before the first
 // reference is: without it nobody has to look for any.
@@ -33,19 +36,76 @@ func (s *Store) shares(ctx context.Context) (bool, error) {
 // stored is an image that is there, listed or not.
 type stored struct {
 	ref  Ref
-	gone bool // removed, and kept for others
+	name string
+	gone bool // removed or replaced, and kept for others
 	id   *checkpoint.Identity
+	uuid uuid.UUID // of unlisted ones
 }
 
-func (st stored) object() string {
-	if st.gone {
-		return st.ref.object(removedSuffix)
+// all are the images in a VM's folder that may have content, without their identity:
+// the removed ones too.
+func (o vmObjects) all(vm string) (list []stored) {
+	for _, n := range o.images {
+		r := Ref{vm, n}
+		list = append(list, stored{ref: r, name: r.object(imageSuffix)})
 	}
-	return st.ref.object(imageSuffix)
+	return append(list, o.unlisted(vm)...)
 }
 
-// images calls fn for each image that has content. One that can't say who it is
-// ends it: what it refers to must not be freed.
+// unlisted are those of them that are not listed.
+func (o vmObjects) unlisted(vm string) (list []stored) {
+	for _, n := range o.removed {
+		r := Ref{vm, n}
+		list = append(list, stored{ref: r, name: r.object(removedSuffix), gone: true})
+	}
+	for _, k := range o.kept {
+		r := Ref{vm, k.n}
+		list = append(list, stored{ref: r, name: r.keptObject(k.id), gone: true})
+	}
+	return list
+}
+
+// whoIs reads who an image says it is: nil if it is empty.
+func (s *Store) whoIs(ctx context.Context, name string) (*checkpoint.Identity, error) {
+	f, err := s.dir.Open(ctx, name, Unlocked)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	size, err := f.Size()
+	if err != nil || size == 0 {
+		return nil, err
+	}
+	return checkpoint.ReadIdentity(f)
+}
+
+// unlistedIs reads which image one that is not listed is, and if it can, who it says it
+// is: a power cut while it was emptied can have left a part of it. Empty is one of
+// which nothing is left.
+func (s *Store) unlistedIs(ctx context.Context, st *stored) (empty bool, err error) {
+	f, err := s.dir.Open(ctx, st.name, Unlocked)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	size, err := f.Size()
+	if err != nil || size == 0 {
+		return true, err
+	}
+	h, err := image.ReadHeader(f)
+	if err != nil {
+		return false, err
+	}
+	st.uuid = h.UUID
+	st.id, err = checkpoint.ReadIdentity(f)
+	if cannotTell(err) {
+		st.id, err = nil, nil
+	}
+	return false, err
+}
+
+// images calls fn for each image that has content. A listed one that can't say who
+// it is ends it.
 func (s *Store) images(ctx context.Context, fn func(stored) error) error {
 	vms, err := s.folders(ctx)
 	if err != nil {
@@ -56,37 +116,159 @@ func (s *Store) images(ctx context.Context, fn func(stored) error) error {
 		if err != nil {
 			return err
 		}
-		for removed, numbers := range map[bool][]int{false: o.images, true: o.removed} {
-			for _, n := range numbers {
-				if err := context.Cause(ctx); err != nil {
-					return err
-				}
-				st := stored{ref: Ref{vm, n}, gone: removed}
-				f, err := s.dir.Open(ctx, st.object(), Unlocked)
-				if gone(err) {
-					continue
-				}
-				if err != nil {
-					return err
-				}
-				size, err := f.Size()
-				if err == nil && size > 0 {
-					st.id, err = checkpoint.ReadIdentity(f)
-				}
-				f.Close()
-				if err != nil {
-					return fmt.Errorf("it can't be told what refers to what: %w", err)
-				}
-				if st.id == nil {
-					continue
-				}
-				if err := fn(st); err != nil {
-					return err
-				}
+		for _, st := range o.all(vm) {
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+			st.id, err = s.whoIs(ctx, st.name)
+			if gone(err) || err == nil && st.id == nil || st.gone && cannotTell(err) {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("it can't be told what refers to what: %w", err)
+			}
+			if err := fn(st); err != nil {
+				return err
 			}
 		}
 	}
 	return nil
+}
+
+// uses is what listed checkpoints need of an image.
+type uses struct {
+	by              []Ref
+	segments, slots source.Ranges
+}
+
+// survey finds out what listed checkpoints need of some images. It reads the IDENTITY
+// of each listed image, and the REFERENCES of those that refer to one of them; no page
+// map.
+//
+// It is brought up to date twice: first without a lock, which may take a while, and then
+// under the store lock, for what has been committed since. In between a checkpoint can
+// have gone away, and its needs still count: less is freed, until the next look.
+type survey struct {
+	s *Store
+	// known are who the listed images say they are, by name. What has a name is
+	// nothing else later, or a whole copy of it, which needs less.
+	known map[string]*checkpoint.Identity
+	of    map[uuid.UUID]*uses
+	done  map[string]bool // those that are counted in of
+	leave Ref             // this one's needs don't count
+	// unclear is why it can't be told what is needed, if so: then all is.
+	unclear error
+}
+
+// survey begins one of the images with these UUIDs.
+func (s *Store) survey(known map[string]*checkpoint.Identity, ids ...uuid.UUID) *survey {
+	v := &survey{s: s, known: known, of: make(map[uuid.UUID]*uses), done: make(map[string]bool)}
+	for _, id := range ids {
+		v.of[id] = new(uses)
+	}
+	return v
+}
+
+// update counts the needs of all listed checkpoints that were not there at the last
+// call.
+func (v *survey) update(ctx context.Context) error {
+	some, err := v.s.shares(ctx)
+	if err != nil || !some {
+		return err
+	}
+	vms, err := v.s.folders(ctx)
+	if err != nil {
+		return err
+	}
+	for _, vm := range vms {
+		o, err := v.s.objects(ctx, vm)
+		if err != nil {
+			return err
+		}
+		for _, n := range o.images {
+			r := Ref{vm, n}
+			name := r.object(imageSuffix)
+			if v.done[name] || r == v.leave {
+				continue
+			}
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+			err := v.count(ctx, r, name)
+			switch {
+			case gone(err) || errors.Is(err, errNotObject):
+				continue
+			case integrity.IsCorrupt(err) || isUnsupported(err):
+				v.unclear = fmt.Errorf("it can't be told what refers to what: %w", err)
+			case err != nil:
+				return err
+			}
+			v.done[name] = true
+		}
+	}
+	return nil
+}
+
+// count counts what one checkpoint needs.
+func (v *survey) count(ctx context.Context, r Ref, name string) error {
+	id := v.known[name]
+	if id == nil {
+		var err error
+		if id, err = v.s.whoIs(ctx, name); err != nil {
+			return err
+		}
+		if id == nil {
+			return nil
+		}
+		v.known[name] = id
+	}
+	asked := false
+	for _, to := range id.References {
+		asked = asked || v.of[to] != nil
+	}
+	if !asked {
+		return nil
+	}
+	f, err := v.s.dir.Open(ctx, name, Unlocked)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	refs, err := checkpoint.ReadReferences(f)
+	if err != nil {
+		return err
+	}
+	if len(refs) != len(id.References) {
+		return &integrity.CorruptError{File: f.Name(), What: "REFERENCES", Err: fmt.Errorf("%d, and IDENTITY lists %d", len(refs), len(id.References))}
+	}
+	for i := range refs {
+		if u := v.of[refs[i].UUID]; u != nil {
+			u.by = append(u.by, r)
+			u.segments = u.segments.Union(refs[i].NeedSegments)
+			u.slots = u.slots.Union(refs[i].NeedSlots)
+		}
+	}
+	return nil
+}
+
+// needed tells whether an image has to be kept, or a part of it.
+func (v *survey) needed(id uuid.UUID) bool {
+	return v.unclear != nil || v.of[id] != nil && len(v.of[id].by) > 0
+}
+
+// settle makes durable that what is not there is not there. Nothing is freed before,
+// or a power cut could bring back who needs it. The caller holds the store lock.
+func (s *Store) settle(ctx context.Context) error {
+	vms, err := s.folders(ctx)
+	if err != nil {
+		return err
+	}
+	for _, vm := range vms {
+		if err := s.dir.Sync(ctx, vmFolder(vm)); err != nil && !gone(err) {
+			return err
+		}
+	}
+	return s.dir.Sync(ctx, vmsFolder)
 }
 
 // References tells which checkpoints the images of a checkpoint's pages are in,
@@ -99,26 +281,11 @@ func (s *Store) References(ctx context.Context, r Ref) (to []uuid.UUID, by []Ref
 	if err != nil {
 		return nil, nil, err
 	}
-	by, err = s.referring(ctx, id.UUID)
-	return id.References, by, err
-}
-
-// referring names the checkpoints that refer to the image id.
-func (s *Store) referring(ctx context.Context, id uuid.UUID) (by []Ref, err error) {
-	if some, err := s.shares(ctx); err != nil || !some {
-		return nil, err
+	v := s.survey(make(map[string]*checkpoint.Identity), id.UUID)
+	if err = v.update(ctx); err == nil {
+		err = v.unclear
 	}
-	err = s.images(ctx, func(st stored) error {
-		// What is removed and kept for others needs nothing for itself: a
-		// reference names bytes, never another reference.
-		for _, to := range st.id.References {
-			if to == id && !st.gone {
-				by = append(by, st.ref)
-			}
-		}
-		return nil
-	})
-	return by, err
+	return id.References, v.of[id.UUID].by, err
 }
 
 // hold locks the images with these UUIDs, removed ones too, so that they stay as
@@ -143,15 +310,14 @@ func (s *Store) hold(ctx context.Context, ids []uuid.UUID) (held []Object, err e
 		if !want[st.id.UUID] {
 			return nil
 		}
-		f, err := s.dir.Open(ctx, st.object(), Shared)
+		f, err := s.openWith(ctx, st.name, st.id.UUID)
 		if err != nil {
 			return err
 		}
-		held = append(held, f)
-		// Between the look and the lock it may have been freed.
-		if now, err := checkpoint.ReadIdentity(f); err != nil || now.UUID != st.id.UUID {
+		if f == nil { // between the look and the lock it was freed
 			return fmt.Errorf("image %v, which it refers to, is going away: %w", st.id.UUID, ErrInUse)
 		}
+		held = append(held, f)
 		delete(want, st.id.UUID)
 		return nil
 	})

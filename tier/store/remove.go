@@ -28,12 +28,29 @@ type Removed struct {
 	Left error
 }
 
+// Remover removes checkpoints of a store, one after the other, and reads of the others
+// only once what they refer to.
+type Remover struct {
+	s     *Store
+	known map[string]*checkpoint.Identity
+}
+
+// Remover returns one.
+func (s *Store) Remover() *Remover { return &Remover{s, make(map[string]*checkpoint.Identity)} }
+
+// Remove is Remover.Remove of one checkpoint.
+func (s *Store) Remove(ctx context.Context, r Ref) (Removed, error) {
+	return s.Remover().Remove(ctx, r)
+}
+
 // Remove removes a checkpoint, which nobody may have open (ErrInUse), durably, and
-// then gives back what it took. It needs no space for that: the store may be full.
+// then gives back what it took, and what of unlisted images only it needed. It needs no
+// space for that: the store may be full.
 //
 // An image that is not in its place is removed there, and no more: the checkpoint
 // that it is, and that one's NVRAM, are another's.
-func (s *Store) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
+func (m *Remover) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
+	s := m.s
 	rm.Ref = r
 	f, r, err := s.open(ctx, r, Exclusive)
 	if errors.Is(err, errNotObject) {
@@ -43,7 +60,12 @@ func (s *Store) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	if err != nil {
 		return rm, err
 	}
-	defer f.Close()
+	closed := false
+	defer func() {
+		if !closed {
+			f.Close()
+		}
+	}()
 	rm.Ref = r
 	size, err := f.Size()
 	if err != nil {
@@ -56,25 +78,46 @@ func (s *Store) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	if err != nil && !integrity.IsCorrupt(err) && !isUnsupported(err) {
 		return rm, err
 	}
-	rm.Left = err
+	if rm.Left = err; err != nil {
+		id = &checkpoint.Identity{} // it is nobody's
+	}
+	delete(m.known, r.object(imageSuffix))
+	v := s.survey(m.known, append(slices.Clone(id.References), id.UUID)...)
+	v.leave = r
+	keep := false
 	// Nobody can begin to refer to it while it is locked; who does so already holds
 	// a lock on it, or is committed.
-	if err == nil {
-		if rm.Kept, err = s.referring(ctx, id.UUID); err != nil {
+	if rm.Left == nil {
+		if err := v.update(ctx); err != nil {
 			return rm, err
 		}
+		if keep = v.needed(id.UUID); keep {
+			rm.Kept, rm.Left = v.of[id.UUID].by, v.unclear
+		}
 	}
-	if err := s.unlist(ctx, r, len(rm.Kept) > 0); err != nil {
+	if err := s.unlist(ctx, r, keep); err != nil {
 		return rm, err
 	}
-	if len(rm.Kept) > 0 {
-		return rm, nil
+	theirs := []uuid.UUID(id.References)
+	if keep {
+		// It is an unlisted image now, as those that it refers to may be.
+		theirs = append(theirs, id.UUID)
+	} else {
+		rm.FlashBytes = size
+		if rm.Left == nil && id.NVRAM != nil {
+			rm.NVRAMBytes, rm.Left = s.freeNVRAM(ctx, id, nil)
+		}
+		rm.Left = errors.Join(rm.Left, s.tidy(ctx, r))
 	}
-	rm.FlashBytes = size
-	if rm.Left == nil && id.NVRAM != nil {
-		rm.NVRAMBytes, rm.Left = s.freeNVRAM(ctx, id)
+	f.Close()
+	closed = true
+	fr, left, err := s.freeUnlisted(ctx, v, theirs)
+	rm.FlashBytes += fr.flash
+	rm.NVRAMBytes += fr.nvram
+	if left != nil && rm.Left != nil && left.Error() == rm.Left.Error() {
+		left = nil
 	}
-	rm.Left = errors.Join(rm.Left, s.tidy(ctx, r))
+	rm.Left = errors.Join(rm.Left, left, err)
 	return rm, nil
 }
 
@@ -138,7 +181,7 @@ func (s *Store) unlist(ctx context.Context, r Ref, keep bool) error {
 		removed := r.object(removedSuffix)
 		if slices.Contains(o.removed, r.N) {
 			// Somebody has put the image back under a number that was gone.
-			if err := s.dir.Remove(ctx, removed); err != nil {
+			if err := s.makeWay(ctx, r); err != nil {
 				return err
 			}
 		}
@@ -162,6 +205,20 @@ func (s *Store) unlist(ctx context.Context, r Ref, keep bool) error {
 		s.dir.Remove(ctx, r.object(touchedSuffix))
 	}
 	return nil
+}
+
+// makeWay frees the name that an unlisted image of a checkpoint has, for another one.
+// One that has content may be needed, and gets a name of its own.
+func (s *Store) makeWay(ctx context.Context, r Ref) error {
+	name := r.object(removedSuffix)
+	id, err := s.whoIs(ctx, name)
+	if err != nil && !errors.Is(err, errNotObject) {
+		return err
+	}
+	if id == nil {
+		return s.dir.Remove(ctx, name)
+	}
+	return s.dir.Commit(ctx, name, r.keptObject(id.UUID))
 }
 
 // tidy frees what is left of a removed image that nobody needs, and what stood for
@@ -208,20 +265,6 @@ func (s *Store) removeEmpty(ctx context.Context, r Ref) error {
 		return err // an image that others may need: gc looks
 	}
 	return s.dir.Remove(ctx, r.object(removedSuffix))
-}
-
-// freeNVRAM gives a checkpoint's NVRAM back.
-func (s *Store) freeNVRAM(ctx context.Context, id *checkpoint.Identity) (bytes int64, err error) {
-	if err := s.CheckHome(ctx); err != nil {
-		return 0, err
-	}
-	f, err := s.openNVRAM(ctx, nvramFile{id.NVRAM.Path, id.NVRAM.UUID})
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	freed, err := f.FreeOwner(ctx, id.UUID)
-	return int64(freed) * nvram.ExtentSize, err
 }
 
 // nvramFile is the content of nvram/UUID.json.

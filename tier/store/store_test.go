@@ -823,11 +823,21 @@ func refer(t *testing.T, s *Store, vm string, ids ...uuid.UUID) Ref {
 	if err := p.Refer(t.Context(), ids...); err != nil {
 		t.Fatal(err)
 	}
-	w, err := image.NewWriter(p.image, image.Header{PageSize: 4096, SegmentPages: 2, UUID: p.uuid, Created: time.Now()}, image.None, 1)
+	h := image.Header{PageSize: 4096, SegmentPages: 2, UUID: p.uuid, Created: time.Now(), Features: image.Features{Incompat: image.HasReferences}}
+	w, err := image.NewWriter(p.image, h, image.None, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
 	m := checkpoint.Meta{Identity: checkpoint.Identity{VM: p.ref.VM, Number: p.ref.N, UUID: p.uuid, PageSize: 4096, References: ids}}
+	var refs checkpoint.References
+	for _, id := range ids {
+		refs = append(refs, checkpoint.Reference{UUID: id, VM: "vm", Number: 1, SegmentPages: 2})
+	}
+	b := w.NewBuffer(image.References)
+	b.Data = refs.Append(b.Data)
+	if err := w.Submit(b); err != nil {
+		t.Fatal(err)
+	}
 	doc, id, err := m.Documents()
 	if err == nil {
 		err = w.Finish(doc, id)
@@ -906,5 +916,55 @@ func TestReferences(t *testing.T) {
 	defer p.Abort()
 	if err := p.Refer(t.Context(), id.UUID); !errors.Is(err, ErrNotFound) {
 		t.Errorf("a reference to what is gone: %v", err)
+	}
+}
+
+// TestSurvey: what is committed between the look without a lock and the one under it
+// counts, also if what was there at first has gone away.
+func TestSurvey(t *testing.T) {
+	s, disk := newStore(t)
+	base := mustCommit(t, s, "vm")
+	id, _, err := s.identity(t.Context(), base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := refer(t, s, "vm", id.UUID)
+	v := s.survey(make(map[string]*checkpoint.Identity), id.UUID)
+	look := func(want ...Ref) {
+		t.Helper()
+		if err := v.update(t.Context()); err != nil || v.unclear != nil || !slices.Equal(v.of[id.UUID].by, want) {
+			t.Errorf("%v, %v, %v, want %v", v.of[id.UUID].by, err, v.unclear, want)
+		}
+	}
+	look(first)
+	look(first)
+	second := refer(t, s, "other", id.UUID)
+	if _, err := s.Remove(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	look(first, second)
+	// One that can't say what it needs may need all.
+	put(t, disk, "/store/vms/other/00000007.flic", []byte("no image"))
+	if err := v.update(t.Context()); err != nil || v.unclear == nil || !v.needed(uuid.New()) {
+		t.Errorf("%v, %v", err, v.unclear)
+	}
+	rm, err := s.Remove(t.Context(), base)
+	if err != nil || rm.Left == nil || rm.FlashBytes != 0 {
+		t.Errorf("removal beside it: %+v, %v", rm, err)
+	}
+	if _, err := s.GC(t.Context()); !integrity.IsCorrupt(err) {
+		t.Errorf("gc: %v", err)
+	}
+	if rm, err := s.Remove(t.Context(), Ref{"other", 7}); err != nil || rm.FlashBytes != 8 {
+		t.Errorf("its own removal: %+v, %v", rm, err)
+	}
+	if rep, err := s.GC(t.Context()); err != nil || len(rep.Warnings) > 0 || rep.Removed != 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	if rm, err := s.Remove(t.Context(), second); err != nil || rm.Left != nil {
+		t.Errorf("%+v, %v", rm, err)
+	}
+	if fi, err := disk.Stat("/store/vms/vm/00000001.gone"); err == nil {
+		t.Errorf("%d bytes are kept for nobody", fi.Size())
 	}
 }

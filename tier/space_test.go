@@ -1,0 +1,373 @@
+package tier_test
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest/chain"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+)
+
+// taken is what the files of a store take, but for the documents in it, and what is
+// taken of NVRAM.
+func (l *lab) taken(t testing.TB) (flash, hot int64) {
+	t.Helper()
+	for _, name := range l.tree(t) {
+		if !strings.HasPrefix(name, "vms/") && !strings.HasPrefix(name, "tmp/") {
+			continue
+		}
+		f, err := l.fs.Open(filepath.Join(l.dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := f.Allocated()
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		flash += n
+	}
+	if _, err := l.fs.Stat(l.nvram); err != nil {
+		return flash, 0
+	}
+	f, err := nvram.Open(t.Context(), l.fs, l.nvram, nvram.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	owners, err := f.Owners(t.Context(), l.st.UUID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range owners {
+		hot += int64(o.Extents) * nvram.ExtentSize
+	}
+	return flash, hot
+}
+
+// listed holds each listed checkpoint to what a model says of it, and each of the model
+// that must be there.
+func (l *lab) listed(t testing.TB, model map[store.Ref]*tiertest.Stream, must ...store.Ref) {
+	t.Helper()
+	refs, err := l.st.List(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ref := range refs {
+		if model[ref] == nil {
+			t.Fatalf("%v came from nowhere", ref)
+		}
+		l.holds(t, ref, model[ref])
+	}
+	for _, ref := range must {
+		if !slices.Contains(refs, ref) {
+			t.Errorf("%v is gone", ref)
+		}
+	}
+}
+
+// chainModel is what a chain's checkpoints hold.
+func chainModel(list []chain.Checkpoint) map[store.Ref]*tiertest.Stream {
+	model := map[store.Ref]*tiertest.Stream{}
+	for _, c := range list {
+		model[c.Ref] = c.Stream
+	}
+	return model
+}
+
+// TestSpaceBack removes the checkpoints of a chain in every order. What removals say
+// that they have freed is what the disk has more, gc finds nothing to do after them, and
+// in the end all is free.
+func TestSpaceBack(t *testing.T) {
+	trimmed := false
+	for _, order := range [][]int{{0, 1, 2, 3}, {3, 2, 1, 0}, {1, 3, 0, 2}, {2, 0, 3, 1}, {0, 3, 1, 2}} {
+		l := newLab(t, crashfs.New(0), "/")
+		list := chain.Build(t, l.st, chain.Options{Seed: 3, Streams: generations(3, 4, chainBlocks), Codec: image.None, NVRAM: l.nvram, Deltas: 0.5, Scattered: 0.1})
+		model := chainModel(list)
+		for _, i := range order {
+			flash, hot := l.taken(t)
+			rm, err := l.st.Remove(t.Context(), list[i].Ref)
+			if err != nil || rm.Left != nil {
+				t.Fatalf("%v: %+v, %v", order, rm, err)
+			}
+			delete(model, list[i].Ref)
+			nowFlash, nowHot := l.taken(t)
+			// A file's last block is not full.
+			if got := flash - nowFlash; got < rm.FlashBytes || got > rm.FlashBytes+4*4096 {
+				t.Errorf("%v: removal of %d says %d bytes, and %d are free", order, i, rm.FlashBytes, got)
+			}
+			if hot-nowHot != rm.NVRAMBytes {
+				t.Errorf("%v: removal of %d says %d bytes of NVRAM, and %d are free", order, i, rm.NVRAMBytes, hot-nowHot)
+			}
+			trimmed = trimmed || len(rm.Kept) > 0 && rm.FlashBytes > 0
+			rep, err := l.st.GC(t.Context())
+			if err != nil || rep.Removed+rep.Trimmed+rep.NVRAMExtents != 0 || len(rep.Warnings) != 0 {
+				t.Errorf("%v: gc after the removal of %d: %+v, %v", order, i, rep, err)
+			}
+			l.listed(t, model)
+		}
+		if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+			t.Errorf("%v: %d bytes of flash and %d of NVRAM are not free: %v", order, flash, hot, l.tree(t))
+		}
+		l.noLeaks(t)
+	}
+	if !trimmed {
+		t.Error("no removal has freed a part of an image")
+	}
+}
+
+// smallChain makes a chain that is soon restored, in a scene of its own.
+func smallChain(t *testing.T) (*crashfs.FS, *lab, []chain.Checkpoint) {
+	t.Helper()
+	disk := crashfs.New(0)
+	l := newLab(t, disk, "/")
+	blocks := []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}
+	streams := generations(5, 3, blocks)
+	for i := range streams {
+		// Much changes, so that there is something in each that nobody needs.
+		streams[i].Passes, streams[i].Resend = 1+2*i, 0.5
+	}
+	list := chain.Build(t, l.st, chain.Options{Seed: 5, Streams: streams, Codec: image.None, NVRAM: l.nvram, Deltas: 0.2, Segment: func(int) int { return 2 }})
+	return disk, l, list
+}
+
+// everyCrash does something on copies of a disk that dies, or fails, at each of its
+// operations, and calls check with what the next process finds, at once and after a power
+// cut; err is what was done came to.
+func everyCrash(t *testing.T, disk *crashfs.FS, l *lab, do func(l *lab) error, check func(t *testing.T, l *lab, err error)) {
+	t.Helper()
+	n := everyOp(t, func(t *testing.T, n int) bool {
+		disk := disk.CrashClone(1)
+		at := l.on(t, disk)
+		disk.KillAt(n)
+		err := do(at)
+		for seed := range uint64(3) {
+			check(t, l.on(t, disk.CrashClone(seed)), err)
+		}
+		check(t, l.on(t, disk.Fork()), err)
+		return disk.Killed()
+	})
+	if n < 3 {
+		t.Errorf("only %d operations", n)
+	}
+	for name, fault := range faultsAt {
+		t.Run(name, func(t *testing.T) {
+			everyOp(t, func(t *testing.T, n int) bool {
+				disk := disk.CrashClone(1)
+				at := l.on(t, disk)
+				before := len(disk.Ops())
+				fault.arm(disk, n)
+				err := do(at)
+				hit := len(disk.Ops())-before > n
+				disk.Heal()
+				at.noLeaks(t)
+				check(t, l.on(t, disk.CrashClone(2)), err)
+				check(t, at, err)
+				return hit
+			})
+		})
+	}
+}
+
+// TestCrashRemoveReferred ends and fails removals of checkpoints that others refer to,
+// and of the last that refers to removed ones.
+func TestCrashRemoveReferred(t *testing.T) {
+	disk, l, list := smallChain(t)
+	model := chainModel(list)
+	for _, before := range [][]int{nil, {0}, {0, 1}} {
+		t.Run(fmt.Sprint(before), func(t *testing.T) {
+			disk := disk.CrashClone(1)
+			l := l.on(t, disk)
+			left := []store.Ref{list[0].Ref, list[1].Ref, list[2].Ref}
+			for _, i := range before {
+				if err := l.remove(list[i].Ref); err != nil {
+					t.Fatal(err)
+				}
+				left = left[1:]
+			}
+			everyCrash(t, disk, l, func(l *lab) error {
+				_, err := l.st.Remove(t.Context(), left[0])
+				return err
+			}, func(t *testing.T, l *lab, err error) {
+				t.Helper()
+				l.listed(t, model, left[1:]...)
+				if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+					t.Errorf("gc: %+v, %v", rep, err)
+				}
+				l.listed(t, model, left[1:]...)
+				if rep, err := l.st.GC(t.Context()); err != nil || rep.Removed+rep.Trimmed+rep.NVRAMExtents > 0 {
+					t.Errorf("a second gc: %+v, %v", rep, err)
+				}
+				refs, _ := l.st.List(t.Context(), "")
+				if err == nil && slices.Contains(refs, left[0]) {
+					t.Error("removed, and there again")
+				}
+				if flash, hot := l.taken(t); len(refs) == 0 && (flash != 0 || hot != 0) {
+					t.Errorf("%d bytes of flash and %d of NVRAM are not free", flash, hot)
+				}
+			})
+		})
+	}
+}
+
+// TestCrashFreeReferred ends and fails gc when a removal that was cut off has left it
+// something to free of what others need.
+func TestCrashFreeReferred(t *testing.T) {
+	disk, l, list := smallChain(t)
+	model := chainModel(list)
+	// The removal dies when the image is not listed any more.
+	probe := disk.CrashClone(1)
+	at := l.on(t, probe)
+	before := len(probe.Ops())
+	if err := at.remove(list[0].Ref); err != nil {
+		t.Fatal(err)
+	}
+	punch := slices.IndexFunc(probe.Ops()[before:], func(op crashfs.Op) bool { return op.Kind == crashfs.Punch && strings.HasSuffix(op.Name, ".gone") })
+	if punch < 0 {
+		t.Fatalf("the removal punches nothing: %v", probe.Ops()[before:])
+	}
+	dead := disk.CrashClone(1)
+	at = l.on(t, dead)
+	dead.KillAt(punch)
+	at.st.Remove(t.Context(), list[0].Ref)
+	scene := dead.Fork()
+	if rep, err := l.on(t, scene.CrashClone(1)).st.GC(t.Context()); err != nil || rep.Trimmed != 1 || rep.TrimmedBytes == 0 {
+		t.Fatalf("there is nothing for gc to do: %+v, %v", rep, err)
+	}
+	left := []store.Ref{list[1].Ref, list[2].Ref}
+	everyCrash(t, scene, l, func(l *lab) error {
+		_, err := l.st.GC(t.Context())
+		return err
+	}, func(t *testing.T, l *lab, _ error) {
+		t.Helper()
+		l.listed(t, model, left...)
+		if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+			t.Errorf("gc: %+v, %v", rep, err)
+		}
+		l.listed(t, model, left...)
+	})
+}
+
+// unpunched is a file system that can't punch holes.
+type unpunched struct{ vfs.FS }
+
+func (u unpunched) NoLinks(dir string) (vfs.FS, error) {
+	fsys, err := u.FS.NoLinks(dir)
+	return unpunched{fsys}, err
+}
+
+func (u unpunched) OpenRW(name string) (vfs.File, error) {
+	f, err := u.FS.OpenRW(name)
+	if err != nil {
+		return nil, err
+	}
+	return unpunchedFile{f}, nil
+}
+
+type unpunchedFile struct{ vfs.File }
+
+func (unpunchedFile) Punch(int64, int64) error {
+	return fmt.Errorf("%w (%w)", errors.ErrUnsupported, syscall.EOPNOTSUPP)
+}
+
+// TestNoHoles: where no holes can be punched an image stays as a whole until nobody
+// needs it, and nothing is lost.
+func TestNoHoles(t *testing.T) {
+	disk, l, list := smallChain(t)
+	model := chainModel(list)
+	l = l.on(t, unpunched{disk})
+	for i, c := range list {
+		rm, err := l.st.Remove(t.Context(), c.Ref)
+		if err != nil || rm.Left != nil || i < 2 && rm.FlashBytes != 0 {
+			t.Errorf("%d: %+v, %v", i, rm, err)
+		}
+		delete(model, c.Ref)
+		if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 || rep.Trimmed > 0 {
+			t.Errorf("%d: %+v, %v", i, rep, err)
+		}
+		l.listed(t, model)
+	}
+	if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+		t.Errorf("%d bytes of flash and %d of NVRAM are not free", flash, hot)
+	}
+}
+
+// TestHeldNVRAM: gc gives away no NVRAM of a removed checkpoint while somebody has it
+// open, who is about to refer to it.
+func TestHeldNVRAM(t *testing.T) {
+	disk, l, list := smallChain(t)
+	for _, c := range list[:2] {
+		if err := l.remove(c.Ref); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, was := l.taken(t)
+	tx, err := l.on(t, disk.Fork()).st.Begin(t.Context(), "other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tx.Refer(t.Context(), list[0].UUID, list[1].UUID); err != nil {
+		t.Fatal(err)
+	}
+	rm, err := l.st.Remove(t.Context(), list[2].Ref)
+	if err != nil || rm.Left != nil {
+		t.Fatal(rm, err)
+	}
+	if rep, err := l.st.GC(t.Context()); err != nil || rep.Removed != 0 {
+		t.Errorf("%+v, %v", rep, err)
+	}
+	if _, hot := l.taken(t); hot != was-rm.NVRAMBytes || hot == 0 {
+		t.Errorf("%d bytes of NVRAM are taken, and were %d", hot, was)
+	}
+	tx.Abort()
+	if _, err := l.st.GC(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+		t.Errorf("%d bytes of flash and %d of NVRAM are not free", flash, hot)
+	}
+}
+
+// TestOpenWhileFreed opens a checkpoint while a process has what it refers to locked for
+// the moment that a removal takes.
+func TestOpenWhileFreed(t *testing.T) {
+	disk, l, list := smallChain(t)
+	if err := l.remove(list[0].Ref); err != nil {
+		t.Fatal(err)
+	}
+	f, err := disk.Fork().Open(l.dir + "/vms/vm/00000001.gone")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.TryLock(vfs.Exclusive); err != nil {
+		t.Fatal(err)
+	}
+	opened := make(chan error)
+	go func() {
+		c, err := l.st.OpenCheckpoint(t.Context(), list[2].Ref, checkpoint.Options{})
+		if err == nil {
+			err = c.Close()
+		}
+		opened <- err
+	}()
+	select {
+	case err := <-opened:
+		t.Fatalf("open of what is locked: %v", err)
+	default:
+	}
+	f.Close()
+	if err := <-opened; err != nil {
+		t.Error(err)
+	}
+}
