@@ -50,8 +50,8 @@ var streams = map[string]tiertest.Options{
 	"all alike":       {Seed: 26, Mix: tiertest.Mix{tiertest.Alike: 1, tiertest.Sparse: 1, tiertest.Duplicate: 1}, Pool: 1},
 	"virtio-mem":      {Seed: 28, Early: 3, Blocks: []tiertest.Block{{Name: "vm0", Size: 2 << 20, Shared: true}, {Name: "pc.ram", Size: 512 << 10}}},
 	"QEMU 10's":       {Seed: 29, Early: 3, EarlyBehind: true, ReturnPath: true, DirtyBitmap: true, Passes: 2, Resend: 0.3},
-	"early, nothing":  {Seed: 30, Early: 1, Mix: tiertest.Mix{tiertest.Absent: 1}},
-	"nothing":         {Seed: 27, Mix: tiertest.Mix{tiertest.Absent: 1}},
+	"all unplugged":   {Seed: 30, Early: 1, Blocks: []tiertest.Block{{Name: "vm0", Size: 2 << 20, Shared: true}}},
+	"all shared":      {Seed: 27, IgnoreShared: true, Blocks: []tiertest.Block{{Name: "m", Size: 2 << 20, Shared: true}}},
 }
 
 // setting is how a round trip saves.

@@ -552,6 +552,31 @@ func (f *watchedFile) Sync() error {
 	return f.File.Sync()
 }
 
+// TestSaveNoMemory: a stream that lists RAM and has none of it, as of QEMU's migration
+// modes that hand memory over on one host, is no checkpoint; a single page makes the
+// rest absent, as free pages are.
+func TestSaveNoMemory(t *testing.T) {
+	for name, test := range map[string]struct {
+		o    tiertest.Options
+		want error
+	}{
+		"none":             {tiertest.Options{Mix: tiertest.Mix{tiertest.Absent: 1}}, save.ErrNoMemory},
+		"no END":           {tiertest.Options{Mix: tiertest.Mix{tiertest.Absent: 1}, NoEnd: true}, save.ErrNoMemory},
+		"no devices":       {tiertest.Options{Mix: tiertest.Mix{tiertest.Absent: 1}, EmptyTail: true}, save.ErrNoMemory},
+		"partly unplugged": {tiertest.Options{Early: 1, Mix: tiertest.Mix{tiertest.Absent: 1}}, save.ErrNoMemory},
+		"some":             {tiertest.Options{Seed: 3, Mix: tiertest.Mix{tiertest.Absent: 50, tiertest.Zero: 1}}, nil},
+	} {
+		l := newLab(t, crashfs.New(0), "/")
+		_, _, err := l.run(context.Background(), bytes.NewReader(tiertest.New(test.o).Bytes()), save.Options{VM: "vm"})
+		if !errors.Is(err, test.want) {
+			t.Errorf("%s: %v, want %v", name, err, test.want)
+		}
+		if refs, err := l.st.List(context.Background(), ""); (len(refs) == 0) != (test.want != nil) || err != nil {
+			t.Errorf("%s: %v, %v", name, refs, err)
+		}
+	}
+}
+
 // TestHoldBack checks that a source without a return path keeps its device tail
 // until the RAM is durable, so that a failure up to then is one of the
 // migration: of the tail no more than a few KB may be in the pipe or in the

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -62,7 +63,7 @@ func (m machine) tiny(t *testing.T, memory string, content []byte, perTick int) 
 	first := contentAt + (pages-pages/4)*guestmem.PageSize
 	c := m.Config
 	c.Guest, c.Memory = qemutest.Tiny, memory
-	c.Args = append(qemutest.Load(file, m.base+contentAt), qemutest.Change(c.Arch, first, pages/4, uint32(perTick))...)
+	c.Args = slices.Concat(c.Args, qemutest.Load(file, m.base+contentAt), qemutest.Change(c.Arch, first, pages/4, uint32(perTick)))
 	return c
 }
 

@@ -2,9 +2,14 @@ package main
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -14,10 +19,12 @@ func virtioMem(kernel string) qemutest.Config {
 	// Linux is to have the memory online before its first process fills it, and takes
 	// pages that it can move from there first.
 	c := q35.linux("112M,maxmem=1G", "memhp_default_state=online_movable flic.memory=80 "+kernel)
-	c.Args = []string{"-object", "memory-backend-ram,id=vm0,size=128M",
-		"-device", "virtio-mem-pci,id=mem0,memdev=vm0,requested-size=64M"}
+	c.Args = virtioMemArgs
 	return c
 }
+
+var virtioMemArgs = []string{"-object", "memory-backend-ram,id=vm0,size=128M",
+	"-device", "virtio-mem-pci,id=mem0,memdev=vm0,requested-size=64M"}
 
 // plugged is how much of a virtio-mem's memory its guest has, in bytes.
 func plugged(t *testing.T, ctx context.Context, vm *qemutest.VM) (n int64) {
@@ -38,6 +45,21 @@ func TestVirtioMem(t *testing.T) {
 	source.WaitFor(t, `flic ready`)
 	source.WaitFor(t, `tick 3\r`)
 	set(t, source, fast)
+
+	// A store that has no room, over plain exec:. QEMU calls that a failure, also when
+	// it has sent all of the memory.
+	for _, f := range []fault{{op: "write", n: 3, errno: unix.ENOSPC}, {op: "sync", n: 1, errno: unix.ENOSPC}} {
+		f.mark = filepath.Join(l.dir, "mark")
+		ok(t, migration.Start(ctx, source.QMP, f.uri(l, "--report", l.report())))
+		ended(t, ctx, source, migration.StatusFailed)
+		runsOn(t, source)
+		if o := l.outcome(t); o.ExitCode != exitNoSpace {
+			t.Errorf("the save says %+v", o)
+		}
+		ok(t, os.Remove(f.mark+".end"))
+		l.nothing(t)
+	}
+
 	before := stop(t, ctx, source)
 	if n := plugged(t, ctx, source); n != 64<<20 {
 		t.Fatalf("the guest has plugged in %d bytes", n)

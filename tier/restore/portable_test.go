@@ -141,7 +141,7 @@ func TestPortable(t *testing.T) {
 		"early":         {o: tiertest.Options{Seed: 9, Early: 2, Compress: 0.5}, insert: colo, has: "COLO"},
 		"early, behind": {o: tiertest.Options{Seed: 10, Early: 2, EarlyBehind: true, Advise: true}, has: "advice"},
 		"shared":        {o: tiertest.Options{Seed: 11, IgnoreShared: true, Fill: true, Blocks: append(blocks, tiertest.Block{Name: "shm", Size: 64 << 10, Shared: true})}, has: "fill"},
-		"no pages":      {o: tiertest.Options{Seed: 12, Mix: tiertest.Mix{tiertest.Absent: 1}}, insert: colo, has: "COLO"},
+		"no pages":      {o: tiertest.Options{Seed: 12, IgnoreShared: true, Mix: tiertest.Mix{tiertest.Absent: 1}}, insert: colo, has: "COLO"},
 		"old machine":   {o: tiertest.Options{Seed: 13, NoConfiguration: true, Fill: true}, has: "fill"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -81,10 +81,25 @@ func (p *parser) ram() error {
 	}
 	// What can't be told apart has no place to hold at.
 	if errors.Is(err, stream.ErrUnknown) && !p.hold.pending() {
-		err = p.opaque(err)
+		return p.opaque(err)
+	}
+	if err == nil && p.place == nil && !p.walk.IgnoreShared {
+		var listed uint64
+		for _, b := range p.meta.Blocks {
+			listed += b.Used
+		}
+		if listed > p.walk.Absent {
+			return ErrNoMemory
+		}
 	}
 	return err
 }
+
+// ErrNoMemory: RAM is listed and no page of it has come, nor is it known to be kept
+// elsewhere, as shared memory, or to be unplugged. Of a fresh guest too there are pages,
+// if only of zeros and of ROM. What leaves all of them out is a migration that hands
+// them over to a QEMU on the same host.
+var ErrNoMemory = errors.New("the stream has none of the guest's memory: QEMU's migration modes cpr-transfer and cpr-exec leave it out; set the migration parameter mode to normal")
 
 // pageSize is the guest's, as far as it is known; else 0.
 func (p *parser) pageSize() int {
