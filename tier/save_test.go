@@ -590,6 +590,8 @@ func TestHoldBack(t *testing.T) {
 		"shuffled":       {Shuffle: true, NoEnd: true},
 		"inferred pages": {PageSize: 16 << 10},
 		"virtio-mem":     {Early: 1, Blocks: []tiertest.Block{{Name: "vm0", Size: 32 << 20, Shared: true}, {Name: "m", Size: 4 << 20}}},
+		"of QEMU 7":      {Blocks: []tiertest.Block{{Name: "0000:00:01.0/vm0", Size: 32 << 20, Shared: true}, {Name: "m", Size: 4 << 20}}},
+		"free pages":     {Mix: tiertest.Mix{tiertest.Absent: 9, tiertest.Text: 1}, Blocks: []tiertest.Block{{Name: "m", Size: 64 << 20}, {Name: "bios", Size: 64 << 10}}},
 		"early device":   {Early: 2, EarlyBehind: true, Blocks: []tiertest.Block{{Name: "vm0", Size: 32 << 20, Shared: true}, {Name: "m", Size: 4 << 20}}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -38,8 +38,8 @@ const (
 // Without a return path QEMU takes a migration for completed once the last
 // device is in the pipe; whatever the save says afterwards is not heard. So
 // what is in the pipe and in the cursor must never reach into the device tail
-// by much. RAM ends no sooner than every page has come once, and each takes at
-// least shortestRecord bytes, which bounds what can safely be read ahead and
+// by much. RAM ends no sooner than every page has come that is certain to (see
+// ahead), and each takes at least shortestRecord bytes, which bounds what can safely be read ahead and
 // left in the pipe: a lot for most of the save, and less and less at its end.
 type feed struct {
 	ctx  context.Context
@@ -48,6 +48,10 @@ type feed struct {
 	cur  *stream.Cursor
 	want int // capacity the pipe should have
 	have int
+	// pages is what adjust was told last, and sudden that it had fallen so far that the
+	// pipe is far larger than it should be.
+	pages  uint64
+	sudden bool
 	// released tells that nothing is held back any more.
 	released bool
 
@@ -189,13 +193,15 @@ func adjustAt(unseen uint64) bool {
 	return unseen%adjustEvery == 0 || unseen < adjustEvery && bits.OnesCount64(unseen) == 1
 }
 
-// adjust is told how many pages have not come yet, at least whenever adjustAt
+// adjust is told how many pages are certain to come, at least whenever adjustAt
 // says so.
 func (f *feed) adjust(unseen uint64) {
 	f.first = unseen > 0
 	if f.pipe == nil || f.released {
 		return
 	}
+	f.sudden = f.sudden || unseen+2*adjustEvery < f.pages
+	f.pages = unseen
 	pages := int(min(unseen, maxBudget))
 	// What is certainly RAM of what comes, until the next call.
 	sure := (pages - min(pages, adjustEvery, pages/2+1)) * shortestRecord
@@ -220,7 +226,8 @@ func (f *feed) readAhead(sure int) {
 	if f.have > minPipe {
 		ahead /= 2
 	}
-	if f.have > f.want && f.have >= defaultPipe {
+	f.sudden = f.sudden && f.have > f.want
+	if f.have > f.want && (f.have >= defaultPipe || f.sudden) {
 		// A pipe that can hold a small machine's devices is worse than a
 		// cursor that has some of them.
 		ahead = max(ahead, f.have)

@@ -44,7 +44,9 @@ type parser struct {
 	acknowledges bool      // SWITCHOVER_ACK has been sent, or it has been said that it may be missing
 	allSeen      time.Time // when every page had come once
 
-	unseen      uint64                       // pages that are to come and have not
+	unseen      uint64                       // pages that are listed and have not come
+	ahead       *ahead                       // which of them will; nil as long as there is no RAM
+	told        uint64                       // what the feed was told last
 	resent      int64                        // page records for pages that had come
 	last        struct{ block, page uint64 } // of the last page record
 	placedBlock uint64                       // of the last page record in the skeleton
@@ -167,7 +169,7 @@ func (p *parser) record(d *ramparse.Decoder, rec *ramparse.Record) error {
 			return err
 		}
 	case ramparse.EOS:
-		p.feed.adjust(p.unseen)
+		p.feed.adjust(p.left())
 		p.unacknowledged()
 	}
 	return p.skel.Literal(rec.Raw)
@@ -220,8 +222,12 @@ func (p *parser) start() error {
 		return err
 	}
 	p.place = place
-	for _, n := range p.meta.BlockPages() {
+	pages := p.meta.BlockPages()
+	for _, n := range pages {
 		p.unseen += n
+	}
+	if len(pages) > 0 {
+		p.ahead = newAhead(p.meta.Blocks, pages)
 	}
 	p.unseen -= min(p.unseen, p.walk.Absent/uint64(p.meta.PageSize))
 	if p.walk.Uncertain {
@@ -229,11 +235,19 @@ func (p *parser) start() error {
 		// about how near the device tail is.
 		p.unseen = 0
 	}
-	p.feed.adjust(p.unseen)
+	p.feed.adjust(p.left())
 	if p.hold != nil {
 		return p.hold.start(p.unseen)
 	}
 	return nil
+}
+
+// left is how many pages are certain to come.
+func (p *parser) left() uint64 {
+	if p.ahead == nil {
+		return 0
+	}
+	return p.ahead.left(p.unseen)
 }
 
 // page takes one page record.
@@ -250,7 +264,9 @@ func (p *parser) page(d *ramparse.Decoder, rec *ramparse.Record) error {
 		return err
 	}
 	p.last.block, p.last.page = uint64(rec.Block), rec.Page
-	if p.place.has(rec.Block, rec.Page) {
+	again := p.place.has(rec.Block, rec.Page)
+	p.ahead.add(rec.Block, rec.Page, again)
+	if again {
 		if p.hold.pending() {
 			// Passes have begun that were to wait.
 			return ErrNotHeld
@@ -267,8 +283,10 @@ func (p *parser) page(d *ramparse.Decoder, rec *ramparse.Record) error {
 	if p.unseen > 0 {
 		p.unseen--
 	}
-	if adjustAt(p.unseen) {
-		p.feed.adjust(p.unseen)
+	// It falls by more than one where pages are left out.
+	if left := p.left(); left != p.told && (adjustAt(left) || left+adjustEvery < p.told) {
+		p.told = left
+		p.feed.adjust(left)
 	}
 	if p.unseen%1024 == 0 {
 		p.tick("ram", false)
