@@ -21,7 +21,7 @@ import (
 // damage, in order of files; Verify goes on after it and returns an error only if it
 // could not go on.
 func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
-	v := &verifier{c: c, ctx: ctx, found: found, set: c.Sources(), cache: c.NewCache(verifyCache), bad: make(map[source.Need]bool), seen: make(map[source.Need]bool)}
+	v := &verifier{c: c, ctx: ctx, found: found, set: c.Sources(), cache: c.NewCache(c.facts.InOrder(verifyCache) + 2*source.MaxNeeds), bad: make(map[source.Need]bool), seen: make(map[source.Need]bool)}
 	v.check = c.check
 	if err := v.report(v.openDigests()); err != nil {
 		return err
@@ -39,9 +39,9 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	return nil
 }
 
-// verifyCache is how many decoded segments a Verify keeps: pages are read by the
-// segments of their bases, and several segments of deltas may be against one.
-const verifyCache = 16
+// verifyCache is how many bytes of decoded segments a Verify keeps: pages are read by
+// the segments of their bases, and several segments of deltas may be against one.
+const verifyCache = 2 << 20
 
 // verifier is one Verify.
 type verifier struct {

@@ -73,43 +73,49 @@ func BenchmarkRestore(b *testing.B) {
 }
 
 // BenchmarkRestoreIncrement restores the second of two checkpoints, of which most pages
-// are in the first, and a copy of it that has all pages itself.
+// are in the first, the tenth of ten, whose pages are in all of them, and copies of both
+// that have all pages themselves.
 func BenchmarkRestoreIncrement(b *testing.B) {
-	dir := b.TempDir()
-	st, err := store.Open(b.Context(), vfs.OS, filepath.Join(dir, "store"), true)
-	if err != nil {
-		b.Fatal(err)
-	}
-	o := tiertest.Options{Seed: 1, Mix: mixes["warm"], Blocks: []tiertest.Block{{Name: "pc.ram", Size: 128 << 20}}}
-	next := o
-	next.Passes, next.Resend = 2, 0.1
-	list := chain.Build(b, st, chain.Options{Seed: 1, Streams: []tiertest.Options{o, next}, Codec: image.MinLZ, Deltas: 0.9,
-		Segment: func(int) int { return 32 }})
-	refs := map[string]store.Ref{"increment": list[1].Ref}
-	c, err := st.OpenCheckpoint(b.Context(), list[1].Ref, checkpoint.Options{})
-	if err != nil {
-		b.Fatal(err)
-	}
-	if refs["whole"], _, err = st.Copy(b.Context(), c, store.CopyOptions{Codec: image.MinLZ}); err != nil {
-		b.Fatal(err)
-	}
-	c.Close()
-	for name, ref := range refs {
-		b.Run(name, func(b *testing.B) {
-			b.SetBytes(128 << 20)
-			for b.Loop() {
-				c, err := st.OpenCheckpoint(b.Context(), ref, checkpoint.Options{})
-				if err != nil {
-					b.Fatal(err)
+	for name, generations := range map[string]int{"second": 2, "tenth": 10} {
+		const size = 64 << 20
+		dir := b.TempDir()
+		st, err := store.Open(b.Context(), vfs.OS, filepath.Join(dir, "store"), true)
+		if err != nil {
+			b.Fatal(err)
+		}
+		var streams []tiertest.Options
+		for n := range generations {
+			streams = append(streams, tiertest.Options{Seed: 1, Mix: mixes["warm"], Passes: 1 + n, Resend: 0.1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: size}}})
+		}
+		list := chain.Build(b, st, chain.Options{Seed: 1, Streams: streams, Codec: image.MinLZ, Deltas: 0.9, Segment: func(int) int { return 32 }})
+		last := list[len(list)-1].Ref
+		c, err := st.OpenCheckpoint(b.Context(), last, checkpoint.Options{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		whole, _, err := st.Copy(b.Context(), c, store.CopyOptions{Codec: image.MinLZ})
+		if err != nil {
+			b.Fatal(err)
+		}
+		c.Close()
+		for kind, ref := range map[string]store.Ref{"increment": last, "whole": whole} {
+			b.Run(name+"/"+kind, func(b *testing.B) {
+				b.SetBytes(size)
+				for b.Loop() {
+					c, err := st.OpenCheckpoint(b.Context(), ref, checkpoint.Options{})
+					if err != nil {
+						b.Fatal(err)
+					}
+					rep, err := restore.Run(context.Background(), c.Checkpoint, io.Discard, restore.Options{})
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.ReportMetric(rep.Reads.PerMB, "places/MB")
+					b.ReportMetric(float64(rep.Refetch), "refetched")
+					c.Close()
 				}
-				rep, err := restore.Run(context.Background(), c.Checkpoint, io.Discard, restore.Options{})
-				if err != nil {
-					b.Fatal(err)
-				}
-				b.ReportMetric(rep.Reads.PerMB, "places/MB")
-				c.Close()
-			}
-		})
+			})
+		}
 	}
 }
 

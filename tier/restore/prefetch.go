@@ -34,23 +34,17 @@ type prefetcher struct {
 }
 
 const (
+	// cacheBytes have room for a segment of 128 KiB in each of the 48 images that a save
+	// refers to at most, and some more.
 	cacheBytes   = 8 << 20
 	lookaheadMin = 16
-	// mostSpaces is for how many images room is made: as many as a save refers to.
-	mostSpaces = 49
 )
 
 func newPrefetcher(c *checkpoint.Checkpoint, set *source.Set, workers int) *prefetcher {
 	if workers <= 0 {
 		workers = runtime.GOMAXPROCS(0)
 	}
-	segment, segments := uint64(1), uint64(0)
-	for _, s := range set.Spaces {
-		segment = max(segment, s.SegmentPages*uint64(set.PageSize))
-		segments += s.Segments.Count()
-	}
-	// In each of the images a restore goes on from where it was.
-	cached := int(min(max(4, cacheBytes/segment, 2*uint64(min(len(set.Spaces), mostSpaces))), max(1, segments)))
+	cached := set.InOrder(cacheBytes)
 	ahead := max(2*workers, lookaheadMin)
 	p := &prefetcher{
 		c: c, set: set, workers: workers, cache: c.NewCache(cached + ahead + 2*source.MaxNeeds),

@@ -4,6 +4,27 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 )
 
+// SegmentBytes is the length of the longest segment that pages may need.
+func (f *Facts) SegmentBytes() int {
+	n := 1
+	for _, s := range f.Spaces {
+		n = max(n, int(s.SegmentPages)*f.PageSize)
+	}
+	return n
+}
+
+// InOrder is how many decoded segments to keep, of so many bytes together, for who goes
+// through the pages in their order: it goes on in each image from where it was there.
+// It is 4 at the least.
+func (f *Facts) InOrder(bytes int) int {
+	all := uint64(0)
+	for _, s := range f.Spaces {
+		all += s.Segments.Count()
+	}
+	n := max(4, bytes/f.SegmentBytes())
+	return int(min(uint64(n), max(1, all)))
+}
+
 // Order lists the pages of a page map by what they need, so that whoever wants all of
 // them has each thing decoded once and reads the image from front to back. It takes
 // 8 bytes a stretch and 4 for each thing. One goroutine uses it.

@@ -805,3 +805,26 @@ type refuser struct{}
 
 func (refuser) CheckPage(source.Space, uint64, []byte) error              { return errRefused }
 func (refuser) CheckSlot(source.Space, uint64, source.Page, []byte) error { return errRefused }
+
+// TestInOrder: what is kept follows from the longest segment, and is never too little to
+// go on, nor more than there is.
+func TestInOrder(t *testing.T) {
+	facts := func(segments uint32, per ...uint64) *source.Facts {
+		f := &source.Facts{PageSize: 4096}
+		for _, n := range per {
+			f.Spaces = append(f.Spaces, source.SpaceFacts{SegmentPages: n, Segments: source.Below(segments)})
+		}
+		return f
+	}
+	for _, c := range []struct {
+		f    *source.Facts
+		want int
+	}{
+		{facts(1000, 32), 64}, {facts(1000, 32, 64), 32}, {facts(1000, 32, 256, 1), 8}, {facts(7, 32, 32), 14}, {facts(0, 32), 1},
+		{&source.Facts{PageSize: 64 << 10, Spaces: []source.SpaceFacts{{SegmentPages: 256, Segments: source.Below(1 << 20)}}}, 4},
+	} {
+		if got := c.f.InOrder(8 << 20); got != c.want {
+			t.Errorf("%+v: %d segments, want %d", c.f, got, c.want)
+		}
+	}
+}
