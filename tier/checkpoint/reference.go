@@ -66,8 +66,9 @@ func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs Refer
 		return fmt.Errorf("%s: %w, of which it names %s", c.Image.Name(), ErrAlone, refs[0].Name())
 	}
 	// A demand of a lazy restore that misses takes half a millisecond longer. 8 bytes
-	// a page, for half of the digests, are within what a restore may take.
-	keep := 8
+	// a page, for half of the digests, are within what a restore may take, and so is a
+	// chunk of each image that an eager restore goes on in.
+	keep := 8 + min(len(refs), 32)
 	for _, n := range c.Meta.BlockPages() {
 		keep += int(n / (2 * digest.PerChunk))
 	}
