@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -71,13 +72,7 @@ func standIn(fsys vfs.FS, name string, args []string) int {
 		}
 		if ours {
 			a.head = head
-			code := run(a, []string{"libvirt", verb})
-			if code != exitOK && verb == "save" {
-				// A broken pipe would be QEMU's error, and then libvirt shows
-				// that and not the reason that was printed.
-				io.Copy(io.Discard, plainReader{a.stdin})
-			}
-			return code
+			return standInRun(a, verb)
 		}
 	}
 	code := exitFailed
@@ -91,6 +86,29 @@ func standIn(fsys vfs.FS, name string, args []string) int {
 			a.stdout.spoil()
 		}
 	}
+	return code
+}
+
+// libvirt has a thread that reads what a compressor prints, and starts it after the
+// compressor: what comes before that is lost (seen of 11.3 and 12.8). listens is far
+// longer than it takes.
+const listens = 200 * time.Millisecond
+
+// standInRun is libvirt save or restore, with its words where libvirt finds them.
+func standInRun(a *app, verb string) int {
+	start := time.Now()
+	late, stderr := new(bytes.Buffer), a.stderr
+	a.stderr = late
+	code := run(a, []string{"libvirt", verb})
+	if code != exitOK {
+		if verb == "save" {
+			// A broken pipe would be QEMU's error, and then libvirt shows that and
+			// not the reason.
+			io.Copy(io.Discard, plainReader{a.stdin})
+		}
+		time.Sleep(listens - time.Since(start))
+	}
+	stderr.Write(late.Bytes())
 	return code
 }
 
