@@ -464,3 +464,37 @@ func TestArmedOverSockets(t *testing.T) {
 		vm.Kill()
 	}
 }
+
+// A domain of libvirt's, whose monitor nobody holds.
+func TestDomainArmed(t *testing.T) {
+	d := newDomainLab(t, "web1", qemutest.Linux, "flic.fill=16 flic.dirty=10", libvirtUser)
+	vm := d.attach(t)
+	vm.WaitFor(t, `tick 3\r`)
+	before := settings(t, vm)
+	flags := []string{"--domain", d.name, "--connect", d.uri()}
+	for _, disarm := range []bool{true, false} {
+		d.run(t, "checkpoint", append(flags, "--arm", "vm")...)
+		note := d.isArmed(t, vm)
+		runsOn(t, vm)
+		if disarm {
+			d.run(t, "disarm", "vm")
+		} else {
+			out := d.run(t, "checkpoint", append(flags, "--then", "pause", "--json", "vm")...)
+			if !strings.Contains(out, `"armed": true`) {
+				t.Error(out)
+			}
+			ok(t, qmp.Cont(t.Context(), vm.QMP))
+		}
+		d.notArmed(t, fmt.Sprint("disarmed ", disarm), note)
+		runsOn(t, vm)
+		if after := settings(t, vm); after != before {
+			t.Errorf("settings were\n%s\nand are\n%s", before, after)
+		}
+	}
+	d.run(t, "verify", "--all")
+	d.Do(t, "destroy", d.name)
+	d.run(t, "resume", append(flags, "vm")...)
+	vm = d.attach(t)
+	runsOn(t, vm)
+	checks(t, vm)
+}
