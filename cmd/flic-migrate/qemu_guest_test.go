@@ -70,8 +70,8 @@ func TestLinuxGuests(t *testing.T) {
 			if cold.Report.Hot != 0 || cold.Report.Cold < 4000 {
 				t.Errorf("without a working set: %d hot, %d cold pages", cold.Report.Hot, cold.Report.Cold)
 			}
-			if both.Report.Hot < 2000 || both.Report.Cold < 2000 {
-				t.Errorf("with a working set: %d hot, %d cold pages", both.Report.Hot, both.Report.Cold)
+			if r := both.Report; r.Hot < 2000 || r.Parent != "vm@1" || r.Unchanged < 2000 || r.Cold > 2000 {
+				t.Errorf("with a working set and a parent %q: %d hot, %d cold, %d unchanged pages", r.Parent, r.Hot, r.Cold, r.Unchanged)
 			}
 			// The kernel's tables are much the same in both saves.
 			for _, c := range []*checkpoint.Report{&cold.Report, &both.Report} {

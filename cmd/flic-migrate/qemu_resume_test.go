@@ -267,6 +267,25 @@ func saveTwice(t *testing.T, ctx context.Context, l *lab, m machine) (c qemutest
 	return c, stopped, running, tick
 }
 
+// TestOrigin resumes an older checkpoint than the newest: what is saved of it then refers
+// to that one, and the next to what was saved.
+func TestOrigin(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	c, _, _, _ := saveTwice(t, ctx, l, q35)
+	vm := qemutest.Start(t, destination(c, "defer"))
+	l.resume(t, vm, "vm@1")
+	ok(t, qmp.Cont(ctx, vm.QMP)) // it was stopped when it was saved
+	runsOn(t, vm)
+	for _, want := range []string{"vm@1", "vm@3"} {
+		l.run(t, "checkpoint", "--qmp", vm.Socket, "vm")
+		if r := l.show(t, "vm").Report; r.Parent != want || r.Unchanged == 0 {
+			t.Errorf("parent %q, want %s; %d unchanged", r.Parent, want, r.Unchanged)
+		}
+	}
+	l.holds(t, "vm@1", "vm@2", "vm@3", "vm@4")
+}
+
 // TestResume resumes guests into the state they were saved in, and into another.
 func TestResume(t *testing.T) {
 	t.Parallel()

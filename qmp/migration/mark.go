@@ -26,6 +26,56 @@ func (o *ResumeOptions) mark(ctx context.Context, x qmp.Executor) {
 	}
 }
 
+// originPrefix begins the name of the object that says in QEMU which checkpoint its guest
+// goes on from: of all that there are, the one that has most of what its next one will
+// have.
+const originPrefix = "flic-origin-"
+
+// Origin is the checkpoint, by its UUID, that was noted in a QEMU: the one that its guest
+// was restored from, or has been saved as since. It is empty if none was, or if QEMU does
+// not say.
+func Origin(ctx context.Context, x qmp.Executor) string {
+	for _, name := range noted(ctx, x) {
+		if id, ok := strings.CutPrefix(name, originPrefix); ok {
+			return id
+		}
+	}
+	return ""
+}
+
+// NoteOrigin notes a checkpoint in QEMU, in place of what was noted before. It is a hint:
+// a QEMU that can't be told does without.
+func NoteOrigin(ctx context.Context, x qmp.Executor, id string) {
+	ctx, cancel := context.WithTimeout(ctx, noteTime)
+	defer cancel()
+	if was := Origin(ctx, x); was == id {
+		return
+	} else if was != "" {
+		_ = x.Execute(ctx, "object-del", map[string]any{"id": originPrefix + was}, nil)
+	}
+	_ = x.Execute(ctx, "object-add", map[string]any{"qom-type": "secret", "id": originPrefix + id, "data": "-"}, nil)
+}
+
+// noteTime is how long a QEMU may take to say what is noted in it.
+const noteTime = time.Second
+
+// noted are the names of the objects that were made in a QEMU; none if it does not
+// answer.
+func noted(ctx context.Context, x qmp.Executor) (names []string) {
+	ctx, cancel := context.WithTimeout(ctx, noteTime)
+	defer cancel()
+	var objects []struct {
+		Name string `json:"name"`
+	}
+	if err := x.Execute(ctx, "qom-list", map[string]any{"path": "/objects"}, &objects); err != nil {
+		return nil
+	}
+	for _, o := range objects {
+		names = append(names, o.Name)
+	}
+	return names
+}
+
 // unmark takes the note back.
 func (o *ResumeOptions) unmark(ctx context.Context, x qmp.Executor) {
 	if o.ID != "" {
@@ -39,16 +89,8 @@ func (o *ResumeOptions) checkMark(ctx context.Context, x qmp.Executor) error {
 	if o.ID == "" {
 		return nil
 	}
-	asked, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	var objects []struct {
-		Name string `json:"name"`
-	}
-	if err := x.Execute(asked, "qom-list", map[string]any{"path": "/objects"}, &objects); err != nil {
-		return nil
-	}
-	for _, obj := range objects {
-		if id, ok := strings.CutPrefix(obj.Name, markPrefix); ok && id != o.ID {
+	for _, name := range noted(ctx, x) {
+		if id, ok := strings.CutPrefix(name, markPrefix); ok && id != o.ID {
 			return fmt.Errorf("%w, %s", ErrOther, id)
 		}
 	}

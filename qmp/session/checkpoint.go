@@ -68,6 +68,8 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	redial, hangUp := t.redialer()
 	defer hangUp()
 	o.Guest.Redial = redial
+	origin := migration.Origin(ctx, x)
+	o.Save.Since = checkpointOf(ctx, st, o.Save.VM, origin)
 	rep, done, err := o.fromArmed(ctx, st, t, x)
 	if err == nil && (!done || o.Arm != nil) {
 		var derr error
@@ -81,6 +83,11 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	for _, w := range rep.Warnings {
 		o.Log.Warn(w)
 	}
+	if ref, perr := store.ParseRef(rep.Checkpoint); rep.Saved && origin != "" && perr == nil {
+		if d, derr := st.Describe(ctx, ref); derr == nil {
+			migration.NoteOrigin(ctx, x, d.UUID.String())
+		}
+	}
 	if err == nil && o.Arm != nil {
 		if rep.ArmedProcess, err = o.arm(ctx, st, t, x, redial, rep.Checkpoint); err != nil {
 			err = fmt.Errorf("the next one is not armed: %w", err)
@@ -91,6 +98,23 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 		err = fmt.Errorf("%s is saved, but: %w", rep.Checkpoint, err)
 	}
 	return rep, err
+}
+
+// checkpointOf is the VM's checkpoint with a UUID; the zero Ref if there is none.
+func checkpointOf(ctx context.Context, st *store.Store, vm, id string) store.Ref {
+	if id == "" {
+		return store.Ref{}
+	}
+	list, err := st.Identities(ctx, vm)
+	if err != nil {
+		return store.Ref{}
+	}
+	for _, l := range list {
+		if l.Identity != nil && l.Identity.UUID.String() == id {
+			return l.Ref
+		}
+	}
+	return store.Ref{}
 }
 
 // checkpoint is one that nobody has ready.

@@ -115,6 +115,9 @@ func resume(ctx context.Context, m *qmp.Monitor, c *store.Checkpoint, o ResumeOp
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
+	if err == nil {
+		migration.NoteOrigin(ctx, m, c.Meta.UUID.String())
+	}
 	cancel(nil)
 	<-watched
 	// A server ends a moment after QEMU has its last byte. One that was killed

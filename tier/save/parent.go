@@ -20,7 +20,7 @@ import (
 
 // What Options.Parent can be besides a checkpoint's name.
 const (
-	ParentAuto = "auto" // the VM's newest checkpoint, if it can be one
+	ParentAuto = "auto" // Options.Since or the VM's newest checkpoint, if it can be one
 	ParentNone = "none" // no other checkpoint is referred to
 )
 
@@ -69,7 +69,10 @@ func openParent(ctx context.Context, st *store.Store, tx *store.Tx, o Options, w
 		return nil, nil
 	}
 	ref, asked := store.Ref{VM: o.VM}, o.Parent != ParentAuto && o.Parent != ""
-	if asked {
+	switch {
+	case !asked && o.Since.N > 0:
+		ref = o.Since
+	case asked:
 		var err error
 		if ref, err = store.ParseRef(o.Parent); err != nil {
 			return nil, err
@@ -86,7 +89,7 @@ func openParent(ctx context.Context, st *store.Store, tx *store.Tx, o Options, w
 	case errors.Is(err, store.ErrNotFound) || errors.Is(err, errNoDigests):
 		return nil, nil // it is the VM's first, or an earlier version's
 	}
-	o.Log.Warn("the newest checkpoint can't be referred to, so all is stored anew", "error", err)
+	o.Log.Warn("the checkpoint before can't be referred to, so all is stored anew", "error", err)
 	return nil, nil
 }
 

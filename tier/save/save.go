@@ -52,6 +52,9 @@ type Options struct {
 	// Parent is the checkpoint that this one may refer to for what has not changed:
 	// ParentAuto or empty, ParentNone, or a name. To refers to none.
 	Parent string
+	// Since is the checkpoint that the guest goes on from, if that is known: ParentAuto
+	// takes it rather than the newest.
+	Since store.Ref
 
 	Libvirt *checkpoint.Libvirt // kept with the checkpoint; may be nil
 
