@@ -13,10 +13,12 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest/chain"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
 // newChained is the last of three checkpoints, with pages of all kinds in all of them.
@@ -113,4 +115,44 @@ func TestReferenceDamaged(t *testing.T) {
 			t.Errorf("%v", res.server)
 		}
 	})
+}
+
+// TestIncrements serves what saves really write: the third of three checkpoints of a guest
+// that goes on running, each of which refers to the one before, with a part in NVRAM.
+func TestIncrements(t *testing.T) {
+	o := tiertest.Options{Seed: 33, Blocks: threeBlocks, Fill: true, Resend: 0.3}
+	s := newSaved(t, o, 5, save.Options{})
+	for passes := 2; passes <= 3; passes++ {
+		o.Passes = passes
+		s.Stream = tiertest.New(o)
+		so := save.Options{VM: "vm", NVRAM: filepath.Join(s.dir, "nvram"), VolatileNVRAM: true}
+		var err error
+		so.WorkingSet, err = workingset.New(s.PageSize(), s.blocks())
+		check(t, err)
+		for b := range s.Blocks() {
+			for p := uint64(0); p < s.Pages(b); p += 5 {
+				so.WorkingSet.SetHeat(b, int64(p), 1)
+			}
+		}
+		r := s.Reader()
+		_, _, err = save.Run(context.Background(), vfs.OS, s.st, r, so)
+		r.Close()
+		check(t, err)
+	}
+	s.ck = s.open(t)
+	if rep := s.ck.Meta.Report; rep.Unchanged == 0 || len(s.ck.Meta.References) == 0 {
+		t.Fatalf("it refers to %v: %+v", s.ck.Meta.References, rep)
+	}
+	for round := range uint64(3) {
+		synctest.Test(t, func(t *testing.T) {
+			r := rand.New(rand.NewPCG(round, 3))
+			d := newFakeQEMU(s)
+			d.afterPart = func(int) {
+				if round > 0 && r.IntN(3) == 0 {
+					check(t, d.ask(s.random(r)))
+				}
+			}
+			d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
+		})
+	}
 }
