@@ -17,6 +17,9 @@ var (
 	ErrLost = errors.New("the monitor connection is lost")
 	// ErrNoFiles: the monitor is no Unix socket, and only those carry files.
 	ErrNoFiles = errors.New("files can't be passed over this monitor")
+	// ErrHumanMonitor: the socket is of QEMU's other monitor, whose commands are for
+	// people.
+	ErrHumanMonitor = errors.New("this is QEMU's human monitor (-monitor), and not QMP: start QEMU with -qmp unix:PATH,server=on,wait=off as well")
 	// ErrProtocol: what came is not QMP, or more than Options.MaxMessage of it.
 	ErrProtocol = errors.New("the monitor does not speak QMP")
 )

@@ -234,6 +234,8 @@ func (m *Monitor) greet(ctx context.Context, in *decoder) error {
 		return fmt.Errorf("%w: no greeting within %v", ErrBusy, m.options.Greeting)
 	case errors.Is(err, io.EOF):
 		return errors.New("closed before the greeting: not a QMP monitor, or QEMU has ended")
+	case err != nil && in.human():
+		return ErrHumanMonitor
 	case err != nil:
 		return readError(err)
 	}
@@ -683,6 +685,15 @@ func (d *decoder) next() (json.RawMessage, error) {
 		return nil, err
 	}
 	return raw, nil
+}
+
+// human tells, when what came first is no JSON, whether it is what a human monitor
+// begins with: "QEMU 7.2.0 monitor - type 'help' ...". More than that word may not have
+// come yet.
+func (d *decoder) human() bool {
+	b := make([]byte, 5)
+	n, _ := io.ReadFull(d.json.Buffered(), b)
+	return string(b[:n]) == "QEMU "
 }
 
 func readError(err error) error {

@@ -144,6 +144,24 @@ func TestEndlessLineIsCapped(t *testing.T) {
 	}
 }
 
+// A human monitor is told from other things that are no QMP.
+func TestHumanMonitor(t *testing.T) {
+	for greeting, human := range map[string]bool{
+		"QEMU 7.2.22 monitor - type 'help' for more information\r\n(qemu) ": true,
+		"SSH-2.0-OpenSSH_9.2\r\n": false,
+		"QE":                      false,
+	} {
+		f := qmptest.New(t, func(c *qmptest.Conn) {
+			c.Send(greeting)
+			c.Next()
+		})
+		_, err := Dial(t.Context(), f.Addr, Options{Greeting: 200 * time.Millisecond})
+		if err == nil || errors.Is(err, ErrHumanMonitor) != human {
+			t.Errorf("%q: %v", greeting, err)
+		}
+	}
+}
+
 func TestHostileMessages(t *testing.T) {
 	for name, message := range map[string]string{
 		"no JSON":            "hello\n",

@@ -161,7 +161,8 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 	doc, err := session.Checkpoint(ctx, c.fs, st, c.monitor.Target, o)
 	p.finish()
 	if err = explainNVRAM(err); !doc.Saved {
-		return err
+		// Its lines are for people, and its QEMU starts the command.
+		return explainHuman(err, "migrate_set_capability return-path on", "migrate", "save", "--store", st.Dir(), "--vm", vm)
 	}
 	return errors.Join(err, c.show(doc))
 }
@@ -204,8 +205,11 @@ func (c *checkpointCmd) show(doc checkpointReport) error {
 	}
 	fmt.Fprintf(c.stderr, "flic-migrate: %s\n", summary(ref, doc.Save))
 	stood := "the guest did not run"
-	if doc.Downtime > 0 {
+	switch {
+	case doc.Downtime > 0:
 		stood = fmt.Sprintf("the guest stood still for %d ms", doc.Downtime.Milliseconds())
+	case doc.Ran:
+		stood = "the guest ran until then"
 	}
 	fmt.Fprintf(c.stderr, "flic-migrate: %s: %s; %d passes, %.2f s in all; now it is %s\n",
 		doc.Checkpoint, stood, doc.Passes, doc.Total.Seconds(), doc.State)

@@ -162,7 +162,7 @@ func TestCheckpointThen(t *testing.T) {
 			}
 			// Split, because l.hot makes words of an exec: URI.
 			rep := l.checkpoint(t, vm, strings.Fields(strings.Join(flags, " "))...)
-			if rep.State != test.state || rep.Downtime != 0 {
+			if rep.State != test.state || rep.Downtime != 0 || rep.Ran == test.paused {
 				t.Errorf("%+v", rep)
 			}
 			if impatient := strings.HasPrefix(test.name, "impatient"); rep.Converged == impatient || (len(rep.Warnings) > 0) != impatient {

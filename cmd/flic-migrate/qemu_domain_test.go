@@ -147,6 +147,10 @@ func TestDomain(t *testing.T) {
 		if string(rep.Mode) != flags[1] || rep.State != "running" || m.RunState != "running" || i == 0 && m.Report.Hot < 60 {
 			t.Errorf("%+v, %s", rep, m.RunState)
 		}
+		// libvirt does not pass on when it stops and runs.
+		if !rep.Ran || rep.Downtime <= 0 || rep.Downtime > rep.Total {
+			t.Errorf("it ran: %v, and stood still for %v of %v", rep.Ran, rep.Downtime, rep.Total)
+		}
 		if l := m.Libvirt; l == nil || !l.Persistent || !strings.Contains(l.XML, "<name>web1</name>") || !strings.Contains(l.Cookie, "<cpu") {
 			t.Errorf("libvirt: %+v", l)
 		}

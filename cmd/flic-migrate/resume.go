@@ -144,6 +144,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	if errors.Is(err, migration.ErrServerDied) {
 		err = fmt.Errorf("%w: run %s", err, r.again(dir, c.Ref))
 	}
+	err = explainHuman(err, "", "migrate_incoming", "restore", "--store", dir, c.Ref.String())
 	return errors.Join(err, r.show(doc, err))
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 )
@@ -164,6 +165,7 @@ func (c *checkpointer) saveArmed(ctx context.Context) error {
 		if err := SetParameters(ctx, c.x, map[string]any{"max-bandwidth": stoppedBandwidth}); err != nil {
 			return err
 		}
+		c.stoppedAt = time.Now()
 		return qmp.Stop(ctx, c.x)
 	})
 	return c.wait(ctx)

@@ -75,6 +75,7 @@ type CheckpointReport struct {
 	// Saved tells, beside an error, that Save has succeeded: then the guest is
 	// not as it should be, or the settings are not.
 	Saved bool `json:"-"`
+	Ran   bool `json:"ran"` // the guest, before
 	// State is the guest's run state at the end, "ended" if QEMU has.
 	State string `json:"state"`
 	// Downtime is how long the guest stood still, by the times of QEMU's
@@ -151,13 +152,29 @@ func (c *checkpointer) run(ctx context.Context, save func(context.Context) error
 	} else if e := c.end(ctx); e != nil {
 		err = errors.Join(err, fmt.Errorf("after the checkpoint: %w", e))
 	}
-	c.rep.Total = time.Since(start)
-	if eventsErr != nil {
-		c.rep.Downtime = c.rep.QEMUDowntime
-	} else if d, whole := pauses(events); whole {
-		c.rep.Downtime = d
+	c.rep.Total, c.rep.Ran = time.Since(start), c.was.Running
+	if eventsErr == nil {
+		if d, whole := pauses(events); whole {
+			c.rep.Downtime = d
+		}
+	}
+	if c.rep.Downtime == 0 && c.rep.Ran && c.rep.State == "running" {
+		c.rep.Downtime = c.stood()
 	}
 	return c.rep, err
+}
+
+// stood is how long the guest has stood still, by our own clock, where there are no
+// events of that: libvirt keeps QEMU's STOP and RESUME to itself.
+func (c *checkpointer) stood() time.Duration {
+	switch {
+	case !c.stoppedAt.IsZero():
+		return c.ranAt.Sub(c.stoppedAt)
+	case c.rep.Mode == ModeBackground:
+		return c.rep.QEMUDowntime
+	}
+	// QEMU has stopped it, and counts up to its own end.
+	return c.rep.QEMUDowntime + c.ranAt.Sub(c.savedAt)
 }
 
 type checkpointer struct {
@@ -165,6 +182,8 @@ type checkpointer struct {
 	o       CheckpointOptions
 	rep     CheckpointReport
 	overdue bool // all was saved, and QEMU's migration did not end
+
+	stoppedAt, savedAt, ranAt time.Time // about when we stopped the guest, QEMU was done, and it ran again
 }
 
 // check finds out whether the checkpoint can be made, before anything is
@@ -242,6 +261,7 @@ func (c *checkpointer) save(ctx context.Context) error {
 		return err
 	}
 	if c.rep.Mode == ModeStop && c.was.Running {
+		c.stoppedAt = time.Now()
 		if err := qmp.Stop(ctx, c.x); err != nil {
 			return err
 		}
@@ -276,6 +296,7 @@ func (c *checkpointer) wait(ctx context.Context) error {
 		stop()
 	}()
 	info, err := c.waitPatiently(waiting)
+	c.savedAt = time.Now()
 	c.rep.QEMUDowntime = time.Duration(info.Downtime) * time.Millisecond
 	if info.RAM != nil {
 		c.rep.Passes = info.RAM.DirtySyncCount
@@ -426,6 +447,7 @@ func (c *checkpointer) then(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	c.ranAt = time.Now()
 	if err := c.settings.restore(ctx, c.x); err != nil {
 		return err
 	}

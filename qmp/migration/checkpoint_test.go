@@ -456,3 +456,20 @@ func TestCheckpointAfterKill(t *testing.T) {
 		t.Errorf("settings %s", x.settings())
 	}
 }
+
+// Without events of the guest's stops, as of a domain, our own clock says for how long.
+func TestStood(t *testing.T) {
+	at := time.Now()
+	for _, test := range []struct {
+		c    checkpointer
+		want time.Duration
+	}{
+		{checkpointer{stoppedAt: at, savedAt: at.Add(time.Second), ranAt: at.Add(2 * time.Second), rep: CheckpointReport{Mode: ModeStop, QEMUDowntime: 1}}, 2 * time.Second},
+		{checkpointer{savedAt: at, ranAt: at.Add(time.Second), rep: CheckpointReport{Mode: ModeLive, QEMUDowntime: time.Minute}}, time.Minute + time.Second},
+		{checkpointer{savedAt: at, ranAt: at.Add(time.Second), rep: CheckpointReport{Mode: ModeBackground, QEMUDowntime: time.Minute}}, time.Minute},
+	} {
+		if d := test.c.stood(); d != test.want {
+			t.Errorf("%s: %v, want %v", test.c.rep.Mode, d, test.want)
+		}
+	}
+}
