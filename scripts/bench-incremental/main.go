@@ -1,0 +1,313 @@
+// Command bench-incremental makes a checkpoint of real guests every few seconds and
+// prints Markdown tables of what increments cost.
+//
+//	go run ./scripts/bench-incremental [-only idle,files,sqlite] [-n 10] [-memory 512M] [-every 5s] [-keep DIR]
+//
+// At each checkpoint the guest stands still and is saved four times through exec:, in
+// turn: into a file; into nothing, by cat, which is as fast as QEMU feeds a pipe; by
+// flic-migrate with --parent none; and with its parent. Each of the two has a store of
+// its own. Between two saves the guest runs for an instant, because QEMU wants it so.
+//
+// What page-granular increments would be comes from the streams in files: all
+// pages with content that are not what they were one checkpoint before, compressed with
+// LZ4, 32 to a block, and nothing beside them. Increments of ours are whole files: with
+// devices, page map, digests and descriptions.
+//
+// In the end the last checkpoint of both stores is restored in turn, into nothing. -keep
+// leaves the streams in a directory, for go test -bench Encodings ./tier/delta.
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pierrec/lz4/v4"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+)
+
+// workload is what a guest does.
+type workload struct {
+	name, what string
+	start      string // command of the guest's console; "": none
+	warm       time.Duration
+}
+
+var workloads = []workload{
+	{name: "idle", what: "nothing but its clock", warm: 2 * time.Second},
+	{
+		name: "files", what: "reading the libraries of /usr, over and over",
+		start: "run cat /usr/lib/x86_64-linux-gnu/*.so* >/dev/null; echo flic warm >/dev/console; " +
+			"while :; do cat /usr/lib/x86_64-linux-gnu/*.so* >/dev/null; done",
+		warm: 2 * time.Second,
+	},
+	{
+		name: "sqlite", what: "SQLite, 20 000 rows, random UPDATE and SELECT by key, WAL",
+		start: "run sqlite3 /tmp/d 'PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, n INT, s TEXT); " +
+			"WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM c WHERE x<20000) INSERT INTO t SELECT x, 0, hex(randomblob(100)) FROM c;' >/dev/null; " +
+			"echo flic warm >/dev/console; " +
+			"yes 'UPDATE t SET n=n+1 WHERE id=1+abs(random())%20000; SELECT s FROM t WHERE id=1+abs(random())%20000;' | sqlite3 /tmp/d >/dev/null",
+		warm: 8 * time.Second,
+	},
+}
+
+func main() {
+	b := &bench{}
+	only := flag.String("only", "idle,files,sqlite", "workloads")
+	flag.IntVar(&b.n, "n", 10, "checkpoints of each guest after the first")
+	flag.StringVar(&b.memory, "memory", "512M", "of the guests")
+	flag.DurationVar(&b.every, "every", 5*time.Second, "for how long the guest runs between two checkpoints")
+	flag.StringVar(&b.keep, "keep", "", "directory that the streams are left in")
+	flag.StringVar(&b.codec, "codec", "minlz", "of flic-migrate")
+	flag.Parse()
+	if err := b.run(context.Background(), strings.Split(*only, ",")); err != nil {
+		fmt.Fprintln(os.Stderr, "bench-incremental:", err)
+		os.Exit(1)
+	}
+}
+
+type bench struct {
+	n                   int
+	memory, keep, codec string
+	every               time.Duration
+	dir, binary         string
+}
+
+func (b *bench) run(ctx context.Context, only []string) (err error) {
+	if b.dir, err = os.MkdirTemp("", "bench-incremental"); err != nil {
+		return err
+	}
+	defer os.RemoveAll(b.dir)
+	b.binary = filepath.Join(b.dir, "flic-migrate")
+	if err := qemutest.Build(ctx, b.binary); err != nil {
+		return err
+	}
+	fmt.Printf("Guests of %s, %d checkpoints after the first, %v apart, codec %s. Bytes and times of one are medians; ratios are of sums and of medians.\n\n", b.memory, b.n, b.every, b.codec)
+	fmt.Println("| guest | pages changed | full, MB | by pages, LZ4, MB | increment, MB | to by pages | to full | cat >/dev/null, s | full, s | increment, s | to full | restore, to full |")
+	fmt.Println("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+	for _, w := range workloads {
+		if !slices.Contains(only, w.name) {
+			continue
+		}
+		row, err := b.guest(ctx, w)
+		if err != nil {
+			return fmt.Errorf("%s: %w", w.name, err)
+		}
+		fmt.Println(row)
+	}
+	return nil
+}
+
+// save is one of the ways in which a guest is saved.
+type save struct {
+	command string
+	times   []time.Duration
+	bytes   []int64
+}
+
+func (b *bench) guest(ctx context.Context, w workload) (string, error) {
+	dir := filepath.Join(b.dir, w.name)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(dir)
+	vm, err := b.boot(ctx, w)
+	if err != nil {
+		return "", err
+	}
+	defer vm.Kill()
+	ours := func(store, parent string) *save {
+		return &save{command: fmt.Sprintf("exec %s save --quiet --store %s/%s --vm vm --codec %s --parent %s --report %s/report", b.binary, dir, store, b.codec, parent, dir)}
+	}
+	stream, cat := &save{command: "exec cat > " + dir + "/stream"}, &save{command: "exec cat > /dev/null"}
+	full, inc := ours("full", "none"), ours("inc", "auto")
+	var was *tiertest.Guest
+	var changed, byPages []int64
+	for i := range b.n + 1 {
+		if i > 0 {
+			time.Sleep(b.every)
+		}
+		if err := qmp.Stop(ctx, vm.QMP); err != nil {
+			return "", err
+		}
+		for _, s := range []*save{stream, cat, full, inc} {
+			start := time.Now()
+			if _, err := vm.Save(ctx, "exec:"+s.command); err != nil {
+				return "", err
+			}
+			took := time.Since(start)
+			// Only a guest that has run on can be migrated again.
+			if err := errors.Join(qmp.Cont(ctx, vm.QMP), qmp.Stop(ctx, vm.QMP)); err != nil {
+				return "", err
+			}
+			if i == 0 {
+				continue // nobody has a parent yet
+			}
+			s.times = append(s.times, took)
+			if s == full || s == inc {
+				var r checkpoint.Report
+				doc, err := os.ReadFile(dir + "/report")
+				if err == nil {
+					err = json.Unmarshal(doc, &r)
+				}
+				if err != nil {
+					return "", err
+				}
+				s.bytes = append(s.bytes, r.FlashBytes)
+			}
+		}
+		if err := qmp.Cont(ctx, vm.QMP); err != nil {
+			return "", err
+		}
+		now, err := load(dir + "/stream")
+		if err != nil {
+			return "", err
+		}
+		if was != nil {
+			n, size := increment(was, now)
+			changed, byPages = append(changed, n), append(byPages, size)
+		}
+		was = now
+		if b.keep != "" {
+			if err := os.Rename(dir+"/stream", filepath.Join(b.keep, fmt.Sprintf("%s-%s-%02d.stream", w.name, b.memory, i))); err != nil {
+				return "", err
+			}
+		}
+	}
+	restored := map[string][]time.Duration{}
+	for i := range 8 {
+		for _, store := range []string{"full", "inc"} {
+			took, err := b.restore(dir + "/" + store)
+			if err != nil {
+				return "", err
+			}
+			if i > 0 { // the first brings it into the page cache
+				restored[store] = append(restored[store], took)
+			}
+		}
+	}
+	mb := func(v []int64) float64 { return float64(median(v)) / 1e6 }
+	s := func(v []time.Duration) float64 { return median(v).Seconds() }
+	return fmt.Sprintf("| %s: %s | %d | %.1f | %.2f | %.2f | %.2f | %.3f | %.3f | %.3f | %.3f | %.2f | %.2f |",
+		w.name, w.what, median(changed), mb(full.bytes), mb(byPages), mb(inc.bytes),
+		float64(sum(inc.bytes))/float64(sum(byPages)), float64(sum(inc.bytes))/float64(sum(full.bytes)),
+		s(cat.times), s(full.times), s(inc.times), s(inc.times)/s(full.times), s(restored["inc"])/s(restored["full"])), nil
+}
+
+func median[T cmp.Ordered](v []T) T {
+	v = slices.Sorted(slices.Values(v))
+	return v[len(v)/2]
+}
+
+func sum(v []int64) (n int64) {
+	for _, x := range v {
+		n += x
+	}
+	return n
+}
+
+// boot starts the guest and its workload.
+func (b *bench) boot(ctx context.Context, w workload) (*qemutest.VM, error) {
+	vm, err := qemutest.Launch(ctx, qemutest.Config{Guest: qemutest.Debian, Memory: b.memory, Kernel: "flic.fill=4 flic.read=/usr flic.readmax=100"})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	if _, err = vm.Expect(ctx, `flic ready`); err == nil {
+		_, err = vm.Expect(ctx, `tick \d`)
+	}
+	if err == nil && w.start != "" {
+		if err = vm.Send(w.start); err == nil {
+			_, err = vm.Expect(ctx, `flic warm`)
+		}
+	}
+	if err == nil {
+		// Nothing but the consumer of the stream is to be the limit.
+		err = migration.SetParameters(ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)})
+	}
+	if err != nil {
+		vm.Kill()
+		return nil, fmt.Errorf("%w\n%s", err, vm.Output())
+	}
+	time.Sleep(w.warm)
+	return vm, nil
+}
+
+func load(name string) (*tiertest.Guest, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return tiertest.Load(f)
+}
+
+// increment is how many pages have changed, and what those with content come to.
+func increment(was, now *tiertest.Guest) (changed, size int64) {
+	zero := make([]byte, now.PageSize)
+	var block []byte
+	var c lz4.Compressor
+	flush := func() {
+		out := make([]byte, lz4.CompressBlockBound(len(block)))
+		if n, err := c.CompressBlock(block, out); err == nil && n > 0 && n < len(block) {
+			size += int64(n)
+		} else {
+			size += int64(len(block))
+		}
+		block = block[:0]
+	}
+	for b := range now.Blocks {
+		for p := range (now.Blocks[b].Used + uint64(now.PageSize) - 1) / uint64(now.PageSize) {
+			id := tiertest.PageID{Block: b, Page: p}
+			page := now.Pages[id]
+			if page == nil || bytes.Equal(page, was.Pages[id]) {
+				continue
+			}
+			if changed++; bytes.Equal(page, zero) {
+				continue
+			}
+			if block = append(block, page...); len(block) >= 32*now.PageSize {
+				flush()
+			}
+		}
+	}
+	flush()
+	return changed, size
+}
+
+// restore restores the newest checkpoint of a store into nothing.
+func (b *bench) restore(store string) (time.Duration, error) {
+	cmd := exec.Command(b.binary, "restore", "--quiet", "--store", store, "vm")
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return 0, err
+	}
+	start := time.Now()
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	// QEMU reads 32 KiB at a time; a plain Copy would splice.
+	if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{out}, make([]byte, 32<<10)); err != nil {
+		return 0, err
+	}
+	err = cmd.Wait()
+	return time.Since(start), err
+}
