@@ -168,18 +168,13 @@ func TestPortable(t *testing.T) {
 
 // TestPortableRecorded does so with what real QEMUs have written.
 func TestPortableRecorded(t *testing.T) {
-	files, err := filepath.Glob("../../testdata/*.stream.zst")
-	if err != nil || len(files) < 10 {
-		t.Fatalf("%v, %v", files, err)
-	}
-	for _, file := range files {
-		name := strings.TrimSuffix(filepath.Base(file), ".stream.zst")
-		if strings.HasSuffix(name, ".refused") || strings.Contains(name, "linux") {
-			continue
-		}
+	for _, name := range []string{
+		"q35-compress", "q35-postcopy-ram", "q35-block", "q35-11-mapped-ram", "q35-11-postcopy-ram", "q35-10-virtio-mem",
+		"q35-11-virtio-mem", "q35-ignore-shared", "q35-dirty-bitmap", "pc-2.3-stopped", "virt-stopped", "microvm-stopped",
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			f, err := os.Open(file)
+			f, err := os.Open("../../testdata/" + name + ".stream.zst")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -203,9 +198,10 @@ func TestPortableRecorded(t *testing.T) {
 			if left := refused(t, portable); len(left) > 0 {
 				t.Errorf("left: %v", left)
 			}
-			want := len(refused(t, as)) > 0
+			found := refused(t, as)
+			want := len(found) > 0
 			if want != (rep.Rewritten > 0) || want == bytes.Equal(as, portable) {
-				t.Errorf("%d rewritten of what has %v", rep.Rewritten, refused(t, as))
+				t.Errorf("%d rewritten of what has %v", rep.Rewritten, found)
 			}
 			if has := name == "q35-compress" || name == "q35-postcopy-ram"; has && !want {
 				t.Error("it has nothing that newer QEMUs refuse")
