@@ -1,6 +1,7 @@
 package tier_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest/chain"
@@ -97,9 +99,19 @@ func TestSpaceBack(t *testing.T) {
 		model := chainModel(list)
 		for _, i := range order {
 			flash, hot := l.taken(t)
+			says, err := l.st.Sharing(t.Context(), list[i].Ref)
+			if err != nil {
+				t.Fatal(err)
+			}
 			rm, err := l.st.Remove(t.Context(), list[i].Ref)
 			if err != nil || rm.Left != nil {
 				t.Fatalf("%v: %+v, %v", order, rm, err)
+			}
+			if d := says.RmFrees.Flash - rm.FlashBytes; d < -8*4096 || d > 8*4096 || says.RmFrees.NVRAM != rm.NVRAMBytes || len(says.HeldFor) != len(rm.Kept) {
+				t.Errorf("%v: of %d it was said %+v, and it is %+v", order, i, says, rm)
+			}
+			if len(rm.Kept) > 0 && (says.Held.Flash == 0 || says.Held.Flash > flash) || len(says.RefersTo) != len(list[i].Needs) {
+				t.Errorf("%v: %d: %+v", order, i, says)
 			}
 			delete(model, list[i].Ref)
 			nowFlash, nowHot := l.taken(t)
@@ -161,7 +173,8 @@ func everyCrash(t *testing.T, disk *crashfs.FS, l *lab, do func(l *lab) error, c
 	if n < 3 {
 		t.Errorf("only %d operations", n)
 	}
-	for name, fault := range faultsAt {
+	for _, name := range []string{"EIO", "EIO for good", "ENOSPC", "short write"} {
+		fault := faultsAt[name]
 		t.Run(name, func(t *testing.T) {
 			everyOp(t, func(t *testing.T, n int) bool {
 				disk := disk.CrashClone(1)
@@ -369,5 +382,126 @@ func TestOpenWhileFreed(t *testing.T) {
 	f.Close()
 	if err := <-opened; err != nil {
 		t.Error(err)
+	}
+}
+
+// flatten makes a checkpoint independent.
+func (l *lab) flatten(ref store.Ref) (store.Removed, *checkpoint.Meta, error) {
+	return l.st.Flatten(context.Background(), ref, store.CopyOptions{Codec: image.LZ4, Workers: 1})
+}
+
+// TestFlatten flattens checkpoints that refer to others and that others refer to, in
+// every order: all restore as before, and in the end none needs another.
+func TestFlatten(t *testing.T) {
+	for _, order := range [][]int{{0, 1, 2}, {2, 1, 0}, {1, 0, 2}, {1, 2, 0}} {
+		_, l, list := smallChain(t)
+		model := chainModel(list)
+		for _, i := range order {
+			old, meta, err := l.flatten(list[i].Ref)
+			if err != nil || old.Left != nil {
+				t.Fatalf("%v: %d: %+v, %v", order, i, old, err)
+			}
+			if meta.UUID == list[i].UUID || meta.Number != list[i].Ref.N || len(meta.References) > 0 || meta.NVRAM != nil {
+				t.Errorf("%v: %d: it says %+v", order, i, meta.Identity)
+			}
+			l.listed(t, model, list[0].Ref, list[1].Ref, list[2].Ref)
+			if rep, err := l.st.GC(t.Context()); err != nil || rep.Removed+rep.Trimmed+rep.NVRAMExtents != 0 || len(rep.Warnings) != 0 {
+				t.Errorf("%v: gc after %d: %+v, %v", order, i, rep, err)
+			}
+			if again, same, err := l.flatten(list[i].Ref); err != nil || again.FlashBytes != 0 || same.UUID != meta.UUID {
+				t.Errorf("%v: %d again: %+v, %v", order, i, again, err)
+			}
+		}
+		for _, name := range l.tree(t) {
+			if strings.HasSuffix(name, ".gone") {
+				t.Errorf("%v: %s is left", order, name)
+			}
+		}
+		if _, hot := l.taken(t); hot != 0 {
+			t.Errorf("%v: %d bytes of NVRAM are not free", order, hot)
+		}
+		// A flattened one is removed as any other, its number not used again.
+		for _, c := range list {
+			if err := l.remove(c.Ref); err != nil {
+				t.Error(err)
+			}
+		}
+		if flash, _ := l.taken(t); flash != 0 {
+			t.Errorf("%v: %d bytes of flash are not free", order, flash)
+		}
+		if ref, _ := l.save(t, list[0].Stream, save.Options{}); ref.N != 4 {
+			t.Errorf("the next is %v", ref)
+		}
+		l.noLeaks(t)
+	}
+}
+
+// TestFlattenRead: who has the old image open reads on, and a save that is about to
+// refer to it can.
+func TestFlattenRead(t *testing.T) {
+	disk, l, list := smallChain(t)
+	other := l.on(t, disk.Fork())
+	c, err := other.st.OpenCheckpoint(t.Context(), list[1].Ref, checkpoint.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tx, err := other.st.Begin(t.Context(), "other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Abort()
+	if err := tx.Refer(t.Context(), list[2].UUID); err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range []int{2, 1} {
+		if _, _, err := l.flatten(list[i].Ref); err != nil {
+			t.Fatal(err)
+		}
+		if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 || rep.Removed > 0 {
+			t.Errorf("%+v, %v", rep, err)
+		}
+	}
+	if err := c.Verify(t.Context(), func(err error) { t.Error(err) }); err != nil {
+		t.Error(err)
+	}
+	c.Close()
+	if err := tx.Refer(t.Context(), list[2].UUID); err != nil {
+		t.Error(err)
+	}
+	tx.Abort()
+	l.listed(t, chainModel(list), list[0].Ref, list[1].Ref, list[2].Ref)
+	if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 || rep.Removed != 2 {
+		t.Errorf("%+v, %v", rep, err)
+	}
+	l.listed(t, chainModel(list), list[0].Ref, list[1].Ref, list[2].Ref)
+}
+
+// TestCrashFlatten ends and fails flattenings at each of their operations.
+func TestCrashFlatten(t *testing.T) {
+	disk, l, list := smallChain(t)
+	model := chainModel(list)
+	all := []store.Ref{list[0].Ref, list[1].Ref, list[2].Ref}
+	for _, i := range []int{1, 2} {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			everyCrash(t, disk, l, func(l *lab) error {
+				_, _, err := l.flatten(list[i].Ref)
+				return err
+			}, func(t *testing.T, l *lab, _ error) {
+				t.Helper()
+				l.listed(t, model, all...)
+				if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+					t.Errorf("gc: %+v, %v", rep, err)
+				}
+				l.listed(t, model, all...)
+				for _, ref := range all {
+					if err := l.remove(ref); err != nil {
+						t.Error(err)
+					}
+				}
+				if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+					t.Errorf("%d bytes of flash and %d of NVRAM are not free: %v", flash, hot, l.tree(t))
+				}
+			})
+		})
 	}
 }

@@ -151,7 +151,7 @@ func TestDocsJSON(t *testing.T) {
 		}
 	}
 	for name, v := range map[string]any{
-		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "show": showDoc{}, "verify": verifyEntry{},
+		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "show": showDoc{}, "flatten": flattenReport{}, "verify": verifyEntry{},
 		"rm": rmEntry{}, "gc": store.GCReport{}, "replay": replay.Result{}, "dump": dumpDoc{}, "resume": resumeReport{}, "track": rounds.Report{}, "checkpoint": checkpointReport{},
 	} {
 		fields(reflect.TypeOf(v), "", func(field string) {

@@ -23,7 +23,8 @@ func newShow(a *app) *cobra.Command {
 		Long: `Show prints what a checkpoint says about itself: machine, memory, when and how it
 was saved and what the save came to. NAME alone means the VM's newest checkpoint.
 It reads the description and the page map, which says in how many places of the images
-the pages are; "flic-migrate verify" reads everything.`,
+the pages are, and what other checkpoints refer to; "flic-migrate verify" reads
+everything.`,
 		Example: `  flic-migrate show --store /srv/vms web1
   flic-migrate show --store /srv/vms --json web1@3`,
 		Args: cobra.ExactArgs(1),
@@ -39,7 +40,8 @@ type showDoc struct {
 	Number     int    `json:"number"`
 	FileBytes  int64  `json:"file_bytes"` // the image file
 	*checkpoint.Meta
-	Reads *source.Reads `json:"reads,omitempty"` // of a restore; missing if the page map can't tell
+	Reads   *source.Reads  `json:"reads,omitempty"`   // of a restore; missing if the page map can't tell
+	Sharing *store.Sharing `json:"sharing,omitempty"` // with others; missing if it can't be told
 }
 
 func (a *app) show(ctx context.Context, name string, asJSON bool) error {
@@ -60,16 +62,23 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 	if r, err := st.Reads(ctx, d.Ref); err == nil {
 		reads = &r
 	}
+	// So is it if another checkpoint is damaged.
+	var sharing *store.Sharing
+	if sh, err := st.Sharing(ctx, d.Ref); err == nil {
+		sharing = &sh
+	} else {
+		a.log().Warn("what it has to do with other checkpoints can't be told", "cause", oneLine(err))
+	}
 	if asJSON {
 		if m := d.Meta; m.Digests != nil {
 			m.Digests.Key = digest.Key{} // whoever reads this need not know it
 		}
-		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, reads})
+		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, reads, sharing})
 	}
-	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, reads)
+	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, reads, sharing)
 }
 
-func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, reads *source.Reads) error {
+func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, reads *source.Reads, sharing *store.Sharing) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
 	r := &m.Report
@@ -122,6 +131,22 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, reads
 	if reads != nil {
 		line("a restore reads", "%d places, %.1f for each MB", reads.Places, reads.PerMB)
 	}
+	if sharing != nil {
+		for _, to := range sharing.RefersTo {
+			what := ""
+			switch {
+			case to.Missing != "":
+				what = ", missing: " + to.Missing
+			case to.Removed:
+				what = ", which is removed and kept for others"
+			}
+			line("refers to", "%s: %s of flash and %s of NVRAM%s", to.Checkpoint, human(to.Flash), human(to.Space.NVRAM), what)
+		}
+		if n := len(sharing.HeldFor); n > 0 {
+			line("held for others", "%s of flash and %s of NVRAM, for %s", human(sharing.Held.Flash), human(sharing.Held.NVRAM), few(sharing.HeldFor))
+		}
+		line("rm would free", "%s of flash and %s of NVRAM", human(sharing.RmFrees.Flash), human(sharing.RmFrees.NVRAM))
+	}
 	if m.Libvirt != nil {
 		line("libvirt", "a domain, %d bytes of XML (--json shows it)", len(m.Libvirt.XML))
 	}
@@ -138,4 +163,12 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, reads
 		return err
 	}
 	return nil
+}
+
+// few is a list of names that may be long.
+func few(names []string) string {
+	if n := len(names); n > 4 {
+		return fmt.Sprintf("%s and %d others", strings.Join(names[:3], ", "), n-3)
+	}
+	return strings.Join(names, ", ")
 }

@@ -54,35 +54,40 @@ func (s *Store) copy(ctx context.Context, c *checkpoint.Checkpoint, vm string, o
 		return ref, nil, err
 	}
 	defer tx.Abort()
-	k := &copier{c: c, o: o, begin: time.Now(), moved: make(map[pagemap.Entry]*movedSlots)}
-	if k.hash, err = hasherOf(c.Meta); err != nil {
-		return ref, nil, err
-	}
-	im := c.Image
-	k.w, err = image.NewWriter(tx.Image(), image.Header{
-		PageSize: im.PageSize, SegmentPages: im.SegmentPages, UUID: tx.UUID(), Created: c.Meta.Created,
-		Features: image.Features{Compat: image.HasDigests},
-	}, o.Codec, o.Workers)
-	if err != nil {
-		return ref, nil, err
-	}
-	defer k.w.Abort() // nothing after Finish
-	k.w.KeepDigests(k.hash)
-	for _, step := range []func(context.Context) error{k.segments, k.pages, k.skeleton} {
-		if err := step(ctx); err != nil {
-			return ref, nil, err
-		}
-	}
-	if meta, err = k.finish(tx); err != nil {
-		return ref, nil, err
-	}
-	if err := context.Cause(ctx); err != nil {
+	if meta, err = tx.fill(ctx, c, o); err != nil {
 		return ref, nil, err
 	}
 	if ref, err = tx.Commit(ctx); err != nil {
 		return ref, nil, err
 	}
 	return ref, meta, nil
+}
+
+// fill writes all of another checkpoint into the transaction's image.
+func (t *Tx) fill(ctx context.Context, c *checkpoint.Checkpoint, o CopyOptions) (meta *checkpoint.Meta, err error) {
+	k := &copier{c: c, o: o, begin: time.Now(), moved: make(map[pagemap.Entry]*movedSlots)}
+	if k.hash, err = hasherOf(c.Meta); err != nil {
+		return nil, err
+	}
+	im := c.Image
+	k.w, err = image.NewWriter(t.Image(), image.Header{
+		PageSize: im.PageSize, SegmentPages: im.SegmentPages, UUID: t.UUID(), Created: c.Meta.Created,
+		Features: image.Features{Compat: image.HasDigests},
+	}, o.Codec, o.Workers)
+	if err != nil {
+		return nil, err
+	}
+	defer k.w.Abort() // nothing after Finish
+	k.w.KeepDigests(k.hash)
+	for _, step := range []func(context.Context) error{k.segments, k.pages, k.skeleton} {
+		if err := step(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if meta, err = k.finish(t); err == nil {
+		err = context.Cause(ctx)
+	}
+	return meta, err
 }
 
 // hasherOf makes digests that compare with a checkpoint's, if it has some.

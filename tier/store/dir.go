@@ -64,6 +64,15 @@ type Dir interface {
 	// After an error the object has its old name, unless IsUncertain says so.
 	Commit(ctx context.Context, from, to string) error
 
+	// Replace gives an object the name of another, which goes, or keeps the other names
+	// that Keep gave it: durably, as one step. After an error it may have happened, or
+	// be so after a power cut.
+	Replace(ctx context.Context, from, to string) error
+
+	// Keep gives an object a second name in its folder, durably; errors.ErrUnsupported
+	// if the place can't do that.
+	Keep(ctx context.Context, name, second string) error
+
 	// Remove removes an object. A folder's removals are durable after Sync.
 	Remove(ctx context.Context, name string) error
 
@@ -224,6 +233,21 @@ func (d *posixDir) Commit(_ context.Context, from, to string) error {
 	// durable either, or can't be done, the name is or can come up.
 	if d.fs.Rename(final, old) != nil || d.fs.SyncDir(dir) != nil {
 		err = &uncertainError{err}
+	}
+	return err
+}
+
+func (d *posixDir) Replace(_ context.Context, from, to string) error {
+	if err := d.fs.Replace(d.Path(from), d.Path(to)); err != nil {
+		return err
+	}
+	return d.fs.SyncDir(filepath.Dir(d.Path(to)))
+}
+
+func (d *posixDir) Keep(_ context.Context, name, second string) error {
+	err := d.fs.Link(d.Path(name), d.Path(second))
+	if err == nil || errors.Is(err, fs.ErrExist) {
+		err = errors.Join(err, d.fs.SyncDir(filepath.Dir(d.Path(second))))
 	}
 	return err
 }

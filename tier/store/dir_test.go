@@ -193,6 +193,19 @@ func testDir(t *testing.T, make func(t *testing.T) Dir) {
 			t.Errorf("%d have got the name", n)
 		}
 	})
+	t.Run("replace", func(t *testing.T) {
+		d := begin(t)
+		object(t, d, "vms/a/1", "old")
+		object(t, d, "tmp/x", "new")
+		check(t, "keep", d.Keep(ctx, "vms/a/1", "vms/a/2"), nil)
+		check(t, "keep under a name that is taken", d.Keep(ctx, "tmp/x", "vms/a/2"), fs.ErrExist)
+		check(t, "keep of nothing", d.Keep(ctx, "tmp/y", "vms/a/3"), fs.ErrNotExist)
+		check(t, "replace", d.Replace(ctx, "tmp/x", "vms/a/1"), nil)
+		check(t, "replace by nothing", d.Replace(ctx, "tmp/x", "vms/a/1"), fs.ErrNotExist)
+		content(t, d, "vms/a/1", "new")
+		content(t, d, "vms/a/2", "old")
+		names(t, d, "tmp")
+	})
 	t.Run("locks", func(t *testing.T) {
 		d := begin(t)
 		f, err := d.Create(ctx, "tmp/x")
@@ -408,6 +421,30 @@ func (d *memDir) Commit(_ context.Context, from, to string) error {
 	d.objects[to] = o
 	delete(d.objects, from)
 	return nil
+}
+
+func (d *memDir) Replace(_ context.Context, from, to string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	o, err := d.find("replace", from)
+	if err == nil {
+		d.objects[to] = o
+		delete(d.objects, from)
+	}
+	return err
+}
+
+func (d *memDir) Keep(_ context.Context, name, second string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	o, err := d.find("keep", name)
+	if err == nil && d.objects[second] != nil {
+		err = memError("keep", second, fs.ErrExist)
+	}
+	if err == nil {
+		d.objects[second] = o
+	}
+	return err
 }
 
 // Punch implements Dir: it can't.

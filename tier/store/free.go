@@ -61,6 +61,23 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 	return fr, left, nil
 }
 
+// untwin takes an unlisted image's name away if the same is listed under its number, as a
+// flattening that was cut off leaves it. What it owns is the listed one's. The caller
+// holds the store lock.
+func (s *Store) untwin(ctx context.Context, st stored) (bool, error) {
+	if st.uuid == uuid.Nil {
+		return false, nil
+	}
+	listed, err := s.owner(ctx, st.ref.object(imageSuffix))
+	if gone(err) || cannotTell(err) || err == nil && listed != st.uuid {
+		return false, nil
+	}
+	if err == nil {
+		err = s.dir.Remove(ctx, st.name)
+	}
+	return true, err
+}
+
 // taken is what an image takes: its length, less the holes in it.
 func taken(f Object) (int64, error) {
 	size, err := f.Size()
@@ -174,6 +191,12 @@ func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (a
 					return all, left, err
 				}
 				settled = true
+			}
+			if done, err := s.untwin(ctx, st); err != nil || done {
+				if err != nil {
+					return all, left, err
+				}
+				continue
 			}
 			f, err := s.dir.Open(ctx, st.name, Exclusive)
 			if errors.Is(err, vfs.ErrLocked) || gone(err) {

@@ -348,6 +348,12 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 		if err != nil {
 			return err
 		}
+		if done, err := g.untwin(ctx, st); err != nil || done {
+			if err != nil {
+				return err
+			}
+			continue
+		}
 		f, err := g.dir.Open(ctx, st.name, Exclusive)
 		if errors.Is(err, vfs.ErrLocked) {
 			// Somebody reads it, or is about to refer to it.

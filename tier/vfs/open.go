@@ -320,6 +320,21 @@ func (o osFS) Rename(oldname, newname string) error {
 	})
 }
 
+func (o osFS) Link(oldname, newname string) error {
+	err := o.rename(oldname, newname, func(from, to place) error {
+		err := unix.Linkat(from.dir, from.base, to.dir, to.base, 0)
+		if err == unix.EPERM || err == unix.EOPNOTSUPP || err == unix.ENOSYS || err == unix.EMLINK {
+			err = fmt.Errorf("%w (%w)", errors.ErrUnsupported, err)
+		}
+		return err
+	})
+	var le *os.LinkError
+	if errors.As(err, &le) {
+		le.Op = "link"
+	}
+	return err
+}
+
 func (o osFS) Replace(oldname, newname string) error {
 	return o.rename(oldname, newname, func(from, to place) error {
 		return unix.Renameat(from.dir, from.base, to.dir, to.base)

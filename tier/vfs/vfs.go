@@ -93,6 +93,10 @@ type FS interface {
 	// Replace moves a file over whatever file has the new name, atomically.
 	Replace(oldname, newname string) error
 
+	// Link gives a file another name, which must not exist (fs.ErrExist).
+	// errors.ErrUnsupported if the file system has no hard links.
+	Link(oldname, newname string) error
+
 	// Remove removes a file or an empty directory.
 	Remove(name string) error
 

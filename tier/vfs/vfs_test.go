@@ -201,6 +201,26 @@ func TestNames(t *testing.T) {
 		}
 		_, err = fsys.Stat(p("a/old"))
 		wantErr(t, "stat of the old name", err, fs.ErrNotExist)
+		if err := fsys.Link(p("a/b/new"), p("a/other")); !errors.Is(err, fs.ErrExist) {
+			t.Errorf("link to a name that is taken: %v", err)
+		}
+		if err := fsys.Link(p("a/b/none"), p("a/link")); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("link to nothing: %v", err)
+		}
+		if err := fsys.Link(p("a/b/new"), p("a/link")); err != nil {
+			t.Error(err)
+		}
+		if f, err := fsys.Open(p("a/link")); err != nil {
+			t.Error(err)
+		} else {
+			if n, err := f.Links(); n != 2 || err != nil {
+				t.Errorf("%d names, %v", n, err)
+			}
+			f.Close()
+		}
+		if err := fsys.Remove(p("a/link")); err != nil {
+			t.Error(err)
+		}
 		if err := fsys.Replace(p("a/b/new"), p("a/other")); err != nil {
 			t.Fatal(err)
 		}

@@ -152,12 +152,21 @@ func (f *FS) CrashClone(seed uint64) *FS {
 	clone.d.volatile = f.d.volatile
 	clone.d.root.number = f.d.root.number
 	clone.d.rnd = rand.New(rand.NewPCG(seed, 4))
+	files := map[*inode]*inode{} // a file that has two names is one
 	var copyDir func(from, to *inode)
 	copyDir = func(from, to *inode) {
 		// In order, so that one seed gives one disk.
 		for _, name := range sortedNames(entries(from)) {
 			i := entries(from)[name]
-			c := newInode(i.mode)
+			c := files[i]
+			if c != nil {
+				c.nlink++
+				to.entries[name] = c
+				to.durableEntries[name] = c
+				continue
+			}
+			c = newInode(i.mode)
+			files[i] = c
 			c.number = i.number
 			c.nlink = 1
 			if i.isDir() {
@@ -412,6 +421,33 @@ func (f *FS) rename(oldname, newname string, replace bool) error {
 	f.change(dirOp{{dir, base, nil}, {toDir, toBase, i}})
 	i.nlink--
 	return nil
+}
+
+// Link implements vfs.FS.
+func (f *FS) Link(oldname, newname string) error {
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	if err := f.begin(Link, newname); err != nil {
+		return linkErr(oldname, newname, err)
+	}
+	dir, _, i, err := f.lookup(oldname)
+	if err == nil && (i == nil || dir == nil || i.isDir()) {
+		err = syscall.ENOENT
+	}
+	if err == nil {
+		var to *inode
+		var base string
+		if dir, base, to, err = f.lookup(newname); err == nil && to != nil {
+			err = syscall.EEXIST
+		}
+		if err == nil {
+			f.change(dirOp{{dir, base, i}})
+		}
+	}
+	if err != nil {
+		err = linkErr(oldname, newname, err)
+	}
+	return err
 }
 
 // Remove implements vfs.FS.

@@ -17,6 +17,7 @@ const (
 	Create Kind = iota
 	Mkdir
 	Rename // and Replace; the name is the new one
+	Link   // likewise
 	Remove
 	SyncDir
 	Write // and WriteAt
@@ -31,7 +32,7 @@ const (
 	Read
 )
 
-var kindNames = [...]string{"create", "mkdir", "rename", "remove", "fsync of directory", "write", "truncate",
+var kindNames = [...]string{"create", "mkdir", "rename", "link", "remove", "fsync of directory", "write", "truncate",
 	"fallocate", "punch", "fsync", "msync", "lock", "mmap", "open", "read"}
 
 func (k Kind) String() string { return kindNames[k] }

@@ -1,0 +1,79 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier/store"
+)
+
+type flattenCmd struct {
+	*app
+	encoding
+	json  bool
+	quiet bool
+}
+
+func newFlatten(a *app) *cobra.Command {
+	p := &flattenCmd{app: a}
+	c := &cobra.Command{
+		Use:   "flatten [flags] NAME[@N]",
+		Short: "Make a checkpoint independent of all others",
+		Long: `Flatten puts an image in a checkpoint's place that has every page on flash and refers
+to no other checkpoint. It stays NAME@N, and says all that it did; only its UUID is
+new. Other checkpoints that refer to it are as whole as before: what they need of the
+old image is kept for them. Whenever it is interrupted the checkpoint is there, as it
+was or flattened. One that refers to nothing and has nothing in NVRAM stays as it is.
+
+Of the flags for encoding --codec and --workers count.`,
+		Example: `  flic-migrate flatten --store /srv/vms web1@3`,
+		Args:    cobra.ExactArgs(1),
+		RunE:    func(cmd *cobra.Command, args []string) error { return p.run(cmd.Context(), args[0]) },
+	}
+	fs := c.Flags()
+	p.encoding.add(fs)
+	fs.BoolVar(&p.json, "json", false, "print the report as a JSON document")
+	fs.BoolVar(&p.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	return c
+}
+
+// flattenReport is flatten's JSON document.
+type flattenReport struct {
+	saveReport
+	Freed   store.Space `json:"freed"`              // of the old image, and of what only it needed
+	KeptFor []string    `json:"kept_for,omitempty"` // who needs some of the old image, NAME@N
+}
+
+func (p *flattenCmd) run(ctx context.Context, name string) error {
+	debug.SetGCPercent(gcPercent)
+	ref, err := store.ParseRef(name)
+	if err != nil {
+		return err
+	}
+	st, err := p.openStore(ctx, false)
+	if err != nil {
+		return err
+	}
+	show := newProgress(p.stderr, p.quiet)
+	defer show.finish()
+	o := p.encoding.options()
+	old, meta, err := st.Flatten(ctx, ref, store.CopyOptions{Codec: o.Codec, Workers: o.Workers, Progress: show.callback()})
+	if err != nil {
+		return fmt.Errorf("flattening of checkpoint %v: %w", ref, err)
+	}
+	if old.Left != nil {
+		p.log().Warn("not all that a flattened checkpoint took was freed; gc frees what belongs to nobody", "checkpoint", old.Ref.String(), "cause", oneLine(old.Left))
+	}
+	if p.json {
+		rep := flattenReport{saveReport: saveReport{Checkpoint: old.Ref.String(), UUID: meta.UUID.String(), Report: &meta.Report}, Freed: store.Space{Flash: old.FlashBytes, NVRAM: old.NVRAMBytes}}
+		for _, by := range old.Kept {
+			rep.KeptFor = append(rep.KeptFor, by.String())
+		}
+		return printJSON(p.stdout, rep)
+	}
+	_, err = fmt.Fprintln(p.stdout, summary(old.Ref, &meta.Report))
+	return err
+}
