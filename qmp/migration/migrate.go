@@ -69,6 +69,12 @@ type Info struct {
 	ExpectedDowntime int64     `json:"expected-downtime"` // ms; while active
 	RAM              *RAMStats `json:"ram"`
 	BlockedReasons   []string  `json:"blocked-reasons"`
+
+	// Of a lazy restore, with postcopy-blocktime, since 10.1: the average time in ns
+	// that a thread waited for a page, how many waited for 2^N µs, and each vCPU's average.
+	Latency     int64           `json:"postcopy-latency"`
+	LatencyDist []int64         `json:"postcopy-latency-dist"`
+	VCPULatency []time.Duration `json:"postcopy-vcpu-latency"`
 }
 
 // RAMStats is the part of the report on guest memory. Sizes are in bytes.

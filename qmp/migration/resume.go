@@ -102,6 +102,17 @@ type ResumeReport struct {
 	Running  time.Duration `json:"running_ns"`         // from migrate-incoming until the guest may run
 	Resident time.Duration `json:"resident_ns"`        // until all memory is there
 	Warnings []string      `json:"warnings,omitempty"` // what was not as it should be
+	// Latency is QEMU's own figure, from 10.1 on; nil without.
+	Latency *Latency `json:"qemu_latency,omitempty"`
+}
+
+// Latency is how long QEMU's threads waited for pages that they asked a lazy restore
+// for, as it counts itself (postcopy-latency … in qapi/migration.json).
+type Latency struct {
+	Average time.Duration `json:"average_ns"`
+	// Distribution has for each N from 0 on how many waited for 2^N to 2^(N+1) µs.
+	Distribution []int64         `json:"distribution"`
+	VCPUs        []time.Duration `json:"vcpus_ns"` // each one's average
 }
 
 var (
@@ -256,6 +267,7 @@ func (o *ResumeOptions) prepareLazy(ctx context.Context, x qmp.Executor, rep *Re
 		}
 		if err == nil {
 			rep.Lazy = true
+			o.askLatency(ctx, x)
 			return nil
 		}
 		why = fmt.Errorf("%w: %w", ErrPostcopy, err)
@@ -270,6 +282,15 @@ func (o *ResumeOptions) prepareLazy(ctx context.Context, x qmp.Executor, rep *Re
 		rep.Reason = why.Error()
 	}
 	return nil
+}
+
+// askLatency has QEMU count how long its threads wait for pages, from 10.1 on, where it
+// says more of it than a sum. What it refuses is not counted.
+func (o *ResumeOptions) askLatency(ctx context.Context, x qmp.Executor) {
+	if v, ok := x.(interface{ Version() qmp.Version }); ok && since(v.Version(), 10, 1) {
+		want := loads(o.Capabilities, true)
+		_ = o.caps.set(ctx, x, func(name string, was bool) bool { return name == "postcopy-blocktime" || want(name, was) })
+	}
 }
 
 // putBack makes a QEMU that has loaded, or will not, fit for what its user wants.
@@ -329,6 +350,9 @@ func (o *ResumeOptions) finishResume(ctx context.Context, x qmp.Executor, start 
 		return ErrServerDied
 	}
 	rep.Resident = time.Since(start)
+	if m.LatencyDist != nil {
+		rep.Latency = &Latency{time.Duration(m.Latency), m.LatencyDist, m.VCPULatency}
+	}
 	if rep.Lazy {
 		o.unmark(ctx, x)
 	}
