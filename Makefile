@@ -3,7 +3,7 @@
 GO ?= go
 FUZZTIMES ?= 1
 # Debian suites whose QEMUs are tested besides the system's.
-SUITES ?=
+SUITES ?= trixie forky
 SUITE ?= host
 
 .PHONY: all build test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean
