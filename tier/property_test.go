@@ -1,0 +1,256 @@
+package tier_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"testing"
+
+	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+)
+
+// seedsEnv is how many sequences TestSequences tries.
+const seedsEnv = "FLIC_TEST_SEQUENCES"
+
+// TestSequences does random things to a store of several guests that refer to their own
+// and to each other's checkpoints, with crashes in between, and compares it with a model
+// that has each checkpoint's memory as a whole. Whatever is listed restores to the same
+// bytes and nothing is missing that was not removed; and when all is removed, all space
+// is back.
+func TestSequences(t *testing.T) {
+	seeds := 6
+	if n, err := strconv.Atoi(os.Getenv(seedsEnv)); err == nil {
+		seeds = n
+	}
+	var total struct{ refers, trimmed, flattened, crashes, kept int }
+	for seed := range uint64(seeds) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 7)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{}}
+			q.l = newLab(t, q.disk, "/")
+			for range 40 {
+				q.step()
+				if t.Failed() {
+					t.Fatalf("after %q", q.done)
+				}
+			}
+			q.end()
+			if t.Failed() {
+				t.Fatalf("after %q", q.done)
+			}
+			total.refers += q.refers
+			total.trimmed += q.trimmed
+			total.flattened += q.flattened
+			total.crashes += q.crashes
+			total.kept += q.kept
+		})
+	}
+	if total.refers < 5*seeds || total.trimmed == 0 || total.flattened < seeds || total.crashes < seeds || total.kept < seeds {
+		t.Errorf("too little was tried: %+v", total)
+	}
+}
+
+// sequence is one of TestSequences.
+type sequence struct {
+	t      *testing.T
+	rng    *rand.Rand
+	disk   *crashfs.FS
+	l      *lab
+	model  map[store.Ref]*tiertest.Stream
+	passes map[string]int // each guest's age
+	done   []string
+	// may is what a checkpoint that is not in the model holds, if what was cut off can
+	// have made it, or not have removed it.
+	may func(store.Ref) *tiertest.Stream
+
+	refers, trimmed, flattened, crashes, kept int
+}
+
+// some is a random checkpoint of the model.
+func (q *sequence) some() (store.Ref, bool) {
+	var refs []store.Ref
+	for r := range q.model {
+		refs = append(refs, r)
+	}
+	if len(refs) == 0 {
+		return store.Ref{}, false
+	}
+	slices.SortFunc(refs, func(a, b store.Ref) int { return slices.Compare([]int{len(a.VM), a.N}, []int{len(b.VM), b.N}) })
+	return refs[q.rng.IntN(len(refs))], true
+}
+
+// step does one thing, which may be cut off in its midst.
+func (q *sequence) step() {
+	crash := q.rng.IntN(4) == 0
+	if crash {
+		q.disk.KillAt(q.rng.IntN(40))
+	}
+	name, err := q.act()
+	q.done = append(q.done, fmt.Sprint(name, " ", err))
+	if !q.disk.Killed() {
+		if crash { // it was over before
+			q.disk.Heal()
+		}
+		if err != nil {
+			q.t.Errorf("%s: %v", name, err)
+		}
+		q.look()
+		return
+	}
+	q.crashes++
+	if q.rng.IntN(2) == 0 {
+		q.disk = q.disk.CrashClone(q.rng.Uint64())
+	} else {
+		q.disk = q.disk.Fork()
+	}
+	q.l = q.l.on(q.t, q.disk)
+	q.look()
+}
+
+// act does it. After it the model has what must be there, and may knows what can be.
+func (q *sequence) act() (string, error) {
+	t, l := q.t, q.l
+	ref, any := q.some()
+	switch n := q.rng.IntN(12); {
+	case n < 5 || !any:
+		vm := []string{"a", "bb", "ccc"}[q.rng.IntN(3)]
+		q.passes[vm]++
+		s := tiertest.New(tiertest.Options{Seed: uint64(len(vm) / 2), Passes: q.passes[vm], Resend: 0.25, Fill: true,
+			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}})
+		o := save.Options{VM: vm, Energy: dedup.EnergyFull, SegmentPages: 2 + q.rng.IntN(5), Codec: image.Codec(q.rng.IntN(4)), Workers: 1}
+		if q.rng.IntN(2) == 0 {
+			o.WorkingSet, o.NVRAMSize = hotSet(t, s, every(2+q.rng.Uint64N(3))), 40<<18
+		}
+		if any && q.rng.IntN(3) == 0 {
+			o.Parent = ref.String()
+		}
+		name := fmt.Sprintf("save of %s, generation %d, parent %s", vm, q.passes[vm], o.Parent)
+		// If it is cut off it may be there, with whatever number is the next.
+		refs, err := l.st.List(t.Context(), vm)
+		if err != nil {
+			return name, err
+		}
+		got, meta, err := l.trySave(s, o)
+		if err == nil {
+			q.model[got] = s
+			if len(meta.References) > 0 {
+				q.refers++
+			}
+			return name, nil
+		}
+		q.may = func(r store.Ref) *tiertest.Stream {
+			if r.VM == vm && !slices.Contains(refs, r) {
+				return s
+			}
+			return nil
+		}
+		return name, err
+	case n < 8:
+		s := q.model[ref]
+		delete(q.model, ref)
+		rm, err := l.st.Remove(t.Context(), ref)
+		if err == nil {
+			err = rm.Left
+		}
+		if err != nil {
+			q.may = func(r store.Ref) *tiertest.Stream {
+				if r == ref {
+					return s
+				}
+				return nil
+			}
+		}
+		if len(rm.Kept) > 0 {
+			q.kept++
+			if rm.FlashBytes > 0 {
+				q.trimmed++
+			}
+		}
+		return fmt.Sprintf("rm %v", ref), err
+	case n < 9:
+		rep, err := l.st.GC(t.Context())
+		if err == nil && len(rep.Warnings) > 0 {
+			err = fmt.Errorf("%v", rep.Warnings)
+		}
+		q.trimmed += rep.Trimmed
+		return "gc", err
+	case n < 11:
+		_, _, err := l.flatten(ref)
+		if err == nil {
+			q.flattened++
+		}
+		return fmt.Sprintf("flatten %v", ref), err
+	default:
+		refs, err := l.st.List(t.Context(), ref.VM)
+		if err != nil {
+			return "list", err
+		}
+		to, _, err := l.copy(ref, image.LZ4)
+		if err == nil {
+			q.model[to] = q.model[ref]
+		} else {
+			s := q.model[ref]
+			q.may = func(r store.Ref) *tiertest.Stream {
+				if r.VM == ref.VM && !slices.Contains(refs, r) {
+					return s
+				}
+				return nil
+			}
+		}
+		return fmt.Sprintf("copy of %v", ref), err
+	}
+}
+
+// look compares what is there with the model.
+func (q *sequence) look() {
+	t := q.t
+	t.Helper()
+	refs, err := q.l.st.List(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ref := range refs {
+		s := q.model[ref]
+		if s == nil && q.may != nil {
+			if s = q.may(ref); s != nil {
+				q.model[ref] = s
+			}
+		}
+		if s == nil {
+			t.Errorf("%v came from nowhere", ref)
+			return
+		}
+		q.l.holds(t, ref, s)
+	}
+	for ref := range q.model {
+		if !slices.Contains(refs, ref) {
+			t.Errorf("%v is gone", ref)
+		}
+	}
+	q.may = nil
+	q.l.noLeaks(t)
+}
+
+// end removes all.
+func (q *sequence) end() {
+	t := q.t
+	for ref, ok := q.some(); ok; ref, ok = q.some() {
+		if err := q.l.remove(ref); err != nil {
+			t.Fatalf("%v: %v", ref, err)
+		}
+		delete(q.model, ref)
+		q.look()
+	}
+	if rep, err := q.l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	if flash, hot := q.l.taken(t); flash != 0 || hot != 0 {
+		t.Errorf("%d bytes of flash and %d of NVRAM are not free: %v", flash, hot, q.l.tree(t))
+	}
+}
