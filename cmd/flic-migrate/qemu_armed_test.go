@@ -133,12 +133,21 @@ func TestArmed(t *testing.T) {
 		if list := l.run(t, "list"); !strings.HasSuffix(list, ", next armed\n") || strings.Count(list, "armed") != 1 {
 			t.Errorf("round %d: %s", round, list)
 		}
+		// What it refers to stays.
+		out, err := exec.Command("flic-migrate", "rm", "--store", l.store, note.Parent).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "disarm vm") {
+			t.Errorf("round %d: rm of the parent: %v, %s", round, err, out)
+		}
 		runsOn(t, vm)
 		rep = l.checkpoint(t, vm, "--then", "pause")
 		if !rep.Armed || rep.ArmedProcess != 0 || rep.State != "postmigrate" || rep.Save.Resent == 0 || len(rep.Warnings) > 0 {
 			t.Errorf("round %d: %+v, %+v", round, rep, rep.Save)
 		}
-		t.Logf("round %d: %v in all, %v of it saving; %d pages came again", round, rep.Total, rep.Save.Seconds.Total, rep.Save.Resent)
+		if r := rep.Save; r.Parent != note.Parent || r.Unchanged < 2000 {
+			t.Errorf("round %d: %d pages are as in %q, armed after %s", round, r.Unchanged, r.Parent, note.Parent)
+		}
+		t.Logf("round %d: %v in all, %v of it saving; %d pages came again, %d are unchanged, %d deltas", round, rep.Total,
+			rep.Save.Seconds.Total, rep.Save.Resent, rep.Save.Unchanged, rep.Save.Delta)
 		if m := l.show(t, rep.Checkpoint); m.RunState != "running" || time.Since(m.Created) > 30*time.Second {
 			t.Errorf("round %d: %s, of %v", round, m.RunState, m.Created)
 		}

@@ -58,6 +58,9 @@ func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
 		// gc frees what has no owner.
 		rm, rerr := remover.Remove(ctx, ref)
 		if rerr != nil {
+			if note, lives, aerr := st.ArmedFor(ctx, ref.VM); errors.Is(rerr, store.ErrInUse) && aerr == nil && lives {
+				rerr = fmt.Errorf("%w (the VM's next checkpoint is armed, by process %d, and refers to others; flic-migrate disarm %s ends that)", rerr, note.PID, ref.VM)
+			}
 			// One that can't be removed is no reason to keep the others.
 			err = errors.Join(err, fmt.Errorf("checkpoint %v was not removed: %w", ref, rerr))
 			if ctx.Err() != nil {

@@ -96,10 +96,14 @@ type armedEncoding struct {
 	Codec         image.Codec  `json:"codec"`
 	SegmentPages  int          `json:"segment_pages"`
 	Workers       int          `json:"workers"`
+	Parent        string       `json:"parent"` // save.Options.Parent
 }
 
 func encodingOf(o save.Options) (e armedEncoding, err error) {
-	e = armedEncoding{o.NVRAM, o.NVRAMSize, o.VolatileNVRAM, o.SampleSize, o.Energy, o.Battery, o.Codec, o.SegmentPages, o.Workers}
+	e = armedEncoding{o.NVRAM, o.NVRAMSize, o.VolatileNVRAM, o.SampleSize, o.Energy, o.Battery, o.Codec, o.SegmentPages, o.Workers, o.Parent}
+	if e.Parent == "" {
+		e.Parent = save.ParentAuto
+	}
 	if e.NVRAM != "" {
 		e.NVRAM, err = filepath.Abs(e.NVRAM)
 	}
@@ -108,7 +112,7 @@ func encodingOf(o save.Options) (e armedEncoding, err error) {
 
 func (e armedEncoding) options() save.Options {
 	return save.Options{NVRAM: e.NVRAM, NVRAMSize: e.NVRAMSize, VolatileNVRAM: e.VolatileNVRAM, SampleSize: e.SampleSize,
-		Energy: e.Energy, Battery: e.Battery, Codec: e.Codec, SegmentPages: e.SegmentPages, Workers: e.Workers}
+		Energy: e.Energy, Battery: e.Battery, Codec: e.Codec, SegmentPages: e.SegmentPages, Workers: e.Workers, Parent: e.Parent}
 }
 
 // armedConfig is all that the process is told by who starts it.
@@ -279,6 +283,10 @@ func (s *armedServer) save(ctx context.Context, f *os.File) (ref store.Ref, meta
 	defer out.Close()
 	o := s.c.Encoding.options()
 	o.VM, o.Libvirt, o.ReturnPath, o.Log = s.c.VM, s.c.Libvirt, out, s.p.Log
+	// Nearly all of its pages are as in the one that was made just now.
+	if o.Since, err = store.ParseRef(s.c.Parent); err != nil {
+		return ref, nil, err
+	}
 	if len(s.c.WorkingSet) > 0 {
 		if o.WorkingSet, err = workingset.Read(strings.NewReader(string(s.c.WorkingSet))); err != nil {
 			return ref, nil, err

@@ -149,6 +149,11 @@ func (h *hold) pace(ctx context.Context, n int) error {
 func (s *saver) hold() error {
 	h := s.parse.hold
 	// All that can be done before the guest stands still.
+	if s.match != nil {
+		if err := s.match.drain(); err != nil {
+			return err
+		}
+	}
 	if err := s.out.sync(); err != nil {
 		return err
 	}
