@@ -556,6 +556,9 @@ func (s *armedServer) talk(conn net.Conn) {
 				return
 			}
 		case <-s.ended:
+			if report != nil { // both have come
+				say(armedSay{Report: &s.report})
+			}
 			return
 		}
 	}
