@@ -84,7 +84,11 @@ func (s *Store) beginAgain(ctx context.Context, r Ref) (*Tx, error) {
 // nobody needs of that one.
 func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed) error {
 	s := t.s
-	v := s.survey(make(map[string]*checkpoint.Identity), append(slices.Clone(was.References), was.UUID)...)
+	theirs, err := s.unlistedAmong(ctx, was.References)
+	if err != nil {
+		return err
+	}
+	v := s.survey(make(map[string]*checkpoint.Identity), append(slices.Clone(theirs), was.UUID)...)
 	v.leave = t.ref
 	if err := v.update(ctx); err != nil {
 		return err
@@ -97,7 +101,6 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 	if err := t.close(); err != nil {
 		return err
 	}
-	theirs := []uuid.UUID(was.References)
 	switch {
 	case kept:
 		theirs = append(theirs, was.UUID)

@@ -156,6 +156,30 @@ func idleExtents(f *nvram.File, id *checkpoint.Identity, need source.Ranges) fun
 	return func(index int) bool { return !need.Meets(uint64(index)*per, uint64(index+1)*per-1) }
 }
 
+// unlistedAmong are those of some images that are there and not listed. It takes no lock.
+func (s *Store) unlistedAmong(ctx context.Context, ids []uuid.UUID) (there []uuid.UUID, err error) {
+	if len(ids) == 0 {
+		return nil, nil
+	}
+	vms, err := s.folders(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, vm := range vms {
+		o, err := s.objects(ctx, vm)
+		if err != nil {
+			return nil, err
+		}
+		for _, st := range o.unlisted(vm) {
+			// gc says what can't be read.
+			if empty, err := s.unlistedIs(ctx, &st); err == nil && !empty && slices.Contains(ids, st.uuid) {
+				there = append(there, st.uuid)
+			}
+		}
+	}
+	return there, nil
+}
+
 // freeUnlisted frees what nobody needs of the unlisted images with these UUIDs. v is of
 // them.
 func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (all freed, left error, err error) {

@@ -82,7 +82,12 @@ func (m *Remover) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		id = &checkpoint.Identity{} // it is nobody's
 	}
 	delete(m.known, r.object(imageSuffix))
-	v := s.survey(m.known, append(slices.Clone(id.References), id.UUID)...)
+	// Of what is listed nothing is freed, so nobody need be asked about it.
+	theirs, err := s.unlistedAmong(ctx, id.References)
+	if err != nil {
+		return rm, err
+	}
+	v := s.survey(m.known, append(slices.Clone(theirs), id.UUID)...)
 	v.leave = r
 	keep := false
 	// Nobody can begin to refer to it while it is locked; who does so already holds
@@ -98,7 +103,6 @@ func (m *Remover) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	if err := s.unlist(ctx, r, keep); err != nil {
 		return rm, err
 	}
-	theirs := []uuid.UUID(id.References)
 	if keep {
 		// It is an unlisted image now, as those that it refers to may be.
 		theirs = append(theirs, id.UUID)

@@ -13,6 +13,7 @@
 //	    ├── 00000001.flic          checkpoint 1: a flash image (package image)
 //	    ├── 00000001.touched       what resumes of checkpoint 1 have learned
 //	    ├── 00000002.flic
+//	    ├── 00000002.UUID.gone     what checkpoint 2 was before it was flattened
 //	    └── 00000003.gone          checkpoint 3, removed: empty, or others need it
 //
 // A checkpoint is visible exactly if its image has its name under vms: that it gets
@@ -37,7 +38,9 @@
 //     lock exclusively. Readers take this lock while they hold the store lock, so
 //     no image is removed between being found and being locked; list and show take
 //     none, because what they read of an image is checked, and an image that goes
-//     away meanwhile is not there.
+//     away meanwhile is not there. What an open checkpoint refers to is opened without
+//     the store lock: it can't go away, and who finds it locked, because somebody frees
+//     what nobody needs of it, waits for that moment to pass.
 //  3. The NVRAM file's own lock (package nvram), for allocation only.
 //
 // Locks end with their process, so whatever can be locked has no owner any more.
