@@ -2,8 +2,9 @@
 
 GO ?= go
 FUZZTIMES ?= 1
-# Debian suites whose QEMUs are tested besides the system's.
-SUITES ?= trixie forky
+# Debian suites whose QEMUs and libvirts are tested besides the system's, such as
+# SUITES="trixie forky".
+SUITES ?=
 SUITE ?= host
 
 .PHONY: all build test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean

@@ -179,7 +179,7 @@ func refusals(t *testing.T, b []byte) {
 		if err == io.EOF || errors.Is(err, stream.ErrTruncated) {
 			return
 		}
-		if err != nil || m.Type != returnpath.Pong && (m.Type != returnpath.Shut || m.Value == 0) {
+		if err != nil || m.Type != returnpath.Pong && m.Type != returnpath.SwitchoverAck && (m.Type != returnpath.Shut || m.Value == 0) {
 			t.Errorf("standard output has %q: %v, %v", b, m, err)
 			return
 		}
