@@ -1,15 +1,19 @@
 package tier_test
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
+	"sync"
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
@@ -252,5 +256,127 @@ func (q *sequence) end() {
 	}
 	if flash, hot := q.l.taken(t); flash != 0 || hot != 0 {
 		t.Errorf("%d bytes of flash and %d of NVRAM are not free: %v", flash, hot, q.l.tree(t))
+	}
+}
+
+// TestTogether has several processes at one store at the same time: one saves, others
+// restore, remove, flatten and collect. Whatever is restored is what was saved, nothing
+// fails but for being in use or removed, and in the end all space is back.
+func TestTogether(t *testing.T) {
+	disk := crashfs.New(0)
+	l := newLab(t, disk, "/")
+	var mu sync.Mutex
+	model := map[store.Ref]*tiertest.Stream{}
+	some := func(rng *rand.Rand) (store.Ref, *tiertest.Stream) {
+		mu.Lock()
+		defer mu.Unlock()
+		var refs []store.Ref
+		for r := range model {
+			refs = append(refs, r)
+		}
+		if len(refs) == 0 {
+			return store.Ref{}, nil
+		}
+		slices.SortFunc(refs, func(a, b store.Ref) int { return a.N - b.N })
+		r := refs[rng.IntN(len(refs))]
+		return r, model[r]
+	}
+	expected := func(err error) bool {
+		return err == nil || errors.Is(err, store.ErrInUse) || errors.Is(err, store.ErrNotFound) && !integrity.IsCorrupt(err) || errors.Is(err, store.ErrChanged)
+	}
+	saved := make(chan struct{})
+	var all sync.WaitGroup
+	// Each as a process of its own.
+	process := func(seed uint64, step func(rng *rand.Rand, l *lab)) {
+		at := l.on(t, disk.Fork())
+		rng := rand.New(rand.NewPCG(seed, 8))
+		all.Go(func() {
+			for {
+				select {
+				case <-saved:
+					at.noLeaks(t)
+					return
+				default:
+					step(rng, at)
+				}
+			}
+		})
+	}
+	for i := range uint64(2) {
+		process(i, func(rng *rand.Rand, l *lab) {
+			ref, s := some(rng)
+			if s == nil {
+				return
+			}
+			var out bytes.Buffer
+			err := l.restore(ref, &out)
+			if !expected(err) {
+				t.Errorf("restore of %v: %v", ref, err)
+			}
+			if err == nil && !bytes.Equal(out.Bytes(), s.ExpectedBytes()) {
+				t.Errorf("%v gives another stream", ref)
+			}
+		})
+	}
+	process(3, func(rng *rand.Rand, l *lab) {
+		ref, s := some(rng)
+		if s == nil || ref.N%5 == 0 {
+			return
+		}
+		rm, err := l.st.Remove(t.Context(), ref)
+		if !expected(err) || rm.Left != nil {
+			t.Errorf("removal of %v: %+v, %v", ref, rm, err)
+		}
+		if err == nil {
+			mu.Lock()
+			delete(model, ref)
+			mu.Unlock()
+		}
+	})
+	process(4, func(rng *rand.Rand, l *lab) {
+		if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+			t.Errorf("gc: %+v, %v", rep, err)
+		}
+	})
+	process(5, func(rng *rand.Rand, l *lab) {
+		if ref, s := some(rng); s != nil && ref.N%3 == 0 {
+			if _, _, err := l.flatten(ref); !expected(err) {
+				t.Errorf("flattening of %v: %v", ref, err)
+			}
+		}
+	})
+	for n := range 60 {
+		s := tiertest.New(tiertest.Options{Seed: 1, Passes: 1 + n/2, Resend: 0.2, Fill: true,
+			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}})
+		o := save.Options{Energy: dedup.EnergyFull, SegmentPages: 3, Workers: 1}
+		if n%2 == 0 {
+			o.WorkingSet, o.NVRAMSize = hotSet(t, s, every(3)), 40<<18
+		}
+		ref, _, err := l.trySave(s, o)
+		if err == nil {
+			mu.Lock()
+			model[ref] = s
+			mu.Unlock()
+		}
+		if err != nil {
+			t.Errorf("save: %v", err)
+		}
+		if t.Failed() {
+			break
+		}
+	}
+	close(saved)
+	all.Wait()
+	for ref, s := range model {
+		l.holds(t, ref, s)
+		if err := l.remove(ref); err != nil {
+			t.Error(err)
+		}
+	}
+	if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+		t.Errorf("%d bytes of flash and %d of NVRAM are not free: %v", flash, hot, l.tree(t))
 	}
 }

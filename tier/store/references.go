@@ -234,6 +234,11 @@ func (v *survey) count(ctx context.Context, r Ref, name string) error {
 		return err
 	}
 	defer f.Close()
+	// Since it was looked at it may have been flattened.
+	if id, err = checkpoint.ReadIdentity(f); err != nil {
+		return err
+	}
+	v.known[name] = id
 	refs, err := checkpoint.ReadReferences(f)
 	if err != nil {
 		return err
