@@ -303,7 +303,7 @@ func (s *Store) owner(ctx context.Context, name string) (uuid.UUID, error) {
 	}
 	defer f.Close()
 	h, err := image.ReadHeader(f)
-	return h.UUID, err
+	return h.UUID, s.unlessGone(ctx, name, err)
 }
 
 // leftovers removes from a VM's folder what was learned of checkpoints that are

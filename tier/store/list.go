@@ -225,5 +225,5 @@ func (s *Store) identity(ctx context.Context, r Ref) (id *checkpoint.Identity, s
 	if err != nil {
 		id = nil
 	}
-	return id, size, err
+	return id, size, s.unlessGone(ctx, r.object(imageSuffix), err)
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/source"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // A checkpoint can refer to others whose images have bytes of its pages; its IDENTITY
@@ -65,6 +66,22 @@ func (o vmObjects) unlisted(vm string) (list []stored) {
 	return list
 }
 
+// unlessGone is err, which reading an object without a lock gave, or that the object is
+// not there: a removal empties an image after it has taken its name.
+func (s *Store) unlessGone(ctx context.Context, name string, err error) error {
+	if !integrity.IsCorrupt(err) {
+		return err
+	}
+	f, openErr := s.dir.Open(ctx, name, Unlocked)
+	if gone(openErr) {
+		return openErr
+	}
+	if openErr == nil {
+		f.Close()
+	}
+	return err
+}
+
 // whoIs reads who an image says it is: nil if it is empty.
 func (s *Store) whoIs(ctx context.Context, name string) (*checkpoint.Identity, error) {
 	f, err := s.dir.Open(ctx, name, Unlocked)
@@ -76,7 +93,8 @@ func (s *Store) whoIs(ctx context.Context, name string) (*checkpoint.Identity, e
 	if err != nil || size == 0 {
 		return nil, err
 	}
-	return checkpoint.ReadIdentity(f)
+	id, err := checkpoint.ReadIdentity(f)
+	return id, s.unlessGone(ctx, name, err)
 }
 
 // unlistedIs reads which image one that is not listed is, and if it can, who it says it
@@ -194,7 +212,7 @@ func (v *survey) update(ctx context.Context) error {
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
-			err := v.count(ctx, r, name)
+			err := v.s.unlessGone(ctx, name, v.count(ctx, r, name))
 			switch {
 			case gone(err) || errors.Is(err, errNotObject):
 				continue
@@ -205,8 +223,38 @@ func (v *survey) update(ctx context.Context) error {
 			}
 			v.done[name] = true
 		}
+		for _, k := range o.kept {
+			if err := v.countOpen(ctx, Ref{vm, k.n}, Ref{vm, k.n}.keptObject(k.id)); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
+}
+
+// countOpen counts what an image needs that a flattening has replaced, if somebody has it
+// open: who opened it before has perhaps not opened yet what it refers to.
+func (v *survey) countOpen(ctx context.Context, r Ref, name string) error {
+	if v.done[name] {
+		return nil
+	}
+	f, err := v.s.dir.Open(ctx, name, Exclusive)
+	switch {
+	case err == nil:
+		return f.Close()
+	case !errors.Is(err, vfs.ErrLocked):
+		return nil // leftovers says what is wrong with it
+	}
+	// What nobody needed of it can have been freed, what it refers to with it: then
+	// those who have it open now have come for its bytes alone.
+	err = v.count(ctx, r, name)
+	if err == nil {
+		v.done[name] = true
+	}
+	if gone(err) || cannotTell(err) {
+		err = nil
+	}
+	return err
 }
 
 // count counts what one checkpoint needs.
