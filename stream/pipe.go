@@ -16,3 +16,8 @@ type Pipe interface {
 	Capacity() int
 	SetCapacity(n int) int
 }
+
+// SocketBuffer is how many bytes wait in a Unix socket though nobody reads, as Linux's
+// net.core.wmem_default has it, which only the sender can change: that bound, and the
+// last write that was let in below it (unix_stream_sendmsg in net/unix/af_unix.c).
+const SocketBuffer = 248 << 10

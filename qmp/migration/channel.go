@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/stream"
 )
 
 // Channel carries the stream of one outgoing migration from QEMU into this
@@ -81,10 +82,6 @@ func newEnds(d Direction) (reader, writer *os.File, err error) {
 	}
 	return os.NewFile(uintptr(fds[0]), "migration stream"), os.NewFile(uintptr(fds[1]), "migration stream"), nil
 }
-
-// usualBuffer is waiting of a socket with Linux's net.core.wmem_default, which only the
-// sender can change.
-const usualBuffer = 248 << 10
 
 // waiting is how many bytes wait in a Unix socket, whose sending end f is, though nobody
 // reads. The kernel takes a write as long as what it has is below the bound, and in
@@ -189,7 +186,7 @@ func ListenChannel(ctx context.Context, x qmp.Executor, dir string) (*Channel, e
 	}
 	return &Channel{
 		URI:     "unix:" + path,
-		buffer:  usualBuffer,
+		buffer:  stream.SocketBuffer,
 		accept:  func(ctx context.Context) (*os.File, error) { return acceptFrom(ctx, l, uid) },
 		discard: func(context.Context) { l.Close(); os.RemoveAll(dir) },
 	}, nil

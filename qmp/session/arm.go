@@ -458,8 +458,9 @@ type DisarmOptions struct {
 var ErrNotArmed = errors.New("it is not armed")
 
 // Disarm ends the armed checkpoint of a VM, or of a target: all is as before it was
-// armed, and the guest runs on. Without a store, nil, it can only be a target. A process that has died has left settings behind, which
-// are put back if the target is given, or known from the store.
+// armed, and the guest runs on. Without a store, nil, it can only be a target. A process
+// that has died has left settings behind, which are put back if the target is given, or
+// known from the store.
 func Disarm(ctx context.Context, st *store.Store, t Target, o DisarmOptions) error {
 	vms := []string{o.VM}
 	if st == nil {

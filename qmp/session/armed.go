@@ -149,7 +149,7 @@ var (
 	errDisarmed = errors.New("it was disarmed")
 	errAborted  = errors.New("the checkpoint was given up")
 	errOrphaned = errors.New("the command that made the checkpoint has ended")
-	// ErrStreamEnded: the migration was cancelled, or QEMU has ended.
+	// errStreamEnded: the migration was cancelled, or QEMU has ended.
 	errStreamEnded = errors.New("the migration has ended: QEMU has, or somebody has cancelled it")
 )
 

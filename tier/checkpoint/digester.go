@@ -1,12 +1,27 @@
 package checkpoint
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
+
+// Hasher makes digests that compare with these.
+func (d *Digests) Hasher() (*digest.Hasher, error) { return digest.New(d.Algorithm, d.Key) }
+
+// WriteDigests writes what is left of an image's DIGESTS, which h has made, when all
+// segments have been submitted; nvram are those of the NVRAM part's slots. It returns nil
+// for an image that has too many pages to keep any.
+func WriteDigests(w *image.Writer, h *digest.Hasher, nvram []digest.Sum) (*Digests, error) {
+	root, err := w.Digests(nvram)
+	if errors.Is(err, digest.ErrTooMany) {
+		return nil, nil
+	}
+	return &Digests{Algorithm: h.Algorithm(), Key: h.Key(), Root: root}, err
+}
 
 // Digester tells by its digest what a checkpoint has, without reading it. It is safe for
 // concurrent use.
@@ -22,14 +37,11 @@ func (c *Checkpoint) Digester(chunks int) (*Digester, error) {
 	if d == nil {
 		return nil, nil
 	}
-	h, err := digest.New(d.Algorithm, d.Key)
+	h, err := d.Hasher()
 	if err != nil {
 		return nil, &image.UnsupportedError{File: c.Image.Name(), Why: err.Error()}
 	}
-	im := c.Image
-	own, err := digest.Open(d.Root, digest.NewCache(chunks),
-		func(frame int) ([]byte, error) { return im.Chunk(image.Digests, frame) },
-		func(frame int, err error) error { return im.Corrupt(image.Digests, frame, err) })
+	own, err := openDigests(c.Image, d.Root, digest.NewCache(chunks))
 	if err != nil {
 		return nil, err
 	}

@@ -59,7 +59,7 @@ func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs Refer
 		return nil
 	}
 	var err error
-	if c.check.hasher, err = digest.New(c.Meta.Digests.Algorithm, c.Meta.Digests.Key); err != nil {
+	if c.check.hasher, err = c.Meta.Digests.Hasher(); err != nil {
 		return &image.UnsupportedError{File: c.Image.Name(), Why: err.Error()}
 	}
 	if o.Images == nil {

@@ -68,7 +68,7 @@ func (v *verifier) openDigests() error {
 	if m.Digests == nil {
 		return nil
 	}
-	hasher, err := digest.New(m.Digests.Algorithm, m.Digests.Key)
+	hasher, err := m.Digests.Hasher()
 	if err != nil {
 		return nil // a later version's, for which it need not be known
 	}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 )
 
@@ -25,9 +26,6 @@ const (
 	// maxAhead is the most that the cursor reads ahead of need: what of it was
 	// read first should still be in the CPU's cache when it is looked at.
 	maxAhead = 256 << 10
-	// shortestRecord is the shortest that a page can be in the stream: a ZERO
-	// record with CONTINUE.
-	shortestRecord = 9
 	// maxBudget is a number of pages that are to come which allows everything.
 	maxBudget = 1 << 24
 )
@@ -39,8 +37,9 @@ const (
 // device is in the pipe; whatever the save says afterwards is not heard. So
 // what is in the pipe and in the cursor must never reach into the device tail
 // by much. RAM ends no sooner than every page has come that is certain to (see
-// ahead), and each takes at least shortestRecord bytes, which bounds what can safely be read ahead and
-// left in the pipe: a lot for most of the save, and less and less at its end.
+// ahead), and each takes at least ramparse.ShortestPage bytes, which bounds what can
+// safely be read ahead and left in the pipe: a lot for most of the save, and less and
+// less at its end.
 type feed struct {
 	ctx  context.Context
 	in   io.Reader
@@ -204,7 +203,7 @@ func (f *feed) adjust(unseen uint64) {
 	f.pages = unseen
 	pages := int(min(unseen, maxBudget))
 	// What is certainly RAM of what comes, until the next call.
-	sure := (pages - min(pages, adjustEvery, pages/2+1)) * shortestRecord
+	sure := (pages - min(pages, adjustEvery, pages/2+1)) * ramparse.ShortestPage
 	// Twice, because both the cursor and the pipe can hold so much; and twice
 	// again, so that there is time to make the pipe smaller before it must be.
 	f.want = minPipe

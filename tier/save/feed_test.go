@@ -5,6 +5,8 @@ import (
 	"io"
 	"testing"
 	"time"
+
+	"github.com/flic-migrate/flic-migrate/ramparse"
 )
 
 // busySource is a pipe that is always full when it is read. Between a Read and
@@ -46,7 +48,7 @@ func (b *busySource) SetCapacity(n int) int {
 func TestFeedHoldsBack(t *testing.T) {
 	for _, pages := range []int{16 << 10, 32 << 10, 128 << 10, 1 << 20} {
 		for _, n := range []int{1, 2} {
-			ram := int64(pages * shortestRecord)
+			ram := int64(pages * ramparse.ShortestPage)
 			source := &busySource{in: io.LimitReader(zeros{}, ram+1<<20), capacity: defaultPipe, n: n}
 			f, cur := newFeed(t.Context(), source, 0)
 			largest := 0
@@ -54,7 +56,7 @@ func TestFeedHoldsBack(t *testing.T) {
 				if adjustAt(uint64(unseen)) {
 					f.adjust(uint64(unseen))
 				}
-				if b, err := cur.Next(shortestRecord); err != nil || !bytes.Equal(b, make([]byte, shortestRecord)) {
+				if b, err := cur.Next(ramparse.ShortestPage); err != nil || !bytes.Equal(b, make([]byte, ramparse.ShortestPage)) {
 					t.Fatalf("%x, %v", b, err)
 				}
 				largest = max(largest, source.capacity)

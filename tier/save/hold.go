@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -54,10 +55,6 @@ var (
 )
 
 const (
-	// sourceBuffer is QEMU's own (IO_BUF_SIZE, migration/qemu-file.c). Beside it, it
-	// holds up to 64 pages by reference.
-	sourceBuffer = 32 << 10
-	sourcePages  = 64
 	// holdSpare is how many pages are left beyond what the buffers can hold. QEMU
 	// takes a pass for finished as soon as what is left could be sent within
 	// downtime-limit, at the rate that it has seen: 1 ms at 2 GB/s is half of it.
@@ -79,7 +76,7 @@ type hold struct {
 }
 
 func newHold(h Hold, cur *stream.Cursor, tx func() *store.Tx) *hold {
-	return &hold{Hold: h, cur: cur, tx: tx, left: uint64((h.Buffer+sourceBuffer)/shortestRecord + sourcePages + holdSpare)}
+	return &hold{Hold: h, cur: cur, tx: tx, left: ramparse.Underway(h.Buffer) + holdSpare}
 }
 
 // pending tells whether the save is still to be held. A nil hold is not.
@@ -108,7 +105,7 @@ func (h *hold) reached(unseen uint64) bool {
 	if far := unseen - h.left; far <= 2*adjustEvery {
 		h.cur.SetReadAhead(0)
 	} else if far%adjustEvery == 0 {
-		h.cur.SetReadAhead(int(min(far*shortestRecord/2, paceEvery)))
+		h.cur.SetReadAhead(int(min(far*ramparse.ShortestPage/2, paceEvery)))
 	}
 	return false
 }

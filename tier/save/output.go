@@ -2,7 +2,6 @@ package save
 
 import (
 	"context"
-	"errors"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -104,11 +103,7 @@ func (o *output) digests(nvram []digest.Sum) (*checkpoint.Digests, error) {
 	if o.hash == nil {
 		return nil, nil
 	}
-	root, err := o.img.Digests(nvram)
-	if errors.Is(err, digest.ErrTooMany) {
-		return nil, nil
-	}
-	return &checkpoint.Digests{Algorithm: o.hash.Algorithm(), Key: o.hash.Key(), Root: root}, err
+	return checkpoint.WriteDigests(o.img, o.hash, nvram)
 }
 
 // finishNVRAM gives back the extents behind the slots that were used, and writes

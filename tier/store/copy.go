@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -95,7 +94,7 @@ func hasherOf(m *checkpoint.Meta) (*digest.Hasher, error) {
 	if m.Digests == nil {
 		return digest.Fresh(), nil
 	}
-	return digest.New(m.Digests.Algorithm, m.Digests.Key)
+	return m.Digests.Hasher()
 }
 
 // movedSlots are the slots that the pages of neighbouring entries have in the copy, and
@@ -272,10 +271,7 @@ func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 	if err != nil {
 		return nil, err
 	}
-	switch root, err := k.w.Digests(nil); {
-	case err == nil:
-		m.Digests = &checkpoint.Digests{Algorithm: k.hash.Algorithm(), Key: k.hash.Key(), Root: root}
-	case !errors.Is(err, digest.ErrTooMany):
+	if m.Digests, err = checkpoint.WriteDigests(k.w, k.hash, nil); err != nil {
 		return nil, err
 	}
 	if err := k.w.Drain(); err != nil {

@@ -216,10 +216,11 @@ func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (a
 				}
 				settled = true
 			}
-			if done, err := s.untwin(ctx, st); err != nil || done {
-				if err != nil {
-					return all, left, err
-				}
+			done, err := s.untwin(ctx, st)
+			if err != nil {
+				return all, left, err
+			}
+			if done {
 				continue
 			}
 			f, err := s.dir.Open(ctx, st.name, Exclusive)

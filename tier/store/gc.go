@@ -348,10 +348,11 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 		if err != nil {
 			return err
 		}
-		if done, err := g.untwin(ctx, st); err != nil || done {
-			if err != nil {
-				return err
-			}
+		done, err := g.untwin(ctx, st)
+		if err != nil {
+			return err
+		}
+		if done {
 			continue
 		}
 		f, err := g.dir.Open(ctx, st.name, Exclusive)

@@ -29,10 +29,6 @@ import (
 const (
 	minPipe = 4 << 10
 
-	// socketBuffer is what a Unix socket takes though nobody reads: Linux's
-	// net.core.wmem_default, which only the sender can change.
-	socketBuffer = 208 << 10
-
 	// maxPages caps what a stream may claim: 16 TiB in pages of 4 KiB.
 	maxPages = 1 << 32
 
@@ -53,13 +49,12 @@ const (
 // holdPages is how many pages of pass 1 are left when the hold begins. While
 // QEMU has something of pass 1 to send it can't see that it could finish, which
 // would stop the guest. The tail of the pass must therefore not fit into what
-// takes bytes though nobody reads: the pipe or socket and QEMU's own buffer
-// (32 KiB, migration/qemu-file.c), in records of 9 bytes at least; and 64 pages
-// by reference.
+// takes bytes though nobody reads: the pipe or socket, of so many bytes, and QEMU's
+// own buffer. Some pages more are left for what QEMU sends within downtime-limit.
 //
 // Holding before their first sending loses nothing: QEMU clears its dirty log
 // for a GiB at a time, with the first page sent of it.
-func holdPages(buffer int) int64 { return int64(buffer+32<<10)/9 + 64 + 448 }
+func holdPages(buffer int) int64 { return int64(ramparse.Underway(buffer)) + 448 }
 
 var (
 	// ErrTooSmall: the guest's memory is too small for QEMU to be held.
@@ -81,7 +76,7 @@ var (
 func Filter(ctx context.Context, in stream.Pipe, interval time.Duration) (*workingset.Set, error) {
 	f := &filter{ctx: ctx, in: in, interval: interval, holdPages: holdPages(minPipe)}
 	if in.Capacity() == 0 {
-		f.holdPages = holdPages(socketBuffer)
+		f.holdPages = holdPages(stream.SocketBuffer)
 	}
 	if p, ok := in.(interface{ SetReadTimeout(time.Duration) }); ok {
 		p.SetReadTimeout(patience)

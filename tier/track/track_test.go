@@ -186,7 +186,7 @@ func TestFilterSocket(t *testing.T) {
 	if _, err := Filter(t.Context(), small, 1); !errors.Is(err, ErrTooSmall) {
 		t.Errorf("%d pages: %v", ramPages, err)
 	}
-	large := source(recorded(2*int(holdPages(socketBuffer)), []uint64{1, 7}))
+	large := source(recorded(2*int(holdPages(stream.SocketBuffer)), []uint64{1, 7}))
 	large.capacity = 0
 	set, err := Filter(t.Context(), large, 1)
 	if err != nil {

@@ -163,9 +163,8 @@ func (m *made) generation(st *store.Store, n int) Checkpoint {
 		b.chunks(image.Skeleton, chunk)
 	}
 	kinds := b.maps(&meta)
-	root, err := b.w.Digests(b.sums)
+	meta.Digests, err = checkpoint.WriteDigests(b.w, m.hasher, b.sums)
 	m.check(err)
-	meta.Digests = &checkpoint.Digests{Algorithm: m.hasher.Algorithm(), Key: m.hasher.Key(), Root: root}
 	doc, id, err := meta.Documents()
 	m.check(err)
 	m.check(b.w.Finish(doc, id))
@@ -173,7 +172,7 @@ func (m *made) generation(st *store.Store, n int) Checkpoint {
 	ref, err = tx.Commit(m.session)
 	m.check(err)
 
-	m.images = append(m.images, &checkpoint.Reference{UUID: meta.UUID, Root: root, VM: ref.VM, Number: ref.N,
+	m.images = append(m.images, &checkpoint.Reference{UUID: meta.UUID, Root: meta.Digests.Root, VM: ref.VM, Number: ref.N,
 		SegmentPages: b.per, Segments: uint32(b.w.Segments()), Slots: uint32(len(b.slots))})
 	m.last, m.wholes = b.at, append(m.wholes, b.own...)
 	needs := make([]int, len(b.refs))

@@ -32,7 +32,7 @@ func Scatter(t testing.TB, st *store.Store, parent store.Ref) store.Ref {
 	c, err := st.OpenCheckpoint(ctx, parent, checkpoint.Options{})
 	check(err)
 	defer c.Close()
-	hasher, err := digest.New(c.Meta.Digests.Algorithm, c.Meta.Digests.Key)
+	hasher, err := c.Meta.Digests.Hasher()
 	check(err)
 	tx, err := st.Begin(ctx, parent.VM)
 	check(err)
@@ -131,9 +131,8 @@ func Scatter(t testing.TB, st *store.Store, parent store.Ref) store.Ref {
 		chunk(image.Bases, b)
 		return nil
 	}))
-	root, err := w.Digests(nil)
+	meta.Digests, err = checkpoint.WriteDigests(w, hasher, nil)
 	check(err)
-	meta.Digests = &checkpoint.Digests{Algorithm: hasher.Algorithm(), Key: hasher.Key(), Root: root}
 	doc, id, err := meta.Documents()
 	check(err)
 	check(w.Finish(doc, id))
