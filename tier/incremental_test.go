@@ -88,6 +88,12 @@ func TestUnchanged(t *testing.T) {
 		}
 		l.holds(t, ref, s)
 	}
+	// One that refers to nothing any more has no parent to speak of.
+	last := store.Ref{VM: "vm", N: 4}
+	if _, meta, err := l.flatten(last); err != nil || meta.Report.Parent != "" || meta.Report.Cold != first.Report.Cold {
+		t.Errorf("flattened: %+v, %v", meta, err)
+	}
+	l.holds(t, last, s)
 }
 
 // TestParent asks for parents by name, and for none.

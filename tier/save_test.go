@@ -719,7 +719,7 @@ func TestVolatile(t *testing.T) {
 }
 
 // TestNoSpaceForeseen fails at once when not half of what the last checkpoint
-// took is free.
+// took is free, unless what has not changed since need not be stored.
 func TestNoSpaceForeseen(t *testing.T) {
 	fsys := crashfs.New(6 << 20)
 	l := newLab(t, fsys, "/")
@@ -729,7 +729,7 @@ func TestNoSpaceForeseen(t *testing.T) {
 	r := s.Reader()
 	defer r.Close()
 	counted := &atOffset{r: r}
-	_, _, err := l.run(context.Background(), counted, save.Options{VM: "vm"})
+	_, _, err := l.run(context.Background(), counted, save.Options{VM: "vm", Parent: save.ParentNone})
 	var space *save.SpaceError
 	if !errors.As(err, &space) {
 		t.Fatalf("save without space: %v", err)
@@ -738,6 +738,9 @@ func TestNoSpaceForeseen(t *testing.T) {
 		t.Errorf("%d bytes were read before it was noticed", counted.read)
 	}
 	l.noLeaks(t)
+	if _, meta := l.save(t, s, save.Options{}); meta.Report.Unchanged == 0 {
+		t.Errorf("an increment: %+v", meta.Report)
+	}
 }
 
 // TestProgress is told about every phase, and never runs backwards.

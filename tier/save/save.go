@@ -241,13 +241,14 @@ func (s *saver) step(what string, fn func() error) {
 }
 
 // checkSpace looks at the VM's newest checkpoint, and fails at once where it can be
-// foreseen that the save won't fit: when not even half of what that took is free.
+// foreseen that the save won't fit: when not even half of what that took is free. What
+// an increment will take is not known before.
 func (s *saver) checkSpace() error {
 	if s.st == nil {
 		return nil
 	}
 	s.past = newPast(s.ctx, s.st, s.o.VM, s.o.NVRAM != "", s.o.Log)
-	if s.single || s.past.meta == nil {
+	if s.single || s.par != nil || s.past.meta == nil {
 		return nil
 	}
 	info, err := s.fs.StatFS(s.st.Dir())

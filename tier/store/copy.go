@@ -286,6 +286,7 @@ func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 		return nil, err
 	}
 	rep := &m.Report
+	rep.Parent, rep.DeltaBytes = "", 0 // nothing is referred to
 	rep.Hot, rep.Cold, rep.Disk, rep.Delta, rep.Unchanged = counts.Hot, counts.Cold, counts.Disk, counts.Delta, counts.Unchanged
 	rep.NVRAMBytes, rep.FlashBytes, rep.Codec = 0, k.w.Len(), k.o.Codec.String()
 	rep.Seconds = checkpoint.Seconds{Total: time.Since(k.begin).Seconds()}
