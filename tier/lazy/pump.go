@@ -113,9 +113,7 @@ func (p *pump) leaveOut(unplugged []extent) {
 		first, size := int64(u.start)/int64(p.c.Meta.PageSize), int64(p.c.Meta.PageSize)
 		for page := first; page < min(pages, first+int64(u.length)/size); page++ {
 			p.none[u.block].Set(page)
-			if p.o.ZeroRest {
-				p.total--
-			}
+			p.total--
 		}
 	}
 }

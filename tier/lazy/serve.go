@@ -27,10 +27,11 @@ type Options struct {
 	// MaxHold ends HoldBackground's wait for a guest that never rests.
 	MaxHold time.Duration
 	// ZeroRest has every page that has not been sent by then sent as zero before
-	// END, but for those of virtio-mem devices that the guest has not plugged in. QEMU 10.2 and later need it: they say completed, and switch userfaultfd
-	// off later, with their lock held, so whoever then touches a page that will
-	// never come waits for ever. Earlier ones read such pages as zero. It takes QEMU
-	// 3 to 4 µs a page, so it should be left out where the version says that it can.
+	// END, but for those of virtio-mem devices that the guest has not plugged in. QEMU
+	// 10.2 and later need it: they say completed, and switch userfaultfd off later, with
+	// their lock held, so whoever then touches a page that will never come waits for
+	// ever. Earlier ones read such pages as zero. It takes QEMU 3 to 4 µs a page, so it
+	// should be left out where the version says that it can.
 	ZeroRest bool
 	// Resize asks for another capacity of the pipe behind out and returns the
 	// one in force. A page that the guest asks for waits for what is in the pipe,
@@ -183,7 +184,9 @@ func serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.W
 		o.LoadTime = 30 * time.Second
 	}
 	p := newPump(c, out, op, o, start)
-	p.leaveOut(op.unplugged)
+	if o.ZeroRest {
+		p.leaveOut(op.unplugged)
+	}
 	if err := o.begin(); err != nil {
 		return p.report(), err
 	}
