@@ -41,10 +41,17 @@ func ParseVirtioMem(f *stream.Frame) (v VirtioMem, ok bool) {
 	}
 	// What does not add up is not used.
 	n, set := v.Region/part, uint64(0)
-	for _, b := range bitmap {
-		set += uint64(bits.OnesCount8(b))
+	if uint64(len(bitmap)) != (n+63)/64*8 {
+		return v, true
 	}
-	if uint64(len(bitmap)) == (n+63)/64*8 && set <= n && set*part == v.Plugged {
+	for i := 0; i < len(bitmap); i += 8 {
+		word := binary.BigEndian.Uint64(bitmap[i:])
+		if left := n - uint64(i)*8; left < 64 && word>>left != 0 {
+			return v, true // a part behind the region
+		}
+		set += uint64(bits.OnesCount64(word))
+	}
+	if set*part == v.Plugged {
 		v.Part, v.Bitmap = part, bitmap
 	}
 	return v, true

@@ -79,6 +79,7 @@ func TestParseVirtioMem(t *testing.T) {
 func FuzzVirtioMem(f *testing.F) {
 	f.Add(virtioMemBody(20<<20, 2<<20, 6<<20, 0b0100110000))
 	f.Add(virtioMemBody(132<<20, 2<<20, 4<<20, 1, 2))
+	f.Add(virtioMemBody(20<<20, 2<<20, 2<<20, 1<<20)) // a part that the region does not have
 	f.Fuzz(func(t *testing.T, body []byte) {
 		v, ok := ramparse.ParseVirtioMem(earlyFrame("d/virtio-mem-device-early", 1, bytes.Clone(body)))
 		if !ok {
