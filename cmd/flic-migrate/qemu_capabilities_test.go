@@ -3,7 +3,10 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -35,6 +38,19 @@ func allowed(t *testing.T, ctx context.Context, vm *qemutest.VM) (names []string
 	return names
 }
 
+// letGo fails if a QEMU whose memory is whole still has userfaultfd on it: whoever
+// touches a page that the guest gives back would wait for ever.
+func letGo(t *testing.T, vm *qemutest.VM) {
+	t.Helper()
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", vm.Pid()))
+	ok(t, err)
+	for _, fd := range fds {
+		if to, err := os.Readlink(fd); err == nil && to == "anon_inode:[userfaultfd]" {
+			t.Errorf("QEMU still has %s", to)
+		}
+	}
+}
+
 // TestResumeCapabilities: whatever the user has left on in a QEMU that is to load, it
 // loads, and it is as it was afterwards. With postcopy-ram alone it could not be saved
 // again.
@@ -62,6 +78,7 @@ func TestResumeCapabilities(t *testing.T) {
 			if is := settings(t, vm); is != was {
 				t.Errorf("%s, lazy %s: settings were\n%s\nand are\n%s", name, lazy, was, is)
 			}
+			letGo(t, vm)
 			vm.Kill()
 		}
 	}

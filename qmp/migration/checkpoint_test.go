@@ -86,6 +86,8 @@ func (s *simulated) Execute(ctx context.Context, name string, args, result any) 
 		answer = list
 	case "query-migrate-parameters":
 		answer = s.parameters
+	case "query-yank":
+		answer = []any{}
 	case "migrate-set-capabilities":
 		for _, c := range a.Capabilities {
 			s.capabilities[c.Capability] = c.State

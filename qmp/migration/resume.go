@@ -295,6 +295,9 @@ func (o *ResumeOptions) askLatency(ctx context.Context, x qmp.Executor) {
 
 // putBack makes a QEMU that has loaded, or will not, fit for what its user wants.
 func (o *ResumeOptions) putBack(ctx context.Context, x qmp.Executor) error {
+	if err := letGo(ctx, x); err != nil {
+		return err
+	}
 	if o.caps == nil {
 		// It is known of no other.
 		return SetCapabilities(ctx, x, map[string]bool{"postcopy-ram": false})
@@ -357,7 +360,7 @@ func (o *ResumeOptions) finishResume(ctx context.Context, x qmp.Executor, start 
 		o.unmark(ctx, x)
 	}
 	var refused *qmp.Error
-	if err := o.putBack(ctx, x); errors.As(err, &refused) {
+	if err := o.putBack(ctx, x); errors.As(err, &refused) || errors.Is(err, errHeld) {
 		rep.Warnings = append(rep.Warnings, fmt.Sprintf("the guest is whole, but QEMU's migration capabilities are not as they were: %v", err))
 	} else if err != nil {
 		return err

@@ -97,16 +97,24 @@ func planSettings(ctx context.Context, x qmp.Executor, need func(name string, is
 // ourCapabilities are those that migrations of ours turn on.
 var ourCapabilities = []string{"events", "pause-before-switchover", "return-path", "background-snapshot"}
 
-// set sets the mark first, so that whatever is changed can be known as ours.
+// set sets the mark first, so that whatever is changed can be known as ours. A migration
+// of somebody else's may just have ended.
 func (s settings) set(ctx context.Context, x qmp.Executor) error {
+	if err := letGo(ctx, x); err != nil {
+		return err
+	}
 	if err := SetParameters(ctx, x, s.during); err != nil {
 		return err
 	}
 	return SetCapabilities(ctx, x, s.on)
 }
 
-// restore is refused by QEMU while a migration runs.
+// restore is refused by QEMU while a migration runs. Parameters do no harm to one that
+// QEMU has not let go of.
 func (s settings) restore(ctx context.Context, x qmp.Executor) error {
-	err := SetCapabilities(ctx, x, s.off)
+	err := letGo(ctx, x)
+	if err == nil {
+		err = SetCapabilities(ctx, x, s.off)
+	}
 	return errors.Join(err, SetParameters(ctx, x, s.formerly))
 }

@@ -32,6 +32,7 @@ func tracked(states ...string) *recorder {
 	}
 	return &recorder{answers: map[string][]string{
 		"query-migrate":              list,
+		"query-yank":                 {`[]`},
 		"query-status":               {`{"status": "running", "running": true}`},
 		"query-migrate-capabilities": {`[{"capability":"events","state":false},{"capability":"pause-before-switchover","state":false},{"capability":"return-path","state":true},{"capability":"xbzrle","state":false}]`},
 		"query-migrate-parameters":   {`{"max-bandwidth": 134217728, "downtime-limit": 300, "tls-creds": ""}`},
@@ -148,7 +149,7 @@ func TestTrackRedials(t *testing.T) {
 	if !errors.Is(err, qmp.ErrLost) {
 		t.Errorf("got %v", err)
 	}
-	restored(t, "redialled", again.sent, "migrate_cancel", "query-migrate", "query-status", "cont", trackBack, paramBack)
+	restored(t, "redialled", again.sent, "migrate_cancel", "query-migrate", "query-status", "cont", "query-yank", trackBack, paramBack)
 }
 
 // What a killed process has left is not taken for the user's settings, and what

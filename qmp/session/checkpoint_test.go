@@ -56,6 +56,8 @@ func (q *machine) serve(t *testing.T) func(*qmptest.Conn) {
 				answer = fmt.Sprintf(`{"running": %v, "status": %q}`, q.running, map[bool]string{true: "running", false: "paused"}[q.running])
 			case "query-migrate":
 				answer = fmt.Sprintf(`{"status": %q}`, q.status)
+			case "query-yank":
+				answer = "[]"
 			case "query-migrate-capabilities":
 				answer = `[{"capability": "events", "state": false}, {"capability": "return-path", "state": false}]`
 			case "query-migrate-parameters":

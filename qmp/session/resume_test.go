@@ -57,6 +57,8 @@ func destination(machine string, inmigrate func() bool, took chan<- string) func
 				if done || !inmigrate() {
 					answer = `{"running": false, "status": "paused"}`
 				}
+			case "query-yank":
+				answer = "[]"
 			case "query-migrate-capabilities":
 				answer = `[{"capability": "events", "state": false}, {"capability": "multifd", "state": true}]`
 			case "query-migrate":
