@@ -85,6 +85,23 @@ func (c *console) expect(ctx context.Context, pattern string) ([]string, error) 
 	}
 }
 
+// begun waits until the guest has written something or its port has ended.
+func (c *console) begun(ctx context.Context) bool {
+	for {
+		c.mu.Lock()
+		some, more := len(c.text) > 0 || c.end, c.more
+		c.mu.Unlock()
+		if some {
+			return true
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
 // Expect waits until the guest has written something that matches the regular
 // expression, after what earlier calls have matched, and returns the match and
 // its groups. Lines end in "\r\n"; a pattern that ends in (\w+) should go on to

@@ -138,6 +138,26 @@ func (o *output) String() string {
 	return string(o.text)
 }
 
+// Seldom, on a busy host, QEMU's emulation of several CPUs loses what the first says
+// to wake the second, and a Linux kernel waits for it for ever before it has written a
+// line. Such a guest is started again.
+const (
+	bootAttempts = 3
+	bootTimeout  = time.Minute
+)
+
+// speaks waits until a guest whose kernel starts several CPUs has written something.
+// It is true of all others at once.
+func (vm *VM) speaks(limit time.Duration) bool {
+	c := vm.config
+	if c.Guest != Linux && c.Guest != Debian || c.CPUs < 2 || c.Paused || c.Incoming != "" {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	return vm.console.begun(ctx)
+}
+
 // Start launches a VM that ends with the test. A host without QEMU fails the
 // test and names the script that installs it.
 func Start(t testing.TB, config Config) *VM {
@@ -147,6 +167,14 @@ func Start(t testing.TB, config Config) *VM {
 	vm, err := Launch(context.Background(), config)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for left := bootAttempts - 1; left > 0 && !vm.speaks(bootTimeout); left-- {
+		registers, err := qmp.HumanMonitor(context.Background(), vm.QMP, "info registers -a")
+		t.Logf("the guest's kernel has not come up in %v; once more. Its CPUs:\n%s%v", bootTimeout, registers, err)
+		vm.Kill()
+		if vm, err = Launch(context.Background(), config); err != nil {
+			t.Fatal(err)
+		}
 	}
 	t.Cleanup(func() {
 		vm.Kill()
