@@ -31,6 +31,10 @@
 //	            "where FRAME+COUNT FRAME+COUNT …"
 //	run COMMAND run a shell command on the disk, with /tmp in memory, until the
 //	            next run, which kills it; "run ok"
+//	block PATH I  the SHA-256 of the I-th block of 4096 bytes of a disk, such as
+//	            /dev/vdb, past Linux's cache; "block SHA256"
+//	tpm         what the TPM has in PCR 16, SHA-256; "tpm HEX"
+//	tpm extend  the same after the PCR has been extended by a constant
 //	off         power off
 //
 // sum, check and fill hold the changes and ticks until they are done.
@@ -393,6 +397,21 @@ func (g *guest) answer(command string, args []string) string {
 			return fmt.Sprintf("error: %v", err)
 		}
 		return "run ok"
+	case "block":
+		if len(args) != 2 {
+			return "error: block PATH I"
+		}
+		sum, err := block(args[0], number(1, 0))
+		if err != nil {
+			return fmt.Sprintf("error: %v", err)
+		}
+		return fmt.Sprintf("block %x", sum)
+	case "tpm":
+		value, err := pcr(args)
+		if err != nil {
+			return fmt.Sprintf("error: %v", err)
+		}
+		return fmt.Sprintf("tpm %x", value)
 	case "read":
 		if len(args) != 1 {
 			return "error: read PATH"
@@ -404,6 +423,25 @@ func (g *guest) answer(command string, args []string) string {
 		return fmt.Sprintf("read %d", n)
 	}
 	return fmt.Sprintf("error: unknown command %q", command)
+}
+
+// block returns the SHA-256 of a disk's block of a page's size, as the disk has it.
+func block(path string, i int) ([sha256.Size]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return [sha256.Size]byte{}, err
+	}
+	defer f.Close()
+	// What is read past the cache goes to whole pages.
+	page, err := unix.Mmap(-1, 0, guestmem.PageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return [sha256.Size]byte{}, err
+	}
+	defer unix.Munmap(page)
+	if _, err := f.ReadAt(page, int64(i)*guestmem.PageSize); err != nil {
+		return [sha256.Size]byte{}, err
+	}
+	return sha256.Sum256(page), nil
 }
 
 // readTree reads the regular files below root, at most limit bytes, and returns

@@ -66,6 +66,7 @@ func TestAnswers(t *testing.T) {
 		{"fill 1", "fill 1"},
 		{"sum", sum},
 		{"read", "error: read PATH"},
+		{"block /dev/null", "error: block PATH I"},
 		{"what is this", `error: unknown command "what"`},
 	} {
 		words := strings.Fields(test.line)
