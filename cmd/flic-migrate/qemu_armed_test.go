@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -472,6 +473,86 @@ func TestArmedOverSockets(t *testing.T) {
 		l.notArmed(t, memory, nil)
 		vm.Kill()
 	}
+}
+
+// Armed checkpoints with a working set put hot pages into NVRAM, and those that the guest
+// writes while it is armed are what they were when it stood still. What is disarmed, or
+// killed and collected, keeps no NVRAM.
+func TestArmedNVRAM(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	c := q35.tiny(t, qemutest.LiveMemory, varied(4096), 60)
+	vm := qemutest.Start(t, c)
+	vm.WaitFor(t, `tick 00000002\r`)
+	before := settings(t, vm)
+	// Split, because l.hot makes words of an exec: URI.
+	set := strings.Fields(strings.Join(l.hot(t, vm), " "))
+	file := set[:4] // without the working set, which the armed process has
+
+	l.checkpoint(t, vm, slices.Concat(set, []string{"--arm"})...)
+	note := l.isArmed(t, vm)
+	l.run(t, "disarm", "vm")
+	l.notArmed(t, "disarmed", note)
+	if freed := l.gc(t); freed.NVRAM != 0 || freed.Saves != 0 {
+		t.Errorf("disarmed: gc has freed %+v", freed)
+	}
+	l.checkpoint(t, vm, slices.Concat(set, []string{"--arm"})...)
+	note = l.isArmed(t, vm)
+	ok(t, syscall.Kill(note.PID, syscall.SIGKILL))
+	until(t, "the armed process's end", func() bool { return !alive(note.PID) })
+	ended(t, ctx, vm, migration.StatusFailed)
+	l.run(t, "disarm", "vm")
+	if freed := l.gc(t); freed.NVRAM == 0 || freed.Saves != 1 {
+		t.Errorf("killed: gc has freed %+v", freed)
+	}
+
+	l.checkpoint(t, vm, slices.Concat(set, []string{"--arm"})...)
+	for round := range 4 {
+		note := l.isArmed(t, vm)
+		runsOn(t, vm)
+		flags := [][]string{file, set}[round%2]
+		rep := l.checkpoint(t, vm, slices.Concat(flags, []string{"--then", "pause"})...)
+		if !rep.Armed || len(rep.Warnings) > 0 || rep.Tracking != nil {
+			t.Errorf("round %d: %+v", round, rep)
+		}
+		r := rep.Save
+		t.Logf("round %d: %d pages came again; %d hot, %d cold, %d unchanged, %d deltas, %d bytes to NVRAM", round, r.Resent, r.Hot, r.Cold, r.Unchanged, r.Delta, r.NVRAMBytes)
+		if r.Resent == 0 || r.Hot == 0 || r.NVRAMBytes == 0 || r.Parent != note.Parent || r.Unchanged < 2000 {
+			t.Errorf("round %d: %+v, armed after %s", round, r, note.Parent)
+		}
+		l.notArmed(t, fmt.Sprint("round ", round), note)
+		l.shadow(t, ctx, vm, rep.Checkpoint)
+		ok(t, qmp.Cont(ctx, vm.QMP))
+		runsOn(t, vm)
+		rep = l.checkpoint(t, vm, slices.Concat(set, []string{"--arm"})...)
+		if rep.Armed || rep.ArmedProcess == 0 || len(rep.Warnings) > 0 {
+			t.Errorf("round %d: %+v", round, rep)
+		}
+	}
+	l.isArmed(t, vm)
+	rep := l.checkpoint(t, vm, slices.Concat(file, []string{"--then", "pause"})...)
+	if after := settings(t, vm); after != before {
+		t.Errorf("settings were\n%s\nand are\n%s", before, after)
+	}
+	want, tick := ram(t, ctx, vm), lastTick(t, vm.Console(), 16)
+	vm.Kill()
+	l.run(t, "verify", "--all")
+	// Nothing that the last one refers to goes with the others.
+	for _, name := range l.list(t) {
+		if name != rep.Checkpoint {
+			l.run(t, "rm", name)
+		}
+	}
+	l.gc(t)
+	vm = restored(t, ctx, c, l.restore(rep.Checkpoint), want)
+	goesOn(t, ctx, vm, tick, 16)
+	vm.Kill()
+	vm = qemutest.Start(t, destination(c, "defer"))
+	l.resume(t, vm, "--lazy", "always", "--paused", rep.Checkpoint)
+	if diff := qemutest.DiffRAM(want, ram(t, ctx, vm)); diff != "" {
+		t.Errorf("lazily restored RAM differs: %s", diff)
+	}
+	goesOn(t, ctx, vm, tick, 16)
 }
 
 // A domain of libvirt's, whose monitor nobody holds.
