@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"runtime/metrics"
 	"testing"
 
@@ -178,7 +179,8 @@ func FuzzReferences(f *testing.F) {
 	for i := range streams {
 		streams[i].PageSize, streams[i].PageBits = 1<<10, true
 	}
-	list := chain.Build(f, l.st, chain.Options{Seed: 1, Streams: streams, Codec: image.None, NVRAM: l.nvram, Deltas: 0.9, Scattered: 0.2})
+	list := chain.Build(f, l.st, chain.Options{Seed: 1, Streams: streams, Codec: image.None, NVRAM: l.nvram, Deltas: 0.9, Scattered: 0.2,
+		Disk: filepath.Join(f.TempDir(), "disk")})
 	name := func(n int) string { return fmt.Sprintf("/vms/vm/%08d.flic", 1+n) }
 	var was [][]byte
 	for n := range list {

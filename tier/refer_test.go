@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -45,7 +47,7 @@ func chained(t testing.TB, seed uint64) (*lab, []chain.Checkpoint) {
 	t.Helper()
 	l := newLab(t, crashfs.New(0), "/")
 	list := chain.Build(t, l.st, chain.Options{Seed: seed, Streams: generations(seed, 3, chainBlocks), Codec: image.LZ4,
-		NVRAM: l.nvram, Deltas: 0.9, Scattered: 0.1})
+		NVRAM: l.nvram, Deltas: 0.9, Scattered: 0.1, Disk: filepath.Join(t.TempDir(), "disk")})
 	return l, list
 }
 
@@ -59,7 +61,7 @@ func TestReferences(t *testing.T) {
 		}
 		last := list[len(list)-1]
 		for k := pagemap.Absent; k <= pagemap.ForeignDelta; k++ {
-			if k != pagemap.Disk && k != pagemap.Absent && last.Kinds[k] == 0 {
+			if k != pagemap.Absent && last.Kinds[k] == 0 {
 				t.Errorf("seed %d: no page is %v: %v", seed, k, last.Kinds)
 			}
 		}
@@ -572,6 +574,8 @@ type fit struct {
 	meta  func(m *checkpoint.Meta)
 	entry func(block int, page uint64, e pagemap.Entry) pagemap.Entry
 	base  func(block int, slot uint64, e pagemap.Entry) pagemap.Entry
+	// disks changes what is in the frames of DISKS.
+	disks func(chunks [][]byte) [][]byte
 }
 
 // refit replaces the image of a checkpoint.
@@ -657,6 +661,18 @@ func (l *lab) refit(t *testing.T, ref store.Ref, f fit) {
 	if len(refs) > 0 {
 		chunk(image.References, 0, refs.Append(nil))
 	}
+	var disks [][]byte
+	for i := range im.Chunks(image.Disks) {
+		b, err := im.Chunk(image.Disks, i)
+		ok(err)
+		disks = append(disks, bytes.Clone(b))
+	}
+	if f.disks != nil {
+		disks = f.disks(disks)
+	}
+	for i, b := range disks {
+		chunk(image.Disks, uint32(i), b)
+	}
 	meta.MapChunks = remap(image.PageMap, meta.BlockPages(), meta.MapChunks, f.entry)
 	if len(meta.Bases) > 0 {
 		meta.Bases = remap(image.Bases, sizes, meta.Bases, f.base)
@@ -693,6 +709,18 @@ func TestReferenceHostile(t *testing.T) {
 	refs := func(change func(r *checkpoint.Reference)) func(checkpoint.References) checkpoint.References {
 		return func(rs checkpoint.References) checkpoint.References { change(&rs[0]); return rs }
 	}
+	table := func(old, to string) func([][]byte) [][]byte {
+		return func(chunks [][]byte) [][]byte {
+			was := chunks[0]
+			if chunks[0] = regexp.MustCompile(old).ReplaceAll(was, []byte(to)); bytes.Equal(chunks[0], was) {
+				t.Fatalf("%s is not in %s", old, was)
+			}
+			return chunks
+		}
+	}
+	slots := func(change func(b []byte) []byte) func([][]byte) [][]byte {
+		return func(chunks [][]byte) [][]byte { chunks[1] = change(chunks[1]); return chunks }
+	}
 	var own uuid.UUID
 	for name, c := range map[string]struct {
 		f    fit
@@ -728,6 +756,26 @@ func TestReferenceHostile(t *testing.T) {
 		"base of reference 9": {fit{base: every(pagemap.MakeForeign(pagemap.Foreign, 9, 1))}, "reference 9 does not exist"},
 		"no bases":            {fit{base: every(0)}, "has no base"},
 		"bases not listed":    {fit{meta: func(m *checkpoint.Meta) { m.Bases = nil }}, "0 BASES chunks"},
+		"far disk slot":       {fit{entry: kind(pagemap.Disk, pagemap.Make(pagemap.Disk, pagemap.MaxValue))}, "disk slot 72057594037927935 does not exist"},
+		"base off disk":       {fit{base: every(pagemap.Make(pagemap.Disk, 1<<20))}, "base of the delta in slot"},
+		"no disks":            {fit{disks: func([][]byte) [][]byte { return nil }}, "3 disks, and the image lists none"},
+		"other disks":         {fit{meta: func(m *checkpoint.Meta) { m.Disks-- }}, "3 disks, and IDENTITY says 2"},
+		"disks unsaid":        {fit{meta: func(m *checkpoint.Meta) { m.Disks = 0 }}, "3 disks, and IDENTITY says 0"},
+		"disks, version 2":    {fit{disks: table(`"version":1`, `"version":2`)}, "it is in version 2"},
+		"disks, garbage":      {fit{disks: table(`"version":1`, `"version":`)}, "DISKS 0"},
+		"disks, none of them": {fit{disks: table(`"disks":\[.*\]`, `"disks":[]`)}, "disk slots of 0 disks"},
+		"disks, many":         {fit{disks: table(`"disks":\[`, `"disks":[`+strings.Repeat("{},", 5000))}, "DISKS 0"},
+		"disk without a path": {fit{disks: table(`"path":"[^"]*"`, `"path":""`)}, "disk 0: "},
+		"disk of no format":   {fit{disks: table(`"raw"`, `"vmdk"`)}, "disk 0: "},
+		"more disk slots":     {fit{disks: table(`"slots":`, `"slots":9`)}, "disk slots, and 50 have digests"},
+		"endless disk slots":  {fit{disks: table(`"slots":[0-9]*`, `"slots":18446744073709551615`)}, "in 1 chunks"},
+		"no disk slots":       {fit{disks: table(`"slots":[0-9]*`, `"slots":0`)}, "0 disk slots of 3 disks"},
+		"a disk slot less":    {fit{disks: table(`"slots":[0-9]*`, `"slots":1`)}, ""},
+		"disk slots cut":      {fit{disks: slots(func(b []byte) []byte { return b[:len(b)-8] })}, "disk slots"},
+		"half a disk slot":    {fit{disks: slots(func(b []byte) []byte { return b[:len(b)-3] })}, "disk slots"},
+		"disk slot on disk 9": {fit{disks: slots(func(b []byte) []byte { b[6] = 9; return b })}, "disk slot 0 is on disk 9 of 3"},
+		"disk slot behind":    {fit{disks: slots(func(b []byte) []byte { b[5] = 9; return b })}, "of a disk of"},
+		"disk slots twice":    {fit{disks: slots(func(b []byte) []byte { copy(b[8:16], b); return b })}, "disk slot 1 is not behind the one before"},
 		"bases from later on": {fit{meta: func(m *checkpoint.Meta) { m.Bases[0].Page = 1 }}, "BASES: page map does not start at the first page"},
 	} {
 		t.Run(name, func(t *testing.T) {

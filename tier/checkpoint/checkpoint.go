@@ -29,6 +29,7 @@ type Checkpoint struct {
 	facts source.Facts
 	part  *openPart    // nil: it has none
 	refs  []*reference // opened, in the order in which entries count them
+	disks *openDisks   // nil: no page is on one
 	check checker
 }
 
@@ -48,6 +49,8 @@ type Options struct {
 	// Images opens the image that a reference names, which then stays whole until it
 	// is closed; nil: there is no place to look.
 	Images func(ctx context.Context, r *Reference) (Source, error)
+	// Disks is how to deal with the disks that pages are on.
+	Disks DiskOptions
 	// Sources are the kinds of source that are known; nil: source.Default.
 	Sources *source.Table
 }
@@ -92,18 +95,30 @@ func (c *Checkpoint) load(ctx context.Context, fsys vfs.FS, o Options) error {
 	if err != nil {
 		return err
 	}
-	if c.PageMap, err = c.Meta.pageMap(im, refs, &c.facts, c.table); err != nil {
+	disks, err := c.Meta.disks(im)
+	if err != nil {
 		return err
 	}
-	if err := c.openReferences(ctx, fsys, refs, o); err != nil {
+	if c.PageMap, err = c.Meta.pageMap(im, refs, disks, &c.facts, c.table); err != nil {
 		return err
 	}
-	return c.openNVRAM(ctx, fsys, o)
+	cache, err := c.openChecker(refs, disks)
+	if err != nil {
+		return err
+	}
+	if err := c.openReferences(ctx, fsys, refs, cache, o); err != nil {
+		return err
+	}
+	if err := c.openNVRAM(ctx, fsys, o); err != nil {
+		return err
+	}
+	// It can take its time, and is done when nothing else is wrong.
+	return c.openDisks(ctx, disks, cache, o.Disks)
 }
 
 // pageMap opens the page map, and finds out what its entries are checked against, for
 // which it reads nothing but this image.
-func (m *Meta) pageMap(im *image.Image, refs References, f *source.Facts, table *source.Table) (*pagemap.Map, error) {
+func (m *Meta) pageMap(im *image.Image, refs References, disks *disks, f *source.Facts, table *source.Table) (*pagemap.Map, error) {
 	slots := 0
 	if m.NVRAM != nil {
 		slots = m.NVRAM.Slots
@@ -118,6 +133,9 @@ func (m *Meta) pageMap(im *image.Image, refs References, f *source.Facts, table 
 		r := &refs[i]
 		f.Spaces = append(f.Spaces, source.SpaceFacts{SegmentPages: uint64(r.SegmentPages), Segments: r.NeedSegments, Slots: r.NeedSlots})
 		sizes = append(sizes, uint64(r.Segments)*uint64(r.SegmentPages))
+	}
+	if disks != nil {
+		f.AddDisk(disks.slots)
 	}
 	var err error
 	if len(m.Bases) > 0 || im.Chunks(image.Bases) > 0 {
@@ -170,8 +188,12 @@ func ReadsOf(src image.Source) (source.Reads, error) {
 	if err != nil {
 		return source.Reads{}, err
 	}
+	disks, err := m.disks(im)
+	if err != nil {
+		return source.Reads{}, err
+	}
 	set := source.Set{Table: source.Default}
-	pages, err := m.pageMap(im, refs, &set.Facts, set.Table)
+	pages, err := m.pageMap(im, refs, disks, &set.Facts, set.Table)
 	if err != nil {
 		return source.Reads{}, err
 	}
@@ -216,7 +238,11 @@ type backing struct{ c *Checkpoint }
 
 // Fetch implements source.Segments.
 func (b backing) Fetch(st *image.Stored, n source.Need) error {
-	if n.Space > 0 {
+	switch {
+	case n.Space == 0:
+	case n.Space == b.c.facts.Disk:
+		return b.c.disks.fetch(st, n.Number)
+	default:
 		return b.c.refs[n.Space-1].im.FetchSegment(st, n.Number)
 	}
 	return b.c.Image.FetchSegment(st, n.Number)
@@ -263,6 +289,9 @@ func (c *Checkpoint) Close() error {
 	}
 	for _, r := range c.refs {
 		r.close()
+	}
+	if c.disks != nil {
+		c.disks.close()
 	}
 	return c.src.Close()
 }

@@ -13,11 +13,12 @@ import (
 func (d *Digests) Hasher() (*digest.Hasher, error) { return digest.New(d.Algorithm, d.Key) }
 
 // WriteDigests writes what is left of an image's DIGESTS, which h has made, when all
-// segments have been submitted; nvram are those of the NVRAM part's slots. It returns nil
-// for an image that has too many pages to keep any.
-func WriteDigests(w *image.Writer, h *digest.Hasher, nvram []digest.Sum) (*Digests, error) {
-	root, err := w.Digests(nvram)
-	if errors.Is(err, digest.ErrTooMany) {
+// segments have been submitted; nvram are those of the NVRAM part's slots, disk those of
+// the disk slots. It returns nil for an image that has too many pages to keep any; one with
+// pages on disks needs them.
+func WriteDigests(w *image.Writer, h *digest.Hasher, nvram, disk []digest.Sum) (*Digests, error) {
+	root, err := w.Digests(nvram, disk)
+	if errors.Is(err, digest.ErrTooMany) && len(disk) == 0 {
 		return nil, nil
 	}
 	return &Digests{Algorithm: h.Algorithm(), Key: h.Key(), Root: root}, err
@@ -57,11 +58,14 @@ func (d *Digester) Sum(at source.Location) (digest.Sum, error) {
 	if int(at.Space) >= len(d.tables) {
 		return digest.Sum{}, fmt.Errorf("reference %d does not exist", at.Space-1)
 	}
-	if t := d.tables[at.Space]; at.Tier == source.InNVRAM {
+	t := d.tables[at.Space]
+	switch at.Tier {
+	case source.InNVRAM:
 		return t.NVRAMSlot(at.Slot)
-	} else {
-		return t.FlashSlot(at.Slot)
+	case source.OnDisk:
+		return t.DiskSlot(at.Slot)
 	}
+	return t.FlashSlot(at.Slot)
 }
 
 // References are the checkpoints that this one refers to, in the order in which its

@@ -43,6 +43,8 @@ type Identity struct {
 	// References are the checkpoints whose images have bytes of this one's pages,
 	// in the order of the REFERENCES frame, which says which bytes.
 	References refList `json:"references,omitempty"`
+	// Disks is how many disk images have bytes of this one's pages; DISKS lists them.
+	Disks int `json:"disks,omitempty"`
 	// Digests tells how to check the image's pages by its DIGESTS; nil: it has none,
 	// and nobody can refer to it.
 	Digests *Digests `json:"digests,omitempty"`
@@ -89,6 +91,7 @@ type (
 	runList   []workingset.PageRun
 	startList []pagemap.Start
 	refList   []uuid.UUID
+	diskUses  []DiskUse
 )
 
 const (
@@ -106,6 +109,7 @@ func (l *nameList) UnmarshalJSON(b []byte) error  { return integrity.DecodeList(
 func (l *runList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, MaxTableRuns) }
 func (l *startList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, maxMapChunks) }
 func (l *refList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, maxRefs) }
+func (l *diskUses) UnmarshalJSON(b []byte) error  { return integrity.DecodeList(l, b, MaxDisks) }
 
 // NVRAM names the file that holds the NVRAM part.
 type NVRAM struct {
@@ -165,7 +169,17 @@ type Report struct {
 	SampleSize int    `json:"sample_size"` // bytes of a chunk
 	Codec      string `json:"codec"`
 
+	// Disks are the disk images that the pages in Disk equal.
+	Disks diskUses `json:"disks,omitempty"`
+
 	Seconds Seconds `json:"seconds"`
+}
+
+// DiskUse is what a checkpoint has on one disk image.
+type DiskUse struct {
+	Path  string `json:"path"`
+	Pages int64  `json:"pages"` // that equal a block of it
+	Bytes int64  `json:"bytes"` // what they hold, each different one once
 }
 
 // Seconds are wall times by phase, in order.

@@ -53,18 +53,16 @@ func (m *Meta) references(im *image.Image) (References, error) {
 	return refs, nil
 }
 
-// openReferences opens all that the checkpoint refers to.
-func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs References, o Options) error {
-	if len(refs) == 0 {
-		return nil
+// openChecker makes what pages are checked with that lie outside of the image, and the
+// cache for their digests.
+func (c *Checkpoint) openChecker(refs References, disks *disks) (cache *digest.Cache, err error) {
+	if len(refs) == 0 && disks == nil {
+		return nil, nil
 	}
-	var err error
 	if c.check.hasher, err = c.Meta.Digests.Hasher(); err != nil {
-		return &image.UnsupportedError{File: c.Image.Name(), Why: err.Error()}
+		return nil, &image.UnsupportedError{File: c.Image.Name(), Why: err.Error()}
 	}
-	if o.Images == nil {
-		return fmt.Errorf("%s: %w, of which it names %s", c.Image.Name(), ErrAlone, refs[0].Name())
-	}
+	c.check.meta, c.check.disk = c.Meta, c.facts.Disk
 	// A demand of a lazy restore that misses takes half a millisecond longer. 8 bytes
 	// a page, for half of the digests, are within what a restore may take, and so is a
 	// chunk of each image that an eager restore goes on in.
@@ -72,7 +70,14 @@ func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs Refer
 	for _, n := range c.Meta.BlockPages() {
 		keep += int(n / (2 * digest.PerChunk))
 	}
-	cache := digest.NewCache(keep)
+	return digest.NewCache(keep), nil
+}
+
+// openReferences opens all that the checkpoint refers to.
+func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs References, cache *digest.Cache, o Options) error {
+	if len(refs) > 0 && o.Images == nil {
+		return fmt.Errorf("%s: %w, of which it names %s", c.Image.Name(), ErrAlone, refs[0].Name())
+	}
 	for i := range refs {
 		r := &reference{Reference: &refs[i]}
 		c.refs = append(c.refs, r)
@@ -80,7 +85,7 @@ func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs Refer
 			return fmt.Errorf("checkpoint %s: it needs pages of checkpoint %s: %w", c.name, r.Name(), err)
 		}
 	}
-	c.check.meta, c.check.refs = c.Meta, c.refs
+	c.check.refs = c.refs
 	return nil
 }
 
@@ -139,6 +144,8 @@ type checker struct {
 	hasher *digest.Hasher
 	refs   []*reference
 	own    *ownDigests // nil: not checked
+	disk   source.Space
+	disks  *openDisks // of space disk
 }
 
 // ownDigests are the digests that an image has of its own pages, for others.
@@ -159,6 +166,9 @@ func openDigests(im *image.Image, root digest.Root, cache *digest.Cache) (*diges
 // referred to.
 func (c *checker) segment(n source.Need, s *image.Segment) error {
 	per := 0
+	if n.Space > 0 && n.Space == c.disk {
+		return c.disks.check(n.Number, s)
+	}
 	if n.Space > 0 {
 		per = c.refs[n.Space-1].SegmentPages
 	} else if c.own != nil {

@@ -127,7 +127,7 @@ func bad(n int, err error) error { return &badFrame{n, err} }
 
 // made builds the digests of an image whose segments come out of order, some of them
 // short and some never.
-func made(t testing.TB, perSegment, segments, nvram int) (frames, Root, func(slot uint64) Sum, []Sum) {
+func made(t testing.TB, perSegment, segments, nvram, disk int) (frames, Root, func(slot uint64) Sum, []Sum) {
 	t.Helper()
 	of := func(slot uint64) (s Sum) {
 		n := slot / uint64(perSegment)
@@ -154,7 +154,7 @@ func made(t testing.TB, perSegment, segments, nvram int) (frames, Root, func(slo
 	for i := range slots {
 		slots[i][0], slots[i][1], slots[i][2] = 1, byte(i), byte(i>>8)
 	}
-	root, err := b.Finish(slots)
+	root, err := b.Finish(slots, diskSums(disk))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -162,11 +162,21 @@ func made(t testing.TB, perSegment, segments, nvram int) (frames, Root, func(slo
 	return f, root, of, slots
 }
 
+// diskSums are the digests of n disk slots.
+func diskSums(n int) []Sum {
+	sums := make([]Sum, n)
+	for i := range sums {
+		sums[i][0], sums[i][1], sums[i][2] = 2, byte(i), byte(i>>8)
+	}
+	return sums
+}
+
 func TestTable(t *testing.T) {
-	for _, c := range []struct{ perSegment, segments, nvram int }{
-		{32, 0, 0}, {32, 1, 0}, {32, 512, 1}, {32, 1300, 20000}, {6, 3000, 16384}, {256, 65, 5}, {1, 1, 1},
+	for _, c := range []struct{ perSegment, segments, nvram, disk int }{
+		{32, 0, 0, 0}, {32, 1, 0, 0}, {32, 512, 1, 0}, {32, 1300, 20000, 0}, {6, 3000, 16384, 0}, {256, 65, 5, 0}, {1, 1, 1, 0},
+		{32, 0, 0, 1}, {32, 1300, 20000, 40000}, {256, 65, 0, 16384},
 	} {
-		f, root, of, slots := made(t, c.perSegment, c.segments, c.nvram)
+		f, root, of, slots := made(t, c.perSegment, c.segments, c.nvram, c.disk)
 		tab, err := Open(root, NewCache(2), f.read, bad)
 		if err != nil {
 			t.Fatalf("%+v: %v", c, err)
@@ -183,6 +193,17 @@ func TestTable(t *testing.T) {
 			if got, err := tab.NVRAMSlot(i); err != nil || got != slots[i] {
 				t.Fatalf("%+v: NVRAM slot %d: %x, %v", c, i, got, err)
 			}
+		}
+		if v := f[0][0]; tab.Disk != uint64(c.disk) || v != 1+byte(min(1, c.disk)) {
+			t.Errorf("%+v: %d disk slots in version %d", c, tab.Disk, v)
+		}
+		for i, want := range diskSums(c.disk) {
+			if got, err := tab.DiskSlot(uint64(i)); err != nil || got != want {
+				t.Fatalf("%+v: disk slot %d: %x, %v", c, i, got, err)
+			}
+		}
+		if _, err := tab.DiskSlot(tab.Disk); err == nil {
+			t.Errorf("%+v: a disk slot that does not exist has a digest", c)
 		}
 		if _, err := tab.FlashSlot(tab.Flash); err == nil {
 			t.Errorf("%+v: a slot that does not exist has a digest", c)
@@ -212,7 +233,7 @@ func TestChunksLeave(t *testing.T) {
 }
 
 func TestDamage(t *testing.T) {
-	f, root, of, _ := made(t, 32, 1300, 20000)
+	f, root, of, _ := made(t, 32, 1300, 20000, 0)
 	want := func(err error, frame int) {
 		t.Helper()
 		var b *badFrame
@@ -251,11 +272,18 @@ func TestDamage(t *testing.T) {
 		t.Error("a chunk that is missing is not missed")
 	}
 	// Tables that lie, with the root to them.
-	le := f[0]
+	withDisk, _, _, _ := made(t, 32, 1300, 20000, 40000)
+	le := map[bool][]byte{false: f[0], true: withDisk[0]}
 	for name, change := range map[string]func(b []byte) []byte{
 		"empty":       func(b []byte) []byte { return nil },
 		"short":       func(b []byte) []byte { return b[:tableHeadLen-1] },
-		"version":     func(b []byte) []byte { b[0] = 2; return b },
+		"version":     func(b []byte) []byte { b[0] = 3; return b },
+		"disk slots":  func(b []byte) []byte { b[0] = 2; return b },
+		"disk, short": func(b []byte) []byte { return append([]byte{2}, b[1:diskHeadLen-1]...) },
+		"disk, none":  func(b []byte) []byte { clear(b[24:32]); return b },
+		"disk, fewer": func(b []byte) []byte { return b[:len(b)-hashLen] },
+		"disk, more":  func(b []byte) []byte { b[31] = 0xff; return b },
+		"disk, as 1":  func(b []byte) []byte { b[0] = 1; return b },
 		"reserved":    func(b []byte) []byte { b[4] = 1; return b },
 		"cut":         func(b []byte) []byte { return b[:len(b)-1] },
 		"fewer":       func(b []byte) []byte { return b[:len(b)-hashLen] },
@@ -264,7 +292,7 @@ func TestDamage(t *testing.T) {
 		"many nvram":  func(b []byte) []byte { b[23] = 0xff; return b },
 		"more, of 64": func(b []byte) []byte { b[15], b[23] = 0x80, 0x80; return b },
 	} {
-		b := change(append([]byte(nil), le...))
+		b := change(append([]byte(nil), le[strings.HasPrefix(name, "disk,")]...))
 		_, err := Open(sum256(b), NewCache(1), func(int) ([]byte, error) { return b, nil }, bad)
 		if err == nil {
 			t.Errorf("%s: taken", name)
@@ -277,14 +305,16 @@ func TestDamage(t *testing.T) {
 func TestTooMany(t *testing.T) {
 	b := NewBuilder(256)
 	b.flash = (maxChunks + 1) * PerChunk
-	if _, err := b.Finish(nil); !errors.Is(err, ErrTooMany) {
+	if _, err := b.Finish(nil, nil); !errors.Is(err, ErrTooMany) {
 		t.Error(err)
 	}
 }
 
 func FuzzOpen(f *testing.F) {
-	fr, _, _, _ := made(f, 32, 3, 2)
+	fr, _, _, _ := made(f, 32, 3, 2, 5)
 	f.Add(fr[0], uint64(3))
+	old, _, _, _ := made(f, 32, 3, 2, 0)
+	f.Add(old[0], uint64(3))
 	f.Fuzz(func(t *testing.T, table []byte, slot uint64) {
 		tab, err := Open(sum256(table), NewCache(1), func(n int) ([]byte, error) {
 			if n == 0 {
@@ -297,6 +327,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		tab.FlashSlot(slot)
 		tab.NVRAMSlot(slot)
+		tab.DiskSlot(slot)
 	})
 }
 

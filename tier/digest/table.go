@@ -11,22 +11,29 @@ import (
 
 // The digests of an image are stored in DIGESTS frames. Frame 0 is the table:
 //
-//	u32 version, 1; u32 0; u64 F, flash slots; u64 N, NVRAM slots
+//	u32 version, 1 or 2; u32 0; u64 F, flash slots; u64 N, NVRAM slots
+//	version 2: u64 D, disk slots
 //	32 B for each chunk: the BLAKE3-256 of its bytes
 //
 // The chunks follow, frame k+1 being chunk k: first those of the flash slots, 16384
-// digests each and the rest in the last, then likewise those of the NVRAM slots. A slot
-// that does not exist has a digest of zeros.
+// digests each and the rest in the last, then likewise those of the NVRAM slots, and of
+// the disk slots. A slot that does not exist has a digest of zeros. A table is in version
+// 2 if and only if there are disk slots.
 const (
 	// PerChunk is how many digests are in a chunk, but for the last of its kind.
 	PerChunk = 16384
 
-	tableVersion = 1
-	tableHeadLen = 24
-	hashLen      = 32
+	tableVersion  = 1
+	tableWithDisk = 2 // the version of a table with disk slots
+	tableHeadLen  = 24
+	diskHeadLen   = tableHeadLen + 8
+	hashLen       = 32
 	// maxChunks is how many a table lists that fits into a frame of 256 KiB: enough
 	// for 134 million different pages.
-	maxChunks = (256<<10 - tableHeadLen) / hashLen
+	maxChunks = (256<<10 - diskHeadLen) / hashLen
+
+	// MaxPages is how many pages a table lists for certain, whatever they are.
+	MaxPages = (maxChunks - 3) * PerChunk
 )
 
 // ErrTooMany: an image has more slots than a table can list. It does without digests.
@@ -101,32 +108,34 @@ func (b *Builder) Next() (c Chunk, ok bool) {
 	return c, true
 }
 
-// Finish is told the digests of the NVRAM slots when all segments have come. After it
-// Next gives out what is left, the table last, of which it returns the root.
-func (b *Builder) Finish(nvram []Sum) (Root, error) {
-	flashChunks, nvramChunks := chunks(b.flash), chunks(uint64(len(nvram)))
-	if flashChunks+nvramChunks > maxChunks {
+// Finish is told the digests of the NVRAM slots and of the disk slots when all segments
+// have come. After it Next gives out what is left, the table last, of which it returns
+// the root.
+func (b *Builder) Finish(nvram, disk []Sum) (Root, error) {
+	flash, hot := chunks(b.flash), chunks(uint64(len(nvram)))
+	if flash+hot+chunks(uint64(len(disk))) > maxChunks {
 		return Root{}, ErrTooMany
 	}
-	for k := range flashChunks {
+	for k := range flash {
 		if c := b.open[k]; c != nil {
 			b.close(k, c.data[:min(PerChunk, b.flash-k*PerChunk)*Size])
 		}
 	}
 	b.open = nil
-	for k := range nvramChunks {
-		part := nvram[k*PerChunk : min(uint64(len(nvram)), (k+1)*PerChunk)]
-		data := make([]byte, 0, len(part)*Size)
-		for _, s := range part {
-			data = append(data, s[:]...)
-		}
-		b.close(flashChunks+k, data)
-	}
+	b.list(flash, nvram)
+	b.list(flash+hot, disk)
 	le := binary.LittleEndian
-	t := le.AppendUint32(nil, tableVersion)
+	version := uint32(tableVersion)
+	if len(disk) > 0 {
+		version = tableWithDisk
+	}
+	t := le.AppendUint32(nil, version)
 	t = le.AppendUint32(t, 0)
 	t = le.AppendUint64(t, b.flash)
 	t = le.AppendUint64(t, uint64(len(nvram)))
+	if len(disk) > 0 {
+		t = le.AppendUint64(t, uint64(len(disk)))
+	}
 	for _, h := range b.hash {
 		t = append(t, h[:]...)
 	}
@@ -134,13 +143,25 @@ func (b *Builder) Finish(nvram []Sum) (Root, error) {
 	return sum256(t), nil
 }
 
+// list makes chunks of digests that are all there, from the given one on.
+func (b *Builder) list(first uint64, sums []Sum) {
+	for k := range chunks(uint64(len(sums))) {
+		part := sums[k*PerChunk : min(uint64(len(sums)), (k+1)*PerChunk)]
+		data := make([]byte, 0, len(part)*Size)
+		for _, s := range part {
+			data = append(data, s[:]...)
+		}
+		b.close(first+k, data)
+	}
+}
+
 // chunks is how many hold so many digests.
 func chunks(n uint64) uint64 { return n/PerChunk + min(1, n%PerChunk) }
 
 // Table is what an image's digests are found by. It is safe for concurrent use.
 type Table struct {
-	// Flash and NVRAM are how many slots have digests.
-	Flash, NVRAM uint64
+	// Flash, NVRAM and Disk are how many slots have digests.
+	Flash, NVRAM, Disk uint64
 
 	hash []byte // of the chunks
 	read func(frame int) ([]byte, error)
@@ -163,14 +184,22 @@ func Open(root Root, keep *Cache, read func(frame int) ([]byte, error), bad func
 	if len(b) < tableHeadLen {
 		return nil, bad(0, errors.New("too short"))
 	}
-	if v := le.Uint32(b); v != tableVersion || le.Uint32(b[4:]) != 0 {
+	v := le.Uint32(b)
+	if v != tableVersion && v != tableWithDisk || le.Uint32(b[4:]) != 0 {
 		return nil, bad(0, fmt.Errorf("it is in version %d, which this flic-migrate does not know", v))
 	}
 	t := &Table{Flash: le.Uint64(b[8:]), NVRAM: le.Uint64(b[16:]), hash: b[tableHeadLen:], read: read, bad: bad, keep: keep}
-	// Both fit into what is there before they are added.
+	if v == tableWithDisk {
+		if len(b) < diskHeadLen {
+			return nil, bad(0, errors.New("too short"))
+		}
+		t.Disk, t.hash = le.Uint64(b[tableHeadLen:]), b[diskHeadLen:]
+	}
+	// Each fits into what is there before they are added.
 	n := uint64(len(t.hash)) / hashLen
-	if len(t.hash)%hashLen != 0 || chunks(t.Flash) > n || chunks(t.NVRAM) > n || chunks(t.Flash)+chunks(t.NVRAM) != n {
-		return nil, bad(0, fmt.Errorf("%d flash slots and %d NVRAM slots in a table of %d bytes", t.Flash, t.NVRAM, len(b)))
+	if len(t.hash)%hashLen != 0 || chunks(t.Flash) > n || chunks(t.NVRAM) > n || chunks(t.Disk) > n ||
+		chunks(t.Flash)+chunks(t.NVRAM)+chunks(t.Disk) != n || v == tableWithDisk && t.Disk == 0 {
+		return nil, bad(0, fmt.Errorf("%d flash slots, %d NVRAM slots and %d disk slots in a table of %d bytes", t.Flash, t.NVRAM, t.Disk, len(b)))
 	}
 	return t, nil
 }
@@ -187,6 +216,11 @@ func (t *Table) FlashSlot(slot uint64) (Sum, error) { return t.get(0, slot, t.Fl
 
 // NVRAMSlot is the digest of an NVRAM slot's page.
 func (t *Table) NVRAMSlot(slot uint64) (Sum, error) { return t.get(chunks(t.Flash), slot, t.NVRAM) }
+
+// DiskSlot is the digest of a disk slot's page.
+func (t *Table) DiskSlot(slot uint64) (Sum, error) {
+	return t.get(chunks(t.Flash)+chunks(t.NVRAM), slot, t.Disk)
+}
 
 // get finds digest number slot of n, which begin with the given chunk.
 func (t *Table) get(first, slot, n uint64) (s Sum, err error) {

@@ -120,7 +120,8 @@ const (
 	// Digests are hashes of the pages in this image and in its NVRAM part, by which
 	// others that refer to them check what they get (package digest).
 	Digests Kind = 20
-	// Disks is reserved: the disk images that have bytes of this one's pages.
+	// Disks lists the disk images that have bytes of this one's pages, and where those
+	// are in them (package checkpoint).
 	Disks Kind = 21
 	// Bases is a chunk of the map from deltas to what they are against.
 	Bases Kind = 22
@@ -170,8 +171,11 @@ const (
 	// HasReferences: there is a REFERENCES frame, and the images that it lists must
 	// be kept.
 	HasReferences
+	// HasDisks: there are DISKS frames, and pages may be in the disk images that they
+	// list.
+	HasDisks
 
-	knownIncompat = HasDeltas | HasReferences
+	knownIncompat = HasDeltas | HasReferences | HasDisks
 )
 
 var incompatNames = []string{"deltas", "references", "disks"}
@@ -188,6 +192,8 @@ func (k Kind) announced() uint64 {
 		return HasDeltas
 	case References:
 		return HasReferences
+	case Disks:
+		return HasDisks
 	}
 	return 0
 }

@@ -688,7 +688,7 @@ func TestUnsupported(t *testing.T) {
 		"short of version 1":    {one(false)[:70], "an earlier flic-migrate wrote it, in version 1"},
 		"version 3":             {changed(8, 3), "version 3 of the format; this flic-migrate reads version 2"},
 		"version of the footer": {changed(len(whole)-image.FooterLen+8, 7), "version 7"},
-		"disks":                 {changed(24, 4), "does not have: disks (bit 2)"},
+		"another feature":       {changed(24, 1<<9), "does not have: bit 9"},
 		"far features":          {changed(28, 1<<31|1), "does not have: bit 32, bit 63"},
 		"unknown segments":      {newBuilder(t).frame(9, image.None, 0, -1, page).done(), "frames of kind 9"},
 		"unknown chunks":        {newBuilder(t).frame(23, image.None, 0, -1, page).done(), "frames of kind 23"},
@@ -710,12 +710,11 @@ func TestUnsupported(t *testing.T) {
 }
 
 // TestOptional reads images with what a later version may add without harm to this
-// one: compatible features, frames of optional kinds, and the kinds that are
-// reserved. Their bytes are checked like all others.
+// one: compatible features, and frames of optional kinds. Their bytes are checked like
+// all others.
 func TestOptional(t *testing.T) {
 	page := pages(1, 1, false)
-	b := newBuilder(t).frame(200, image.None, 0, -1, page).frame(image.Disks, image.None, 0, -1, page).
-		frame(image.Pages, image.None, 1, -1, page).done()
+	b := newBuilder(t).frame(200, image.None, 0, -1, page).frame(image.Pages, image.None, 1, -1, page).done()
 	b[32] = 0xff // compatible features
 	tiertest.ResealEnds(b)
 	if err := read(b); err != nil {
@@ -892,11 +891,11 @@ func TestNames(t *testing.T) {
 func FuzzOpen(f *testing.F) {
 	for _, codec := range image.Codecs {
 		file := create(f)
-		w, err := image.NewWriter(file, image.Header{PageSize: 256, SegmentPages: 2, Features: image.Features{Incompat: image.HasDeltas | image.HasReferences}}, codec, 1)
+		w, err := image.NewWriter(file, image.Header{PageSize: 256, SegmentPages: 2, Features: image.Features{Incompat: image.HasDeltas | image.HasReferences | image.HasDisks}}, codec, 1)
 		if err != nil {
 			f.Fatal(err)
 		}
-		for i, k := range []image.Kind{image.Pages, image.Skeleton, image.Records, image.Pages, image.Deltas, image.PageMap, image.NVRAM, image.Bases, image.References} {
+		for i, k := range []image.Kind{image.Pages, image.Skeleton, image.Records, image.Pages, image.Deltas, image.PageMap, image.NVRAM, image.Bases, image.References, image.Disks} {
 			b := w.NewBuffer(k)
 			switch k {
 			case image.Pages:
@@ -961,7 +960,7 @@ func TestDigests(t *testing.T) {
 	if err := w.Submit(late); err != nil {
 		t.Fatal(err)
 	}
-	root, err := w.Digests([]digest.Sum{{7}, {8}})
+	root, err := w.Digests([]digest.Sum{{7}, {8}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

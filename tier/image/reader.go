@@ -457,6 +457,17 @@ func (st *Stored) take(file string, h Header, at frameAt, b []byte) error {
 	return st.check()
 }
 
+// Pages makes st a segment of n pages that lie in no image, such as those of a disk, and
+// returns the room for them, which the caller fills. Who decodes it checks the pages.
+func (st *Stored) Pages(file string, number uint32, pageSize, n int) []byte {
+	size := n * pageSize
+	st.at = frameAt{frameEntry{Pages, number, uint32(size)}, 0}
+	st.file, st.hdr = file, Header{PageSize: pageSize, SegmentPages: n}
+	st.head = frameHeader{kind: Pages, codec: None, raw: uint32(size), stored: uint32(size), number: number}
+	st.b = grow(st.b[:0], FrameHeaderLen+size)[:FrameHeaderLen+size]
+	return st.payload()
+}
+
 // check verifies both checksums, and that it is the frame that was looked for.
 func (st *Stored) check() error {
 	var err error

@@ -309,15 +309,15 @@ func (w *Writer) finished() {
 }
 
 // Digests writes what is left of DIGESTS, when all segments have been submitted: nvram
-// are the digests of the NVRAM part's slots. The root, which IDENTITY holds, stands for
+// are the digests of the NVRAM part's slots, disk those of the disk slots. The root, which IDENTITY holds, stands for
 // all of them. digest.ErrTooMany says that the image has to do without.
-func (w *Writer) Digests(nvram []digest.Sum) (root digest.Root, err error) {
+func (w *Writer) Digests(nvram, disk []digest.Sum) (root digest.Root, err error) {
 	if err := w.Drain(); err != nil {
 		return root, err
 	}
 	w.sumsMu.Lock()
 	defer w.sumsMu.Unlock()
-	if root, err = w.sums.Finish(nvram); err != nil {
+	if root, err = w.sums.Finish(nvram, disk); err != nil {
 		return root, err
 	}
 	for {

@@ -103,7 +103,7 @@ func (o *output) digests(nvram []digest.Sum) (*checkpoint.Digests, error) {
 	if o.hash == nil {
 		return nil, nil
 	}
-	return checkpoint.WriteDigests(o.img, o.hash, nvram)
+	return checkpoint.WriteDigests(o.img, o.hash, nvram, nil)
 }
 
 // finishNVRAM gives back the extents behind the slots that were used, and writes

@@ -97,7 +97,7 @@ func openParent(ctx context.Context, st *store.Store, tx *store.Tx, o Options, w
 var errNoDigests = errors.New("it has no digests of its pages, so nothing can refer to it")
 
 func newParent(ctx context.Context, st *store.Store, tx *store.Tx, ref store.Ref, log *slog.Logger, workers int) (*parent, error) {
-	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{Disks: checkpoint.DiskOptions{Missing: true, Check: checkpoint.CheckRead}})
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +116,7 @@ func newParent(ctx context.Context, st *store.Store, tx *store.Tx, ref store.Ref
 
 // choose looks at the parent's page map for what is worth to be referred to.
 func (p *parent) choose() error {
-	spaces := p.set.Spaces
+	spaces := p.set.Images()
 	// Pages in use, by space and segment. A delta's base counts too.
 	use := make([][]uint16, len(spaces))
 	pages := make([]int64, len(spaces))
@@ -127,7 +127,7 @@ func (p *parent) choose() error {
 	var count func(r pagemap.Run)
 	count = func(r pagemap.Run) {
 		at, ok := p.set.Locate(r.Entry(0))
-		if !ok {
+		if !ok || at.Tier == source.OnDisk {
 			return
 		}
 		pages[at.Space] += int64(r.Count)
@@ -216,6 +216,14 @@ func (p *parent) bind(blocks []ramparse.Block, pageSize int) error {
 // here is a place of the parent's as this checkpoint names it, if it is to be referred
 // to.
 func (p *parent) here(at source.Location) (pagemap.Entry, bool) {
+	if at.Tier == source.OnDisk {
+		return 0, false
+	}
+	if at.Tier == source.AsDelta {
+		if base, ok := p.base(at); !ok || base.Tier == source.OnDisk {
+			return 0, false
+		}
+	}
 	space := p.spaces[at.Space]
 	if space == 0 || at.Tier != source.InNVRAM && !p.dense[at.Space].Has(int64(at.Slot/p.set.Spaces[at.Space].SegmentPages)) {
 		return 0, false

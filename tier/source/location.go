@@ -9,6 +9,7 @@ const (
 	OnFlash Tier = iota // whole, in a segment
 	InNVRAM             // whole, in an NVRAM part
 	AsDelta             // as a delta, in a segment
+	OnDisk              // whole, in a disk image; the slot is a disk slot
 )
 
 // Location is where stored bytes are, as a checkpoint's entry names them. It is how a
@@ -35,6 +36,8 @@ var locationKinds = [...][2]pagemap.Kind{
 	OnFlash: {pagemap.Flash, pagemap.Foreign},
 	InNVRAM: {pagemap.NVRAM, pagemap.ForeignNVRAM},
 	AsDelta: {pagemap.Delta, pagemap.ForeignDelta},
+	// Each checkpoint has disk slots of its own.
+	OnDisk: {pagemap.Disk, pagemap.Disk},
 }
 
 // Entry is the entry that names the location.

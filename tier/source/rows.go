@@ -38,6 +38,7 @@ var stored = newTable().With(
 		Kind: pagemap.Foreign, Name: "foreign",
 		Count: func(c *Counts, r pagemap.Run) { c.Unchanged += int64(r.Count) },
 	}, foreign),
+	diskRow,
 )
 
 var deltas = []Row{
@@ -98,6 +99,36 @@ func flashRow(row Row, at locate) Row {
 		}
 	}
 	return row
+}
+
+// diskRow is the row of pages that equal a block of a disk image. Whoever decodes them has
+// checked them.
+var diskRow = Row{
+	Kind: pagemap.Disk, Name: "disk", Form: Whole, at: own, tier: OnDisk,
+	Count: func(c *Counts, r pagemap.Run) { c.Disk += int64(r.Count) },
+	Check: func(f *Facts, r pagemap.Run) error {
+		if last := r.Last(); last >= f.DiskSlots {
+			return fmt.Errorf("disk slot %d does not exist", last)
+		}
+		return nil
+	},
+	Needs: func(f *Facts, r pagemap.Run, dst []Need) ([]Need, uint64) {
+		n := r.Count
+		if r.Step != 0 {
+			n = min(n, DiskSegment-r.First%DiskSegment)
+		}
+		return append(dst, Need{f.Disk, uint32(r.First / DiskSegment)}), n
+	},
+	bytes: diskPage,
+	Content: func(rd *Reader, e pagemap.Entry) (Content, error) {
+		b, err := diskPage(rd, e)
+		return Content{Form: Whole, Data: b}, err
+	},
+}
+
+func diskPage(rd *Reader, e pagemap.Entry) ([]byte, error) {
+	seg, i := rd.InSegment(rd.set.Disk, e.Value())
+	return seg.Page(i)
 }
 
 // deltaRow makes a row of pages that are deltas in segments against bases.
@@ -182,7 +213,7 @@ func (f *Facts) check(r pagemap.Run, at locate, what string, has func(s *SpaceFa
 	space, first := at(r.First)
 	end, last := at(r.Last())
 	switch {
-	case space >= len(f.Spaces):
+	case space >= len(f.Images()):
 		return fmt.Errorf("reference %d does not exist", space-1)
 	case end != space:
 		return fmt.Errorf("a run from reference %d into the next", space-1)

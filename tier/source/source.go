@@ -12,6 +12,7 @@
 //	flash           in a segment of its image                        CRC-32C
 //	foreign nvram   in another's NVRAM part                          digest
 //	foreign         in a segment of another's image                  digest
+//	disk            in a disk image that does not change             digest
 //	delta           words here, and a base that is one of the above  as its parts
 //	foreign delta   words there, likewise                            digest of the page
 //
@@ -77,7 +78,8 @@ func (c Content) Copy(dst []byte) error {
 }
 
 // Space is an image, whose segments are numbered, and the NVRAM part that goes with it.
-// 0 is the checkpoint's own, i+1 that of its reference i.
+// 0 is the checkpoint's own, i+1 that of its reference i. One more, Facts.Disk, has what
+// is in disk images.
 type Space uint16
 
 // Need names one thing that must be fetched and decoded: a segment of an image.
@@ -100,9 +102,32 @@ func (n Need) String() string {
 type Facts struct {
 	PageSize int // bytes
 	Spaces   []SpaceFacts
+	// Disk is the last space if there are disk slots: a segment of it is DiskSegment
+	// slots that follow each other, wherever on disks their pages lie. 0: there are none.
+	Disk      Space
+	DiskSlots uint64
 	// Bases is the entry of each delta's base: block i is space i, a page a slot there.
 	// It is checked with CheckBase. nil: there are no deltas.
 	Bases *pagemap.Map
+}
+
+// DiskSegment is how many pages of disk images are read together. Disk slots are in the
+// order of disks and sectors, so that they lie as near to each other as can be: 128 KiB
+// at the least, as much as a segment of an image has.
+const DiskSegment = 32
+
+// AddDisk adds the space of so many disk slots, 1 or more, to those of images.
+func (f *Facts) AddDisk(slots uint64) {
+	f.Disk, f.DiskSlots = Space(len(f.Spaces)), slots
+	f.Spaces = append(f.Spaces, SpaceFacts{SegmentPages: DiskSegment, Segments: Below(uint32((slots + DiskSegment - 1) / DiskSegment))})
+}
+
+// Images are the spaces that are images.
+func (f *Facts) Images() []SpaceFacts {
+	if f.Disk > 0 {
+		return f.Spaces[:f.Disk]
+	}
+	return f.Spaces
 }
 
 // SpaceFacts are what a row must know of an image.

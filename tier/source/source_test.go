@@ -42,6 +42,9 @@ var spaces = []struct {
 	{2, "prpdpppppp"},
 }
 
+// diskSlots is how many disk slots there are: a whole segment of them, and a part of one.
+const diskSlots = source.DiskSegment + 9
+
 // held is what is in a slot of a space, NVRAM slots counting from 5000 on. It differs
 // from slot to slot, and in each word from that of space 0.
 func held(space int, slot uint64) []byte {
@@ -55,9 +58,11 @@ func word(space int, slot uint64) (at int, value byte) {
 
 // base is what the delta in a slot is against: anything that is no delta.
 func base(space int, slot uint64) pagemap.Entry {
-	switch slot % 5 {
+	switch slot % 6 {
 	case 0:
 		return pagemap.Make(pagemap.NVRAM, slot%9)
+	case 5:
+		return pagemap.Make(pagemap.Disk, slot%diskSlots)
 	case 1:
 		return pagemap.Make(pagemap.Flash, slot%(segments*per))
 	case 2:
@@ -153,6 +158,15 @@ func (b *backing) Fetch(st *image.Stored, n source.Need) error {
 	if err := b.fail.Load(); err != nil {
 		return *err
 	}
+	if int(n.Space) == len(spaces) {
+		first := uint64(n.Number) * source.DiskSegment
+		k := min(source.DiskSegment, diskSlots-first)
+		room := st.Pages("/disk", n.Number, pageSize, int(k))
+		for i := range k {
+			copy(room[i*pageSize:], held(len(spaces), first+i))
+		}
+		return nil
+	}
 	return b.im[n.Space].FetchSegment(st, n.Number)
 }
 
@@ -161,10 +175,13 @@ func (b *backing) CheckSegment(n source.Need, s *image.Segment) error {
 	if b.refuse {
 		return errRefused
 	}
-	sp := spaces[n.Space]
-	for i := range sp.per {
+	per := source.DiskSegment
+	if int(n.Space) < len(spaces) {
+		per = spaces[n.Space].per
+	}
+	for i := range s.Len() {
 		page, err := s.Page(i)
-		if n.Space == 0 || err != nil || !bytes.Equal(page, held(int(n.Space), uint64(int(n.Number)*sp.per+i))) {
+		if n.Space == 0 || err != nil || !bytes.Equal(page, held(int(n.Space), uint64(int(n.Number)*per+i))) {
 			return fmt.Errorf("%v has other digests, %v", n, err)
 		}
 	}
@@ -254,6 +271,7 @@ func newSet(t testing.TB) (*source.Set, *backing) {
 		f.Spaces = append(f.Spaces, s)
 		slots = append(slots, uint64(len(sp.segments)*sp.per))
 	}
+	f.AddDisk(diskSlots)
 	bases, err := pagemap.New(slots)
 	if err != nil {
 		t.Fatal(err)
@@ -306,6 +324,8 @@ func want(e pagemap.Entry) []byte {
 		return held(space, 5000+v)
 	case pagemap.Flash, pagemap.Foreign:
 		return held(space, v)
+	case pagemap.Disk:
+		return held(len(spaces), v)
 	case pagemap.Delta, pagemap.ForeignDelta:
 		b := want(base(space, v))
 		at, c := word(space, v)
@@ -337,7 +357,7 @@ func random(t testing.TB, seed uint64, check func(pagemap.Run) error) (*pagemap.
 		model[blk] = make([]pagemap.Entry, n)
 		for p := uint64(0); p < n; {
 			kind := []pagemap.Kind{pagemap.Absent, pagemap.Fill, pagemap.ZeroData, pagemap.NVRAM, pagemap.Flash, pagemap.Flash, xor.Kind,
-				pagemap.Delta, pagemap.Foreign, pagemap.ForeignNVRAM, pagemap.ForeignDelta}[rng.IntN(11)]
+				pagemap.Delta, pagemap.Foreign, pagemap.ForeignNVRAM, pagemap.ForeignDelta, pagemap.Disk}[rng.IntN(12)]
 			first, step, count := uint64(0), uint64(0), 1+rng.Uint64N(12)
 			switch kind {
 			case pagemap.Fill:
@@ -347,6 +367,9 @@ func random(t testing.TB, seed uint64, check func(pagemap.Run) error) (*pagemap.
 			case pagemap.Flash:
 				step = rng.Uint64N(2)
 				first = rng.Uint64N(segments*per - 12)
+			case pagemap.Disk:
+				step, first = rng.Uint64N(2), rng.Uint64N(diskSlots)
+				count = min(count, diskSlots-first)
 			case xor.Kind:
 				first = rng.Uint64N(segments*per) | rng.Uint64N(segments*per)<<8
 			case pagemap.Delta:
@@ -394,7 +417,7 @@ func TestReader(t *testing.T) {
 	rd := set.NewReader(source.NewCache(b, source.MaxNeeds))
 	defer rd.Close()
 	page := make([]byte, pageSize)
-	for seed := range uint64(20) {
+	for seed := range uint64(30) {
 		m, model := random(t, seed, func(r pagemap.Run) error { return set.Table.Check(&set.Facts, r) })
 		next := uint64(0)
 		err := m.Runs(func(r pagemap.Run) error {
@@ -434,7 +457,7 @@ func TestReader(t *testing.T) {
 	if b.checked.Load() == 0 || b.segments.Load() == 0 {
 		t.Error("nothing of a reference was checked")
 	}
-	for _, k := range []pagemap.Kind{pagemap.Disk, 10, 63} {
+	for _, k := range []pagemap.Kind{40, 63} {
 		var unknown *source.UnknownError
 		if err := rd.Copy(t.Context(), page, source.Page{}, pagemap.Make(k, 1)); !errors.As(err, &unknown) || unknown.Kind != k || set.Row(k).Known() {
 			t.Errorf("%v: %v", k, err)
@@ -509,7 +532,7 @@ func TestOrder(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if o.Things() != segments+3+7+8 {
+		if o.Things() != segments+3+7+8+2 {
 			t.Errorf("%d things", o.Things())
 		}
 		seen := make([][]int, len(model))
@@ -541,7 +564,7 @@ func TestOrder(t *testing.T) {
 			for p, e := range model[blk] {
 				times := 0
 				switch e.Kind() {
-				case pagemap.Flash, xor.Kind, pagemap.Delta, pagemap.Foreign, pagemap.ForeignDelta:
+				case pagemap.Flash, xor.Kind, pagemap.Delta, pagemap.Foreign, pagemap.ForeignDelta, pagemap.Disk:
 					times = 1
 				}
 				if seen[blk][p] != times {
@@ -726,6 +749,9 @@ func TestCheck(t *testing.T) {
 		{pagemap.Make(pagemap.Delta, (segments+3)*per), 1, "flash slot 92 does not exist"},
 		{pagemap.Make(pagemap.NVRAM, 9), 2, "NVRAM slot 10 does not exist"},
 		{pagemap.Make(pagemap.Flash, pagemap.MaxValue), 1, "does not exist"},
+		{pagemap.Make(pagemap.Disk, 0), diskSlots, ""},
+		{pagemap.Make(pagemap.Disk, 1), diskSlots, "disk slot 41 does not exist"},
+		{pagemap.Make(pagemap.Disk, pagemap.MaxValue), 1, "does not exist"},
 	} {
 		r := pagemap.Run{Count: c.count, Kind: c.e.Kind(), First: c.e.Value(), Step: 1}
 		err := set.Table.Check(&set.Facts, r)
@@ -743,6 +769,8 @@ func TestCheck(t *testing.T) {
 		{pagemap.MakeForeign(pagemap.ForeignDelta, 0, 16), "against a page of kind foreign delta"},
 		{pagemap.Make(pagemap.Fill, 1), "against a page of kind fill"},
 		{pagemap.Make(60, 1), "against a page of kind source kind 60"},
+		{pagemap.Make(pagemap.Disk, 5), ""},
+		{pagemap.Make(pagemap.Disk, 5000), "base of the delta in slot 7: disk slot 5000 does not exist"},
 		{pagemap.Make(pagemap.Flash, 5000), "base of the delta in slot 7: flash slot 5000 does not exist"},
 		{pagemap.MakeForeign(pagemap.ForeignNVRAM, 0, 77), "NVRAM slot 77 is not among"},
 	} {

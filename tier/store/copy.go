@@ -263,7 +263,7 @@ func (k *copier) chunk(kind image.Kind, b []byte) error {
 func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 	m := *k.c.Meta
 	m.VM, m.Number, m.UUID = tx.Ref().VM, tx.Ref().N, tx.UUID()
-	m.NVRAM, m.References, m.Digests, m.MapChunks, m.Bases = nil, nil, nil, nil, nil
+	m.NVRAM, m.References, m.Disks, m.Digests, m.MapChunks, m.Bases = nil, nil, 0, nil, nil, nil
 	err := k.table.Encode(copyChunk, func(at pagemap.Start, b []byte) error {
 		m.MapChunks = append(m.MapChunks, at)
 		return k.chunk(image.PageMap, b)
@@ -271,7 +271,7 @@ func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 	if err != nil {
 		return nil, err
 	}
-	if m.Digests, err = checkpoint.WriteDigests(k.w, k.hash, nil); err != nil {
+	if m.Digests, err = checkpoint.WriteDigests(k.w, k.hash, nil, nil); err != nil {
 		return nil, err
 	}
 	if err := k.w.Drain(); err != nil {
@@ -286,7 +286,7 @@ func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 		return nil, err
 	}
 	rep := &m.Report
-	rep.Parent, rep.DeltaBytes = "", 0 // nothing is referred to
+	rep.Parent, rep.DeltaBytes, rep.Disks = "", 0, nil // nothing is referred to
 	rep.Hot, rep.Cold, rep.Disk, rep.Delta, rep.Unchanged = counts.Hot, counts.Cold, counts.Disk, counts.Delta, counts.Unchanged
 	rep.NVRAMBytes, rep.FlashBytes, rep.Codec = 0, k.w.Len(), k.o.Codec.String()
 	rep.Seconds = checkpoint.Seconds{Total: time.Since(k.begin).Seconds()}

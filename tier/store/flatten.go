@@ -30,7 +30,7 @@ var ErrChanged = errors.New("it has been removed or replaced meanwhile")
 // Each step is durable before the next, and whenever it is cut off the checkpoint is
 // there, as the old image or as the new one. Who has the old one open reads on. What
 // nobody needs of the old one is freed, as a removal does. One that refers to nothing,
-// and has nothing in NVRAM, stays as it is: Meta is then its own.
+// and has nothing in NVRAM or on disks, stays as it is: Meta is then its own.
 func (s *Store) Flatten(ctx context.Context, r Ref, o CopyOptions) (Removed, *checkpoint.Meta, error) {
 	c, err := s.OpenCheckpoint(ctx, r, checkpoint.Options{})
 	if err != nil {
@@ -44,7 +44,7 @@ func (s *Store) Flatten(ctx context.Context, r Ref, o CopyOptions) (Removed, *ch
 	}()
 	old := Removed{Ref: c.Ref}
 	was := c.Meta
-	if len(was.References) == 0 && was.NVRAM == nil {
+	if len(was.References) == 0 && was.NVRAM == nil && was.Disks == 0 {
 		return old, was, nil
 	}
 	tx, err := s.beginAgain(ctx, c.Ref)

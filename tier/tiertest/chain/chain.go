@@ -13,9 +13,13 @@ package chain
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
+	"fmt"
 	"math/rand/v2"
+	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -24,6 +28,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/delta"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
+	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
@@ -42,6 +47,9 @@ type Options struct {
 	Codec   image.Codec
 	// NVRAM is the path of an NVRAM file; "": there is none.
 	NVRAM string
+	// Disk is the path, on the real file system, of raw disk images: one for each
+	// generation, whose number is appended. "": there are none.
+	Disk string
 	// Segment gives the pages in a full segment of a generation's image; nil: 4, 5, 6…
 	Segment func(generation int) int
 	// Deltas is how many of the pages that are not as before are tried as deltas,
@@ -60,12 +68,12 @@ type Checkpoint struct {
 	Needs []int
 }
 
-// place is where a page is: in a generation, as a whole or as a delta.
+// place is where a page is: in a generation, as a whole or as a delta, or on its disk.
 type place struct {
 	generation int
 	kind       pagemap.Kind // as that generation itself calls it
-	slot       uint64
-	base       *place // of a delta: a whole page
+	slot       uint64       // on a disk, the sector
+	base       *place       // of a delta: a whole page
 	page       []byte
 }
 
@@ -91,6 +99,7 @@ type made struct {
 	last    map[pageID]*place // in the generation before
 	wholes  []*place
 	images  []*checkpoint.Reference // what a reference to each generation says, but for its needs
+	disks   []checkpoint.Disk       // of each generation
 	session context.Context
 }
 
@@ -139,6 +148,9 @@ func (m *made) generation(st *store.Store, n int) Checkpoint {
 	if n > 0 {
 		h.Features.Incompat = image.HasDeltas | image.HasReferences
 	}
+	if m.o.Disk != "" {
+		h.Features.Incompat |= image.HasDisks
+	}
 	b.w, err = image.NewWriter(tx.Image(), h, m.o.Codec, 1)
 	m.check(err)
 	defer b.w.Abort()
@@ -162,8 +174,9 @@ func (m *made) generation(st *store.Store, n int) Checkpoint {
 		m.check(err)
 		b.chunks(image.Skeleton, chunk)
 	}
+	b.writeDisk()
 	kinds := b.maps(&meta)
-	meta.Digests, err = checkpoint.WriteDigests(b.w, m.hasher, b.sums)
+	meta.Digests, err = checkpoint.WriteDigests(b.w, m.hasher, b.sums, b.diskSums)
 	m.check(err)
 	doc, id, err := meta.Documents()
 	m.check(err)
@@ -193,8 +206,11 @@ type builder struct {
 	slots  []checkpoint.NVRAMSlot
 	sums   []digest.Sum // of the NVRAM slots
 	own    []*place     // whole pages
-	at     map[pageID]*place
-	refs   map[int]int // number of the reference to a generation
+	disk   []byte       // of this generation
+	// diskSums are the digests of the disk slots that this generation has.
+	diskSums []digest.Sum
+	at       map[pageID]*place
+	refs     map[int]int // number of the reference to a generation
 
 	pagesBuf                 *image.Buffer
 	recordsBuf, deltasBuf    *image.Buffer
@@ -256,6 +272,9 @@ func (b *builder) put(id pageID, page, record []byte) *place {
 			return p
 		}
 	}
+	if b.o.Disk != "" && b.rng.IntN(3) == 0 {
+		return b.onDisk(page)
+	}
 	if b.region != nil && b.rng.IntN(4) == 0 && len(b.slots) < b.region.Slots() {
 		return b.hot(id, page)
 	}
@@ -287,6 +306,72 @@ func (b *builder) hot(id pageID, page []byte) *place {
 	b.sums = append(b.sums, b.hasher.Sum(page))
 	b.check(b.region.Write(slot, page))
 	return b.whole(&place{generation: b.n, kind: pagemap.NVRAM, slot: uint64(slot), page: page})
+}
+
+// onDisk puts a page on the generation's disk, most often behind the one before.
+func (b *builder) onDisk(page []byte) *place {
+	if b.rng.IntN(4) == 0 {
+		b.disk = append(b.disk, make([]byte, disk.SectorSize*(1+b.rng.IntN(20)))...)
+	}
+	sector := uint64(len(b.disk)) / disk.SectorSize
+	b.disk = append(b.disk, page...)
+	return b.whole(&place{generation: b.n, kind: pagemap.Disk, slot: sector, page: page})
+}
+
+// writeDisk writes the generation's disk, which stays as it is from then on.
+func (b *builder) writeDisk() {
+	if b.o.Disk == "" {
+		return
+	}
+	path := fmt.Sprint(b.o.Disk, b.n)
+	b.check(os.WriteFile(path, b.disk, 0o600))
+	f, err := disk.OpenLayer(path, disk.Raw)
+	b.check(err)
+	b.made.disks = append(b.made.disks, checkpoint.Disk{Identity: f.Identity()})
+	b.check(f.Close())
+}
+
+// diskSlots numbers the disk slots of all places on disks that the generation has, and
+// writes them.
+func (b *builder) diskSlots(meta *checkpoint.Meta) map[*place]uint64 {
+	meta.Disks = 0
+	used := make(map[int]bool)
+	var on []*place
+	for _, p := range b.at {
+		for _, p := range []*place{p, p.base} {
+			if p != nil && p.kind == pagemap.Disk {
+				on, used[p.generation] = append(on, p), true
+			}
+		}
+	}
+	if len(on) == 0 {
+		return nil
+	}
+	var list []checkpoint.Disk
+	number := make(map[int]int) // of a generation's disk in the list
+	for generation := range b.made.disks {
+		if used[generation] {
+			number[generation] = len(list)
+			list = append(list, b.made.disks[generation])
+		}
+	}
+	slices.SortFunc(on, func(p, q *place) int {
+		return cmp.Or(cmp.Compare(p.generation, q.generation), cmp.Compare(p.slot, q.slot))
+	})
+	at := make(map[*place]uint64)
+	var slots []checkpoint.DiskSlot
+	for i, p := range slices.Compact(on) {
+		at[p] = uint64(i)
+		slots = append(slots, checkpoint.MakeDiskSlot(number[p.generation], int64(p.slot)))
+		b.diskSums = append(b.diskSums, b.hasher.Sum(p.page))
+	}
+	chunks, err := checkpoint.DiskChunks(list, slots)
+	b.check(err)
+	for _, chunk := range chunks {
+		b.chunks(image.Disks, chunk)
+	}
+	meta.Disks = len(list)
+	return at
 }
 
 func (b *builder) delta(page []byte, base *place) *place {
@@ -348,7 +433,11 @@ func (b *builder) maps(meta *checkpoint.Meta) map[pagemap.Kind]uint64 {
 	type need struct{ segments, slots map[uint32]bool }
 	needs := make(map[int]*need)
 	refs := checkpoint.References{}
+	onDisk := b.diskSlots(meta)
 	entry := func(p *place) pagemap.Entry {
+		if p.kind == pagemap.Disk {
+			return pagemap.Make(pagemap.Disk, onDisk[p])
+		}
 		if p.generation == b.n {
 			return pagemap.Make(p.kind, p.slot)
 		}
@@ -439,6 +528,6 @@ func (b *builder) maps(meta *checkpoint.Meta) map[pagemap.Kind]uint64 {
 	var counts source.Counts
 	b.check(table.Runs(func(r pagemap.Run) error { source.Default.Count(&counts, r); return nil }))
 	rep := &meta.Report
-	rep.Hot, rep.Cold, rep.Delta, rep.Unchanged = counts.Hot, counts.Cold, counts.Delta, counts.Unchanged
+	rep.Hot, rep.Cold, rep.Disk, rep.Delta, rep.Unchanged = counts.Hot, counts.Cold, counts.Disk, counts.Delta, counts.Unchanged
 	return table.Count()
 }

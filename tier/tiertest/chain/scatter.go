@@ -131,7 +131,7 @@ func Scatter(t testing.TB, st *store.Store, parent store.Ref) store.Ref {
 		chunk(image.Bases, b)
 		return nil
 	}))
-	meta.Digests, err = checkpoint.WriteDigests(w, hasher, nil)
+	meta.Digests, err = checkpoint.WriteDigests(w, hasher, nil, nil)
 	check(err)
 	doc, id, err := meta.Documents()
 	check(err)
