@@ -75,6 +75,53 @@ func TestIncremental(t *testing.T) {
 	}
 }
 
+// TestMoved saves guests in which pages are elsewhere than before, and in which bytes are
+// elsewhere in pages, of all shapes: the first cost an entry each, and the others are
+// pieces. A page that comes again while it waits for others is what came last.
+func TestMoved(t *testing.T) {
+	blocks := []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}, {Name: "rom", Size: 40 << 10}}
+	mix := tiertest.Mix{tiertest.Zero: 1, tiertest.Random: 6, tiertest.Text: 3}
+	for name, o := range map[string]tiertest.Options{
+		"plain":      {Seed: 1, Blocks: blocks},
+		"live":       {Seed: 2, Blocks: blocks, XBZRLE: true, Shuffle: true, Passes: 3, Resend: 0.3},
+		"compressed": {Seed: 3, Blocks: blocks, Compress: 0.2},
+		"1 KiB":      {Seed: 4, Blocks: blocks, PageSize: 1 << 10, PageBits: true, XBZRLE: true, Passes: 2, Resend: 0.1},
+		"64 KiB":     {Seed: 5, Blocks: []tiertest.Block{{Name: "ram", Size: 8 << 20}}, PageSize: 64 << 10, Advise: true},
+	} {
+		o.Mix = mix
+		for _, hot := range []uint64{0, 5} {
+			for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
+				t.Run(fmt.Sprint(name, hot, energy), func(t *testing.T) {
+					t.Parallel()
+					l := newLab(t, crashfs.New(0), "/")
+					saved := map[store.Ref]*tiertest.Stream{}
+					for n, c := range []struct {
+						move  uint64
+						slide int
+					}{{0, 0}, {9, 0}, {9, 13}, {30, 20}, {30, 20}, {3, 100}} {
+						o.Move, o.Slide = c.move, c.slide
+						s := tiertest.New(o)
+						so := save.Options{Energy: energy, SegmentPages: 5 + n, Codec: image.Codec(n % 4)}
+						if hot > 0 {
+							so.WorkingSet, so.NVRAMSize = hotSet(t, s, every(hot+uint64(n%2))), 4<<20
+						}
+						ref, meta := l.save(t, s, so)
+						saved[ref] = s
+						r := meta.Report
+						if (n == 1) && r.Moved <= r.Pages/5 || (n == 2 || n == 3 || n == 5) && r.Similar <= r.Pages/5 || (n == 0 || n == 4) && r.Moved+r.Similar > 0 {
+							t.Errorf("%v: %d unchanged, %d of them moved, %d deltas, %d of them similar, %d cold", ref, r.Unchanged, r.Moved, r.Delta, r.Similar, r.Cold)
+						}
+					}
+					for ref, s := range saved {
+						l.holds(t, ref, s)
+					}
+					l.noLeaks(t)
+				})
+			}
+		}
+	}
+}
+
 // TestUnchanged saves a guest twice that has done nothing: the second costs its page
 // map, skeleton and descriptions.
 func TestUnchanged(t *testing.T) {

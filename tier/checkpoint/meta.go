@@ -149,7 +149,9 @@ type Report struct {
 	Disk       int64  `json:"disk"`             // equal to a block of a disk image
 	Delta      int64  `json:"delta"`            // stored as what has changed of another page
 	DeltaBytes int64  `json:"delta_bytes"`      // of those, before they are compressed
+	Similar    int64  `json:"similar"`          // of those, against a page at another place, in pieces
 	Unchanged  int64  `json:"unchanged"`        // as in an earlier checkpoint, which has them
+	Moved      int64  `json:"moved"`            // of those, were at another place there
 	Resent     int64  `json:"resent"`           // records of pages that had come before
 	Superseded int64  `json:"superseded"`       // stored, then replaced by a later version
 	// SupersededFlash is those of them that were on flash: written there in vain.

@@ -105,7 +105,8 @@ const (
 	// count, then count × be32 length, then the payloads.
 	Records Kind = 2
 	// Deltas is a segment of pages as changed words against a base each (package
-	// delta), laid out as Records are. BASES says which bytes the bases are.
+	// delta), laid out as Records are. BASES says which bytes the bases are. With
+	// HasPieces bit 31 of a length says that its payload is pieces in place of words.
 	Deltas Kind = 3
 
 	// Skeleton is a chunk of the skeleton log (package skeleton).
@@ -135,6 +136,9 @@ const (
 
 	firstOptional Kind = 128
 )
+
+// InPieces is the bit of a length in a Deltas segment that says what its payload is.
+const InPieces = 1 << 31
 
 var kindNames = map[Kind]string{
 	Pages: "PAGES", Records: "RECORDS", Deltas: "DELTAS", Skeleton: "SKELETON", PageMap: "PAGE MAP", NVRAM: "NVRAM",
@@ -174,11 +178,13 @@ const (
 	// HasDisks: there are DISKS frames, and pages may be in the disk images that they
 	// list.
 	HasDisks
+	// HasPieces: pages in DELTAS segments may be pieces of their base.
+	HasPieces
 
-	knownIncompat = HasDeltas | HasReferences | HasDisks
+	knownIncompat = HasDeltas | HasReferences | HasDisks | HasPieces
 )
 
-var incompatNames = []string{"deltas", "references", "disks"}
+var incompatNames = []string{"deltas", "references", "disks", "pieces"}
 
 // HasDigests is a bit of Compat: there are DIGESTS, so that other checkpoints can
 // refer to this one.

@@ -623,6 +623,7 @@ func TestContradictions(t *testing.T) {
 		"bytes behind the deltas":  {withDeltas(one(image.Deltas, image.None, 0, -1, append(be(be(nil, 1), 1), "ab"...))), "behind the last delta"},
 		"no deltas":                {withDeltas(one(image.Deltas, image.None, 0, -1, be(nil, 0))), "0 deltas"},
 		"delta beyond the end":     {withDeltas(one(image.Deltas, image.None, 0, -1, be(be(nil, 1), 7))), "delta 0 ends behind"},
+		"pieces untold":            {withDeltas(one(image.Deltas, image.None, 0, -1, be(be(nil, 1), image.InPieces))), "delta 0 ends behind"},
 		"deltas untold":            {one(image.Deltas, image.None, 0, -1, be(be(nil, 1), 0)), "DELTAS frame in an image whose features do not tell of it"},
 		"bases untold":             {one(image.Bases, image.None, 0, -1, page), "BASES frame in an image whose features"},
 		"references untold":        {one(image.References, image.None, 0, -1, page), "REFERENCES frame in an image whose features"},
@@ -736,6 +737,40 @@ func withDeltas(b func(testing.TB) []byte) func(testing.TB) []byte {
 	}
 }
 
+// TestPieces reads back deltas of both kinds.
+func TestPieces(t *testing.T) {
+	f := create(t)
+	h := header
+	h.Features.Incompat = image.HasDeltas | image.HasPieces
+	w, err := image.NewWriter(f, h, image.MinLZ, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := w.NewBuffer(image.Deltas)
+	b.Data = append(b.Data, records(4)...)
+	b.Data[4+4*2] |= 0x80 // of the third's length
+	if err := w.Submit(b); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Finish(nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	im, err := image.Open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sr image.SegmentReader
+	s, err := im.Segment(&sr, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 4 {
+		if d, pieces, err := s.Delta(i); err != nil || pieces != (i == 2) || !bytes.Equal(d, bytes.Repeat([]byte{byte(i)}, i*i)) {
+			t.Errorf("delta %d: %x, %v, %v", i, d, pieces, err)
+		}
+	}
+}
+
 // TestDeltas reads back what a Deltas segment was filled with, and that it has
 // neither pages nor records.
 func TestDeltas(t *testing.T) {
@@ -769,11 +804,11 @@ func TestDeltas(t *testing.T) {
 		t.Fatal(s, err)
 	}
 	for i := range 4 {
-		if d, err := s.Delta(i); err != nil || !bytes.Equal(d, bytes.Repeat([]byte{byte(i)}, i*i)) {
-			t.Errorf("delta %d: %x, %v", i, d, err)
+		if d, pieces, err := s.Delta(i); err != nil || pieces || !bytes.Equal(d, bytes.Repeat([]byte{byte(i)}, i*i)) {
+			t.Errorf("delta %d: %x, %v, %v", i, d, pieces, err)
 		}
 	}
-	_, none := s.Delta(4)
+	_, _, none := s.Delta(4)
 	_, page := s.Page(0)
 	_, record := s.Record(0)
 	for says, err := range map[string]error{"no delta 4": none, "no page 0": page, "no record 0": record} {

@@ -381,8 +381,13 @@ func (s *Segment) Page(i int) ([]byte, error) {
 // Record is the deflated payload at position i of a Records segment.
 func (s *Segment) Record(i int) ([]byte, error) { return s.payload(Records, i) }
 
-// Delta is the delta at position i of a Deltas segment.
-func (s *Segment) Delta(i int) ([]byte, error) { return s.payload(Deltas, i) }
+// Delta is the delta at position i of a Deltas segment, and whether it is pieces.
+func (s *Segment) Delta(i int) (b []byte, pieces bool, err error) {
+	if b, err = s.payload(Deltas, i); err == nil {
+		pieces = binary.BigEndian.Uint32(s.data[4+4*i:])&InPieces != 0
+	}
+	return b, pieces, err
+}
 
 func (s *Segment) payload(k Kind, i int) ([]byte, error) {
 	if s.Kind != k || i >= s.Len() {
@@ -555,7 +560,11 @@ func (s *Segment) parsePayloads(h Header) error {
 	s.ends = make([]uint32, n)
 	end := uint64(4 + 4*n)
 	for i := range s.ends {
-		end += uint64(be.Uint32(s.data[4+4*i:]))
+		length := be.Uint32(s.data[4+4*i:])
+		if s.Kind == Deltas && h.Features.Incompat&HasPieces != 0 {
+			length &^= InPieces
+		}
+		end += uint64(length)
 		if end > uint64(len(s.data)) {
 			return s.Corrupt(fmt.Errorf("%v %d ends behind the segment", payloadNames[s.Kind], i))
 		}

@@ -18,8 +18,8 @@ import (
 // what the parent has at their place, many at a time on all CPUs, and hands them on in
 // their order:
 //
-//	parser ─► batch ─┬─► worker: digest, delta ─┐
-//	                 └─► flight ─────────────────► placer
+//	parser ─► batch ─┬─► worker: digest, delta ─┐    ┌─► later ─┐
+//	                 └─► flight ─────────────────┴────┴──────────┴─► placer
 //
 // The digest of a page tells whether it is as it was, and then nothing is read; only of
 // one that is not the parent's bytes are read, for the delta. A page that has come is
@@ -30,8 +30,9 @@ type matcher struct {
 	batch  *batch   // that fills; nil: none
 	flight []*batch // with the workers, in order
 	free   []*batch
-	most   int         // batches in flight
-	work   chan *batch // nil: the workers have been told to end
+	most   int // batches in flight
+	later  later
+	work   chan task // nil: the workers have been told to end
 	alive  sync.WaitGroup
 }
 
@@ -44,7 +45,15 @@ type batch struct {
 	items  []item
 	data   []byte // of items, page after page
 	deltas []byte // of items
+	marks  []uint64
+	marked bool // marks are wanted
 	done   chan error
+}
+
+// task is something for a worker to do.
+type task struct {
+	run  func(r *parentReader)
+	done chan error
 }
 
 // item is a page record, and what a worker has found out about it.
@@ -57,10 +66,17 @@ type item struct {
 
 	found finding
 	// entry is where an equal page is, and what a delta is against.
-	entry pagemap.Entry
-	cold  bool // what entry names is on flash
-	delta []byte
-	sum   digest.Sum // of the page, unless it is new
+	entry  pagemap.Entry
+	cold   bool // what entry names is on flash
+	delta  []byte
+	pieces bool       // that is what delta is
+	moved  bool       // entry is that of another page of the parent's
+	sum    digest.Sum // of the page, unless it is new
+	// base is the page of the parent's that marks are of, and later the one that the
+	// page resembles, if it does.
+	base      source.Location
+	marks     []uint64
+	resembles bool
 }
 
 // finding is what the parent has to do with a page.
@@ -68,13 +84,15 @@ type finding uint8
 
 const (
 	isNew     finding = iota // nothing
+	isZero                   // nothing, nor has any other: it is all zeros
 	isEqual                  // it has the same page
 	isChanged                // it has one that makes a delta pay
 )
 
 // newMatcher starts workers, which end with stop.
 func newMatcher(ctx context.Context, next *placer, par *parent, workers int) *matcher {
-	m := &matcher{next: next, par: par, most: 2*workers + 1, work: make(chan *batch, 2*workers+1)}
+	m := &matcher{next: next, par: par, most: 2*workers + 1, work: make(chan task, 2*workers+1)}
+	m.later.at = make(map[pageAt]int)
 	for range workers {
 		r, work := par.reader(ctx), m.work
 		m.alive.Go(func() { r.work(work) })
@@ -107,6 +125,10 @@ func (m *matcher) has(block int, page uint64) bool { return m.next.has(block, pa
 func (m *matcher) read(dst []byte, block int, page uint64) error {
 	if err := m.drain(); err != nil {
 		return err
+	}
+	if i, ok := m.later.at[pageAt{block, page}]; ok {
+		copy(dst, m.later.items[i].data)
+		return nil
 	}
 	return m.next.read(dst, block, page)
 }
@@ -158,7 +180,7 @@ func (m *matcher) put(rec *ramparse.Record) error {
 	return nil
 }
 
-// settle sees to it that no batch has the page of a record.
+// settle sees to it that the page of a record is placed, if it has come.
 func (m *matcher) settle(rec *ramparse.Record) error {
 	for _, b := range append(m.flight, m.batch) {
 		if b == nil {
@@ -166,9 +188,14 @@ func (m *matcher) settle(rec *ramparse.Record) error {
 		}
 		for i := range b.items {
 			if it := &b.items[i]; it.page == rec.Page && it.block == rec.Block {
-				return m.drain()
+				if err := m.drain(); err != nil {
+					return err
+				}
 			}
 		}
+	}
+	if it := m.later.take(rec.Block, rec.Page); it != nil {
+		return m.next.matched(it)
 	}
 	return nil
 }
@@ -177,7 +204,7 @@ func (m *matcher) newBatch() *batch {
 	if n := len(m.free); n > 0 {
 		b := m.free[n-1]
 		m.free = m.free[:n-1]
-		b.items, b.data, b.deltas = b.items[:0], b.data[:0], b.deltas[:0]
+		b.items, b.data, b.deltas, b.marks = b.items[:0], b.data[:0], b.deltas[:0], b.marks[:0]
 		return b
 	}
 	pages := max(4, batchBytes/m.next.pageSize)
@@ -186,9 +213,10 @@ func (m *matcher) newBatch() *batch {
 
 // submit hands the open batch to the workers, and places what is done.
 func (m *matcher) submit() error {
-	m.work <- m.batch
-	m.flight = append(m.flight, m.batch)
-	m.batch = nil
+	b := m.batch
+	m.batch, b.marked = nil, !m.later.noSimilar
+	m.work <- task{b.compare, b.done}
+	m.flight = append(m.flight, b)
 	for len(m.flight) == m.most {
 		if err := m.place(); err != nil {
 			return err
@@ -197,7 +225,7 @@ func (m *matcher) submit() error {
 	return nil
 }
 
-// drain places all that has come.
+// drain places all that has come, but for what waits for others.
 func (m *matcher) drain() error {
 	if m.batch != nil {
 		if err := m.submit(); err != nil {
@@ -216,6 +244,9 @@ func (m *matcher) drain() error {
 // after it.
 func (m *matcher) flush() error {
 	err := m.drain()
+	if err == nil {
+		err = m.settleLater()
+	}
 	m.stop()
 	if err != nil {
 		return err
@@ -231,71 +262,86 @@ func (m *matcher) place() error {
 		return err
 	}
 	for i := range b.items {
-		if err := m.next.matched(&b.items[i]); err != nil {
+		it := &b.items[i]
+		m.later.marks.add(it.base, it.marks)
+		m.later.take(it.block, it.page) // what it was before is nothing now
+		if m.later.wants(it, m.next.pageSize) {
+			m.later.put(it)
+		} else if err := m.next.matched(it); err != nil {
 			return err
 		}
 	}
 	m.free = append(m.free, b)
+	if m.later.full() {
+		return m.settleLater()
+	}
 	return nil
 }
 
 // work is a worker.
-func (r *parentReader) work(batches <-chan *batch) {
+func (r *parentReader) work(tasks <-chan task) {
 	defer r.close()
-	for b := range batches {
-		// A panic ends the save; the stage waits for each batch.
-		b.done <- rescue.Call(func() error {
-			for i := range b.items {
-				if it := &b.items[i]; it.fill < 0 {
-					b.deltas = r.compare(it, b.deltas)
-				}
-			}
-			return nil
-		})
+	for t := range tasks {
+		// A panic ends the save; the stage waits for each task.
+		t.done <- rescue.Call(func() error { t.run(r); return nil })
 	}
 }
 
-// compare finds out what the parent has to do with a page. Deltas are appended to room.
-func (r *parentReader) compare(it *item, room []byte) []byte {
+// compare finds out what the parent has to do with the pages of a batch.
+func (b *batch) compare(r *parentReader) {
+	for i := range b.items {
+		if it := &b.items[i]; it.fill < 0 {
+			r.compare(it, b)
+		}
+	}
+}
+
+// compare finds out what the parent has to do with a page of a batch.
+func (r *parentReader) compare(it *item, b *batch) {
 	it.found = isNew
 	if it.data[0] == 0 && bytes.Equal(it.data[1:], it.data[:len(it.data)-1]) {
-		return room // zeros
+		it.found = isZero
+		return
 	}
 	at, ok := r.find(it.block, it.page)
 	if !ok {
-		return room
+		return
 	}
 	want, err := r.sums.Sum(at)
 	if err != nil {
 		r.damaged(err)
-		return room
+		return
 	}
 	r.sums.Hasher.Put(&it.sum, it.data)
 	if it.sum == want {
 		if it.entry, ok = r.here(at); ok {
 			it.found, it.cold = isEqual, at.Tier != source.InNVRAM
-			return room
+			return
 		}
 	}
 	if it.hot {
-		return room // what the guest waits for has no base to wait for
+		return // what the guest waits for has no base to wait for
 	}
 	if at.Tier == source.AsDelta {
 		if at, ok = r.base(at); !ok {
-			return room
+			return
 		}
 	}
 	if it.entry, ok = r.here(at); !ok {
-		return room
+		return
 	}
 	base, err := r.content(at, it.block, it.page)
 	if err != nil {
 		r.damaged(err)
-		return room
+		return
 	}
-	head := len(room)
-	if room, ok = delta.Encode(room, it.data, base); ok {
-		it.found, it.delta = isChanged, room[head:len(room):len(room)]
+	if b.marked {
+		head := len(b.marks)
+		b.marks = appendMarks(b.marks, base)
+		it.base, it.marks = at, b.marks[head:len(b.marks):len(b.marks)]
 	}
-	return room
+	head := len(b.deltas)
+	if b.deltas, ok = delta.Encode(b.deltas, it.data, base); ok {
+		it.found, it.delta = isChanged, b.deltas[head:len(b.deltas):len(b.deltas)]
+	}
 }

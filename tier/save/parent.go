@@ -12,6 +12,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/delta"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -53,6 +54,8 @@ type parent struct {
 	// the parent's space, one more than their place in refs, 0 for what is left out.
 	refs   checkpoint.References
 	spaces []source.Space
+	// theirs are the parent's spaces, by this checkpoint's.
+	theirs []source.Space
 	// dense are, by the parent's space, the segments in which enough is in use.
 	dense []bitmap.Bitmap
 	// blocks are the parent's, by this save's: -1 for those that it does not have.
@@ -167,7 +170,7 @@ func (p *parent) choose() error {
 	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(pages[b], pages[a]) })
 	order = append([]int{0}, order[:min(len(order), maxReferences-1)]...)
 	slices.Sort(order)
-	p.spaces = make([]source.Space, len(spaces))
+	p.spaces, p.theirs = make([]source.Space, len(spaces)), []source.Space{0}
 	theirs := p.c.References()
 	for _, i := range order {
 		ref := checkpoint.Reference{
@@ -182,7 +185,7 @@ func (p *parent) choose() error {
 		}
 		ref.NeedSegments, ref.NeedSlots = nil, nil
 		p.refs = append(p.refs, ref)
-		p.spaces[i] = source.Space(len(p.refs))
+		p.spaces[i], p.theirs = source.Space(len(p.refs)), append(p.theirs, source.Space(i))
 		for n, u := range use[i] {
 			if uint64(u)*sparse >= spaces[i].SegmentPages {
 				p.dense[i].Set(int64(n))
@@ -232,6 +235,16 @@ func (p *parent) here(at source.Location) (pagemap.Entry, bool) {
 	return at.Entry(), true
 }
 
+// there is a place of the parent's by what this checkpoint calls it.
+func (p *parent) there(e pagemap.Entry) (source.Location, bool) {
+	at, ok := source.Default.Locate(e)
+	if !ok || at.Space == 0 || int(at.Space) >= len(p.theirs) {
+		return at, false
+	}
+	at.Space = p.theirs[at.Space]
+	return at, true
+}
+
 // base is where the whole bytes are that a page at a place is, or is a delta against.
 func (p *parent) base(at source.Location) (source.Location, bool) {
 	r, err := p.set.Bases.Find(int(at.Space), at.Slot)
@@ -260,6 +273,9 @@ type parentReader struct {
 	rd   *source.Reader
 	run  pagemap.Run // the one that the last page was in
 	page []byte
+
+	marks  []uint64 // of the page in hand
+	differ delta.Differ
 }
 
 func (p *parent) reader(ctx context.Context) *parentReader {
@@ -289,7 +305,8 @@ func (r *parentReader) find(block int, page uint64) (at source.Location, ok bool
 // content is what is at a place, checked; valid until the next call. The page, by this
 // save's numbers, is the one it is wanted for.
 func (r *parentReader) content(at source.Location, block int, page uint64) ([]byte, error) {
-	err := r.rd.Copy(r.ctx, r.page, source.Page{Block: r.blocks[block], Number: page}, at.Entry())
+	block = max(0, r.blocks[block]) // a page of a block that it does not have may resemble one of its pages
+	err := r.rd.Copy(r.ctx, r.page, source.Page{Block: block, Number: page}, at.Entry())
 	if err != nil {
 		return nil, err
 	}
@@ -299,7 +316,7 @@ func (r *parentReader) content(at source.Location, block int, page uint64) ([]by
 	// What is the parent's own is not checked by its digest where it is read.
 	want, err := r.sums.Sum(at)
 	if err == nil && r.sums.Hasher.Sum(r.page) != want {
-		err = fmt.Errorf("page %s of checkpoint %v is not what its digest says", r.c.PageName(r.blocks[block], page), r.c.Ref)
+		err = fmt.Errorf("page %s of checkpoint %v is not what its digest says", r.c.PageName(block, page), r.c.Ref)
 	}
 	return r.page, err
 }

@@ -2,8 +2,10 @@ package save
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -67,7 +69,7 @@ type target struct {
 
 // counts is what a placer has done so far, as the report has it.
 type counts struct {
-	NonZeroBytes, Duplicate, Superseded, SupersededFlash, Surplus, DeltaBytes int64
+	NonZeroBytes, Duplicate, Superseded, SupersededFlash, Surplus, DeltaBytes, Moved, Similar int64
 }
 
 // placed remembers where the last page went.
@@ -380,7 +382,7 @@ func (p *placer) record(block int, page uint64, payload []byte) error {
 	if p.to.hash != nil {
 		sum = p.to.hash.Sum(p.scratch)
 	}
-	slot, err := p.pack(&p.records, image.Records, payload, sum)
+	slot, err := p.pack(&p.records, image.Records, payload, 0, sum)
 	if err == nil {
 		p.set(block, page, pagemap.Make(pagemap.Flash, slot))
 	}
@@ -393,6 +395,12 @@ type deltaBase struct {
 	base pagemap.Entry
 }
 
+// base is what the delta in a slot is against.
+func (p *placer) base(slot uint64) pagemap.Entry {
+	i, _ := slices.BinarySearchFunc(p.bases, slot, func(b deltaBase, slot uint64) int { return cmp.Compare(b.slot, slot) })
+	return p.bases[i].base
+}
+
 // matched places a page record that has been compared with the parent.
 func (p *placer) matched(it *item) error {
 	if it.fill >= 0 {
@@ -400,16 +408,24 @@ func (p *placer) matched(it *item) error {
 		return nil
 	}
 	// What the guest waits for must not be on flash.
-	if it.found == isNew || it.hot && it.cold && p.room() {
+	if it.found == isNew || it.found == isZero || it.hot && it.cold && p.room() {
 		return p.page(it.block, it.page, it.data)
 	}
 	p.last.ok = false
 	p.count.NonZeroBytes += int64(p.pageSize)
 	if it.found == isEqual {
+		if it.moved {
+			p.count.Moved++
+		}
 		p.set(it.block, it.page, it.entry)
 		return nil
 	}
-	slot, err := p.pack(&p.deltas, image.Deltas, it.delta, it.sum)
+	mark := uint32(0)
+	if it.pieces {
+		mark = image.InPieces
+		p.count.Similar++
+	}
+	slot, err := p.pack(&p.deltas, image.Deltas, it.delta, mark, it.sum)
 	if err != nil {
 		return err
 	}
@@ -426,8 +442,8 @@ type packed struct {
 }
 
 // pack puts a payload, which stands for a page with the given digest, into an open
-// segment, and returns its slot.
-func (p *placer) pack(k *packed, kind image.Kind, payload []byte, sum digest.Sum) (slot uint64, err error) {
+// segment, and returns its slot. mark is put to its length.
+func (p *placer) pack(k *packed, kind image.Kind, payload []byte, mark uint32, sum digest.Sum) (slot uint64, err error) {
 	if k.buf != nil && (len(k.lengths) == p.segmentPages() ||
 		4+4*(len(k.lengths)+1)+len(k.buf.Data)+len(payload) > cap(k.buf.Data)) {
 		if err := p.submitPacked(k); err != nil {
@@ -438,7 +454,7 @@ func (p *placer) pack(k *packed, kind image.Kind, payload []byte, sum digest.Sum
 		k.buf = p.to.img.NewBuffer(kind)
 	}
 	slot = uint64(k.buf.Number)*uint64(p.segmentPages()) + uint64(len(k.lengths))
-	k.lengths = append(k.lengths, uint32(len(payload)))
+	k.lengths = append(k.lengths, uint32(len(payload))|mark)
 	k.buf.Data = append(k.buf.Data, payload...)
 	if p.to.hash != nil {
 		k.buf.Sums = append(k.buf.Sums, sum)
@@ -483,7 +499,7 @@ func (p *placer) report(r *checkpoint.Report) {
 	r.SampledBytes, r.HashedBytes = p.index.SampledBytes, p.index.HashedBytes
 	c := &p.count
 	r.NonZeroBytes, r.Duplicate, r.Surplus, r.DeltaBytes = c.NonZeroBytes, c.Duplicate, c.Surplus, c.DeltaBytes
-	r.Superseded, r.SupersededFlash = c.Superseded, c.SupersededFlash
+	r.Superseded, r.SupersededFlash, r.Moved, r.Similar = c.Superseded, c.SupersededFlash, c.Moved, c.Similar
 	var n source.Counts
 	p.to.pages.Runs(func(run pagemap.Run) error {
 		source.Default.Count(&n, run)

@@ -19,8 +19,8 @@ const cachedSegments = 16
 // is still being written: what lies in the placer's and the writer's buffers comes
 // from there, and all else by way of the file.
 //
-// A page that is not whole in this checkpoint is what the parent has at its place, or
-// a delta against that, so the parent gives it.
+// A page that is not whole in this checkpoint is what the parent has somewhere, or a
+// delta against that, so the parent gives it.
 type readback struct {
 	p      *placer
 	reader *source.Reader
@@ -69,9 +69,9 @@ func (b *readback) Lend(n source.Need) *image.Segment {
 }
 
 // parents is Row.Content of a page that is as it is in the parent.
-func (b *readback) parents(rd *source.Reader, _ pagemap.Entry) (source.Content, error) {
+func (b *readback) parents(rd *source.Reader, e pagemap.Entry) (source.Content, error) {
 	page := rd.Page()
-	at, ok := b.parent.find(page.Block, page.Number)
+	at, ok := b.parent.there(e)
 	if !ok {
 		return source.Content{}, errors.New("the parent has lost it")
 	}
@@ -82,20 +82,21 @@ func (b *readback) parents(rd *source.Reader, _ pagemap.Entry) (source.Content, 
 // delta is Row.Content of a page that is a delta against the parent's whole bytes.
 func (b *readback) delta(rd *source.Reader, e pagemap.Entry) (c source.Content, err error) {
 	seg, i := rd.InSegment(0, e.Value())
-	d, err := seg.Delta(i)
+	d, pieces, err := seg.Delta(i)
 	if err != nil {
 		return c, err
 	}
-	page := rd.Page()
-	at, ok := b.parent.find(page.Block, page.Number)
-	if ok && at.Tier == source.AsDelta {
-		at, ok = b.parent.base(at)
-	}
+	at, ok := b.parent.there(b.p.base(e.Value()))
 	if !ok {
 		return c, errors.New("the parent has lost what it is a delta against")
 	}
+	page := rd.Page()
 	base, err := b.parent.content(at, page.Block, page.Number)
-	if err == nil {
+	switch {
+	case err != nil:
+	case pieces:
+		err = delta.ApplyPieces(b.result, base, d)
+	default:
 		err = delta.Apply(b.result, base, d)
 	}
 	return source.Content{Form: source.Whole, Data: b.result}, err

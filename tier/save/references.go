@@ -40,12 +40,6 @@ func (p *placer) refer() (*referred, error) {
 		n.segments = append(n.segments, bitmap.New(int64(par.refs[i].Segments)))
 		n.slots = append(n.slots, bitmap.New(int64(par.refs[i].Slots)))
 	}
-	theirs := make([]source.Space, len(par.refs)) // the parent's spaces, by reference
-	for space, s := range par.spaces {
-		if s > 0 {
-			theirs[s-1] = source.Space(space)
-		}
-	}
 	err := p.to.pages.Runs(func(r pagemap.Run) error {
 		for i := range r.Count {
 			at, ok := source.Default.Locate(r.Entry(i))
@@ -60,10 +54,9 @@ func (p *placer) refer() (*referred, error) {
 			}
 			b := baseOf{delta: at}
 			if at.Space == 0 {
-				j, _ := slices.BinarySearchFunc(p.bases, at.Slot, func(b deltaBase, slot uint64) int { return cmp.Compare(b.slot, slot) })
-				b.base = p.bases[j].base
+				b.base = p.base(at.Slot)
 			} else {
-				base, err := par.set.Bases.Find(int(theirs[at.Space-1]), at.Slot)
+				base, err := par.set.Bases.Find(int(par.theirs[at.Space]), at.Slot)
 				if err != nil {
 					return err
 				}

@@ -299,7 +299,7 @@ func (s *saver) openParent() (err error) {
 		return nil
 	}
 	s.out.hash = s.par.sums.Hasher
-	s.out.features.Incompat = image.HasDeltas | image.HasReferences
+	s.out.features.Incompat = image.HasDeltas | image.HasReferences | image.HasPieces
 	return nil
 }
 

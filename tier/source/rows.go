@@ -166,7 +166,7 @@ func deltaRow(row Row, at locate) Row {
 	row.bytes = func(rd *Reader, e pagemap.Entry) ([]byte, error) {
 		space, slot := at(e.Value())
 		seg, i := rd.InSegment(Space(space), slot)
-		d, err := seg.Delta(i)
+		d, pieces, err := seg.Delta(i)
 		if err != nil {
 			return nil, err
 		}
@@ -179,7 +179,11 @@ func deltaRow(row Row, at locate) Row {
 			return nil, fmt.Errorf("the base of its delta: %w", err)
 		}
 		out := rd.buffer(&rd.result)
-		if err := delta.Apply(out, base, d); err != nil {
+		apply := delta.Apply
+		if pieces {
+			apply = delta.ApplyPieces
+		}
+		if err := apply(out, base, d); err != nil {
 			return nil, seg.Corrupt(fmt.Errorf("delta %d: %w", i, err))
 		}
 		if rd.set.Checker != nil {

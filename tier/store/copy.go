@@ -286,7 +286,8 @@ func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 		return nil, err
 	}
 	rep := &m.Report
-	rep.Parent, rep.DeltaBytes, rep.Disks = "", 0, nil // nothing is referred to
+	rep.Parent, rep.Disks = "", nil // nothing is referred to
+	rep.DeltaBytes, rep.Similar, rep.Moved = 0, 0, 0
 	rep.Hot, rep.Cold, rep.Disk, rep.Delta, rep.Unchanged = counts.Hot, counts.Cold, counts.Disk, counts.Delta, counts.Unchanged
 	rep.NVRAMBytes, rep.FlashBytes, rep.Codec = 0, k.w.Len(), k.o.Codec.String()
 	rep.Seconds = checkpoint.Seconds{Total: time.Since(k.begin).Seconds()}

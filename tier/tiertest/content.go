@@ -1,6 +1,7 @@
 package tiertest
 
 import (
+	"bytes"
 	"encoding/binary"
 )
 
@@ -114,7 +115,7 @@ type state struct {
 
 // state returns what a page is after the given pass, in which it is sent.
 func (s *Stream) state(pass int, block int, page uint64) state {
-	id := hash(s.o.Seed, uint64(block), page)
+	id := hash(s.o.Seed, uint64(block), (page+s.o.Move)%s.Pages(block))
 	st := state{kind: s.o.Mix.pick(hash(id, aboutKind)), seed: hash(id, aboutContent)}
 	if pass > 0 && st.kind != Absent {
 		// Between passes a guest clears pages, fills cleared ones, moves
@@ -166,6 +167,10 @@ func (s *Stream) content(dst []byte, st state) {
 		copy(dst, s.alike)
 		at := st.seed % uint64(len(dst)/8) * 8
 		binary.LittleEndian.PutUint64(dst[at:], st.seed)
+	}
+	if s.o.Slide > 0 && (st.kind == Random || st.kind == Text) {
+		turned := append(bytes.Clone(dst[s.o.Slide:]), dst[:s.o.Slide]...)
+		copy(dst, turned)
 	}
 	if st.patched != 0 {
 		for i := range 3 {

@@ -55,6 +55,10 @@ type Options struct {
 	Mix  Mix  // zero: DefaultMix
 	Pool int  // contents of Duplicate pages; 0: 8
 	Fill bool // fill bytes other than 0 in a quarter of the ZERO records
+	// Move has each page be what is so many pages further on without it, and Slide
+	// turns the bytes in Random and Text pages round by so many.
+	Move  uint64
+	Slide int
 
 	Passes   int     // 0: 1
 	Resend   float64 // share of the pages that come again in each later pass

@@ -146,7 +146,7 @@ func (m *made) generation(st *store.Store, n int) Checkpoint {
 	h := image.Header{PageSize: s.PageSize(), SegmentPages: b.per, UUID: tx.UUID(), Created: time.Unix(1700000000+int64(n), 0)}
 	h.Features.Compat = image.HasDigests
 	if n > 0 {
-		h.Features.Incompat = image.HasDeltas | image.HasReferences
+		h.Features.Incompat = image.HasDeltas | image.HasReferences | image.HasPieces
 	}
 	if m.o.Disk != "" {
 		h.Features.Incompat |= image.HasDisks
@@ -214,7 +214,13 @@ type builder struct {
 
 	pagesBuf                 *image.Buffer
 	recordsBuf, deltasBuf    *image.Buffer
-	recordsParts, deltaParts [][]byte
+	recordsParts, deltaParts []part
+}
+
+// part is a payload, and the bit in its length.
+type part struct {
+	data []byte
+	mark uint32
 }
 
 // pages puts every page that has bytes somewhere.
@@ -253,7 +259,7 @@ func (b *builder) pages() {
 // come back byte for byte.
 func (b *builder) put(id pageID, page, record []byte) *place {
 	if record != nil {
-		slot := b.payload(&b.recordsBuf, &b.recordsParts, image.Records, record, page)
+		slot := b.payload(&b.recordsBuf, &b.recordsParts, image.Records, part{data: record}, page)
 		return b.whole(&place{generation: b.n, kind: pagemap.Flash, slot: slot, page: page})
 	}
 	was := b.last[id]
@@ -376,15 +382,21 @@ func (b *builder) diskSlots(meta *checkpoint.Meta) map[*place]uint64 {
 
 func (b *builder) delta(page []byte, base *place) *place {
 	d, ok := delta.Encode(nil, page, base.page)
+	p := part{data: d}
+	if b.rng.IntN(2) == 0 {
+		if pieces, fit := new(delta.Differ).Encode(nil, page, base.page, delta.MaxLen(len(page))); fit {
+			p, ok = part{pieces, image.InPieces}, true
+		}
+	}
 	if !ok {
 		return nil
 	}
-	slot := b.payload(&b.deltasBuf, &b.deltaParts, image.Deltas, d, page)
+	slot := b.payload(&b.deltasBuf, &b.deltaParts, image.Deltas, p, page)
 	return &place{generation: b.n, kind: pagemap.Delta, slot: slot, base: base, page: page}
 }
 
 // payload adds one to a segment of payloads, and returns its slot.
-func (b *builder) payload(buf **image.Buffer, parts *[][]byte, k image.Kind, p, page []byte) uint64 {
+func (b *builder) payload(buf **image.Buffer, parts *[]part, k image.Kind, p part, page []byte) uint64 {
 	if *buf == nil {
 		*buf = b.w.NewBuffer(k)
 	}
@@ -397,16 +409,16 @@ func (b *builder) payload(buf **image.Buffer, parts *[][]byte, k image.Kind, p, 
 	return slot
 }
 
-func (b *builder) flush(buf **image.Buffer, parts *[][]byte) {
+func (b *builder) flush(buf **image.Buffer, parts *[]part) {
 	if *buf == nil {
 		return
 	}
 	data := binary.BigEndian.AppendUint32((*buf).Data, uint32(len(*parts)))
 	for _, p := range *parts {
-		data = binary.BigEndian.AppendUint32(data, uint32(len(p)))
+		data = binary.BigEndian.AppendUint32(data, uint32(len(p.data))|p.mark)
 	}
 	for _, p := range *parts {
-		data = append(data, p...)
+		data = append(data, p.data...)
 	}
 	(*buf).Data = data
 	b.check(b.w.Submit(*buf))

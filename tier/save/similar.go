@@ -1,0 +1,318 @@
+package save
+
+import (
+	"cmp"
+	"encoding/binary"
+	"slices"
+
+	"github.com/flic-migrate/flic-migrate/tier/digest"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/source"
+)
+
+// later are pages that have little in common with what the parent has at their place.
+// They wait until many have come, and are looked for elsewhere in the parent then: a
+// file that was read again, a log's copy of a page, a page in which records have moved.
+//
+//	matcher ─► later ─┬─ the same digest ─► entry of the page that has it ─┐
+//	                  └─ marks in common ─► pieces of that page ───────────┴─► placer
+//
+// Where a page has gone something else stands now, as a rule. So what is looked at are
+// the parent's pages that were read for comparing: their marks cost no reading.
+type later struct {
+	items []item
+	at    map[pageAt]int // in items; what has come again is gone from here
+	slabs [][]byte       // that the items' pages are copied to
+	bytes int            // of the items' pages and deltas
+	marks marks
+
+	// What does not pay is not tried again.
+	noMoved, noSimilar bool
+}
+
+// pageAt names a page.
+type pageAt struct {
+	block int
+	page  uint64
+}
+
+const (
+	// laterBytes is how much waits at most. The more there is, the more of what it
+	// could resemble has been read, and memory is promised: 64 MiB and 32 B a page.
+	laterBytes = 16 << 20
+	slabBytes  = 256 << 10
+	// pays is the share of the pages that were looked for, 1/pays, that must be found
+	// for more to be looked for.
+	pays = 32
+)
+
+// wants tells whether a page had better wait.
+func (l *later) wants(it *item, pageSize int) bool {
+	return !(l.noMoved && l.noSimilar) && it.fill < 0 && !it.hot &&
+		(it.found == isNew || it.found == isChanged && len(it.delta) > pageSize/8)
+}
+
+// put copies an item.
+func (l *later) put(it *item) {
+	size := len(it.data)
+	per := max(1, slabBytes/size)
+	n := len(l.items)
+	if n/per == len(l.slabs) {
+		l.slabs = append(l.slabs, make([]byte, per*size))
+	}
+	room := l.slabs[n/per][n%per*size:][:size]
+	copy(room, it.data)
+	kept := *it
+	kept.data, kept.delta = room, slices.Clone(it.delta)
+	l.items = append(l.items, kept)
+	l.bytes += size + len(it.delta)
+	l.at[pageAt{it.block, it.page}] = n
+}
+
+// full tells whether no more can wait.
+func (l *later) full() bool { return l.bytes >= laterBytes }
+
+// empty forgets all items.
+func (l *later) empty() {
+	l.items, l.bytes = l.items[:0], 0
+	clear(l.at)
+}
+
+// take is a page that waits, which does so no more; nil: it does not.
+func (l *later) take(block int, page uint64) *item {
+	i, ok := l.at[pageAt{block, page}]
+	if !ok {
+		return nil
+	}
+	delete(l.at, pageAt{block, page})
+	return &l.items[i]
+}
+
+// settleLater looks for the pages that wait, and places them.
+func (m *matcher) settleLater() error {
+	l := &m.later
+	var items []*item
+	for i := range l.items {
+		if j, ok := l.at[pageAt{l.items[i].block, l.items[i].page}]; ok && i == j {
+			items = append(items, &l.items[i])
+		}
+	}
+	if len(items) == 0 {
+		l.empty()
+		return nil
+	}
+	// What they are, and what they may resemble.
+	err := m.each(items, func(r *parentReader, it *item) {
+		r.sums.Hasher.Put(&it.sum, it.data)
+		if !l.noSimilar {
+			r.marks = appendMarks(r.marks[:0], it.data)
+			it.base, it.resembles = l.marks.most(r.marks)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	moved := 0
+	if !l.noMoved {
+		moved = m.par.findMoved(items)
+		l.noMoved = moved*pays < len(items)
+	}
+	if !l.noSimilar {
+		// Each segment that bases are in is decoded once.
+		order := slices.Clone(items)
+		slices.SortFunc(order, func(a, b *item) int {
+			return cmp.Or(cmp.Compare(a.base.Space, b.base.Space), cmp.Compare(a.base.Slot, b.base.Slot))
+		})
+		if err := m.each(order, (*parentReader).compareSimilar); err != nil {
+			return err
+		}
+		similar := 0
+		for _, it := range items {
+			if it.pieces {
+				similar++
+			}
+		}
+		l.noSimilar = similar*pays < len(items)-moved
+	}
+	for _, it := range items {
+		if err := m.next.matched(it); err != nil {
+			return err
+		}
+	}
+	l.empty()
+	return nil
+}
+
+// each has the workers do something for each item.
+func (m *matcher) each(items []*item, fn func(r *parentReader, it *item)) error {
+	const inTask = 32
+	var done []chan error
+	for some := range slices.Chunk(items, inTask) {
+		t := task{func(r *parentReader) {
+			for _, it := range some {
+				fn(r, it)
+			}
+		}, make(chan error, 1)}
+		m.work <- t
+		done = append(done, t.done)
+	}
+	var first error
+	for _, d := range done {
+		if err := <-d; err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}
+
+// findMoved looks in all of the parent for pages by their digests, and returns how many
+// it has found. It reads digests only.
+func (p *parent) findMoved(items []*item) (found int) {
+	wanted := make(map[digest.Sum][]*item, len(items))
+	for _, it := range items {
+		wanted[it.sum] = append(wanted[it.sum], it)
+	}
+	err := p.c.PageMap.Runs(func(r pagemap.Run) error {
+		for i := range r.Count {
+			at, ok := p.set.Locate(r.Entry(i))
+			if !ok {
+				return nil // as all of the run
+			}
+			sum, err := p.sums.Sum(at)
+			if err != nil {
+				return err
+			}
+			list := wanted[sum]
+			if list == nil {
+				continue
+			}
+			e, ok := p.here(at)
+			if !ok {
+				continue
+			}
+			for _, it := range list {
+				it.found, it.entry, it.cold, it.moved = isEqual, e, at.Tier != source.InNVRAM, true
+				found++
+			}
+			delete(wanted, sum)
+		}
+		return nil
+	})
+	if err != nil {
+		p.damaged(err)
+	}
+	return found
+}
+
+// compareSimilar makes pieces of a page that resembles another one, if that is shorter
+// than what there is.
+func (r *parentReader) compareSimilar(it *item) {
+	if !it.resembles || it.found == isEqual {
+		return
+	}
+	e, ok := r.here(it.base)
+	if !ok {
+		return
+	}
+	base, err := r.content(it.base, it.block, it.page)
+	if err != nil {
+		r.damaged(err)
+		return
+	}
+	// A restore has to read the other page too, at another place than those around it.
+	most := len(it.data) / 2
+	if it.found == isChanged {
+		most = min(most, len(it.delta)*3/4)
+	}
+	if d, ok := r.differ.Encode(nil, it.data, base, most); ok {
+		it.found, it.entry, it.delta, it.pieces = isChanged, e, d, true
+	}
+}
+
+// marks find a page that has stretches of bytes in common with one in hand, wherever in
+// the pages they are. A mark is the hash of 32 bytes; which stretches of a page are
+// marked is told by their first 8 bytes, so that the same ones are in any page.
+type marks struct {
+	table []uint64 // by a mark's upper bits: its lower 32 bits, and the number of a base plus 1
+	bases []source.Location
+}
+
+const (
+	markBytes = 32
+	// markShift: of 128 stretches one is marked, 32 to a page of 4 KiB.
+	markShift = 57
+	// maxMarks are looked at in a page.
+	maxMarks = 64
+	markBits = 18
+	// maxBases of 4 KiB are 256 MiB of pages that have changed.
+	maxBases = 1 << 16
+)
+
+// appendMarks appends the marks of a page to dst.
+func appendMarks(dst []uint64, page []byte) []uint64 {
+	const f1, f2, f3, f4 = 0x9e3779b97f4a7c15, 0xc2b2ae3d27d4eb4f, 0x165667b19e3779f9, 0xd6e8feb86659fd93
+	head := len(dst)
+	last := uint64(0)
+	for i := 0; i+markBytes <= len(page); i++ {
+		b := page[i : i+markBytes : i+markBytes]
+		v := binary.LittleEndian.Uint64(b)
+		if v*f1>>markShift != 0 || v == 0 || v == last {
+			continue // and runs of one byte or word are in many pages
+		}
+		last = v
+		h := v*f2 ^ binary.LittleEndian.Uint64(b[8:])*f3 ^ binary.LittleEndian.Uint64(b[16:])*f4
+		h ^= h >> 29
+		h = h*f1 ^ binary.LittleEndian.Uint64(b[24:])*f2
+		h ^= h >> 32
+		if dst = append(dst, h*f3); len(dst)-head == maxMarks {
+			break
+		}
+	}
+	return dst
+}
+
+// add takes the marks of a page of the parent's.
+func (m *marks) add(at source.Location, list []uint64) {
+	if len(list) == 0 || len(m.bases) == maxBases {
+		return
+	}
+	if m.table == nil {
+		m.table = make([]uint64, 1<<markBits)
+	}
+	m.bases = append(m.bases, at)
+	for _, h := range list {
+		m.table[h>>(64-markBits)] = h<<32 | uint64(len(m.bases))
+	}
+}
+
+// most is the page that has most marks in common with a list, if it is enough of them
+// to be worth a look.
+func (m *marks) most(list []uint64) (at source.Location, ok bool) {
+	if m.table == nil || len(list) == 0 {
+		return at, false
+	}
+	var seen [maxMarks]uint32
+	n := 0
+	for _, h := range list {
+		if e := m.table[h>>(64-markBits)]; e>>32 == h&(1<<32-1) && uint32(e) != 0 {
+			seen[n] = uint32(e)
+			n++
+		}
+	}
+	slices.Sort(seen[:n])
+	best, count := uint32(0), 0
+	for i := 0; i < n; {
+		j := i
+		for j < n && seen[j] == seen[i] {
+			j++
+		}
+		if j-i > count {
+			best, count = seen[i], j-i
+		}
+		i = j
+	}
+	if count*8 < len(list) || count == 0 {
+		return at, false
+	}
+	return m.bases[best-1], true
+}
