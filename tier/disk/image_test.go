@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -406,6 +407,17 @@ func TestWriter(t *testing.T) {
 // held asks Writer while qemu-io has the image open.
 func held(t *testing.T, path, flag string, i *Image) bool {
 	t.Helper()
+	defer hold(t, path, flag)()
+	w, err := i.Writer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// hold makes qemu-io keep an image of 1 MiB open until stop is called.
+func hold(t *testing.T, path, flag string) (stop func()) {
+	t.Helper()
 	cmd := exec.Command("qemu-io", flag, "-f", "qcow2", path)
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -418,8 +430,11 @@ func held(t *testing.T, path, flag string, i *Image) bool {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer cmd.Wait()
-	defer in.Close()
+	stop = sync.OnceFunc(func() {
+		in.Close()
+		cmd.Wait()
+	})
+	t.Cleanup(stop)
 	// Its answer comes once the image is open.
 	if _, err := io.WriteString(in, "length\n"); err != nil {
 		t.Fatal(err)
@@ -431,9 +446,5 @@ func held(t *testing.T, path, flag string, i *Image) bool {
 		}
 		all += string(b[:n])
 	}
-	w, err := i.Writer()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return w
+	return stop
 }

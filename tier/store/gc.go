@@ -25,6 +25,7 @@ type GCReport struct {
 	TrimmedBytes int64    `json:"trimmed_bytes"`      // what was freed of them on flash
 	NVRAMExtents int      `json:"nvram_extents"`      // extents freed
 	NVRAMBytes   int64    `json:"nvram_bytes"`        // their size
+	Indexes      int      `json:"unfinished_indexes"` // of disk images, that nobody builds any more
 	GoneFiles    int      `json:"gone_files"`         // images outside of the store whose file is gone, their NVRAM kept for now
 	Warnings     []string `json:"warnings,omitempty"` // what could not be looked at
 }
@@ -61,6 +62,9 @@ func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport,
 		return rep, err
 	}
 	if err := g.armed(ctx); err != nil {
+		return rep, err
+	}
+	if err := g.disks(ctx); err != nil {
 		return rep, err
 	}
 	if err := g.vms(ctx); err != nil {
@@ -166,6 +170,15 @@ func (g *gc) tmp(ctx context.Context) error {
 		return g.dir.Sync(ctx, tmpFolder)
 	}
 	return nil
+}
+
+// disks removes indexes of disk images that killed builds have left.
+func (g *gc) disks(ctx context.Context) error {
+	c, err := g.Disks()
+	if err == nil {
+		g.rep.Indexes, err = c.Sweep(ctx)
+	}
+	return err
 }
 
 // vms looks at the VMs' folders: their images are live, and what belongs to none

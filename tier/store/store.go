@@ -9,6 +9,7 @@
 //	├── nvram/UUID.json            an NVRAM file that saves of this store used
 //	├── loose/UUID.json            an image outside of the store (loose.go)
 //	├── armed/NAME.json            a checkpoint that is armed (armed.go)
+//	├── disks/                     indexes of disk images (package disk)
 //	└── vms/NAME/
 //	    ├── 00000001.flic          checkpoint 1: a flash image (package image)
 //	    ├── 00000001.touched       what resumes of checkpoint 1 have learned

@@ -177,7 +177,7 @@ func TestOpen(t *testing.T) {
 		t.Errorf("made again: %v, %v", again, err)
 	}
 	sealed := func(f storeDoc) []byte {
-		b, err := seal(f)
+		b, err := integrity.Seal(f)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -643,7 +643,7 @@ func TestUncertain(t *testing.T) {
 func FuzzUnseal(f *testing.F) {
 	for _, v := range []any{storeDoc{formatName, Version, uuid.UUID{1}, home{"/<store>", "inode 7"}}, nvramFile{"/dev/<pmem>&", uuid.UUID{2}}, 12,
 		workingset.Touched{PageSize: 4096, Blocks: []string{"a"}, Runs: []workingset.PageRun{{Page: 1, Count: 2}}}} {
-		b, err := seal(v)
+		b, err := integrity.Seal(v)
 		if err != nil {
 			f.Fatal(err)
 		}
@@ -664,7 +664,7 @@ func unsealTwice(t *testing.T, b []byte) {
 		if unseal(b, pair[0]) != nil {
 			continue
 		}
-		again, err := seal(pair[0])
+		again, err := integrity.Seal(pair[0])
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -41,10 +42,10 @@ func (s *Store) AddTouched(ctx context.Context, r Ref, pageSize int, blocks []st
 		t = &workingset.Touched{PageSize: pageSize, Blocks: blocks}
 	}
 	t.Add(runs)
-	b, err := seal(t)
+	b, err := integrity.Seal(t)
 	for err == nil && len(b) > maxTouched && len(t.Runs) > 0 {
 		t.Runs = t.Runs[:len(t.Runs)/2] // the first ones are the best
-		b, err = seal(t)
+		b, err = integrity.Seal(t)
 	}
 	if err != nil || len(b) > maxTouched {
 		return err

@@ -1,0 +1,386 @@
+package disk
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"math/bits"
+	"sync/atomic"
+	"time"
+
+	"github.com/zeebo/blake3"
+
+	"github.com/flic-migrate/flic-migrate/tier/digest"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+)
+
+// An index file, which docs/format.md draws too:
+//
+//	0        header                16 KiB   identity, partitions, counts; CRC-32C
+//	16384    leaf                   4 KiB   up to 204 records; CRC-32C
+//	         leaf
+//	         …
+//	         fences                 8 B a leaf: the first eight bytes of its first digest
+//	         CRC-32C of the fences  4 B
+//
+// A record is a digest and the number of its block, and records rise by both. So a
+// digest's place can be reckoned: digests are spread evenly, and the fences, which stay
+// in the cache, say which one leaf it is in. A leaf is checked when it is first used:
+// an index of gigabytes is opened in no time.
+const (
+	indexMagic   = "FLICDIX\x00"
+	indexVersion = 1
+
+	headerSize  = 16 << 10
+	leafSize    = 4 << 10
+	recordSize  = digest.Size + 4
+	leafRecords = 204 // what fits, and leaves room for the checksum
+	fenceSize   = 8
+
+	headerFixed   = 128     // before the identity
+	maxIdentity   = 8 << 10 // JSON, of a path of 4096 bytes too
+	regionSize    = 16
+	headerRegions = headerFixed + maxIdentity
+	maxRecords    = maxSize / BlockSize
+)
+
+// maxCopies is how many blocks of one content an index knows. More would be of no use:
+// a page needs one of them.
+const maxCopies = 16
+
+var (
+	// ErrNoIndex: the layer has no index.
+	ErrNoIndex = errors.New("no index")
+	// ErrStale: the layer's index was made when it was another, or is damaged, or has
+	// another key than the store's. It is of no use until it is built again.
+	ErrStale = errors.New("its index can't be used")
+)
+
+// Index is an open index of one layer. It may be used by several goroutines. An index
+// that is removed or replaced meanwhile stays as it was.
+type Index struct {
+	file    vfs.File
+	mapped  vfs.Mapping
+	hasher  *digest.Hasher
+	head    header
+	leaves  []byte          // mapped
+	fences  []byte          // mapped, checked
+	checked []atomic.Uint32 // a bit for each leaf
+	damage  atomic.Pointer[integrity.CorruptError]
+}
+
+// header is what an index file says of itself.
+type header struct {
+	records int64
+	content [32]byte // BLAKE3-256 of all blocks, by number and digest, in disk order
+	keyID   [16]byte
+	built   int64 // ns since 1970
+	data    int64 // bytes of the layer's own that were read
+	regions []region
+	id      Identity
+}
+
+func (h *header) leaves() int64 { return (h.records + leafRecords - 1) / leafRecords }
+
+// size is the file's length.
+func (h *header) size() int64 { return headerSize + h.leaves()*(leafSize+fenceSize) + 4 }
+
+// keyID tells keys from each other, and says nothing of them.
+func keyID(h *digest.Hasher) (id [16]byte) {
+	k := h.Key()
+	sum := blake3.Sum256(append([]byte("flic-migrate disk index key "+string(h.Algorithm())+" "), k[:]...))
+	copy(id[:], sum[:])
+	return id
+}
+
+// encode makes the header's bytes.
+func (h *header) encode() ([]byte, error) {
+	id, err := json.Marshal(h.id)
+	if err != nil {
+		return nil, err
+	}
+	if len(id) > maxIdentity {
+		return nil, fmt.Errorf("%s: the path is too long to be stored", h.id.Path)
+	}
+	b := make([]byte, headerSize)
+	le := binary.LittleEndian
+	copy(b, indexMagic)
+	le.PutUint32(b[8:], indexVersion)
+	le.PutUint32(b[12:], uint32(len(id)))
+	le.PutUint64(b[16:], uint64(h.records))
+	le.PutUint64(b[24:], uint64(h.built))
+	le.PutUint64(b[32:], uint64(h.data))
+	copy(b[40:], h.content[:])
+	copy(b[72:], h.keyID[:])
+	le.PutUint32(b[88:], uint32(len(h.regions)))
+	copy(b[headerFixed:], id)
+	for i, r := range h.regions {
+		le.PutUint64(b[headerRegions+i*regionSize:], uint64(r.start))
+		le.PutUint64(b[headerRegions+i*regionSize+8:], uint64(r.end))
+	}
+	le.PutUint32(b[headerSize-4:], integrity.Checksum(b[:headerSize-4]))
+	return b, nil
+}
+
+// errVersion: an index of a version that is not known.
+var errVersion = errors.New("not an index of this version")
+
+// decodeHeader reads what encode makes, and nothing else.
+func decodeHeader(b []byte) (h header, err error) {
+	le := binary.LittleEndian
+	if len(b) < headerSize || string(b[:8]) != indexMagic || le.Uint32(b[8:]) != indexVersion {
+		return h, errVersion
+	}
+	if le.Uint32(b[headerSize-4:]) != integrity.Checksum(b[:headerSize-4]) {
+		return h, integrity.ErrChecksum
+	}
+	records, regions, id := le.Uint64(b[16:]), le.Uint32(b[88:]), le.Uint32(b[12:])
+	if records > maxRecords || regions > maxRegions || id > maxIdentity {
+		return h, errors.New("counts that can't be")
+	}
+	h.records, h.built, h.data = int64(records), int64(le.Uint64(b[24:])), int64(le.Uint64(b[32:]))
+	copy(h.content[:], b[40:])
+	copy(h.keyID[:], b[72:])
+	if err := json.Unmarshal(b[headerFixed:headerFixed+id], &h.id); err != nil {
+		return h, err
+	}
+	if err := h.id.Check(); err != nil {
+		return h, err
+	}
+	at := int64(0)
+	for i := range int(regions) {
+		r := region{int64(le.Uint64(b[headerRegions+i*regionSize:])), int64(le.Uint64(b[headerRegions+i*regionSize+8:]))}
+		if r.start < at || r.end < r.start+sectorsPerBlock || r.end > h.id.Size/SectorSize || r.start%sectorsPerBlock == 0 {
+			return h, errors.New("partitions that can't be")
+		}
+		h.regions, at = append(h.regions, r), r.end
+	}
+	return h, nil
+}
+
+// openIndex opens an index file. Damage is an integrity.CorruptError.
+func openIndex(fsys vfs.FS, name string) (_ *Index, err error) {
+	f, err := fsys.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	x := &Index{file: f}
+	defer func() {
+		if err != nil {
+			x.Close()
+		}
+	}()
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, headerSize)
+	if size >= headerSize {
+		if _, err := f.ReadAt(b, 0); err != nil {
+			return nil, err
+		}
+	}
+	if x.head, err = decodeHeader(b); err == nil && size != x.head.size() {
+		err = fmt.Errorf("%d bytes in place of %d", size, x.head.size())
+	}
+	if err != nil {
+		return nil, &integrity.CorruptError{File: name, What: "disk index", Err: err}
+	}
+	if x.mapped, err = f.Map(0, size, false); err != nil {
+		return nil, err
+	}
+	n := x.head.leaves()
+	all := x.mapped.Bytes()
+	x.leaves = all[headerSize:][:n*leafSize]
+	rest := all[headerSize+n*leafSize:]
+	x.fences = rest[:n*fenceSize]
+	x.checked = make([]atomic.Uint32, (n+31)/32)
+	err = vfs.CatchFault(func() error {
+		if integrity.Checksum(x.fences) != binary.LittleEndian.Uint32(rest[n*fenceSize:]) {
+			return integrity.ErrChecksum
+		}
+		for p := int64(1); p < n; p++ {
+			if x.fence(p) < x.fence(p-1) {
+				return errors.New("not in order")
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, &integrity.CorruptError{File: name, Offset: headerSize + n*leafSize, What: "fences", Err: err}
+	}
+	return x, nil
+}
+
+// Close gives up what Open took.
+func (x *Index) Close() error {
+	var err error
+	if x.mapped != nil {
+		err = x.mapped.Close()
+	}
+	return errors.Join(err, x.file.Close())
+}
+
+// Identity is the layer's, as it was when it was read.
+func (x *Index) Identity() Identity { return x.head.id }
+
+// ContentID stands for all of what the index says that the layer has: it is the same for
+// a copy of it, and under another store's key another one.
+func (x *Index) ContentID() [32]byte { return x.head.content }
+
+// Blocks is how many blocks the index knows.
+func (x *Index) Blocks() int64 { return x.head.records }
+
+// Digester makes the digests that Lookup knows: the same for all indexes of a store.
+func (x *Index) Digester() *digest.Hasher { return x.hasher }
+
+// Built is when the index was.
+func (x *Index) Built() time.Time { return time.Unix(0, x.head.built) }
+
+// Err is the first damage that a lookup has met, if any has: what the damaged part
+// knows is not found.
+func (x *Index) Err() error {
+	if e := x.damage.Load(); e != nil {
+		return e
+	}
+	return nil
+}
+
+// fence is the first eight bytes of leaf p's first digest.
+func (x *Index) fence(p int64) uint64 { return binary.BigEndian.Uint64(x.fences[p*fenceSize:]) }
+
+// Lookup returns the sector at which the layer has a block with this digest.
+func (x *Index) Lookup(s digest.Sum) (sector int64, ok bool) {
+	return x.LookupNear(s, math.MinInt64)
+}
+
+// LookupNear is Lookup, but of several blocks with this digest it takes the one at
+// sector near, if there is one: blocks that are read together should lie together.
+func (x *Index) LookupNear(s digest.Sum, near int64) (sector int64, ok bool) {
+	if len(x.fences) == 0 {
+		return 0, false
+	}
+	err := vfs.CatchFault(func() error {
+		for p := x.leafOf(binary.BigEndian.Uint64(s[:])); p < x.head.leaves(); p++ {
+			leaf, err := x.leaf(p)
+			if err != nil {
+				return err
+			}
+			n := x.inLeaf(p)
+			i := firstIn(leaf, n, s)
+			for ; i < n && digest.Sum(leaf[i*recordSize:][:digest.Size]) == s; i++ {
+				at := sectorOf(x.head.regions, binary.LittleEndian.Uint32(leaf[i*recordSize+digest.Size:]))
+				if !ok || at == near {
+					sector, ok = at, true
+				}
+				if at == near {
+					return nil
+				}
+			}
+			// Only what is at a leaf's end goes on in the next one.
+			if i < n {
+				return nil
+			}
+			if p+1 < x.head.leaves() && x.fence(p+1) > binary.BigEndian.Uint64(s[:]) {
+				return nil
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		x.damaged(0, err)
+		return 0, false
+	}
+	return sector, ok
+}
+
+// damaged keeps the first damage.
+func (x *Index) damaged(off int64, err error) {
+	var c *integrity.CorruptError
+	if !errors.As(err, &c) {
+		c = &integrity.CorruptError{File: x.file.Name(), Offset: off, What: "disk index", Err: err}
+	}
+	x.damage.CompareAndSwap(nil, c)
+}
+
+// leafOf is the first leaf that may have digests that begin with v.
+func (x *Index) leafOf(v uint64) int64 {
+	n := x.head.leaves()
+	// Digests are random, so leaf p begins at about p/n of all values. The last leaf
+	// with a lower fence is wanted: look around with growing steps, then halve.
+	g, _ := bits.Mul64(v, uint64(n))
+	lo, hi := int64(0), n // fence(lo) < v unless lo is 0; fence(hi) ≥ v unless hi is n
+	at, step := int64(g), int64(1)
+	if x.fence(at) < v {
+		for lo = at; ; lo, step = lo+step, step*2 {
+			if lo+step >= n {
+				break
+			}
+			if x.fence(lo+step) >= v {
+				hi = lo + step
+				break
+			}
+		}
+	} else {
+		for hi = at; ; hi, step = hi-step, step*2 {
+			if hi-step <= 0 {
+				break
+			}
+			if x.fence(hi-step) < v {
+				lo = hi - step
+				break
+			}
+		}
+	}
+	for hi-lo > 1 {
+		if mid := (lo + hi) / 2; x.fence(mid) < v {
+			lo = mid
+		} else {
+			hi = mid
+		}
+	}
+	return lo
+}
+
+// inLeaf is how many records leaf p has.
+func (x *Index) inLeaf(p int64) int {
+	return int(min(leafRecords, x.head.records-p*leafRecords))
+}
+
+// leaf returns leaf p, checked.
+func (x *Index) leaf(p int64) ([]byte, error) {
+	b := x.leaves[p*leafSize:][:leafSize]
+	word, bit := &x.checked[p/32], uint32(1)<<(p%32)
+	if word.Load()&bit == 0 {
+		if err := checkLeaf(b); err != nil {
+			return nil, &integrity.CorruptError{File: x.file.Name(), Offset: headerSize + p*leafSize, What: fmt.Sprintf("leaf %d", p), Err: err}
+		}
+		word.Or(bit)
+	}
+	return b, nil
+}
+
+func checkLeaf(b []byte) error {
+	if binary.LittleEndian.Uint32(b[leafSize-4:]) != integrity.Checksum(b[:leafSize-4]) {
+		return integrity.ErrChecksum
+	}
+	return nil
+}
+
+// firstIn is the first of a leaf's n records that is not below s.
+func firstIn(leaf []byte, n int, s digest.Sum) int {
+	lo, hi := 0, n
+	for lo < hi {
+		mid := (lo + hi) / 2
+		if bytes.Compare(leaf[mid*recordSize:][:digest.Size], s[:]) < 0 {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	return lo
+}
