@@ -10,8 +10,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
@@ -289,4 +291,46 @@ func screen(t *testing.T, vm *qemutest.VM) string {
 		t.Errorf("nothing is on the screen: %.40q", b)
 	}
 	return fmt.Sprintf("%s %x", lines[1], sha256.Sum256(b))
+}
+
+// TestChangedNIC: a network card that offers less than the guest's driver uses is
+// refused in words and soon, and one that offers more is taken.
+func TestChangedNIC(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	c := q35.linux("104M", "flic.fill=8")
+	nic := func(c qemutest.Config, properties string) qemutest.Config {
+		c.Args = append(slices.Clone(c.Args), "-netdev", "hubport,id=n0,hubid=0", "-device", "virtio-net-pci,netdev=n0,addr=5"+properties)
+		return c
+	}
+	source := qemutest.Start(t, nic(c, ""))
+	source.WaitFor(t, `flic ready`)
+	source.WaitFor(t, `tick 2\r`)
+	l.checkpoint(t, source, "--then", "pause")
+	before, tick := ram(t, ctx, source), lastTick(t, source.Console(), 10)
+	source.Kill()
+
+	for _, lazy := range []string{"always", "never"} {
+		vm := qemutest.Start(t, nic(destination(c, "defer"), ",mrg_rxbuf=off"))
+		words := []string{"failed before the guest could run", "the checkpoint is untouched"}
+		if lazy == "always" {
+			words = append(words, `"0000:00:05.0/virtio-net"`) // eagerly QEMU's output has it
+		}
+		begin := time.Now()
+		l.fails(t, "flic-migrate", vm, exitFailed, words, "--lazy", lazy, "vm@1")
+		if took := time.Since(begin); took > answered {
+			t.Errorf("lazy %s: that took %v", lazy, took)
+		}
+		vm.Kill()
+
+		vm = qemutest.Start(t, nic(destination(c, "defer"), ",host_mtu=1400"))
+		l.resume(t, vm, "--paused", "--lazy", lazy, "vm@1")
+		if diff := qemutest.DiffRAM(before, ram(t, ctx, vm)); diff != "" {
+			t.Errorf("lazy %s: %s", lazy, diff)
+		}
+		goesOn(t, ctx, vm, tick, 10)
+		checks(t, vm)
+		vm.Kill()
+	}
+	l.holds(t, "vm@1")
 }
