@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"runtime/debug"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
 	"github.com/flic-migrate/flic-migrate/qmp/session"
+	"github.com/flic-migrate/flic-migrate/tier/retention"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -34,16 +36,18 @@ type checkpointCmd struct {
 	arm       bool
 	armRate   size
 	armLog    string
+	keepLast  count
 	json      bool
 	quiet     bool
 }
 
 func newCheckpoint(a *app) *cobra.Command {
 	c := &checkpointCmd{
-		app:    a,
-		mode:   choice{value: "stop", choices: []string{"stop", "live", "background"}},
-		then:   choice{value: "", choices: []string{"run", "pause", "quit"}},
-		rounds: count{1, 1, rounds.Max},
+		app:      a,
+		mode:     choice{value: "stop", choices: []string{"stop", "live", "background"}},
+		then:     choice{value: "", choices: []string{"run", "pause", "quit"}},
+		rounds:   count{1, 1, rounds.Max},
+		keepLast: count{0, 0, math.MaxInt32},
 	}
 	cmd := &cobra.Command{
 		Use:   "checkpoint [flags] {--qmp SOCKET | --domain DOMAIN} NAME",
@@ -103,10 +107,11 @@ it lets it run first.`,
 	fs.BoolVar(&c.arm, "arm", false, "leave a process behind that has the next checkpoint ready")
 	fs.Var(&c.armRate, "arm-rate", "how fast that process reads the guest's memory, bytes a second; 0: as fast as it can")
 	fs.StringVar(&c.armLog, "arm-log", "", "file for its messages (default: nowhere)")
+	fs.Var(&c.keepLast, "keep-last", "afterwards remove the VM's checkpoints but for the newest `n`, as prune does; 0: none")
 	c.encoding.add(fs)
 	fs.BoolVar(&c.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary")
-	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm"} {
+	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm", "keep-last"} {
 		setKey(fs, name, "checkpoint-"+name)
 	}
 	return cmd
@@ -164,7 +169,32 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		// Its lines are for people, and its QEMU starts the command.
 		return explainHuman(err, "migrate_set_capability return-path on", "migrate", "save", "--store", st.Dir(), "--vm", vm)
 	}
-	return errors.Join(err, c.show(doc))
+	return errors.Join(err, c.show(doc), c.prune(ctx, st, vm))
+}
+
+// prune keeps what --keep-last says. The checkpoint is made already, so that what is in
+// use, by a restore or an armed process, is left to the next one.
+func (c *checkpointCmd) prune(ctx context.Context, st *store.Store, vm string) error {
+	if c.keepLast.n == 0 {
+		return nil
+	}
+	entries, err := c.judge(ctx, st, []string{vm}, retention.Policy{Last: c.keepLast.n})
+	if err != nil {
+		return err
+	}
+	for _, rerr := range c.removeUnkept(ctx, st, entries) {
+		if errors.Is(rerr, store.ErrInUse) {
+			c.log().Warn("it is in use, and stays until the next time", "cause", oneLine(rerr))
+			continue
+		}
+		err = errors.Join(err, rerr)
+	}
+	for _, e := range entries {
+		if e.Removed != nil && !c.quiet {
+			fmt.Fprintf(c.stderr, "flic-migrate: %s: %s\n", e.Checkpoint, e.Removed.words())
+		}
+	}
+	return err
 }
 
 // checkFlags returns the timer, 0 for auto.

@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -195,4 +197,45 @@ func TestCheckpointThen(t *testing.T) {
 			goesOn(t, ctx, vm, tick, 16)
 		})
 	}
+}
+
+// Checkpoints that --keep-last does not keep go when the new one is made; what is being
+// restored stays until the next time, and the checkpoint has succeeded all the same.
+func TestCheckpointKeepLast(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	vm := qemutest.Start(t, q35.tiny(t, qemutest.LiveMemory, varied(1024), 60))
+	vm.WaitFor(t, `tick 00000002\r`)
+	left := func(want string) {
+		t.Helper()
+		var list []listEntry
+		ok(t, json.Unmarshal([]byte(l.run(t, "list", "--json")), &list))
+		var names []string
+		for _, e := range list {
+			names = append(names, e.Checkpoint)
+		}
+		if got := strings.Join(names, " "); got != want {
+			t.Errorf("there are %s, want %s", got, want)
+		}
+	}
+	l.checkpoint(t, vm)
+	l.checkpoint(t, vm, "--keep-last", "2")
+	left("vm@1 vm@2")
+	// A reader that has begun: nobody takes what it writes.
+	r, w, err := os.Pipe()
+	ok(t, err)
+	reader := exec.Command("flic-migrate", "restore", "--store", l.store, "vm@1")
+	reader.Stdout = w
+	ok(t, reader.Start())
+	w.Close()
+	_, err = r.Read(make([]byte, 1))
+	ok(t, err)
+	l.checkpoint(t, vm, "--keep-last", "1")
+	left("vm@1 vm@3")
+	r.Close()
+	reader.Wait()
+	l.checkpoint(t, vm, "--keep-last", "1")
+	left("vm@4")
+	l.holds(t, "vm@4")
+	runsOn(t, vm)
 }

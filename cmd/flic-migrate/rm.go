@@ -54,44 +54,58 @@ func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
 	entries := []rmEntry{}
 	remover := st.Remover()
 	for _, ref := range refs {
-		// NVRAM that can't be freed now is a warning: the checkpoint is gone, and
-		// gc frees what has no owner.
-		rm, rerr := remover.Remove(ctx, ref)
+		e, rerr := a.removeOne(ctx, st, remover, ref)
 		if rerr != nil {
-			if note, lives, aerr := st.ArmedFor(ctx, ref.VM); errors.Is(rerr, store.ErrInUse) && aerr == nil && lives {
-				rerr = fmt.Errorf("%w (the VM's next checkpoint is armed, by process %d, and refers to others; flic-migrate disarm %s ends that)", rerr, note.PID, ref.VM)
-			}
 			// One that can't be removed is no reason to keep the others.
-			err = errors.Join(err, fmt.Errorf("checkpoint %v was not removed: %w", ref, rerr))
+			err = errors.Join(err, rerr)
 			if ctx.Err() != nil {
 				break
 			}
 			continue
 		}
-		e := rmEntry{Checkpoint: ref.String(), FlashBytes: rm.FlashBytes, NVRAMBytes: rm.NVRAMBytes}
-		for _, by := range rm.Kept {
-			e.KeptFor = append(e.KeptFor, by.String())
-		}
-		if rm.Left != nil {
-			e.Warning = oneLine(rm.Left)
-			a.log().Warn("not all that a removed checkpoint took was freed; gc frees what belongs to nobody", "checkpoint", e.Checkpoint, "cause", e.Warning)
-		}
 		entries = append(entries, e)
 		if !asJSON {
-			kept := ""
-			if n := len(e.KeptFor); n > 0 {
-				kept = fmt.Sprintf("; %d others need the rest", n)
-				if n == 1 {
-					kept = fmt.Sprintf("; %s needs the rest", e.KeptFor[0])
-				}
-			}
-			fmt.Fprintf(a.stdout, "%s: removed, %s of flash and %s of NVRAM freed%s\n", e.Checkpoint, human(e.FlashBytes), human(e.NVRAMBytes), kept)
+			fmt.Fprintf(a.stdout, "%s: %s\n", e.Checkpoint, e.words())
 		}
 	}
 	if asJSON {
 		err = errors.Join(err, printJSON(a.stdout, entries))
 	}
 	return err
+}
+
+// removeOne removes a checkpoint. NVRAM that can't be freed now is a warning: the
+// checkpoint is gone, and gc frees what has no owner.
+func (a *app) removeOne(ctx context.Context, st *store.Store, remover *store.Remover, ref store.Ref) (rmEntry, error) {
+	rm, err := remover.Remove(ctx, ref)
+	if err != nil {
+		if note, lives, aerr := st.ArmedFor(ctx, ref.VM); errors.Is(err, store.ErrInUse) && aerr == nil && lives {
+			err = fmt.Errorf("%w (the VM's next checkpoint is armed, by process %d, and refers to others; flic-migrate disarm %s ends that)", err, note.PID, ref.VM)
+		}
+		return rmEntry{}, fmt.Errorf("checkpoint %v was not removed: %w", ref, err)
+	}
+	e := rmEntry{Checkpoint: ref.String(), FlashBytes: rm.FlashBytes, NVRAMBytes: rm.NVRAMBytes}
+	for _, by := range rm.Kept {
+		e.KeptFor = append(e.KeptFor, by.String())
+	}
+	if rm.Left != nil {
+		e.Warning = oneLine(rm.Left)
+		a.log().Warn("not all that a removed checkpoint took was freed; gc frees what belongs to nobody", "checkpoint", e.Checkpoint, "cause", e.Warning)
+	}
+	return e, nil
+}
+
+// words says what the removal has freed.
+func (e rmEntry) words() string {
+	kept := ""
+	switch n := len(e.KeptFor); n {
+	case 0:
+	case 1:
+		kept = fmt.Sprintf("; %s needs the rest", e.KeptFor[0])
+	default:
+		kept = fmt.Sprintf("; %d others need the rest", n)
+	}
+	return fmt.Sprintf("removed, %s of flash and %s of NVRAM freed%s", human(e.FlashBytes), human(e.NVRAMBytes), kept)
 }
 
 // removals finds all that is to be removed before anything is: a misspelt name

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/flic-migrate/flic-migrate/tier/retention"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+)
+
+// addPolicy adds the flags of what is kept, under keys of the verb that has them.
+func addPolicy(fs *pflag.FlagSet, p *retention.Policy, verb string) {
+	fs.IntVar(&p.Last, "keep-last", 0, "keep the newest `n` of each VM; -1: all")
+	fs.IntVar(&p.Hourly, "keep-hourly", 0, "keep the newest of each of the last `n` hours that have any")
+	fs.IntVar(&p.Daily, "keep-daily", 0, "keep the newest of each of the last `n` days that have any")
+	fs.IntVar(&p.Weekly, "keep-weekly", 0, "keep the newest of each of the last `n` weeks that have any")
+	fs.IntVar(&p.Monthly, "keep-monthly", 0, "keep the newest of each of the last `n` months that have any")
+	fs.IntVar(&p.Yearly, "keep-yearly", 0, "keep the newest of each of the last `n` years that have any")
+	fs.DurationVar(&p.Within, "keep-within", 0, "keep what is at most so much older than the VM's newest, such as 36h")
+	for _, name := range []string{"last", "hourly", "daily", "weekly", "monthly", "yearly", "within"} {
+		setKey(fs, "keep-"+name, verb+"-keep-"+name)
+	}
+}
+
+func newPrune(a *app) *cobra.Command {
+	var policy retention.Policy
+	var dryRun, asJSON bool
+	c := &cobra.Command{
+		Use:   "prune [flags] [NAME...]",
+		Short: "Remove checkpoints that no rule keeps",
+		Long: `Prune keeps of each VM what one of the rules keeps, and removes its other
+checkpoints, as rm does: of the VMs named, or of all in the store. The rules are
+restic's: --keep-daily 7 keeps the newest of each of the last seven days that have
+any, in the time zone of whoever runs it; a rule with counts left also keeps the
+oldest. Every rule keeps a VM's newest.
+
+What can't say when it was made is kept, with a warning. --dry-run says what would be
+removed, and removes nothing.`,
+		Example: `  flic-migrate prune --store /srv/vms --keep-last 3 --keep-daily 7 --keep-weekly 5
+  flic-migrate prune --store /srv/vms --keep-within 48h --dry-run web1`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.prune(cmd.Context(), args, policy, dryRun, asJSON)
+		},
+	}
+	addPolicy(c.Flags(), &policy, "prune")
+	c.Flags().BoolVar(&dryRun, "dry-run", false, "say what would be removed")
+	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	setKey(c.Flags(), "dry-run", "prune-dry-run")
+	return c
+}
+
+// pruneEntry is an element of prune's JSON document.
+type pruneEntry struct {
+	Checkpoint string    `json:"checkpoint"` // NAME@N
+	Created    time.Time `json:"created,omitzero"`
+	// Kept are the rules that keep it, such as "last"; none: it goes.
+	Kept    []string `json:"kept,omitempty"`
+	Removed *rmEntry `json:"removed,omitempty"` // as rm reports it
+	Error   string   `json:"error,omitempty"`   // why it was not removed, or can't be judged
+	ref     store.Ref
+}
+
+func (a *app) prune(ctx context.Context, vms []string, policy retention.Policy, dryRun, asJSON bool) error {
+	if err := policy.Check(); err != nil {
+		return usageError{fmt.Errorf("prune: %w: see --keep-last, --keep-daily, --keep-within", err)}
+	}
+	st, err := a.openStore(ctx, false)
+	if err != nil {
+		return err
+	}
+	entries, err := a.judge(ctx, st, vms, policy)
+	if err != nil {
+		return err
+	}
+	if !dryRun {
+		err = errors.Join(a.removeUnkept(ctx, st, entries)...)
+	}
+	if asJSON {
+		return errors.Join(err, printJSON(a.stdout, entries))
+	}
+	return errors.Join(err, a.printPruned(entries, dryRun))
+}
+
+// judge says of all checkpoints of VMs, or of all there are if vms is empty, what keeps
+// them. Nothing is removed before all of it is known: a misspelt name ends it here.
+func (a *app) judge(ctx context.Context, st *store.Store, vms []string, policy retention.Policy) (entries []pruneEntry, err error) {
+	for _, vm := range vms {
+		if err := store.CheckVM(vm); err != nil {
+			return nil, err
+		}
+	}
+	if len(vms) == 0 {
+		if vms, err = st.VMs(ctx); err != nil {
+			return nil, err
+		}
+	}
+	entries = []pruneEntry{}
+	for _, vm := range vms {
+		list, err := st.Identities(ctx, vm)
+		if err == nil && len(list) == 0 {
+			err = fmt.Errorf("VM %q in store %s: %w", vm, st.Dir(), store.ErrNotFound)
+		}
+		if err != nil {
+			return nil, err
+		}
+		var times []time.Time
+		for _, l := range list {
+			if l.Err == nil {
+				times = append(times, l.Identity.Created)
+			} else if !cannotBeRead(l.Err) {
+				return nil, l.Err
+			}
+		}
+		why := policy.Apply(times, time.Local)
+		for _, l := range list {
+			e := pruneEntry{Checkpoint: l.Ref.String(), ref: l.Ref}
+			if l.Err != nil {
+				e.Kept, e.Error = []string{"unreadable"}, oneLine(l.Err)
+				a.log().Warn("a checkpoint can't say when it was made, and is kept", "checkpoint", e.Checkpoint, "cause", e.Error)
+			} else {
+				e.Created, e.Kept, why = l.Identity.Created, why[0], why[1:]
+			}
+			entries = append(entries, e)
+		}
+	}
+	return entries, nil
+}
+
+// removeUnkept removes the newest first: what others need is then never kept for them.
+func (a *app) removeUnkept(ctx context.Context, st *store.Store, entries []pruneEntry) (errs []error) {
+	remover := st.Remover()
+	for i := len(entries) - 1; i >= 0; i-- {
+		e := &entries[i]
+		if len(e.Kept) > 0 {
+			continue
+		}
+		removed, rerr := a.removeOne(ctx, st, remover, e.ref)
+		if rerr != nil {
+			e.Error = oneLine(rerr)
+			errs = append(errs, rerr)
+			if ctx.Err() != nil {
+				return errs
+			}
+			continue
+		}
+		e.Removed = &removed
+	}
+	return errs
+}
+
+func (a *app) printPruned(entries []pruneEntry, dryRun bool) error {
+	for _, e := range entries {
+		line := "not removed: " + e.Error
+		switch {
+		case len(e.Kept) > 0:
+			line = "kept: " + strings.Join(e.Kept, ", ")
+		case dryRun:
+			line = "would be removed"
+		case e.Removed != nil:
+			line = e.Removed.words()
+		}
+		if _, err := fmt.Fprintf(a.stdout, "%s: %s\n", e.Checkpoint, line); err != nil {
+			return err
+		}
+	}
+	return nil
+}

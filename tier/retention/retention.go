@@ -1,0 +1,131 @@
+// Package retention says which of a VM's checkpoints to keep: the last few, and of
+// older ones the newest of each hour, day, week, month or year. Words and rules are
+// those of restic's forget, so that who knows one knows the other.
+//
+// It knows times alone; package store removes, and the command puts both together.
+package retention
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// All as a rule's count keeps one of each of its periods, without an end.
+const All = -1
+
+// Policy is a set of rules. A checkpoint that one of them keeps is kept. The zero value
+// keeps nothing.
+type Policy struct {
+	Last    int // so many of the newest
+	Hourly  int // the newest of each of the last so many hours that have any
+	Daily   int
+	Weekly  int // weeks as ISO 8601 has them: from Monday on
+	Monthly int
+	Yearly  int
+	// Within keeps everything that is at most so much older than the newest.
+	Within time.Duration
+}
+
+// rule is one line of a policy: the newest of each period is kept, count times.
+type rule struct {
+	name   string
+	count  int
+	period func(i int, t time.Time) string
+}
+
+func (p Policy) rules() []rule {
+	format := func(layout string) func(int, time.Time) string {
+		return func(_ int, t time.Time) string { return t.Format(layout) }
+	}
+	return []rule{
+		{"last", p.Last, func(i int, _ time.Time) string { return fmt.Sprint(i) }},
+		{"hourly", p.Hourly, format("2006-01-02 15 -0700")}, // the hour that clocks put back has is another one
+		{"daily", p.Daily, format("2006-01-02")},
+		{"weekly", p.Weekly, func(_ int, t time.Time) string {
+			year, week := t.ISOWeek()
+			return fmt.Sprint(year, " ", week)
+		}},
+		{"monthly", p.Monthly, format("2006-01")},
+		{"yearly", p.Yearly, format("2006")},
+	}
+}
+
+// Check returns an error in a user's words for a policy that can't be meant: without
+// rules, or with counts that are no counts.
+func (p Policy) Check() error {
+	some := p.Within > 0
+	for _, r := range p.rules() {
+		if r.count < All {
+			return fmt.Errorf("keep-%s %d: must be a number, or %d for all", r.name, r.count, All)
+		}
+		some = some || r.count != 0
+	}
+	if p.Within < 0 {
+		return fmt.Errorf("keep-within %v: must be above 0", p.Within)
+	}
+	if !some {
+		return fmt.Errorf("no rule says what to keep")
+	}
+	return nil
+}
+
+// Apply returns for each time, in the order of times, why it is kept: the names of the
+// rules, such as "last" and "daily"; none means that it is not. Hours, days and weeks
+// are those of the zone in. Of equal times the later in order is the newer.
+//
+// Where a rule has counts left when it has come to the oldest, it keeps that one as
+// well: with few checkpoints the last daily one is not lost as soon as a day has two.
+func (p Policy) Apply(times []time.Time, in *time.Location) [][]string {
+	order := make([]int, len(times))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortFunc(order, func(a, b int) int {
+		return cmp.Or(times[b].Compare(times[a]), cmp.Compare(b, a))
+	})
+	why := make([][]string, len(times))
+	for _, r := range p.rules() {
+		last, left := "", r.count
+		for i, at := range order {
+			if left == 0 {
+				break
+			}
+			period := r.period(i, times[at].In(in))
+			oldest := i == len(order)-1
+			if period == last && !oldest {
+				continue
+			}
+			why[at] = append(why[at], r.name)
+			last = period
+			if left > 0 {
+				left--
+			}
+		}
+	}
+	if p.Within > 0 && len(order) > 0 {
+		newest := times[order[0]]
+		for i, t := range times {
+			if newest.Sub(t) <= p.Within {
+				why[i] = append(why[i], "within")
+			}
+		}
+	}
+	return why
+}
+
+// String is the policy as a command line has it.
+func (p Policy) String() string {
+	var s []string
+	for _, r := range p.rules() {
+		if r.count != 0 {
+			s = append(s, fmt.Sprintf("--keep-%s %d", r.name, r.count))
+		}
+	}
+	if p.Within > 0 {
+		s = append(s, fmt.Sprintf("--keep-within %v", p.Within))
+	}
+	return strings.Join(s, " ")
+}

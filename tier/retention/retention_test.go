@@ -1,0 +1,141 @@
+package retention
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+)
+
+func at(s string) time.Time {
+	t, err := time.Parse("2006-01-02 15:04", s)
+	if err != nil {
+		panic(err)
+	}
+	return t
+}
+
+func TestApply(t *testing.T) {
+	times := []time.Time{
+		at("2024-12-30 09:00"), // Monday of the first week of 2025
+		at("2025-01-01 10:00"),
+		at("2025-01-05 23:59"), // Sunday
+		at("2025-01-06 00:00"), // Monday
+		at("2025-01-06 08:10"),
+		at("2025-01-06 08:50"),
+		at("2025-01-06 09:05"),
+	}
+	for _, c := range []struct {
+		p    Policy
+		want string // a letter for each that is kept, a dot for the others
+	}{
+		{Policy{}, "......."},
+		{Policy{Last: 1}, "......k"},
+		{Policy{Last: 3}, "....kkk"},
+		{Policy{Last: 99}, "kkkkkkk"},
+		{Policy{Last: All}, "kkkkkkk"},
+		{Policy{Hourly: 2}, ".....kk"},
+		{Policy{Hourly: 3}, "...k.kk"},
+		{Policy{Daily: 1}, "......k"},
+		{Policy{Daily: 2}, "..k...k"},
+		{Policy{Daily: All}, "kkk...k"},
+		{Policy{Weekly: 1}, "......k"},
+		{Policy{Weekly: 2}, "..k...k"},
+		{Policy{Weekly: 3}, "k.k...k"}, // the oldest, though its week has one
+		{Policy{Monthly: 2}, "k.....k"},
+		{Policy{Yearly: 1}, "......k"},
+		{Policy{Yearly: 5}, "k.....k"},
+		{Policy{Last: 2, Daily: 2}, "..k..kk"},
+		{Policy{Within: 0}, "......."},
+		{Policy{Within: 55 * time.Minute}, "....kkk"},
+		{Policy{Within: 9*time.Hour + 5*time.Minute}, "...kkkk"},
+	} {
+		var got strings.Builder
+		for _, why := range c.p.Apply(times, time.UTC) {
+			if len(why) > 0 {
+				got.WriteByte('k')
+			} else {
+				got.WriteByte('.')
+			}
+		}
+		if got.String() != c.want {
+			t.Errorf("%v: %s, want %s", c.p, got.String(), c.want)
+		}
+	}
+	if got := fmt.Sprint(Policy{Last: 1, Daily: 2, Within: time.Hour}.Apply(times[5:], time.UTC)); got != "[[daily within] [last daily within]]" {
+		t.Errorf("reasons: %s", got)
+	}
+}
+
+// A day is the user's, and an hour that clocks put back repeat is two.
+func TestZone(t *testing.T) {
+	berlin, err := time.LoadLocation("Europe/Berlin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	late := []time.Time{at("2025-06-01 21:30"), at("2025-06-01 22:30"), at("2025-06-01 23:30")}
+	if got := fmt.Sprint(Policy{Daily: 2}.Apply(late, time.UTC)); got != "[[daily] [] [daily]]" {
+		t.Errorf("UTC: %s", got)
+	}
+	if got := fmt.Sprint(Policy{Daily: 1}.Apply(late[1:], berlin)); got != "[[] [daily]]" {
+		t.Errorf("Berlin: %s", got)
+	}
+	back := []time.Time{at("2025-10-25 23:10"), at("2025-10-26 00:10"), at("2025-10-26 01:10"), at("2025-10-26 02:10")}
+	if got := fmt.Sprint(Policy{Hourly: 3}.Apply(back, berlin)); got != "[[] [hourly] [hourly] [hourly]]" {
+		t.Errorf("clocks put back: %s", got)
+	}
+}
+
+// Whatever the times and their order: what a smaller policy keeps a larger one keeps,
+// a rule keeps no more than it says, and the newest is kept by every rule.
+func TestAnyTimes(t *testing.T) {
+	r := rand.New(rand.NewPCG(7, 1))
+	for range 2000 {
+		times := make([]time.Time, 1+r.IntN(40))
+		newest := 0
+		for i := range times {
+			times[i] = at("2025-01-01 00:00").Add(time.Duration(r.IntN(60*24*200)) * time.Minute)
+			if !times[i].Before(times[newest]) {
+				newest = i
+			}
+		}
+		n := 1 + r.IntN(10)
+		p := []Policy{{Last: n}, {Hourly: n}, {Daily: n}, {Weekly: n}, {Monthly: n}, {Yearly: n}}[r.IntN(6)]
+		more := p
+		more.Daily++
+		more.Within = time.Duration(r.IntN(1000)) * time.Hour
+		kept := 0
+		large := more.Apply(times, time.UTC)
+		for i, why := range p.Apply(times, time.UTC) {
+			if len(why) > 0 {
+				kept++
+				if len(large[i]) == 0 {
+					t.Fatalf("%v keeps %v, and %v does not", p, times[i], more)
+				}
+			} else if i == newest {
+				t.Fatalf("%v does not keep the newest", p)
+			}
+		}
+		if kept > n {
+			t.Fatalf("%v keeps %d", p, kept)
+		}
+	}
+}
+
+func TestCheck(t *testing.T) {
+	for says, p := range map[string]Policy{
+		"no rule says what to keep":    {},
+		"keep-last -2: must":           {Last: -2},
+		"keep-yearly -7: must":         {Last: 1, Yearly: -7},
+		"keep-within -1h0m0s: must be": {Last: 1, Within: -time.Hour},
+		"":                             {Weekly: All},
+	} {
+		if err := p.Check(); err == nil && says != "" || err != nil && (says == "" || !strings.HasPrefix(err.Error(), says)) {
+			t.Errorf("%+v: %v, want %q", p, err, says)
+		}
+	}
+	if got := (Policy{Last: 3, Weekly: All, Within: time.Hour}).String(); got != "--keep-last 3 --keep-weekly -1 --keep-within 1h0m0s" {
+		t.Error(got)
+	}
+}
