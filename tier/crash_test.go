@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -104,9 +105,20 @@ func (sc *scene) check(t *testing.T, l *lab, may map[int]*tiertest.Stream, must 
 	if rep, err := l.st.GC(context.Background()); err != nil || rep.Parts+rep.NVRAMExtents != 0 {
 		t.Errorf("a second gc found more: %+v, %v", rep, err)
 	}
+	needed := map[string]bool{}
+	for _, n := range ns {
+		c, err := l.st.OpenCheckpoint(context.Background(), store.Ref{VM: "vm", N: n}, checkpoint.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range c.References() {
+			needed[fmt.Sprintf("vms/vm/%08d.gone", r.Number)] = true
+		}
+		c.Close()
+	}
 	for _, name := range l.tree(t) {
-		if fi, err := l.fs.Stat(filepath.Join(l.dir, name)); err == nil && fi.Size() == 0 && strings.HasSuffix(name, ".gone") {
-			continue // it stands for a number
+		if fi, err := l.fs.Stat(filepath.Join(l.dir, name)); err == nil && strings.HasSuffix(name, ".gone") && (fi.Size() == 0 || needed[name]) {
+			continue // it stands for a number, or others refer to it
 		}
 		if !strings.HasPrefix(name, "nvram/") && name != "lock" && name != "store.json" && name != "sharing.json" &&
 			!slices.ContainsFunc(ns, func(n int) bool { return name == fmt.Sprintf("vms/vm/%08d.flic", n) }) {

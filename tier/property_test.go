@@ -36,7 +36,7 @@ func TestSequences(t *testing.T) {
 	var total struct{ refers, trimmed, flattened, crashes, kept int }
 	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 7)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{}}
+			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 8)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{}}
 			q.l = newLab(t, q.disk, "/")
 			for range 40 {
 				q.step()

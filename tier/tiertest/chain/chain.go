@@ -382,14 +382,14 @@ func (b *builder) diskSlots(meta *checkpoint.Meta) map[*place]uint64 {
 
 func (b *builder) delta(page []byte, base *place) *place {
 	d, ok := delta.Encode(nil, page, base.page)
-	p := part{data: d}
-	if b.rng.IntN(2) == 0 {
-		if pieces, fit := new(delta.Differ).Encode(nil, page, base.page, delta.MaxLen(len(page))); fit {
-			p, ok = part{pieces, image.InPieces}, true
-		}
-	}
 	if !ok {
 		return nil
+	}
+	p := part{data: d}
+	if len(b.deltaParts)%2 == 1 { // of two neighbours one is pieces
+		if d, ok := new(delta.Differ).Encode(nil, page, base.page, len(page)); ok {
+			p = part{d, image.InPieces}
+		}
 	}
 	slot := b.payload(&b.deltasBuf, &b.deltaParts, image.Deltas, p, page)
 	return &place{generation: b.n, kind: pagemap.Delta, slot: slot, base: base, page: page}
