@@ -3,16 +3,22 @@ package tier_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
+	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -271,4 +277,186 @@ func TestSaveOnDisks(t *testing.T) {
 			l.noLeaks(t)
 		})
 	}
+}
+
+// rawDisk is a raw disk image with pages of guests, and an index of it.
+type rawDisk struct {
+	path   string
+	hasher *digest.Hasher
+	at     map[digest.Sum][]int64
+}
+
+func (d *rawDisk) Digester() *digest.Hasher { return d.hasher }
+
+func (d *rawDisk) LookupNear(sum digest.Sum, near int64) (sector int64, ok bool) {
+	list := d.at[sum]
+	if len(list) == 0 {
+		return 0, false
+	}
+	if slices.Contains(list, near) {
+		return near, true
+	}
+	return list[0], true
+}
+
+// newRawDisk makes one with every n-th page that streams have, some of them twice, and not
+// all where a sector of 4 KiB begins.
+func newRawDisk(t testing.TB, path string, h *digest.Hasher, n uint64, streams ...*tiertest.Stream) *rawDisk {
+	t.Helper()
+	d := &rawDisk{path: path, hasher: h, at: make(map[digest.Sum][]int64)}
+	var b []byte
+	for _, s := range streams {
+		page := make([]byte, s.PageSize())
+		for block := range s.Blocks() {
+			for p := range s.Pages(block) {
+				if p%n != 0 || !s.Page(page, block, p) || !slices.ContainsFunc(page, func(c byte) bool { return c != 0 }) {
+					continue
+				}
+				if p%5 == 0 {
+					b = append(b, make([]byte, disk.SectorSize*(1+p%9))...)
+				}
+				for range 1 + p%3/2 {
+					sum := h.Sum(page)
+					d.at[sum] = append(d.at[sum], int64(len(b)/disk.SectorSize))
+					b = append(b, page...)
+				}
+			}
+		}
+	}
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// open is the disk for a save.
+func (d *rawDisk) open(t testing.TB) save.Disk {
+	t.Helper()
+	f, err := disk.OpenLayer(d.path, disk.Raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return save.Disk{Disk: checkpoint.Disk{Identity: f.Identity()}, File: f, Index: d}
+}
+
+// TestSaveDisks saves guests whose pages are on disks in part, from one generation to the
+// next, with the disks at hand in some of them and not in others.
+func TestSaveDisks(t *testing.T) {
+	blocks := []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}, {Name: "rom", Size: 40 << 10}}
+	for name, o := range map[string]tiertest.Options{
+		"plain":      {Seed: 1, Blocks: blocks},
+		"live":       {Seed: 2, Blocks: blocks, XBZRLE: true, Shuffle: true},
+		"compressed": {Seed: 3, Blocks: blocks, Compress: 0.4, Fill: true},
+		"16 KiB":     {Seed: 5, Blocks: []tiertest.Block{{Name: "ram", Size: 4 << 20}}, PageSize: 16 << 10, Advise: true},
+	} {
+		for _, hot := range []uint64{0, 3} {
+			t.Run(fmt.Sprint(name, hot), func(t *testing.T) {
+				t.Parallel()
+				l := newLab(t, crashfs.New(0), "/")
+				dir, h := t.TempDir(), digest.Fresh()
+				disks := []save.Disk{
+					newRawDisk(t, filepath.Join(dir, "a"), h, 2, generation(o, 1)).open(t),
+					newRawDisk(t, filepath.Join(dir, "b"), h, 3, generation(o, 2), generation(o, 4)).open(t),
+				}
+				saved := map[store.Ref]*tiertest.Stream{}
+				var bases int
+				for n := 1; n <= 6; n++ {
+					s := generation(o, n)
+					so := save.Options{Energy: dedup.EnergyFull, SegmentPages: 5 + n, Codec: image.Codec(n % 4)}
+					if hot > 0 {
+						so.WorkingSet, so.NVRAMSize = hotSet(t, s, every(hot+uint64(n%2))), 4<<20
+					}
+					// Not at first; then one, both in another order, and none.
+					switch n {
+					case 2:
+						so.Disks = disks[:1]
+					case 3, 4:
+						so.Disks = []save.Disk{disks[1], disks[0]}
+					}
+					ref, meta := l.save(t, s, so)
+					saved[ref] = s
+					r := meta.Report
+					if small := o.PageSize == 0; (r.Disk > 0) != (small && n > 1) || (meta.Disks > 0) != (r.Disk > 0) || len(r.Disks) != meta.Disks {
+						t.Errorf("generation %d: %d pages on %d disks: %+v", n, r.Disk, meta.Disks, r.Disks)
+					}
+					var pages int64
+					for _, d := range r.Disks {
+						if pages += d.Pages; d.Bytes == 0 {
+							t.Errorf("%+v", d)
+						}
+					}
+					if pages != r.Disk {
+						t.Errorf("generation %d: %d pages on disks, and %d in the list", n, r.Disk, pages)
+					}
+					bases += onDiskBases(t, l, ref)
+					for ref, s := range saved {
+						l.holds(t, ref, s)
+					}
+				}
+				if o.PageSize == 0 && hot == 0 && o.Compress == 0 && bases == 0 {
+					t.Error("no delta is against a page on a disk")
+				}
+				l.noLeaks(t)
+			})
+		}
+	}
+}
+
+// onDiskBases is how many deltas of a checkpoint are against pages on disks.
+func onDiskBases(t *testing.T, l *lab, ref store.Ref) (n int) {
+	t.Helper()
+	c, err := l.st.OpenCheckpoint(t.Context(), ref, checkpoint.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if bases := c.Sources().Bases; bases != nil {
+		if err := bases.Runs(func(r pagemap.Run) error {
+			if r.Kind == pagemap.Disk {
+				n += int(r.Count)
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return n
+}
+
+// TestDiskChangesMeanwhile: a disk that is written to while pages are found on it fails
+// the save, and leaves nothing.
+func TestDiskChangesMeanwhile(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	s := generation(tiertest.Options{Seed: 1}, 1)
+	d := newRawDisk(t, filepath.Join(t.TempDir(), "disk"), digest.Fresh(), 1, s)
+	o := save.Options{Disks: []save.Disk{d.open(t)}, Progress: func(p progress.State) {
+		if p.Phase == "tail" {
+			edit(t, d.path, func(b []byte) []byte { b[len(b)-1] ^= 1; return b })
+		}
+	}}
+	if _, _, err := l.trySave(s, o); err == nil || !strings.Contains(err.Error(), d.path+" was written to") {
+		t.Errorf("saved: %v", err)
+	}
+	if refs, err := l.st.List(t.Context(), ""); err != nil || len(refs) > 0 {
+		t.Errorf("%v, %v", refs, err)
+	}
+	l.noLeaks(t)
+}
+
+// TestDiskOften has one page come again and again, each time as another block of the
+// disk: what is kept of it has a bound, and the last one counts.
+func TestDiskOften(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	o := tiertest.Options{Seed: 9, Blocks: []tiertest.Block{{Name: "ram", Size: 4 << 20}}, Passes: 80, Resend: 0.95,
+		Mix: tiertest.Mix{tiertest.Text: 1}}
+	s := tiertest.New(o)
+	first := o
+	first.Passes = 1
+	d := newRawDisk(t, filepath.Join(t.TempDir(), "disk"), digest.Fresh(), 1, tiertest.New(first), s)
+	ref, meta := l.save(t, s, save.Options{Disks: []save.Disk{d.open(t)}})
+	if r := meta.Report; r.Disk < 800 || r.Resent < 65536 {
+		t.Errorf("%+v", r)
+	}
+	l.holds(t, ref, s)
 }

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"sync"
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -33,11 +35,15 @@ func TestSequences(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv(seedsEnv)); err == nil {
 		seeds = n
 	}
-	var total struct{ refers, trimmed, flattened, crashes, kept int }
+	var total struct{ refers, trimmed, flattened, crashes, kept, onDisk int }
 	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 8)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{}}
 			q.l = newLab(t, q.disk, "/")
+			// Disks with pages of each of the two kinds of guest, when it was young.
+			for seed := range uint64(2) {
+				q.disks = append(q.disks, newRawDisk(t, filepath.Join(t.TempDir(), "disk"), digest.Fresh(), 2, aged(seed, 1), aged(seed, 3)).open(t))
+			}
 			for range 40 {
 				q.step()
 				if t.Failed() {
@@ -53,9 +59,10 @@ func TestSequences(t *testing.T) {
 			total.flattened += q.flattened
 			total.crashes += q.crashes
 			total.kept += q.kept
+			total.onDisk += q.onDisk
 		})
 	}
-	if total.refers < 5*seeds || total.trimmed == 0 || total.flattened < seeds || total.crashes < seeds || total.kept < seeds {
+	if total.onDisk < seeds || total.refers < 5*seeds || total.trimmed == 0 || total.flattened < seeds || total.crashes < seeds || total.kept < seeds {
 		t.Errorf("too little was tried: %+v", total)
 	}
 }
@@ -73,7 +80,15 @@ type sequence struct {
 	// have made it, or not have removed it.
 	may func(store.Ref) *tiertest.Stream
 
-	refers, trimmed, flattened, crashes, kept int
+	refers, trimmed, flattened, crashes, kept, onDisk int
+
+	disks []save.Disk // which stay as they are
+}
+
+// aged is the guest of a seed after so many passes.
+func aged(seed uint64, passes int) *tiertest.Stream {
+	return tiertest.New(tiertest.Options{Seed: seed, Passes: passes, Resend: 0.25, Fill: true,
+		Blocks: []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}})
 }
 
 // some is a random checkpoint of the model.
@@ -125,11 +140,13 @@ func (q *sequence) act() (string, error) {
 	case n < 5 || !any:
 		vm := []string{"a", "bb", "ccc"}[q.rng.IntN(3)]
 		q.passes[vm]++
-		s := tiertest.New(tiertest.Options{Seed: uint64(len(vm) / 2), Passes: q.passes[vm], Resend: 0.25, Fill: true,
-			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}})
+		s := aged(uint64(len(vm)/2), q.passes[vm])
 		o := save.Options{VM: vm, Energy: dedup.EnergyFull, SegmentPages: 2 + q.rng.IntN(5), Codec: image.Codec(q.rng.IntN(4)), Workers: 1}
 		if q.rng.IntN(2) == 0 {
 			o.WorkingSet, o.NVRAMSize = hotSet(t, s, every(2+q.rng.Uint64N(3))), 40<<18
+		}
+		if q.rng.IntN(2) == 0 {
+			o.Disks = q.disks[len(vm)/2:][:1]
 		}
 		if any && q.rng.IntN(3) == 0 {
 			o.Parent = ref.String()
@@ -145,6 +162,9 @@ func (q *sequence) act() (string, error) {
 			q.model[got] = s
 			if len(meta.References) > 0 {
 				q.refers++
+			}
+			if meta.Report.Disk > 0 {
+				q.onDisk++
 			}
 			return name, nil
 		}

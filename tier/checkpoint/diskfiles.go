@@ -19,8 +19,9 @@ import (
 type DiskFile interface {
 	io.ReaderAt // as the guest sees the disk
 	io.Closer
-	// Identity is what the file was when it was opened.
+	// Identity is what the file was when it was opened, Now what it is.
 	Identity() disk.Identity
+	Now() (disk.Identity, error)
 }
 
 // DiskCheck is when the pages that a checkpoint has on disks are compared with their
@@ -248,6 +249,7 @@ func (d *openDisks) close() {
 // DiskState is a disk that a checkpoint has pages on, and what has become of it.
 type DiskState struct {
 	Disk
+	File DiskFile // as long as the checkpoint is open; nil: missing
 	// Changed says in what it is not what it was, to follow its path, Missing why it can't
 	// be read; both are empty if it is what it was.
 	Changed, Missing string
@@ -261,7 +263,7 @@ func (c *Checkpoint) Disks() []DiskState {
 	}
 	list := make([]DiskState, len(c.disks.list))
 	for i := range list {
-		list[i] = DiskState{Disk: c.disks.list[i], Changed: c.disks.files[i].changed}
+		list[i] = DiskState{Disk: c.disks.list[i], File: c.disks.files[i].DiskFile, Changed: c.disks.files[i].changed}
 		if err := c.disks.files[i].err; err != nil {
 			list[i].Missing = err.Error()
 		}

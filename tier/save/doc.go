@@ -2,12 +2,13 @@
 //
 //	in ─► feed ─► parser ─┬─ pages ─► matcher ─► placer ─┬─ hot ──► NVRAM region ─┐
 //	                      │              ▲               └─ cold ─┐               │
-//	                      │            parent                     │               │
+//	                      │        parent, disks                  │               │
 //	                      └─ all else ─► skeleton ────────────────┴─► image ──────┴─► transaction
 //
 // Each stage knows the next, and none the one before. One goroutine runs them; the
-// matcher compares pages with the parent checkpoint's, and the image's Writer compresses
-// and writes, with some of their own. Without a parent there is no matcher.
+// matcher compares pages with the parent checkpoint's and with the blocks of disks, and the
+// image's Writer compresses and writes, with some of their own. Without a parent and disks
+// there is no matcher.
 //
 // What a checkpoint refers to is bytes, and never what another checkpoint's page map
 // says of them: entries of the parent's are taken over under names of the new one's

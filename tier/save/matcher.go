@@ -14,9 +14,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
-// matcher is the stage before the placer if there is a parent. It compares pages with
-// what the parent has at their place, many at a time on all CPUs, and hands them on in
-// their order:
+// matcher is the stage before the placer if there is a parent, or if there are disks. It
+// compares pages with what the parent has at their place, and looks for them on disks,
+// many at a time on all CPUs, and hands them on in their order:
 //
 //	parser ─► batch ─┬─► worker: digest, delta ─┐    ┌─► later ─┐
 //	                 └─► flight ─────────────────┴────┴──────────┴─► placer
@@ -77,6 +77,8 @@ type item struct {
 	base      source.Location
 	marks     []uint64
 	resembles bool
+	// baseSum is the digest of what a delta is against, if that is on a disk.
+	baseSum digest.Sum
 }
 
 // finding is what the parent has to do with a page.
@@ -87,14 +89,17 @@ const (
 	isZero                   // nothing, nor has any other: it is all zeros
 	isEqual                  // it has the same page
 	isChanged                // it has one that makes a delta pay
+	isOnDisk                 // nothing, but a disk has the same page
 )
 
-// newMatcher starts workers, which end with stop.
+// newMatcher starts workers, which end with stop. There is a parent or there are disks.
 func newMatcher(ctx context.Context, next *placer, par *parent, workers int) *matcher {
 	m := &matcher{next: next, par: par, most: 2*workers + 1, work: make(chan task, 2*workers+1)}
 	m.later.at = make(map[pageAt]int)
+	m.later.noMoved, m.later.noSimilar = par == nil, par == nil
 	for range workers {
 		r, work := par.reader(ctx), m.work
+		r.disks = next.to.disks
 		m.alive.Go(func() { r.work(work) })
 	}
 	return m
@@ -292,13 +297,14 @@ func (b *batch) compare(r *parentReader) {
 	for i := range b.items {
 		if it := &b.items[i]; it.fill < 0 {
 			r.compare(it, b)
+			r.disks.lookUp(it, &r.near)
 		}
 	}
 }
 
 // compare finds out what the parent has to do with a page of a batch.
 func (r *parentReader) compare(it *item, b *batch) {
-	it.found = isNew
+	it.found, it.sum = isNew, digest.Sum{}
 	if it.data[0] == 0 && bytes.Equal(it.data[1:], it.data[:len(it.data)-1]) {
 		it.found = isZero
 		return
@@ -331,6 +337,9 @@ func (r *parentReader) compare(it *item, b *batch) {
 		return
 	}
 	base, err := r.content(at, it.block, it.page)
+	if err == nil && at.Tier == source.OnDisk {
+		it.baseSum, err = r.sums.Sum(at)
+	}
 	if err != nil {
 		r.damaged(err)
 		return

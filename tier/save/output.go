@@ -22,6 +22,8 @@ type output struct {
 	// hash makes the digests of the image's pages; nil: it keeps none, and nobody can
 	// refer to it.
 	hash *digest.Hasher
+	// onDisk are the digests of the disk slots.
+	onDisk []digest.Sum
 	// features are what the image may turn out to need.
 	features image.Features
 
@@ -103,7 +105,7 @@ func (o *output) digests(nvram []digest.Sum) (*checkpoint.Digests, error) {
 	if o.hash == nil {
 		return nil, nil
 	}
-	return checkpoint.WriteDigests(o.img, o.hash, nvram, nil)
+	return checkpoint.WriteDigests(o.img, o.hash, nvram, o.onDisk)
 }
 
 // finishNVRAM gives back the extents behind the slots that were used, and writes

@@ -58,6 +58,9 @@ type parent struct {
 	theirs []source.Space
 	// dense are, by the parent's space, the segments in which enough is in use.
 	dense []bitmap.Bitmap
+	// carried are the disks that the parent has pages on, by its numbers, as this save
+	// numbers them; -1 for those whose pages are not taken over.
+	carried []int
 	// blocks are the parent's, by this save's: -1 for those that it does not have.
 	blocks []int
 
@@ -220,10 +223,15 @@ func (p *parent) bind(blocks []ramparse.Block, pageSize int) error {
 // to.
 func (p *parent) here(at source.Location) (pagemap.Entry, bool) {
 	if at.Tier == source.OnDisk {
-		return 0, false
+		on, ok := p.diskOf(at)
+		return diskEntry(on), ok
 	}
-	if at.Tier == source.AsDelta {
-		if base, ok := p.base(at); !ok || base.Tier == source.OnDisk {
+	if at.Tier == source.AsDelta && len(p.carried) > 0 {
+		base, ok := p.base(at)
+		if ok && base.Tier == source.OnDisk {
+			_, ok = p.diskOf(base)
+		}
+		if !ok {
 			return 0, false
 		}
 	}
@@ -276,17 +284,31 @@ type parentReader struct {
 
 	marks  []uint64 // of the page in hand
 	differ delta.Differ
+
+	disks *disks              // nil: none is looked in
+	near  checkpoint.DiskSlot // the last that was found
 }
 
+// reader is one goroutine's. Without a parent it finds nothing.
 func (p *parent) reader(ctx context.Context) *parentReader {
+	if p == nil {
+		return &parentReader{ctx: ctx}
+	}
 	return &parentReader{parent: p, ctx: ctx, rd: p.set.NewReader(p.cache), page: make([]byte, p.set.PageSize)}
 }
 
-func (r *parentReader) close() { r.rd.Close() }
+func (r *parentReader) close() {
+	if r.parent != nil {
+		r.rd.Close()
+	}
+}
 
 // find is where the bytes of a page of this save's are in the parent; false if they are
 // nowhere.
 func (r *parentReader) find(block int, page uint64) (at source.Location, ok bool) {
+	if r.parent == nil {
+		return at, false
+	}
 	b := r.blocks[block]
 	if b < 0 || page >= r.c.PageMap.Pages(b) {
 		return at, false

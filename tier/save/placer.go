@@ -23,6 +23,7 @@ import (
 //
 //	zero ───────────────────────────► page map
 //	the parent's (matcher) ─────────► page map: where that is
+//	a disk's (matcher) ─────────────► page map: where that is
 //	equal to a stored page (dedup) ─► page map: that page's slot
 //	in the working set ─────────────► NVRAM slot
 //	the parent's, with changes ─────► delta in a flash segment
@@ -40,6 +41,8 @@ type placer struct {
 	records packed        // open RECORDS segment
 	deltas  packed        // open DELTAS segment
 	bases   []deltaBase   // of all deltas so far, by rising slot
+
+	disk diskPages // pages that are on disks, and bases
 
 	slots     []checkpoint.NVRAMSlot // those given out
 	sums      []digest.Sum           // of their pages, if digests are kept
@@ -61,6 +64,7 @@ type placer struct {
 type target struct {
 	pages  *pagemap.Builder
 	par    *parent // what was compared with; nil: there is none
+	disks  *disks  // that pages may be on; nil: there are none
 	img    *image.Writer
 	hash   *digest.Hasher // nil: no digests are kept
 	region *nvram.Region  // nil: every page is cold
@@ -401,7 +405,8 @@ func (p *placer) base(slot uint64) pagemap.Entry {
 	return p.bases[i].base
 }
 
-// matched places a page record that has been compared with the parent.
+// matched places a page record that has been compared with the parent and looked for on
+// disks.
 func (p *placer) matched(it *item) error {
 	if it.fill >= 0 {
 		p.fill(it.block, it.page, byte(it.fill))
@@ -413,7 +418,15 @@ func (p *placer) matched(it *item) error {
 	}
 	p.last.ok = false
 	p.count.NonZeroBytes += int64(p.pageSize)
-	if it.found == isEqual {
+	// Of a page that is on a disk, and of a base, the digest is kept.
+	if onDisk(it.entry) {
+		sum := it.sum
+		if it.found == isChanged {
+			sum = it.baseSum
+		}
+		p.disk.add(checkpoint.DiskSlot(it.entry.Value()), sum)
+	}
+	if it.found == isEqual || it.found == isOnDisk {
 		if it.moved {
 			p.count.Moved++
 		}
@@ -506,5 +519,5 @@ func (p *placer) report(r *checkpoint.Report) {
 		return nil
 	})
 	r.Zero, r.ZeroAsData, r.Hot, r.Cold = n.Zero, n.ZeroAsData, n.Hot, n.Cold
-	r.Delta, r.Unchanged = n.Delta, n.Unchanged
+	r.Disk, r.Delta, r.Unchanged = n.Disk, n.Delta, n.Unchanged
 }

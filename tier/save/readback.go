@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/delta"
 	"github.com/flic-migrate/flic-migrate/tier/image"
@@ -28,6 +29,7 @@ type readback struct {
 	slot   []byte // a page from NVRAM
 
 	parent *parentReader // nil: there is none
+	disk   []byte        // a page from a disk; nil: there are none
 	result []byte        // a page made of a delta
 }
 
@@ -41,6 +43,10 @@ func newReadback(p *placer) *readback {
 			table = table.With(source.Row{Kind: k, Name: k.String(), Form: source.Whole, Content: b.parents})
 		}
 		table = table.With(source.Row{Kind: pagemap.Delta, Name: "delta", Form: source.Whole, Needs: ownSegment, Content: b.delta})
+	}
+	if p.to.disks != nil {
+		b.disk = make([]byte, p.pageSize)
+		table = table.With(source.Row{Kind: pagemap.Disk, Name: "disk", Form: source.Whole, Content: b.disks})
 	}
 	set := &source.Set{
 		Facts: source.Facts{PageSize: p.pageSize, Spaces: []source.SpaceFacts{{SegmentPages: uint64(p.segmentPages())}}},
@@ -79,6 +85,12 @@ func (b *readback) parents(rd *source.Reader, e pagemap.Entry) (source.Content, 
 	return source.Content{Form: source.Whole, Data: data}, err
 }
 
+// disks is Row.Content of a page that is on a disk.
+func (b *readback) disks(_ *source.Reader, e pagemap.Entry) (source.Content, error) {
+	err := b.p.readDisk(b.disk, checkpoint.DiskSlot(e.Value()))
+	return source.Content{Form: source.Whole, Data: b.disk}, err
+}
+
 // delta is Row.Content of a page that is a delta against the parent's whole bytes.
 func (b *readback) delta(rd *source.Reader, e pagemap.Entry) (c source.Content, err error) {
 	seg, i := rd.InSegment(0, e.Value())
@@ -86,12 +98,17 @@ func (b *readback) delta(rd *source.Reader, e pagemap.Entry) (c source.Content, 
 	if err != nil {
 		return c, err
 	}
-	at, ok := b.parent.there(b.p.base(e.Value()))
-	if !ok {
-		return c, errors.New("the parent has lost what it is a delta against")
+	var base []byte
+	if is := b.p.base(e.Value()); onDisk(is) {
+		base, err = b.disk, b.p.readDisk(b.disk, checkpoint.DiskSlot(is.Value()))
+	} else {
+		at, ok := b.parent.there(is)
+		if !ok {
+			return c, errors.New("the parent has lost what it is a delta against")
+		}
+		page := rd.Page()
+		base, err = b.parent.content(at, page.Block, page.Number)
 	}
-	page := rd.Page()
-	base, err := b.parent.content(at, page.Block, page.Number)
 	switch {
 	case err != nil:
 	case pieces:

@@ -61,8 +61,18 @@ func (p *placer) refer() (*referred, error) {
 					return err
 				}
 				where, _ := par.set.Locate(base.Entry(0))
-				where.Space = par.spaces[where.Space]
-				b.base = where.Entry()
+				if where.Tier == source.OnDisk {
+					sum, err := par.sums.Sum(where)
+					if err != nil {
+						return err
+					}
+					on, _ := par.diskOf(where)
+					p.disk.add(on, sum)
+					b.base = diskEntry(on)
+				} else {
+					where.Space = par.spaces[where.Space]
+					b.base = where.Entry()
+				}
 			}
 			where, _ := source.Default.Locate(b.base)
 			n.need(where)
@@ -84,6 +94,9 @@ func (p *placer) refer() (*referred, error) {
 
 // need notes that bytes at a place are needed.
 func (n *referred) need(at source.Location) {
+	if at.Tier == source.OnDisk {
+		return
+	}
 	ref := at.Space - 1
 	if at.Tier == source.InNVRAM {
 		n.slots[ref].Set(int64(at.Slot))
@@ -179,6 +192,13 @@ func runOfBases(list []baseOf, block int) pagemap.Run {
 // REFERENCES and BASES.
 func (s *saver) references(ctx context.Context) error {
 	n, err := s.placer.refer()
+	if err != nil {
+		return err
+	}
+	on, err := s.placer.number(n)
+	if err == nil {
+		err = s.disks(on)
+	}
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"syscall"
 	"time"
 
@@ -55,6 +56,10 @@ type Options struct {
 	// Since is the checkpoint that the guest goes on from, if that is known: ParentAuto
 	// takes it rather than the newest.
 	Since store.Ref
+
+	// Disks are disk images that pages are looked for in, as OpenDisks gives them; they
+	// stay open until the save has ended. To looks in none.
+	Disks []Disk
 
 	Libvirt *checkpoint.Libvirt // kept with the checkpoint; may be nil
 
@@ -294,12 +299,22 @@ func (s *saver) openParent() (err error) {
 	if s.par, err = openParent(s.ctx, s.st, s.out.tx, s.o, s.o.workers()); err != nil {
 		return err
 	}
-	if s.par == nil {
-		s.out.hash = digest.Fresh()
-		return nil
+	if len(s.o.Disks) > 0 {
+		s.out.features.Incompat = image.HasDisks
 	}
-	s.out.hash = s.par.sums.Hasher
-	s.out.features.Incompat = image.HasDeltas | image.HasReferences | image.HasPieces
+	switch {
+	case s.par != nil:
+		s.out.hash = s.par.sums.Hasher
+		s.out.features.Incompat |= image.HasDeltas | image.HasReferences | image.HasPieces
+		if s.par.c.Meta.Disks > 0 {
+			s.out.features.Incompat |= image.HasDisks
+		}
+	case len(s.o.Disks) > 0:
+		// One digest then tells of a page all that there is to know.
+		s.out.hash = s.o.Disks[0].Index.Digester()
+	default:
+		s.out.hash = digest.Fresh()
+	}
 	return nil
 }
 
@@ -324,6 +339,18 @@ func (s *saver) place() (stage, error) {
 			to.par = s.par
 		}
 	}
+	// Pages on disks are nothing without their digests.
+	if !s.single && s.rep.Pages <= digest.MaxPages {
+		d := newDisks(s.o.Disks, s.out.hash, s.meta.PageSize, s.o.Log)
+		if to.par != nil {
+			to.par.carried = d.carry(to.par.c.Disks())
+		}
+		if len(d.list) > 0 {
+			to.disks = d
+		}
+	} else if to.par != nil {
+		to.par.carried = slices.Repeat([]int{-1}, len(to.par.c.Disks()))
+	}
 	surplus, err := s.reserve(&to)
 	if err != nil {
 		return nil, err
@@ -345,10 +372,10 @@ func (s *saver) place() (stage, error) {
 	p := newPlacer(to, s.meta.PageSize, chunk, sample, max(1<<16, int(s.rep.Pages/8)))
 	p.count.Surplus = surplus
 	s.placer = p
-	if to.par == nil {
+	if to.par == nil && to.disks == nil {
 		return p, nil
 	}
-	s.match = newMatcher(s.ctx, p, s.par, s.o.workers())
+	s.match = newMatcher(s.ctx, p, to.par, s.o.workers())
 	return s.match, nil
 }
 

@@ -214,7 +214,11 @@ func (r *parentReader) compareSimilar(it *item) {
 	if !ok {
 		return
 	}
+	var sum digest.Sum
 	base, err := r.content(it.base, it.block, it.page)
+	if err == nil && it.base.Tier == source.OnDisk {
+		sum, err = r.sums.Sum(it.base)
+	}
 	if err != nil {
 		r.damaged(err)
 		return
@@ -225,7 +229,7 @@ func (r *parentReader) compareSimilar(it *item) {
 		most = min(most, len(it.delta)*3/4)
 	}
 	if d, ok := r.differ.Encode(nil, it.data, base, most); ok {
-		it.found, it.entry, it.delta, it.pieces = isChanged, e, d, true
+		it.found, it.entry, it.baseSum, it.delta, it.pieces = isChanged, e, sum, d, true
 	}
 }
 

@@ -139,10 +139,14 @@ func (p *placer) promote(runs []workingset.PageRun) (moved bool, err error) {
 				}
 			}
 			if err := p.read(p.scratch, r.Block, page); err != nil {
-				if inFlash(e) {
+				switch {
+				case inFlash(e):
 					return moved, err
+				case onDisk(e):
+					p.to.disks.damaged(err)
+				default:
+					p.to.par.damaged(err)
 				}
-				p.to.par.damaged(err)
 				continue // where it is, it is as safe as it was
 			}
 			slot := p.takeSlot()
