@@ -6,13 +6,16 @@ import (
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
 type flattenCmd struct {
 	*app
 	encoding
+	disks disksFlags
 	json  bool
 	quiet bool
 }
@@ -23,21 +26,26 @@ func newFlatten(a *app) *cobra.Command {
 		Use:   "flatten [flags] NAME[@N]",
 		Short: "Make a checkpoint independent of all others",
 		Long: `Flatten puts an image in a checkpoint's place that has every page on flash and refers
-to no other checkpoint. It stays NAME@N, and says all that it did; only its UUID is
+to no other checkpoint and no disk image. It stays NAME@N, and says all that it did; only its UUID is
 new. Other checkpoints that refer to it are as whole as before: what they need of the
 old image is kept for them. Whenever it is interrupted the checkpoint is there, as it
-was or flattened. One that refers to nothing and has nothing in NVRAM stays as it is.
+was or flattened. One that refers to nothing and has nothing in NVRAM or on disk images
+stays as it is.
 
 Of the flags for encoding --codec and --workers count.`,
 		Example: `  flic-migrate flatten --store /srv/vms web1@3`,
 		Args:    cobra.ExactArgs(1),
 		RunE:    func(cmd *cobra.Command, args []string) error { return p.run(cmd.Context(), args[0]) },
 	}
-	fs := c.Flags()
+	p.add(c.Flags())
+	return c
+}
+
+func (p *flattenCmd) add(fs *pflag.FlagSet) {
+	p.disks.addMoved(fs)
 	p.encoding.add(fs)
 	fs.BoolVar(&p.json, "json", false, "print the report as a JSON document")
 	fs.BoolVar(&p.quiet, "quiet", false, "no progress, nothing but warnings and errors")
-	return c
 }
 
 // flattenReport is flatten's JSON document.
@@ -57,16 +65,25 @@ func (p *flattenCmd) run(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	return p.flatten(ctx, st, ref)
+}
+
+func (p *flattenCmd) flatten(ctx context.Context, st *store.Store, ref store.Ref) error {
 	show := newProgress(p.stderr, p.quiet)
-	defer show.finish()
 	o := p.encoding.options()
-	old, meta, err := st.Flatten(ctx, ref, store.CopyOptions{Codec: o.Codec, Workers: o.Workers, Progress: show.callback()})
+	old, meta, err := st.Flatten(ctx, ref, store.CopyOptions{Codec: o.Codec, Workers: o.Workers, Disks: p.disks.reading(), Progress: show.callback()})
+	show.finish()
 	if err != nil {
 		return fmt.Errorf("flattening of checkpoint %v: %w", ref, err)
 	}
 	if old.Left != nil {
 		p.log().Warn("not all that a flattened checkpoint took was freed; gc frees what belongs to nobody", "checkpoint", old.Ref.String(), "cause", oneLine(old.Left))
 	}
+	return p.show(old, meta)
+}
+
+// show says what has become of a checkpoint.
+func (p *flattenCmd) show(old store.Removed, meta *checkpoint.Meta) error {
 	if p.json {
 		rep := flattenReport{saveReport: saveReport{Checkpoint: old.Ref.String(), UUID: meta.UUID.String(), Report: &meta.Report}, Freed: store.Space{Flash: old.FlashBytes, NVRAM: old.NVRAMBytes}}
 		for _, by := range old.Kept {
@@ -74,6 +91,6 @@ func (p *flattenCmd) run(ctx context.Context, name string) error {
 		}
 		return printJSON(p.stdout, rep)
 	}
-	_, err = fmt.Fprintln(p.stdout, summary(old.Ref, &meta.Report))
+	_, err := fmt.Fprintln(p.stdout, summary(old.Ref, &meta.Report))
 	return err
 }

@@ -25,7 +25,8 @@ func newList(a *app) *cobra.Command {
 		Long: `List prints a line for each checkpoint: of one VM, or of all in the store. RAM is
 the size of the guest's memory; FLASH and NVRAM are what the checkpoint takes.
 STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say, or
-its version if it is in another one of the format; "next armed" stands with the newest
+its version if it is in another one of the format; "needs 2 disks" stands with one that
+has pages on disk images (save --disk; show names them), "next armed" with the newest
 checkpoint of a VM whose next one is (checkpoint --arm).`,
 		Example: `  flic-migrate list --store /srv/vms
   flic-migrate list --store /srv/vms --json web1`,
@@ -54,6 +55,7 @@ type listEntry struct {
 	NVRAMBytes int64     `json:"nvram_bytes"` // page content in NVRAM
 	Machine    string    `json:"machine,omitempty"`
 	State      string    `json:"state"`           // QEMU's run state, or damaged, "version N" or unsupported
+	Disks      int       `json:"disks,omitempty"` // disk images that have bytes of its pages
 	Armed      bool      `json:"armed,omitempty"` // the VM's next one is armed; on its newest
 	Error      string    `json:"error,omitempty"`
 }
@@ -135,7 +137,7 @@ func newListEntry(l store.Listed) listEntry {
 	}
 	id := l.Identity
 	e.UUID, e.Created, e.Machine, e.State = id.UUID.String(), id.Created, id.Machine, id.RunState
-	e.RAMBytes = id.RAMBytes
+	e.RAMBytes, e.Disks = id.RAMBytes, id.Disks
 	if id.NVRAM != nil {
 		e.NVRAMBytes = id.NVRAM.Bytes
 	}
@@ -166,6 +168,9 @@ func printList(w io.Writer, entries []listEntry) error {
 	fmt.Fprintln(t, "CHECKPOINT\tCREATED\tRAM\tFLASH\tNVRAM\tMACHINE\tSTATE")
 	for _, e := range entries {
 		state := dash(e.State)
+		if e.Disks > 0 {
+			state += fmt.Sprintf(", needs %s", plural(e.Disks, "disk"))
+		}
 		if e.Armed {
 			state += ", next armed"
 		}
@@ -173,6 +178,14 @@ func printList(w io.Writer, entries []listEntry) error {
 			human(e.FlashBytes), human(e.NVRAMBytes), dash(e.Machine), state)
 	}
 	return t.Flush()
+}
+
+// plural is a number of things.
+func plural(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
 }
 
 func localTime(t time.Time) string {

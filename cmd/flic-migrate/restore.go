@@ -31,6 +31,7 @@ type restoreCmd struct {
 	learn    time.Duration
 	zeros    bool
 	nvram    string
+	disks    disksFlags
 	workers  count
 	report   string
 	status   string
@@ -79,6 +80,7 @@ PATH of its exec: shell does not have the program: name it by its whole path.`,
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
 	fs.BoolVar(&r.zeros, "zero-rest", true, "lazy: in the end send the pages without content as well, which QEMU 10.2 and later need; earlier ones are done sooner with --zero-rest=false")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	r.disks.add(fs)
 	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
 	fs.StringVar(&r.report, "report", "", "write the JSON report to this file as well, also after a failure")
 	fs.StringVar(&r.control, "control", "", "for resume: the socket on which it is told how far the restore is and how it went")
@@ -153,7 +155,9 @@ func (w *serving) restore(ctx context.Context, name string) (doc restoreReport, 
 	if err != nil {
 		return doc, err
 	}
-	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: w.nvram})
+	w.meter = newProgress(w.stderr, w.quiet)
+	defer w.meter.finish()
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: w.nvram, Disks: w.disks.options(w.progress)})
 	if err != nil {
 		return doc, err
 	}
@@ -168,8 +172,6 @@ func (w *serving) restore(ctx context.Context, name string) (doc restoreReport, 
 	if doc.Reason != "" && !w.quiet {
 		w.log().Info("restoring eagerly", "reason", doc.Reason)
 	}
-	w.meter = newProgress(w.stderr, w.quiet)
-	defer w.meter.finish()
 	type outcome struct {
 		doc restoreReport
 		err error

@@ -31,6 +31,7 @@ type resumeCmd struct {
 	stalled  time.Duration
 	restarts int
 	nvram    string
+	disks    disksFlags
 	json     bool
 	quiet    bool
 
@@ -77,6 +78,7 @@ themselves.`,
 	fs.IntVar(&r.restarts, "restarts", 5, "with --qmp: how many times the process that serves the memory is started again if it dies")
 	fs.DurationVar(&r.stalled, "stalled", 10*time.Second, "say so when the process that serves the memory has made no progress for so long; 0: never")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	r.disks.add(fs)
 	fs.BoolVar(&r.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary")
 	setKey(fs, "recover", "resume-recover")
@@ -111,15 +113,16 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	}
 	// Opened here as well: what can be known to be wrong is known before QEMU
 	// is touched. Open keeps the checkpoint from being removed meanwhile.
-	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: r.nvram})
+	p := newProgress(r.stderr, r.quiet)
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: r.nvram, Disks: r.disks.options(p.callback())})
 	if err != nil {
+		p.finish()
 		return err
 	}
 	defer c.Close()
 	// Older QEMUs load it too, and would need the capabilities that the one which was
 	// saved had for what it replaces.
 	r.portable = restore.Portable(c.Checkpoint) == nil
-	p := newProgress(r.stderr, r.quiet)
 	o := session.ResumeOptions{
 		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover, Force: r.force,
 		Learn: r.learn, Restarts: r.restarts, Stalled: r.stalled,
@@ -179,6 +182,7 @@ func (r *resumeCmd) again(dir string, ref store.Ref) string {
 	if r.nvram != "" {
 		words = append(words, "--nvram-from", r.nvram)
 	}
+	words = append(words, r.disks.words()...)
 	return migration.ShellWords(words)
 }
 
@@ -215,6 +219,7 @@ func (r *resumeCmd) server(dir string, ref store.Ref, a session.ServerArgs) []st
 	if r.nvram != "" {
 		args = append(args, "--nvram-from", r.nvram)
 	}
+	args = append(args, r.disks.words()...)
 	return append(args, ref.String())
 }
 

@@ -226,8 +226,11 @@ func writeReport(path string, b []byte) error {
 // summary is the line that a save ends with.
 func summary(ref store.Ref, r *checkpoint.Report) string {
 	since := ""
+	if r.Disk > 0 {
+		since = fmt.Sprintf(", %d on disk", r.Disk)
+	}
 	if r.Parent != "" {
-		since = fmt.Sprintf(", %d as in %s, %d changed in part", r.Unchanged, r.Parent, r.Delta)
+		since += fmt.Sprintf(", %d as in %s, %d changed in part", r.Unchanged, r.Parent, r.Delta)
 	}
 	return fmt.Sprintf("saved %v: %s in, %d pages (%d zero, %d duplicate, %d hot, %d cold%s), %s to flash, %s to NVRAM, %.2f s",
 		ref, human(r.BytesIn), r.Pages, r.Zero, r.Duplicate, r.Hot, r.Cold, since, human(r.FlashBytes), human(r.NVRAMBytes), r.Seconds.Total)

@@ -128,6 +128,9 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, reads
 	} else {
 		line("NVRAM", "-")
 	}
+	for _, d := range r.Disks {
+		line("on disk image", "%s: %d pages, %s", d.Path, d.Pages, human(d.Bytes))
+	}
 	if reads != nil {
 		line("a restore reads", "%d places, %.1f for each MB", reads.Places, reads.PerMB)
 	}

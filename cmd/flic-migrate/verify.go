@@ -18,6 +18,7 @@ type verifyCmd struct {
 	*app
 	all   bool
 	nvram string
+	disks disksFlags
 	json  bool
 }
 
@@ -29,7 +30,8 @@ func newVerify(a *app) *cobra.Command {
 		Long: `Verify reads every byte of checkpoints, in both tiers, and checks it. It prints
 each damage with file and offset, and exits with 4 if there is any. An NVRAM file
 that is missing, or another one than the checkpoint was saved to, is damage too:
-such a checkpoint can't be restored. With --all so is what lies among the
+such a checkpoint can't be restored. So is a disk image that has pages of it (save
+--disk) and is missing, or no longer has them. With --all so is what lies among the
 checkpoints and has no name of one. A checkpoint in another version of the format
 is none: if there is nothing worse, the exit code is 1.`,
 		Example: `  flic-migrate verify --store /srv/vms web1@3
@@ -41,6 +43,7 @@ is none: if there is nothing worse, the exit code is 1.`,
 	fs.BoolVar(&v.all, "all", false, "verify every checkpoint in the store")
 	setKey(fs, "all", "verify-all")
 	fs.StringVar(&v.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	v.disks.addMoved(fs)
 	fs.BoolVar(&v.json, "json", false, "print a JSON array")
 	return c
 }
@@ -148,7 +151,7 @@ func (v *verifyCmd) verify(ctx context.Context, st *store.Store, ref store.Ref) 
 		}
 		e.Damage = append(e.Damage, oneLine(err))
 	}
-	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: v.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: v.nvram, Disks: v.disks.reading()})
 	switch {
 	case err == nil:
 		err = c.Verify(ctx, found)

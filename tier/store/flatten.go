@@ -32,7 +32,7 @@ var ErrChanged = errors.New("it has been removed or replaced meanwhile")
 // nobody needs of the old one is freed, as a removal does. One that refers to nothing,
 // and has nothing in NVRAM or on disks, stays as it is: Meta is then its own.
 func (s *Store) Flatten(ctx context.Context, r Ref, o CopyOptions) (Removed, *checkpoint.Meta, error) {
-	c, err := s.OpenCheckpoint(ctx, r, checkpoint.Options{})
+	c, err := s.OpenCheckpoint(ctx, r, checkpoint.Options{Disks: o.Disks})
 	if err != nil {
 		return Removed{}, nil, err
 	}

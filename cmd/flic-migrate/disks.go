@@ -1,0 +1,88 @@
+package main
+
+import (
+	"errors"
+	"sort"
+	"strings"
+
+	"github.com/spf13/pflag"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
+)
+
+// movedDisks is --disk of the commands that read checkpoints: where disk images are now,
+// by where they were.
+type movedDisks map[string]string
+
+func (m *movedDisks) Type() string { return "OLD=NEW" }
+
+func (m *movedDisks) String() string {
+	var list []string
+	for old, to := range *m {
+		list = append(list, old+"="+to)
+	}
+	sort.Strings(list)
+	return strings.Join(list, ",")
+}
+
+// Set takes one. OLD is absolute, and as a rule NEW is too, so that an equals sign in a
+// name need not be in the way.
+func (m *movedDisks) Set(v string) error {
+	old, to, ok := strings.Cut(v, "=/")
+	if to = "/" + to; !ok {
+		old, to, ok = strings.Cut(v, "=")
+	}
+	if !ok || to == "" || !strings.HasPrefix(old, "/") {
+		return errors.New("must be the path that the checkpoint says, which show prints, an equals sign, and the path now")
+	}
+	if *m == nil {
+		*m = make(movedDisks)
+	}
+	(*m)[old] = to
+	return nil
+}
+
+// disksFlags are those of the commands that read the pages of checkpoints.
+type disksFlags struct {
+	moved movedDisks
+	check bool
+}
+
+func (d *disksFlags) addMoved(fs *pflag.FlagSet) {
+	fs.Var(&d.moved, "disk", "a disk image that is no longer where the checkpoint says; may be given several times")
+	setKey(fs, "disk", "moved-disk")
+}
+
+func (d *disksFlags) add(fs *pflag.FlagSet) {
+	d.addMoved(fs)
+	fs.BoolVar(&d.check, "check-disks", false, "compare all pages that are on disk images before anything else, also if these seem to be what they were")
+}
+
+// options are those of a restore.
+func (d *disksFlags) options(show func(progress.State)) checkpoint.DiskOptions {
+	o := checkpoint.DiskOptions{Moved: d.moved, Progress: show}
+	if d.check {
+		o.Check = checkpoint.CheckAll
+	}
+	return o
+}
+
+// reading are the options of who reads all pages in any case.
+func (d *disksFlags) reading() checkpoint.DiskOptions {
+	return checkpoint.DiskOptions{Moved: d.moved, Check: checkpoint.CheckRead}
+}
+
+// words are the flags as a server that resume starts needs them. --check-disks is not
+// among them: resume has compared all.
+func (d *disksFlags) words() (words []string) {
+	var olds []string
+	for old := range d.moved {
+		olds = append(olds, old)
+	}
+	sort.Strings(olds)
+	for _, old := range olds {
+		words = append(words, "--disk", old+"="+d.moved[old])
+	}
+	return words
+}
