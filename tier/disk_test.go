@@ -65,12 +65,30 @@ func edit(t *testing.T, path string, fn func(b []byte) []byte) {
 	}
 }
 
+// firstOnDisk is where the first block is of disk 1 that the last generation has.
+func firstOnDisk(t *testing.T) int {
+	l, list, disks := onDisks(t)
+	c, err := l.st.OpenCheckpoint(t.Context(), list[2].Ref, checkpoint.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for slot := uint64(0); ; slot++ {
+		at, err := c.DiskSlot(slot)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Disks()[at.Disk()].Path == disks[1] {
+			return int(at.Sector()) * disk.SectorSize
+		}
+	}
+}
+
 // TestDiskChanged: whatever has become of a disk, a checkpoint that has pages on it is
 // restored as it was or refused before the first byte, with the disk, what happened to it
 // and the place of the first block that is wrong.
 func TestDiskChanged(t *testing.T) {
-	// Where the first block is of disk 1 that the last generation has a page on.
-	const first = 5632
+	first := firstOnDisk(t)
 	flip := func(at int) func(b []byte) []byte {
 		return func(b []byte) []byte { b[at] ^= 1; return b }
 	}
@@ -85,7 +103,7 @@ func TestDiskChanged(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(t *testing.T, path string)
 		says   []string // nothing: the checkpoint is as it was
-		off    int64    // of the wrong block, in the disk
+		off    int      // of the wrong block, in the disk
 	}{
 		"written to":            {func(t *testing.T, p string) { edit(t, p, flip(first)) }, []string{"disk1", "was written to", "digest mismatch"}, first},
 		"written to, elsewhere": {func(t *testing.T, p string) { edit(t, p, flip(5)) }, nil, 0},
@@ -160,7 +178,7 @@ func TestDiskChanged(t *testing.T) {
 				t.Errorf("%d bytes were restored", len(out))
 			}
 			var corrupt *integrity.CorruptError
-			if is := errors.As(err, &corrupt); is != (c.off >= 0) || is && (corrupt.File != disks[1] || corrupt.Offset != c.off) {
+			if is := errors.As(err, &corrupt); is != (c.off >= 0) || is && (corrupt.File != disks[1] || corrupt.Offset != int64(c.off)) {
 				t.Errorf("place: %+v", corrupt)
 			}
 			if name == "gone" && !errors.Is(err, fs.ErrNotExist) {

@@ -16,10 +16,10 @@ import (
 
 // CopyOptions of Copy.
 type CopyOptions struct {
-	Codec    image.Codec
-	Workers  int                  // compressing threads; 0: one for each CPU
+	Codec   image.Codec
+	Workers int // compressing threads; 0: one for each CPU
 	// Disks is how Flatten deals with the disks that pages are on.
-	Disks checkpoint.DiskOptions
+	Disks    checkpoint.DiskOptions
 	Progress func(progress.State) // called a few times a second; may be nil
 }
 
