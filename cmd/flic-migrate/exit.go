@@ -9,6 +9,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -61,7 +62,7 @@ func exitCode(err error) int {
 		return exitCorrupt
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return exitNoSpace
-	case errors.Is(err, store.ErrNotFound), errors.Is(err, session.ErrNotArmed), errors.Is(err, domain.ErrNotFound), errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, store.ErrNotFound), errors.Is(err, session.ErrNotArmed), errors.Is(err, domain.ErrNotFound), errors.Is(err, disk.ErrNoIndex), errors.Is(err, fs.ErrNotExist):
 		return exitNotFound
 	case errors.As(err, &migration):
 		// QEMU has broken off the stream; it has the reason.

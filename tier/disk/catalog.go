@@ -53,8 +53,8 @@ func NewCatalog(fsys vfs.FS, dir string) *Catalog { return &Catalog{fsys, dir} }
 
 func (c *Catalog) path(name string) string { return filepath.Join(c.dir, name) }
 
-// idOf is the name of a layer's index: the same for all VMs that stand on the layer.
-func idOf(id Identity) string {
+// ID is the name of a layer's index: the same for all VMs that stand on the layer.
+func ID(id Identity) string {
 	sum := blake3.Sum256([]byte(string(id.Format) + "\x00" + id.Path))
 	return hex.EncodeToString(sum[:16])
 }
@@ -103,7 +103,7 @@ func (c *Catalog) key(ctx context.Context) (*digest.Hasher, error) {
 // Open opens the index of a layer: of it alone, not of what it stands on. It is
 // ErrNoIndex if there is none, and ErrStale, with the reason, if it can't be used.
 func (c *Catalog) Open(ctx context.Context, img *Image) (*Index, error) {
-	name := c.path(idOf(img.id) + indexSuffix)
+	name := c.path(ID(img.id) + indexSuffix)
 	stale := func(why string) error {
 		return fmt.Errorf("%s: %w: %s", img.Path(), ErrStale, why)
 	}
@@ -254,7 +254,7 @@ func (c *Catalog) Build(ctx context.Context, img *Image, o BuildOptions) (_ *Bui
 	if err := c.room(b.total); err != nil {
 		return nil, err
 	}
-	id := idOf(img.id)
+	id := ID(img.id)
 	part, hasher, err := c.begin(ctx, id)
 	if err != nil {
 		return nil, fmt.Errorf("index of %s: %w", img.Path(), err)
@@ -512,7 +512,7 @@ func (c *Catalog) describe(ctx context.Context, id string) (Entry, error) {
 	}
 	defer x.Close()
 	e.Identity, e.Built, e.Blocks, e.Data = x.head.id, x.Built(), x.head.records, x.head.data
-	if idOf(x.head.id) != id {
+	if ID(x.head.id) != id {
 		e.Why = "it has another layer's name"
 		return e, nil
 	}
@@ -554,16 +554,12 @@ func (c *Catalog) Remove(ctx context.Context, id string) error {
 	return c.fs.SyncDir(c.dir)
 }
 
-// Find returns the IDs of the indexes of the file at path, of whatever format, and also
-// if the file is not there any more. path may be the ID of an index.
-func (c *Catalog) Find(ctx context.Context, path string) ([]string, error) {
-	list, err := c.List(ctx)
-	if err != nil {
-		return nil, err
-	}
+// Find returns the IDs of those indexes in a list that are of the file at path, of
+// whatever format, and also if the file is not there any more. path may be an ID.
+func Find(list []Entry, path string) []string {
 	full, err := filepath.Abs(path)
 	if err != nil {
-		return nil, err
+		full = path
 	}
 	resolved, err := filepath.EvalSymlinks(full)
 	if err != nil {
@@ -575,5 +571,5 @@ func (c *Catalog) Find(ctx context.Context, path string) ([]string, error) {
 			ids = append(ids, e.ID)
 		}
 	}
-	return ids, nil
+	return ids
 }
