@@ -35,7 +35,7 @@ func TestSequences(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv(seedsEnv)); err == nil {
 		seeds = n
 	}
-	var total struct{ refers, trimmed, flattened, crashes, kept, onDisk int }
+	var total struct{ refers, trimmed, flattened, crashes, kept, onDisk, demoted int }
 	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 8)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{}}
@@ -60,9 +60,10 @@ func TestSequences(t *testing.T) {
 			total.crashes += q.crashes
 			total.kept += q.kept
 			total.onDisk += q.onDisk
+			total.demoted += q.demoted
 		})
 	}
-	if total.onDisk < seeds || total.refers < 5*seeds || total.trimmed == 0 || total.flattened < seeds || total.crashes < seeds || total.kept < seeds {
+	if total.onDisk < seeds || total.refers < 5*seeds || total.trimmed == 0 || total.flattened < seeds || total.crashes < seeds || total.kept < seeds || 2*total.demoted < seeds {
 		t.Errorf("too little was tried: %+v", total)
 	}
 }
@@ -80,7 +81,7 @@ type sequence struct {
 	// have made it, or not have removed it.
 	may func(store.Ref) *tiertest.Stream
 
-	refers, trimmed, flattened, crashes, kept, onDisk int
+	refers, trimmed, flattened, crashes, kept, onDisk, demoted int
 
 	disks []save.Disk // which stay as they are
 }
@@ -136,13 +137,13 @@ func (q *sequence) step() {
 func (q *sequence) act() (string, error) {
 	t, l := q.t, q.l
 	ref, any := q.some()
-	switch n := q.rng.IntN(12); {
+	switch n := q.rng.IntN(16); {
 	case n < 5 || !any:
 		vm := []string{"a", "bb", "ccc"}[q.rng.IntN(3)]
 		q.passes[vm]++
 		s := aged(uint64(len(vm)/2), q.passes[vm])
 		o := save.Options{VM: vm, Energy: dedup.EnergyFull, SegmentPages: 2 + q.rng.IntN(5), Codec: image.Codec(q.rng.IntN(4)), Workers: 1}
-		if q.rng.IntN(2) == 0 {
+		if q.rng.IntN(3) > 0 {
 			o.WorkingSet, o.NVRAMSize = hotSet(t, s, every(2+q.rng.Uint64N(3))), 40<<18
 		}
 		if q.rng.IntN(2) == 0 {
@@ -210,6 +211,14 @@ func (q *sequence) act() (string, error) {
 			q.flattened++
 		}
 		return fmt.Sprintf("flatten %v", ref), err
+	case n < 15:
+		keep := 1 + q.rng.IntN(2)
+		d, err := l.st.Demote(t.Context(), keep)
+		if err == nil {
+			err = d.Left
+		}
+		q.demoted += d.Images
+		return fmt.Sprintf("demotion of all but %d", keep), err
 	default:
 		refs, err := l.st.List(t.Context(), ref.VM)
 		if err != nil {

@@ -37,6 +37,7 @@ type checkpointCmd struct {
 	armRate   size
 	armLog    string
 	keepLast  count
+	nvramKeep count
 	json      bool
 	quiet     bool
 }
@@ -75,6 +76,10 @@ With an NVRAM file and without --working-set, the guest is watched first, for as
 long as --timer says, by default as FLIC's equation (1) does (see track). --timer
 with --working-set joins the two sets.
 
+NVRAM is for the newest: when the guest runs again, pages that only older checkpoints
+need are moved from there to flash, for at most ten seconds; the next checkpoint, and
+gc, go on with that.
+
 Whatever goes wrong, or if it is interrupted, the guest does what it did before,
 QEMU's migration settings are what they were, and no checkpoint is left. If it is
 killed (SIGKILL) during --mode stop the guest stays paused; the next checkpoint of
@@ -95,6 +100,7 @@ it lets it run first.`,
 	fs.Var(&c.then, "then", "what becomes of the guest (default: what it did before)")
 	c.placement.add(fs)
 	addParent(fs, &c.parent)
+	addKeep(fs, &c.nvramKeep)
 	fs.StringVar(&c.timer, "timer", "auto", "how long the guest's writes are watched in each round, such as 4s; auto: by equation (1), in all rounds")
 	fs.Var(&c.rounds, "rounds", "how often; pages written in more, and in later, rounds are hotter")
 	fs.Float64Var(&c.beta, "beta", 3, "auto: safety factor on the time flash takes")
@@ -135,7 +141,8 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 			Mode: migration.Mode(c.mode.value), Then: migration.Then(c.then.value),
 			Downtime: c.downtime, Patience: c.patience, GiveUp: c.giveUp,
 		},
-		Save: c.encoding.options(),
+		Save:      c.encoding.options(),
+		NVRAMKeep: c.nvramKeep.n,
 		Watched: func(rep rounds.Report) {
 			if !c.quiet {
 				sayTracked(c.stderr, rep)
@@ -243,6 +250,9 @@ func (c *checkpointCmd) show(doc checkpointReport) error {
 	}
 	fmt.Fprintf(c.stderr, "flic-migrate: %s: %s; %d passes, %.2f s in all; now it is %s\n",
 		doc.Checkpoint, stood, doc.Passes, doc.Total.Seconds(), doc.State)
+	if d := doc.Demoted; d != nil {
+		fmt.Fprintf(c.stderr, "flic-migrate: %s of older checkpoints moved to flash, %s of NVRAM freed\n", human(d.Bytes), human(d.NVRAMBytes))
+	}
 	if doc.Armed {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s had been armed\n", doc.Checkpoint)
 	}

@@ -12,6 +12,7 @@ import (
 
 func newGC(a *app) *cobra.Command {
 	var asJSON, adopt bool
+	var keep count
 	var grace time.Duration
 	c := &cobra.Command{
 		Use:   "gc [flags]",
@@ -20,7 +21,8 @@ func newGC(a *app) *cobra.Command {
 in the store and in the NVRAM files it has used. It can run at any time, beside
 saves and restores; nothing needs it to run, but that NVRAM of libvirt's save files
 that are gone is free only after it. Of removed checkpoints that others refer to it
-frees what nobody needs.
+frees what nobody needs. NVRAM is for the newest: what only older checkpoints need it
+moves to flash.
 
 What lies among the checkpoints and is none, by its name or kind, may be one that
 somebody has renamed: gc names it, and frees no NVRAM as long as it is there.
@@ -28,15 +30,22 @@ somebody has renamed: gc names it, and frees no NVRAM as long as it is there.
 A store that is a copy of another one leaves NVRAM alone, because it is that one's.`,
 		Example: `  flic-migrate gc --store /srv/vms`,
 		Args:    cobra.NoArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return a.gc(cmd.Context(), asJSON, adopt, grace) },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.gc(cmd.Context(), asJSON, adopt, grace, keep.n) },
 	}
 	c.Flags().DurationVar(&grace, "grace", store.DefaultGrace, "how long the NVRAM of a libvirt save file is kept after the file was found to be gone without having been restored")
+	addKeep(c.Flags(), &keep)
 	c.Flags().BoolVar(&adopt, "adopt", false, "first take over the NVRAM of the store that this one is a copy of, which must be gone for good")
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
 	return c
 }
 
-func (a *app) gc(ctx context.Context, asJSON, adopt bool, grace time.Duration) error {
+// gcReport is gc's JSON document.
+type gcReport struct {
+	store.GCReport
+	Demoted store.Demoted `json:"demoted"` // what went from NVRAM to flash
+}
+
+func (a *app) gc(ctx context.Context, asJSON, adopt bool, grace time.Duration, keep int) error {
 	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return err
@@ -46,9 +55,15 @@ func (a *app) gc(ctx context.Context, asJSON, adopt bool, grace time.Duration) e
 			return err
 		}
 	}
-	rep, err := st.GCAfter(ctx, grace)
-	if err != nil {
+	var rep gcReport
+	if rep.GCReport, err = st.GCAfter(ctx, grace); err != nil {
 		return err
+	}
+	if rep.Demoted, err = st.Demote(ctx, keep); err != nil {
+		return err
+	}
+	if left := rep.Demoted.Left; left != nil {
+		rep.Warnings = append(rep.Warnings, oneLine(left))
 	}
 	for _, warning := range rep.Warnings {
 		a.log().Warn(warning)
@@ -56,6 +71,9 @@ func (a *app) gc(ctx context.Context, asJSON, adopt bool, grace time.Duration) e
 	if asJSON {
 		return printJSON(a.stdout, rep)
 	}
-	_, err = fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes+rep.TrimmedBytes), human(rep.NVRAMBytes))
+	_, err = fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes+rep.TrimmedBytes), human(rep.NVRAMBytes+rep.Demoted.NVRAMBytes))
+	if d := rep.Demoted; err == nil && d.Images > 0 {
+		_, err = fmt.Fprintf(a.stdout, "%s of %d older checkpoints moved from NVRAM to flash\n", human(d.Bytes), d.Images)
+	}
 	return err
 }

@@ -23,7 +23,8 @@ func newList(a *app) *cobra.Command {
 		Use:   "list [flags] [NAME]",
 		Short: "List the checkpoints of one VM or of all",
 		Long: `List prints a line for each checkpoint: of one VM, or of all in the store. RAM is
-the size of the guest's memory; FLASH and NVRAM are what the checkpoint takes.
+the size of the guest's memory; FLASH and NVRAM are what the checkpoint takes, pages
+that have been moved from NVRAM to flash counted where they are.
 STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say, or
 its version if it is in another one of the format; "needs 2 disks" stands with one that
 has pages on disk images (save --disk; show names them), "next armed" with the newest
@@ -53,6 +54,7 @@ type listEntry struct {
 	RAMBytes   uint64    `json:"ram_bytes"`
 	FlashBytes int64     `json:"flash_bytes"` // the image file
 	NVRAMBytes int64     `json:"nvram_bytes"` // page content in NVRAM
+	MovedBytes int64     `json:"moved_bytes"` // page content moved from NVRAM to flash, beside the image file
 	Machine    string    `json:"machine,omitempty"`
 	State      string    `json:"state"`           // QEMU's run state, or damaged, "version N" or unsupported
 	Disks      int       `json:"disks,omitempty"` // disk images that have bytes of its pages
@@ -139,7 +141,7 @@ func newListEntry(l store.Listed) listEntry {
 	e.UUID, e.Created, e.Machine, e.State = id.UUID.String(), id.Created, id.Machine, id.RunState
 	e.RAMBytes, e.Disks = id.RAMBytes, id.Disks
 	if id.NVRAM != nil {
-		e.NVRAMBytes = id.NVRAM.Bytes
+		e.NVRAMBytes, e.MovedBytes = max(0, id.NVRAM.Bytes-l.MovedBytes), l.MovedBytes
 	}
 	return e
 }
@@ -175,7 +177,7 @@ func printList(w io.Writer, entries []listEntry) error {
 			state += ", next armed"
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Checkpoint, localTime(e.Created), human(int64(e.RAMBytes)),
-			human(e.FlashBytes), human(e.NVRAMBytes), dash(e.Machine), state)
+			human(e.FlashBytes+e.MovedBytes), human(e.NVRAMBytes), dash(e.Machine), state)
 	}
 	return t.Flush()
 }

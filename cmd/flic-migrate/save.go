@@ -116,6 +116,12 @@ func addParent(fs *pflag.FlagSet, p *parentFlag) {
 	fs.Var(p, "parent", "checkpoint to refer to for what has not changed; auto: the VM's newest; none: store all anew")
 }
 
+// addKeep adds --nvram-keep.
+func addKeep(fs *pflag.FlagSet, n *count) {
+	*n = count{1, 1, store.MaxNumber}
+	fs.Var(n, "nvram-keep", "so many newest checkpoints of each VM stay in NVRAM; what only older ones need goes to flash")
+}
+
 // saveReport is the JSON document of a save.
 type saveReport struct {
 	Checkpoint string `json:"checkpoint,omitempty"` // NAME@N

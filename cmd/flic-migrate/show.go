@@ -40,6 +40,7 @@ type showDoc struct {
 	Number     int    `json:"number"`
 	FileBytes  int64  `json:"file_bytes"` // the image file
 	*checkpoint.Meta
+	Armed   bool           `json:"armed,omitempty"`   // the VM's next checkpoint is armed, and this is its newest
 	Reads   *source.Reads  `json:"reads,omitempty"`   // of a restore; missing if the page map can't tell
 	Sharing *store.Sharing `json:"sharing,omitempty"` // with others; missing if it can't be told
 }
@@ -69,16 +70,21 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 	} else {
 		a.log().Warn("what it has to do with other checkpoints can't be told", "cause", oneLine(err))
 	}
+	// What can't be read is gc's.
+	_, armed, _ := st.ArmedFor(ctx, d.Ref.VM)
+	if newest, err := st.Resolve(ctx, store.Ref{VM: d.Ref.VM}); err != nil || newest != d.Ref {
+		armed = false
+	}
 	if asJSON {
 		if m := d.Meta; m.Digests != nil {
 			m.Digests.Key = digest.Key{} // whoever reads this need not know it
 		}
-		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, reads, sharing})
+		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, armed, reads, sharing})
 	}
-	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, reads, sharing)
+	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, armed, reads, sharing)
 }
 
-func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, reads *source.Reads, sharing *store.Sharing) error {
+func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, armed bool, reads *source.Reads, sharing *store.Sharing) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
 	r := &m.Report
@@ -89,6 +95,9 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, reads
 	line("guest uuid", "%s", dash(m.GuestUUID))
 	line("capabilities", "%s", dash(strings.Join(m.Capabilities, ", ")))
 	line("state when saved", "%s", dash(m.RunState))
+	if armed {
+		line("next", "armed")
+	}
 	line("page size", "%d", m.PageSize)
 	line("ignore-shared", "%t", m.IgnoreShared)
 	line("RAM", "%s", human(int64(ramBytes(m))))
@@ -125,6 +134,9 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, reads
 		line("NVRAM", "%s in %s", human(r.NVRAMBytes), n.Path)
 		line("  file uuid", "%s", n.UUID)
 		line("  slots", "%d", n.Slots)
+		if sharing != nil && sharing.Moved > 0 {
+			line("  moved to flash", "%s", human(sharing.Moved))
+		}
 	} else {
 		line("NVRAM", "-")
 	}

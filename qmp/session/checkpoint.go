@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
@@ -35,6 +36,9 @@ type CheckpointOptions struct {
 	// Guard starts something that reads a stream to its end if this process is
 	// killed, which background mode needs; see the mode.
 	Guard func(stream *os.File) (release func(), err error)
+	// NVRAMKeep is how many newest checkpoints of each VM stay in NVRAM; what only older
+	// ones need goes to flash, when the guest runs again. 0: nothing does.
+	NVRAMKeep int
 	// Arm leaves the next checkpoint armed, if this one succeeds; nil: it is not.
 	Arm *ArmOptions
 	Log *slog.Logger // of warnings
@@ -47,6 +51,8 @@ type CheckpointReport struct {
 	// Tracking is missing if the guest was not watched.
 	Tracking *rounds.Report     `json:"tracking,omitempty"`
 	Save     *checkpoint.Report `json:"save"`
+	// Demoted is what went from NVRAM to flash afterwards; missing if nothing did.
+	Demoted *store.Demoted `json:"demoted,omitempty"`
 	// Armed: it was made by a process that had it ready.
 	Armed bool `json:"armed"`
 	// ArmedProcess is the process that has the next one ready; 0: there is none.
@@ -88,6 +94,10 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 			migration.NoteOrigin(ctx, x, d.UUID.String())
 		}
 	}
+	// Before the next one is armed, which keeps what this one refers to open.
+	if rep.Saved && ctx.Err() == nil {
+		rep.Demoted = o.demote(ctx, st)
+	}
 	if err == nil && o.Arm != nil {
 		if rep.ArmedProcess, err = o.arm(ctx, st, t, x, redial, rep.Checkpoint); err != nil {
 			err = fmt.Errorf("the next one is not armed: %w", err)
@@ -98,6 +108,28 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 		err = fmt.Errorf("%s is saved, but: %w", rep.Checkpoint, err)
 	}
 	return rep, err
+}
+
+// demoteLimit is how long a checkpoint takes to make room in NVRAM for the next: some
+// 800 MB of flash, as flash is here. The next one, and gc, go on.
+const demoteLimit = 10 * time.Second
+
+// demote moves what only older checkpoints need from NVRAM to flash. What it can't do is
+// no failure of a checkpoint that is durable.
+func (o *CheckpointOptions) demote(ctx context.Context, st *store.Store) *store.Demoted {
+	if o.NVRAMKeep == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, demoteLimit)
+	defer cancel()
+	d, err := st.Demote(ctx, o.NVRAMKeep)
+	if err = errors.Join(d.Left, err); err != nil && ctx.Err() == nil {
+		o.Log.Warn("older checkpoints keep room in NVRAM", "cause", err)
+	}
+	if d == (store.Demoted{Left: d.Left}) {
+		return nil
+	}
+	return &d
 }
 
 // checkpointOf is the VM's checkpoint with a UUID; the zero Ref if there is none.

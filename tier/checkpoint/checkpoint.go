@@ -9,6 +9,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/moved"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/skeleton"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -27,7 +28,7 @@ type Checkpoint struct {
 	src   Source
 	table *source.Table
 	facts source.Facts
-	part  *openPart    // nil: it has none
+	part  *Part        // nil: it has none
 	refs  []*reference // opened, in the order in which entries count them
 	disks *openDisks   // nil: no page is on one
 	check checker
@@ -46,9 +47,13 @@ type Options struct {
 	NVRAM string
 	// Name is what messages call the checkpoint; if empty, its UUID.
 	Name string
+	// Moved is what has been moved to flash of the checkpoint's NVRAM part. Open closes
+	// it.
+	Moved []moved.Source
 	// Images opens the image that a reference names, which then stays whole until it
-	// is closed; nil: there is no place to look.
-	Images func(ctx context.Context, r *Reference) (Source, error)
+	// is closed, and if slots of its NVRAM part are needed what has been moved of that;
+	// nil: there is no place to look.
+	Images func(ctx context.Context, r *Reference) (Source, []moved.Source, error)
 	// Disks is how to deal with the disks that pages are on.
 	Disks DiskOptions
 	// Sources are the kinds of source that are known; nil: source.Default.
@@ -66,14 +71,18 @@ func Open(ctx context.Context, fsys vfs.FS, src Source, o Options) (*Checkpoint,
 	if c.table == nil {
 		c.table = source.Default
 	}
-	if err := c.load(ctx, fsys, o); err != nil {
+	err := c.load(ctx, fsys, &o)
+	for _, m := range o.Moved {
+		m.Close()
+	}
+	if err != nil {
 		c.Close()
 		return nil, err
 	}
 	return c, nil
 }
 
-func (c *Checkpoint) load(ctx context.Context, fsys vfs.FS, o Options) error {
+func (c *Checkpoint) load(ctx context.Context, fsys vfs.FS, o *Options) error {
 	im, err := image.Open(c.src)
 	if err != nil {
 		return err
@@ -200,12 +209,14 @@ func ReadsOf(src image.Source) (source.Reads, error) {
 	return set.Reads(pages)
 }
 
-func (c *Checkpoint) openNVRAM(ctx context.Context, fsys vfs.FS, o Options) error {
+func (c *Checkpoint) openNVRAM(ctx context.Context, fsys vfs.FS, o *Options) (err error) {
 	if c.Meta.NVRAM == nil {
 		return nil
 	}
-	c.part = new(openPart)
-	if err := c.part.open(ctx, fsys, c.Image, &c.Meta.Identity, o.NVRAM, source.Below(uint32(c.Meta.NVRAM.Slots))); err != nil {
+	pieces := o.Moved
+	o.Moved = nil // the part closes them
+	c.part, err = OpenPart(ctx, fsys, c.Image, &c.Meta.Identity, o.NVRAM, source.Below(uint32(c.Meta.NVRAM.Slots)), pieces)
+	if err != nil {
 		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
 	}
 	if err := c.part.check(c.Meta.BlockPages()); err != nil {
@@ -257,9 +268,10 @@ func (b backing) CheckSegment(n source.Need, s *image.Segment) error {
 // not here.
 func (b backing) Slot(space source.Space, slot uint64, want source.Page) ([]byte, error) {
 	if space > 0 {
-		return b.c.refs[space-1].part.region.Page(int(slot)), nil
+		return b.c.refs[space-1].part.page(slot), nil
 	}
-	return b.c.slot(slot, want.Block, want.Number)
+	// From the mapping, without a copy.
+	return b.c.part.checked(slot, "page "+b.c.PageName(want.Block, want.Number))
 }
 
 // Guard implements source.Backing.
@@ -271,7 +283,7 @@ func (b backing) Drop(space source.Space, first, n uint64) {
 	if space > 0 {
 		part = b.c.refs[space-1].part
 	}
-	part.region.DontNeed(int(first), int(n))
+	part.drop(first, n)
 }
 
 // PageName names a page for messages: block name and byte offset in it.
@@ -284,9 +296,7 @@ func (m *Meta) PageName(block int, page uint64) string {
 
 // Close releases the checkpoint and everything it mapped.
 func (c *Checkpoint) Close() error {
-	if c.part != nil {
-		c.part.close()
-	}
+	c.part.Close()
 	for _, r := range c.refs {
 		r.close()
 	}
@@ -346,18 +356,6 @@ func (t *tailPlayer) Pages(int, uint64, uint64, bool) error {
 	return t.c.Image.Corrupt(image.Skeleton, t.c.Meta.TailChunk, errors.New("pages among the device state"))
 }
 
-// slot returns the content of an NVRAM slot from the mapping, checked, without a copy:
-// read only, valid until Close. The page is the one it is wanted for, for the error.
-// It is called, and the content used, inside guard.
-func (c *Checkpoint) slot(slot uint64, block int, page uint64) ([]byte, error) {
-	b := c.part.region.Page(int(slot))
-	if integrity.Checksum(b) != c.part.Slots[slot].CRC {
-		return nil, &integrity.CorruptError{File: c.part.file.Path(), Offset: c.part.region.Offset(int(slot)),
-			What: "page " + c.PageName(block, page), Err: integrity.ErrChecksum}
-	}
-	return b, nil
-}
-
 // guard runs fn, which reads NVRAM pages in the calling goroutine, and turns a fault
 // of a mapping into an error.
 func (c *Checkpoint) guard(fn func() error) error {
@@ -371,11 +369,11 @@ func (c *Checkpoint) guard(fn func() error) error {
 	// Each part knows its own faults.
 	passOn := func() error { return err }
 	if c.part != nil {
-		err = c.part.region.Guard(passOn)
+		err = c.part.guard(passOn)
 	}
 	for _, r := range c.refs {
 		if r.part != nil {
-			err = r.part.region.Guard(passOn)
+			err = r.part.guard(passOn)
 		}
 	}
 	return err
@@ -408,4 +406,17 @@ func (c *Checkpoint) HotPages(fn func(block int, page uint64) error) error {
 		}
 	}
 	return nil
+}
+
+// Moved tells whether the bytes at a location are in an NVRAM part no more, but were moved
+// from there to flash.
+func (c *Checkpoint) Moved(at source.Location) bool {
+	if at.Tier != source.InNVRAM {
+		return false
+	}
+	part := c.part
+	if at.Space > 0 {
+		part = c.refs[at.Space-1].part
+	}
+	return part.moved.Has(at.Slot)
 }

@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/moved"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -93,22 +96,23 @@ func (p *NVRAMPart) check(pages []uint64) error {
 	return nil
 }
 
-// openPart is the NVRAM part of an image, opened for reading.
-type openPart struct {
+// Part is the NVRAM part of an image, opened for reading: what is in the NVRAM file, and
+// what has been moved from there to flash.
+type Part struct {
 	*NVRAMPart
-	file   *nvram.File
-	region *nvram.Region
+	file   *nvram.File   // nil: nothing of it is needed
+	region *nvram.Region // likewise
+	moved  *moved.Set
 }
 
-// open opens the NVRAM part that an image describes, in the file whose path IDENTITY
-// says, unless another is given; of it the slots that are needed, because the others may
-// have been given back. After an error it is to be closed too.
-func (p *openPart) open(ctx context.Context, fsys vfs.FS, im *image.Image, id *Identity, path string, need source.Ranges) error {
+// ReadPart reads the description of an image's NVRAM part, for which IDENTITY says that
+// there is one.
+func ReadPart(im *image.Image, id *Identity) (*NVRAMPart, error) {
 	var b []byte
 	for i := range im.Chunks(image.NVRAM) {
 		chunk, err := im.Chunk(image.NVRAM, i)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		b = append(b, chunk...)
 	}
@@ -117,34 +121,129 @@ func (p *openPart) open(ctx context.Context, fsys vfs.FS, im *image.Image, id *I
 		err = fmt.Errorf("describes %d slots, %d in use", len(desc.Slots), id.NVRAM.Slots)
 	}
 	if err != nil {
-		return im.Corrupt(image.NVRAM, 0, err)
+		return nil, im.Corrupt(image.NVRAM, 0, err)
 	}
-	p.NVRAMPart = desc
+	return desc, nil
+}
+
+// OpenPart opens the NVRAM part that an image describes, in the file whose path IDENTITY
+// says, unless another is given; of it the slots that are needed, because the others may
+// have been given back. Those that have been moved are read where they are now, and if
+// all are, there need be no NVRAM file. The part closes the pieces, if it can't be opened
+// too.
+func OpenPart(ctx context.Context, fsys vfs.FS, im *image.Image, id *Identity, path string, need source.Ranges, pieces []moved.Source) (_ *Part, err error) {
+	p := new(Part)
+	defer func() {
+		if err != nil {
+			p.Close()
+		}
+	}()
+	if p.moved, err = moved.Open(pieces, id.UUID, id.PageSize, id.NVRAM.Slots); err != nil {
+		return nil, err
+	}
+	if p.NVRAMPart, err = ReadPart(im, id); err != nil {
+		return nil, err
+	}
+	if need = need.Minus(p.moved.Slots()); len(need) == 0 && p.moved != nil {
+		return p, nil
+	}
 	if path == "" {
 		path = id.NVRAM.Path
 	}
 	if p.file, err = nvram.Open(ctx, fsys, path, nvram.Options{ReadOnly: true}); err != nil {
-		return err
+		return nil, err
 	}
 	if p.file.UUID() != id.NVRAM.UUID {
-		return &integrity.CorruptError{File: path, What: "header", Err: errOtherNVRAM}
+		return nil, &integrity.CorruptError{File: path, What: "header", Err: errOtherNVRAM}
 	}
 	per := uint64(p.file.PerExtent(id.PageSize))
-	p.region, err = p.file.OpenSome(id.UUID, desc.Extents, id.PageSize, func(index int) bool {
+	p.region, err = p.file.OpenSome(id.UUID, p.Extents, id.PageSize, func(index int) bool {
 		return need.Meets(uint64(index)*per, uint64(index+1)*per-1)
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if len(desc.Slots) > p.region.Slots() {
-		return im.Corrupt(image.NVRAM, 0, fmt.Errorf("%d slots in extents for %d", len(desc.Slots), p.region.Slots()))
+	if len(p.Slots) > p.region.Slots() {
+		return nil, im.Corrupt(image.NVRAM, 0, fmt.Errorf("%d slots in extents for %d", len(p.Slots), p.region.Slots()))
 	}
-	return nil
+	return p, nil
 }
 
 var errOtherNVRAM = errors.New("not the NVRAM file that the checkpoint was saved to")
 
-func (p *openPart) close() {
+// isNVRAM tells whether a path is that of the NVRAM file with a UUID.
+func isNVRAM(ctx context.Context, fsys vfs.FS, path string, id uuid.UUID) (bool, error) {
+	f, err := nvram.Open(ctx, fsys, path, nvram.Options{ReadOnly: true})
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	return f.UUID() == id, nil
+}
+
+// page is the content of a slot that is needed, in a mapping, not checked: read only, and
+// touched within Guard.
+func (p *Part) page(slot uint64) []byte {
+	if p.moved.Has(slot) {
+		return p.moved.Page(slot)
+	}
+	return p.region.Page(int(slot))
+}
+
+// damaged is the error that says where a slot is, and what is wrong with it.
+func (p *Part) damaged(slot uint64, what string, err error) error {
+	e := &integrity.CorruptError{What: what, Err: err}
+	if p.moved.Has(slot) {
+		e.File, e.Offset = p.moved.Where(slot)
+	} else {
+		e.File, e.Offset = p.file.Path(), p.region.Offset(int(slot))
+	}
+	return e
+}
+
+// checked is page, if the slot's checksum is right; what is wanted there is for the
+// error.
+func (p *Part) checked(slot uint64, what string) ([]byte, error) {
+	b := p.page(slot)
+	if integrity.Checksum(b) != p.Slots[slot].CRC {
+		return nil, p.damaged(slot, what, integrity.ErrChecksum)
+	}
+	return b, nil
+}
+
+// Copy puts the content of a slot that is needed into dst, checked.
+func (p *Part) Copy(dst []byte, slot uint32) error {
+	return p.guard(func() error {
+		b, err := p.checked(uint64(slot), fmt.Sprintf("NVRAM slot %d", slot))
+		copy(dst, b)
+		return err
+	})
+}
+
+// guard runs fn, in which pages may be touched, and turns a fault in the part's mappings
+// into an integrity.CorruptError.
+func (p *Part) guard(fn func() error) error {
+	err := p.moved.Guard(fn)
+	if p.region != nil {
+		err = p.region.Guard(func() error { return err })
+	}
+	return err
+}
+
+// drop takes slots [first, first+n) out of the process's memory.
+func (p *Part) drop(first, n uint64) {
+	p.moved.Drop(first, n)
+	if p.region != nil {
+		p.region.DontNeed(int(first), int(n))
+	}
+}
+
+// Close closes the part. One that is nil was never opened.
+func (p *Part) Close() {
+	if p == nil {
+		return
+	}
+	p.moved.Close()
 	if p.region != nil {
 		p.region.Close()
 	}

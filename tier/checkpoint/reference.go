@@ -11,6 +11,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/moved"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
@@ -22,13 +23,11 @@ type reference struct {
 	src     Source
 	im      *image.Image
 	digests *digest.Table
-	part    *openPart // nil: not needed
+	part    *Part // nil: not needed
 }
 
 func (r *reference) close() {
-	if r.part != nil {
-		r.part.close()
-	}
+	r.part.Close()
 	if r.src != nil {
 		r.src.Close()
 	}
@@ -74,7 +73,7 @@ func (c *Checkpoint) openChecker(refs References, disks *disks) (cache *digest.C
 }
 
 // openReferences opens all that the checkpoint refers to.
-func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs References, cache *digest.Cache, o Options) error {
+func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs References, cache *digest.Cache, o *Options) error {
 	if len(refs) > 0 && o.Images == nil {
 		return fmt.Errorf("%s: %w, of which it names %s", c.Image.Name(), ErrAlone, refs[0].Name())
 	}
@@ -91,10 +90,16 @@ func (c *Checkpoint) openReferences(ctx context.Context, fsys vfs.FS, refs Refer
 
 // open opens the reference of a checkpoint m, and finds out whether it is what it was
 // when that one was saved, as far as that can be told without reading pages.
-func (r *reference) open(ctx context.Context, fsys vfs.FS, m *Meta, cache *digest.Cache, o Options) (err error) {
-	if r.src, err = o.Images(ctx, r.Reference); err != nil {
+func (r *reference) open(ctx context.Context, fsys vfs.FS, m *Meta, cache *digest.Cache, o *Options) (err error) {
+	var pieces []moved.Source
+	if r.src, pieces, err = o.Images(ctx, r.Reference); err != nil {
 		return err
 	}
+	defer func() {
+		for _, p := range pieces {
+			p.Close()
+		}
+	}()
 	if r.im, err = image.Open(r.src); err != nil {
 		return err
 	}
@@ -124,17 +129,20 @@ func (r *reference) open(ctx context.Context, fsys vfs.FS, m *Meta, cache *diges
 	if id.NVRAM == nil || id.NVRAM.Slots != int(r.Slots) {
 		return wrong("its NVRAM part is not the one of %d slots that it had", r.Slots)
 	}
-	r.part = new(openPart)
+	path := ""
 	if o.NVRAM != "" {
 		// It takes the place of this checkpoint's file, which as a rule is the other's.
-		err := r.part.open(ctx, fsys, r.im, id, o.NVRAM, r.NeedSlots)
-		if !errors.Is(err, errOtherNVRAM) {
+		switch same, err := isNVRAM(ctx, fsys, o.NVRAM, id.NVRAM.UUID); {
+		case err != nil:
 			return err
+		case same:
+			path = o.NVRAM
 		}
-		r.part.close()
-		*r.part = openPart{}
 	}
-	return r.part.open(ctx, fsys, r.im, id, "", r.NeedSlots)
+	theirs := pieces
+	pieces = nil // the part closes them
+	r.part, err = OpenPart(ctx, fsys, r.im, id, path, r.NeedSlots, theirs)
+	return err
 }
 
 // checker is a source.Checker of what references have, and for a Verify of what the
@@ -216,8 +224,7 @@ func (c *checker) CheckSlot(space source.Space, slot uint64, want source.Page, c
 	r := c.refs[space-1]
 	sum, err := r.digests.NVRAMSlot(slot)
 	if err == nil && c.hasher.Sum(content) != sum {
-		err = &integrity.CorruptError{File: r.part.file.Path(), Offset: r.part.region.Offset(int(slot)),
-			What: fmt.Sprintf("page %s, of checkpoint %s", c.meta.PageName(want.Block, want.Number), r.Name()), Err: digest.ErrMismatch}
+		err = r.part.damaged(slot, fmt.Sprintf("page %s, of checkpoint %s", c.meta.PageName(want.Block, want.Number), r.Name()), digest.ErrMismatch)
 	}
 	return err
 }

@@ -233,7 +233,7 @@ const nvramHeaders = 8 << 10
 
 // nvram checks the NVRAM file's own headers.
 func (v *verifier) nvram() error {
-	if v.c.part == nil {
+	if v.c.part == nil || v.c.part.file == nil {
 		return nil
 	}
 	// Of the file's two headers one is enough to read it, so nobody else
@@ -284,7 +284,7 @@ func (v *verifier) unused() error {
 		if err := v.report(err); err != nil {
 			return err
 		}
-		v.c.part.region.DontNeed(slot, 1)
+		v.c.part.drop(uint64(slot), 1)
 	}
 	return nil
 }
@@ -295,7 +295,7 @@ type slotChecker struct {
 	source.Backing
 	checked []bool
 	check   *checker
-	part    *openPart
+	part    *Part
 }
 
 // Slot implements source.Backing.
@@ -304,8 +304,7 @@ func (s *slotChecker) Slot(space source.Space, slot uint64, want source.Page) ([
 	if err == nil && space == 0 && !s.checked[slot] && s.check.own != nil {
 		var sum digest.Sum
 		if sum, err = s.check.own.table.NVRAMSlot(slot); err == nil && s.check.hasher.Sum(b) != sum {
-			err = &integrity.CorruptError{File: s.part.file.Path(), Offset: s.part.region.Offset(int(slot)),
-				What: fmt.Sprintf("NVRAM slot %d", slot), Err: digest.ErrMismatch}
+			err = s.part.damaged(slot, fmt.Sprintf("NVRAM slot %d", slot), digest.ErrMismatch)
 		}
 	}
 	if space == 0 {

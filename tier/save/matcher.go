@@ -321,7 +321,7 @@ func (r *parentReader) compare(it *item, b *batch) {
 	r.sums.Hasher.Put(&it.sum, it.data)
 	if it.sum == want {
 		if it.entry, ok = r.here(at); ok {
-			it.found, it.cold = isEqual, at.Tier != source.InNVRAM
+			it.found, it.cold = isEqual, at.Tier != source.InNVRAM || r.c.Moved(at)
 			return
 		}
 	}

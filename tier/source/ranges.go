@@ -95,6 +95,39 @@ func (s Ranges) Union(t Ranges) (u Ranges) {
 	return u
 }
 
+// Minus is the set of what is in s and not in t.
+func (s Ranges) Minus(t Ranges) (rest Ranges) {
+	for _, r := range s {
+		for len(t) > 0 && t[0].End() <= uint64(r.First) {
+			t = t[1:]
+		}
+		at := uint64(r.First)
+		for _, hole := range t {
+			if uint64(hole.First) >= r.End() {
+				break
+			}
+			if uint64(hole.First) > at {
+				rest = append(rest, Range{uint32(at), uint32(uint64(hole.First) - at)})
+			}
+			at = hole.End()
+		}
+		if at < r.End() {
+			rest = append(rest, Range{uint32(at), uint32(r.End() - at)})
+		}
+	}
+	return rest
+}
+
+// Within is the set of those of s that are from first up to last.
+func (s Ranges) Within(first, last uint64) (some Ranges) {
+	i, _ := s.find(first)
+	for ; i < len(s) && uint64(s[i].First) <= last; i++ {
+		from, end := max(uint64(s[i].First), first), min(s[i].End(), last+1)
+		some = append(some, Range{uint32(from), uint32(end - from)})
+	}
+	return some
+}
+
 // Meets tells whether one of the numbers from first up to last is in the set.
 func (s Ranges) Meets(first, last uint64) bool {
 	i, ok := s.find(first)

@@ -47,6 +47,19 @@ func TestRanges(t *testing.T) {
 			}
 		}
 		both := set.Union(other)
+		rest := set.Minus(other)
+		for n := range uint64(end) {
+			if rest.Has(n, n) != (set.Has(n, n) && !other.Has(n, n)) {
+				t.Fatalf("%v without %v are %v", set, other, rest)
+			}
+			last := min(n+n%9, end-1)
+			some := set.Within(n, last)
+			for m := range uint64(end) {
+				if some.Has(m, m) != (set.Has(m, m) && n <= m && m <= last) {
+					t.Fatalf("of %v those from %d to %d are %v", set, n, last, some)
+				}
+			}
+		}
 		for n := range uint64(end) {
 			if both.Has(n, n) != (set.Has(n, n) || other.Has(n, n)) {
 				t.Fatalf("%v and %v are %v", set, other, both)

@@ -11,6 +11,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/moved"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
@@ -65,8 +66,22 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 	}
 	c := &Checkpoint{Ref: r, store: s}
 	o.Name = r.String()
-	o.Images = func(ctx context.Context, ref *checkpoint.Reference) (checkpoint.Source, error) {
-		return s.openReferred(ctx, Ref{ref.VM, ref.Number}, ref.UUID)
+	o.Images = func(ctx context.Context, ref *checkpoint.Reference) (checkpoint.Source, []moved.Source, error) {
+		f, at, err := s.openReferred(ctx, Ref{ref.VM, ref.Number}, ref.UUID)
+		if err != nil || len(ref.NeedSlots) == 0 {
+			return f, nil, err
+		}
+		pieces, err := s.openMoved(ctx, at, ref.UUID)
+		return f, sources(pieces), err
+	}
+	// What can't say who it is is refused below.
+	if h, err := image.ReadHeader(f); err == nil {
+		pieces, err := s.openMoved(ctx, r, h.UUID)
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		o.Moved = sources(pieces)
 	}
 	if c.Checkpoint, err = checkpoint.Open(ctx, s.fs, f, o); err != nil {
 		return nil, err
@@ -79,22 +94,22 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 }
 
 // openReferred opens the image with a UUID, listed or not, and locks it until it is
-// closed. Where it was when it was referred to is looked at first, because to look
-// everywhere takes a read of each image. That there is none is damage.
-func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (Object, error) {
+// closed; at is where it is. Where it was when it was referred to is looked at first,
+// because to look everywhere takes a read of each image. That there is none is damage.
+func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (found Object, at Ref, err error) {
 	if CheckVM(was.VM) == nil && was.N >= 1 && was.N <= MaxNumber {
 		// In this order: it can go from the first name to one of the others meanwhile.
 		for _, name := range []string{was.object(imageSuffix), was.object(removedSuffix), was.keptObject(id)} {
 			f, err := s.openWith(ctx, name, id)
 			if f != nil || err != nil {
-				return f, err
+				return f, was, err
 			}
 		}
 	}
-	var found Object
-	err := s.images(ctx, func(st stored) (err error) {
+	err = s.images(ctx, func(st stored) (err error) {
 		if found == nil && st.id.UUID == id {
 			found, err = s.openWith(ctx, st.name, id)
+			at = st.ref
 		}
 		return err
 	})
@@ -104,8 +119,36 @@ func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (Object
 	}
 	if err != nil && found != nil {
 		found.Close()
+		found = nil
 	}
-	return found, err
+	return found, at, err
+}
+
+// openMoved opens the pieces of what was moved from NVRAM of the image with a UUID in r's
+// place. While the image is locked pieces may come, but what they have is in NVRAM too.
+func (s *Store) openMoved(ctx context.Context, r Ref, id uuid.UUID) (list []Object, err error) {
+	for k := 1; k <= maxPieces; k++ {
+		f, err := s.dir.Open(ctx, movedName{r.N, id, k}.object(r.VM), Unlocked)
+		if gone(err) {
+			break
+		}
+		if err != nil {
+			for _, m := range list {
+				m.Close()
+			}
+			return nil, err
+		}
+		list = append(list, f)
+	}
+	return list, nil
+}
+
+// sources is pieces for who reads pages of them.
+func sources(pieces []Object) (list []moved.Source) {
+	for _, p := range pieces {
+		list = append(list, p)
+	}
+	return list
 }
 
 // openLimit is how long who opens an image that others need waits for a removal or gc,

@@ -133,6 +133,9 @@ type Object interface {
 	io.Closer
 	// Allocated is how many bytes it takes of the place.
 	Allocated() (int64, error)
+	// Map maps [off, off+n) of it, as vfs.File has it; the mapping stays when the
+	// object is closed.
+	Map(off, n int64, writable bool) (vfs.Mapping, error)
 }
 
 // posixDir is a directory of a file system.

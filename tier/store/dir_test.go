@@ -483,6 +483,21 @@ type closer func()
 
 func (c closer) Close() error { c(); return nil }
 
+// memMapping is a copy of what an object had.
+type memMapping []byte
+
+func (m memMapping) Bytes() []byte           { return m }
+func (m memMapping) Sync(off, n int64) error { return nil }
+func (m memMapping) WillNeed(off, n int64)   {}
+func (m memMapping) DontNeed(off, n int64)   {}
+func (m memMapping) Close() error            { return nil }
+
+func (h *memHandle) Map(off, n int64, _ bool) (vfs.Mapping, error) {
+	h.d.mu.Lock()
+	defer h.d.mu.Unlock()
+	return memMapping(bytes.Clone(h.o.b[off : off+n])), nil
+}
+
 type memHandle struct {
 	d    *memDir
 	o    *memObject

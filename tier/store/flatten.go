@@ -105,7 +105,9 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 	case kept:
 		theirs = append(theirs, was.UUID)
 	case was.NVRAM != nil:
-		old.NVRAMBytes, old.Left = s.freeNVRAM(ctx, was, nil)
+		var left error
+		old.NVRAMBytes, left = s.freeNVRAM(ctx, was, nil)
+		old.Left = errors.Join(old.Left, left)
 	}
 	fr, left, err := s.freeUnlisted(ctx, v, theirs)
 	old.FlashBytes += fr.flash
@@ -165,5 +167,11 @@ func (t *Tx) swap(ctx context.Context, was *checkpoint.Identity, v *survey, old 
 	if err != nil {
 		return false, err
 	}
-	return kept, s.dir.Replace(ctx, t.name, name)
+	if err := s.dir.Replace(ctx, t.name, name); err != nil || kept {
+		return kept, err
+	}
+	moved, err := s.dropMoved(ctx, t.ref, was.UUID)
+	old.FlashBytes += moved
+	old.Left = err // gc will
+	return false, nil
 }

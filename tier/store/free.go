@@ -35,7 +35,11 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 		if err := s.drop(ctx, st, o); err != nil {
 			return fr, nil, err
 		}
-		fr.flash, fr.removed = size, true
+		fr.removed = true
+		if fr.flash, err = s.dropMoved(ctx, st.ref, st.uuid); err != nil {
+			return fr, nil, err
+		}
+		fr.flash += size
 		if id != nil && id.NVRAM != nil {
 			fr.nvram, left = s.freeNVRAM(ctx, id, nil)
 		}
@@ -55,9 +59,22 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 	if fr.flash, err = s.dir.Punch(ctx, st.name, ranges); err != nil {
 		return fr, nil, err
 	}
-	if id.NVRAM != nil {
-		fr.nvram, left = s.freeNVRAM(ctx, id, u.slots)
+	if id.NVRAM == nil {
+		return fr, nil, nil
 	}
+	there, err := s.movedSlots(ctx, st.ref, st.uuid)
+	if integrity.IsCorrupt(err) || isUnsupported(err) {
+		return fr, err, nil
+	}
+	var holes int64
+	if err == nil {
+		holes, err = s.punchMoved(ctx, st.ref, st.uuid, u.slots)
+		fr.flash += holes
+	}
+	if err != nil {
+		return fr, nil, err
+	}
+	fr.nvram, left = s.freeNVRAM(ctx, id, u.slots.Minus(there))
 	return fr, left, nil
 }
 

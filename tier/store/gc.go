@@ -217,7 +217,7 @@ func (g *gc) vms(ctx context.Context) error {
 		return err
 	}
 	for i, vm := range vms {
-		if len(all[i].removed) > 0 || len(all[i].kept) > 0 || len(all[i].touched) > 0 {
+		if len(all[i].removed) > 0 || len(all[i].kept) > 0 || len(all[i].touched) > 0 || len(all[i].moved) > 0 {
 			if err := g.leftovers(ctx, vm, v); err != nil {
 				return err
 			}
@@ -388,6 +388,52 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 		}
 		f.Close()
 		if err != nil {
+			return err
+		}
+	}
+	return g.orphans(ctx, vm)
+}
+
+// orphans removes what was moved from NVRAM of images of a VM that are not there any more.
+// The caller holds the store lock.
+func (g *gc) orphans(ctx context.Context, vm string) error {
+	o, err := g.objects(ctx, vm)
+	if err != nil || len(o.moved) == 0 || g.keep {
+		return err
+	}
+	type place struct {
+		n  int
+		id uuid.UUID
+	}
+	there := make(map[place]bool)
+	unsure := make(map[int]bool) // numbers of images that can't say who they are
+	for _, st := range o.all(vm) {
+		id, err := g.owner(ctx, st.name)
+		size := int64(1)
+		if f, oerr := g.dir.Open(ctx, st.name, Unlocked); oerr == nil {
+			size, _ = f.Size()
+			f.Close()
+		}
+		switch {
+		case err == nil:
+			there[place{st.ref.N, id}] = true
+		case size > 0:
+			unsure[st.ref.N] = true
+		}
+	}
+	settled := false
+	for _, m := range o.moved {
+		if there[place{m.n, m.id}] || unsure[m.n] {
+			continue
+		}
+		if !settled {
+			if err := g.settle(ctx); err != nil {
+				return err
+			}
+			settled = true
+		}
+		bytes, err := g.dropMoved(ctx, Ref{vm, m.n}, m.id)
+		if g.rep.Bytes += bytes; err != nil {
 			return err
 		}
 	}

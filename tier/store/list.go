@@ -14,8 +14,9 @@ import (
 // in rising order.
 type vmObjects struct {
 	images, removed, touched []int
-	odd                      []int    // those of images where no file stands
-	kept                     []kept   // replaced images that others need
+	odd                      []int  // those of images where no file stands
+	kept                     []kept // replaced images that others need
+	moved                    []movedName
 	strays                   []string // names of what else is there, with the folder's
 }
 
@@ -62,8 +63,13 @@ func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error)
 			o.touched = append(o.touched, n)
 		default:
 			id, replaced := parseKept(suffix)
-			if stray = !ok || !replaced || odd; !stray {
+			m, moved := parseMoved(n, suffix)
+			switch stray = !ok || !replaced && !moved || odd; {
+			case stray:
+			case replaced:
 				o.kept = append(o.kept, kept{n, id})
+			default:
+				o.moved = append(o.moved, m)
 			}
 		}
 		if stray {
@@ -74,6 +80,17 @@ func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error)
 		slices.Sort(l)
 	}
 	return o, nil
+}
+
+// pieces are those of an image, in their order.
+func (o vmObjects) pieces(n int, id uuid.UUID) (list []movedName) {
+	for _, m := range o.moved {
+		if m.n == n && m.id == id {
+			list = append(list, m)
+		}
+	}
+	slices.SortFunc(list, func(a, b movedName) int { return a.k - b.k })
+	return list
 }
 
 // folders names the VMs that have a folder, with or without checkpoints.
@@ -182,6 +199,8 @@ type Listed struct {
 	Ref        Ref
 	ImageBytes int64
 	Identity   *checkpoint.Identity
+	// MovedBytes is how much of its NVRAM part has been moved to flash.
+	MovedBytes int64
 	// Err is what is wrong with the checkpoint, if it can't say who it is, or is
 	// another one than its place says; Identity is then nil.
 	Err error
@@ -195,14 +214,29 @@ func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
 		return nil, err
 	}
 	list := make([]Listed, 0, len(refs))
+	var o vmObjects
+	of := "" // the VM whose they are
 	for _, r := range refs {
 		if err := context.Cause(ctx); err != nil {
 			return nil, err
+		}
+		if r.VM != of {
+			of = r.VM
+			if o, err = s.objects(ctx, of); err != nil {
+				return nil, err
+			}
 		}
 		l := Listed{Ref: r}
 		l.Identity, l.ImageBytes, l.Err = s.identity(ctx, r)
 		if gone(l.Err) {
 			continue
+		}
+		if id := l.Identity; id != nil && id.NVRAM != nil && len(o.pieces(r.N, id.UUID)) > 0 {
+			slots, err := s.movedSlots(ctx, r, id.UUID)
+			if err != nil && !cannotTell(err) { // verify says what is damaged
+				return nil, err
+			}
+			l.MovedBytes = int64(slots.Count()) * int64(id.PageSize)
 		}
 		list = append(list, l)
 	}

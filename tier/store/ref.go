@@ -86,6 +86,7 @@ const (
 	imageSuffix   = ".flic"
 	removedSuffix = ".gone" // no longer than imageSuffix: see remove
 	touchedSuffix = ".touched"
+	movedSuffix   = ".moved"
 )
 
 func vmFolder(vm string) string { return vmsFolder + "/" + vm }
@@ -115,6 +116,37 @@ func parseKept(suffix string) (id uuid.UUID, ok bool) {
 	}
 	id, err := uuid.Parse(suffix[1 : 1+uuidLen])
 	return id, err == nil && id.String() == suffix[1:1+uuidLen]
+}
+
+// movedName is a piece of what has been moved from NVRAM of an image: the k-th, from 1 on,
+// of the one with a UUID, which is or was checkpoint n.
+type movedName struct {
+	n  int
+	id uuid.UUID
+	k  int
+}
+
+// maxPieces is how many pieces an image can have. Each has at least a quarter of what was
+// in NVRAM then, or moved.MaxBytes.
+const maxPieces = 1 << 12
+
+func (m movedName) object(vm string) string {
+	return Ref{vm, m.n}.object(fmt.Sprintf(".%v.%d%s", m.id, m.k, movedSuffix))
+}
+
+// parseMoved tells of a number and a suffix whether they are a movedName's.
+func parseMoved(n int, suffix string) (m movedName, ok bool) {
+	stem, ok := strings.CutSuffix(suffix, movedSuffix)
+	if !ok || len(stem) < 1+uuidLen+2 || stem[1+uuidLen] != '.' {
+		return m, false
+	}
+	id, err := uuid.Parse(stem[1 : 1+uuidLen])
+	if err != nil {
+		return m, false
+	}
+	k, err := strconv.Atoi(stem[1+uuidLen+1:])
+	m = movedName{n, id, k}
+	return m, err == nil && k >= 1 && k <= maxPieces && m.object("")[len(Ref{"", n}.object("")):] == suffix
 }
 
 // partName is the name of an image in the making. It says which number is taken,

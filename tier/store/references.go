@@ -157,6 +157,7 @@ func (s *Store) images(ctx context.Context, fn func(stored) error) error {
 type uses struct {
 	by              []Ref
 	segments, slots source.Ranges
+	young           source.Ranges // those of the slots that the newest checkpoints need
 }
 
 // survey finds out what listed checkpoints need of some images. It reads the IDENTITY
@@ -174,6 +175,7 @@ type survey struct {
 	of    map[uuid.UUID]*uses
 	done  map[string]bool // those that are counted in of
 	leave Ref             // this one's needs don't count
+	keep  int             // so many of each VM are the newest
 	// unclear is why it can't be told what is needed, if so: then all is.
 	unclear error
 }
@@ -203,7 +205,7 @@ func (v *survey) update(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		for _, n := range o.images {
+		for i, n := range o.images {
 			r := Ref{vm, n}
 			name := r.object(imageSuffix)
 			if v.done[name] || r == v.leave {
@@ -212,7 +214,7 @@ func (v *survey) update(ctx context.Context) error {
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
-			err := v.s.unlessGone(ctx, name, v.count(ctx, r, name))
+			err := v.s.unlessGone(ctx, name, v.count(ctx, r, name, i >= len(o.images)-v.keep))
 			switch {
 			case gone(err) || errors.Is(err, errNotObject):
 				continue
@@ -247,7 +249,7 @@ func (v *survey) countOpen(ctx context.Context, r Ref, name string) error {
 	}
 	// What nobody needed of it can have been freed, what it refers to with it: then
 	// those who have it open now have come for its bytes alone.
-	err = v.count(ctx, r, name)
+	err = v.count(ctx, r, name, false)
 	if err == nil {
 		v.done[name] = true
 	}
@@ -257,8 +259,8 @@ func (v *survey) countOpen(ctx context.Context, r Ref, name string) error {
 	return err
 }
 
-// count counts what one checkpoint needs.
-func (v *survey) count(ctx context.Context, r Ref, name string) error {
+// count counts what one checkpoint needs; young tells whether it is among the newest.
+func (v *survey) count(ctx context.Context, r Ref, name string, young bool) error {
 	id := v.known[name]
 	if id == nil {
 		var err error
@@ -299,6 +301,9 @@ func (v *survey) count(ctx context.Context, r Ref, name string) error {
 			u.by = append(u.by, r)
 			u.segments = u.segments.Union(refs[i].NeedSegments)
 			u.slots = u.slots.Union(refs[i].NeedSlots)
+			if young {
+				u.young = u.young.Union(refs[i].NeedSlots)
+			}
 		}
 	}
 	return nil

@@ -111,7 +111,9 @@ func (m *Remover) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		if rm.Left == nil && id.NVRAM != nil {
 			rm.NVRAMBytes, rm.Left = s.freeNVRAM(ctx, id, nil)
 		}
-		rm.Left = errors.Join(rm.Left, s.tidy(ctx, r))
+		moved, err := s.tidy(ctx, r, id.UUID)
+		rm.FlashBytes += moved
+		rm.Left = errors.Join(rm.Left, err)
 	}
 	f.Close()
 	closed = true
@@ -226,31 +228,35 @@ func (s *Store) makeWay(ctx context.Context, r Ref) error {
 }
 
 // tidy frees what is left of a removed image that nobody needs, and what stood for
-// lower numbers. The image is locked.
-func (s *Store) tidy(ctx context.Context, r Ref) error {
+// lower numbers. The image, whose UUID is Nil if it is not known, is locked. moved is
+// how many bytes were freed of what had been moved from NVRAM.
+func (s *Store) tidy(ctx context.Context, r Ref, id uuid.UUID) (moved int64, err error) {
 	unlock, err := s.lock(ctx)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer unlock()
 	o, err := s.objects(ctx, r.VM)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if slices.Contains(o.removed, r.N) {
 		if err := s.dir.Empty(ctx, r.object(removedSuffix), spare()); err != nil {
-			return err
+			return 0, err
 		}
+	}
+	if moved, err = s.dropMoved(ctx, r, id); err != nil {
+		return moved, err
 	}
 	for _, n := range o.removed {
 		if n == o.last() {
 			break
 		}
 		if err := s.removeEmpty(ctx, Ref{r.VM, n}); err != nil {
-			return err
+			return moved, err
 		}
 	}
-	return nil
+	return moved, nil
 }
 
 // removeEmpty removes what stands for a number that need not be remembered any

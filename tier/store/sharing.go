@@ -11,6 +11,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/moved"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
@@ -29,7 +30,7 @@ type Referred struct {
 	Removed bool `json:"removed,omitempty"`
 	// Missing says why its image can't be read, if so.
 	Missing string `json:"missing,omitempty"`
-	Space          // segments as they are stored, and pages in NVRAM
+	Space          // segments as they are stored, and pages of NVRAM parts, where they are now
 }
 
 // Sharing is what a checkpoint has to do with others.
@@ -39,6 +40,8 @@ type Sharing struct {
 	// HeldFor are the checkpoints that need bytes of it, NAME@N, and Held what they need.
 	HeldFor []string `json:"held_for,omitempty"`
 	Held    Space    `json:"held"`
+	// Moved is how much of its NVRAM part has been moved to flash, in bytes.
+	Moved int64 `json:"moved_bytes"`
 	// RmFrees is what its removal would free now: what nobody else needs, of it and of
 	// unlisted images that only it needs.
 	RmFrees Space `json:"rm_frees"`
@@ -81,13 +84,20 @@ func (s *Store) Sharing(ctx context.Context, r Ref) (sh Sharing, err error) {
 	for _, by := range own.by {
 		sh.HeldFor = append(sh.HeldFor, by.String())
 	}
-	sh.Held = Space{storedBytes(im, own.segments), int64(own.slots.Count()) * int64(im.PageSize)}
-	if sh.RmFrees, err = s.frees(ctx, f, id, own); err != nil {
+	there, err := s.movedSlots(ctx, r, id.UUID)
+	if err != nil {
+		return sh, err
+	}
+	if id.NVRAM != nil {
+		sh.Moved = int64(there.Count()) * int64(im.PageSize)
+	}
+	sh.Held = spaceOf(im, own.segments, own.slots, there)
+	if sh.RmFrees, err = s.frees(ctx, f, r, id, own); err != nil {
 		return sh, err
 	}
 	for i := range refs {
 		ref := &refs[i]
-		to := Referred{Checkpoint: Ref{ref.VM, ref.Number}.String(), UUID: ref.UUID, Space: Space{NVRAM: int64(ref.NeedSlots.Count()) * int64(im.PageSize)}}
+		to := Referred{Checkpoint: Ref{ref.VM, ref.Number}.String(), UUID: ref.UUID}
 		frees, err := s.refersTo(ctx, ref, &to, with.of[ref.UUID], without.of[ref.UUID])
 		switch {
 		case cannotTell(err) || gone(err) || errors.Is(err, ErrNotFound):
@@ -119,14 +129,18 @@ func (s *Store) refersTo(ctx context.Context, ref *checkpoint.Reference, to *Ref
 	if err != nil {
 		return free, err
 	}
-	to.Flash = storedBytes(im, ref.NeedSegments)
+	there, err := s.movedSlots(ctx, st.ref, ref.UUID)
+	if err != nil {
+		return free, err
+	}
+	to.Space = spaceOf(im, ref.NeedSegments, ref.NeedSlots, there)
 	if !st.gone {
 		return free, nil
 	}
-	free, err = s.frees(ctx, f, st.id, without)
+	free, err = s.frees(ctx, f, st.ref, st.id, without)
 	if err == nil && len(without.by) > 0 {
 		var now Space
-		now, err = s.frees(ctx, f, st.id, with)
+		now, err = s.frees(ctx, f, st.ref, st.id, with)
 		// Of these as much as could be is free already.
 		free.Flash -= now.Flash
 	}
@@ -155,6 +169,14 @@ func (s *Store) find(ctx context.Context, was Ref, id uuid.UUID) (found stored, 
 	return found, err
 }
 
+// spaceOf is what segments of an image take, and pages of its NVRAM part, of which some
+// have been moved.
+func spaceOf(im *image.Image, segments, slots, there source.Ranges) Space {
+	hot := slots.Minus(there).Count()
+	size := int64(im.PageSize)
+	return Space{storedBytes(im, segments) + int64(slots.Count()-hot)*size, int64(hot) * size}
+}
+
 // storedBytes is what segments of an image take in it.
 func storedBytes(im *image.Image, segments source.Ranges) (bytes int64) {
 	start := int64(-1)
@@ -170,8 +192,9 @@ func storedBytes(im *image.Image, segments source.Ranges) (bytes int64) {
 	return bytes
 }
 
-// frees is what is free of an image that goes away, if others need so much of it.
-func (s *Store) frees(ctx context.Context, f Object, id *checkpoint.Identity, u *uses) (free Space, err error) {
+// frees is what is free of an image in r's place that goes away, if others need so much
+// of it.
+func (s *Store) frees(ctx context.Context, f Object, r Ref, id *checkpoint.Identity, u *uses) (free Space, err error) {
 	need := source.Ranges(nil)
 	if len(u.by) == 0 {
 		free.Flash, err = taken(f)
@@ -186,6 +209,31 @@ func (s *Store) frees(ctx context.Context, f Object, id *checkpoint.Identity, u 
 		}
 	}
 	if err != nil || id.NVRAM == nil {
+		return free, err
+	}
+	pieces, err := s.openMoved(ctx, r, id.UUID)
+	if err != nil {
+		return free, err
+	}
+	for _, src := range pieces {
+		p, rerr := moved.Read(src)
+		switch {
+		case rerr != nil:
+			err = errors.Join(err, rerr)
+		case len(u.by) == 0:
+			n, terr := taken(src)
+			free.Flash, err = free.Flash+n, errors.Join(err, terr)
+		default:
+			p.Unneeded(need, func(off, end int64) {
+				if r := (byteRange{off, end}).whole(); r.end > r.off {
+					free.Flash += r.end - r.off
+				}
+			})
+			need = need.Minus(p.Slots)
+		}
+		src.Close()
+	}
+	if err != nil {
 		return free, err
 	}
 	// An NVRAM file that is not there gives nothing back.

@@ -12,6 +12,7 @@
 //	├── disks/                     indexes of disk images (package disk)
 //	└── vms/NAME/
 //	    ├── 00000001.flic          checkpoint 1: a flash image (package image)
+//	    ├── 00000001.UUID.1.moved  what was moved of its NVRAM part to flash (demote.go)
 //	    ├── 00000001.touched       what resumes of checkpoint 1 have learned
 //	    ├── 00000002.flic
 //	    ├── 00000002.UUID.gone     what checkpoint 2 was before it was flattened

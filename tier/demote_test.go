@@ -1,0 +1,206 @@
+package tier_test
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+)
+
+// demote moves what all but the newest checkpoints need to flash, and must succeed.
+func (l *lab) demote(t testing.TB, keep int) store.Demoted {
+	t.Helper()
+	d, err := l.st.Demote(t.Context(), keep)
+	if err != nil || d.Left != nil {
+		t.Fatalf("demotion: %+v, %v", d, err)
+	}
+	return d
+}
+
+// pieces are the files of what has been moved from NVRAM.
+func (l *lab) pieces(t testing.TB) []string {
+	return slices.DeleteFunc(l.tree(t), func(name string) bool { return !strings.HasSuffix(name, ".moved") })
+}
+
+// hotGenerations saves generations of a guest, of which every other page is hot, and so
+// many pages change from one to the next.
+func (l *lab) hotGenerations(t testing.TB, vm string, n int, resend float64) map[store.Ref]*tiertest.Stream {
+	t.Helper()
+	model := map[store.Ref]*tiertest.Stream{}
+	for g := 1; g <= n; g++ {
+		s := tiertest.New(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 2 << 20}}, Passes: g, Resend: resend})
+		ref, _ := l.save(t, s, save.Options{VM: vm, Energy: dedup.EnergyFull, SegmentPages: 8, WorkingSet: hotSet(t, s, every(2)), NVRAMSize: 64 << 20})
+		model[ref] = s
+	}
+	return model
+}
+
+// TestDemote moves what older checkpoints need from NVRAM to flash. All of them restore as
+// before, NVRAM has what the newest need and no more than a third beside it, and when all
+// is removed all is free.
+func TestDemote(t *testing.T) {
+	for name, newFS := range labs(t) {
+		t.Run(name, func(t *testing.T) {
+			l := newFS(t)
+			model := l.hotGenerations(t, "vm", 6, 0.7)
+			_, before := l.taken(t)
+			first := l.demote(t, 1)
+			_, after := l.taken(t)
+			if first.Images == 0 || first.Bytes == 0 || before-after != first.NVRAMBytes || first.NVRAMBytes < first.Bytes/2 {
+				t.Errorf("%+v; NVRAM %d, then %d", first, before, after)
+			}
+			if d := l.demote(t, 1); d != (store.Demoted{}) {
+				t.Errorf("a second time: %+v", d)
+			}
+			for ref, s := range model {
+				l.holds(t, ref, s)
+			}
+			// What is saved now is against pages that are on flash, and hot ones of them go to
+			// NVRAM again.
+			for ref, s := range l.hotGenerations(t, "other", 1, 0.7) {
+				model[ref] = s
+			}
+			s := model[store.Ref{VM: "vm", N: 2}]
+			ref, meta := l.save(t, s, save.Options{Parent: "vm@2", WorkingSet: hotSet(t, s, every(2)), NVRAMSize: 64 << 20})
+			if meta.Report.Unchanged == 0 || meta.Report.Hot == 0 {
+				t.Errorf("against a moved parent: %+v", meta.Report)
+			}
+			model[ref] = s
+			for ref, s := range model {
+				l.holds(t, ref, s)
+			}
+			l.demote(t, 1)
+			to, _, err := l.copy(store.Ref{VM: "vm", N: 1}, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			model[to] = model[store.Ref{VM: "vm", N: 1}]
+			if old, _, err := l.flatten(store.Ref{VM: "vm", N: 3}); err != nil || old.Left != nil {
+				t.Fatalf("%+v, %v", old, err)
+			}
+			for _, n := range []int{2, 4, 1, 3, 7, 6, 5} {
+				ref := store.Ref{VM: "vm", N: n}
+				if err := l.remove(ref); err != nil {
+					t.Fatal(err)
+				}
+				delete(model, ref)
+				if n%2 == 0 {
+					l.demote(t, 1)
+				}
+				for ref, s := range model {
+					l.holds(t, ref, s)
+				}
+			}
+			for ref := range model {
+				if err := l.remove(ref); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+				t.Errorf("%+v, %v", rep, err)
+			}
+			if _, hot := l.taken(t); hot != 0 || len(l.pieces(t)) > 0 {
+				t.Errorf("%d bytes of NVRAM are not free, and %v is left", hot, l.pieces(t))
+			}
+			l.noLeaks(t)
+		})
+	}
+}
+
+// TestDemoteKeeps: the newest so many of each VM stay in NVRAM, and what they refer to.
+func TestDemoteKeeps(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	model := l.hotGenerations(t, "a", 4, 0.95)
+	for ref, s := range l.hotGenerations(t, "b", 4, 0.95) {
+		model[ref] = s
+	}
+	if d := l.demote(t, 4); d != (store.Demoted{}) {
+		t.Errorf("nothing is old: %+v", d)
+	}
+	last := int64(0)
+	for _, keep := range []int{3, 2, 1} {
+		d := l.demote(t, keep)
+		if d.NVRAMBytes == 0 {
+			t.Errorf("keep %d: %+v", keep, d)
+		}
+		last += d.NVRAMBytes
+		for _, vm := range []string{"a", "b"} {
+			for n := 4 - keep + 1; n <= 4; n++ {
+				for _, name := range l.pieces(t) {
+					if strings.HasPrefix(name, fmt.Sprintf("vms/%s/%08d.", vm, n)) {
+						t.Errorf("keep %d: %s", keep, name)
+					}
+				}
+			}
+		}
+		for ref, s := range model {
+			l.holds(t, ref, s)
+		}
+	}
+}
+
+// TestDemoteInUse: what somebody has open is read on where it was, and freed later.
+func TestDemoteInUse(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	model := l.hotGenerations(t, "vm", 3, 0.7)
+	c, err := l.st.OpenCheckpoint(t.Context(), store.Ref{VM: "vm", N: 3}, checkpoint.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := l.demote(t, 1)
+	if d.Bytes == 0 || d.NVRAMBytes != 0 {
+		t.Errorf("%+v", d)
+	}
+	if err := c.Verify(t.Context(), func(err error) { t.Error(err) }); err != nil {
+		t.Error(err)
+	}
+	c.Close()
+	if d := l.demote(t, 1); d.Bytes != 0 || d.NVRAMBytes == 0 {
+		t.Errorf("%+v", d)
+	}
+	for ref, s := range model {
+		l.holds(t, ref, s)
+	}
+}
+
+// TestDemoteDamage: damaged pages in NVRAM are not moved, and reported; and each byte of
+// what was moved is under a checksum that is looked at.
+func TestDemoteDamage(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	model := l.hotGenerations(t, "vm", 2, 0.95)
+	old := store.Ref{VM: "vm", N: 1}
+	// The first byte of a page of each extent, but the tables.
+	for off := int64(nvram.ExtentSize); off < 4*nvram.ExtentSize; off += nvram.ExtentSize {
+		l.flipped(t, l.nvram, off, func() []error {
+			d, err := l.st.Demote(t.Context(), 1)
+			if off == nvram.ExtentSize && (err != nil || !integrity.IsCorrupt(d.Left) || !strings.Contains(d.Left.Error(), l.nvram) || len(l.pieces(t)) != 0) {
+				t.Errorf("%+v, %v", d, err)
+			}
+			return nil
+		})
+	}
+	l.demote(t, 1)
+	for _, name := range l.pieces(t) {
+		file := filepath.Join(l.dir, name)
+		size := int64(len(l.file(t, "/"+name)))
+		for off := int64(0); off < size; off += 1 + size/97 {
+			found := l.flipped(t, file, off, func() []error { return l.verify(old) })
+			if len(found) == 0 || !strings.Contains(found[0].Error(), file) && !integrity.IsCorrupt(found[0]) {
+				t.Errorf("%s, offset %d: %v", name, off, found)
+			}
+		}
+	}
+	for ref, s := range model {
+		l.holds(t, ref, s)
+	}
+}
