@@ -7,10 +7,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
@@ -25,6 +28,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest/chain"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
 
@@ -477,4 +481,62 @@ func TestDiskOften(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	l.holds(t, ref, s)
+}
+
+// TestOpenDisks saves with real indexes: of layers that can't be used the report says why,
+// and the others are looked in.
+func TestOpenDisks(t *testing.T) {
+	l := newLab(t, vfs.OS, t.TempDir())
+	dir := t.TempDir()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	s := generation(tiertest.Options{Seed: 1}, 1)
+	for _, name := range []string{"good", "plain", "stale", "open"} {
+		newRawDisk(t, path(name), digest.Fresh(), 2, s)
+	}
+	catalog, err := l.st.Disks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"good", "stale", "open"} {
+		i, err := disk.Open(t.Context(), path(name), disk.Raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := catalog.Build(t.Context(), i, disk.BuildOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		i.Close()
+	}
+	edit(t, path("stale"), func(b []byte) []byte { b[0] ^= 1; return b })
+	// As QEMU holds one that it writes to.
+	writer, err := os.OpenFile(path("open"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer writer.Close()
+	lock := unix.Flock_t{Type: unix.F_RDLCK, Start: 101, Len: 1}
+	if err := unix.FcntlFlock(writer.Fd(), unix.F_OFD_SETLK, &lock); err != nil {
+		t.Fatal(err)
+	}
+	var files []save.DiskFile
+	for _, name := range []string{"good", "plain", "stale", "open", "gone", "good"} {
+		files = append(files, save.DiskFile{Path: path(name), Format: disk.Raw})
+	}
+	o := save.OpenDisks(t.Context(), catalog, files)
+	ref, meta := l.save(t, s, save.Options{Disks: o.Disks, UnusedDisks: o.Unused})
+	o.Close()
+	var why []string
+	for _, u := range meta.Report.UnusedDisks {
+		why = append(why, filepath.Base(u.Path)+" "+u.Why)
+	}
+	for i, want := range []string{"plain .*no index", "stale .*can't be used", "open somebody", "gone .*no such file"} {
+		if len(why) != 4 || !regexp.MustCompile(want).MatchString(why[i]) {
+			t.Errorf("unused: %q", why)
+		}
+	}
+	if r := meta.Report; r.Disk < 30 || len(r.Disks) != 1 || r.Disks[0].Path != path("good") || meta.Disks != 1 {
+		t.Errorf("%+v", r)
+	}
+	l.holds(t, ref, s)
+	l.noLeaks(t)
 }

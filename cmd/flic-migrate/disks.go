@@ -1,14 +1,19 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"path/filepath"
 	"sort"
 	"strings"
 
 	"github.com/spf13/pflag"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
 // movedDisks is --disk of the commands that read checkpoints: where disk images are now,
@@ -41,6 +46,55 @@ func (m *movedDisks) Set(v string) error {
 	}
 	(*m)[old] = to
 	return nil
+}
+
+// diskFiles is --disk of the commands that save: paths, as in PATH.
+type diskFiles []save.DiskFile
+
+func (d *diskFiles) Type() string { return "FILE" }
+
+func (d *diskFiles) String() string {
+	var list []string
+	for _, f := range *d {
+		list = append(list, f.Path)
+	}
+	return strings.Join(list, string(filepath.ListSeparator))
+}
+
+// Set adds some.
+func (d *diskFiles) Set(v string) error {
+	for _, path := range filepath.SplitList(v) {
+		if path == "" {
+			return errors.New("a disk image's path is empty")
+		}
+		*d = append(*d, save.DiskFile{Path: path})
+	}
+	return nil
+}
+
+func (d *diskFiles) add(fs *pflag.FlagSet) {
+	fs.Var(d, "disk", "disk images of the guest, colons between them or given several times: pages that equal blocks of read-only layers are not stored")
+}
+
+// open opens them for a save into a store, whose options it sets. close is to be called
+// when the save has ended.
+func (d *diskFiles) open(ctx context.Context, st *store.Store, o *save.Options) (close func(), err error) {
+	if len(*d) == 0 {
+		return func() {}, nil
+	}
+	catalog, err := st.Disks()
+	if err != nil {
+		return nil, err
+	}
+	opened := save.OpenDisks(ctx, catalog, *d)
+	o.Disks, o.UnusedDisks = opened.Disks, opened.Unused
+	for _, u := range opened.Unused {
+		if u.Why == disk.ErrWriter.Error() {
+			continue // as of every running guest
+		}
+		o.Log.Warn("no pages are looked for in a disk image", "path", u.Path, "cause", u.Why)
+	}
+	return opened.Close, nil
 }
 
 // disksFlags are those of the commands that read the pages of checkpoints.

@@ -31,6 +31,7 @@ type saveCmd struct {
 	placement
 	vm     string
 	parent parentFlag
+	disks  diskFiles
 	report string
 	json   bool
 	quiet  bool
@@ -87,6 +88,11 @@ on disk. If QEMU has the migration capability return-path, QEMU reports
 
   migrate_set_capability return-path on
 
+With --disk pages that equal a block of one of the guest's disk images are not stored: the
+guest's page cache is on the disk already. The checkpoint then needs that image (absorb
+copies what it needs). Only layers that have an index (disk index) and that nobody can
+write to are used, so of the image of a running guest the backing files.
+
 Standard output belongs to that return path and carries nothing else.`,
 		Example: `  # In QEMU's monitor, with the guest running or stopped:
   migrate "exec:/usr/local/bin/flic-migrate save --store /srv/vms --vm web1"
@@ -102,6 +108,7 @@ Standard output belongs to that return path and carries nothing else.`,
 	fs := c.Flags()
 	fs.StringVar(&s.vm, "vm", "", "name of the VM (required)")
 	addParent(fs, &s.parent)
+	s.disks.add(fs)
 	s.placement.add(fs)
 	s.encoding.add(fs)
 	fs.StringVar(&s.report, "report", "", "write the JSON report to this file as well, also after a failure")
@@ -182,6 +189,11 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 	if err != nil {
 		return ref, nil, err
 	}
+	closeDisks, err := s.disks.open(ctx, st, &o)
+	if err != nil {
+		return ref, nil, err
+	}
+	defer closeDisks()
 	in, err := pipe.New(ctx, int(s.stdin.Fd()))
 	if err != nil {
 		return ref, nil, err

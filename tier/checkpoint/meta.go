@@ -92,6 +92,8 @@ type (
 	startList []pagemap.Start
 	refList   []uuid.UUID
 	diskUses  []DiskUse
+
+	unusedDisks []DiskUnused
 )
 
 const (
@@ -102,6 +104,7 @@ const (
 	maxNames     = 4096
 	maxMapChunks = 1 << 19
 	maxRefs      = 1024
+	maxUnused    = 1024 // disks that a save did not look in
 )
 
 func (l *blockList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, MaxBlocks) }
@@ -109,7 +112,10 @@ func (l *nameList) UnmarshalJSON(b []byte) error  { return integrity.DecodeList(
 func (l *runList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, MaxTableRuns) }
 func (l *startList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, maxMapChunks) }
 func (l *refList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, maxRefs) }
-func (l *diskUses) UnmarshalJSON(b []byte) error  { return integrity.DecodeList(l, b, MaxDisks) }
+func (l *unusedDisks) UnmarshalJSON(b []byte) error {
+	return integrity.DecodeList(l, b, maxUnused)
+}
+func (l *diskUses) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, MaxDisks) }
 
 // NVRAM names the file that holds the NVRAM part.
 type NVRAM struct {
@@ -173,6 +179,8 @@ type Report struct {
 
 	// Disks are the disk images that the pages in Disk equal.
 	Disks diskUses `json:"disks,omitempty"`
+	// UnusedDisks are those that the save was told of and could not look in.
+	UnusedDisks unusedDisks `json:"unused_disks,omitempty"`
 
 	Seconds Seconds `json:"seconds"`
 }
@@ -182,6 +190,12 @@ type DiskUse struct {
 	Path  string `json:"path"`
 	Pages int64  `json:"pages"` // that equal a block of it
 	Bytes int64  `json:"bytes"` // what they hold, each different one once
+}
+
+// DiskUnused is a disk image, or a layer of one, that a save could not look in.
+type DiskUnused struct {
+	Path string `json:"path"`
+	Why  string `json:"why"`
 }
 
 // Seconds are wall times by phase, in order.

@@ -153,6 +153,8 @@ func (d *disks) check(used []int) error {
 	return nil
 }
 
+var errManyDisks = fmt.Errorf("a checkpoint can have pages on %d disk images", checkpoint.MaxDisks)
+
 var errDiskChanged = errors.New("it can't be referred to")
 
 // diskPage is a page that is on a disk, and its digest.

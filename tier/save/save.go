@@ -60,6 +60,8 @@ type Options struct {
 	// Disks are disk images that pages are looked for in, as OpenDisks gives them; they
 	// stay open until the save has ended. To looks in none.
 	Disks []Disk
+	// UnusedDisks are those that it was to look in and can't, for the report.
+	UnusedDisks []checkpoint.DiskUnused
 
 	Libvirt *checkpoint.Libvirt // kept with the checkpoint; may be nil
 
@@ -127,7 +129,7 @@ func newSaver(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o
 		Identity: checkpoint.Identity{VM: o.VM, Created: s.begin},
 		Bulk:     checkpoint.Bulk{Libvirt: o.Libvirt},
 	}
-	s.rep.Codec = o.Codec.String()
+	s.rep.Codec, s.rep.UnusedDisks = o.Codec.String(), o.UnusedDisks
 	s.out = output{created: s.begin, codec: o.Codec, workers: o.Workers, segment: o.SegmentPages}
 	var cur *stream.Cursor
 	s.feed, cur = newFeed(ctx, in, o.Silence)
