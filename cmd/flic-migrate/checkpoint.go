@@ -23,6 +23,8 @@ type checkpointCmd struct {
 	placement
 	monitor   monitorFlags
 	parent    parentFlag
+	disks     diskFiles
+	noDisks   bool
 	mode      choice
 	then      choice
 	timer     string
@@ -63,6 +65,10 @@ reports. The QEMU needs nothing but a monitor (-qmp unix:...), or libvirt's.
   --mode background  it runs, and what is saved is its state at the beginning
                      (QEMU's background-snapshot, which needs userfaultfd)
 
+Pages that equal blocks of the VM's disks are not stored, where the disks stand on
+images that have an index in the store (disk index): the checkpoint then needs these
+images (absorb copies what it needs). QEMU says which they are; --disk names others.
+
 With --arm a process stays behind that has the next checkpoint ready: it reads the
 guest's memory at --arm-rate while the guest runs, and then waits. The next checkpoint
 of the VM (with --mode stop, stored in the same way) takes what the guest has written
@@ -100,6 +106,8 @@ it lets it run first.`,
 	fs.Var(&c.then, "then", "what becomes of the guest (default: what it did before)")
 	c.placement.add(fs)
 	addParent(fs, &c.parent)
+	c.disks.add(fs)
+	fs.BoolVar(&c.noDisks, "no-disks", false, "do not ask QEMU for the VM's disks to look for pages on them")
 	addKeep(fs, &c.nvramKeep)
 	fs.StringVar(&c.timer, "timer", "auto", "how long the guest's writes are watched in each round, such as 4s; auto: by equation (1), in all rounds")
 	fs.Var(&c.rounds, "rounds", "how often; pages written in more, and in later, rounds are hotter")
@@ -148,6 +156,7 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 				sayTracked(c.stderr, rep)
 			}
 		},
+		Disks: c.disks, NoDisks: c.noDisks,
 		Guard: guard,
 		Log:   c.log(),
 	}

@@ -24,9 +24,14 @@ type CheckpointOptions struct {
 	// Guest is what happens to the guest. Its Save, Undo, Open and Redial are set
 	// here.
 	Guest migration.CheckpointOptions
-	// Save is how the stream is stored. Its ReturnPath, RunState and Libvirt are set
-	// here, and its WorkingSet is joined with what was seen.
+	// Save is how the stream is stored. Its ReturnPath, RunState, Libvirt and Disks are
+	// set here, and its WorkingSet is joined with what was seen.
 	Save save.Options
+	// Disks are disk images of the guest's that pages are looked for in, beside those
+	// that QEMU names: of these, what the guest can't write to. NoDisks: QEMU is not
+	// asked. Only what has an index in the store is of use.
+	Disks   []save.DiskFile
+	NoDisks bool
 	// Watch says how the guest is watched before; nil: it is not.
 	Watch *TrackOptions
 	// WatchAsked: the guest is to be watched, whatever is known of it already.
@@ -156,6 +161,11 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 			return rep, err
 		}
 	}
+	closeDisks, err := o.openDisks(ctx, st, x)
+	if err != nil {
+		return rep, err
+	}
+	defer closeDisks()
 	var ref store.Ref
 	o.Guest.Save = func(ctx context.Context, f *os.File, before qmp.RunState) error {
 		var meta *checkpoint.Meta
