@@ -8,8 +8,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream"
 )
 
-// ErrUnsupported is wrapped by errors that say why page tables can't be found.
-var ErrUnsupported = errors.New("guest page tables can't be found")
+// ErrUnsupported is wrapped by errors that say why page tables, or memory at all, can't
+// be found.
+var ErrUnsupported = errors.New("the guest can't be looked into")
 
 func unsupported(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", ErrUnsupported, fmt.Sprintf(format, args...))

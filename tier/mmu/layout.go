@@ -51,7 +51,7 @@ func NewLayout(machine string, blocks []ramparse.Block, tail []byte, t *stream.T
 			return pcLayout(blocks, tail[f.Offset:f.Offset+cmosSize])
 		}
 	}
-	return nil, unsupported("where the memory of machine type %q is", machine)
+	return nil, unsupported("it is not known where machine type %q has its memory", machine)
 }
 
 // virtLayout is that of Arm's virt machine: all of the block, in one piece.
