@@ -1,6 +1,7 @@
 package tier_test
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -32,13 +33,13 @@ func (l *lab) pieces(t testing.TB) []string {
 	return slices.DeleteFunc(l.tree(t), func(name string) bool { return !strings.HasSuffix(name, ".moved") })
 }
 
-// hotGenerations saves generations of a guest, of which every other page is hot, and so
-// many pages change from one to the next.
-func (l *lab) hotGenerations(t testing.TB, vm string, n int, resend float64) map[store.Ref]*tiertest.Stream {
+// hotGenerations saves generations of a guest with so much memory, of which every other
+// page is hot, and so many pages change from one to the next.
+func (l *lab) hotGenerations(t testing.TB, vm string, n int, size uint64, resend float64) map[store.Ref]*tiertest.Stream {
 	t.Helper()
 	model := map[store.Ref]*tiertest.Stream{}
 	for g := 1; g <= n; g++ {
-		s := tiertest.New(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 2 << 20}}, Passes: g, Resend: resend})
+		s := tiertest.New(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: size}}, Passes: g, Resend: resend})
 		ref, _ := l.save(t, s, save.Options{VM: vm, Energy: dedup.EnergyFull, SegmentPages: 8, WorkingSet: hotSet(t, s, every(2)), NVRAMSize: 64 << 20})
 		model[ref] = s
 	}
@@ -52,7 +53,7 @@ func TestDemote(t *testing.T) {
 	for name, newFS := range labs(t) {
 		t.Run(name, func(t *testing.T) {
 			l := newFS(t)
-			model := l.hotGenerations(t, "vm", 6, 0.7)
+			model := l.hotGenerations(t, "vm", 6, 2<<20, 0.7)
 			_, before := l.taken(t)
 			first := l.demote(t, 1)
 			_, after := l.taken(t)
@@ -67,7 +68,7 @@ func TestDemote(t *testing.T) {
 			}
 			// What is saved now is against pages that are on flash, and hot ones of them go to
 			// NVRAM again.
-			for ref, s := range l.hotGenerations(t, "other", 1, 0.7) {
+			for ref, s := range l.hotGenerations(t, "other", 1, 2<<20, 0.7) {
 				model[ref] = s
 			}
 			s := model[store.Ref{VM: "vm", N: 2}]
@@ -120,8 +121,8 @@ func TestDemote(t *testing.T) {
 // TestDemoteKeeps: the newest so many of each VM stay in NVRAM, and what they refer to.
 func TestDemoteKeeps(t *testing.T) {
 	l := newLab(t, crashfs.New(0), "/")
-	model := l.hotGenerations(t, "a", 4, 0.95)
-	for ref, s := range l.hotGenerations(t, "b", 4, 0.95) {
+	model := l.hotGenerations(t, "a", 4, 2<<20, 0.95)
+	for ref, s := range l.hotGenerations(t, "b", 4, 2<<20, 0.95) {
 		model[ref] = s
 	}
 	if d := l.demote(t, 4); d != (store.Demoted{}) {
@@ -152,7 +153,7 @@ func TestDemoteKeeps(t *testing.T) {
 // TestDemoteInUse: what somebody has open is read on where it was, and freed later.
 func TestDemoteInUse(t *testing.T) {
 	l := newLab(t, crashfs.New(0), "/")
-	model := l.hotGenerations(t, "vm", 3, 0.7)
+	model := l.hotGenerations(t, "vm", 3, 2<<20, 0.7)
 	c, err := l.st.OpenCheckpoint(t.Context(), store.Ref{VM: "vm", N: 3}, checkpoint.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -177,7 +178,7 @@ func TestDemoteInUse(t *testing.T) {
 // what was moved is under a checksum that is looked at.
 func TestDemoteDamage(t *testing.T) {
 	l := newLab(t, crashfs.New(0), "/")
-	model := l.hotGenerations(t, "vm", 2, 0.95)
+	model := l.hotGenerations(t, "vm", 2, 2<<20, 0.95)
 	old := store.Ref{VM: "vm", N: 1}
 	// The first byte of a page of each extent, but the tables.
 	for off := int64(nvram.ExtentSize); off < 4*nvram.ExtentSize; off += nvram.ExtentSize {
@@ -202,5 +203,106 @@ func TestDemoteDamage(t *testing.T) {
 	}
 	for ref, s := range model {
 		l.holds(t, ref, s)
+	}
+}
+
+// TestCrashDemote ends and fails demotions at each operation: of checkpoints that are
+// listed, and of one that is only kept for others. Every checkpoint is whole whenever that
+// happens, a later demotion does what was left to do, and all space comes back.
+func TestCrashDemote(t *testing.T) {
+	disk := crashfs.New(0)
+	l := newLab(t, disk, "/")
+	model := l.hotGenerations(t, "vm", 3, 512<<10, 0.85)
+	ref := func(n int) store.Ref { return store.Ref{VM: "vm", N: n} }
+	for name, removed := range map[string][]int{"listed": nil, "kept for others": {1, 2}} {
+		t.Run(name, func(t *testing.T) {
+			disk := disk.CrashClone(1)
+			l := l.on(t, disk)
+			left := []store.Ref{ref(1), ref(2), ref(3)}
+			for _, n := range removed {
+				if err := l.remove(ref(n)); err != nil {
+					t.Fatal(err)
+				}
+				left = slices.DeleteFunc(left, func(r store.Ref) bool { return r.N == n })
+			}
+			whole := l.on(t, disk.CrashClone(1))
+			want := whole.demote(t, 1)
+			_, hot := whole.taken(t)
+			if want.Bytes == 0 || want.NVRAMBytes == 0 {
+				t.Fatalf("nothing to move: %+v", want)
+			}
+			everyCrash(t, disk, l, func(l *lab) error {
+				d, err := l.st.Demote(t.Context(), 1)
+				return errors.Join(err, d.Left)
+			}, func(t *testing.T, l *lab, _ error) {
+				t.Helper()
+				l.listed(t, model, left...)
+				l.demote(t, 1)
+				if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+					t.Errorf("gc: %+v, %v", rep, err)
+				}
+				if _, now := l.taken(t); now != hot {
+					t.Errorf("%d bytes of NVRAM are in use, and without a crash %d", now, hot)
+				}
+				l.listed(t, model, left...)
+				for _, ref := range left {
+					if err := l.remove(ref); err != nil {
+						t.Error(err)
+					}
+				}
+				if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+					t.Errorf("%d bytes of flash and %d of NVRAM are not free: %v", flash, hot, l.tree(t))
+				}
+			})
+		})
+	}
+}
+
+// TestCrashMovedRemoved ends and fails removals and flattenings of a checkpoint of whose
+// pages some have been moved: it is there, whole, or gone with all that it took.
+func TestCrashMovedRemoved(t *testing.T) {
+	disk := crashfs.New(0)
+	l := newLab(t, disk, "/")
+	model := l.hotGenerations(t, "vm", 3, 512<<10, 0.85)
+	l.demote(t, 1)
+	if len(l.pieces(t)) == 0 {
+		t.Fatal("nothing was moved")
+	}
+	for name, do := range map[string]func(l *lab) error{
+		"rm of all": func(l *lab) error {
+			for n := 1; n <= 3; n++ {
+				if _, err := l.st.Remove(t.Context(), store.Ref{VM: "vm", N: n}); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		"flatten": func(l *lab) error {
+			_, _, err := l.flatten(store.Ref{VM: "vm", N: 1})
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			everyCrash(t, disk, l, do, func(t *testing.T, l *lab, _ error) {
+				t.Helper()
+				l.listed(t, model)
+				if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+					t.Errorf("gc: %+v, %v", rep, err)
+				}
+				l.listed(t, model)
+				refs, err := l.st.List(t.Context(), "")
+				if err != nil {
+					t.Error(err)
+				}
+				for _, ref := range refs {
+					if err := l.remove(ref); err != nil {
+						t.Error(err)
+					}
+				}
+				if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+					t.Errorf("%d bytes of flash and %d of NVRAM are not free: %v", flash, hot, l.tree(t))
+				}
+			})
+		})
 	}
 }
