@@ -88,6 +88,28 @@ func TestHold(t *testing.T) {
 	}
 }
 
+// TestHoldAbsent holds a save of a guest half of whose pages never come, as is known
+// beforehand and not told by the stream.
+func TestHoldAbsent(t *testing.T) {
+	o := tiertest.Options{
+		Passes: 2, Resend: 0.02, ReturnPath: true,
+		Blocks: []tiertest.Block{{Name: "pc.ram", Size: 64 << 20}, {Name: "0000:00:02.0/vm0", Size: 64 << 20, Shared: true}},
+		Mix:    tiertest.Mix{tiertest.Zero: 60, tiertest.Text: 2, tiertest.Random: 1},
+	}
+	for _, absent := range []uint64{64 << 20, 80 << 20} {
+		l := newLab(t, crashfs.New(0), "/")
+		held := false
+		ref, meta, err := l.run(t.Context(), bytes.NewReader(tiertest.New(o).Bytes()), save.Options{VM: "vm", ReturnPath: io.Discard, Hold: &save.Hold{
+			Absent: absent,
+			Wait:   func(context.Context) (string, error) { held = true; return "running", nil },
+		}})
+		if err != nil || !held || meta.Report.Resent == 0 {
+			t.Fatalf("%d bytes: held is %v, %v, %+v", absent, held, err, meta)
+		}
+		l.holds(t, ref, tiertest.New(o))
+	}
+}
+
 // TestHoldFails ends saves that can't be held, or are not to go on: they leave
 // nothing, and the source hears of it.
 func TestHoldFails(t *testing.T) {
@@ -103,6 +125,7 @@ func TestHoldFails(t *testing.T) {
 		"too small":      {tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 32 << 20}}, Mix: tiertest.Mix{tiertest.Zero: 1}}, nil, save.ErrTooSmall},
 		"pages left out": {tiertest.Options{Blocks: large, Mix: some}, nil, save.ErrNotHeld},
 		"another pass":   {tiertest.Options{Blocks: large, Mix: some, Passes: 2, Resend: 0.01}, nil, save.ErrNotHeld},
+		"not counted":    {tiertest.Options{Blocks: large, Mix: tiertest.Mix{tiertest.Zero: 1}, IgnoreShared: true}, nil, save.ErrUncounted},
 		"unknown":        {tiertest.Options{Blocks: large, Mix: tiertest.Mix{tiertest.Zero: 1}, Unknown: tiertest.Record}, nil, stream.ErrUnknown},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -105,6 +105,30 @@ func Arm(ctx context.Context, x qmp.Executor, o ArmOptions) (err error) {
 	return d.stream.Close()
 }
 
+// Unplugged is how many bytes of memory the guest could plug in and has not: QEMU lists
+// them as RAM and does not send them. The stream tells that from machine types of QEMU
+// 8.0 on; of older ones only QEMU itself does. A QEMU that knows no such devices has
+// none.
+func Unplugged(ctx context.Context, x qmp.Executor) (n uint64, err error) {
+	var devices []struct {
+		Type string `json:"type"`
+		Data struct {
+			Size uint64 `json:"size"`
+			Most uint64 `json:"max-size"` // virtio-mem's
+		} `json:"data"`
+	}
+	err = x.Execute(ctx, "query-memory-devices", nil, &devices)
+	if answer := new(qmp.Error); errors.As(err, &answer) {
+		return 0, nil
+	}
+	for _, d := range devices {
+		if d.Type == "virtio-mem" {
+			n += d.Data.Most - min(d.Data.Most, d.Data.Size)
+		}
+	}
+	return n, err
+}
+
 // armNeeds is what a checkpoint that stops the guest needs, but that the guest, which
 // runs for a long time meanwhile, is not slowed down.
 func armNeeds(name string, is bool) bool {

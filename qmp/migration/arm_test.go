@@ -170,3 +170,28 @@ func TestDisarm(t *testing.T) {
 		t.Error(forgotten, err)
 	}
 }
+
+// memoryDevices is a QEMU that has these, in JSON, or refuses to tell.
+type memoryDevices string
+
+func (memoryDevices) Events(context.Context) (<-chan qmp.Event, error) { return nil, nil }
+
+func (m memoryDevices) Execute(_ context.Context, command string, _, result any) error {
+	if m == "" {
+		return &qmp.Error{Command: command, Class: "CommandNotFound"}
+	}
+	return json.Unmarshal([]byte(m), result)
+}
+
+func TestUnplugged(t *testing.T) {
+	const mem = `{"type": "virtio-mem", "data": {"size": 3, "max-size": 10}}`
+	const dimm = `{"type": "dimm", "data": {"size": 7, "slot": 1}}`
+	for answer, want := range map[memoryDevices]uint64{
+		"": 0, "[]": 0, "[" + dimm + "]": 0, "[" + mem + "," + dimm + "," + mem + "]": 14,
+		`[{"type": "virtio-mem", "data": {"size": 11, "max-size": 10}}]`: 0,
+	} {
+		if n, err := Unplugged(t.Context(), answer); n != want || err != nil {
+			t.Errorf("%s: %d, %v, want %d", answer, n, err, want)
+		}
+	}
+}

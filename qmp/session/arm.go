@@ -394,6 +394,9 @@ func (o *CheckpointOptions) arm(ctx context.Context, st *store.Store, t Target, 
 	if c.WorkingSet, err = encodeSet(o.Save.WorkingSet); err != nil {
 		return 0, err
 	}
+	if c.Absent, err = migration.Unplugged(ctx, x); err != nil {
+		return 0, err
+	}
 	take := func(ctx context.Context, stream *os.File, buffer int, kept migration.Kept) error {
 		c.Buffer, c.Kept = buffer, kept
 		p, err := o.startArmed(ctx, stream, l, c)

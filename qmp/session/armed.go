@@ -126,6 +126,7 @@ type armedConfig struct {
 	Libvirt    *checkpoint.Libvirt `json:"libvirt,omitempty"`
 	Kept       migration.Kept      `json:"kept"`
 	Buffer     int                 `json:"buffer"` // save.Hold's
+	Absent     uint64              `json:"absent"` // save.Hold's
 	Rate       int64               `json:"rate"`   // save.Hold's
 	Control    string              `json:"control"`
 }
@@ -293,7 +294,7 @@ func (s *armedServer) save(ctx context.Context, f *os.File) (ref store.Ref, meta
 		}
 	}
 	o.Hold = &save.Hold{
-		Rate: s.c.Rate, Buffer: s.c.Buffer, Hurry: s.hurry,
+		Rate: s.c.Rate, Buffer: s.c.Buffer, Absent: s.c.Absent, Hurry: s.hurry,
 		Begun: func(r store.Ref, id uuid.UUID) error {
 			state, err := json.Marshal(armedState{s.c.Target, s.c.Kept})
 			if err != nil {

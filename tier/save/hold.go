@@ -35,6 +35,10 @@ type Hold struct {
 	Rate int64
 	// Buffer is how many bytes of the stream the transport takes though nobody reads.
 	Buffer int
+	// Absent is how many bytes of RAM are known to be listed and not to come; the stream
+	// itself tells of some or of none of them. If there are more, pass 1 ends before the
+	// hold, which is ErrNotHeld; if there are fewer, the hold comes earlier.
+	Absent uint64
 	// Hurry, once it is closed, takes the bound of Rate away. It may be nil.
 	Hurry <-chan struct{}
 	// Begun is called when it is known that enough pages are to come for a hold, with
@@ -50,6 +54,8 @@ type Hold struct {
 var (
 	// ErrTooSmall: the guest's memory is too small for QEMU to be held.
 	ErrTooSmall = errors.New("the guest has too little memory for a checkpoint to be armed")
+	// ErrUncounted: nobody knows how many pages the first pass has.
+	ErrUncounted = errors.New("QEMU leaves out memory that it lists and does not say how much, so a checkpoint can't be armed (the capability x-ignore-shared does that, and devices that this version does not know)")
 	// ErrNotHeld: the first pass was over before it could be held.
 	ErrNotHeld = errors.New("QEMU's first pass over memory has ended before it could be held; not all pages were in it")
 )

@@ -229,17 +229,24 @@ func (p *parser) start() error {
 	if len(pages) > 0 {
 		p.ahead = newAhead(p.meta.Blocks, pages)
 	}
-	p.unseen -= min(p.unseen, p.walk.Absent/uint64(p.meta.PageSize))
+	absent := p.walk.Absent
+	if p.hold != nil {
+		absent = max(absent, p.hold.Absent)
+	}
+	p.unseen -= min(p.unseen, absent/uint64(p.meta.PageSize))
 	if p.walk.Uncertain {
 		// Blocks are listed that are not sent, so what has not come says nothing
 		// about how near the device tail is.
 		p.unseen = 0
 	}
 	p.feed.adjust(p.left())
-	if p.hold != nil {
-		return p.hold.start(p.unseen)
+	switch {
+	case p.hold == nil:
+		return nil
+	case p.walk.Uncertain:
+		return ErrUncounted
 	}
-	return nil
+	return p.hold.start(p.unseen)
 }
 
 // left is how many pages are certain to come.
