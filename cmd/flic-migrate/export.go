@@ -21,6 +21,7 @@ type exportCmd struct {
 	*app
 	nvram string
 	xml   string
+	disks disksFlags
 	quiet bool
 }
 
@@ -44,6 +45,7 @@ FILE.save must not exist. It comes into being whole, or not at all.`,
 	fs := c.Flags()
 	fs.StringVar(&e.xml, "xml", "", "file with the domain's XML, instead of what was imported")
 	fs.StringVar(&e.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	e.disks.addMoved(fs)
 	fs.BoolVar(&e.quiet, "quiet", false, "no progress")
 	setKey(fs, "xml", "export-xml")
 	return c
@@ -59,7 +61,7 @@ func (e *exportCmd) run(ctx context.Context, name, file string) (err error) {
 	if err != nil {
 		return err
 	}
-	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: e.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: e.nvram, Disks: e.disks.reading()})
 	if err != nil {
 		return err
 	}

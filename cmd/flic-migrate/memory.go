@@ -22,6 +22,7 @@ type memoryCmd struct {
 	nvram  string
 	format choice
 	json   bool
+	disks  disksFlags
 	quiet  bool
 }
 
@@ -51,6 +52,7 @@ it. It comes into being whole, or not at all.`,
 	fs.Var(&m.format, "format", "of the file")
 	fs.StringVar(&m.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.BoolVar(&m.json, "json", false, "print a JSON document")
+	m.disks.addMoved(fs)
 	fs.BoolVar(&m.quiet, "quiet", false, "no progress and no summary")
 	setKey(fs, "format", "memory-format")
 	setKey(fs, "output", "")
@@ -70,7 +72,7 @@ func (m *memoryCmd) run(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: m.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: m.nvram, Disks: m.disks.reading()})
 	if err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ type persistCmd struct {
 	*app
 	encoding
 	nvram string
+	disks disksFlags
 	json  bool
 	quiet bool
 }
@@ -39,6 +40,7 @@ shorter: of the flags for that --codec and --workers count.`,
 	fs.StringVar(&p.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	p.encoding.add(fs)
 	fs.BoolVar(&p.json, "json", false, "print the report as a JSON document")
+	p.disks.addMoved(fs)
 	fs.BoolVar(&p.quiet, "quiet", false, "no progress, nothing but warnings and errors")
 	return c
 }
@@ -53,7 +55,7 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: p.nvram})
+	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: p.nvram, Disks: p.disks.reading()})
 	if err != nil {
 		return err
 	}
