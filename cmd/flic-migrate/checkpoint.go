@@ -25,6 +25,7 @@ type checkpointCmd struct {
 	parent    parentFlag
 	disks     diskFiles
 	noDisks   bool
+	freeze    choice
 	mode      choice
 	then      choice
 	timer     string
@@ -48,6 +49,7 @@ func newCheckpoint(a *app) *cobra.Command {
 	c := &checkpointCmd{
 		app:      a,
 		mode:     choice{value: "stop", choices: []string{"stop", "live", "background"}},
+		freeze:   choice{value: "leave", choices: []string{"leave", "snapshot"}},
 		then:     choice{value: "", choices: []string{"run", "pause", "quit"}},
 		rounds:   count{1, 1, rounds.Max},
 		keepLast: count{0, 0, math.MaxInt32},
@@ -107,6 +109,7 @@ it lets it run first.`,
 	c.placement.add(fs)
 	addParent(fs, &c.parent)
 	c.disks.add(fs)
+	fs.Var(&c.freeze, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them")
 	fs.BoolVar(&c.noDisks, "no-disks", false, "do not ask QEMU for the VM's disks to look for pages on them")
 	addKeep(fs, &c.nvramKeep)
 	fs.StringVar(&c.timer, "timer", "auto", "how long the guest's writes are watched in each round, such as 4s; auto: by equation (1), in all rounds")
@@ -125,7 +128,7 @@ it lets it run first.`,
 	c.encoding.add(fs)
 	fs.BoolVar(&c.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary")
-	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm", "keep-last"} {
+	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm", "keep-last", "disks"} {
 		setKey(fs, name, "checkpoint-"+name)
 	}
 	return cmd
@@ -156,7 +159,7 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 				sayTracked(c.stderr, rep)
 			}
 		},
-		Disks: c.disks, NoDisks: c.noDisks,
+		Disks: c.disks, NoDisks: c.noDisks, Snapshot: c.freeze.value == "snapshot",
 		Guard: guard,
 		Log:   c.log(),
 	}
@@ -235,7 +238,24 @@ func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
 	if c.arm && (c.then.value == string(migration.ThenPause) || c.then.value == string(migration.ThenQuit)) {
 		return 0, usageError{fmt.Errorf("--arm needs a guest that runs afterwards, and --then says %s", c.then.value)}
 	}
-	return timer, nil
+	return timer, c.checkSnapshot()
+}
+
+// checkSnapshot finds out whether snapshots of the disks can be taken.
+func (c *checkpointCmd) checkSnapshot() error {
+	switch {
+	case c.freeze.value != "snapshot":
+		return nil
+	case c.noDisks:
+		return usageError{errors.New("--disks snapshot needs QEMU to be asked for the disks, and --no-disks forbids that")}
+	case c.mode.value != "stop":
+		return usageError{fmt.Errorf("--disks snapshot needs a guest that stands still before anything is saved, and --mode is %s", c.mode.value)}
+	case c.arm:
+		return usageError{errors.New("--disks snapshot changes the VM's disks, and --arm needs them as they are")}
+	case c.monitor.Domain != "":
+		return usageError{errors.New("--disks snapshot is not for domains: libvirt must know which files its domains write to")}
+	}
+	return nil
 }
 
 func (c *checkpointCmd) show(doc checkpointReport) error {
@@ -261,6 +281,9 @@ func (c *checkpointCmd) show(doc checkpointReport) error {
 		doc.Checkpoint, stood, doc.Passes, doc.Total.Seconds(), doc.State)
 	if d := doc.Demoted; d != nil {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s of older checkpoints moved to flash, %s of NVRAM freed\n", human(d.Bytes), human(d.NVRAMBytes))
+	}
+	for _, s := range doc.Snapshots {
+		fmt.Fprintf(c.stderr, "flic-migrate: %s: %s has the disk as it was; the guest goes on in %s\n", doc.Checkpoint, s.Frozen, s.Now)
 	}
 	if doc.Armed {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s had been armed\n", doc.Checkpoint)

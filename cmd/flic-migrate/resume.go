@@ -45,7 +45,7 @@ func newResume(a *app) *cobra.Command {
 		Short: "Restore a checkpoint into a QEMU through its monitor, the guest running at once",
 		Long: `Resume restores a checkpoint into a QEMU that was started with
 -incoming defer -S and the arguments of the one that was saved. It checks that
-machine type, RAM, vCPUs and devices are the same, lets the guest run on what it needs first
+machine type, RAM, vCPUs, devices and the state of the disks are the same, lets the guest run on what it needs first
 while the rest of its memory loads (lazily, if QEMU may use userfaultfd), or
 paused if it was paused when saved, and reports when all memory is there.
 
@@ -72,7 +72,7 @@ themselves.`,
 	fs.Var(&r.lazy, "lazy", "let the guest run before all of its memory is there")
 	fs.BoolVar(&r.paused, "paused", false, "leave the guest paused, even if it ran when saved")
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died")
-	fs.BoolVar(&r.force, "force", false, "resume although vCPUs or devices seem to be others than those that were saved")
+	fs.BoolVar(&r.force, "force", false, "resume although vCPUs, devices or disks seem to be others than those that were saved")
 	fs.BoolVar(&r.print, "print", false, "print the QMP commands and do nothing")
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
 	fs.IntVar(&r.restarts, "restarts", 5, "with --qmp: how many times the process that serves the memory is started again if it dies")

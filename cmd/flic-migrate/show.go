@@ -162,6 +162,15 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, armed
 		}
 		line("rm would free", "%s of flash and %s of NVRAM", human(sharing.RmFrees.Flash), human(sharing.RmFrees.NVRAM))
 	}
+	for _, d := range m.VMDisks {
+		if len(d.Layers) > 0 {
+			how := "as it was then"
+			if d.Frozen {
+				how = "frozen; needs an overlay to resume"
+			}
+			line("goes with", "%s, %s", d.Layers[0].Path, how)
+		}
+	}
 	if m.Libvirt != nil {
 		line("libvirt", "a domain, %d bytes of XML (--json shows it)", len(m.Libvirt.XML))
 	}

@@ -62,6 +62,9 @@ type CheckpointOptions struct {
 	// makes it durable. The run state is the guest's before the checkpoint,
 	// which a stream of a guest that was stopped for it does not tell.
 	Save func(ctx context.Context, stream *os.File, before qmp.RunState) error
+	// Stopped is called, if not nil, when the guest stands still and nothing has been
+	// saved: in ModeStop only. Its error fails the checkpoint.
+	Stopped func(ctx context.Context) error
 	// Undo takes back what Save has made durable, because QEMU does not confirm
 	// that it was its guest. nil: it stays.
 	Undo   func(ctx context.Context) error
@@ -263,6 +266,11 @@ func (c *checkpointer) save(ctx context.Context) error {
 	if c.rep.Mode == ModeStop && c.was.Running {
 		c.stoppedAt = time.Now()
 		if err := qmp.Stop(ctx, c.x); err != nil {
+			return err
+		}
+	}
+	if c.rep.Mode == ModeStop && c.o.Stopped != nil {
+		if err := c.o.Stopped(ctx); err != nil {
 			return err
 		}
 	}

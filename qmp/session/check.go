@@ -19,5 +19,9 @@ func (o *ResumeOptions) check(ctx context.Context, m *qmp.Monitor, c *store.Chec
 		po.PID = int(peer.Pid)
 	}
 	r, err := preflight.Check(ctx, m, saved, po)
-	return r.NotLazy, r.Warnings, err
+	if err != nil {
+		return r.NotLazy, r.Warnings, err
+	}
+	more, err := o.compareDisks(ctx, m, c)
+	return r.NotLazy, append(r.Warnings, more...), err
 }

@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/disks"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
@@ -32,6 +34,12 @@ type CheckpointOptions struct {
 	// asked. Only what has an index in the store is of use.
 	Disks   []save.DiskFile
 	NoDisks bool
+	// Snapshot makes overlays for the disks that the guest can write to while it stands
+	// still, so that the files that it wrote to stay as they belong to the checkpoint. It
+	// needs ModeStop, and a QEMU that is not libvirt's.
+	Snapshot bool
+
+	found []disks.Disk
 	// Watch says how the guest is watched before; nil: it is not.
 	Watch *TrackOptions
 	// WatchAsked: the guest is to be watched, whatever is known of it already.
@@ -58,6 +66,8 @@ type CheckpointReport struct {
 	Save     *checkpoint.Report `json:"save"`
 	// Demoted is what went from NVRAM to flash afterwards; missing if nothing did.
 	Demoted *store.Demoted `json:"demoted,omitempty"`
+	// Snapshots are what disks go on in; also after a failure, if they were taken.
+	Snapshots []disks.Snapshot `json:"snapshots,omitempty"`
 	// Armed: it was made by a process that had it ready.
 	Armed bool `json:"armed"`
 	// ArmedProcess is the process that has the next one ready; 0: there is none.
@@ -182,7 +192,17 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		}
 		return err
 	}
+	if o.Snapshot {
+		o.Guest.Stopped = func(ctx context.Context) error { return o.snapshot(ctx, x, &rep) }
+	}
 	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
+	if err != nil && !rep.Saved && len(rep.Snapshots) > 0 {
+		var now []string
+		for _, s := range rep.Snapshots {
+			now = append(now, s.Now)
+		}
+		err = fmt.Errorf("%w (the disks' snapshots had been taken: the VM writes to %s now)", err, strings.Join(now, ", "))
+	}
 	return rep, err
 }
 
@@ -238,6 +258,10 @@ func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store
 	defer out.Close()
 	so := o.Save
 	so.ReturnPath = out
+	// In background mode the guest goes on writing.
+	if len(o.found) > 0 && !(o.Guest.Mode == migration.ModeBackground && before.Running) {
+		so.VMDisks = func() []checkpoint.VMDisk { return disks.Record(o.found, o.Snapshot) }
+	}
 	if before.Running {
 		so.RunState = before.Status
 	}

@@ -26,6 +26,15 @@ func resumeDomain(ctx context.Context, t Target, st *store.Store, c *store.Check
 	if err != nil {
 		return rep, err
 	}
+	if !o.Recover {
+		warnings, err := o.compareDisks(ctx, nil, c)
+		if err != nil {
+			return rep, err
+		}
+		for _, w := range warnings {
+			o.Log.Warn(w)
+		}
+	}
 	feed := &domainFeed{st: st, c: c, o: o, rep: &ServerReport{Checkpoint: c.Ref.String()}}
 	rep.ResumeReport, err = domain.Restore(ctx, t.Connect, d, domain.RestoreOptions{
 		Lazy:        o.Lazy,

@@ -28,8 +28,8 @@ type ResumeOptions struct {
 	// ever.
 	Stalled time.Duration
 
-	// Force resumes although the QEMU seems to be another machine than was saved, as
-	// far as a user may know better.
+	// Force resumes although the QEMU seems to be another machine than was saved, or its
+	// disks to be other ones, as far as a user may know better.
 	Force bool
 
 	// Server is the command line of a server, a process of its own. The servers of a

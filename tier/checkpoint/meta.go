@@ -14,6 +14,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
+	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
@@ -69,6 +70,10 @@ type Bulk struct {
 	Footers      bool      `json:"footers,omitempty"`       // sections have footers
 	Libvirt      *Libvirt  `json:"libvirt,omitempty"`       // if the VM is one of libvirt's
 
+	// VMDisks are the VM's disks as they were, whose state belongs to this memory; nil if
+	// they are not known.
+	VMDisks vmDisks `json:"vm_disks,omitempty"`
+
 	// PageTables are the pages of the guest's own page tables that have
 	// entries, the top ones first: what its MMU reads before it can touch anything else.
 	PageTables runList `json:"page_tables,omitempty"`
@@ -94,6 +99,8 @@ type (
 	diskUses  []DiskUse
 
 	unusedDisks []DiskUnused
+	vmDisks     []VMDisk
+	layerList   []disk.Identity
 )
 
 const (
@@ -105,6 +112,8 @@ const (
 	maxMapChunks = 1 << 19
 	maxRefs      = 1024
 	maxUnused    = 1024 // disks that a save did not look in
+	maxVMDisks   = 256
+	maxLayers    = 64
 )
 
 func (l *blockList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, MaxBlocks) }
@@ -115,7 +124,9 @@ func (l *refList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(
 func (l *unusedDisks) UnmarshalJSON(b []byte) error {
 	return integrity.DecodeList(l, b, maxUnused)
 }
-func (l *diskUses) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, MaxDisks) }
+func (l *vmDisks) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, maxVMDisks) }
+func (l *layerList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, maxLayers) }
+func (l *diskUses) UnmarshalJSON(b []byte) error  { return integrity.DecodeList(l, b, MaxDisks) }
 
 // NVRAM names the file that holds the NVRAM part.
 type NVRAM struct {
@@ -190,6 +201,17 @@ type DiskUse struct {
 	Path  string `json:"path"`
 	Pages int64  `json:"pages"` // that equal a block of it
 	Bytes int64  `json:"bytes"` // what they hold, each different one once
+}
+
+// VMDisk is a disk of the VM, when the checkpoint was made.
+type VMDisk struct {
+	Name     string `json:"name"` // the path of its device in QEMU's object tree
+	ReadOnly bool   `json:"read_only,omitempty"`
+	// Frozen: a snapshot was taken. The guest writes to an overlay on the first layer.
+	Frozen bool `json:"frozen,omitempty"`
+	// Layers are the files that could be looked at, from the one that the guest wrote to
+	// down; none if that can't be.
+	Layers layerList `json:"layers"`
 }
 
 // DiskUnused is a disk image, or a layer of one, that a save could not look in.

@@ -324,6 +324,25 @@ func (i *Image) ownRun(ctx context.Context, off int64) (from, to int64, err erro
 // runLimit bounds how much of a disk is looked at in one step.
 const runLimit = 1 << 30
 
+// Empty tells whether the layer has no bytes of its own: all that is read from it comes
+// from below.
+func (i *Image) Empty(ctx context.Context) (bool, error) {
+	if i.qcow2 == nil {
+		return i.id.Size == 0, nil
+	}
+	for off := int64(0); off < i.id.Size; {
+		if err := context.Cause(ctx); err != nil {
+			return false, err
+		}
+		kind, n, err := i.qcow2.extent(off, min(i.id.Size-off, runLimit))
+		if err != nil || kind != unallocated {
+			return false, err
+		}
+		off += n
+	}
+	return true, nil
+}
+
 // rawRun asks the file system where a raw file has bytes.
 func (i *Image) rawRun(off int64) (from, to int64, err error) {
 	from, err = unix.Seek(int(i.file.Fd()), off, unix.SEEK_DATA)

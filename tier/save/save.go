@@ -64,6 +64,10 @@ type Options struct {
 	UnusedDisks []checkpoint.DiskUnused
 
 	Libvirt *checkpoint.Libvirt // kept with the checkpoint; may be nil
+	// VMDisks describes the VM's disks, to be kept with the checkpoint. It is called when
+	// the stream has ended: the guest stands still, and QEMU has written all to them. It
+	// may be nil, and is for a source that does so.
+	VMDisks func() []checkpoint.VMDisk
 
 	Hold *Hold // the save waits near the end of the first pass; nil: it does not
 
@@ -449,6 +453,9 @@ func (s *saver) tail() error {
 	}
 	if s.meta.RunState = t.RunState; s.o.RunState != "" {
 		s.meta.RunState = s.o.RunState
+	}
+	if s.o.VMDisks != nil {
+		s.meta.VMDisks = s.o.VMDisks()
 	}
 	if err := s.findTables(b, &t); err != nil {
 		return err

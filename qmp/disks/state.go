@@ -1,0 +1,214 @@
+package disks
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/disk"
+)
+
+// Memory that was saved is of use only with the disks as they were at that moment: a
+// guest that goes on with others takes what its page cache says for true, and writes it
+// where something else stands now.
+
+// Record describes the disks for a checkpoint, as their files are now. The guest stands
+// still, and QEMU has written all that it had to. Files that can't be looked at are left
+// out; frozen says that a snapshot of those that the guest writes to has been taken.
+func Record(list []Disk, frozen bool) (out []checkpoint.VMDisk) {
+	for _, d := range list {
+		v := checkpoint.VMDisk{Name: d.Name, ReadOnly: d.ReadOnly, Frozen: frozen && !d.ReadOnly}
+		for _, l := range d.Layers {
+			id, err := identify(l)
+			if err != nil {
+				break
+			}
+			v.Layers = append(v.Layers, id)
+		}
+		out = append(out, v)
+	}
+	return out
+}
+
+func identify(l Layer) (disk.Identity, error) {
+	i, err := open(l)
+	if err != nil {
+		return disk.Identity{}, err
+	}
+	defer i.Close()
+	return i.Identity(), nil
+}
+
+var errNoFile = errors.New("not a file that can be looked at")
+
+func open(l Layer) (*disk.Image, error) {
+	if l.Path == "" || l.Format == "" {
+		return nil, errNoFile
+	}
+	f, err := disk.ParseFormat(l.Format)
+	if err != nil {
+		return nil, err
+	}
+	return disk.OpenLayer(l.Path, f)
+}
+
+// ErrOtherDisks: a checkpoint's disks are not those that it would go on with.
+var ErrOtherDisks = errors.New("the disks are not as they were when the checkpoint was made")
+
+// Compare tells in what the disks of a QEMU that is to go on from a checkpoint differ
+// from the checkpoint's, a line each; none if they don't, or if it can't be told. A disk
+// may have overlays that nobody has written to yet, and one that was frozen must have
+// one: something else stands on it.
+func Compare(ctx context.Context, now []Disk, was []checkpoint.VMDisk) (differ []string, err error) {
+	for _, w := range was {
+		if err := context.Cause(ctx); err != nil {
+			return nil, err
+		}
+		if len(w.Layers) == 0 {
+			continue
+		}
+		i := slices.IndexFunc(now, func(d Disk) bool { return d.Name == w.Name })
+		if i < 0 {
+			differ = append(differ, fmt.Sprintf("there is no disk %s, which was %s", w.Name, w.Layers[0].Path))
+			continue
+		}
+		if what := compare(ctx, now[i].Layers, w); what != "" {
+			differ = append(differ, what)
+		}
+	}
+	return differ, nil
+}
+
+// ComparePaths is Compare for a QEMU that will be started with the files that the
+// checkpoint names.
+func ComparePaths(ctx context.Context, was []checkpoint.VMDisk) (differ []string, err error) {
+	var now []Disk
+	for _, w := range was {
+		d := Disk{Name: w.Name, ReadOnly: w.ReadOnly}
+		for _, l := range w.Layers {
+			d.Layers = append(d.Layers, Layer{l.Path, string(l.Format)})
+		}
+		now = append(now, d)
+	}
+	return Compare(ctx, now, was)
+}
+
+// compare tells in what a disk differs.
+func compare(ctx context.Context, now []Layer, was checkpoint.VMDisk) string {
+	first := ""
+	for k, l := range now {
+		i, err := open(l)
+		if err != nil {
+			if first == "" {
+				first = fmt.Sprintf("%s can't be compared: %v", cmpPath(l, was), err)
+			}
+			break
+		}
+		what := differs(was.Layers[0], i.Identity())
+		if what == "" {
+			i.Close()
+			if k == 0 && was.Frozen {
+				return fmt.Sprintf("%s was frozen with the checkpoint, and would be written to: put an overlay on it (qemu-img create -f qcow2 -b %s -F %s OVERLAY)",
+					l.Path, l.Path, l.Format)
+			}
+			return below(now[k:], was)
+		}
+		if first == "" {
+			if i.Path() != was.Layers[0].Path {
+				what = "is not " + was.Layers[0].Path + ", nor an empty overlay on it"
+			}
+			first = fmt.Sprintf("%s %s", l.Path, what)
+		}
+		// What lies below counts only if this one adds nothing.
+		empty, err := i.Empty(ctx)
+		i.Close()
+		if err != nil || !empty {
+			break
+		}
+	}
+	if first == "" {
+		first = fmt.Sprintf("%s has no file", was.Name)
+	}
+	return first
+}
+
+// below compares what a layer that is the same stands on.
+func below(now []Layer, was checkpoint.VMDisk) string {
+	for k, w := range was.Layers {
+		if k >= len(now) {
+			break
+		}
+		id, err := identify(now[k])
+		if err != nil {
+			break // it could be looked at when it was saved, but nobody writes to it as a rule
+		}
+		if what := differs(w, id); what != "" {
+			return fmt.Sprintf("%s, on which %s stands, %s", now[k].Path, now[0].Path, what)
+		}
+	}
+	return ""
+}
+
+// differs is Identity.Differs, but takes a copy that has the same times for the same.
+func differs(was, now disk.Identity) string {
+	if was.Check() != nil {
+		return ""
+	}
+	was.File.Inode = now.File.Inode
+	return was.Differs(now)
+}
+
+func cmpPath(l Layer, was checkpoint.VMDisk) string {
+	if l.Path != "" {
+		return l.Path
+	}
+	return was.Name
+}
+
+// Snapshot is what a disk goes on in after a snapshot was taken.
+type Snapshot struct {
+	Disk   string `json:"disk"`   // its name
+	Frozen string `json:"frozen"` // the file that has the disk as it was
+	Now    string `json:"now"`    // the overlay on it that the guest writes to now
+}
+
+// TakeSnapshots makes an overlay for each disk that the guest can write to, beside its
+// file and with suffix behind its name, all of them in one step or none (QEMU's
+// transaction). The guest stands still, and all that it has written is in the files when
+// TakeSnapshots returns. The overlays are the VM's disks from then on.
+func TakeSnapshots(ctx context.Context, x qmp.Executor, list []Disk, suffix string) ([]Snapshot, error) {
+	type action struct {
+		Type string         `json:"type"`
+		Data map[string]any `json:"data"`
+	}
+	var actions []action
+	var taken []Snapshot
+	for _, d := range list {
+		if d.ReadOnly {
+			continue
+		}
+		if _, err := identify(d.Layers[0]); err != nil {
+			return nil, fmt.Errorf("no snapshot of the disk %s: %w", d.Name, err)
+		}
+		file := strings.TrimSuffix(d.Layers[0].Path, ".qcow2") + suffix
+		data := map[string]any{"snapshot-file": file, "format": "qcow2", "mode": "absolute-paths"}
+		if d.Device != "" {
+			data["device"] = d.Device
+		} else {
+			data["node-name"] = d.Node
+		}
+		actions = append(actions, action{"blockdev-snapshot-sync", data})
+		taken = append(taken, Snapshot{d.Name, d.Layers[0].Path, file})
+	}
+	if len(actions) == 0 {
+		return nil, nil
+	}
+	if err := x.Execute(ctx, "transaction", map[string]any{"actions": actions}, nil); err != nil {
+		return nil, fmt.Errorf("snapshots of the disks: %w", err)
+	}
+	return taken, nil
+}
