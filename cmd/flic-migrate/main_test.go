@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -30,6 +31,11 @@ func TestMain(m *testing.M) {
 	// A link to this binary with such a name is the command, as it is installed.
 	if compressor.Known(filepath.Base(os.Args[0])) {
 		main()
+	}
+	if signal.Ignored(os.Interrupt) {
+		// As under nohup, or in the background of a script: the commands that tests
+		// interrupt would ignore it, too, as they promise.
+		signal.Notify(make(chan os.Signal, 1), os.Interrupt)
 	}
 	testscript.Main(m, map[string]func(){
 		"flic-migrate": main,

@@ -13,12 +13,14 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
-// virtioMem is a machine of 112 MiB with a device that can plug in 128 more, of which
+// virtioMem is a machine of 120 MiB with a device that can plug in 128 more, of which
 // 64 are.
 func virtioMem(kernel string) qemutest.Config {
-	// Linux is to have the memory online before its first process fills it, and takes
-	// pages that it can move from there first.
-	c := q35.linux("112M,maxmem=1G", "memhp_default_state=online_movable flic.memory=104 "+kernel)
+	// Linux is to have all of the memory online, 116 MiB with what the kernel leaves of
+	// the 120, before its first process fills it, and takes pages that it can move from
+	// there first. It takes the memory in by pieces, and slower with later QEMUs: a
+	// process that does not wait for the last one runs into its end.
+	c := q35.linux("120M,maxmem=1G", "memhp_default_state=online_movable flic.memory=114 "+kernel)
 	c.Args = virtioMemArgs
 	return c
 }
