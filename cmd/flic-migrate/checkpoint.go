@@ -182,24 +182,32 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 	if err != nil {
 		return err
 	}
+	var removed []string
+	if c.keepLast.n > 0 {
+		o.Tidy = func(ctx context.Context) (err error) {
+			removed, err = c.prune(ctx, st, vm)
+			return err
+		}
+	}
 	doc, err := session.Checkpoint(ctx, c.fs, st, c.monitor.Target, o)
 	p.finish()
 	if err = explainNVRAM(err); !doc.Saved {
 		// Its lines are for people, and its QEMU starts the command.
 		return explainHuman(err, "migrate_set_capability return-path on", "migrate", "save", "--store", st.Dir(), "--vm", vm)
 	}
-	return errors.Join(err, c.show(doc), c.prune(ctx, st, vm))
+	err = errors.Join(err, c.show(doc))
+	for _, line := range removed {
+		fmt.Fprintf(c.stderr, "flic-migrate: %s\n", line)
+	}
+	return err
 }
 
-// prune keeps what --keep-last says. The checkpoint is made already, so that what is in
-// use, by a restore or an armed process, is left to the next one.
-func (c *checkpointCmd) prune(ctx context.Context, st *store.Store, vm string) error {
-	if c.keepLast.n == 0 {
-		return nil
-	}
+// prune keeps what --keep-last says, and returns what is to be said of it. The checkpoint
+// is made already, so that what is in use, as by a restore, is left to the next one.
+func (c *checkpointCmd) prune(ctx context.Context, st *store.Store, vm string) (removed []string, err error) {
 	entries, err := c.judge(ctx, st, []string{vm}, retention.Policy{Last: c.keepLast.n})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, rerr := range c.removeUnkept(ctx, st, entries) {
 		if errors.Is(rerr, store.ErrInUse) {
@@ -210,10 +218,10 @@ func (c *checkpointCmd) prune(ctx context.Context, st *store.Store, vm string) e
 	}
 	for _, e := range entries {
 		if e.Removed != nil && !c.quiet {
-			fmt.Fprintf(c.stderr, "flic-migrate: %s: %s\n", e.Checkpoint, e.Removed.words())
+			removed = append(removed, e.Checkpoint+": "+e.Removed.words())
 		}
 	}
-	return err
+	return removed, err
 }
 
 // checkFlags returns the timer, 0 for auto.

@@ -237,5 +237,10 @@ func TestCheckpointKeepLast(t *testing.T) {
 	l.checkpoint(t, vm, "--keep-last", "1")
 	left("vm@4")
 	l.holds(t, "vm@4")
+	// What is armed then has nothing open that is to go.
+	l.checkpoint(t, vm, "--keep-last", "1", "--arm")
+	left("vm@5")
+	l.run(t, "disarm", "vm")
+	l.holds(t, "vm@5")
 	runsOn(t, vm)
 }

@@ -49,6 +49,9 @@ type CheckpointOptions struct {
 	// Guard starts something that reads a stream to its end if this process is
 	// killed, which background mode needs; see the mode.
 	Guard func(stream *os.File) (release func(), err error)
+	// Tidy is called, if not nil, when the checkpoint is durable and the guest runs again,
+	// before anything is moved from NVRAM or armed: it removes what is not to stay.
+	Tidy func(context.Context) error
 	// NVRAMKeep is how many newest checkpoints of each VM stay in NVRAM; what only older
 	// ones need goes to flash, when the guest runs again. 0: nothing does.
 	NVRAMKeep int
@@ -89,6 +92,7 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	redial, hangUp := t.redialer()
 	defer hangUp()
 	o.Guest.Redial = redial
+	var tidied error
 	origin := migration.Origin(ctx, x)
 	o.Save.Since = checkpointOf(ctx, st, o.Save.VM, origin)
 	rep, done, err := o.fromArmed(ctx, st, t, x)
@@ -111,6 +115,9 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	}
 	// Before the next one is armed, which keeps what this one refers to open.
 	if rep.Saved && ctx.Err() == nil {
+		if o.Tidy != nil {
+			tidied = o.Tidy(ctx)
+		}
 		rep.Demoted = o.demote(ctx, st)
 	}
 	if err == nil && o.Arm != nil {
@@ -118,6 +125,7 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 			err = fmt.Errorf("the next one is not armed: %w", err)
 		}
 	}
+	err = errors.Join(err, tidied)
 	if err != nil && rep.Saved {
 		// What is there must be known, whatever else there is to say.
 		err = fmt.Errorf("%s is saved, but: %w", rep.Checkpoint, err)

@@ -3,6 +3,7 @@ package lazy_test
 import (
 	"context"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -154,5 +155,53 @@ func TestIncrements(t *testing.T) {
 			}
 			d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t)
 		})
+	}
+}
+
+// TestMoved serves checkpoints whose hot pages have been moved from NVRAM to flash, their
+// own and those of a checkpoint that they refer to, with demands at random moments. The
+// NVRAM file is not there any more.
+func TestMoved(t *testing.T) {
+	o := tiertest.Options{Seed: 41, Blocks: threeBlocks, Passes: 1, Resend: 0.3}
+	s := newSaved(t, o, 3, save.Options{SegmentPages: 8})
+	again := func(o tiertest.Options, so save.Options) *tiertest.Stream {
+		t.Helper()
+		stream := tiertest.New(o)
+		r := stream.Reader()
+		defer r.Close()
+		so.VM = "vm"
+		_, _, err := save.Run(t.Context(), vfs.OS, s.st, r, so)
+		check(t, err)
+		return stream
+	}
+	o.Passes = 2
+	second := again(o, save.Options{})
+	again(o, save.Options{Parent: save.ParentNone})
+	d, err := s.st.Demote(t.Context(), 1)
+	check(t, err)
+	check(t, d.Left)
+	if d.Images != 1 || d.NVRAMBytes != 0 { // s has it open
+		t.Fatalf("%+v", d)
+	}
+	check(t, os.Remove(filepath.Join(s.dir, "nvram")))
+	for n, stream := range map[int]*tiertest.Stream{1: s.Stream, 2: second} {
+		c, err := s.st.OpenCheckpoint(t.Context(), store.Ref{VM: "vm", N: n}, checkpoint.Options{})
+		check(t, err)
+		at := &saved{Stream: stream, dir: s.dir, st: s.st, ck: c.Checkpoint}
+		for round := range uint64(3) {
+			synctest.Test(t, func(t *testing.T) {
+				r := rand.New(rand.NewPCG(round, 3))
+				d := newFakeQEMU(at)
+				d.afterPart = func(int) {
+					if round > 0 && r.IntN(3) == 0 {
+						check(t, d.ask(at.random(r)))
+					}
+				}
+				if rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{}).ok(t); !d.ended || rep.HotPages == 0 {
+					t.Errorf("vm@%d: %+v", n, rep)
+				}
+			})
+		}
+		check(t, c.Close())
 	}
 }
