@@ -260,7 +260,10 @@ func (b backing) Fetch(st *image.Stored, n source.Need) error {
 }
 
 // CheckSegment implements source.Segments.
-func (b backing) CheckSegment(n source.Need, s *image.Segment) error {
+func (b backing) CheckSegment(n source.Need, st *image.Stored, s *image.Segment) error {
+	if ok, err := b.c.check.stored(n, st); ok || err != nil {
+		return err
+	}
 	return b.c.check.segment(n, s)
 }
 

@@ -169,6 +169,17 @@ func openDigests(im *image.Image, root digest.Root, cache *digest.Cache) (*diges
 		func(frame int, err error) error { return im.Corrupt(image.Digests, frame, err) })
 }
 
+// stored tells whether a segment of a reference is stored as it was when that was
+// written, which says the same of all its pages in less time. If it is not, those tell
+// what is wrong, if anything is.
+func (c *checker) stored(n source.Need, st *image.Stored) (bool, error) {
+	if n.Space == 0 || int(n.Space) > len(c.refs) {
+		return false, nil
+	}
+	want, err := c.refs[n.Space-1].digests.Segment(n.Number)
+	return err == nil && want != digest.Sum{} && st.Sum(c.hasher) == want, err
+}
+
 // segment checks the pages of a PAGES segment: all of them, whichever are
 // needed. A segment with a page that is not what it was is not the one that was
 // referred to.

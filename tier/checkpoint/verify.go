@@ -73,8 +73,13 @@ func (v *verifier) openDigests() error {
 		return nil // a later version's, for which it need not be known
 	}
 	t, err := openDigests(im, m.Digests.Root, digest.NewCache(4))
-	if err == nil {
-		v.check.hasher, v.check.own = hasher, &ownDigests{im, t}
+	if err != nil {
+		return err
+	}
+	v.check.hasher, v.check.own = hasher, &ownDigests{im, t}
+	// Those of segments say nothing that those of their pages do not. They are read.
+	for n := uint64(0); n < t.Segments && err == nil; n += digest.PerChunk {
+		_, err = t.Segment(uint32(n))
 	}
 	return err
 }

@@ -147,7 +147,7 @@ func made(t testing.TB, perSegment, segments, nvram, disk int) (frames, Root, fu
 				sums = append(sums, s)
 			}
 		}
-		b.Segment(uint32(n), sums)
+		b.Segment(uint32(n), sums, segmentSum(n))
 		f.take(b)
 	}
 	slots := make([]Sum, nvram)
@@ -160,6 +160,14 @@ func made(t testing.TB, perSegment, segments, nvram, disk int) (frames, Root, fu
 	}
 	f.take(b)
 	return f, root, of, slots
+}
+
+// segmentSum is the digest of a segment as it is stored. Each tenth has none.
+func segmentSum(n int) (s Sum) {
+	if n%10 != 9 {
+		s[0], s[1], s[2] = 3, byte(n), byte(n>>8)
+	}
+	return s
 }
 
 // diskSums are the digests of n disk slots.
@@ -194,12 +202,17 @@ func TestTable(t *testing.T) {
 				t.Fatalf("%+v: NVRAM slot %d: %x, %v", c, i, got, err)
 			}
 		}
-		if v := f[0][0]; tab.Disk != uint64(c.disk) || v != 1+byte(min(1, c.disk)) {
-			t.Errorf("%+v: %d disk slots in version %d", c, tab.Disk, v)
+		if v := f[0][0]; tab.Disk != uint64(c.disk) || tab.Segments != uint64(c.segments) || v != 3 {
+			t.Errorf("%+v: %d disk slots, %d segments in version %d", c, tab.Disk, tab.Segments, v)
 		}
 		for i, want := range diskSums(c.disk) {
 			if got, err := tab.DiskSlot(uint64(i)); err != nil || got != want {
 				t.Fatalf("%+v: disk slot %d: %x, %v", c, i, got, err)
+			}
+		}
+		for n := range c.segments + 1 {
+			if got, err := tab.Segment(uint32(n)); err != nil || n < c.segments && got != segmentSum(n) || n == c.segments && got != (Sum{}) {
+				t.Fatalf("%+v: segment %d: %x, %v", c, n, got, err)
 			}
 		}
 		if _, err := tab.DiskSlot(tab.Disk); err == nil {
@@ -221,7 +234,7 @@ func TestChunksLeave(t *testing.T) {
 	f := frames{}
 	sums := make([]Sum, 32)
 	for n := uint32(1); n < 5000; n++ {
-		b.Segment(n, sums)
+		b.Segment(n, sums, Sum{})
 		if len(b.open) > 2 {
 			t.Fatalf("%d chunks are kept", len(b.open))
 		}
@@ -277,7 +290,7 @@ func TestDamage(t *testing.T) {
 	for name, change := range map[string]func(b []byte) []byte{
 		"empty":       func(b []byte) []byte { return nil },
 		"short":       func(b []byte) []byte { return b[:tableHeadLen-1] },
-		"version":     func(b []byte) []byte { b[0] = 3; return b },
+		"version":     func(b []byte) []byte { b[0] = 4; return b },
 		"disk slots":  func(b []byte) []byte { b[0] = 2; return b },
 		"disk, short": func(b []byte) []byte { return append([]byte{2}, b[1:diskHeadLen-1]...) },
 		"disk, none":  func(b []byte) []byte { clear(b[24:32]); return b },
@@ -290,6 +303,8 @@ func TestDamage(t *testing.T) {
 		"more":        func(b []byte) []byte { return append(b, make([]byte, hashLen)...) },
 		"many slots":  func(b []byte) []byte { b[15] = 0xff; return b },
 		"many nvram":  func(b []byte) []byte { b[23] = 0xff; return b },
+		"segments":    func(b []byte) []byte { b[32]++; b[34] = 1; return b },
+		"end of head": func(b []byte) []byte { return b[:tableHeadLen] },
 		"more, of 64": func(b []byte) []byte { b[15], b[23] = 0x80, 0x80; return b },
 	} {
 		b := change(append([]byte(nil), le[strings.HasPrefix(name, "disk,")]...))
@@ -299,6 +314,33 @@ func TestDamage(t *testing.T) {
 			continue
 		}
 		want(err, 0)
+	}
+}
+
+// TestOlder reads tables of earlier versions.
+func TestOlder(t *testing.T) {
+	for version, disk := range map[byte]int{tablePlain: 0, tableWithDisk: 5} {
+		f, _, of, slots := made(t, 32, 3, 2, disk)
+		now := f[0]
+		old := append([]byte{version}, now[1:plainHeadLen]...)
+		if version == tableWithDisk {
+			old = append(old, now[plainHeadLen:diskHeadLen]...)
+		}
+		old = append(old, now[tableHeadLen:len(now)-hashLen]...) // without the segments' chunk
+		f[0] = old
+		tab, err := Open(sum256(old), NewCache(2), f.read, bad)
+		if err != nil {
+			t.Fatalf("version %d: %v", version, err)
+		}
+		if s, err := tab.FlashSlot(5); err != nil || s != of(5) {
+			t.Errorf("version %d: %x, %v", version, s, err)
+		}
+		if s, err := tab.NVRAMSlot(1); err != nil || s != slots[1] || tab.Disk != uint64(disk) {
+			t.Errorf("version %d: %x, %d disk slots, %v", version, s, tab.Disk, err)
+		}
+		if s, err := tab.Segment(0); err != nil || s != (Sum{}) {
+			t.Errorf("version %d: a segment has digest %x, %v", version, s, err)
+		}
 	}
 }
 

@@ -11,26 +11,29 @@ import (
 
 // The digests of an image are stored in DIGESTS frames. Frame 0 is the table:
 //
-//	u32 version, 1 or 2; u32 0; u64 F, flash slots; u64 N, NVRAM slots
-//	version 2: u64 D, disk slots
+//	u32 version, 3; u32 0; u64 F, flash slots; u64 N, NVRAM slots; u64 D, disk slots
+//	u64 S, segments
 //	32 B for each chunk: the BLAKE3-256 of its bytes
 //
 // The chunks follow, frame k+1 being chunk k: first those of the flash slots, 16384
-// digests each and the rest in the last, then likewise those of the NVRAM slots, and of
-// the disk slots. A slot that does not exist has a digest of zeros. A table is in version
-// 2 if and only if there are disk slots.
+// digests each and the rest in the last, then likewise those of the NVRAM slots, of the
+// disk slots, and of the segments as they are stored: by one of those all pages of a
+// segment are known, for less. A slot that does not exist has a digest of zeros, and so
+// has a segment. Version 2 had no S, and version 1 neither that nor D.
 const (
 	// PerChunk is how many digests are in a chunk, but for the last of its kind.
 	PerChunk = 16384
 
-	tableVersion  = 1
-	tableWithDisk = 2 // the version of a table with disk slots
-	tableHeadLen  = 24
-	diskHeadLen   = tableHeadLen + 8
+	tableVersion  = 3
+	tableWithDisk = 2 // the version of a table with disk slots, but no segments
+	tablePlain    = 1 // and of one without either
+	plainHeadLen  = 24
+	diskHeadLen   = plainHeadLen + 8
+	tableHeadLen  = diskHeadLen + 8
 	hashLen       = 32
 	// maxChunks is how many a table lists that fits into a frame of 256 KiB: enough
 	// for 134 million different pages.
-	maxChunks = (256<<10 - diskHeadLen) / hashLen
+	maxChunks = (256<<10 - tableHeadLen) / hashLen
 
 	// MaxPages is how many pages a table lists for certain, whatever they are.
 	MaxPages = (maxChunks - 3) * PerChunk
@@ -54,6 +57,7 @@ type Builder struct {
 	hash  [][hashLen]byte // of the chunks so far
 	full  []Chunk
 	flash uint64 // slots, up to the end of the last segment
+	segs  []Sum  // of the segments as they are stored
 }
 
 type openChunk struct {
@@ -67,8 +71,12 @@ func NewBuilder(slots int) *Builder {
 }
 
 // Segment takes the digests of segment n's pages, of which there may be fewer than
-// slots; each segment comes once, in any order.
-func (b *Builder) Segment(n uint32, sums []Sum) {
+// slots, and of the segment as it is stored; each segment comes once, in any order.
+func (b *Builder) Segment(n uint32, sums []Sum, stored Sum) {
+	for uint64(len(b.segs)) <= uint64(n) {
+		b.segs = append(b.segs, Sum{})
+	}
+	b.segs[n] = stored
 	first := uint64(n) * b.slots
 	b.flash = max(b.flash, first+b.slots)
 	for i := uint64(0); i < b.slots; {
@@ -112,9 +120,12 @@ func (b *Builder) Next() (c Chunk, ok bool) {
 // have come. After it Next gives out what is left, the table last, of which it returns
 // the root.
 func (b *Builder) Finish(nvram, disk []Sum) (Root, error) {
-	flash, hot := chunks(b.flash), chunks(uint64(len(nvram)))
-	if flash+hot+chunks(uint64(len(disk))) > maxChunks {
+	flash, hot, onDisk := chunks(b.flash), chunks(uint64(len(nvram))), chunks(uint64(len(disk)))
+	if flash+hot+onDisk > maxChunks {
 		return Root{}, ErrTooMany
+	}
+	if flash+hot+onDisk+chunks(uint64(len(b.segs))) > maxChunks {
+		b.segs = nil // their pages have digests
 	}
 	for k := range flash {
 		if c := b.open[k]; c != nil {
@@ -124,18 +135,14 @@ func (b *Builder) Finish(nvram, disk []Sum) (Root, error) {
 	b.open = nil
 	b.list(flash, nvram)
 	b.list(flash+hot, disk)
+	b.list(flash+hot+onDisk, b.segs)
 	le := binary.LittleEndian
-	version := uint32(tableVersion)
-	if len(disk) > 0 {
-		version = tableWithDisk
-	}
-	t := le.AppendUint32(nil, version)
+	t := le.AppendUint32(nil, tableVersion)
 	t = le.AppendUint32(t, 0)
 	t = le.AppendUint64(t, b.flash)
 	t = le.AppendUint64(t, uint64(len(nvram)))
-	if len(disk) > 0 {
-		t = le.AppendUint64(t, uint64(len(disk)))
-	}
+	t = le.AppendUint64(t, uint64(len(disk)))
+	t = le.AppendUint64(t, uint64(len(b.segs)))
 	for _, h := range b.hash {
 		t = append(t, h[:]...)
 	}
@@ -160,8 +167,9 @@ func chunks(n uint64) uint64 { return n/PerChunk + min(1, n%PerChunk) }
 
 // Table is what an image's digests are found by. It is safe for concurrent use.
 type Table struct {
-	// Flash, NVRAM and Disk are how many slots have digests.
-	Flash, NVRAM, Disk uint64
+	// Flash, NVRAM and Disk are how many slots have digests, Segments how many segments
+	// have.
+	Flash, NVRAM, Disk, Segments uint64
 
 	hash []byte // of the chunks
 	read func(frame int) ([]byte, error)
@@ -181,25 +189,29 @@ func Open(root Root, keep *Cache, read func(frame int) ([]byte, error), bad func
 		return nil, bad(0, ErrMismatch)
 	}
 	le := binary.LittleEndian
-	if len(b) < tableHeadLen {
+	if len(b) < plainHeadLen {
 		return nil, bad(0, errors.New("too short"))
 	}
 	v := le.Uint32(b)
-	if v != tableVersion && v != tableWithDisk || le.Uint32(b[4:]) != 0 {
+	head := map[uint32]int{tablePlain: plainHeadLen, tableWithDisk: diskHeadLen, tableVersion: tableHeadLen}[v]
+	switch {
+	case head == 0 || le.Uint32(b[4:]) != 0:
 		return nil, bad(0, fmt.Errorf("it is in version %d, which this flic-migrate does not know", v))
+	case len(b) < head:
+		return nil, bad(0, errors.New("too short"))
 	}
-	t := &Table{Flash: le.Uint64(b[8:]), NVRAM: le.Uint64(b[16:]), hash: b[tableHeadLen:], read: read, bad: bad, keep: keep}
-	if v == tableWithDisk {
-		if len(b) < diskHeadLen {
-			return nil, bad(0, errors.New("too short"))
-		}
-		t.Disk, t.hash = le.Uint64(b[tableHeadLen:]), b[diskHeadLen:]
+	t := &Table{Flash: le.Uint64(b[8:]), NVRAM: le.Uint64(b[16:]), hash: b[head:], read: read, bad: bad, keep: keep}
+	if v >= tableWithDisk {
+		t.Disk = le.Uint64(b[plainHeadLen:])
+	}
+	if v >= tableVersion {
+		t.Segments = le.Uint64(b[diskHeadLen:])
 	}
 	// Each fits into what is there before they are added.
 	n := uint64(len(t.hash)) / hashLen
-	if len(t.hash)%hashLen != 0 || chunks(t.Flash) > n || chunks(t.NVRAM) > n || chunks(t.Disk) > n ||
-		chunks(t.Flash)+chunks(t.NVRAM)+chunks(t.Disk) != n || v == tableWithDisk && t.Disk == 0 {
-		return nil, bad(0, fmt.Errorf("%d flash slots, %d NVRAM slots and %d disk slots in a table of %d bytes", t.Flash, t.NVRAM, t.Disk, len(b)))
+	if len(t.hash)%hashLen != 0 || chunks(t.Flash) > n || chunks(t.NVRAM) > n || chunks(t.Disk) > n || chunks(t.Segments) > n ||
+		chunks(t.Flash)+chunks(t.NVRAM)+chunks(t.Disk)+chunks(t.Segments) != n || v == tableWithDisk && t.Disk == 0 {
+		return nil, bad(0, fmt.Errorf("%d flash slots, %d NVRAM slots, %d disk slots and %d segments in a table of %d bytes", t.Flash, t.NVRAM, t.Disk, t.Segments, len(b)))
 	}
 	return t, nil
 }
@@ -220,6 +232,15 @@ func (t *Table) NVRAMSlot(slot uint64) (Sum, error) { return t.get(chunks(t.Flas
 // DiskSlot is the digest of a disk slot's page.
 func (t *Table) DiskSlot(slot uint64) (Sum, error) {
 	return t.get(chunks(t.Flash)+chunks(t.NVRAM), slot, t.Disk)
+}
+
+// Segment is the digest of a segment as it is stored, frame header and payload; the zero
+// Sum if it has none, and its pages alone have.
+func (t *Table) Segment(n uint32) (Sum, error) {
+	if uint64(n) >= t.Segments {
+		return Sum{}, nil
+	}
+	return t.get(chunks(t.Flash)+chunks(t.NVRAM)+chunks(t.Disk), uint64(n), t.Segments)
 }
 
 // get finds digest number slot of n, which begin with the given chunk.

@@ -1011,7 +1011,7 @@ func TestDigests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if tab.Flash != uint64(n+1)*per || tab.NVRAM != 2 || im.Chunks(image.Digests) != 5 {
+	if tab.Flash != uint64(n+1)*per || tab.NVRAM != 2 || im.Chunks(image.Digests) != 6 {
 		t.Errorf("%d flash slots, %d NVRAM slots, %d frames", tab.Flash, tab.NVRAM, im.Chunks(image.Digests))
 	}
 	for slot := range tab.Flash {
@@ -1021,6 +1021,20 @@ func TestDigests(t *testing.T) {
 	}
 	if got, err := tab.NVRAMSlot(1); err != nil || got != (digest.Sum{8}) {
 		t.Errorf("NVRAM slot: %x, %v", got, err)
+	}
+	var sr image.SegmentReader
+	for i := range im.Segments() {
+		want, err := tab.Segment(uint32(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ok := want != (digest.Sum{}); ok != (im.SegmentOffset(uint32(i)) >= 0) {
+			t.Errorf("segment %d has a digest: %v", i, ok)
+		} else if ok {
+			if err := im.FetchSegment(&sr.Stored, uint32(i)); err != nil || sr.Sum(h) != want {
+				t.Errorf("segment %d is not stored as its digest says: %v", i, err)
+			}
+		}
 	}
 	// They leave while segments come, all but those that wait for one.
 	var order []image.Kind

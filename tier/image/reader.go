@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 )
 
@@ -431,6 +432,9 @@ type Stored struct {
 }
 
 func (st *Stored) payload() []byte { return st.b[FrameHeaderLen:] }
+
+// Sum is the digest of the frame as it is stored, header and payload.
+func (st *Stored) Sum(h *digest.Hasher) digest.Sum { return h.Sum(st.b) }
 
 func (st *Stored) fail(err error) error {
 	return &integrity.CorruptError{File: st.file, Offset: st.at.off, What: st.at.String(), Err: err}

@@ -99,10 +99,11 @@ type Buffer struct {
 	// for each slot.
 	Sums []digest.Sum
 
-	out   []byte // frame header and stored bytes
-	codec Codec
-	err   error
-	ready chan struct{}
+	out    []byte     // frame header and stored bytes
+	stored digest.Sum // of out, if it is a segment and digests are kept
+	codec  Codec
+	err    error
+	ready  chan struct{}
 }
 
 // NewWriter writes the header to f, to which nothing has been written, and starts workers
@@ -195,7 +196,7 @@ func (w *Writer) Segments() int {
 func (w *Writer) Discard(b *Buffer) {
 	if w.sums != nil && b.Kind.IsSegment() {
 		w.sumsMu.Lock()
-		w.sums.Segment(b.Number, nil)
+		w.sums.Segment(b.Number, nil, digest.Sum{})
 		w.sumsMu.Unlock()
 	}
 	w.free <- b
@@ -248,6 +249,9 @@ func (w *Writer) encode(c *compressor, b *Buffer) (err error) {
 		kind: b.Kind, codec: b.codec, raw: uint32(len(b.Data)),
 		stored: uint32(len(payload)), number: b.Number, crc: integrity.Checksum(payload),
 	}.put(b.out)
+	if w.hash != nil && b.Kind.IsSegment() {
+		w.hash.Put(&b.stored, b.out)
+	}
 	return nil
 }
 
@@ -286,7 +290,7 @@ func (w *Writer) append() {
 func (w *Writer) digested(b *Buffer) error {
 	w.sumsMu.Lock()
 	defer w.sumsMu.Unlock()
-	w.sums.Segment(b.Number, b.Sums)
+	w.sums.Segment(b.Number, b.Sums, b.stored)
 	for {
 		c, ok := w.sums.Next()
 		if !ok || w.failed() != nil {

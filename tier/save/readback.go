@@ -133,7 +133,7 @@ func (b *readback) Fetch(st *image.Stored, n source.Need) error {
 }
 
 // CheckSegment implements source.Segments: all segments are the image's own.
-func (b *readback) CheckSegment(source.Need, *image.Segment) error { return nil }
+func (b *readback) CheckSegment(source.Need, *image.Stored, *image.Segment) error { return nil }
 
 // Slot implements source.Backing. What is being written is read with read(2): its
 // checksum is not durable yet, and a fault in a mapping would be a read error.

@@ -12,10 +12,10 @@ import (
 type Segments interface {
 	// Fetch reads what n names as it is stored, and checks it.
 	Fetch(st *image.Stored, n Need) error
-	// CheckSegment checks, by their digests, the pages of a PAGES segment of a
+	// CheckSegment checks, by its digest or by those of its pages, a PAGES segment of a
 	// reference that has been decoded. All that a restore decodes ahead is checked
 	// ahead, too: beside the goroutine that writes the stream, and once.
-	CheckSegment(n Need, s *image.Segment) error
+	CheckSegment(n Need, st *image.Stored, s *image.Segment) error
 }
 
 // Cache keeps decoded segments. All who read one checkpoint can share it: who wants
@@ -167,7 +167,7 @@ func (c *Cache) Fill(h *Held, sr *image.SegmentReader) {
 			return err
 		}
 		if h.Need.Space > 0 && h.segment.Kind == image.Pages {
-			err = c.from.CheckSegment(h.Need, h.segment)
+			err = c.from.CheckSegment(h.Need, &sr.Stored, h.segment)
 		}
 		return err
 	})

@@ -170,7 +170,7 @@ func (b *backing) Fetch(st *image.Stored, n source.Need) error {
 	return b.im[n.Space].FetchSegment(st, n.Number)
 }
 
-func (b *backing) CheckSegment(n source.Need, s *image.Segment) error {
+func (b *backing) CheckSegment(n source.Need, _ *image.Stored, s *image.Segment) error {
 	b.segments.Add(1)
 	if b.refuse {
 		return errRefused
