@@ -26,6 +26,8 @@ type checkpointCmd struct {
 	disks     diskFiles
 	noDisks   bool
 	freeze    choice
+	sync      bool
+	agent     string
 	mode      choice
 	then      choice
 	timer     string
@@ -110,6 +112,8 @@ it lets it run first.`,
 	addParent(fs, &c.parent)
 	c.disks.add(fs)
 	fs.Var(&c.freeze, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them")
+	fs.BoolVar(&c.sync, "guest-sync", false, "first let the guest write to its disks what it has not yet, through its agent (sync)")
+	fs.StringVar(&c.agent, "guest-agent", "", "the socket of the guest's agent, for --guest-sync with --qmp")
 	fs.BoolVar(&c.noDisks, "no-disks", false, "do not ask QEMU for the VM's disks to look for pages on them")
 	addKeep(fs, &c.nvramKeep)
 	fs.StringVar(&c.timer, "timer", "auto", "how long the guest's writes are watched in each round, such as 4s; auto: by equation (1), in all rounds")
@@ -128,11 +132,15 @@ it lets it run first.`,
 	c.encoding.add(fs)
 	fs.BoolVar(&c.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary")
-	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm", "keep-last", "disks"} {
+	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm", "keep-last", "disks", "guest-sync"} {
 		setKey(fs, name, "checkpoint-"+name)
 	}
 	return cmd
 }
+
+// guestSyncTime is how long the guest's sync may take: as long as it takes to write some
+// GB, and the guest runs meanwhile.
+const guestSyncTime = 15 * time.Second
 
 // checkpointReport is the JSON document of a checkpoint.
 type checkpointReport = session.CheckpointReport
@@ -166,6 +174,9 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 	o.Save.VM, o.Save.Parent, o.Save.Log, o.Save.Progress = vm, string(c.parent), c.log(), p.callback()
 	if c.arm {
 		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog)}
+	}
+	if c.sync {
+		o.Sync = &session.GuestSync{Socket: c.agent, Limit: guestSyncTime}
 	}
 	if err := c.placement.options(c.app, &o.Save); err != nil {
 		return err
@@ -245,6 +256,12 @@ func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
 	}
 	if c.arm && (c.then.value == string(migration.ThenPause) || c.then.value == string(migration.ThenQuit)) {
 		return 0, usageError{fmt.Errorf("--arm needs a guest that runs afterwards, and --then says %s", c.then.value)}
+	}
+	switch {
+	case c.sync && c.agent == "" && c.monitor.Domain == "":
+		return 0, usageError{errors.New("--guest-sync with --qmp needs the socket of the guest's agent: --guest-agent")}
+	case c.agent != "" && c.monitor.Domain != "":
+		return 0, usageError{errors.New("libvirt has the agent of its domain's guest: leave --guest-agent out")}
 	}
 	return timer, c.checkSnapshot()
 }

@@ -39,6 +39,9 @@ type CheckpointOptions struct {
 	// needs ModeStop, and a QEMU that is not libvirt's.
 	Snapshot bool
 
+	// Sync makes the guest write to its disks first; nil: it does when it likes.
+	Sync *GuestSync
+
 	found []disks.Disk
 	// Watch says how the guest is watched before; nil: it is not.
 	Watch *TrackOptions
@@ -95,6 +98,10 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	var tidied error
 	origin := migration.Origin(ctx, x)
 	o.Save.Since = checkpointOf(ctx, st, o.Save.VM, origin)
+	// What is watched for up to a minute comes before.
+	if o.Watch == nil {
+		o.guestSync(ctx, t)
+	}
 	rep, done, err := o.fromArmed(ctx, st, t, x)
 	if err == nil && (!done || o.Arm != nil) {
 		var derr error
@@ -103,7 +110,7 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 		}
 	}
 	if err == nil && !done {
-		rep, err = o.checkpoint(ctx, fs, st, x)
+		rep, err = o.checkpoint(ctx, fs, st, t, x)
 	}
 	for _, w := range rep.Warnings {
 		o.Log.Warn(w)
@@ -173,11 +180,12 @@ func checkpointOf(ctx context.Context, st *store.Store, vm, id string) store.Ref
 }
 
 // checkpoint is one that nobody has ready.
-func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, x qmp.Executor) (rep CheckpointReport, err error) {
+func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, x qmp.Executor) (rep CheckpointReport, err error) {
 	if o.Watch != nil {
 		if rep.Tracking, err = o.watch(ctx, x, o.Guest.Redial); err != nil {
 			return rep, err
 		}
+		o.guestSync(ctx, t)
 	}
 	closeDisks, err := o.openDisks(ctx, st, x)
 	if err != nil {
