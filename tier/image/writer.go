@@ -94,9 +94,9 @@ type Buffer struct {
 	Kind   Kind
 	Number uint32
 	Data   []byte
-	// Sums are the digests of a segment's pages, if the Writer keeps digests: for
-	// segments other than PAGES, whose digests it makes itself, the caller appends one
-	// for each slot.
+	// Sums are the digests of a segment's pages, if the Writer keeps digests: the caller
+	// appends one for each slot. Those of PAGES that are zero, or not there, the Writer
+	// makes itself.
 	Sums []digest.Sum
 
 	out    []byte     // frame header and stored bytes
@@ -235,9 +235,13 @@ func (w *Writer) work() {
 func (w *Writer) encode(c *compressor, b *Buffer) (err error) {
 	if w.hash != nil && b.Kind == Pages {
 		n := len(b.Data) / w.hdr.PageSize
-		b.Sums = slices.Grow(b.Sums[:0], n)[:n]
+		known := len(b.Sums)
+		b.Sums = slices.Grow(b.Sums, n-known)[:n]
+		clear(b.Sums[known:])
 		for i := range b.Sums {
-			w.hash.Put(&b.Sums[i], b.Data[i*w.hdr.PageSize:(i+1)*w.hdr.PageSize])
+			if b.Sums[i] == (digest.Sum{}) {
+				w.hash.Put(&b.Sums[i], b.Data[i*w.hdr.PageSize:(i+1)*w.hdr.PageSize])
+			}
 		}
 	}
 	b.out = grow(b.out[:0], FrameHeaderLen)[:FrameHeaderLen]

@@ -104,8 +104,11 @@ func (d *disks) lookUp(it *item, near *checkpoint.DiskSlot) {
 		return
 	}
 	same := d.index.Same(d.hash)
+	if same && it.sum == (digest.Sum{}) {
+		d.hash.Put(&it.sum, it.data)
+	}
 	sum := it.sum
-	if !same || sum == (digest.Sum{}) {
+	if !same {
 		d.index.Put(&sum, it.data)
 	}
 	for k := range d.indexed {
@@ -117,7 +120,7 @@ func (d *disks) lookUp(it *item, near *checkpoint.DiskSlot) {
 		}
 		*near = checkpoint.MakeDiskSlot(n, sector)
 		it.found, it.cold, it.entry = isOnDisk, true, diskEntry(*near)
-		if it.sum = sum; !same {
+		if it.sum == (digest.Sum{}) {
 			d.hash.Put(&it.sum, it.data)
 		}
 		return

@@ -113,7 +113,7 @@ func (p *placer) put(rec *ramparse.Record) error {
 		p.fill(rec.Block, rec.Page, rec.Fill)
 		return nil
 	case ramparse.Page:
-		return p.page(rec.Block, rec.Page, rec.Data)
+		return p.page(rec.Block, rec.Page, rec.Data, digest.Sum{})
 	case ramparse.Compressed:
 		return p.record(rec.Block, rec.Page, rec.Data)
 	}
@@ -126,7 +126,7 @@ func (p *placer) difference(rec *ramparse.Record) error {
 	if err != nil {
 		return err
 	}
-	return p.page(rec.Block, rec.Page, data)
+	return p.page(rec.Block, rec.Page, data, digest.Sum{})
 }
 
 // changed is a page as an XBZRLE record changes it, wherever its last content is by now;
@@ -174,8 +174,8 @@ func (p *placer) fill(block int, page uint64, fill byte) {
 	p.set(block, page, pagemap.Make(pagemap.Fill, uint64(fill)))
 }
 
-// page places a page's content.
-func (p *placer) page(block int, page uint64, data []byte) error {
+// page places a page's content, whose digest is given if it is known, zero otherwise.
+func (p *placer) page(block int, page uint64, data []byte, sum digest.Sum) error {
 	if data[0] == 0 && bytes.Equal(data, p.zero) {
 		p.last.ok = false
 		p.set(block, page, pagemap.Make(pagemap.ZeroData, 0))
@@ -189,9 +189,9 @@ func (p *placer) page(block int, page uint64, data []byte) error {
 		}
 	}
 	if p.chunkPages == 1 {
-		return p.single(block, page, data, hot)
+		return p.single(block, page, data, hot, sum)
 	}
-	return p.paired(block, page, data, hot)
+	return p.paired(block, page, data, hot, sum)
 }
 
 // rewrite puts a page that has an NVRAM slot of its own into it again.
@@ -215,7 +215,7 @@ func (p *placer) write(slot, block int, page uint64, data []byte) error {
 }
 
 // single deduplicates pages one by one.
-func (p *placer) single(block int, page uint64, data []byte, hot bool) error {
+func (p *placer) single(block int, page uint64, data []byte, hot bool, sum digest.Sum) error {
 	at, found, pending, err := p.index.Find(data)
 	if err != nil {
 		return err
@@ -227,7 +227,7 @@ func (p *placer) single(block int, page uint64, data []byte, hot bool) error {
 		p.share(block, page, e)
 		return nil
 	}
-	if e, err = p.store(block, page, data, hot); err != nil {
+	if e, err = p.store(block, page, data, hot, sum); err != nil {
 		return err
 	}
 	p.set(block, page, e)
@@ -245,8 +245,8 @@ func (p *placer) share(block int, page uint64, e pagemap.Entry) {
 // paired deduplicates aligned pairs of pages that come one after the other. A
 // page is stored as it comes; when its pair is whole and known, both are taken
 // back out of the open segment.
-func (p *placer) paired(block int, page uint64, data []byte, hot bool) error {
-	e, err := p.store(block, page, data, hot)
+func (p *placer) paired(block int, page uint64, data []byte, hot bool, sum digest.Sum) error {
+	e, err := p.store(block, page, data, hot, sum)
 	if err != nil {
 		return err
 	}
@@ -301,6 +301,7 @@ func (p *placer) takeBack() {
 		return
 	}
 	p.seg.Data = p.seg.Data[:len(p.seg.Data)-2*p.pageSize]
+	p.seg.Sums = p.seg.Sums[:len(p.seg.Sums)-2]
 }
 
 // pair is the content of the two slots from e on.
@@ -319,7 +320,7 @@ func (p *placer) pair(e pagemap.Entry) ([]byte, error) {
 }
 
 // store gives content a slot of its own.
-func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagemap.Entry, error) {
+func (p *placer) store(block int, page uint64, data []byte, hot bool, sum digest.Sum) (pagemap.Entry, error) {
 	if hot && p.room() {
 		slot := p.takeSlot()
 		return pagemap.Make(pagemap.NVRAM, uint64(slot)), p.write(slot, block, page, data)
@@ -335,7 +336,7 @@ func (p *placer) store(block int, page uint64, data []byte, hot bool) (pagemap.E
 		p.seg = p.to.img.NewBuffer(image.Pages)
 	}
 	slot := uint64(p.seg.Number)*uint64(p.segmentPages()) + uint64(len(p.seg.Data)/p.pageSize)
-	p.seg.Data = append(p.seg.Data, data...)
+	p.seg.Data, p.seg.Sums = append(p.seg.Data, data...), append(p.seg.Sums, sum)
 	return pagemap.Make(pagemap.Flash, slot), nil
 }
 
@@ -414,7 +415,7 @@ func (p *placer) matched(it *item) error {
 	}
 	// What the guest waits for must not be on flash.
 	if it.found == isNew || it.found == isZero || it.hot && it.cold && p.room() {
-		return p.page(it.block, it.page, it.data)
+		return p.page(it.block, it.page, it.data, it.sum)
 	}
 	p.last.ok = false
 	p.count.NonZeroBytes += int64(p.pageSize)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/mmu"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -176,7 +177,7 @@ func (p *placer) demote(before int) (int, error) {
 		if err := p.read(p.scratch, block, page); err != nil {
 			return 0, err
 		}
-		e, err := p.store(block, page, p.scratch, false)
+		e, err := p.store(block, page, p.scratch, false, digest.Sum{})
 		if err != nil {
 			return 0, err
 		}
