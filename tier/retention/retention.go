@@ -6,7 +6,6 @@
 package retention
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -74,39 +73,38 @@ func (p Policy) Check() error {
 
 // Apply returns for each time, in the order of times, why it is kept: the names of the
 // rules, such as "last" and "daily"; none means that it is not. Hours, days and weeks
-// are those of the zone in. Of equal times the later in order is the newer.
+// are those of the zone in.
+//
+// times is in the order of the checkpoints' numbers, and the later is the newer, whatever
+// the times are. By the times a clock that was put back would make the oldest of a
+// checkpoint just saved, and saves that ran side by side, and copies, which have the time
+// of what they copy, would remove the one that the VM's name alone stands for. Times that
+// go back make a rule take its periods more than once: the newest is kept all the same,
+// and no rule keeps more than its count.
 //
 // Where a rule has counts left when it has come to the oldest, it keeps that one as
 // well: with few checkpoints the last daily one is not lost as soon as a day has two.
 func (p Policy) Apply(times []time.Time, in *time.Location) [][]string {
-	order := make([]int, len(times))
-	for i := range order {
-		order[i] = i
-	}
-	slices.SortFunc(order, func(a, b int) int {
-		return cmp.Or(times[b].Compare(times[a]), cmp.Compare(b, a))
-	})
 	why := make([][]string, len(times))
 	for _, r := range p.rules() {
 		last, left := "", r.count
-		for i, at := range order {
+		for i, t := range slices.Backward(times) {
 			if left == 0 {
 				break
 			}
-			period := r.period(i, times[at].In(in))
-			oldest := i == len(order)-1
-			if period == last && !oldest {
+			period := r.period(i, t.In(in))
+			if period == last && i > 0 {
 				continue
 			}
-			why[at] = append(why[at], r.name)
+			why[i] = append(why[i], r.name)
 			last = period
 			if left > 0 {
 				left--
 			}
 		}
 	}
-	if p.Within > 0 && len(order) > 0 {
-		newest := times[order[0]]
+	if p.Within > 0 && len(times) > 0 {
+		newest := times[len(times)-1]
 		for i, t := range times {
 			if newest.Sub(t) <= p.Within {
 				why[i] = append(why[i], "within")
