@@ -12,11 +12,13 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
@@ -260,6 +262,7 @@ func (q *sequence) look() {
 			return
 		}
 		q.l.holds(t, ref, s)
+		q.demands(ref, s)
 	}
 	for ref := range q.model {
 		if !slices.Contains(refs, ref) {
@@ -268,6 +271,41 @@ func (q *sequence) look() {
 	}
 	q.may = nil
 	q.l.noLeaks(t)
+}
+
+// demands reads pages of a checkpoint one by one, as a lazy restore does: those that were
+// hot, in their order, and some at random.
+func (q *sequence) demands(ref store.Ref, s *tiertest.Stream) {
+	t := q.t
+	c, err := q.l.st.OpenCheckpoint(t.Context(), ref, checkpoint.Options{})
+	if err != nil {
+		t.Errorf("%v: %v", ref, err)
+		return
+	}
+	defer c.Close()
+	rd := c.Sources().NewReader(c.NewCache(2 * source.MaxNeeds))
+	defer rd.Close()
+	got, want := make([]byte, s.PageSize()), make([]byte, s.PageSize())
+	page := func(block int, page uint64) error {
+		if page >= s.Pages(block) {
+			return nil // a hot page of another guest's
+		}
+		run, err := c.PageMap.Find(block, page)
+		if err == nil {
+			err = rd.Copy(t.Context(), got, source.Page{Block: block, Number: page}, run.Entry(page-run.Page))
+		}
+		s.Page(want, block, page)
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%v: page %s is another: %v", ref, c.PageName(block, page), err)
+		}
+		rd.LetGo()
+		return nil
+	}
+	c.HotPages(page)
+	for range 10 {
+		block := q.rng.IntN(len(s.Blocks()))
+		page(block, q.rng.Uint64N(s.Pages(block)))
+	}
 }
 
 // end removes all.
