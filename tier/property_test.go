@@ -327,13 +327,14 @@ func (q *sequence) end() {
 }
 
 // TestTogether has several processes at one store at the same time: one saves, others
-// restore, remove, flatten and collect. Whatever is restored is what was saved, nothing
+// restore, remove, flatten, collect and move pages to flash. Whatever is restored is what was saved, nothing
 // fails but for being in use or removed, and in the end all space is back.
 func TestTogether(t *testing.T) {
 	disk := crashfs.New(0)
 	l := newLab(t, disk, "/")
 	var mu sync.Mutex
 	model := map[store.Ref]*tiertest.Stream{}
+	demoted := 0
 	some := func(rng *rand.Rand) (store.Ref, *tiertest.Stream) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -412,8 +413,17 @@ func TestTogether(t *testing.T) {
 			}
 		}
 	})
+	process(6, func(rng *rand.Rand, l *lab) {
+		d, err := l.st.Demote(t.Context(), 1+rng.IntN(2))
+		if err != nil || d.Left != nil {
+			t.Errorf("demotion: %+v, %v", d, err)
+		}
+		mu.Lock()
+		demoted += d.Images
+		mu.Unlock()
+	})
 	for n := range 60 {
-		s := tiertest.New(tiertest.Options{Seed: 1, Passes: 1 + n/2, Resend: 0.2, Fill: true,
+		s := tiertest.New(tiertest.Options{Seed: 1, Passes: 1 + n/2, Resend: 0.5, Fill: true,
 			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}})
 		o := save.Options{Energy: dedup.EnergyFull, SegmentPages: 3, Workers: 1}
 		if n%2 == 0 {
@@ -434,6 +444,9 @@ func TestTogether(t *testing.T) {
 	}
 	close(saved)
 	all.Wait()
+	if demoted == 0 {
+		t.Error("nothing was moved to flash")
+	}
 	for ref, s := range model {
 		l.holds(t, ref, s)
 		if err := l.remove(ref); err != nil {

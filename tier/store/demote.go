@@ -172,8 +172,8 @@ func (m *demotion) run(ctx context.Context) error {
 		var bytes int64
 		var err error
 		bytes, more, err = m.step(ctx)
-		if errors.Is(err, errOutdated) || gone(err) && m.changed(ctx) {
-			return nil // somebody has removed it, or moves the same
+		if errors.Is(err, errOutdated) || (gone(err) || cannotTell(err)) && m.changed(ctx) {
+			return nil // somebody has removed or emptied it, or moves the same
 		}
 		if err != nil {
 			return err
@@ -195,7 +195,7 @@ func (m *demotion) step(ctx context.Context) (bytes int64, more bool, err error)
 	}
 	defer f.Close()
 	if m.im, err = image.Open(f); err != nil {
-		return 0, false, s.unlessGone(ctx, m.name, err)
+		return 0, false, err
 	}
 	if m.im.UUID != m.uuid {
 		return 0, false, errOutdated
