@@ -1,7 +1,7 @@
 // Command bench-incremental makes a checkpoint of real guests every few seconds and
 // prints Markdown tables of what increments cost.
 //
-//	go run ./scripts/bench-incremental [-only idle,files,sqlite] [-n 10] [-memory 512M] [-every 5s] [-keep DIR]
+//	go run ./scripts/bench-incremental [-only idle,files,sqlite,redis] [-n 10] [-memory 512M,1G,2G] [-every 5s] [-keep DIR]
 //
 // At each checkpoint the guest stands still and is saved four times through exec:, in
 // turn: into a file; into nothing, by cat, which is as fast as QEMU feeds a pipe; by
@@ -11,7 +11,8 @@
 // What page-granular increments would be comes from the streams in files: all
 // pages with content that are not what they were one checkpoint before, compressed with
 // LZ4, 32 to a block, and nothing beside them. Increments of ours are whole files: with
-// devices, page map, digests and descriptions.
+// devices, page map, digests and descriptions. Without compression, pages are compared
+// with pages: what is stored of those, whole or in part, with those that have changed.
 //
 // In the end the last checkpoint of both stores is restored in turn, into nothing. -keep
 // leaves the streams in a directory, for go test -bench Encodings ./tier/delta.
@@ -47,6 +48,7 @@ type workload struct {
 	name, what string
 	start      string // command of the guest's console; "": none
 	warm       time.Duration
+	programs   bool // those of the disk of scripts/guest workloads are needed
 }
 
 var workloads = []workload{
@@ -65,18 +67,25 @@ var workloads = []workload{
 			"yes 'UPDATE t SET n=n+1 WHERE id=1+abs(random())%20000; SELECT s FROM t WHERE id=1+abs(random())%20000;' | sqlite3 /tmp/d >/dev/null",
 		warm: 8 * time.Second,
 	},
+	{
+		name: "redis", what: "Redis, 20 000 keys of 200 bytes, random SET and GET",
+		start: "run redis-server --port 0 --unixsocket /tmp/s --save '' >/dev/null & sleep 3; " +
+			"redis-benchmark -s /tmp/s -q -t set -r 20000 -n 40000 -d 200 -c 2 >/dev/null; echo flic warm >/dev/console; " +
+			"exec redis-benchmark -s /tmp/s -q -l -t set,get -r 20000 -n 20000 -d 200 -c 2 >/dev/null",
+		warm: 8 * time.Second, programs: true,
+	},
 }
 
 func main() {
 	b := &bench{}
-	only := flag.String("only", "idle,files,sqlite", "workloads")
+	only := flag.String("only", "idle,files,sqlite,redis", "workloads")
 	flag.IntVar(&b.n, "n", 10, "checkpoints of each guest after the first")
-	flag.StringVar(&b.memory, "memory", "512M", "of the guests")
+	sizes := flag.String("memory", "512M", "of the guests; several, separated by commas")
 	flag.DurationVar(&b.every, "every", 5*time.Second, "for how long the guest runs between two checkpoints")
 	flag.StringVar(&b.keep, "keep", "", "directory that the streams are left in")
 	flag.StringVar(&b.codec, "codec", "minlz", "of flic-migrate")
 	flag.Parse()
-	if err := b.run(context.Background(), strings.Split(*only, ",")); err != nil {
+	if err := b.run(context.Background(), strings.Split(*only, ","), strings.Split(*sizes, ",")); err != nil {
 		fmt.Fprintln(os.Stderr, "bench-incremental:", err)
 		os.Exit(1)
 	}
@@ -89,7 +98,7 @@ type bench struct {
 	dir, binary         string
 }
 
-func (b *bench) run(ctx context.Context, only []string) (err error) {
+func (b *bench) run(ctx context.Context, only, sizes []string) (err error) {
 	if b.dir, err = os.MkdirTemp("", "bench-incremental"); err != nil {
 		return err
 	}
@@ -98,18 +107,20 @@ func (b *bench) run(ctx context.Context, only []string) (err error) {
 	if err := qemutest.Build(ctx, b.binary); err != nil {
 		return err
 	}
-	fmt.Printf("Guests of %s, %d checkpoints after the first, %v apart, codec %s. Bytes and times of one are medians; ratios are of sums and of medians.\n\n", b.memory, b.n, b.every, b.codec)
-	fmt.Println("| guest | pages changed | full, MB | by pages, LZ4, MB | increment, MB | to by pages | to full | cat >/dev/null, s | full, s | increment, s | to full | restore, to full |")
-	fmt.Println("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+	fmt.Printf("%d checkpoints after the first, %v apart, codec %s. Bytes and times of one are medians; ratios are of sums and of medians.\n\n", b.n, b.every, b.codec)
+	fmt.Println("| guest | memory | pages changed | full, MB | by pages, LZ4, MB | increment, MB | to by pages | without compression | to full | cat >/dev/null, s | full, s | increment, s | to full | restore, to full |")
+	fmt.Println("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
 	for _, w := range workloads {
 		if !slices.Contains(only, w.name) {
 			continue
 		}
-		row, err := b.guest(ctx, w)
-		if err != nil {
-			return fmt.Errorf("%s: %w", w.name, err)
+		for _, b.memory = range sizes {
+			row, err := b.guest(ctx, w)
+			if err != nil {
+				return fmt.Errorf("%s of %s: %w", w.name, b.memory, err)
+			}
+			fmt.Println(row)
 		}
-		fmt.Println(row)
 	}
 	return nil
 }
@@ -138,7 +149,7 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 	stream, cat := &save{command: "exec cat > " + dir + "/stream"}, &save{command: "exec cat > /dev/null"}
 	full, inc := ours("full", "none"), ours("inc", "auto")
 	var was *tiertest.Guest
-	var changed, byPages []int64
+	var changed, byPages, pageBytes, plain []int64 // plain: what ours have of pages, not compressed
 	for i := range b.n + 1 {
 		if i > 0 {
 			time.Sleep(b.every)
@@ -170,6 +181,9 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 					return "", err
 				}
 				s.bytes = append(s.bytes, r.FlashBytes)
+				if s == inc {
+					plain = append(plain, r.Cold*4096+r.DeltaBytes)
+				}
 			}
 		}
 		if err := qmp.Cont(ctx, vm.QMP); err != nil {
@@ -180,8 +194,8 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 			return "", err
 		}
 		if was != nil {
-			n, size := increment(was, now)
-			changed, byPages = append(changed, n), append(byPages, size)
+			n, raw, size := increment(was, now)
+			changed, pageBytes, byPages = append(changed, n), append(pageBytes, raw), append(byPages, size)
 		}
 		was = now
 		if b.keep != "" {
@@ -204,9 +218,9 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 	}
 	mb := func(v []int64) float64 { return float64(median(v)) / 1e6 }
 	s := func(v []time.Duration) float64 { return median(v).Seconds() }
-	return fmt.Sprintf("| %s: %s | %d | %.1f | %.2f | %.2f | %.2f | %.3f | %.3f | %.3f | %.3f | %.2f | %.2f |",
-		w.name, w.what, median(changed), mb(full.bytes), mb(byPages), mb(inc.bytes),
-		float64(sum(inc.bytes))/float64(sum(byPages)), float64(sum(inc.bytes))/float64(sum(full.bytes)),
+	return fmt.Sprintf("| %s: %s | %s | %d | %.1f | %.2f | %.2f | %.2f | %.2f | %.3f | %.3f | %.3f | %.3f | %.2f | %.2f |",
+		w.name, w.what, b.memory, median(changed), mb(full.bytes), mb(byPages), mb(inc.bytes),
+		float64(sum(inc.bytes))/float64(sum(byPages)), float64(sum(plain))/float64(sum(pageBytes)), float64(sum(inc.bytes))/float64(sum(full.bytes)),
 		s(cat.times), s(full.times), s(inc.times), s(inc.times)/s(full.times), s(restored["inc"])/s(restored["full"])), nil
 }
 
@@ -224,7 +238,15 @@ func sum(v []int64) (n int64) {
 
 // boot starts the guest and its workload.
 func (b *bench) boot(ctx context.Context, w workload) (*qemutest.VM, error) {
-	vm, err := qemutest.Launch(ctx, qemutest.Config{Guest: qemutest.Debian, Memory: b.memory, Kernel: "flic.fill=4 flic.read=/usr flic.readmax=100"})
+	c := qemutest.Config{Guest: qemutest.Debian, Memory: b.memory, Kernel: "flic.fill=4 flic.read=/usr flic.readmax=100"}
+	if w.programs {
+		dir, err := qemutest.Assets(ctx, "workloads")
+		if err != nil {
+			return nil, err
+		}
+		c.Disk = filepath.Join(dir, "disk.ext4")
+	}
+	vm, err := qemutest.Launch(ctx, c)
 	if err != nil {
 		return nil, err
 	}
@@ -259,8 +281,9 @@ func load(name string) (*tiertest.Guest, error) {
 	return tiertest.Load(f)
 }
 
-// increment is how many pages have changed, and what those with content come to.
-func increment(was, now *tiertest.Guest) (changed, size int64) {
+// increment is how many pages have changed, and what those with content come to, as they
+// are and compressed.
+func increment(was, now *tiertest.Guest) (changed, raw, size int64) {
 	zero := make([]byte, now.PageSize)
 	var block []byte
 	var c lz4.Compressor
@@ -283,13 +306,14 @@ func increment(was, now *tiertest.Guest) (changed, size int64) {
 			if changed++; bytes.Equal(page, zero) {
 				continue
 			}
+			raw += int64(len(page))
 			if block = append(block, page...); len(block) >= 32*now.PageSize {
 				flush()
 			}
 		}
 	}
 	flush()
-	return changed, size
+	return changed, raw, size
 }
 
 // restore restores the newest checkpoint of a store into nothing.

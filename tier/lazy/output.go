@@ -74,6 +74,7 @@ func (p *pump) append(block int, page uint64, data []byte) error {
 		p.buf = ramparse.AppendZero(p.buf, name, addr, 0)
 	} else {
 		p.buf = ramparse.AppendPage(p.buf, name, addr, data)
+		p.stored++
 	}
 	p.sent[block].Set(int64(page))
 	p.rep.Pages++

@@ -44,10 +44,11 @@ type pump struct {
 	wanted  int  // capacity of the pipe that was asked for last
 	pipe    int  // and the one in force
 
-	rep   Report
-	waits waits
-	total int64
-	tick  time.Time
+	rep    Report
+	waits  waits
+	stored int64 // pages sent that are not zero
+	total  int64
+	tick   time.Time
 
 	demands chan demand
 	serving atomic.Bool // one of them is being answered
@@ -82,6 +83,7 @@ func newPump(c *checkpoint.Checkpoint, out io.Writer, op *opening, o Options, st
 		rep: Report{start: start, received: make(chan error, 1), shut: make(chan struct{})},
 	}
 	p.cache = c.NewCache(keptSegments + source.MaxNeeds*(allBatches+2))
+	p.cache.CountRefills()
 	p.asked, p.rest = newPages(c, p.set, p.cache), newPages(c, p.set, p.cache)
 	for i, n := range c.Meta.BlockPages() {
 		p.blocks[c.Meta.Blocks[i].Name] = i
@@ -391,5 +393,6 @@ func (p *pump) finish(ctx context.Context) error {
 
 func (p *pump) report() *Report {
 	p.rep.WaitP50, p.rep.WaitP99, p.rep.WaitMax = p.waits.percentile(50), p.waits.percentile(99), p.waits.max
+	p.rep.Reads = source.NewReads(p.cache.Filled(), p.stored, p.c.Meta.PageSize)
 	return &p.rep
 }

@@ -63,6 +63,10 @@ func TestReferences(t *testing.T) {
 			if all := saved.Hot + saved.Cold + saved.Delta + saved.Unchanged; !d.ended || rep.Pages < all || saved.Unchanged == 0 || saved.Delta == 0 {
 				t.Errorf("%d pages of %d came, of %+v", rep.Pages, all, saved)
 			}
+			// It has read what the page map says that it must.
+			if want, err := s.ck.Sources().Reads(s.ck.PageMap); err != nil || rep.Reads.Places != want.Places || rep.Reads.Bytes < want.Bytes || want.Places == 0 {
+				t.Errorf("%+v was read, in place of %+v, %v", rep.Reads, want, err)
+			}
 			// What was in NVRAM comes first, whosever it was.
 			if round > 0 {
 				return

@@ -10,6 +10,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -75,6 +76,9 @@ type Report struct {
 	HotPages  int64 `json:"hot_pages"` // page tables, First, and what was in NVRAM
 	Recovered int64 `json:"recovered"` // pages that QEMU had already (Recover)
 	ZeroRest  int64 `json:"zero_rest"` // pages sent as zero at the end (Options.ZeroRest)
+
+	// Reads is how many places were read for the pages, of those sent that are not zero.
+	Reads source.Reads `json:"reads"`
 
 	WaitP50 time.Duration `json:"wait_p50_ns"` // from a request's arrival until its page was written
 	WaitP99 time.Duration `json:"wait_p99_ns"`
