@@ -150,6 +150,33 @@ func TestDemoteKeeps(t *testing.T) {
 	}
 }
 
+// TestDemoteTwin: a second name of a listed image, as a flattening that was cut off leaves
+// it, takes nothing from that one.
+func TestDemoteTwin(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	model := l.hotGenerations(t, "vm", 2, 2<<20, 0.7)
+	for ref := range model {
+		c, err := l.st.OpenCheckpoint(t.Context(), ref, checkpoint.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := c.Meta.UUID
+		c.Close()
+		if err := l.fs.Link(l.image("vm", fmt.Sprintf("%08d", ref.N)), fmt.Sprintf("%s/vms/vm/%08d.%v.gone", l.dir, ref.N, id)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.demote(t, 1)
+	for ref, s := range model {
+		l.holds(t, ref, s)
+	}
+	for _, name := range l.pieces(t) {
+		if strings.Contains(name, "/00000002.") {
+			t.Errorf("of the newest: %s", name)
+		}
+	}
+}
+
 // TestDemoteInUse: what somebody has open is read on where it was, and freed later.
 func TestDemoteInUse(t *testing.T) {
 	l := newLab(t, crashfs.New(0), "/")

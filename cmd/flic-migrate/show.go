@@ -181,7 +181,7 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, armed
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	if m.NVRAM != nil && m.NVRAM.Volatile {
+	if m.NVRAM != nil && m.NVRAM.Volatile && (sharing == nil || sharing.Moved < m.NVRAM.Bytes) {
 		_, err := fmt.Fprintf(w, "\nThe NVRAM file is on a volatile file system: a power-off loses this checkpoint.\n"+
 			"To make a copy that has everything on flash:\n\n  flic-migrate persist %v\n", ref)
 		return err

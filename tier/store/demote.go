@@ -105,8 +105,8 @@ func (s *Store) demotable(ctx context.Context, keep int) (list []stored, err err
 		}
 		own, err := f.Owners(ctx, s.doc.UUID)
 		f.Close()
-		if err != nil {
-			return nil, err
+		if err != nil && ctx.Err() != nil {
+			return nil, context.Cause(ctx)
 		}
 		for _, o := range own {
 			owners[o.UUID] = true
@@ -122,8 +122,9 @@ func (s *Store) demotable(ctx context.Context, keep int) (list []stored, err err
 			return nil, err
 		}
 		for _, st := range o.unlisted(vm) {
-			if empty, err := s.unlistedIs(ctx, &st); err == nil && !empty && st.id != nil && owners[st.uuid] {
+			if empty, err := s.unlistedIs(ctx, &st); err == nil && !empty && st.id != nil && owners[st.uuid] && !s.isTwin(ctx, st) {
 				list = append(list, st)
+				delete(owners, st.uuid)
 			}
 		}
 		// NVRAM has the newest as a rule: of a thousand others nothing is read.
@@ -347,7 +348,7 @@ func (m *demotion) free(ctx context.Context) error {
 		return err
 	}
 	defer f.Close()
-	if h, err := image.ReadHeader(f); err != nil || h.UUID != m.uuid {
+	if h, err := image.ReadHeader(f); err != nil || h.UUID != m.uuid || m.gone && m.s.isTwin(ctx, m.stored) {
 		return errors.Join(err, errOutdated)
 	}
 	// What has been committed since may need more of it. Pieces, and that who needed it is

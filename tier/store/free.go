@@ -78,6 +78,13 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 	return fr, left, nil
 }
 
+// isTwin tells whether an unlisted image may be one that is listed under its number, of
+// which it is a second name.
+func (s *Store) isTwin(ctx context.Context, st stored) bool {
+	listed, err := s.owner(ctx, st.ref.object(imageSuffix))
+	return err == nil && listed == st.uuid || err != nil && !gone(err)
+}
+
 // untwin takes an unlisted image's name away if the same is listed under its number, as a
 // flattening that was cut off leaves it. What it owns is the listed one's. The caller
 // holds the store lock.
