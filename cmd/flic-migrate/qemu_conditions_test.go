@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
 )
@@ -224,8 +226,8 @@ func TestConditions(t *testing.T) {
 					ok(t, qmp.Cont(ctx, vm.QMP))
 				}
 				works(vm, seen)
-				// It can be saved again, and goes on.
-				again := l.checkpoint(t, vm)
+				// It can be saved again while it runs, and goes on.
+				again := l.checkpoint(t, vm, "--mode", map[string]string{"never": "live", "always": "background"}[lazy])
 				if again.State != "running" || len(again.Warnings) > 0 {
 					t.Errorf("the next checkpoint: %+v", again)
 				}
@@ -233,6 +235,7 @@ func TestConditions(t *testing.T) {
 				if condition.ready == nil {
 					checks(t, vm)
 				}
+				l.run(t, "verify", again.Checkpoint)
 				l.run(t, "rm", again.Checkpoint)
 				vm.Kill()
 			}
@@ -333,4 +336,38 @@ func TestChangedNIC(t *testing.T) {
 		vm.Kill()
 	}
 	l.holds(t, "vm@1")
+}
+
+// TestParallelSparseFile: a save file that QEMU has written through several channels at
+// once, as virsh save --parallel-channels has it do, is imported, and its memory restored.
+// Such files came with QEMU 9.0.
+func TestParallelSparseFile(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	c := q35.tiny(t, "64M", varied(4096), 10)
+	source := qemutest.Start(t, c)
+	source.WaitFor(t, `tick 00000002\r`)
+	has, err := migration.Capabilities(ctx, source.QMP)
+	ok(t, err)
+	if _, is := has["mapped-ram"]; !is {
+		if v := source.QMP.Version().QEMU; v.Major >= 9 {
+			t.Errorf("QEMU %v has no mapped-ram", v)
+		}
+		return
+	}
+	set(t, source, map[string]any{"multifd-channels": 4}, "mapped-ram", "multifd")
+	h, err := saveimage.New("<domain type='qemu'><name>vm</name><uuid>11111111-2222-3333-4444-555555555555</uuid></domain>", "", false)
+	ok(t, err)
+	h.SetFormat(saveimage.Sparse)
+	file := filepath.Join(l.dir, "vm.save")
+	ok(t, os.WriteFile(file, h.Bytes(), 0o600))
+	before := stop(t, ctx, source)
+	saved(t, ctx, source, fmt.Sprintf("file:%s,offset=%d", file, len(h.Bytes())))
+	tick := lastTick(t, source.Console(), 16)
+	source.Kill()
+
+	l.run(t, "import", "--vm", "vm", file)
+	l.holds(t, "vm@1")
+	vm := restored(t, ctx, c, l.restore("vm"), before)
+	goesOn(t, ctx, vm, tick, 16)
 }
