@@ -41,7 +41,7 @@ type Differ struct {
 func (d *Differ) Encode(dst, page, base []byte, most int) ([]byte, bool) {
 	n := len(page)
 	base = base[:n]
-	shift := 64 - bits.Len(uint(n/4))
+	shift := 64 - bits.Len(uint(n/2))
 	if size := 1 << (64 - shift); len(d.places) != size {
 		d.places = make([]uint16, size)
 	} else {
@@ -72,9 +72,7 @@ func (d *Differ) Encode(dst, page, base []byte, most int) ([]byte, bool) {
 		for first > done && from > 0 && page[first-1] == base[from-1] {
 			first, from = first-1, from-1
 		}
-		for to < n && from+to-first < n && page[to] == base[from+to-first] {
-			to++
-		}
+		to += alike(page[to:], base[from+to-first:])
 		if to-first < minCopy {
 			i++
 			continue
@@ -96,6 +94,20 @@ func (d *Differ) Encode(dst, page, base []byte, most int) ([]byte, bool) {
 		return dst[:head], false
 	}
 	return dst, true
+}
+
+// alike is how many bytes a and b have in common at their beginning.
+func alike(a, b []byte) (n int) {
+	m := min(len(a), len(b))
+	for ; n+8 <= m; n += 8 {
+		if x := binary.LittleEndian.Uint64(a[n:]) ^ binary.LittleEndian.Uint64(b[n:]); x != 0 {
+			return n + bits.TrailingZeros64(x)/8
+		}
+	}
+	for n < m && a[n] == b[n] {
+		n++
+	}
+	return n
 }
 
 // hashFactor spreads what it multiplies over the upper bits.
