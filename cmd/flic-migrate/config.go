@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/BurntSushi/toml"
@@ -49,11 +51,17 @@ func setKey(fs *pflag.FlagSet, flag, key string) {
 // environment or else from the configuration file. It is the only place that
 // knows the order of precedence.
 func (a *app) configure(cmd *cobra.Command) error {
-	if a.config == "" {
+	fromEnv := a.config == ""
+	if fromEnv {
 		a.config = os.Getenv("FLIC_CONFIG")
 	}
-	file, err := readConfig(a.config, knownKeys(cmd.Root()))
+	flags := knownFlags(cmd.Root())
+	file, err := readConfig(a.config, flags)
 	if err != nil {
+		// Nobody remembers a variable that was set long ago.
+		if unread := (*fs.PathError)(nil); fromEnv && errors.As(err, &unread) {
+			err = fmt.Errorf("FLIC_CONFIG: %w", err)
+		}
 		return err
 	}
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
@@ -74,14 +82,29 @@ func (a *app) configure(cmd *cobra.Command) error {
 			err = fmt.Errorf("%s: %q: %w", source, value, serr)
 		}
 		f.Changed = true
+		delete(flags, key)
 	})
-	return err
+	if err != nil || cmd == cmd.Root() { // which is save, or prints help
+		return err
+	}
+	// What is wrong in the file is said by whichever verb reads it first, and not at night
+	// by the one that needs it. The flags of other verbs can be set, as none of these runs;
+	// the ones that have been set are this verb's, or belong to all.
+	for _, key := range slices.Sorted(maps.Keys(file.values)) {
+		if f, other := flags[key]; other && !f.Changed && cmd.Flags().Lookup(f.Name) != f {
+			if serr := f.Value.Set(fmt.Sprint(file.values[key])); serr != nil {
+				return fmt.Errorf("%s: %s: %q: %w", file.path, key, fmt.Sprint(file.values[key]), serr)
+			}
+		}
+	}
+	return nil
 }
 
-// knownKeys are the keys of all commands' flags: one file serves all of them.
-func knownKeys(root *cobra.Command) map[string]bool {
-	keys := make(map[string]bool)
-	add := func(f *pflag.Flag) { keys[flagKey(f)] = true }
+// knownFlags are the flags of all commands by their keys, one of those that share a key:
+// one file serves all commands.
+func knownFlags(root *cobra.Command) map[string]*pflag.Flag {
+	keys := make(map[string]*pflag.Flag)
+	add := func(f *pflag.Flag) { keys[flagKey(f)] = f }
 	root.PersistentFlags().VisitAll(add)
 	for _, c := range commands(root) {
 		if c.Name() != "completion" && c.Name() != "help" {
@@ -104,7 +127,7 @@ const maxConfig = 1 << 20
 // readConfig reads the named file, which must exist, or else the first of
 // configPaths that does. A key it does not know is an error: a misspelt one
 // would otherwise be a setting that silently has no effect.
-func readConfig(path string, known map[string]bool) (configFile, error) {
+func readConfig(path string, known map[string]*pflag.Flag) (configFile, error) {
 	paths := []string{path}
 	if path == "" {
 		paths = configPaths()
@@ -125,7 +148,7 @@ func readConfig(path string, known map[string]bool) (configFile, error) {
 			return f, fmt.Errorf("%s: %w", p, err)
 		}
 		for k, v := range f.values {
-			if !known[k] {
+			if known[k] == nil {
 				return f, fmt.Errorf("%s: unknown key %q", p, k)
 			}
 			switch v.(type) {

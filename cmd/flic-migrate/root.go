@@ -154,7 +154,12 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 	root.AddCommand(newSave(a), newCheckpoint(a), newDisarm(a), newRestore(a), newResume(a), newList(a), newShow(a), newVerify(a), newRm(a), newPrune(a), newGC(a), newPersist(a), newFlatten(a), newAbsorb(a), newMemory(a), newDiff(a), newTrack(a), newReplay(a), newDump(a), newDisk(a), newImport(a), newExport(a), newLibvirt(a), newVersion())
 	for _, c := range append(commands(root), root) {
 		describe(c)
+		if c.Args != nil && c != root && !c.HasSubCommands() {
+			c.Args = namingArgs(c.Args)
+		}
 	}
+	root.Version = versionLine()
+	root.SetVersionTemplate("{{.Version}}\n")
 	return root
 }
 
@@ -174,6 +179,21 @@ func describe(c *cobra.Command) {
 	c.Long += "\n\nEvery flag can also be given as an environment variable (--nvram-size as\n" +
 		"FLIC_NVRAM_SIZE) or in the configuration file (nvram-size = \"4G\"); a flag wins\n" +
 		"over the environment, and the environment over the file.\n\n" + exitHelp
+}
+
+// namingArgs lets what checks a verb's arguments say how the verb is called. Cobra's own
+// words count arguments and name none.
+func namingArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if check(cmd, args) == nil {
+			return nil
+		}
+		given := "without an argument"
+		if len(args) > 0 {
+			given = fmt.Sprintf("with %q", args)
+		}
+		return fmt.Errorf("%s was called %s; it is: %s", cmd.Name(), given, cmd.UseLine())
+	}
 }
 
 // openStore opens the store of --store.

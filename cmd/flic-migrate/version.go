@@ -17,13 +17,18 @@ func newVersion() *cobra.Command {
 		Short: "Print the version, also of the formats",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			version := "unknown"
-			if bi, ok := debug.ReadBuildInfo(); ok {
-				version = bi.Main.Version
-			}
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "flic-migrate %s, store format %d, image format %d, %s %s/%s\n",
-				version, store.Version, image.Version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), versionLine())
 			return err
 		},
 	}
+}
+
+// versionLine is what the verb and --version print.
+func versionLine() string {
+	version := "unknown"
+	if bi, ok := debug.ReadBuildInfo(); ok {
+		version = bi.Main.Version
+	}
+	return fmt.Sprintf("flic-migrate %s, store format %d, image format %d, %s %s/%s",
+		version, store.Version, image.Version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
