@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -539,4 +540,58 @@ func TestOpenDisks(t *testing.T) {
 	}
 	l.holds(t, ref, s)
 	l.noLeaks(t)
+}
+
+// aheadFile remembers what it is told will be read.
+type aheadFile struct {
+	checkpoint.DiskFile
+	mu   *sync.Mutex
+	asks *[][2]int64
+}
+
+func (f aheadFile) WillNeed(off, n int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	*f.asks = append(*f.asks, [2]int64{off, off + n})
+}
+
+// TestDisksAhead: a restore asks for all that it will read of disks, from the beginning of
+// each to its end, in few pieces.
+func TestDisksAhead(t *testing.T) {
+	l, list, disks := onDisks(t)
+	var mu sync.Mutex
+	asked := make([][][2]int64, len(disks))
+	c, err := l.st.OpenCheckpoint(t.Context(), list[2].Ref, checkpoint.Options{Disks: checkpoint.DiskOptions{Open: func(path string, f disk.Format) (checkpoint.DiskFile, error) {
+		i, err := disk.OpenLayer(path, f)
+		return aheadFile{i, &mu, &asked[slices.Index(disks, path)]}, err
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := restore.Run(t.Context(), c.Checkpoint, new(bytes.Buffer), restore.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	pieces := 0
+	for i := range asked {
+		pieces += len(asked[i])
+		if !slices.IsSortedFunc(asked[i], func(a, b [2]int64) int { return int(a[0] - b[0]) }) {
+			t.Errorf("disk %d is asked for in the order %v", i, asked[i])
+		}
+	}
+	slots := c.Sources().DiskSlots
+	for n := range slots {
+		at, err := c.DiskSlot(n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		off := at.Sector() * disk.SectorSize
+		k := slices.Index(disks, c.Disks()[at.Disk()].Path)
+		if !slices.ContainsFunc(asked[k], func(a [2]int64) bool { return a[0] <= off && off+4096 <= a[1] }) {
+			t.Errorf("slot %d, at %#x of disk %d, was not asked for: %v", n, off, k, asked[k])
+		}
+	}
+	if pieces == 0 || uint64(pieces)*4 > slots {
+		t.Errorf("%d pieces for %d slots", pieces, slots)
+	}
 }

@@ -22,6 +22,8 @@ type DiskFile interface {
 	// Identity is what the file was when it was opened, Now what it is.
 	Identity() disk.Identity
 	Now() (disk.Identity, error)
+	// WillNeed says that a stretch will be read soon. It promises nothing.
+	WillNeed(off, n int64)
 }
 
 // DiskCheck is when the pages that a checkpoint has on disks are compared with their
@@ -244,6 +246,47 @@ func (d *openDisks) close() {
 			f.Close()
 		}
 	}
+}
+
+const (
+	// aheadGap is what is read in vain rather than to make two reads of it, and aheadMost
+	// how much is asked for at once: what the kernel reads in one go.
+	aheadGap  = 64 << 10
+	aheadMost = 2 << 20
+	// aheadAll is how much is asked for in all, so that it does not drive out of the
+	// page cache what was asked for first.
+	aheadAll = 1 << 30
+)
+
+// ReadDisksAhead asks the kernel for the pages that are on disks, in the order in which
+// they lie there: for who reads them in another. It returns when all are asked for, or
+// with ctx.
+func (c *Checkpoint) ReadDisksAhead(ctx context.Context) {
+	d := c.disks
+	if d == nil {
+		return
+	}
+	all := int64(0)
+	on, begin, end := 0, int64(0), int64(0)
+	ask := func() {
+		if f := d.files[on].DiskFile; f != nil && end > begin {
+			f.WillNeed(begin, end-begin)
+			all += end - begin
+		}
+	}
+	for n := uint64(0); n < d.slots && all < aheadAll && ctx.Err() == nil; n++ {
+		at, err := d.slot(n)
+		if err != nil {
+			return // who reads it says so
+		}
+		off := at.offset()
+		if at.Disk() != on || off > end+aheadGap || off-begin >= aheadMost {
+			ask()
+			on, begin = at.Disk(), off
+		}
+		end = off + int64(d.page)
+	}
+	ask()
 }
 
 // DiskState is a disk that a checkpoint has pages on, and what has become of it.

@@ -61,6 +61,10 @@ func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) 
 	r := newReplayer(ctx, c, w, o)
 	r.pages = set.NewPlannedReader(p.cache, p.next)
 	r.set = set
+	g.Go(func() error {
+		c.ReadDisksAhead(ctx)
+		return nil
+	})
 	g.Go(func() error { return p.plan(ctx) })
 	for range p.workers {
 		g.Go(func() error { return p.work(ctx) })
