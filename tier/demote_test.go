@@ -177,6 +177,30 @@ func TestDemoteTwin(t *testing.T) {
 	}
 }
 
+// TestDemoteCopy: a copy of an image under another VM's name, or number, takes nothing from
+// the original.
+func TestDemoteCopy(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	model := l.hotGenerations(t, "vm", 2, 2<<20, 0.7)
+	for ref, s := range l.hotGenerations(t, "a", 2, 2<<20, 0.7) {
+		model[ref] = s
+	}
+	image := l.file(t, "/vms/vm/00000002.flic")
+	for _, name := range []string{"/vms/a/00000001.flic", "/vms/a/00000003.gone", "/vms/vm/00000003.gone"} {
+		l.fs.Remove(l.dir + name)
+		l.write(t, name, image)
+	}
+	delete(model, store.Ref{VM: "a", N: 1})
+	delete(model, store.Ref{VM: "a", N: 2}) // which refers to it
+	l.demote(t, 1)
+	if rep, err := l.st.GC(t.Context()); err != nil {
+		t.Errorf("%+v, %v", rep, err)
+	}
+	for ref, s := range model {
+		l.holds(t, ref, s)
+	}
+}
+
 // TestDemoteInUse: what somebody has open is read on where it was, and freed later.
 func TestDemoteInUse(t *testing.T) {
 	l := newLab(t, crashfs.New(0), "/")

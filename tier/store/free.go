@@ -27,6 +27,9 @@ type freed struct {
 // is durably so. left is what could not be freed and does no harm.
 func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *survey) (fr freed, left, err error) {
 	id := st.id
+	// What a copy in another place says is in NVRAM is the original's; sweep knows whether
+	// that one is there.
+	owner := id != nil && id.NVRAM != nil && checkPlace(f.Name(), st.ref, id) == nil
 	size, err := taken(f)
 	if err != nil {
 		return fr, nil, err
@@ -40,7 +43,7 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 			return fr, nil, err
 		}
 		fr.flash += size
-		if id != nil && id.NVRAM != nil {
+		if owner {
 			fr.nvram, left = s.freeNVRAM(ctx, id, nil)
 		}
 		return fr, left, nil
@@ -59,7 +62,7 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 	if fr.flash, err = s.dir.Punch(ctx, st.name, ranges); err != nil {
 		return fr, nil, err
 	}
-	if id.NVRAM == nil {
+	if !owner {
 		return fr, nil, nil
 	}
 	there, err := s.movedSlots(ctx, st.ref, st.uuid)
