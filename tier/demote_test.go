@@ -150,6 +150,43 @@ func TestDemoteKeeps(t *testing.T) {
 	}
 }
 
+// TestDemoteSpace: what show and removals say of space is so where pages have been moved.
+func TestDemoteSpace(t *testing.T) {
+	for _, order := range [][]int{{1, 2, 3, 4}, {4, 3, 2, 1}, {2, 4, 1, 3}} {
+		l := newLab(t, crashfs.New(0), "/")
+		model := l.hotGenerations(t, "vm", 4, 2<<20, 0.7)
+		l.demote(t, 1)
+		for _, n := range order {
+			ref := store.Ref{VM: "vm", N: n}
+			flash, hot := l.taken(t)
+			says, err := l.st.Sharing(t.Context(), ref)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rm, err := l.st.Remove(t.Context(), ref)
+			if err != nil || rm.Left != nil {
+				t.Fatalf("%v: %+v, %v", order, rm, err)
+			}
+			if d := says.RmFrees.Flash - rm.FlashBytes; d < -8*4096 || d > 8*4096 || says.RmFrees.NVRAM != rm.NVRAMBytes {
+				t.Errorf("%v: of %d it was said %+v, and it is %+v", order, n, says, rm)
+			}
+			nowFlash, nowHot := l.taken(t)
+			if got := flash - nowFlash; got < rm.FlashBytes || got > rm.FlashBytes+8*4096 || hot-nowHot != rm.NVRAMBytes {
+				t.Errorf("%v: removal of %d says %d and %d bytes, and %d and %d are free", order, n, rm.FlashBytes, rm.NVRAMBytes, got, hot-nowHot)
+			}
+			rep, err := l.st.GC(t.Context())
+			if err != nil || rep.Removed+rep.Trimmed+rep.NVRAMExtents != 0 || len(rep.Warnings) != 0 {
+				t.Errorf("%v: gc after the removal of %d: %+v, %v", order, n, rep, err)
+			}
+			delete(model, ref)
+			l.listed(t, model)
+		}
+		if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+			t.Errorf("%v: %d bytes of flash and %d of NVRAM are not free: %v", order, flash, hot, l.tree(t))
+		}
+	}
+}
+
 // TestDemoteTwin: a second name of a listed image, as a flattening that was cut off leaves
 // it, takes nothing from that one.
 func TestDemoteTwin(t *testing.T) {
