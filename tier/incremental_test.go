@@ -122,6 +122,26 @@ func TestMoved(t *testing.T) {
 	}
 }
 
+// TestMovedMany saves a guest of which more has moved than waits at one time, and one
+// that has nothing in common with the one before, for which that is no gain.
+func TestMovedMany(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	o := tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 40 << 20}}, Mix: tiertest.Mix{tiertest.Random: 1}}
+	for n, c := range []struct {
+		seed, move uint64
+		slide      int
+	}{{1, 0, 0}, {1, 600, 0}, {1, 600, 24}, {2, 0, 0}} {
+		o.Seed, o.Move, o.Slide = c.seed, c.move, c.slide
+		s := tiertest.New(o)
+		ref, meta := l.save(t, s, save.Options{})
+		if r := meta.Report; (n == 1) != (r.Moved > r.Pages*9/10) || (n == 2) != (r.Similar > r.Pages*9/10) {
+			t.Errorf("%v: %d moved, %d similar", ref, r.Moved, r.Similar)
+		}
+		l.holds(t, ref, s)
+	}
+	l.noLeaks(t)
+}
+
 // TestUnchanged saves a guest twice that has done nothing: the second costs its page
 // map, skeleton and descriptions.
 func TestUnchanged(t *testing.T) {
