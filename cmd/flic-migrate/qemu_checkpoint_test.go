@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -240,7 +241,17 @@ func TestCheckpointKeepLast(t *testing.T) {
 	// What is armed then has nothing open that is to go.
 	l.checkpoint(t, vm, "--keep-last", "1", "--arm")
 	left("vm@5")
+	shown := func(want bool) {
+		t.Helper()
+		var doc showDoc
+		ok(t, json.Unmarshal([]byte(l.run(t, "show", "--json", "vm")), &doc))
+		if text := l.run(t, "show", "vm@5"); doc.Armed != want || regexp.MustCompile(`(?m)^next +armed$`).MatchString(text) != want {
+			t.Errorf("armed: %v, want %v\n%s", doc.Armed, want, text)
+		}
+	}
+	shown(true)
 	l.run(t, "disarm", "vm")
+	shown(false)
 	l.holds(t, "vm@5")
 	runsOn(t, vm)
 }
