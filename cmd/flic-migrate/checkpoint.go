@@ -181,6 +181,12 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 	if err := c.placement.options(c.app, &o.Save); err != nil {
 		return err
 	}
+	if o.Save.NVRAM != "" && !o.Save.VolatileNVRAM {
+		// The guest would be watched, and stopped, in vain.
+		if err := store.CheckLasting(c.fs, o.Save.NVRAM); err != nil {
+			return explainNVRAM(err)
+		}
+	}
 	o.WatchAsked = timed
 	if timed || o.Save.NVRAM != "" && o.Save.WorkingSet == nil {
 		o.Watch = &session.TrackOptions{

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -197,6 +198,27 @@ func (t *Tx) Reserve(ctx context.Context, r Reservation) (*nvram.Region, *nvram.
 		return nil, nil, err
 	}
 	return t.region, t.nvfile, nil
+}
+
+// CheckLasting refuses an NVRAM file that would lose its content at power-off
+// (ErrVolatile), and one whose directory is missing, before anything is begun. The file
+// itself need not exist. Reserve checks the file that it has opened.
+func CheckLasting(fsys vfs.FS, path string) error {
+	at := path
+	fi, err := fsys.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		at = filepath.Dir(path)
+	case err != nil:
+		return err
+	case fi.Mode()&fs.ModeDevice != 0:
+		return nil // its node is on a tmpfs
+	}
+	info, err := fsys.StatFS(at)
+	if err == nil && info.Volatile {
+		err = fmt.Errorf("%s: %w", path, ErrVolatile)
+	}
+	return err
 }
 
 // CheckNVRAM refuses an NVRAM file in the directory of a store (ErrInside), under
