@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"strings"
 	"testing"
 
 	"github.com/google/uuid"
@@ -93,6 +94,29 @@ func TestSet(t *testing.T) {
 		if err := s.Close(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestBytes has the bytes of docs/format.md, which every later version reads.
+func TestBytes(t *testing.T) {
+	b := stored(t, &Piece{owner, 256, source.Ranges{{First: 3, Count: 2}, {First: 0x10, Count: 1}}})
+	want := "FLICMOV\x00" + "\x01\x00\x00\x00" + "\x00\x01\x00\x00" +
+		"\x11\x11\x11\x11\x22\x22\x43\x33\x84\x44\x55\x55\x55\x55\x55\x55" +
+		"\x02\x00\x00\x00" + "\x00\x10\x00\x00" + "\x00\x00\x00\x00\x00\x00\x00\x00" +
+		"\x03\x00\x00\x00\x02\x00\x00\x00" + "\x10\x00\x00\x00\x01\x00\x00\x00"
+	want += strings.Repeat("\x00", 4092-len(want)) + "\xa7\x82\xaf\x96"
+	if got := string(b[:4096]); got != want {
+		t.Errorf("the header is\n%x\nand should be\n%x", got[:64]+got[4092:], want[:64]+want[4092:])
+	}
+	page := make([]byte, 256)
+	for i, slot := range []uint32{3, 4, 0x10} {
+		content(slot, page)
+		if !bytes.Equal(b[4096+256*i:][:256], page) {
+			t.Errorf("slot %d is not page %d", slot, i)
+		}
+	}
+	if len(b) != 4096+3*256 {
+		t.Errorf("%d bytes", len(b))
 	}
 }
 
