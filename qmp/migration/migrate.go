@@ -59,16 +59,17 @@ func (s Status) Ended() bool {
 // one, or to its end.
 func (s Status) recovered() bool { return s == StatusPostcopyActive || s == StatusCompleted }
 
-// Info is QEMU's report of a migration. What QEMU did not say is zero.
+// Info is QEMU's report of a migration. What QEMU did not say is zero. What it only
+// guesses at, and nobody here needs, is not read: the expected downtime of QEMU 11.1 can
+// be 2^63-1, which comes through libvirt as a number that is larger than any int64.
 type Info struct {
-	Status           Status    `json:"status"`
-	ErrorDesc        string    `json:"error-desc"`
-	TotalTime        int64     `json:"total-time"`        // ms
-	SetupTime        int64     `json:"setup-time"`        // ms
-	Downtime         int64     `json:"downtime"`          // ms; once completed
-	ExpectedDowntime int64     `json:"expected-downtime"` // ms; while active
-	RAM              *RAMStats `json:"ram"`
-	BlockedReasons   []string  `json:"blocked-reasons"`
+	Status         Status    `json:"status"`
+	ErrorDesc      string    `json:"error-desc"`
+	TotalTime      int64     `json:"total-time"` // ms
+	SetupTime      int64     `json:"setup-time"` // ms
+	Downtime       int64     `json:"downtime"`   // ms; once completed
+	RAM            *RAMStats `json:"ram"`
+	BlockedReasons []string  `json:"blocked-reasons"`
 
 	// Of a lazy restore, with postcopy-blocktime, since 10.1: the average time in ns
 	// that a thread waited for a page, how many waited for 2^N µs, and each vCPU's average.

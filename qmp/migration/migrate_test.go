@@ -99,8 +99,10 @@ func TestCommands(t *testing.T) {
 
 func TestQueries(t *testing.T) {
 	r := &recorder{answers: map[string][]string{
-		// As QEMU 7.2 writes it, with fields this package does not know.
+		// As QEMU 7.2 writes it, with fields this package does not know, and one of QEMU
+		// 11.1 as libvirt 12.8 hands it on.
 		"query-migrate": {`{}`, `{"status": "completed", "setup-time": 2, "downtime": 32, "total-time": 501,
+			"expected-downtime": 9223372036854776000,
 			"ram": {"total": 554246144, "postcopy-requests": 0, "dirty-sync-count": 3, "page-size": 4096,
 			"remaining": 0, "mbps": 4058.04, "transferred": 254006470, "duplicate": 73583, "dirty-pages-rate": 7,
 			"normal-bytes": 252850176, "normal": 61731, "downtime-bytes": 1}, "socket-address": []}`},
