@@ -59,7 +59,8 @@ func (s *Store) Demote(ctx context.Context, keep int) (d Demoted, err error) {
 		ids = append(ids, c.uuid)
 	}
 	v := s.survey(make(map[string]*checkpoint.Identity), ids...)
-	v.keep = keep
+	// Of what is listed all slots are needed: then it takes no longer the more there are.
+	v.keep, v.young = keep, !slices.ContainsFunc(list, func(c stored) bool { return c.gone })
 	if err := v.update(ctx); err != nil {
 		return d, err
 	}

@@ -176,6 +176,7 @@ type survey struct {
 	done  map[string]bool // those that are counted in of
 	leave Ref             // this one's needs don't count
 	keep  int             // so many of each VM are the newest
+	young bool            // the needs of no others are asked for
 	// unclear is why it can't be told what is needed, if so: then all is.
 	unclear error
 }
@@ -208,13 +209,14 @@ func (v *survey) update(ctx context.Context) error {
 		for i, n := range o.images {
 			r := Ref{vm, n}
 			name := r.object(imageSuffix)
-			if v.done[name] || r == v.leave {
+			young := i >= len(o.images)-v.keep
+			if v.done[name] || r == v.leave || v.young && !young {
 				continue
 			}
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
-			err := v.s.unlessGone(ctx, name, v.count(ctx, r, name, i >= len(o.images)-v.keep))
+			err := v.s.unlessGone(ctx, name, v.count(ctx, r, name, young))
 			switch {
 			case gone(err) || errors.Is(err, errNotObject):
 				continue
