@@ -92,8 +92,7 @@ gc, go on with that.
 
 Whatever goes wrong, or if it is interrupted, the guest does what it did before,
 QEMU's migration settings are what they were, and no checkpoint is left. If it is
-killed (SIGKILL) during --mode stop the guest stays paused; the next checkpoint of
-it lets it run first.`,
+killed (SIGKILL), a second process lets the guest run.`,
 		Example: `  qemu-system-x86_64 ... -qmp unix:/run/web1.qmp,server=on,wait=off &
   flic-migrate checkpoint --store /srv/vms --qmp /run/web1.qmp web1
   flic-migrate checkpoint --store /srv/vms --qmp /run/web1.qmp --mode live \
@@ -168,8 +167,8 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 			}
 		},
 		Disks: c.disks, NoDisks: c.noDisks, Snapshot: c.freeze.value == "snapshot",
-		Guard: guard,
-		Log:   c.log(),
+		Guard: guard, PutRight: guardQEMU,
+		Log: c.log(),
 	}
 	o.Save.VM, o.Save.Parent, o.Save.Log, o.Save.Progress = vm, string(c.parent), c.log(), p.callback()
 	if c.arm {

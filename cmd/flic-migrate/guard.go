@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"io"
 	"os"
 	"os/exec"
@@ -8,9 +9,13 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/qmp/session"
 )
 
-// guardName is what this program is called while it is a guard.
+// guardName is what this program is called while it is a guard: it waits for the end of
+// the process that has started it, and does then what that one can't do any more if it
+// was killed.
 const guardName = "flic-migrate-guard"
 
 // guard starts a process that reads the stream of a background snapshot to its
@@ -18,14 +23,29 @@ const guardName = "flic-migrate-guard"
 // The release ends it; the stream must not be closed before. Must be called before
 // the stream is made non-blocking.
 func guard(stream *os.File) (release func(), err error) {
+	return startGuard(nil, stream)
+}
+
+// guardQEMU starts a process that lets a guest run and puts settings back if this one is
+// killed meanwhile. The release ends it.
+func guardQEMU(t session.Target) (release func(), err error) {
+	b, err := json.Marshal(t)
+	if err != nil {
+		return nil, err
+	}
+	return startGuard([]string{string(b)})
+}
+
+// startGuard starts one with arguments and, from 4 on, files.
+func startGuard(args []string, files ...*os.File) (release func(), err error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
 	defer r.Close()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Args = []string{guardName}
-	cmd.ExtraFiles = []*os.File{stream, r}
+	cmd.Args = append([]string{guardName}, args...)
+	cmd.ExtraFiles = append([]*os.File{r}, files...)
 	// What is sent to the whole group is not meant for it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
@@ -39,13 +59,20 @@ func guard(stream *os.File) (release func(), err error) {
 	}, nil
 }
 
-// guardMain is the guard's main function.
+// guardMain is the guard's main function: with an argument it is guardQEMU's.
 func guardMain() {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	// Nothing is ever written to it: it ends with the process that it guards.
-	_, _ = io.Copy(io.Discard, os.NewFile(4, "guarded"))
+	_, _ = io.Copy(io.Discard, os.NewFile(3, "guarded"))
+	if len(os.Args) > 1 {
+		var t session.Target
+		if json.Unmarshal([]byte(os.Args[1]), &t) == nil {
+			_ = session.PutRight(t) // there is nobody to tell; the next checkpoint sees it
+		}
+		return
+	}
 	// The guarded process may have made the stream non-blocking, for both.
-	if unix.SetNonblock(3, false) == nil {
-		_, _ = io.Copy(io.Discard, os.NewFile(3, "migration stream"))
+	if unix.SetNonblock(4, false) == nil {
+		_, _ = io.Copy(io.Discard, os.NewFile(4, "migration stream"))
 	}
 }

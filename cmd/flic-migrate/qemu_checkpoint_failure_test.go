@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -58,6 +59,31 @@ func (a *attempt) fails(code int, words ...string) {
 		if !strings.Contains(a.stderr.String(), w) {
 			a.t.Errorf("%q does not say %q", a.stderr.String(), w)
 		}
+	}
+}
+
+// killGuards kills the guards that a process has started, of which there must be one.
+func killGuards(t *testing.T, pid int) {
+	t.Helper()
+	var children []byte
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	ok(t, err)
+	for _, task := range tasks {
+		b, err := os.ReadFile(task)
+		ok(t, err)
+		children = append(append(children, ' '), b...)
+	}
+	killed := false
+	for _, child := range strings.Fields(string(children)) {
+		if b, err := os.ReadFile("/proc/" + child + "/cmdline"); err == nil && strings.HasPrefix(string(b), guardName+"\x00") {
+			n, err := strconv.Atoi(child)
+			ok(t, err)
+			ok(t, syscall.Kill(n, syscall.SIGKILL))
+			killed = true
+		}
+	}
+	if !killed {
+		t.Fatal("there is no guard")
 	}
 }
 
@@ -165,7 +191,8 @@ func TestCheckpointFailures(t *testing.T) {
 	}
 
 	// Killed: in background mode another process reads on, in live mode QEMU itself
-	// lets the guest run, in stop mode the next checkpoint does.
+	// lets the guest run, in stop mode another process does. If that is killed too, the
+	// next checkpoint does.
 	a = l.attempts(t, slow(), vm.Socket, "--mode", "background")
 	ok(t, a.cmd.Process.Kill())
 	_ = a.cmd.Wait()
@@ -177,6 +204,14 @@ func TestCheckpointFailures(t *testing.T) {
 	ended(t, ctx, vm, migration.StatusFailed)
 	runsOn(t, vm)
 	a = l.attempts(t, slow(), vm.Socket)
+	ok(t, a.cmd.Process.Kill())
+	_ = a.cmd.Wait()
+	ended(t, ctx, vm, migration.StatusFailed)
+	runsOn(t, vm)
+	until(t, "the settings", func() bool { return settings(t, vm) == before })
+	l.gc(t)
+	a = l.attempts(t, slow(), vm.Socket)
+	killGuards(t, a.cmd.Process.Pid)
 	ok(t, a.cmd.Process.Kill())
 	_ = a.cmd.Wait()
 	ended(t, ctx, vm, migration.StatusFailed)

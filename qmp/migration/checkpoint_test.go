@@ -102,7 +102,7 @@ func (s *simulated) Execute(ctx context.Context, name string, args, result any) 
 		s.status = StatusActive
 		go s.onMigrate(s)
 	case "migrate_cancel":
-		if s.status == StatusActive {
+		if s.status == StatusActive || s.status == StatusPreSwitchover {
 			s.end(StatusCancelled, "running")
 		}
 	}

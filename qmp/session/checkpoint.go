@@ -52,6 +52,9 @@ type CheckpointOptions struct {
 	// Guard starts something that reads a stream to its end if this process is
 	// killed, which background mode needs; see the mode.
 	Guard func(stream *os.File) (release func(), err error)
+	// PutRight starts a process that does what the function PutRight does if this one is
+	// killed; the release ends it. nil: the next checkpoint does it.
+	PutRight func(t Target) (release func(), err error)
 	// Tidy is called, if not nil, when the checkpoint is durable and the guest runs again,
 	// before anything is moved from NVRAM or armed: it removes what is not to stay.
 	Tidy func(context.Context) error
@@ -140,6 +143,22 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	return rep, err
 }
 
+// putRightLimit is how long a QEMU may take that a killed checkpoint has left.
+const putRightLimit = 2 * time.Minute
+
+// PutRight does for a target what a checkpoint that was killed can't do any more: see
+// migration.PutRight.
+func PutRight(t Target) error {
+	ctx, cancel := context.WithTimeout(context.Background(), putRightLimit)
+	defer cancel()
+	x, err := t.dial(ctx, qmp.Options{})
+	if err != nil {
+		return err
+	}
+	defer x.Close()
+	return migration.PutRight(ctx, x)
+}
+
 // demoteLimit is how long a checkpoint takes to make room in NVRAM for the next: some
 // 800 MB of flash, as flash is here. The next one, and gc, go on.
 const demoteLimit = 10 * time.Second
@@ -192,6 +211,13 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		return rep, err
 	}
 	defer closeDisks()
+	if o.PutRight != nil && o.Guest.Mode != migration.ModeBackground {
+		release, err := o.PutRight(t)
+		if err != nil {
+			return rep, err
+		}
+		defer release()
+	}
 	var ref store.Ref
 	o.Guest.Save = func(ctx context.Context, f *os.File, before qmp.RunState) error {
 		var meta *checkpoint.Meta

@@ -1,0 +1,60 @@
+package migration
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestPutRight: what a killed checkpoint has left is put right once QEMU's migration has
+// ended, and nothing of anybody else's is touched.
+func TestPutRight(t *testing.T) {
+	type state struct {
+		mark   int64
+		status Status
+		run    string
+	}
+	for name, c := range map[string]struct {
+		is state
+		// later is what becomes of it after so much time.
+		after time.Duration
+		later *state
+		right bool
+	}{
+		"stopped":                   {is: state{stoppedBandwidth, StatusFailed, "paused"}, right: true},
+		"QEMU has yet to notice":    {is: state{stoppedBandwidth, StatusActive, "paused"}, after: 3 * time.Second, later: &state{stoppedBandwidth, StatusFailed, "paused"}, right: true},
+		"it waits for a switchover": {is: state{stoppedBandwidth, StatusPreSwitchover, "paused"}, right: true},
+		"settings alone":            {is: state{ourBandwidth, StatusFailed, "running"}, right: true},
+		"a user's":                  {is: state{33 << 20, StatusNone, "paused"}},
+		"armed":                     {is: state{armedBandwidth, StatusActive, "running"}},
+		"somebody reads it":         {is: state{stoppedBandwidth, StatusActive, "paused"}},
+		"somebody has begun anew":   {is: state{stoppedBandwidth, StatusFailed, "paused"}, after: livesTime / 2, later: &state{stoppedBandwidth, StatusActive, "paused"}},
+		"somebody has put it right": {is: state{stoppedBandwidth, StatusFailed, "paused"}, after: livesTime / 2, later: &state{128 << 20, StatusFailed, "paused"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				x := simulate(c.is.run)
+				set := func(s state) {
+					x.mu.Lock()
+					defer x.mu.Unlock()
+					x.parameters["max-bandwidth"], x.status, x.run = float64(s.mark), s.status, s.run
+				}
+				set(c.is)
+				x.capabilities["return-path"] = true
+				if c.later != nil {
+					time.AfterFunc(c.after, func() { set(*c.later) })
+				}
+				ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+				defer stop()
+				if err := PutRight(ctx, x); err != nil {
+					t.Fatal(err)
+				}
+				put := x.parameters["max-bandwidth"] == float64(defaultBandwidth) && !x.capabilities["return-path"]
+				if c.right && (!put || x.run != "running") || !c.right && (x.capabilities["return-path"] == false || x.run != c.is.run) {
+					t.Errorf("the guest is %s, settings %s", x.run, x.settings())
+				}
+			})
+		})
+	}
+}
