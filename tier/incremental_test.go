@@ -93,6 +93,7 @@ func TestMoved(t *testing.T) {
 			for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
 				t.Run(fmt.Sprint(name, hot, energy), func(t *testing.T) {
 					t.Parallel()
+					o := o // it is changed below
 					l := newLab(t, crashfs.New(0), "/")
 					saved := map[store.Ref]*tiertest.Stream{}
 					for n, c := range []struct {
