@@ -282,8 +282,24 @@ func copied(t *testing.T, from, to string) {
 	ok(t, os.WriteFile(to, b, 0o600))
 }
 
-// screen is what a VM's display shows: its size and a checksum.
-func screen(t *testing.T, vm *qemutest.VM) string {
+// screen is what a VM's display shows, its size and a checksum, when it has shown the same
+// for a while: the firmware writes to the serial port first.
+func screen(t *testing.T, vm *qemutest.VM) (now string) {
+	t.Helper()
+	last, same := "", 0
+	until(t, "the screen", func() bool {
+		if now = shown(t, vm); now != last {
+			last, same = now, 0
+		}
+		same++
+		time.Sleep(100 * time.Millisecond)
+		return same > 5
+	})
+	return now
+}
+
+// shown is what a VM's display shows at this moment.
+func shown(t *testing.T, vm *qemutest.VM) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "screen")
 	ok(t, vm.QMP.Execute(t.Context(), "screendump", map[string]any{"filename": file}, nil))

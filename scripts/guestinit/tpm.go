@@ -7,6 +7,8 @@ import (
 	"io"
 	"os"
 	"slices"
+
+	"golang.org/x/sys/unix"
 )
 
 // A command to a TPM 2.0, and its answer, is a tag (be16: with sessions or without),
@@ -25,10 +27,13 @@ const (
 
 // pcr returns the PCR's value; with the argument "extend" it is extended before.
 func pcr(args []string) ([]byte, error) {
-	f, err := os.OpenFile("/dev/tpm0", os.O_RDWR, 0)
+	// os.Open would make it non-blocking, and a read that comes before the answer ends
+	// with EOF then.
+	fd, err := unix.Open("/dev/tpm0", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
+	f := os.NewFile(uintptr(fd), "/dev/tpm0")
 	defer f.Close()
 	if slices.Equal(args, []string{"extend"}) {
 		be := binary.BigEndian
