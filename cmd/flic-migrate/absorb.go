@@ -30,11 +30,7 @@ Of the flags for encoding --codec and --workers count.`,
 
 func (p *flattenCmd) absorb(ctx context.Context, name string) error {
 	debug.SetGCPercent(gcPercent)
-	ref, err := store.ParseRef(name)
-	if err != nil {
-		return err
-	}
-	st, err := p.openStore(ctx, false)
+	st, ref, err := p.storeOf(ctx, name)
 	if err != nil {
 		return err
 	}

@@ -178,6 +178,20 @@ func (d *diskIndex) layer(ctx context.Context, c *disk.Catalog, img *disk.Image)
 	return e, nil
 }
 
+// indexes are those of the store, and what has them.
+func (a *app) indexes(ctx context.Context) (*disk.Catalog, []disk.Entry, error) {
+	st, err := a.openStore(ctx, false)
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := st.Disks()
+	if err != nil {
+		return nil, nil, err
+	}
+	list, err := c.List(ctx)
+	return c, list, err
+}
+
 func newDiskList(a *app) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
@@ -194,15 +208,7 @@ stale one is of an image that has changed since, and disk index builds it anew.`
 }
 
 func (a *app) diskList(ctx context.Context, asJSON bool) error {
-	st, err := a.openStore(ctx, false)
-	if err != nil {
-		return err
-	}
-	c, err := st.Disks()
-	if err != nil {
-		return err
-	}
-	list, err := c.List(ctx)
+	_, list, err := a.indexes(ctx)
 	if err != nil {
 		return err
 	}
@@ -262,15 +268,7 @@ type diskRemoved struct {
 }
 
 func (a *app) diskRm(ctx context.Context, files []string, all, asJSON bool) error {
-	st, err := a.openStore(ctx, false)
-	if err != nil {
-		return err
-	}
-	c, err := st.Disks()
-	if err != nil {
-		return err
-	}
-	list, err := c.List(ctx)
+	c, list, err := a.indexes(ctx)
 	if err != nil {
 		return err
 	}
@@ -278,7 +276,7 @@ func (a *app) diskRm(ctx context.Context, files []string, all, asJSON bool) erro
 	for _, name := range files {
 		ids := disk.Find(list, name)
 		if len(ids) == 0 {
-			return fmt.Errorf("%s: %w in store %s", name, disk.ErrNoIndex, st.Dir())
+			return fmt.Errorf("%s: %w in store %s", name, disk.ErrNoIndex, a.store)
 		}
 		for _, id := range ids {
 			remove[id] = true

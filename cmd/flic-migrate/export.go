@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
@@ -13,7 +12,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
-	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -53,11 +51,7 @@ FILE.save must not exist. It comes into being whole, or not at all.`,
 
 func (e *exportCmd) run(ctx context.Context, name, file string) (err error) {
 	debug.SetGCPercent(gcPercent)
-	ref, err := store.ParseRef(name)
-	if err != nil {
-		return err
-	}
-	st, err := e.openStore(ctx, false)
+	st, ref, err := e.storeOf(ctx, name)
 	if err != nil {
 		return err
 	}
@@ -69,10 +63,6 @@ func (e *exportCmd) run(ctx context.Context, name, file string) (err error) {
 	h, err := e.header(c.Checkpoint)
 	if err != nil {
 		return fmt.Errorf("checkpoint %v: %w", c.Ref, err)
-	}
-	// For an early word; WriteFile is what sees to it.
-	if _, err := e.fs.Stat(file); err == nil {
-		return fmt.Errorf("%s: %w", file, os.ErrExist)
 	}
 	show := newProgress(e.stderr, e.quiet)
 	defer show.finish()

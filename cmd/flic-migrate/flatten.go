@@ -57,11 +57,7 @@ type flattenReport struct {
 
 func (p *flattenCmd) run(ctx context.Context, name string) error {
 	debug.SetGCPercent(gcPercent)
-	ref, err := store.ParseRef(name)
-	if err != nil {
-		return err
-	}
-	st, err := p.openStore(ctx, false)
+	st, ref, err := p.storeOf(ctx, name)
 	if err != nil {
 		return err
 	}

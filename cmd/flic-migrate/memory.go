@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"runtime/debug"
 	"strings"
 
@@ -12,7 +11,6 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/coredump"
-	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -64,11 +62,7 @@ func (m *memoryCmd) run(ctx context.Context, name string) error {
 	if m.out == "" {
 		return usageError{errors.New("memory needs a file to write: -o FILE")}
 	}
-	ref, err := store.ParseRef(name)
-	if err != nil {
-		return err
-	}
-	st, err := m.openStore(ctx, false)
+	st, ref, err := m.storeOf(ctx, name)
 	if err != nil {
 		return err
 	}
@@ -77,10 +71,6 @@ func (m *memoryCmd) run(ctx context.Context, name string) error {
 		return err
 	}
 	defer c.Close()
-	// For an early word; WriteFile is what sees to it.
-	if _, err := m.fs.Stat(m.out); err == nil {
-		return fmt.Errorf("%s: %w", m.out, os.ErrExist)
-	}
 	show := newProgress(m.stderr, m.quiet)
 	var rep *coredump.Report
 	err = vfs.WriteFile(m.fs, m.out, vfs.Writing{New: true}, func(f vfs.File) (err error) {

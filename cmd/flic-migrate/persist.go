@@ -47,11 +47,7 @@ shorter: of the flags for that --codec and --workers count.`,
 
 func (p *persistCmd) run(ctx context.Context, name string) error {
 	debug.SetGCPercent(gcPercent)
-	ref, err := store.ParseRef(name)
-	if err != nil {
-		return err
-	}
-	st, err := p.openStore(ctx, false)
+	st, ref, err := p.storeOf(ctx, name)
 	if err != nil {
 		return err
 	}

@@ -168,6 +168,21 @@ func TestArmed(t *testing.T) {
 	runsOn(t, vm)
 }
 
+// bothWays restores a checkpoint eagerly and lazily: the memory is what it was, and the
+// guest, a tiny one, goes on from its tick.
+func (l *lab) bothWays(t *testing.T, ctx context.Context, c qemutest.Config, name string, want map[string][]byte, tick int) {
+	t.Helper()
+	vm := restored(t, ctx, c, l.restore(name), want)
+	goesOn(t, ctx, vm, tick, 16)
+	vm.Kill()
+	vm = qemutest.Start(t, destination(c, "defer"))
+	l.resume(t, vm, "--lazy", "always", "--paused", name)
+	if diff := qemutest.DiffRAM(want, ram(t, ctx, vm)); diff != "" {
+		t.Errorf("lazily restored RAM differs: %s", diff)
+	}
+	goesOn(t, ctx, vm, tick, 16)
+}
+
 // Ten in a row, each armed by the one before, and the last restored both ways.
 func TestArmedAgain(t *testing.T) {
 	t.Parallel()
@@ -193,15 +208,7 @@ func TestArmedAgain(t *testing.T) {
 	want, tick := ram(t, ctx, vm), lastTick(t, vm.Console(), 16)
 	vm.Kill()
 	l.run(t, "verify", "--all")
-	vm = restored(t, ctx, c, l.restore(rep.Checkpoint), want)
-	goesOn(t, ctx, vm, tick, 16)
-	vm.Kill()
-	vm = qemutest.Start(t, destination(c, "defer"))
-	l.resume(t, vm, "--lazy", "always", "--paused", rep.Checkpoint)
-	if diff := qemutest.DiffRAM(want, ram(t, ctx, vm)); diff != "" {
-		t.Errorf("lazily restored RAM differs: %s", diff)
-	}
-	goesOn(t, ctx, vm, tick, 16)
+	l.bothWays(t, ctx, c, rep.Checkpoint, want, tick)
 }
 
 // Whatever ends an armed checkpoint, the guest runs on, settings are as they were, and
@@ -544,15 +551,7 @@ func TestArmedNVRAM(t *testing.T) {
 		}
 	}
 	l.gc(t)
-	vm = restored(t, ctx, c, l.restore(rep.Checkpoint), want)
-	goesOn(t, ctx, vm, tick, 16)
-	vm.Kill()
-	vm = qemutest.Start(t, destination(c, "defer"))
-	l.resume(t, vm, "--lazy", "always", "--paused", rep.Checkpoint)
-	if diff := qemutest.DiffRAM(want, ram(t, ctx, vm)); diff != "" {
-		t.Errorf("lazily restored RAM differs: %s", diff)
-	}
-	goesOn(t, ctx, vm, tick, 16)
+	l.bothWays(t, ctx, c, rep.Checkpoint, want, tick)
 }
 
 // A domain of libvirt's, whose monitor nobody holds.

@@ -205,6 +205,16 @@ func (a *app) openStore(ctx context.Context, create bool) (*store.Store, error) 
 	return st, err
 }
 
+// storeOf opens the store, for a checkpoint in it that has a name.
+func (a *app) storeOf(ctx context.Context, name string) (*store.Store, store.Ref, error) {
+	ref, err := store.ParseRef(name)
+	if err != nil {
+		return nil, ref, err
+	}
+	st, err := a.openStore(ctx, false)
+	return st, ref, err
+}
+
 // log is where warnings of the library go: to stderr, a line each.
 func (a *app) log() *slog.Logger {
 	return slog.New(slog.NewTextHandler(prefixWriter{a.stderr}, &slog.HandlerOptions{

@@ -46,11 +46,7 @@ type showDoc struct {
 }
 
 func (a *app) show(ctx context.Context, name string, asJSON bool) error {
-	ref, err := store.ParseRef(name)
-	if err != nil {
-		return err
-	}
-	st, err := a.openStore(ctx, false)
+	st, ref, err := a.storeOf(ctx, name)
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package disks
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -104,7 +105,7 @@ func compare(ctx context.Context, now []Layer, was checkpoint.VMDisk) string {
 		i, err := open(l)
 		if err != nil {
 			if first == "" {
-				first = fmt.Sprintf("%s can't be compared: %v", cmpPath(l, was), err)
+				first = fmt.Sprintf("%s can't be compared: %v", cmp.Or(l.Path, was.Name), err)
 			}
 			break
 		}
@@ -160,13 +161,6 @@ func differs(was, now disk.Identity) string {
 	}
 	was.File.Inode = now.File.Inode
 	return was.Differs(now)
-}
-
-func cmpPath(l Layer, was checkpoint.VMDisk) string {
-	if l.Path != "" {
-		return l.Path
-	}
-	return was.Name
 }
 
 // Snapshot is what a disk goes on in after a snapshot was taken.

@@ -170,12 +170,11 @@ func isArmed(ctx context.Context, x qmp.Executor) (running, marked bool, err err
 	if err != nil {
 		return false, false, err
 	}
-	mark := string(p["max-bandwidth"])
-	if mark != fmt.Sprint(armedBandwidth) {
+	if leftIn(p) != leftArmed {
 		return false, false, nil
 	}
 	info, err := Query(ctx, x)
-	return err == nil && info.Status != StatusNone && !info.Status.Ended(), true, err
+	return err == nil && info.Status.goesOn(), true, err
 }
 
 // saveArmed is save for a migration that is there.
@@ -228,9 +227,9 @@ func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 		return err
 	}
 	d := &drive{x: x, redial: o.Redial, started: !o.Ended}
-	switch string(p["max-bandwidth"]) {
-	case fmt.Sprint(armedBandwidth):
-	case fmt.Sprint(stoppedBandwidth):
+	switch leftIn(p) {
+	case leftArmed:
+	case leftStopped:
 		d.was.Running = true // and so it is to be again
 	default:
 		return nil

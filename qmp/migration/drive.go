@@ -81,7 +81,7 @@ func (d *drive) prepare(ctx context.Context, need func(string, bool) bool, durin
 			return err
 		}
 	}
-	if info.Status != StatusNone && !info.Status.Ended() {
+	if info.Status.goesOn() {
 		if d.settings.left == leftArmed {
 			return ErrArmed
 		}
@@ -114,14 +114,14 @@ func (d *drive) runLeft(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if info.Status != StatusNone && !info.Status.Ended() {
+	if info.Status.goesOn() {
 		return fmt.Errorf("%w (it is %s)", ErrMigrating, info.Status)
 	}
 	p, err := Parameters(ctx, d.x)
 	if err != nil {
 		return err
 	}
-	if string(p["max-bandwidth"]) == fmt.Sprint(stoppedBandwidth) {
+	if leftIn(p) == leftStopped {
 		if err := cont(ctx, d.x); err != nil {
 			return err
 		}

@@ -55,6 +55,9 @@ func (s Status) Ended() bool {
 	return s == StatusCompleted || s == StatusFailed || s == StatusCancelled
 }
 
+// goesOn says whether there is a migration that has not ended.
+func (s Status) goesOn() bool { return s != StatusNone && !s.Ended() }
+
 // recovered says whether a lazy restore whose server had died goes on: with the new
 // one, or to its end.
 func (s Status) recovered() bool { return s == StatusPostcopyActive || s == StatusCompleted }

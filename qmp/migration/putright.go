@@ -19,15 +19,16 @@ const noticeTime = 10 * time.Second
 // that are cancelled.
 func PutRight(ctx context.Context, x qmp.Executor) error {
 	d := &drive{x: x}
-	s, err := planSettings(ctx, x, func(_ string, is bool) bool { return is }, map[string]any{"downtime-limit": 1})
-	if err != nil || s.left == leftNothing || s.left == leftArmed {
+	p, err := Parameters(ctx, x)
+	left := leftIn(p)
+	if err != nil || left == leftNothing || left == leftArmed {
 		return err
 	}
 	info, err := Query(ctx, x)
 	if err == nil && info.Status == StatusPreSwitchover {
 		info, err = d.cancelLeft(ctx)
 	}
-	if err == nil && info.Status != StatusNone && !info.Status.Ended() {
+	if err == nil && info.Status.goesOn() {
 		noticing, stop := context.WithTimeout(ctx, noticeTime)
 		_, err = Wait(noticing, x, StatusFailed, StatusCancelled, StatusCompleted)
 		stop()
@@ -39,13 +40,13 @@ func PutRight(ctx context.Context, x qmp.Executor) error {
 		return err
 	}
 	// Who has begun anew would not leave it so.
-	if info, err = d.stays(ctx, ""); err != nil || info.Status != StatusNone && !info.Status.Ended() {
+	if info, err = d.stays(ctx, ""); err != nil || info.Status.goesOn() {
 		return err
 	}
-	now, err := planSettings(ctx, x, func(_ string, is bool) bool { return is }, map[string]any{"downtime-limit": 1})
-	if err != nil || now.left != s.left {
+	d.settings, err = planSettings(ctx, x, func(_ string, is bool) bool { return is }, map[string]any{"downtime-limit": 1})
+	if err != nil || d.settings.left != left {
 		return err
 	}
-	d.settings, d.was.Running = now, now.left == leftStopped
+	d.was.Running = left == leftStopped
 	return d.end(ctx)
 }

@@ -2,6 +2,7 @@ package migration
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -38,6 +39,19 @@ const (
 	leftArmed             // settings, and a migration if the process that has its stream lives
 )
 
+// leftIn reads it from QEMU's parameters.
+func leftIn(parameters map[string]json.RawMessage) leftover {
+	switch string(parameters["max-bandwidth"]) {
+	case fmt.Sprint(ourBandwidth):
+		return leftSettings
+	case fmt.Sprint(stoppedBandwidth):
+		return leftStopped
+	case fmt.Sprint(armedBandwidth):
+		return leftArmed
+	}
+	return leftNothing
+}
+
 // QEMU's defaults (migration/migration.c), for settings whose former values
 // went with a killed process.
 const (
@@ -70,14 +84,7 @@ func planSettings(ctx context.Context, x qmp.Executor, need func(name string, is
 		}
 		s.formerly[name] = was
 	}
-	switch string(parameters["max-bandwidth"]) {
-	case fmt.Sprint(ourBandwidth):
-		s.left = leftSettings
-	case fmt.Sprint(stoppedBandwidth):
-		s.left = leftStopped
-	case fmt.Sprint(armedBandwidth):
-		s.left = leftArmed
-	}
+	s.left = leftIn(parameters)
 	if s.left != leftNothing {
 		s.formerly["max-bandwidth"] = defaultBandwidth
 		s.formerly["downtime-limit"] = defaultDowntime

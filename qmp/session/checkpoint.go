@@ -41,8 +41,6 @@ type CheckpointOptions struct {
 
 	// Sync makes the guest write to its disks first; nil: it does when it likes.
 	Sync *GuestSync
-
-	found []disks.Disk
 	// Watch says how the guest is watched before; nil: it is not.
 	Watch *TrackOptions
 	// WatchAsked: the guest is to be watched, whatever is known of it already.
@@ -206,7 +204,7 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		}
 		o.guestSync(ctx, t)
 	}
-	closeDisks, err := o.openDisks(ctx, st, x)
+	found, closeDisks, err := o.openDisks(ctx, st, x)
 	if err != nil {
 		return rep, err
 	}
@@ -222,7 +220,7 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 	o.Guest.Save = func(ctx context.Context, f *os.File, before qmp.RunState) error {
 		var meta *checkpoint.Meta
 		var err error
-		if ref, meta, err = o.save(ctx, fs, st, f, before); err == nil {
+		if ref, meta, err = o.save(ctx, fs, st, f, found, before); err == nil {
 			rep.Checkpoint, rep.Save = ref.String(), &meta.Report
 		}
 		return err
@@ -235,7 +233,7 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		return err
 	}
 	if o.Snapshot {
-		o.Guest.Stopped = func(ctx context.Context) error { return o.snapshot(ctx, x, &rep) }
+		o.Guest.Stopped = func(ctx context.Context) error { return o.snapshot(ctx, x, found, &rep) }
 	}
 	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
 	if err != nil && !rep.Saved && len(rep.Snapshots) > 0 {
@@ -278,7 +276,7 @@ func (o *CheckpointOptions) watch(ctx context.Context, x qmp.Executor, redial mi
 }
 
 // save is the consumer of the migration's stream.
-func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store, f *os.File, before qmp.RunState) (store.Ref, *checkpoint.Meta, error) {
+func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store, f *os.File, found []disks.Disk, before qmp.RunState) (store.Ref, *checkpoint.Meta, error) {
 	if o.Guest.Mode == migration.ModeBackground && before.Running {
 		release, err := o.Guard(f)
 		if err != nil {
@@ -301,8 +299,8 @@ func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store
 	so := o.Save
 	so.ReturnPath = out
 	// In background mode the guest goes on writing.
-	if len(o.found) > 0 && !(o.Guest.Mode == migration.ModeBackground && before.Running) {
-		so.VMDisks = func() []checkpoint.VMDisk { return disks.Record(o.found, o.Snapshot) }
+	if len(found) > 0 && !(o.Guest.Mode == migration.ModeBackground && before.Running) {
+		so.VMDisks = func() []checkpoint.VMDisk { return disks.Record(found, o.Snapshot) }
 	}
 	if before.Running {
 		so.RunState = before.Status

@@ -14,22 +14,23 @@ import (
 )
 
 // openDisks opens, while the guest runs, the disk images that a save can look for pages
-// in. No disk costs a checkpoint: what can't be used is left out.
-func (o *CheckpointOptions) openDisks(ctx context.Context, st *store.Store, x qmp.Executor) (closeAll func(), err error) {
+// in, and returns the disks that the VM has. No disk costs a checkpoint: what can't be
+// used is left out.
+func (o *CheckpointOptions) openDisks(ctx context.Context, st *store.Store, x qmp.Executor) (found []disks.Disk, closeAll func(), err error) {
 	catalog, err := st.Disks()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	files := o.Disks
-	if o.found, err = o.find(ctx, x); err != nil {
-		return nil, err
+	if found, err = o.find(ctx, x); err != nil {
+		return nil, nil, err
 	}
-	for _, l := range disks.ReadOnly(o.found) {
+	for _, l := range disks.ReadOnly(found) {
 		files = append(files, save.DiskFile{Path: l.Path, Format: disk.Format(l.Format)})
 	}
 	opened := save.OpenDisks(ctx, catalog, files)
 	o.Save.Disks, o.Save.UnusedDisks = opened.Disks, opened.Unused
-	return opened.Close, nil
+	return found, opened.Close, nil
 }
 
 // find asks for the VM's disks. A QEMU that does not say can be saved all the same, but
@@ -47,9 +48,9 @@ func (o *CheckpointOptions) find(ctx context.Context, x qmp.Executor) ([]disks.D
 }
 
 // snapshot freezes the VM's disks, once the guest stands still.
-func (o *CheckpointOptions) snapshot(ctx context.Context, x qmp.Executor, rep *CheckpointReport) error {
+func (o *CheckpointOptions) snapshot(ctx context.Context, x qmp.Executor, found []disks.Disk, rep *CheckpointReport) error {
 	suffix := time.Now().UTC().Format(".flic-20060102T150405.000Z") + ".qcow2"
-	taken, err := disks.TakeSnapshots(ctx, x, o.found, suffix)
+	taken, err := disks.TakeSnapshots(ctx, x, found, suffix)
 	rep.Snapshots = taken
 	return err
 }

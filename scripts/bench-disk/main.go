@@ -8,11 +8,13 @@
 // fast as QEMU feeds a pipe, by what people pipe streams through today into a file that is
 // synced, by flic-migrate, and by flic-migrate with --disk: of its disk, and of that and the
 // kernel that QEMU was started with, of whose file much is in its memory too. All of
-// ours have --parent none. Between two saves the guest runs for an instant, because QEMU wants it so. With -on qcow2 it has a
-// layer of its own on the image, and only what is beneath that is looked in.
+// ours have --parent none. Between two saves the guest runs for an instant, because QEMU
+// wants it so. With -on qcow2 it has a layer of its own on the image, and only what is
+// beneath that is looked in.
 //
-// Then the first and the last of these checkpoints are restored, in turn: eagerly into nothing, with their files in the
-// host's page cache and after they were dropped from it, and lazily into a new QEMU.
+// Then the newest checkpoints without and with disks are restored, in turn: eagerly into
+// nothing, with their files in the host's page cache and after they were dropped from it,
+// and lazily into a new QEMU.
 package main
 
 import (
@@ -21,7 +23,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -32,8 +33,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
+	"github.com/flic-migrate/flic-migrate/scripts/measure"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 )
 
@@ -49,11 +50,8 @@ var workloads = []workload{
 	{name: "warm", what: "has read 135 MiB of /usr", read: 135},
 	{
 		name: "sqlite", what: "SQLite in /tmp, 20 000 rows, random UPDATE and SELECT; has read 60 MiB of /usr", read: 60,
-		start: "run sqlite3 /tmp/d 'PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, n INT, s TEXT); " +
-			"WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM c WHERE x<20000) INSERT INTO t SELECT x, 0, hex(randomblob(100)) FROM c;' >/dev/null; " +
-			"echo flic warm >/dev/console; " +
-			"yes 'UPDATE t SET n=n+1 WHERE id=1+abs(random())%20000; SELECT s FROM t WHERE id=1+abs(random())%20000;' | sqlite3 /tmp/d >/dev/null",
-		warm: 5 * time.Second,
+		start: measure.SQLite,
+		warm:  5 * time.Second,
 	},
 	{name: "idle", what: "has read 8 MiB of /usr, and does nothing", read: 8},
 }
@@ -138,15 +136,6 @@ type way struct {
 	report        checkpoint.Report // of ours
 }
 
-// report is what a save said.
-func report(name string) (r checkpoint.Report, err error) {
-	doc, err := os.ReadFile(name)
-	if err == nil {
-		err = json.Unmarshal(doc, &r)
-	}
-	return r, err
-}
-
 func (b *bench) guest(ctx context.Context, w workload, disk string) error {
 	dir := filepath.Join(b.dir, w.name+disk)
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -161,7 +150,7 @@ func (b *bench) guest(ctx context.Context, w workload, disk string) error {
 	if out, err := exec.Command(b.binary, "disk", "index", "--quiet", "--store", store("with"), top, b.kernel).CombinedOutput(); err != nil {
 		return fmt.Errorf("disk index: %w: %s", err, out)
 	}
-	vm, err := b.boot(ctx, c, w)
+	vm, err := measure.Boot(ctx, c, w.start, w.warm)
 	if err != nil {
 		return err
 	}
@@ -182,26 +171,18 @@ func (b *bench) guest(ctx context.Context, w workload, disk string) error {
 		return err
 	}
 	if b.keep != "" {
-		if _, err := vm.Save(ctx, "exec:exec cat > "+filepath.Join(b.keep, w.name+"-"+disk+".stream")); err != nil {
-			return err
-		}
-		if err := errors.Join(qmp.Cont(ctx, vm.QMP), qmp.Stop(ctx, vm.QMP)); err != nil {
+		if _, err := measure.Save(ctx, vm, "exec cat > "+filepath.Join(b.keep, w.name+"-"+disk+".stream")); err != nil {
 			return err
 		}
 	}
 	for i := range b.runs + 1 {
 		for _, s := range ways {
-			start := time.Now()
-			if _, err := vm.Save(ctx, "exec:"+s.command); err != nil {
-				return err
-			}
-			took := time.Since(start)
-			// Only a guest that has run on can be migrated again.
-			if err := errors.Join(qmp.Cont(ctx, vm.QMP), qmp.Stop(ctx, vm.QMP)); err != nil {
+			took, err := measure.Save(ctx, vm, s.command)
+			if err != nil {
 				return err
 			}
 			if s == without || s == disks || s == with {
-				r, err := report(store(map[*way]string{without: "without", disks: "with", with: "with"}[s]) + ".json")
+				r, err := measure.Report(store(map[*way]string{without: "without", disks: "with", with: "with"}[s]) + ".json")
 				if err != nil {
 					return err
 				}
@@ -236,7 +217,7 @@ func (b *bench) guest(ctx context.Context, w workload, disk string) error {
 	fmt.Println("| save | s | to lz4 | MB | to zstd -3 |")
 	fmt.Println("|---|---:|---:|---:|---:|")
 	for _, s := range ways {
-		fmt.Printf("| %s | %.3f | %.2f | %.1f | %.2f |\n", s.name, median(s.times).Seconds(), ratio(s.times, lz4.times), float64(s.bytes)/1e6, float64(s.bytes)/float64(zstd.bytes))
+		fmt.Printf("| %s | %.3f | %.2f | %.1f | %.2f |\n", s.name, measure.Median(s.times).Seconds(), ratio(s.times, lz4.times), float64(s.bytes)/1e6, float64(s.bytes)/float64(zstd.bytes))
 	}
 	return b.restores(ctx, c, dir, store)
 }
@@ -250,17 +231,17 @@ func (b *bench) restores(ctx context.Context, c qemutest.Config, dir string, sto
 	for i := range b.runs + 1 {
 		for _, name := range stores {
 			// The other one's cold restore has dropped the disk.
-			if _, err := b.eager(store(name)); err != nil {
+			if _, err := measure.Restore(b.binary, store(name)); err != nil {
 				return err
 			}
-			warm, err := b.eager(store(name))
+			warm, err := measure.Restore(b.binary, store(name))
 			if err != nil {
 				return err
 			}
 			if err := b.drop(store(name)); err != nil {
 				return err
 			}
-			cold, err := b.eager(store(name))
+			cold, err := measure.Restore(b.binary, store(name))
 			if err != nil {
 				return err
 			}
@@ -288,64 +269,13 @@ func (b *bench) restores(ctx context.Context, c qemutest.Config, dir string, sto
 	fmt.Println("\n| restore | without, s | with, s | ratio |")
 	fmt.Println("|---|---:|---:|---:|")
 	for _, what := range whats {
-		fmt.Printf("| %s | %.3f | %.3f | %.2f |\n", what, median(times[what+"without"]).Seconds(), median(times[what+"with"]).Seconds(), ratio(times[what+"with"], times[what+"without"]))
+		fmt.Printf("| %s | %.3f | %.3f | %.2f |\n", what, measure.Median(times[what+"without"]).Seconds(), measure.Median(times[what+"with"]).Seconds(), ratio(times[what+"with"], times[what+"without"]))
 	}
 	return nil
 }
 
-func median(v []time.Duration) time.Duration {
-	v = slices.Sorted(slices.Values(v))
-	return v[len(v)/2]
-}
-
-func ratio(a, b []time.Duration) float64 { return median(a).Seconds() / median(b).Seconds() }
-
-// boot starts a guest and its workload.
-func (b *bench) boot(ctx context.Context, c qemutest.Config, w workload) (*qemutest.VM, error) {
-	vm, err := qemutest.Launch(ctx, c)
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-	defer cancel()
-	if _, err = vm.Expect(ctx, `flic ready`); err == nil {
-		_, err = vm.Expect(ctx, `tick \d`)
-	}
-	if err == nil && w.start != "" {
-		if err = vm.Send(w.start); err == nil {
-			_, err = vm.Expect(ctx, `flic warm`)
-		}
-	}
-	if err == nil {
-		// Nothing but the consumer of the stream is to be the limit.
-		err = migration.SetParameters(ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)})
-	}
-	if err != nil {
-		vm.Kill()
-		return nil, fmt.Errorf("%w\n%s", err, vm.Output())
-	}
-	time.Sleep(w.warm)
-	return vm, nil
-}
-
-// eager restores the newest checkpoint of a store into nothing.
-func (b *bench) eager(store string) (time.Duration, error) {
-	cmd := exec.Command(b.binary, "restore", "--quiet", "--store", store, "vm")
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return 0, err
-	}
-	start := time.Now()
-	if err := cmd.Start(); err != nil {
-		return 0, err
-	}
-	// QEMU reads 32 KiB at a time; a plain Copy would splice.
-	if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{out}, make([]byte, 32<<10)); err != nil {
-		return 0, err
-	}
-	err = cmd.Wait()
-	return time.Since(start), err
+func ratio(a, b []time.Duration) float64 {
+	return measure.Median(a).Seconds() / measure.Median(b).Seconds()
 }
 
 // drop takes the files of a store and the disk out of the host's page cache.

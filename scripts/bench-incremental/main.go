@@ -20,15 +20,10 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -37,9 +32,8 @@ import (
 	"github.com/pierrec/lz4/v4"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
-	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/scripts/measure"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 )
 
@@ -61,11 +55,8 @@ var workloads = []workload{
 	},
 	{
 		name: "sqlite", what: "SQLite, 20 000 rows, random UPDATE and SELECT by key, WAL",
-		start: "run sqlite3 /tmp/d 'PRAGMA journal_mode=WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, n INT, s TEXT); " +
-			"WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM c WHERE x<20000) INSERT INTO t SELECT x, 0, hex(randomblob(100)) FROM c;' >/dev/null; " +
-			"echo flic warm >/dev/console; " +
-			"yes 'UPDATE t SET n=n+1 WHERE id=1+abs(random())%20000; SELECT s FROM t WHERE id=1+abs(random())%20000;' | sqlite3 /tmp/d >/dev/null",
-		warm: 8 * time.Second,
+		start: measure.SQLite,
+		warm:  8 * time.Second,
 	},
 	{
 		name: "redis", what: "Redis, 20 000 keys of 200 bytes, random SET and GET",
@@ -158,13 +149,8 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 			return "", err
 		}
 		for _, s := range []*save{stream, cat, full, inc} {
-			start := time.Now()
-			if _, err := vm.Save(ctx, "exec:"+s.command); err != nil {
-				return "", err
-			}
-			took := time.Since(start)
-			// Only a guest that has run on can be migrated again.
-			if err := errors.Join(qmp.Cont(ctx, vm.QMP), qmp.Stop(ctx, vm.QMP)); err != nil {
+			took, err := measure.Save(ctx, vm, s.command)
+			if err != nil {
 				return "", err
 			}
 			if i == 0 {
@@ -172,11 +158,7 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 			}
 			s.times = append(s.times, took)
 			if s == full || s == inc {
-				var r checkpoint.Report
-				doc, err := os.ReadFile(dir + "/report")
-				if err == nil {
-					err = json.Unmarshal(doc, &r)
-				}
+				r, err := measure.Report(dir + "/report")
 				if err != nil {
 					return "", err
 				}
@@ -207,7 +189,7 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 	restored := map[string][]time.Duration{}
 	for i := range 8 {
 		for _, store := range []string{"full", "inc"} {
-			took, err := b.restore(dir + "/" + store)
+			took, err := measure.Restore(b.binary, dir+"/"+store)
 			if err != nil {
 				return "", err
 			}
@@ -216,17 +198,12 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 			}
 		}
 	}
-	mb := func(v []int64) float64 { return float64(median(v)) / 1e6 }
-	s := func(v []time.Duration) float64 { return median(v).Seconds() }
+	mb := func(v []int64) float64 { return float64(measure.Median(v)) / 1e6 }
+	s := func(v []time.Duration) float64 { return measure.Median(v).Seconds() }
 	return fmt.Sprintf("| %s: %s | %s | %d | %.1f | %.2f | %.2f | %.2f | %.2f | %.3f | %.3f | %.3f | %.3f | %.2f | %.2f |",
-		w.name, w.what, b.memory, median(changed), mb(full.bytes), mb(byPages), mb(inc.bytes),
+		w.name, w.what, b.memory, measure.Median(changed), mb(full.bytes), mb(byPages), mb(inc.bytes),
 		float64(sum(inc.bytes))/float64(sum(byPages)), float64(sum(plain))/float64(sum(pageBytes)), float64(sum(inc.bytes))/float64(sum(full.bytes)),
 		s(cat.times), s(full.times), s(inc.times), s(inc.times)/s(full.times), s(restored["inc"])/s(restored["full"])), nil
-}
-
-func median[T cmp.Ordered](v []T) T {
-	v = slices.Sorted(slices.Values(v))
-	return v[len(v)/2]
 }
 
 func sum(v []int64) (n int64) {
@@ -246,30 +223,7 @@ func (b *bench) boot(ctx context.Context, w workload) (*qemutest.VM, error) {
 		}
 		c.Disk = filepath.Join(dir, "disk.ext4")
 	}
-	vm, err := qemutest.Launch(ctx, c)
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-	defer cancel()
-	if _, err = vm.Expect(ctx, `flic ready`); err == nil {
-		_, err = vm.Expect(ctx, `tick \d`)
-	}
-	if err == nil && w.start != "" {
-		if err = vm.Send(w.start); err == nil {
-			_, err = vm.Expect(ctx, `flic warm`)
-		}
-	}
-	if err == nil {
-		// Nothing but the consumer of the stream is to be the limit.
-		err = migration.SetParameters(ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)})
-	}
-	if err != nil {
-		vm.Kill()
-		return nil, fmt.Errorf("%w\n%s", err, vm.Output())
-	}
-	time.Sleep(w.warm)
-	return vm, nil
+	return measure.Boot(ctx, c, w.start, w.warm)
 }
 
 func load(name string) (*tiertest.Guest, error) {
@@ -314,24 +268,4 @@ func increment(was, now *tiertest.Guest) (changed, raw, size int64) {
 	}
 	flush()
 	return changed, raw, size
-}
-
-// restore restores the newest checkpoint of a store into nothing.
-func (b *bench) restore(store string) (time.Duration, error) {
-	cmd := exec.Command(b.binary, "restore", "--quiet", "--store", store, "vm")
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return 0, err
-	}
-	start := time.Now()
-	if err := cmd.Start(); err != nil {
-		return 0, err
-	}
-	// QEMU reads 32 KiB at a time; a plain Copy would splice.
-	if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{out}, make([]byte, 32<<10)); err != nil {
-		return 0, err
-	}
-	err = cmd.Wait()
-	return time.Since(start), err
 }

@@ -244,6 +244,15 @@ func (c *Checkpoint) Readable(r pagemap.Run) error {
 // most max. All may share one.
 func (c *Checkpoint) NewCache(max int) *source.Cache { return source.NewCache(backing{c}, max) }
 
+// orderCache is how many bytes of decoded segments are kept for who reads pages in their
+// order: bytes of pages that follow each other are in several segments.
+const orderCache = 8 << 20
+
+// InOrder returns a reader for who goes through the pages in the order of the page map.
+func (c *Checkpoint) InOrder() *source.Reader {
+	return c.Sources().NewReader(c.NewCache(c.facts.InOrder(orderCache) + 2*source.MaxNeeds))
+}
+
 // backing is a Checkpoint as a source.Backing.
 type backing struct{ c *Checkpoint }
 

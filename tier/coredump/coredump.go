@@ -59,9 +59,6 @@ type Options struct {
 	Progress func(progress.State)
 }
 
-// cacheBytes is how much of decoded segments is kept: several pages may be in one.
-const cacheBytes = 2 << 20
-
 // chunkBytes are written at once.
 const chunkBytes = 1 << 20
 
@@ -162,8 +159,7 @@ func (w *writer) leftOut(blocks []ramparse.Block, layout mmu.Layout) {
 
 // pages writes all pages of main memory, in the order of the page map.
 func (w *writer) pages(ctx context.Context) error {
-	set := w.c.Sources()
-	rd := set.NewReader(w.c.NewCache(set.InOrder(cacheBytes) + 2*source.MaxNeeds))
+	rd := w.c.InOrder()
 	defer rd.Close()
 	size := uint64(w.c.Meta.PageSize)
 	err := w.c.PageMap.Runs(func(r pagemap.Run) error {

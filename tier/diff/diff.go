@@ -42,9 +42,6 @@ type Block struct {
 	Sources map[string]int64 `json:"sources"`
 }
 
-// cacheBytes is how much of decoded segments is kept of each checkpoint.
-const cacheBytes = 2 << 20
-
 // between is how many pages are compared between two looks at the context.
 const between = 4096
 
@@ -89,11 +86,7 @@ type side struct {
 }
 
 func newSide(c *checkpoint.Checkpoint) *side {
-	set := c.Sources()
-	return &side{
-		c: c, set: set, refs: c.References(), page: make([]byte, c.Meta.PageSize),
-		reader: set.NewReader(c.NewCache(set.InOrder(cacheBytes) + 2*source.MaxNeeds)),
-	}
+	return &side{c: c, set: c.Sources(), refs: c.References(), reader: c.InOrder(), page: make([]byte, c.Meta.PageSize)}
 }
 
 // stored names bytes whoever refers to them: an image, and where in it.

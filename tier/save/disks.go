@@ -76,8 +76,8 @@ func (d *disks) damaged(err error) {
 	d.warned.Do(func() { d.log.Warn("a disk image can't be read", "error", err) })
 }
 
-// carry tells which disks of this save are the disks of the parent's, by its numbers, and adds those that it has not: -1 for
-// those that are not what they were, or one too many.
+// carry tells which disks of this save are the disks of the parent's, by its numbers, and
+// adds those that it has not: -1 for those that are not what they were, or one too many.
 func (d *disks) carry(theirs []checkpoint.DiskState) []int {
 	carried := make([]int, len(theirs))
 	for i, t := range theirs {

@@ -27,9 +27,6 @@ type CopyOptions struct {
 // a save.
 const copyChunk = 32 << 10
 
-// copyCache is how many bytes of decoded segments are kept while pages are moved.
-const copyCache = 8 << 20
-
 // Copy makes the next checkpoint of c's VM in this store, which says and holds all that
 // c does and needs nothing beside its own image. It goes from image to image, and every
 // byte of c is checked on the way: segments keep their numbers, so that what is in
@@ -178,8 +175,7 @@ func (k *copier) pages(ctx context.Context) (err error) {
 		return err
 	}
 	set := k.c.Sources()
-	// Pages come in their order, and their bytes from several images.
-	rd := set.NewReader(k.c.NewCache(set.InOrder(copyCache) + 2*source.MaxNeeds))
+	rd := k.c.InOrder()
 	defer rd.Close()
 	err = k.c.PageMap.Runs(func(r pagemap.Run) error {
 		if err := context.Cause(ctx); err != nil {

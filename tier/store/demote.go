@@ -113,15 +113,7 @@ func (s *Store) demotable(ctx context.Context, keep int) (list []stored, err err
 			owners[o.UUID] = true
 		}
 	}
-	vms, err := s.folders(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, vm := range vms {
-		o, err := s.objects(ctx, vm)
-		if err != nil {
-			return nil, err
-		}
+	err = s.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
 			if empty, err := s.unlistedIs(ctx, &st); err == nil && !empty && st.id != nil && owners[st.uuid] && !s.isTwin(ctx, st) {
 				list = append(list, st)
@@ -134,10 +126,11 @@ func (s *Store) demotable(ctx context.Context, keep int) (list []stored, err err
 				break
 			}
 			if err := context.Cause(ctx); err != nil {
-				return nil, err
+				return err
 			}
 			st := stored{ref: Ref{vm, n}, name: Ref{vm, n}.object(imageSuffix)}
 			// What can't say who it is is gc's, and verify's.
+			var err error
 			if st.uuid, err = s.owner(ctx, st.name); err != nil || !owners[st.uuid] {
 				continue
 			}
@@ -146,8 +139,9 @@ func (s *Store) demotable(ctx context.Context, keep int) (list []stored, err err
 				list = append(list, st)
 			}
 		}
-	}
-	return list, nil
+		return nil
+	})
+	return list, err
 }
 
 // demotion is that of one image.

@@ -188,23 +188,16 @@ func (s *Store) unlistedAmong(ctx context.Context, ids []uuid.UUID) (there []uui
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	vms, err := s.folders(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, vm := range vms {
-		o, err := s.objects(ctx, vm)
-		if err != nil {
-			return nil, err
-		}
+	err = s.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
 			// gc says what can't be read.
 			if empty, err := s.unlistedIs(ctx, &st); err == nil && !empty && slices.Contains(ids, st.uuid) {
 				there = append(there, st.uuid)
 			}
 		}
-	}
-	return there, nil
+		return nil
+	})
+	return there, err
 }
 
 // freeUnlisted frees what nobody needs of the unlisted images with these UUIDs. v is of
@@ -219,16 +212,8 @@ func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (a
 		return all, nil, err
 	}
 	defer unlock()
-	vms, err := s.folders(ctx)
-	if err != nil {
-		return all, nil, err
-	}
 	settled := false
-	for _, vm := range vms {
-		o, err := s.objects(ctx, vm)
-		if err != nil {
-			return all, left, err
-		}
+	err = s.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
 			empty, err := s.unlistedIs(ctx, &st)
 			if err != nil || empty || !slices.Contains(ids, st.uuid) {
@@ -236,16 +221,16 @@ func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (a
 			}
 			if !settled {
 				if err := v.update(ctx); err != nil {
-					return all, left, err
+					return err
 				}
 				if err := s.settle(ctx); err != nil {
-					return all, left, err
+					return err
 				}
 				settled = true
 			}
 			done, err := s.untwin(ctx, st)
 			if err != nil {
-				return all, left, err
+				return err
 			}
 			if done {
 				continue
@@ -255,16 +240,17 @@ func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (a
 				continue // gc will
 			}
 			if err != nil {
-				return all, left, err
+				return err
 			}
 			fr, why, err := s.free(ctx, st, f, o, v)
 			f.Close()
 			all.flash, all.nvram = all.flash+fr.flash, all.nvram+fr.nvram
 			left = errors.Join(left, why)
 			if err != nil {
-				return all, left, err
+				return err
 			}
 		}
-	}
-	return all, left, nil
+		return nil
+	})
+	return all, left, err
 }

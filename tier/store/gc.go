@@ -446,19 +446,15 @@ func (g *gc) missing(ctx context.Context, v *survey) (bool, error) {
 		return true, err
 	}
 	there := make(map[uuid.UUID]bool)
-	vms, err := g.folders(ctx)
-	if err != nil {
-		return true, err
-	}
-	for _, vm := range vms {
-		o, err := g.objects(ctx, vm)
-		if err != nil {
-			return true, err
-		}
+	err := g.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
 			g.unlistedIs(ctx, &st)
 			there[st.uuid] = true
 		}
+		return nil
+	})
+	if err != nil {
+		return true, err
 	}
 	for _, id := range v.known {
 		there[id.UUID] = true
@@ -515,16 +511,7 @@ func (g *gc) sweep(ctx context.Context) error {
 	if len(dead) > 0 {
 		// That an image is not there is only believed once it is durable: a removal
 		// that a power cut undoes must not have lost its NVRAM part (see commit).
-		vms, err := g.folders(ctx)
-		if err != nil {
-			return err
-		}
-		for _, vm := range vms {
-			if err := g.dir.Sync(ctx, vmFolder(vm)); err != nil && !gone(err) {
-				return err
-			}
-		}
-		if err := g.dir.Sync(ctx, vmsFolder); err != nil {
+		if err := g.settle(ctx); err != nil {
 			return err
 		}
 	}

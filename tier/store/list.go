@@ -104,6 +104,33 @@ func (s *Store) folders(ctx context.Context) (vms []string, err error) {
 	return vms, err
 }
 
+// eachVM calls fn for one VM, or for each that has a folder if only is empty, with what is
+// in the folder.
+func (s *Store) eachVM(ctx context.Context, only string, fn func(vm string, o vmObjects) error) error {
+	vms := []string{only}
+	if only == "" {
+		var err error
+		if vms, err = s.folders(ctx); err != nil {
+			return err
+		}
+	} else if err := CheckVM(only); err != nil {
+		return err
+	}
+	for _, vm := range vms {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		o, err := s.objects(ctx, vm)
+		if err == nil {
+			err = fn(vm, o)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Strays are the paths of what lies where checkpoints are and has no name, or is of
 // no kind, of a store's: of one VM, or of all if vm is empty. Each may be a checkpoint
 // that somebody has renamed, or a VM's folder.
@@ -147,27 +174,15 @@ func (s *Store) VMs(ctx context.Context) ([]string, error) {
 
 // List names all checkpoints: of one VM, or of all if vm is empty.
 func (s *Store) List(ctx context.Context, vm string) ([]Ref, error) {
-	vms := []string{vm}
-	if vm == "" {
-		var err error
-		if vms, err = s.folders(ctx); err != nil {
-			return nil, err
-		}
-	} else if err := CheckVM(vm); err != nil {
-		return nil, err
-	}
 	var refs []Ref
-	for _, v := range vms {
-		if err := context.Cause(ctx); err != nil {
-			return nil, err
-		}
-		o, err := s.objects(ctx, v)
-		if err != nil {
-			return nil, err
-		}
+	err := s.eachVM(ctx, vm, func(vm string, o vmObjects) error {
 		for _, n := range o.images {
-			refs = append(refs, Ref{v, n})
+			refs = append(refs, Ref{vm, n})
 		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	return refs, nil
 }
@@ -209,36 +224,30 @@ type Listed struct {
 // Identities describes the checkpoints of one VM, or of all if vm is empty. It
 // reads some KB of each and takes no lock. What goes away meanwhile is left out.
 func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
-	refs, err := s.List(ctx, vm)
+	list := []Listed{}
+	err := s.eachVM(ctx, vm, func(vm string, o vmObjects) error {
+		for _, n := range o.images {
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+			l := Listed{Ref: Ref{vm, n}}
+			l.Identity, l.ImageBytes, l.Err = s.identity(ctx, l.Ref)
+			if gone(l.Err) {
+				continue
+			}
+			if id := l.Identity; id != nil && id.NVRAM != nil && len(o.pieces(n, id.UUID)) > 0 {
+				slots, err := s.movedSlots(ctx, l.Ref, id.UUID)
+				if err != nil && !cannotTell(err) { // verify says what is damaged
+					return err
+				}
+				l.MovedBytes = int64(slots.Count()) * int64(id.PageSize)
+			}
+			list = append(list, l)
+		}
+		return nil
+	})
 	if err != nil {
 		return nil, err
-	}
-	list := make([]Listed, 0, len(refs))
-	var o vmObjects
-	of := "" // the VM whose they are
-	for _, r := range refs {
-		if err := context.Cause(ctx); err != nil {
-			return nil, err
-		}
-		if r.VM != of {
-			of = r.VM
-			if o, err = s.objects(ctx, of); err != nil {
-				return nil, err
-			}
-		}
-		l := Listed{Ref: r}
-		l.Identity, l.ImageBytes, l.Err = s.identity(ctx, r)
-		if gone(l.Err) {
-			continue
-		}
-		if id := l.Identity; id != nil && id.NVRAM != nil && len(o.pieces(r.N, id.UUID)) > 0 {
-			slots, err := s.movedSlots(ctx, r, id.UUID)
-			if err != nil && !cannotTell(err) { // verify says what is damaged
-				return nil, err
-			}
-			l.MovedBytes = int64(slots.Count()) * int64(id.PageSize)
-		}
-		list = append(list, l)
 	}
 	return list, nil
 }

@@ -125,19 +125,12 @@ func (s *Store) unlistedIs(ctx context.Context, st *stored) (empty bool, err err
 // images calls fn for each image that has content. A listed one that can't say who
 // it is ends it.
 func (s *Store) images(ctx context.Context, fn func(stored) error) error {
-	vms, err := s.folders(ctx)
-	if err != nil {
-		return err
-	}
-	for _, vm := range vms {
-		o, err := s.objects(ctx, vm)
-		if err != nil {
-			return err
-		}
+	return s.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.all(vm) {
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
+			var err error
 			st.id, err = s.whoIs(ctx, st.name)
 			if gone(err) || err == nil && st.id == nil || st.gone && cannotTell(err) {
 				continue
@@ -149,8 +142,8 @@ func (s *Store) images(ctx context.Context, fn func(stored) error) error {
 				return err
 			}
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // uses is what listed checkpoints need of an image.
@@ -197,15 +190,7 @@ func (v *survey) update(ctx context.Context) error {
 	if err != nil || !some {
 		return err
 	}
-	vms, err := v.s.folders(ctx)
-	if err != nil {
-		return err
-	}
-	for _, vm := range vms {
-		o, err := v.s.objects(ctx, vm)
-		if err != nil {
-			return err
-		}
+	return v.s.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for i, n := range o.images {
 			r := Ref{vm, n}
 			name := r.object(imageSuffix)
@@ -232,8 +217,8 @@ func (v *survey) update(ctx context.Context) error {
 				return err
 			}
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // countOpen counts what an image needs that a flattening has replaced, if somebody has it
