@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/tier/digest"
-	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
+	"github.com/flic-migrate/flic-migrate/tier/sorted"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -72,15 +72,15 @@ func (b *builder) write(ctx context.Context, f vfs.File) error {
 	if err := f.Truncate(headerSize); err != nil {
 		return err
 	}
-	w := leafWriter{file: f, buf: make([]byte, 0, 1<<20), at: headerSize}
+	w := leafWriter{Writer: sorted.NewWriter(f, headerSize, recordSize)}
 	err := b.sort.each(ctx, w.add)
 	if err == nil {
-		err = w.end()
+		err = w.End()
 	}
 	if err != nil {
 		return err
 	}
-	b.head.records = w.records
+	b.head.records = w.Records()
 	h, err := b.head.encode()
 	if err == nil {
 		_, err = f.WriteAt(h, 0)
@@ -237,20 +237,15 @@ func (b *builder) collect(c *chunk) error {
 	return nil
 }
 
-// leafWriter writes records, which come in order, as leaves, and then the fences.
+// leafWriter writes records, which come in order, but for all too many of one content.
 type leafWriter struct {
-	file    vfs.File
-	buf     []byte // whole leaves but for the last, not written yet
-	at      int64  // where they go in the file
-	in      int    // records in the last leaf
-	records int64
-	fences  []byte
-	last    record
-	copies  int // of the last one's content, so far
+	*sorted.Writer
+	last   record
+	copies int // of the last one's content, so far
 }
 
 func (w *leafWriter) add(r *record) error {
-	if w.records > 0 && r.sameDigest(&w.last) {
+	if w.Records() > 0 && r.sameDigest(&w.last) {
 		if w.copies++; w.copies > maxCopies {
 			return nil
 		}
@@ -258,49 +253,9 @@ func (w *leafWriter) add(r *record) error {
 		w.copies = 1
 	}
 	w.last = *r
-	if w.in == 0 {
-		if len(w.buf) == cap(w.buf) {
-			if err := w.flush(); err != nil {
-				return err
-			}
-		}
-		w.buf = w.buf[:len(w.buf)+leafSize]
-		clear(w.buf[len(w.buf)-leafSize:])
-		w.fences = binary.BigEndian.AppendUint64(w.fences, r.hi)
-	}
-	leaf := w.buf[len(w.buf)-leafSize:]
-	r.put(leaf[w.in*recordSize:])
-	w.records++
-	if w.in++; w.in == leafRecords {
-		w.seal(leaf)
-	}
-	return nil
-}
-
-// seal ends the last leaf.
-func (w *leafWriter) seal(leaf []byte) {
-	binary.LittleEndian.PutUint32(leaf[leafSize-4:], integrity.Checksum(leaf[:leafSize-4]))
-	w.in = 0
-}
-
-func (w *leafWriter) flush() error {
-	_, err := w.file.WriteAt(w.buf, w.at)
-	w.file.StartWriteback(w.at, int64(len(w.buf)))
-	w.at += int64(len(w.buf))
-	w.buf = w.buf[:0]
-	return err
-}
-
-func (w *leafWriter) end() error {
-	if w.in > 0 {
-		w.seal(w.buf[len(w.buf)-leafSize:])
-	}
-	if err := w.flush(); err != nil {
-		return err
-	}
-	w.fences = binary.LittleEndian.AppendUint32(w.fences, integrity.Checksum(w.fences))
-	_, err := w.file.WriteAt(w.fences, w.at)
-	return err
+	var b [recordSize]byte
+	r.put(b[:])
+	return w.Add(b[:])
 }
 
 // amount is how many bytes of its own a layer has.

@@ -37,6 +37,10 @@ import (
 // take that of a .part, without waiting. An index that is in use has no lock: it is
 // replaced by a rename, and stays there for whoever has it open.
 type Catalog struct {
+	// Key is asked for the key of a catalog that has none yet; after an error, or if it is
+	// nil, the catalog makes one.
+	Key func(ctx context.Context) (*digest.Hasher, error)
+
 	fs  vfs.FS
 	dir string
 }
@@ -49,7 +53,7 @@ const (
 )
 
 // NewCatalog is the catalog in a directory, which need not be there.
-func NewCatalog(fsys vfs.FS, dir string) *Catalog { return &Catalog{fsys, dir} }
+func NewCatalog(fsys vfs.FS, dir string) *Catalog { return &Catalog{fs: fsys, dir: dir} }
 
 func (c *Catalog) path(name string) string { return filepath.Join(c.dir, name) }
 
@@ -83,6 +87,8 @@ func (c *Catalog) Hasher(ctx context.Context) (*digest.Hasher, error) {
 	return digest.New(doc.Algorithm, doc.Key)
 }
 
+var errNoKey = errors.New("nobody has a key")
+
 // key is Hasher, but makes a key if there is none that can be used: the indexes of one
 // that is lost are stale. The caller holds the lock.
 func (c *Catalog) key(ctx context.Context) (*digest.Hasher, error) {
@@ -90,7 +96,12 @@ func (c *Catalog) key(ctx context.Context) (*digest.Hasher, error) {
 	if err == nil || !errors.Is(err, fs.ErrNotExist) && !integrity.IsCorrupt(err) {
 		return h, err
 	}
-	h = digest.Fresh()
+	if err = errNoKey; c.Key != nil {
+		h, err = c.Key(ctx)
+	}
+	if err != nil {
+		h = digest.Fresh()
+	}
 	b, err := integrity.Seal(keyDoc{h.Algorithm(), h.Key()})
 	if err != nil {
 		return nil, err
@@ -171,9 +182,9 @@ func (x *Index) sample(img *Image) (same bool, err error) {
 	}
 	var list []expected
 	err = vfs.CatchFault(func() error {
-		n := x.head.leaves()
+		n := x.table.Leaves()
 		for i := range min(n, samples) {
-			leaf, err := x.leaf(i * n / min(n, samples))
+			leaf, err := x.table.Leaf(i * n / min(n, samples))
 			if err != nil {
 				return err
 			}

@@ -1,13 +1,11 @@
 package disk
 
 import (
-	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
-	"math/bits"
 	"sync/atomic"
 	"time"
 
@@ -15,6 +13,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/sorted"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -27,19 +26,14 @@ import (
 //	         fences                 8 B a leaf: the first eight bytes of its first digest
 //	         CRC-32C of the fences  4 B
 //
-// A record is a digest and the number of its block, and records rise by both. So a
-// digest's place can be reckoned: digests are spread evenly, and the fences, which stay
-// in the cache, say which one leaf it is in. A leaf is checked when it is first used:
-// an index of gigabytes is opened in no time.
+// A record is a digest and the number of its block, and records rise by both. Leaves and
+// fences are package sorted's.
 const (
 	indexMagic   = "FLICDIX\x00"
 	indexVersion = 1
 
-	headerSize  = 16 << 10
-	leafSize    = 4 << 10
-	recordSize  = digest.Size + 4
-	leafRecords = 204 // what fits, and leaves room for the checksum
-	fenceSize   = 8
+	headerSize = 16 << 10
+	recordSize = digest.Size + 4
 
 	headerFixed   = 128     // before the identity
 	maxIdentity   = 8 << 10 // JSON, of a path of 4096 bytes too
@@ -63,14 +57,12 @@ var (
 // Index is an open index of one layer. It may be used by several goroutines. An index
 // that is removed or replaced meanwhile stays as it was.
 type Index struct {
-	file    vfs.File
-	mapped  vfs.Mapping
-	hasher  *digest.Hasher
-	head    header
-	leaves  []byte          // mapped
-	fences  []byte          // mapped, checked
-	checked []atomic.Uint32 // a bit for each leaf
-	damage  atomic.Pointer[integrity.CorruptError]
+	file   vfs.File
+	mapped vfs.Mapping
+	hasher *digest.Hasher
+	head   header
+	table  *sorted.Table
+	damage atomic.Pointer[integrity.CorruptError]
 }
 
 // header is what an index file says of itself.
@@ -84,10 +76,8 @@ type header struct {
 	id      Identity
 }
 
-func (h *header) leaves() int64 { return (h.records + leafRecords - 1) / leafRecords }
-
 // size is the file's length.
-func (h *header) size() int64 { return headerSize + h.leaves()*(leafSize+fenceSize) + 4 }
+func (h *header) size() int64 { return headerSize + sorted.Size(recordSize, h.records) }
 
 // keyID tells keys from each other, and says nothing of them.
 func keyID(h *digest.Hasher) (id [16]byte) {
@@ -193,25 +183,8 @@ func openIndex(fsys vfs.FS, name string) (_ *Index, err error) {
 	if x.mapped, err = f.Map(0, size, false); err != nil {
 		return nil, err
 	}
-	n := x.head.leaves()
-	all := x.mapped.Bytes()
-	x.leaves = all[headerSize:][:n*leafSize]
-	rest := all[headerSize+n*leafSize:]
-	x.fences = rest[:n*fenceSize]
-	x.checked = make([]atomic.Uint32, (n+31)/32)
-	err = vfs.CatchFault(func() error {
-		if integrity.Checksum(x.fences) != binary.LittleEndian.Uint32(rest[n*fenceSize:]) {
-			return integrity.ErrChecksum
-		}
-		for p := int64(1); p < n; p++ {
-			if x.fence(p) < x.fence(p-1) {
-				return errors.New("not in order")
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, &integrity.CorruptError{File: name, Offset: headerSize + n*leafSize, What: "fences", Err: err}
+	if x.table, err = sorted.Open(name, headerSize, x.mapped.Bytes()[headerSize:], recordSize, x.head.records); err != nil {
+		return nil, err
 	}
 	return x, nil
 }
@@ -250,9 +223,6 @@ func (x *Index) Err() error {
 	return nil
 }
 
-// fence is the first eight bytes of leaf p's first digest.
-func (x *Index) fence(p int64) uint64 { return binary.BigEndian.Uint64(x.fences[p*fenceSize:]) }
-
 // Lookup returns the sector at which the layer has a block with this digest.
 func (x *Index) Lookup(s digest.Sum) (sector int64, ok bool) {
 	return x.LookupNear(s, math.MinInt64)
@@ -261,35 +231,14 @@ func (x *Index) Lookup(s digest.Sum) (sector int64, ok bool) {
 // LookupNear is Lookup, but of several blocks with this digest it takes the one at
 // sector near, if there is one: blocks that are read together should lie together.
 func (x *Index) LookupNear(s digest.Sum, near int64) (sector int64, ok bool) {
-	if len(x.fences) == 0 {
-		return 0, false
-	}
 	err := vfs.CatchFault(func() error {
-		for p := x.leafOf(binary.BigEndian.Uint64(s[:])); p < x.head.leaves(); p++ {
-			leaf, err := x.leaf(p)
-			if err != nil {
-				return err
+		return x.table.Each(s[:], func(r []byte) bool {
+			at := sectorOf(x.head.regions, binary.LittleEndian.Uint32(r[digest.Size:]))
+			if !ok || at == near {
+				sector, ok = at, true
 			}
-			n := x.inLeaf(p)
-			i := firstIn(leaf, n, s)
-			for ; i < n && digest.Sum(leaf[i*recordSize:][:digest.Size]) == s; i++ {
-				at := sectorOf(x.head.regions, binary.LittleEndian.Uint32(leaf[i*recordSize+digest.Size:]))
-				if !ok || at == near {
-					sector, ok = at, true
-				}
-				if at == near {
-					return nil
-				}
-			}
-			// Only what is at a leaf's end goes on in the next one.
-			if i < n {
-				return nil
-			}
-			if p+1 < x.head.leaves() && x.fence(p+1) > binary.BigEndian.Uint64(s[:]) {
-				return nil
-			}
-		}
-		return nil
+			return at != near
+		})
 	})
 	if err != nil {
 		x.damaged(0, err)
@@ -305,82 +254,4 @@ func (x *Index) damaged(off int64, err error) {
 		c = &integrity.CorruptError{File: x.file.Name(), Offset: off, What: "disk index", Err: err}
 	}
 	x.damage.CompareAndSwap(nil, c)
-}
-
-// leafOf is the first leaf that may have digests that begin with v.
-func (x *Index) leafOf(v uint64) int64 {
-	n := x.head.leaves()
-	// Digests are random, so leaf p begins at about p/n of all values. The last leaf
-	// with a lower fence is wanted: look around with growing steps, then halve.
-	g, _ := bits.Mul64(v, uint64(n))
-	lo, hi := int64(0), n // fence(lo) < v unless lo is 0; fence(hi) ≥ v unless hi is n
-	at, step := int64(g), int64(1)
-	if x.fence(at) < v {
-		for lo = at; ; lo, step = lo+step, step*2 {
-			if lo+step >= n {
-				break
-			}
-			if x.fence(lo+step) >= v {
-				hi = lo + step
-				break
-			}
-		}
-	} else {
-		for hi = at; ; hi, step = hi-step, step*2 {
-			if hi-step <= 0 {
-				break
-			}
-			if x.fence(hi-step) < v {
-				lo = hi - step
-				break
-			}
-		}
-	}
-	for hi-lo > 1 {
-		if mid := (lo + hi) / 2; x.fence(mid) < v {
-			lo = mid
-		} else {
-			hi = mid
-		}
-	}
-	return lo
-}
-
-// inLeaf is how many records leaf p has.
-func (x *Index) inLeaf(p int64) int {
-	return int(min(leafRecords, x.head.records-p*leafRecords))
-}
-
-// leaf returns leaf p, checked.
-func (x *Index) leaf(p int64) ([]byte, error) {
-	b := x.leaves[p*leafSize:][:leafSize]
-	word, bit := &x.checked[p/32], uint32(1)<<(p%32)
-	if word.Load()&bit == 0 {
-		if err := checkLeaf(b); err != nil {
-			return nil, &integrity.CorruptError{File: x.file.Name(), Offset: headerSize + p*leafSize, What: fmt.Sprintf("leaf %d", p), Err: err}
-		}
-		word.Or(bit)
-	}
-	return b, nil
-}
-
-func checkLeaf(b []byte) error {
-	if binary.LittleEndian.Uint32(b[leafSize-4:]) != integrity.Checksum(b[:leafSize-4]) {
-		return integrity.ErrChecksum
-	}
-	return nil
-}
-
-// firstIn is the first of a leaf's n records that is not below s.
-func firstIn(leaf []byte, n int, s digest.Sum) int {
-	lo, hi := 0, n
-	for lo < hi {
-		mid := (lo + hi) / 2
-		if bytes.Compare(leaf[mid*recordSize:][:digest.Size], s[:]) < 0 {
-			lo = mid + 1
-		} else {
-			hi = mid
-		}
-	}
-	return lo
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/sorted"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
@@ -106,11 +107,14 @@ func sectors(n int64) (all []int64) {
 	return all
 }
 
+// perLeaf is how many records are in a leaf.
+var perLeaf = sorted.PerLeaf(recordSize)
+
 func TestIndex(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		n    int
-	}{{"no block", 512}, {"one block", 4096}, {"one leaf", leafRecords * BlockSize}, {"and one more", (leafRecords + 1) * BlockSize}, {"many", 11<<20 + 1024}} {
+	}{{"no block", 512}, {"one block", 4096}, {"one leaf", perLeaf * BlockSize}, {"and one more", (perLeaf + 1) * BlockSize}, {"many", 11<<20 + 1024}} {
 		t.Run(c.name, func(t *testing.T) {
 			disk := make([]byte, c.n)
 			r := rand.New(rand.NewPCG(1, uint64(c.n)))
@@ -125,7 +129,7 @@ func TestIndex(t *testing.T) {
 			if b.Blocks != x.Blocks() || b.Data != int64(c.n/BlockSize*BlockSize) || b.Kept || b.Why != "" || x.Identity() != img.Identity() {
 				t.Errorf("%+v", b)
 			}
-			if limit := int64(c.n)/200 + headerSize + leafSize + fenceSize; b.Bytes > limit {
+			if limit := int64(c.n)/200 + headerSize + sorted.LeafSize + 8; b.Bytes > limit {
 				t.Errorf("%d bytes of index; at most %d", b.Bytes, limit)
 			}
 		})
@@ -636,7 +640,7 @@ func TestDamage(t *testing.T) {
 			}
 			continue
 		}
-		if at < headerSize || at >= len(good)-4-int(x.head.leaves())*fenceSize {
+		if at < headerSize || at >= len(good)-4-int(x.table.Leaves())*8 {
 			t.Errorf("byte %d is not checked when the index is opened", at)
 		}
 		for _, s := range sectors(int64(len(disk)) / SectorSize) {
