@@ -23,6 +23,7 @@ type checkpointCmd struct {
 	placement
 	monitor   monitorFlags
 	parent    parentFlag
+	trust     domainFlag
 	disks     diskFiles
 	noDisks   bool
 	freeze    choice
@@ -109,6 +110,7 @@ killed (SIGKILL), a second process lets the guest run.`,
 	fs.Var(&c.then, "then", "what becomes of the guest (default: what it did before)")
 	c.placement.add(fs)
 	addParent(fs, &c.parent)
+	addTrust(fs, &c.trust)
 	c.disks.add(fs)
 	fs.Var(&c.freeze, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them")
 	fs.BoolVar(&c.sync, "guest-sync", false, "first let the guest write to its disks what it has not yet, through its agent (sync)")
@@ -171,6 +173,7 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		Log: c.log(),
 	}
 	o.Save.VM, o.Save.Parent, o.Save.Log, o.Save.Progress = vm, string(c.parent), c.log(), p.callback()
+	o.Save.TrustDomain = string(c.trust)
 	if c.arm {
 		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog)}
 	}

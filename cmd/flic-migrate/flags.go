@@ -85,6 +85,22 @@ func (p *parentFlag) Set(v string) error {
 	return nil
 }
 
+// domainFlag is --trust-domain.
+type domainFlag string
+
+func (d *domainFlag) Type() string   { return "NAME" }
+func (d *domainFlag) String() string { return string(*d) }
+
+func (d *domainFlag) Set(v string) error {
+	if v != "" {
+		if err := store.CheckDomain(v); err != nil {
+			return err
+		}
+	}
+	*d = domainFlag(v)
+	return nil
+}
+
 // count is a flag that is a number of things, with bounds.
 type count struct {
 	n, min, max int

@@ -58,6 +58,7 @@ type listEntry struct {
 	Machine    string    `json:"machine,omitempty"`
 	State      string    `json:"state"`           // QEMU's run state, or damaged, "version N" or unsupported
 	Disks      int       `json:"disks,omitempty"` // disk images that have bytes of its pages
+	Domain     string    `json:"trust_domain,omitempty"`
 	Armed      bool      `json:"armed,omitempty"` // the VM's next one is armed; on its newest
 	Error      string    `json:"error,omitempty"`
 }
@@ -139,7 +140,7 @@ func newListEntry(l store.Listed) listEntry {
 	}
 	id := l.Identity
 	e.UUID, e.Created, e.Machine, e.State = id.UUID.String(), id.Created, id.Machine, id.RunState
-	e.RAMBytes, e.Disks = id.RAMBytes, id.Disks
+	e.RAMBytes, e.Disks, e.Domain = id.RAMBytes, id.Disks, id.TrustDomain
 	if id.NVRAM != nil {
 		e.NVRAMBytes, e.MovedBytes = max(0, id.NVRAM.Bytes-l.MovedBytes), l.MovedBytes
 	}

@@ -31,6 +31,7 @@ type saveCmd struct {
 	placement
 	vm     string
 	parent parentFlag
+	trust  domainFlag
 	disks  diskFiles
 	report string
 	json   bool
@@ -108,6 +109,7 @@ Standard output belongs to that return path and carries nothing else.`,
 	fs := c.Flags()
 	fs.StringVar(&s.vm, "vm", "", "name of the VM (required)")
 	addParent(fs, &s.parent)
+	addTrust(fs, &s.trust)
 	s.disks.add(fs)
 	s.placement.add(fs)
 	s.encoding.add(fs)
@@ -121,6 +123,11 @@ Standard output belongs to that return path and carries nothing else.`,
 func addParent(fs *pflag.FlagSet, p *parentFlag) {
 	*p = save.ParentAuto
 	fs.Var(p, "parent", "checkpoint to refer to for what has not changed; auto: the VM's newest; none: store all anew")
+}
+
+// addTrust adds --trust-domain.
+func addTrust(fs *pflag.FlagSet, d *domainFlag) {
+	fs.Var(d, "trust-domain", "whose VMs' pages may be stored once for all of them (default: as the VM's newest checkpoint, or \"default\")")
 }
 
 // addKeep adds --nvram-keep.
@@ -181,7 +188,7 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 		return ref, nil, err
 	}
 	defer out.Close()
-	o.VM, o.Parent, o.ReturnPath, o.Log = s.vm, string(s.parent), out, s.log()
+	o.VM, o.Parent, o.TrustDomain, o.ReturnPath, o.Log = s.vm, string(s.parent), string(s.trust), out, s.log()
 	if err := s.placement.options(s.app, &o); err != nil {
 		return ref, nil, err
 	}

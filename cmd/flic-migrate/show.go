@@ -90,6 +90,7 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, armed
 	line("machine", "%s", dash(m.Machine))
 	line("guest uuid", "%s", dash(m.GuestUUID))
 	line("capabilities", "%s", dash(strings.Join(m.Capabilities, ", ")))
+	line("trust domain", "%s", dash(m.TrustDomain))
 	line("state when saved", "%s", dash(m.RunState))
 	if armed {
 		line("next", "armed")

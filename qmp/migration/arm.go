@@ -170,7 +170,7 @@ func isArmed(ctx context.Context, x qmp.Executor) (running, marked bool, err err
 	if err != nil {
 		return false, false, err
 	}
-	if leftIn(p) != LeftArmed {
+	if leftIn(p) != leftArmed {
 		return false, false, nil
 	}
 	info, err := Query(ctx, x)
@@ -228,8 +228,8 @@ func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 	}
 	d := &drive{x: x, redial: o.Redial, started: !o.Ended}
 	switch leftIn(p) {
-	case LeftArmed:
-	case LeftStopped:
+	case leftArmed:
+	case leftStopped:
 		d.was.Running = true // and so it is to be again
 	default:
 		return nil

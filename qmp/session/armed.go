@@ -97,10 +97,11 @@ type armedEncoding struct {
 	SegmentPages  int          `json:"segment_pages"`
 	Workers       int          `json:"workers"`
 	Parent        string       `json:"parent"` // save.Options.Parent
+	TrustDomain   string       `json:"trust_domain,omitempty"`
 }
 
 func encodingOf(o save.Options) (e armedEncoding, err error) {
-	e = armedEncoding{o.NVRAM, o.NVRAMSize, o.VolatileNVRAM, o.SampleSize, o.Energy, o.Battery, o.Codec, o.SegmentPages, o.Workers, o.Parent}
+	e = armedEncoding{o.NVRAM, o.NVRAMSize, o.VolatileNVRAM, o.SampleSize, o.Energy, o.Battery, o.Codec, o.SegmentPages, o.Workers, o.Parent, o.TrustDomain}
 	if e.Parent == "" {
 		e.Parent = save.ParentAuto
 	}
@@ -112,7 +113,7 @@ func encodingOf(o save.Options) (e armedEncoding, err error) {
 
 func (e armedEncoding) options() save.Options {
 	return save.Options{NVRAM: e.NVRAM, NVRAMSize: e.NVRAMSize, VolatileNVRAM: e.VolatileNVRAM, SampleSize: e.SampleSize,
-		Energy: e.Energy, Battery: e.Battery, Codec: e.Codec, SegmentPages: e.SegmentPages, Workers: e.Workers, Parent: e.Parent}
+		Energy: e.Energy, Battery: e.Battery, Codec: e.Codec, SegmentPages: e.SegmentPages, Workers: e.Workers, Parent: e.Parent, TrustDomain: e.TrustDomain}
 }
 
 // armedConfig is all that the process is told by who starts it.

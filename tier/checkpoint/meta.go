@@ -40,6 +40,9 @@ type Identity struct {
 	PageSize int       `json:"page_size"`           // bytes
 	RAMBytes uint64    `json:"ram_bytes"`           // of all RAM blocks
 	NVRAM    *NVRAM    `json:"nvram,omitempty"`
+	// TrustDomain is whose pages it may have in common with others; empty: its own VM's
+	// alone, as of earlier versions.
+	TrustDomain string `json:"trust_domain,omitempty"`
 
 	// References are the checkpoints whose images have bytes of this one's pages,
 	// in the order of the REFERENCES frame, which says which bytes.
@@ -54,7 +57,7 @@ type Identity struct {
 // Digests is what must be known to check a page by its digest (package digest).
 type Digests struct {
 	Algorithm digest.Algorithm `json:"algorithm"`
-	// Key is made for a VM's first checkpoint and handed on, so that digests compare.
+	// Key is the trust domain's when a VM begins, and handed on, so that digests compare.
 	Key  digest.Key  `json:"key,omitzero"`
 	Root digest.Root `json:"root"` // of the table of DIGESTS
 }

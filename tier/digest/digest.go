@@ -15,8 +15,9 @@
 // A guest chooses its pages. If it could find two that have one digest, a checkpoint
 // would give one for the other. With a key that it does not know it can't look for
 // them, and the chance to hit two by writing pages is below 2^-119 a pair: GMAC of 256
-// blocks of 16 bytes is a polynomial of degree 257 over GF(2^128). The key is made
-// with a VM's first checkpoint and inherited, so that digests compare; it lies in
+// blocks of 16 bytes is a polynomial of degree 257 over GF(2^128). The key is
+// that of the VM's trust domain, and inherited from checkpoint to checkpoint, so that
+// digests compare; it lies in
 // images, which hold the guest's memory anyway.
 //
 // GMAC with one nonce for all pages gives its key away to who sees some pages with

@@ -85,6 +85,9 @@ func openParent(ctx context.Context, st *store.Store, tx *store.Tx, o Options, w
 		}
 	}
 	p, err := newParent(ctx, st, tx, ref, o.Log, workers)
+	if err == nil {
+		err = o.trusts(p.c.Meta.TrustDomain)
+	}
 	switch {
 	case err == nil:
 		return p, nil
@@ -97,6 +100,20 @@ func openParent(ctx context.Context, st *store.Store, tx *store.Tx, o Options, w
 	}
 	o.Log.Warn("the checkpoint before can't be referred to, so all is stored anew", "error", err)
 	return nil, nil
+}
+
+// trusts tells whether a checkpoint of a trust domain can be the parent. Those of earlier
+// versions are in none, and one that is to be in the default domain goes on from them.
+func (o *Options) trusts(domain string) error {
+	switch o.TrustDomain {
+	case "", domain:
+		return nil
+	case store.DefaultDomain:
+		if domain == "" {
+			return nil
+		}
+	}
+	return fmt.Errorf("its trust domain is %q, and this one's is to be %q", domain, o.TrustDomain)
 }
 
 // errNoDigests: a checkpoint says nothing by which its pages can be known.

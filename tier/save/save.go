@@ -56,6 +56,10 @@ type Options struct {
 	// Since is the checkpoint that the guest goes on from, if that is known: ParentAuto
 	// takes it rather than the newest.
 	Since store.Ref
+	// TrustDomain is whose pages the checkpoint may have in common with others; empty: the
+	// parent's, or else that of the VM's newest checkpoint, or else store.DefaultDomain. A
+	// parent of another domain is none. To has none.
+	TrustDomain string
 
 	// Disks are disk images that pages are looked for in, as OpenDisks gives them; they
 	// stay open until the save has ended. To looks in none.
@@ -102,6 +106,11 @@ const tableChunk = 32 << 10
 func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Options) (store.Ref, *checkpoint.Meta, error) {
 	s := newSaver(ctx, fsys, st, in, o)
 	return s.run(func() (err error) {
+		if o.TrustDomain != "" {
+			if err := store.CheckDomain(o.TrustDomain); err != nil {
+				return err
+			}
+		}
 		if s.out.tx, err = st.Begin(ctx, o.VM); err != nil {
 			return err
 		}
@@ -300,7 +309,7 @@ func (s *saver) open() error {
 }
 
 // openParent opens the checkpoint that this one may refer to. Digests are its digests'
-// like, so that they compare.
+// like, so that they compare; without one they are those of the trust domain.
 func (s *saver) openParent() (err error) {
 	if s.par, err = openParent(s.ctx, s.st, s.out.tx, s.o, s.o.workers()); err != nil {
 		return err
@@ -310,17 +319,39 @@ func (s *saver) openParent() (err error) {
 	}
 	switch {
 	case s.par != nil:
-		s.out.hash = s.par.sums.Hasher
+		s.out.hash, s.meta.TrustDomain = s.par.sums.Hasher, s.par.c.Meta.TrustDomain
 		s.out.features.Incompat |= image.HasDeltas | image.HasReferences | image.HasPieces
 		if s.par.c.Meta.Disks > 0 {
 			s.out.features.Incompat |= image.HasDisks
 		}
-	case len(s.o.Disks) > 0:
-		// One digest then tells of a page all that there is to know.
-		s.out.hash = s.o.Disks[0].Index.Digester()
 	default:
-		s.out.hash = digest.Fresh()
+		return s.trust()
 	}
+	return nil
+}
+
+// trust finds out which trust domain the checkpoint begins in, and how that makes digests.
+// What goes wrong with it costs no save: the checkpoint is then in none.
+func (s *saver) trust() (err error) {
+	domain := s.o.TrustDomain
+	if domain == "" {
+		domain, err = s.st.DomainOf(s.ctx, s.o.VM)
+	}
+	if domain == "" {
+		domain = store.DefaultDomain // it begins anew after those of earlier versions
+	}
+	if err == nil {
+		s.out.hash, err = s.st.Trust(s.ctx, domain)
+	}
+	if s.ctx.Err() != nil {
+		return context.Cause(s.ctx)
+	}
+	if err != nil {
+		s.o.Log.Warn("no other VM will have pages in common with the checkpoint", "error", err)
+		s.out.hash = digest.Fresh()
+		return nil
+	}
+	s.meta.TrustDomain = domain
 	return nil
 }
 

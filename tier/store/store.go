@@ -10,6 +10,7 @@
 //	├── loose/UUID.json            an image outside of the store (loose.go)
 //	├── armed/NAME.json            a checkpoint that is armed (armed.go)
 //	├── disks/                     indexes of disk images (package disk)
+//	├── share/DOMAIN/              a trust domain's key (trust.go)
 //	└── vms/NAME/
 //	    ├── 00000001.flic          checkpoint 1: a flash image (package image)
 //	    ├── 00000001.UUID.1.moved  what was moved of its NVRAM part to flash (demote.go)
@@ -65,6 +66,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -161,7 +163,7 @@ func (s *Store) create(ctx context.Context) error {
 	if err := s.checkEmpty(ctx); err != nil {
 		return err
 	}
-	for _, folder := range []string{"", tmpFolder, nvramFolder, vmsFolder} {
+	for _, folder := range []string{"", tmpFolder, nvramFolder, domainFolder(DefaultDomain), vmsFolder} {
 		if err := s.dir.Mkdir(ctx, folder); err != nil {
 			return err
 		}
@@ -177,6 +179,10 @@ func (s *Store) create(ctx context.Context) error {
 	}
 	at, err := s.place(ctx)
 	if err != nil {
+		return err
+	}
+	// A save that fails is to leave nothing, so that this is not for the first one to make.
+	if err := s.writeDomain(ctx, DefaultDomain, digest.Fresh()); err != nil {
 		return err
 	}
 	if err := s.writeSealed(ctx, storeFile, storeDoc{formatName, Version, uuid.New(), at}); err != nil {

@@ -163,6 +163,7 @@ func (m *made) generation(st *store.Store, n int) Checkpoint {
 	b.pages()
 	meta := *c.Meta
 	meta.VM, meta.Number, meta.UUID, meta.Created = tx.Ref().VM, tx.Ref().N, tx.UUID(), h.Created
+	meta.TrustDomain = "" // as of earlier versions: the key is nobody else's
 	if b.region != nil && len(b.slots) > 0 {
 		m.check(b.region.Sync())
 		part := checkpoint.NVRAMPart{Extents: b.region.Extents(), Slots: b.slots}
