@@ -6,14 +6,31 @@ FUZZTIMES ?= 1
 # SUITES="trixie forky".
 SUITES ?=
 SUITE ?= host
+# Where make install puts things, below DESTDIR if that is set.
+PREFIX ?= /usr/local
+DESTDIR ?=
 
-.PHONY: all build test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean
+.PHONY: all build pages install deb rpm test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean
 
 all: build
 
 # Without cgo: one static binary, which the dynamic linker does not hold up.
 build:
+	@GO=$(GO) scripts/deps go
 	CGO_ENABLED=0 $(GO) build -o bin/flic-migrate ./cmd/flic-migrate
+
+# Man pages, and the settings file with every key, made of the verbs themselves.
+pages:
+	@GO=$(GO) scripts/deps go
+	$(GO) test ./cmd/flic-migrate -count=1 -run '^TestPages$$' -pages $(CURDIR)/bin/pages
+
+# After make build pages, which need no root.
+install:
+	scripts/package/install $(PREFIX) $(DESTDIR)
+
+# Packages, into bin/packages.
+deb rpm: build pages
+	GO=$(GO) scripts/package/build $@
 
 # Installs what is missing, then runs every test, those with a real QEMU
 # included, on the system's and on those of the suites, a short fuzz run of each
@@ -28,6 +45,7 @@ test:
 check: lint race
 
 lint:
+	@GO=$(GO) scripts/deps go
 	@fmt=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$fmt" ] || { echo "not gofmt'ed: $$fmt"; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...

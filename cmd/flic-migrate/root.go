@@ -176,10 +176,13 @@ func describe(c *cobra.Command) {
 	if c.Long == "" {
 		c.Long = c.Short + "."
 	}
-	c.Long += "\n\nEvery flag can also be given as an environment variable (--nvram-size as\n" +
-		"FLIC_NVRAM_SIZE) or in the configuration file (nvram-size = \"4G\"); a flag wins\n" +
-		"over the environment, and the environment over the file.\n\n" + exitHelp
+	c.Long += "\n\n" + settingsHelp + "\n\n" + exitHelp
 }
+
+// settingsHelp stands in every command's help.
+const settingsHelp = `Every flag can also be given as an environment variable (--nvram-size as
+FLIC_NVRAM_SIZE) or in the configuration file (nvram-size = "4G"); a flag wins
+over the environment, and the environment over the file.`
 
 // namingArgs lets what checks a verb's arguments say how the verb is called. Cobra's own
 // words count arguments and name none.
