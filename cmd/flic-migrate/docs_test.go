@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/flic-migrate/flic-migrate/qmp/doctor"
 	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
 	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -152,7 +153,7 @@ func TestDocsJSON(t *testing.T) {
 	}
 	for name, v := range map[string]any{
 		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "show": showDoc{}, "flatten": flattenReport{}, "verify": verifyEntry{},
-		"rm": rmEntry{}, "prune": pruneEntry{}, "memory": coredump.Report{}, "diff": diffDoc{}, "gc": gcReport{}, "replay": replay.Result{}, "dump": dumpDoc{}, "disk index": diskEntry{}, "disk rm": diskRemoved{}, "resume": resumeReport{}, "track": rounds.Report{}, "checkpoint": checkpointReport{},
+		"rm": rmEntry{}, "prune": pruneEntry{}, "memory": coredump.Report{}, "diff": diffDoc{}, "gc": gcReport{}, "doctor": doctor.Finding{}, "replay": replay.Result{}, "dump": dumpDoc{}, "disk index": diskEntry{}, "disk rm": diskRemoved{}, "resume": resumeReport{}, "track": rounds.Report{}, "checkpoint": checkpointReport{},
 	} {
 		fields(reflect.TypeOf(v), "", func(field string) {
 			t.Errorf("docs/cli.md does not explain %s in the JSON of %s", field, name)

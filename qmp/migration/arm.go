@@ -170,7 +170,7 @@ func isArmed(ctx context.Context, x qmp.Executor) (running, marked bool, err err
 	if err != nil {
 		return false, false, err
 	}
-	if leftIn(p) != leftArmed {
+	if leftIn(p) != LeftArmed {
 		return false, false, nil
 	}
 	info, err := Query(ctx, x)
@@ -228,8 +228,8 @@ func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 	}
 	d := &drive{x: x, redial: o.Redial, started: !o.Ended}
 	switch leftIn(p) {
-	case leftArmed:
-	case leftStopped:
+	case LeftArmed:
+	case LeftStopped:
 		d.was.Running = true // and so it is to be again
 	default:
 		return nil

@@ -73,6 +73,22 @@ func loads(saved []string, lazy bool) func(name string, was bool) bool {
 	}
 }
 
+// harmful are capabilities with which a save that somebody starts with migrate "exec:…"
+// fails, or lacks a part of the memory. Checkpoint and Resume switch them off meanwhile.
+var harmful = []string{"background-snapshot", "block", "mapped-ram", "multifd", "pause-before-switchover", "postcopy-preempt",
+	"postcopy-ram", "release-ram", "switchover-ack", "x-colo", "x-ignore-shared", "zero-copy-send"}
+
+// Harmful names the capabilities of a QEMU that are on and that a save does not go with.
+func Harmful(ctx context.Context, x qmp.Executor) (on []string, err error) {
+	have, err := Capabilities(ctx, x)
+	for _, name := range harmful {
+		if have[name] {
+			on = append(on, name)
+		}
+	}
+	return on, err
+}
+
 // checkCapabilities finds out whether QEMU knows the capabilities that the saved one
 // names.
 func (a *adjusted) checkCapabilities(saved []string) error {

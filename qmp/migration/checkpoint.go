@@ -223,7 +223,7 @@ func (c *checkpointer) check(ctx context.Context) error {
 			return fmt.Errorf("%w: it is too old", ErrBackground)
 		}
 	}
-	if c.settings.left != leftNothing {
+	if c.settings.left != LeftNothing {
 		c.warn("an earlier run was killed: the migration settings will be QEMU's defaults")
 	}
 	info, err := Query(ctx, c.x)

@@ -76,13 +76,13 @@ func (d *drive) prepare(ctx context.Context, need func(string, bool) bool, durin
 	if err != nil {
 		return err
 	}
-	if d.settings.left != leftNothing && info.Status == StatusPreSwitchover {
+	if d.settings.left != LeftNothing && info.Status == StatusPreSwitchover {
 		if info, err = d.cancelLeft(ctx); err != nil {
 			return err
 		}
 	}
 	if info.Status.goesOn() {
-		if d.settings.left == leftArmed {
+		if d.settings.left == LeftArmed {
 			return ErrArmed
 		}
 		return fmt.Errorf("%w (it is %s)", ErrMigrating, info.Status)
@@ -90,7 +90,7 @@ func (d *drive) prepare(ctx context.Context, need func(string, bool) bool, durin
 	if d.was, err = qmp.QueryStatus(ctx, d.x); err != nil {
 		return err
 	}
-	if d.settings.left == leftStopped && !d.was.Running {
+	if d.settings.left == LeftStopped && !d.was.Running {
 		return d.runLeft(ctx)
 	}
 	return nil
@@ -121,7 +121,7 @@ func (d *drive) runLeft(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if leftIn(p) == leftStopped {
+	if leftIn(p) == LeftStopped {
 		if err := cont(ctx, d.x); err != nil {
 			return err
 		}

@@ -21,7 +21,7 @@ func PutRight(ctx context.Context, x qmp.Executor) error {
 	d := &drive{x: x}
 	p, err := Parameters(ctx, x)
 	left := leftIn(p)
-	if err != nil || left == leftNothing || left == leftArmed {
+	if err != nil || left == LeftNothing || left == LeftArmed {
 		return err
 	}
 	info, err := Query(ctx, x)
@@ -47,6 +47,6 @@ func PutRight(ctx context.Context, x qmp.Executor) error {
 	if err != nil || d.settings.left != left {
 		return err
 	}
-	d.was.Running = left == leftStopped
+	d.was.Running = left == LeftStopped
 	return d.end(ctx)
 }

@@ -17,7 +17,7 @@ type settings struct {
 	have             map[string]bool // all capabilities QEMU knows
 	on, off          map[string]bool // capabilities: needed, before
 	during, formerly map[string]any  // parameters: needed, before
-	left             leftover
+	left             Leftover
 }
 
 // The value of max-bandwidth while a migration of ours is prepared or runs. It
@@ -29,27 +29,34 @@ const (
 	stoppedBandwidth       = ourBandwidth + 1
 )
 
-// leftover is what a killed process of ours has left of itself.
-type leftover int
+// Leftover is what a killed process of ours has left of itself.
+type Leftover int
 
 const (
-	leftNothing  leftover = iota
-	leftSettings          // settings that were not the user's
-	leftStopped           // and a guest that we stopped and should have let run
-	leftArmed             // settings, and a migration if the process that has its stream lives
+	LeftNothing  Leftover = iota
+	LeftSettings          // settings that were not the user's
+	LeftStopped           // and a guest that we stopped and should have let run
+	LeftArmed             // settings, and a migration if the process that has its stream lives
 )
 
 // leftIn reads it from QEMU's parameters.
-func leftIn(parameters map[string]json.RawMessage) leftover {
+func leftIn(parameters map[string]json.RawMessage) Leftover {
 	switch string(parameters["max-bandwidth"]) {
 	case fmt.Sprint(ourBandwidth):
-		return leftSettings
+		return LeftSettings
 	case fmt.Sprint(stoppedBandwidth):
-		return leftStopped
+		return LeftStopped
 	case fmt.Sprint(armedBandwidth):
-		return leftArmed
+		return LeftArmed
 	}
-	return leftNothing
+	return LeftNothing
+}
+
+// LeftBehind tells what a process of ours has left in a QEMU: one that was killed, or one
+// that is at work now.
+func LeftBehind(ctx context.Context, x qmp.Executor) (Leftover, error) {
+	p, err := Parameters(ctx, x)
+	return leftIn(p), err
 }
 
 // QEMU's defaults (migration/migration.c), for settings whose former values
@@ -85,13 +92,13 @@ func planSettings(ctx context.Context, x qmp.Executor, need func(name string, is
 		s.formerly[name] = was
 	}
 	s.left = leftIn(parameters)
-	if s.left != leftNothing {
+	if s.left != LeftNothing {
 		s.formerly["max-bandwidth"] = defaultBandwidth
 		s.formerly["downtime-limit"] = defaultDowntime
 	}
 	for name, is := range s.have {
 		was := is
-		if s.left != leftNothing && slices.Contains(ourCapabilities, name) {
+		if s.left != LeftNothing && slices.Contains(ourCapabilities, name) {
 			was = false
 		}
 		if want := need(name, is); want != is || want != was {

@@ -1,6 +1,7 @@
 package preflight
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"path/filepath"
@@ -8,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/ramparse"
 )
@@ -38,8 +40,8 @@ func (c *check) memory() error {
 			c.refuse("RAM block %s of %d bytes is missing%s", want.Name, want.Used, hint(want.Name))
 		case b.Used != want.Used && !resizable(want.Name):
 			c.refuse("RAM block %s has %d bytes, %d were saved%s", want.Name, b.Used, want.Used, use(want))
-		case b.PageSize != 0 && b.PageSize != lazyPage:
-			c.eager("RAM block %s has pages of %d KiB", want.Name, b.PageSize>>10)
+		default:
+			c.pageSize(b)
 		}
 	}
 	var more []string
@@ -52,6 +54,29 @@ func (c *check) memory() error {
 		c.eager("this QEMU has RAM that was not saved and that a lazy restore would empty: %s", strings.Join(more, ", "))
 	}
 	return nil
+}
+
+// pageSize looks at a block's pages as QEMU maps them.
+func (c *check) pageSize(b ramparse.Block) {
+	if b.PageSize != 0 && b.PageSize != lazyPage {
+		c.eager("RAM block %s has pages of %d KiB", b.Name, b.PageSize>>10)
+	}
+}
+
+// NotLazy tells why the memory of a QEMU, saved and restored in one that is started
+// likewise, can't be restored lazily; nil if nothing is known of that. pid is QEMU's
+// process, 0 if it is not known.
+func NotLazy(ctx context.Context, x qmp.Executor, pid int) (why []string, err error) {
+	blocks, err := migration.RAMBlocks(ctx, x)
+	if err != nil {
+		return nil, err
+	}
+	c := &check{ctx: ctx, x: x, saved: Saved{Blocks: blocks}, o: Options{PID: pid}}
+	for _, b := range blocks {
+		c.pageSize(b)
+	}
+	err = c.backends()
+	return c.notLazy, err
 }
 
 // use is what to do about a block of the wrong size. Main memory is called pc.ram,

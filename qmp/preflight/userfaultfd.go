@@ -12,6 +12,16 @@ import (
 // ErrUserfaultfd: a QEMU of this user may not use userfaultfd.
 var ErrUserfaultfd = errors.New("QEMU can't restore lazily: it may not use userfaultfd (set sysctl vm.unprivileged_userfaultfd=1, or, with QEMU 8.1 or later, give its user /dev/userfaultfd)")
 
+// OwnUserfaultfd tells why a process of this user may not use userfaultfd, by trying; QEMU
+// may be one.
+func OwnUserfaultfd() error {
+	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK, 0, 0)
+	if errno == 0 {
+		return unix.Close(int(fd))
+	}
+	return fmt.Errorf("userfaultfd: %w: QEMU can't restore lazily (set sysctl vm.unprivileged_userfaultfd=1, or, with QEMU 8.1 or later, give it /dev/userfaultfd, or CAP_SYS_PTRACE)", errno)
+}
+
 const (
 	userfaultfdSysctl = "/proc/sys/vm/unprivileged_userfaultfd"
 	userfaultfdDevice = "/dev/userfaultfd"

@@ -9,9 +9,8 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/preflight"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -124,7 +123,7 @@ func Lazily(mode migration.LazyMode, c *store.Checkpoint) (yes bool, why string,
 		// expects.
 		return false, "", nil
 	}
-	if err := userfaultfd(); err != nil {
+	if err := preflight.OwnUserfaultfd(); err != nil {
 		return false, err.Error(), nil
 	}
 	return true, "", nil
@@ -135,14 +134,4 @@ func Lazily(mode migration.LazyMode, c *store.Checkpoint) (yes bool, why string,
 func parentHasPostcopy() bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", os.Getppid()))
 	return err == nil && strings.Contains(string(b), "migration.x-postcopy-ram=on")
-}
-
-// userfaultfd tells why a process of this user may not use userfaultfd; QEMU
-// is one.
-func userfaultfd() error {
-	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK, 0, 0)
-	if errno == 0 {
-		return unix.Close(int(fd))
-	}
-	return fmt.Errorf("userfaultfd: %w: QEMU can't restore lazily (set sysctl vm.unprivileged_userfaultfd=1, or, with QEMU 8.1 or later, give it /dev/userfaultfd, or CAP_SYS_PTRACE)", errno)
 }

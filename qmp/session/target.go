@@ -75,6 +75,9 @@ func (t Target) dial(ctx context.Context, o qmp.Options) (*qmp.Monitor, error) {
 	return qmp.Dial(ctx, t.QMP, o)
 }
 
+// Monitor connects to the target's monitor, for questions; the caller closes it.
+func (t Target) Monitor(ctx context.Context) (*qmp.Monitor, error) { return t.dial(ctx, qmp.Options{}) }
+
 // describe returns what libvirt needs to start the domain again, nil for a QEMU
 // that is not libvirt's.
 func (t Target) describe(ctx context.Context) (*checkpoint.Libvirt, error) {
