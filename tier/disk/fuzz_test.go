@@ -40,6 +40,9 @@ func walk(t testing.TB, b []byte) error {
 		if n <= 0 || n > q.size-off {
 			t.Fatalf("%d bytes from %d of %d", n, off, q.size)
 		}
+		if from, to := q.tables.find(off, min(n, q.cluster-off%q.cluster)); from < 0 || to < from || to-from > 3*q.cluster || from > int64(len(b)) {
+			t.Fatalf("what is at %d would be read ahead from %d to %d of a file of %d bytes", off, from, to, len(b))
+		}
 		if kind == ownData {
 			if err := q.read(p[:min(n, int64(len(p)))], off+max(0, n-int64(len(p)))); err != nil {
 				return err

@@ -185,14 +185,6 @@ func (i *Image) Close() error {
 	return err
 }
 
-// WillNeed tells the kernel that a stretch of the disk will be read soon. It promises
-// nothing, and of a layer that is not raw, whose data lie anywhere, it tells nothing.
-func (i *Image) WillNeed(off, n int64) {
-	if i.id.Format == Raw {
-		unix.Fadvise(int(i.file.Fd()), off, n, unix.FADV_WILLNEED)
-	}
-}
-
 // backingName is the name and format of the file that the layer stands on; "" if there
 // is none.
 func (i *Image) backingName() (string, Format, error) {

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -86,6 +87,49 @@ func same(t *testing.T, i *Image, want []byte) {
 	}
 }
 
+// stored checks that what a layer would read ahead is what it has: of one that is not
+// compressed, the very bytes.
+func stored(t *testing.T, i *Image, compressed bool) {
+	t.Helper()
+	file, err := os.ReadFile(i.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	file = append(file, make([]byte, SectorSize)...) // QEMU fills the last sector up
+	calls := 0
+	for off := int64(0); ; {
+		from, to, err := i.ownRun(t.Context(), off)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		off = to
+		want := make([]byte, to-from)
+		if n, err := i.ReadAt(want, from); n < len(want) {
+			t.Fatal(err)
+		}
+		var got []byte
+		i.stored(from, to-from, func(at, n int64) {
+			calls++
+			switch {
+			case at <= 0 && i.Format() != Raw || n <= 0 || at+n > int64(len(file)) && !compressed:
+				t.Errorf("%d bytes at %d of a file of %d would be read ahead", n, at, len(file))
+			case !compressed:
+				got = append(got, file[at:at+n]...)
+			}
+		})
+		if !compressed && !bytes.Equal(got, want) {
+			t.Errorf("of %d bytes from %d on, %d others would be read ahead", len(want), from, len(got))
+		}
+	}
+	if calls == 0 {
+		t.Error("nothing would be read ahead")
+	}
+	i.stored(i.Size(), 1, func(at, n int64) { t.Errorf("%d bytes at %d, behind the disk", n, at) })
+}
+
 // TestImages reads what QEMU's own tools have written, alone and in chains.
 func TestImages(t *testing.T) {
 	for _, c := range []struct {
@@ -115,7 +159,7 @@ func TestImages(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			open(t, path, "", format, want)
+			stored(t, open(t, path, "", format, want), slices.Contains(c.base, "-c"))
 			if c.top == nil {
 				return
 			}
@@ -148,6 +192,8 @@ func TestImages(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer alone.Close()
+			stored(t, alone, false)
+			stored(t, i.Backing(), slices.Contains(c.base, "-c"))
 			if alone.Identity() != i.Identity() || alone.Backing() != nil {
 				t.Errorf("%+v, %+v", alone.Identity(), i.Identity())
 			}

@@ -34,6 +34,7 @@ type qcow2 struct {
 	cluster       int64 // bytes
 	backing       string
 	backingFormat string
+	tables        clusterTables
 }
 
 const (
@@ -127,6 +128,7 @@ func checkHeader(f io.ReaderAt, fileSize int64) (*qcow2, error) {
 	if l1At == 0 || l1At%uint64(q.cluster) != 0 || l1At > uint64(fileSize) || uint64(l1Size)*8 > uint64(fileSize)-l1At {
 		return nil, fmt.Errorf("qcow2 header: no L1 table at %d", l1At)
 	}
+	q.tables = clusterTables{file: f, fileSize: fileSize, bits: uint(clusterBits), l1At: int64(l1At), l1Size: int64(l1Size)}
 	if backingAt != 0 {
 		if backingLen == 0 || backingLen > maxBackingName || backingAt > uint64(q.cluster)-uint64(min(backingLen, uint32(q.cluster))) {
 			return nil, errors.New("qcow2 header: the backing file's name is out of the header")

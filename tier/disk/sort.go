@@ -6,7 +6,10 @@ import (
 	"context"
 	"encoding/binary"
 	"io"
+	"runtime"
 	"slices"
+	"sync"
+	"sync/atomic"
 
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
@@ -57,7 +60,7 @@ func (a *record) sameDigest(b *record) bool { return a.hi == b.hi && a.lo == b.l
 const bucketBits = 12
 
 // sortRecords sorts list. Digests are spread evenly, so a first pass by their first bits
-// does most of it; spare is as long.
+// does most of it, and the rest is done on all processors; spare is as long.
 func sortRecords(list, spare []record) []record {
 	var at [1<<bucketBits + 1]int
 	for i := range list {
@@ -72,9 +75,16 @@ func sortRecords(list, spare []record) []record {
 		spare[ends[b]] = list[i]
 		ends[b]++
 	}
-	for b := range 1 << bucketBits {
-		slices.SortFunc(spare[at[b]:at[b+1]], func(x, y record) int { return x.compare(&y) })
+	var next atomic.Int32
+	var alive sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		alive.Go(func() {
+			for b := next.Add(1) - 1; b < 1<<bucketBits; b = next.Add(1) - 1 {
+				slices.SortFunc(spare[at[b]:at[b+1]], func(x, y record) int { return x.compare(&y) })
+			}
+		})
 	}
+	alive.Wait()
 	return spare[:len(list)]
 }
 
