@@ -2,12 +2,14 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -199,5 +201,275 @@ func TestQEMUDiskSnapshot(t *testing.T) {
 	}
 	if out, err := resumes(t, l, filepath.Join(l.dir, "over2"), "qcow2", "vm@1"); err == nil {
 		t.Errorf("the disk of the second goes with the first: %s", out)
+	}
+}
+
+// writerDisk is the image of a file system with a shell, and a file of so many MiB in the
+// folder some.
+func writerDisk(t *testing.T, l *lab, mib int) (base string) {
+	t.Helper()
+	root := filepath.Join(l.dir, "root")
+	for _, dir := range []string{"bin", "tmp", "proc", "dev", "some"} {
+		ok(t, os.MkdirAll(filepath.Join(root, dir), 0o755))
+	}
+	busybox, err := exec.LookPath("busybox")
+	if err != nil {
+		t.Fatalf("%v; run: scripts/deps guest", err)
+	}
+	img(t, "cp", busybox, filepath.Join(root, "bin/busybox"))
+	for _, name := range []string{"sh", "mount", "dd", "sync", "sleep"} {
+		ok(t, os.Symlink("busybox", filepath.Join(root, "bin", name)))
+	}
+	ok(t, os.WriteFile(filepath.Join(root, "some/file"), noise(mib<<20/4096), 0o644))
+	base = filepath.Join(l.dir, "base")
+	img(t, "/sbin/mkfs.ext4", "-q", "-b", "4096", "-d", root, base, "48M")
+	return base
+}
+
+// writing makes a guest with a writerDisk write to it, on and on.
+const writing = "run mount -o remount,rw /dev/vda /; while :; do dd if=/dev/urandom of=/some/written bs=64k count=32 conv=fsync; done"
+
+// TestQEMUDiskWrites saves a guest that writes to its disk all the time, live: what is on
+// the image under its disk is left out, memory and disk belong together, and the guest goes
+// on writing. Once it has run on, or was booted between, its memory is refused.
+func TestQEMUDiskWrites(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	base, top := writerDisk(t, l, 4), filepath.Join(l.dir, "top")
+	img(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top)
+	indexed(t, l, top)
+	c := q35.linux(qemutest.LiveMemory, "flic.fill=8 flic.dirty=20 flic.read=/some")
+	c.Args = []string{"-drive", "if=virtio,format=qcow2,file=" + top}
+	written := func() (at int64) {
+		fi, err := os.Stat(top)
+		ok(t, err)
+		return fi.ModTime().UnixNano()
+	}
+	writes := func(vm *qemutest.VM) {
+		t.Helper()
+		for range 2 {
+			before := written()
+			until(t, "the guest's writing", func() bool { return written() != before })
+		}
+	}
+	vm := qemutest.Start(t, c)
+	vm.WaitFor(t, `flic ready`)
+	if answer := vm.Ask(t, writing); answer != "ok" {
+		t.Fatal(answer)
+	}
+	writes(vm)
+	l.run(t, "checkpoint", "--qmp", vm.Socket, "--mode", "live", "--then", "pause", "vm")
+	want, tick := ram(t, ctx, vm), lastTick(t, vm.Console(), 10)
+	m := l.show(t, "vm")
+	if m.Report.Disk < 900 || len(m.Report.Disks) != 1 || m.Report.Disks[0].Path != base {
+		t.Errorf("%d pages are on disk: %+v", m.Report.Disk, m.Report.Disks)
+	}
+	ok(t, vm.Quit(ctx))
+
+	resume := func() *qemutest.VM {
+		t.Helper()
+		vm := qemutest.Start(t, destination(c, "defer"))
+		l.run(t, "resume", "--qmp", vm.Socket, "--paused", "vm")
+		if diff := qemutest.DiffRAM(want, ram(t, ctx, vm)); diff != "" {
+			t.Error(diff)
+		}
+		return vm
+	}
+	told := func(what string) {
+		t.Helper()
+		vm := qemutest.Start(t, destination(c, "defer"))
+		defer vm.Kill()
+		out, err := exec.Command("flic-migrate", "resume", "--store", l.store, "--qmp", vm.Socket, "vm").CombinedOutput()
+		if err == nil || !strings.Contains(string(out), top+" was written to") || !strings.Contains(string(out), "--force") {
+			t.Errorf("%s: %v: %s", what, err, out)
+		}
+		state(t, vm, "inmigrate")
+	}
+	// What was being written goes on being written.
+	vm = resume()
+	goesOn(t, ctx, vm, tick, 10)
+	writes(vm)
+	checks(t, vm)
+	// It has not lost what it has of its disk either.
+	if answer := vm.Ask(t, "read some/file"); answer != "4194304" {
+		t.Errorf("read %s", answer)
+	}
+	l.run(t, "checkpoint", "--qmp", vm.Socket, "--then", "pause", "vm")
+	want = ram(t, ctx, vm)
+	ok(t, vm.Quit(ctx))
+	vm = resume()
+	goesOn(t, ctx, vm, tick, 10)
+	writes(vm)
+	ok(t, vm.Quit(ctx))
+	told("it ran on")
+
+	vm = qemutest.Start(t, c)
+	vm.WaitFor(t, `flic ready`)
+	l.run(t, "checkpoint", "--qmp", vm.Socket, "--then", "quit", "vm")
+	vm = qemutest.Start(t, c)
+	vm.WaitFor(t, `flic ready`)
+	vm.Ask(t, writing)
+	writes(vm)
+	ok(t, vm.Quit(ctx))
+	told("it was booted")
+}
+
+// TestArmedDisks: the armed process looks for pages on the disks, records what they are, and
+// has them frozen when that is asked for. If an image changes while it waits, an ordinary
+// checkpoint is made.
+func TestArmedDisks(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	content := noise(2048)
+	base, top := filepath.Join(l.dir, "base"), filepath.Join(l.dir, "top")
+	ok(t, os.WriteFile(base, content, 0o600))
+	img(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top)
+	indexed(t, l, top)
+	c := q35.tiny(t, qemutest.LiveMemory, content, 4)
+	c.Args = append(c.Args, "-drive", "file="+top+",format=qcow2,if=none,id=d", "-device", "virtio-blk-pci,drive=d,id=vd")
+	vm := qemutest.Start(t, c)
+	vm.WaitFor(t, `tick 00000002\r`)
+	// All pages are placed anew each time.
+	all := []string{"--parent", "none"}
+	rep := l.checkpoint(t, vm, append(all, "--arm")...)
+	for _, how := range [][]string{{"--arm"}, {"--disks", "snapshot", "--arm"}, {"--disks", "snapshot", "--then", "pause"}} {
+		note := l.isArmed(t, vm)
+		runsOn(t, vm)
+		rep = l.checkpoint(t, vm, append(all, how...)...)
+		// The guest changes the last quarter.
+		if !rep.Armed || rep.Save.Disk < 1536 || len(rep.Save.Disks) != 1 || rep.Save.Disks[0].Path != base || len(rep.Warnings) > 0 {
+			t.Fatalf("%v: %+v, %+v", how, rep, rep.Save)
+		}
+		m := l.show(t, rep.Checkpoint)
+		snapshot := how[0] == "--disks"
+		if len(m.VMDisks) != 1 || m.VMDisks[0].Layers[0].Path != top || m.VMDisks[0].Frozen != snapshot || len(rep.Snapshots) == 1 != snapshot {
+			t.Errorf("%v: %+v, and snapshots %+v", how, m.VMDisks, rep.Snapshots)
+		}
+		if snapshot {
+			top = rep.Snapshots[0].Now
+		}
+		if note.PID == rep.ArmedProcess {
+			t.Errorf("%v: process %d has the next one as well", how, note.PID)
+		}
+	}
+	l.shadow(t, ctx, vm, rep.Checkpoint)
+	ok(t, qmp.Cont(ctx, vm.QMP))
+	runsOn(t, vm)
+
+	rep = l.checkpoint(t, vm, append(all, "--arm")...)
+	l.isArmed(t, vm)
+	f, err := os.OpenFile(base, os.O_WRONLY, 0)
+	ok(t, err)
+	_, err = f.WriteAt([]byte{content[0] + 1}, 0)
+	ok(t, err)
+	ok(t, f.Close())
+	out, err := exec.Command("flic-migrate", "checkpoint", "--store", l.store, "--qmp", vm.Socket, "--then", "pause", "--parent", "none", "vm").CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "disk image "+base+" was written to") {
+		t.Errorf("%v: %s", err, out)
+	}
+	if m := l.show(t, "vm"); m.Report.Disk != 0 {
+		t.Errorf("pages on a disk that has changed: %+v", m.Report)
+	}
+	l.shadow(t, ctx, vm, "vm")
+}
+
+// TestDomainSnapshot has libvirt freeze the disks of a domain with its checkpoints, ordinary
+// and armed ones, and goes back to the first on an overlay.
+func TestDomainSnapshot(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "disk.qcow2")
+	img(t, "qemu-img", "create", "-q", "-f", "qcow2", file, "4M")
+	img(t, "qemu-io", "-f", "qcow2", "-c", "write -P 5 0 64k", file)
+	d := newDomainLab(t, "web1", qemutest.Linux, "flic.fill=8 flic.dirty=10", 0, file)
+	vm := d.attach(t)
+	vm.WaitFor(t, `flic ready`)
+	before := settings(t, vm)
+	on := func() string {
+		t.Helper()
+		return strings.Fields(d.Do(t, "domblklist", d.name))[1]
+	}
+	writes := func(pattern int) {
+		t.Helper()
+		d.Do(t, "qemu-monitor-command", d.name, "--hmp", fmt.Sprintf(`qemu-io -d virtio-disk0/virtio-backend "write -P %d 0 64k"`, pattern))
+	}
+	has := func(path string, pattern int) {
+		t.Helper()
+		img(t, "qemu-io", "-r", "-U", "-f", "qcow2", "-c", fmt.Sprintf("read -P %d 0 64k", pattern), path)
+	}
+	var files []string // what each checkpoint goes with
+	for _, how := range []string{"", "--arm", "--then=pause"} {
+		was := on()
+		args := []string{"--disks", "snapshot", "--json", "vm"}
+		if how != "" {
+			args = append(args, how)
+		}
+		var rep checkpointReport
+		ok(t, json.Unmarshal([]byte(d.on(t, "checkpoint", args...)), &rep))
+		if len(rep.Snapshots) != 1 || rep.Snapshots[0].Frozen != was || rep.Snapshots[0].Now != on() || rep.Armed != (how == "--then=pause") {
+			t.Fatalf("%s: %+v; the domain writes to %s", how, rep, on())
+		}
+		if m := d.show(t, rep.Checkpoint); len(m.VMDisks) != 1 || !m.VMDisks[0].Frozen || m.VMDisks[0].Layers[0].Path != was || !strings.Contains(m.Libvirt.XML, was) {
+			t.Errorf("%s: %+v", how, m.VMDisks)
+		}
+		files = append(files, was)
+		if how == "--arm" {
+			d.isArmed(t, vm)
+		}
+		if how != "--then=pause" {
+			runsOn(t, vm)
+			writes(5 + len(files))
+		}
+	}
+	if after := settings(t, vm); after != before {
+		t.Errorf("settings were\n%s\nand are\n%s", before, after)
+	}
+	if names := d.Do(t, "snapshot-list", d.name, "--name"); names != "" {
+		t.Errorf("libvirt has snapshots: %s", names)
+	}
+	d.run(t, "verify", "--all")
+
+	for n, path := range files {
+		name := fmt.Sprintf("vm@%d", n+1)
+		d.gone(t)
+		out, err := d.command("resume", name).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), path+" was frozen with the checkpoint") {
+			t.Errorf("%s: %v: %s", name, err, out)
+		}
+		var rep resumeReport
+		ok(t, json.Unmarshal([]byte(d.on(t, "resume", "--overlay", "--json", name)), &rep))
+		if len(rep.Overlays) != 1 || rep.Overlays[0].Frozen != path || rep.Overlays[0].Now != on() {
+			t.Fatalf("%s: %+v; the domain writes to %s", name, rep, on())
+		}
+		vm = d.attach(t)
+		runsOn(t, vm)
+		checks(t, vm)
+		has(on(), 5+n)
+		writes(1)
+		if n == len(files)-1 {
+			d.on(t, "checkpoint", "vm")
+		}
+		d.Do(t, "destroy", d.name)
+		has(rep.Overlays[0].Now, 1)
+		has(path, 5+n)
+	}
+	// The last has frozen nothing. An overlay that is made in vain does not stay.
+	d.gone(t)
+	have, err := filepath.Glob(dir + "/*")
+	ok(t, err)
+	for name, says := range map[string]string{"vm@4": "no disk was frozen with the checkpoint", "vm@1": "another domain"} {
+		if name == "vm@1" {
+			// libvirt can't start it.
+			ok(t, os.Rename(file, file+".gone"))
+			says = file
+		}
+		out, err := d.command("resume", "--overlay", name).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), says) {
+			t.Errorf("%s: %v: %s", name, err, out)
+		}
+	}
+	ok(t, os.Rename(file+".gone", file))
+	if now, err := filepath.Glob(dir + "/*"); err != nil || len(now) != len(have) {
+		t.Errorf("there are %q, and there were %q; %v", now, have, err)
 	}
 }

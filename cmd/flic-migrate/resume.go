@@ -26,6 +26,7 @@ type resumeCmd struct {
 	paused   bool
 	recover  bool
 	force    bool
+	overlay  bool
 	print    bool
 	learn    time.Duration
 	stalled  time.Duration
@@ -55,7 +56,8 @@ QEMU in that state must not be told to stop or quit before; it would hang. A
 server that makes no progress is only reported: QEMU waits for it.
 
 With --domain libvirt starts the domain that checkpoint --domain has saved, as it
-was then; it must not be running, and need not be defined.
+was then; it must not be running, and need not be defined. --overlay is for one
+whose disks were frozen with the checkpoint: they stay as they are.
 
 With --print it prints the QMP commands instead, for those who drive QMP
 themselves.`,
@@ -73,6 +75,7 @@ themselves.`,
 	fs.BoolVar(&r.paused, "paused", false, "leave the guest paused, even if it ran when saved")
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died")
 	fs.BoolVar(&r.force, "force", false, "resume although vCPUs, devices or disks seem to be others than those that were saved")
+	fs.BoolVar(&r.overlay, "overlay", false, "with --domain: put a new overlay on each disk that was frozen with the checkpoint (checkpoint --disks snapshot), and go on in these")
 	fs.BoolVar(&r.print, "print", false, "print the QMP commands and do nothing")
 	fs.DurationVar(&r.learn, "learn", learnDefault, "lazy: hold back what the guest does not ask for until it asked for nothing for so long, to learn its working set")
 	fs.IntVar(&r.restarts, "restarts", 5, "with --qmp: how many times the process that serves the memory is started again if it dies")
@@ -84,6 +87,7 @@ themselves.`,
 	setKey(fs, "recover", "resume-recover")
 	setKey(fs, "paused", "resume-paused")
 	setKey(fs, "force", "resume-force")
+	setKey(fs, "overlay", "resume-overlay")
 	setKey(fs, "print", "resume-print")
 	return c
 }
@@ -124,7 +128,7 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	// saved had for what it replaces.
 	r.portable = restore.Portable(c.Checkpoint) == nil
 	o := session.ResumeOptions{
-		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover, Force: r.force,
+		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover, Force: r.force, Overlay: r.overlay,
 		Learn: r.learn, Restarts: r.restarts, Stalled: r.stalled,
 		Server: func(a session.ServerArgs) []string { return r.server(dir, c.Ref, a) },
 		Running: func(rep migration.ResumeReport) {
@@ -163,6 +167,10 @@ func (r *resumeCmd) check(name string) (store.Ref, error) {
 		return ref, errRecoverEager
 	case r.recover && ref.N == 0:
 		return ref, errRecoverWhich
+	case r.overlay && r.monitor.Domain == "":
+		return ref, usageError{errors.New("--overlay needs --domain: a QEMU of your own is started with overlays on its disks (qemu-img create -f qcow2 -b FILE -F FORMAT OVERLAY)")}
+	case r.overlay && r.recover:
+		return ref, usageError{errors.New("--overlay with --recover: the guest has its disks already")}
 	}
 	return ref, r.monitor.check()
 }
@@ -249,6 +257,9 @@ func (r *resumeCmd) show(doc resumeReport, failed error) error {
 	}
 	fmt.Fprintf(r.stderr, "flic-migrate: %s: restored %s: %s after %d ms, all memory after %d ms\n",
 		doc.Checkpoint, how, doc.State, doc.Running.Milliseconds(), doc.Resident.Milliseconds())
+	for _, s := range doc.Overlays {
+		fmt.Fprintf(r.stderr, "flic-migrate: %s: the guest goes on in %s, which stands on %s\n", doc.Checkpoint, s.Now, s.Frozen)
+	}
 	if doc.Server != nil && doc.Server.LazyReport != nil {
 		l := doc.Server.LazyReport
 		rate := 0.0

@@ -18,18 +18,19 @@ import (
 type Disk struct {
 	// Name is what tells the disk from the VM's others, in each QEMU that is started
 	// with the same machine: the path of its device in QEMU's object tree.
-	Name string
+	Name string `json:"name"`
 	// Device and Node name it in commands to QEMU: the device may have no name, then it
 	// is empty, and the node always has one.
-	Device, Node string
-	ReadOnly     bool
-	Layers       []Layer // what the guest writes to first, then what that stands on
+	Device   string  `json:"device,omitempty"`
+	Node     string  `json:"node"`
+	ReadOnly bool    `json:"read_only,omitempty"`
+	Layers   []Layer `json:"layers"` // what the guest writes to first, then what that stands on
 }
 
 // Layer is a file of a disk.
 type Layer struct {
-	Path   string // as QEMU has it; empty if it is no file
-	Format string // QEMU's name of it
+	Path   string `json:"path"`   // as QEMU has it; empty if it is no file
+	Format string `json:"format"` // QEMU's name of it
 }
 
 const (

@@ -1,12 +1,17 @@
 package disks
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -84,10 +89,9 @@ func Compare(ctx context.Context, now []Disk, was []checkpoint.VMDisk) (differ [
 	return differ, nil
 }
 
-// ComparePaths is Compare for a QEMU that will be started with the files that the
-// checkpoint names.
-func ComparePaths(ctx context.Context, was []checkpoint.VMDisk) (differ []string, err error) {
-	var now []Disk
+// AsSaved are the disks of a QEMU that will be started with the files that the checkpoint
+// names.
+func AsSaved(was []checkpoint.VMDisk) (now []Disk) {
 	for _, w := range was {
 		d := Disk{Name: w.Name, ReadOnly: w.ReadOnly}
 		for _, l := range w.Layers {
@@ -95,7 +99,7 @@ func ComparePaths(ctx context.Context, was []checkpoint.VMDisk) (differ []string
 		}
 		now = append(now, d)
 	}
-	return Compare(ctx, now, was)
+	return now
 }
 
 // compare tells in what a disk differs.
@@ -170,39 +174,95 @@ type Snapshot struct {
 	Now    string `json:"now"`    // the overlay on it that the guest writes to now
 }
 
-// TakeSnapshots makes an overlay for each disk that the guest can write to, beside its
-// file and with suffix behind its name, all of them in one step or none (QEMU's
-// transaction). The guest stands still, and all that it has written is in the files when
-// TakeSnapshots returns. The overlays are the VM's disks from then on.
-func TakeSnapshots(ctx context.Context, x qmp.Executor, list []Disk, suffix string) ([]Snapshot, error) {
+// overlayEnd is how the names of our overlays end, but for .qcow2.
+var overlayEnd = regexp.MustCompile(`\.flic-[0-9]{8}T[0-9]{6}\.[0-9]{3}Z$`)
+
+// overlayOn names an overlay: beside the file that it stands on, and for the time. What
+// stands on an overlay of ours is named like that one, and no longer.
+func overlayOn(path string, at time.Time) string {
+	path = overlayEnd.ReplaceAllString(strings.TrimSuffix(path, ".qcow2"), "")
+	return path + at.UTC().Format(".flic-20060102T150405.000Z") + ".qcow2"
+}
+
+// MakeOverlays makes an overlay on each disk that was frozen with a checkpoint, for a VM
+// that is to be started. now are the disks that the VM will then have.
+func MakeOverlays(ctx context.Context, was []checkpoint.VMDisk, at time.Time) (overlays []Snapshot, now []Disk, err error) {
+	defer func() {
+		if err != nil {
+			RemoveOverlays(overlays)
+			overlays = nil
+		}
+	}()
+	for _, d := range AsSaved(was) {
+		i := slices.IndexFunc(was, func(w checkpoint.VMDisk) bool { return w.Name == d.Name })
+		if was[i].Frozen && len(d.Layers) > 0 {
+			on := d.Layers[0]
+			s := Snapshot{d.Name, on.Path, overlayOn(on.Path, at)}
+			// No option comes before it that a path could be taken for.
+			cmd := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", on.Path, "-F", on.Format, s.Now)
+			out, err := cmd.CombinedOutput()
+			if err != nil {
+				return overlays, nil, fmt.Errorf("an overlay on %s: qemu-img: %w: %s", on.Path, err, bytes.TrimSpace(out))
+			}
+			overlays = append(overlays, s)
+			d.Layers = slices.Insert(d.Layers, 0, Layer{s.Now, string(disk.Qcow2)})
+		}
+		now = append(now, d)
+	}
+	if len(overlays) == 0 {
+		err = ErrNotFrozen
+	}
+	return overlays, now, err
+}
+
+// ErrNotFrozen: overlays are wanted on disks that the VM has gone on to write to.
+var ErrNotFrozen = errors.New("no disk was frozen with the checkpoint (checkpoint --disks snapshot), so that overlays would stand on what the VM has written since")
+
+// RemoveOverlays removes overlays that no VM has been started with.
+func RemoveOverlays(overlays []Snapshot) {
+	for _, s := range overlays {
+		os.Remove(s.Now)
+	}
+}
+
+// Overlays names an overlay for each disk that the guest can write to.
+func Overlays(list []Disk, at time.Time) (overlays []Snapshot, err error) {
+	for _, d := range list {
+		if d.ReadOnly {
+			continue
+		}
+		if len(d.Layers) == 0 {
+			return nil, fmt.Errorf("no snapshot of the disk %s: %w", d.Name, errNoFile)
+		}
+		if _, err := identify(d.Layers[0]); err != nil {
+			return nil, fmt.Errorf("no snapshot of the disk %s: %w", d.Name, err)
+		}
+		overlays = append(overlays, Snapshot{d.Name, d.Layers[0].Path, overlayOn(d.Layers[0].Path, at)})
+	}
+	return overlays, nil
+}
+
+// TakeSnapshots makes the overlays, which are Overlays of the list, all of them in one step
+// or none (QEMU's transaction). The guest stands still, and all that it has written is in
+// the files when TakeSnapshots returns. The overlays are the VM's disks from then on.
+func TakeSnapshots(ctx context.Context, x qmp.Executor, list []Disk, overlays []Snapshot) error {
 	type action struct {
 		Type string         `json:"type"`
 		Data map[string]any `json:"data"`
 	}
 	var actions []action
-	var taken []Snapshot
-	for _, d := range list {
-		if d.ReadOnly {
-			continue
-		}
-		if _, err := identify(d.Layers[0]); err != nil {
-			return nil, fmt.Errorf("no snapshot of the disk %s: %w", d.Name, err)
-		}
-		file := strings.TrimSuffix(d.Layers[0].Path, ".qcow2") + suffix
-		data := map[string]any{"snapshot-file": file, "format": "qcow2", "mode": "absolute-paths"}
-		if d.Device != "" {
-			data["device"] = d.Device
+	for _, s := range overlays {
+		i := slices.IndexFunc(list, func(d Disk) bool { return d.Name == s.Disk })
+		data := map[string]any{"snapshot-file": s.Now, "format": "qcow2", "mode": "absolute-paths"}
+		if list[i].Device != "" {
+			data["device"] = list[i].Device
 		} else {
-			data["node-name"] = d.Node
+			data["node-name"] = list[i].Node
 		}
 		actions = append(actions, action{"blockdev-snapshot-sync", data})
-		taken = append(taken, Snapshot{d.Name, d.Layers[0].Path, file})
-	}
-	if len(actions) == 0 {
-		return nil, nil
 	}
 	if err := x.Execute(ctx, "transaction", map[string]any{"actions": actions}, nil); err != nil {
-		return nil, fmt.Errorf("snapshots of the disks: %w", err)
+		return fmt.Errorf("snapshots of the disks: %w", err)
 	}
-	return taken, nil
+	return nil
 }

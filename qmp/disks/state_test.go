@@ -53,7 +53,7 @@ func TestCompare(t *testing.T) {
 	differ([]Disk{{Name: "/m/a", Layers: []Layer{{"", "raw"}}}, list[1]}, was, "/m/a can't be compared")
 	differ([]Disk{{Name: "/m/a"}, list[1]}, was, "/m/a has no file")
 	differ([]Disk{{Name: "/m/a", Layers: []Layer{{a, "qcow2"}}}, list[1]}, was, a+" can't be compared: ")
-	if got, err := ComparePaths(t.Context(), was); err != nil || len(got) != 0 {
+	if got, err := Compare(t.Context(), AsSaved(was), was); err != nil || len(got) != 0 {
 		t.Error(got, err)
 	}
 	frozen := Record(list, true)
@@ -70,7 +70,7 @@ func TestCompare(t *testing.T) {
 	if err := os.Truncate(b, 100); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := ComparePaths(t.Context(), was); err != nil || len(got) != 2 || !strings.Contains(got[1], b+" was made smaller") {
+	if got, err := Compare(t.Context(), AsSaved(was), was); err != nil || len(got) != 2 || !strings.Contains(got[1], b+" was made smaller") {
 		t.Error(got, err)
 	}
 }
@@ -86,23 +86,37 @@ func TestTakeSnapshots(t *testing.T) {
 		{Name: "/m/b", Node: "n2", Layers: []Layer{{b, "raw"}}},
 	}
 	f := &fake{answers: map[string]string{"transaction": "{}"}}
-	got, err := TakeSnapshots(t.Context(), f, list, ".s.qcow2")
-	if err != nil || len(got) != 2 || got[0] != (Snapshot{"/m/a", a, filepath.Join(dir, "a.s.qcow2")}) || got[1] != (Snapshot{"/m/b", b, b + ".s.qcow2"}) {
+	at := time.UnixMilli(1000)
+	got, err := Overlays(list, at)
+	suffix := ".flic-19700101T000001.000Z.qcow2"
+	if err != nil || len(got) != 2 || got[0] != (Snapshot{"/m/a", a, filepath.Join(dir, "a"+suffix)}) || got[1] != (Snapshot{"/m/b", b, b + suffix}) {
 		t.Fatalf("%+v, %v", got, err)
+	}
+	if err := TakeSnapshots(t.Context(), f, list, got); err != nil {
+		t.Fatal(err)
 	}
 	want := `transaction {"actions":[{"type":"blockdev-snapshot-sync","data":{"device":"d0","format":"qcow2","mode":"absolute-paths","snapshot-file":"` +
 		got[0].Now + `"}},{"type":"blockdev-snapshot-sync","data":{"format":"qcow2","mode":"absolute-paths","node-name":"n2","snapshot-file":"` + got[1].Now + `"}}]}`
 	if len(f.asked) != 1 || f.asked[0] != want {
 		t.Errorf("%q\nwant %q", f.asked, want)
 	}
-	if _, err := TakeSnapshots(t.Context(), &fake{}, list, "x"); err == nil {
+	if err := TakeSnapshots(t.Context(), &fake{}, list, got); err == nil {
 		t.Error("a refusal is no error")
 	}
-	if got, err := TakeSnapshots(t.Context(), &fake{}, list[1:2], "x"); err != nil || got != nil {
+	if got, err := Overlays(list[1:2], at); err != nil || got != nil {
 		t.Error(got, err)
 	}
+	over := file(t, got[0].Now, 4096)
+	list[0].Layers[0].Path = over
+	if got, err := Overlays(list[:1], at.Add(time.Second)); err != nil || got[0] != (Snapshot{"/m/a", over, filepath.Join(dir, "a.flic-19700101T000002.000Z.qcow2")}) {
+		t.Errorf("%+v, %v", got, err)
+	}
 	list[0].Layers[0].Path = ""
-	if _, err := TakeSnapshots(t.Context(), f, list, "x"); err == nil || len(f.asked) != 1 {
+	if _, err := Overlays(list, at); err == nil {
 		t.Error("a disk that is no file has a snapshot")
+	}
+	list[0].Layers = nil
+	if _, err := Overlays(list, at); err == nil {
+		t.Error("a disk of which nothing is known has a snapshot")
 	}
 }

@@ -179,36 +179,45 @@ func isArmed(ctx context.Context, x qmp.Executor) (running, marked bool, err err
 
 // saveArmed is save for a migration that is there.
 func (c *checkpointer) saveArmed(ctx context.Context) error {
-	c.attach(ctx, func(ctx context.Context) error { return c.o.Save(ctx, nil, c.was) }, func() error {
-		if !c.was.Running {
-			return nil
+	err := c.attach(ctx, func(ctx context.Context) error { return c.o.Save(ctx, nil, c.was) }, func() error {
+		if c.was.Running {
+			// Before the guest stops, so that whoever comes after a killed process
+			// knows who has stopped it.
+			if err := SetParameters(ctx, c.x, map[string]any{"max-bandwidth": stoppedBandwidth}); err != nil {
+				return err
+			}
+			c.stoppedAt = time.Now()
+			if err := qmp.Stop(ctx, c.x); err != nil {
+				return err
+			}
 		}
-		// Before the guest stops, so that whoever comes after a killed process
-		// knows who has stopped it.
-		if err := SetParameters(ctx, c.x, map[string]any{"max-bandwidth": stoppedBandwidth}); err != nil {
-			return err
+		if c.o.Stopped != nil {
+			return c.o.Stopped(ctx)
 		}
-		c.stoppedAt = time.Now()
-		return qmp.Stop(ctx, c.x)
+		return nil
 	})
+	if err != nil {
+		return err
+	}
 	return c.wait(ctx)
 }
 
-// attach takes over a migration that runs already. The consumer begins after first.
-func (d *drive) attach(ctx context.Context, consume func(context.Context) error, first func() error) {
+// attach takes over a migration that runs already. The consumer begins after first, unless
+// that fails.
+func (d *drive) attach(ctx context.Context, consume func(context.Context) error, first func() error) error {
 	d.started = true
 	d.channel = &Channel{discard: func(context.Context) {}}
 	ctx, d.stop = context.WithCancel(ctx)
 	d.done = make(chan struct{})
-	// At once: what follows waits for the consumer as for any.
 	if d.err = first(); d.err != nil {
 		close(d.done)
-		return
+		return d.err
 	}
 	go func() {
 		defer close(d.done)
 		d.err = consume(ctx)
 	}()
+	return nil
 }
 
 // DisarmOptions say what Disarm finds.

@@ -62,8 +62,8 @@ type CheckpointOptions struct {
 	// makes it durable. The run state is the guest's before the checkpoint,
 	// which a stream of a guest that was stopped for it does not tell.
 	Save func(ctx context.Context, stream *os.File, before qmp.RunState) error
-	// Stopped is called, if not nil, when the guest stands still and nothing has been
-	// saved: in ModeStop only. Its error fails the checkpoint.
+	// Stopped is called, if not nil, when the guest stands still, before what it has in
+	// memory then is saved: in ModeStop only. Its error fails the checkpoint.
 	Stopped func(ctx context.Context) error
 	// Undo takes back what Save has made durable, because QEMU does not confirm
 	// that it was its guest. nil: it stays.

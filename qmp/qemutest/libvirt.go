@@ -295,7 +295,10 @@ type Domain struct {
 	Guest  Guest
 	Memory string // in KiB
 	Kernel string // added to the Linux kernel's command line
-	Args   []string
+	// Disk is a qcow2 image that the guest has for /dev/vda, and writes to, if not empty.
+	// A Debian guest has a layer of its own on its system.
+	Disk string
+	Args []string
 }
 
 // Define makes libvirt know a domain.
@@ -333,11 +336,14 @@ func (l *Libvirt) xml(ctx context.Context, d Domain) (string, error) {
 		}
 		// Its own layer: libvirt's transient disks can't be saved.
 		layer := filepath.Join(l.Dir, d.Name+".qcow2")
+		d.Disk = layer
 		out, err := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", filepath.Join(dir, "disk.ext4"), layer).CombinedOutput()
 		if err != nil {
 			return "", fmt.Errorf("qemu-img: %w: %s", err, out)
 		}
-		fmt.Fprintf(&disk, "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='%s'/><target dev='vda' bus='virtio'/></disk>", layer)
+	}
+	if d.Disk != "" {
+		fmt.Fprintf(&disk, "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='%s'/><target dev='vda' bus='virtio'/></disk>", d.Disk)
 	}
 	if len(d.Args) > 0 {
 		extra.WriteString("<qemu:commandline>")

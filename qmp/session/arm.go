@@ -205,18 +205,18 @@ var errOtherwise = errors.New("it was armed for another checkpoint than this one
 
 // suits tells whether what the process has ready is what o asks for.
 func (p *armedFor) suits(o *CheckpointOptions, t Target) error {
-	want, err := encodingOf(o.Save)
+	want, err := o.encoding()
 	switch {
 	case err != nil:
 		return err
 	case p.hello.Target != t.String():
 		return fmt.Errorf("%w: of %s", errOtherwise, p.hello.Target)
-	case o.Snapshot:
-		return fmt.Errorf("%w: without snapshots of the disks", errOtherwise)
 	case o.Guest.Mode != migration.ModeStop:
 		return fmt.Errorf("%w: with the guest stopped", errOtherwise)
 	case want != p.hello.Encoding:
 		return fmt.Errorf("%w: stored in another way", errOtherwise)
+	case p.hello.Changed != "":
+		return fmt.Errorf("it can't be made any more: %s", p.hello.Changed)
 	case o.Watch != nil && (o.WatchAsked || len(p.hello.WorkingSet) == 0):
 		return fmt.Errorf("%w: the guest can't be watched meanwhile", errOtherwise)
 	}
@@ -243,9 +243,16 @@ func encodeSet(ws *workingset.Set) ([]byte, error) {
 }
 
 // checkpoint makes the checkpoint that the process has ready, of the QEMU at x.
-func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, x qmp.Executor, o CheckpointOptions) (rep CheckpointReport, err error) {
+func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x qmp.Executor, o CheckpointOptions) (rep CheckpointReport, err error) {
 	if err := p.ready(ctx); err != nil {
 		return rep, err
+	}
+	found, err := o.find(ctx, x)
+	if err != nil {
+		return rep, err
+	}
+	if o.Snapshot {
+		o.Guest.Stopped = func(ctx context.Context) error { return o.snapshot(ctx, t, x, found, &rep) }
 	}
 	var made *armedReport
 	o.Guest.Save = func(ctx context.Context, _ *os.File, before qmp.RunState) error {
@@ -253,7 +260,7 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, x qmp.Execut
 		if before.Running {
 			state = before.Status
 		}
-		err := p.ask(armedAsk{Ask: "go", RunState: state})
+		err := p.ask(armedAsk{Ask: "go", RunState: state, Disks: found, Frozen: o.Snapshot, Libvirt: o.Save.Libvirt})
 		if err == nil {
 			made, err = p.report(ctx)
 		}
@@ -283,7 +290,7 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, x qmp.Execut
 	rep.CheckpointReport, err = migration.CheckpointArmed(ctx, x, p.hello.Kept, o.Guest)
 	rep.Armed = rep.Saved
 	_ = p.ask(armedAsk{Ask: "done"})
-	return rep, err
+	return rep, rep.tellSnapshots(err)
 }
 
 // ready waits until the process holds the stream.
@@ -334,7 +341,7 @@ func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Ta
 		o.Log.Warn("the guest was armed, but an ordinary checkpoint is made", "reason", err)
 		return rep, false, o.supersede(ctx, p, x)
 	}
-	rep, err = p.checkpoint(ctx, st, x, *o)
+	rep, err = p.checkpoint(ctx, st, t, x, *o)
 	if rep.Saved && o.Save.WorkingSet == nil && len(p.hello.WorkingSet) > 0 {
 		// For the one that may be armed after it.
 		set, serr := workingset.Read(bytes.NewReader(p.hello.WorkingSet))
@@ -390,9 +397,14 @@ func (o *CheckpointOptions) arm(ctx context.Context, st *store.Store, t Target, 
 	if c.Target, err = t.absolute(); err != nil {
 		return 0, err
 	}
-	if c.Encoding, err = encodingOf(o.Save); err != nil {
+	if c.Encoding, err = o.encoding(); err != nil {
 		return 0, err
 	}
+	found, err := o.find(ctx, x)
+	if err != nil {
+		return 0, err
+	}
+	c.Disks = o.images(found)
 	if c.WorkingSet, err = encodeSet(o.Save.WorkingSet); err != nil {
 		return 0, err
 	}

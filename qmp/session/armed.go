@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/disks"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -48,9 +49,15 @@ import (
 // {"ask":"leave"} says that the command has the monitor, and does that itself. So it is
 // from ready on; {"ask":"abort"} then ends it. A command that lets it go on, and is gone
 // before it is done, leaves QEMU to the process.
+//
+// With go the process is told what it can't ask for itself: the VM's disks, to record what
+// their files are, and how libvirt describes the domain now.
 type armedAsk struct {
-	Ask      string `json:"ask"`
-	RunState string `json:"run_state,omitempty"`
+	Ask      string              `json:"ask"`
+	RunState string              `json:"run_state,omitempty"`
+	Disks    []disks.Disk        `json:"disks,omitempty"`
+	Frozen   bool                `json:"frozen,omitempty"` // as of disks.Record
+	Libvirt  *checkpoint.Libvirt `json:"libvirt,omitempty"`
 }
 
 type armedSay struct {
@@ -67,6 +74,9 @@ type armedHello struct {
 	Encoding   armedEncoding  `json:"encoding"`
 	WorkingSet []byte         `json:"working_set,omitempty"`
 	Kept       migration.Kept `json:"kept"`
+	// Changed says which disk image that pages were found on is not what it was, and in
+	// what: what is ready can't be stored any more.
+	Changed string `json:"changed,omitempty"`
 }
 
 // armedState is what the process's note says of QEMU: with it a command can put that
@@ -98,17 +108,31 @@ type armedEncoding struct {
 	Workers       int          `json:"workers"`
 	Parent        string       `json:"parent"` // save.Options.Parent
 	TrustDomain   string       `json:"trust_domain,omitempty"`
+	Disks         string       `json:"disks"` // CheckpointOptions.Disks, as a search path
+	NoDisks       bool         `json:"no_disks"`
 }
 
-func encodingOf(o save.Options) (e armedEncoding, err error) {
-	e = armedEncoding{o.NVRAM, o.NVRAMSize, o.VolatileNVRAM, o.SampleSize, o.Energy, o.Battery, o.Codec, o.SegmentPages, o.Workers, o.Parent, o.TrustDomain}
+func (o *CheckpointOptions) encoding() (e armedEncoding, err error) {
+	s := &o.Save
+	e = armedEncoding{s.NVRAM, s.NVRAMSize, s.VolatileNVRAM, s.SampleSize, s.Energy, s.Battery, s.Codec, s.SegmentPages, s.Workers, s.Parent, s.TrustDomain, "", o.NoDisks}
 	if e.Parent == "" {
 		e.Parent = save.ParentAuto
 	}
 	if e.NVRAM != "" {
-		e.NVRAM, err = filepath.Abs(e.NVRAM)
+		if e.NVRAM, err = filepath.Abs(e.NVRAM); err != nil {
+			return e, err
+		}
 	}
-	return e, err
+	var files []string
+	for _, f := range o.Disks {
+		path, err := filepath.Abs(f.Path)
+		if err != nil {
+			return e, err
+		}
+		files = append(files, path)
+	}
+	e.Disks = strings.Join(files, string(filepath.ListSeparator))
+	return e, nil
 }
 
 func (e armedEncoding) options() save.Options {
@@ -130,11 +154,13 @@ type armedConfig struct {
 	Absent     uint64              `json:"absent"` // save.Hold's
 	Rate       int64               `json:"rate"`   // save.Hold's
 	Control    string              `json:"control"`
+	Disks      []save.DiskFile     `json:"disks,omitempty"` // that pages are looked for in
 }
 
 const (
-	// maxAsk caps what a command may say, in bytes.
-	maxAsk = 4 << 10
+	// maxAsk caps what a command may say, in bytes: a domain's XML, and the names of a
+	// VM's disks.
+	maxAsk = 4 << 20
 	// maxArmedSet caps a working set, which has some bits a page, in bytes.
 	maxArmedSet = 32 << 20
 	// maxArmed caps what an armed process is told and says, in bytes: a working set, in
@@ -188,7 +214,7 @@ func (p ArmedProcess) Run(ctx context.Context, files []*os.File) error {
 		return err
 	}
 	s := &armedServer{
-		p: p, c: c, goOn: make(chan string, 1), hurry: make(chan struct{}),
+		p: p, c: c, goOn: make(chan armedAsk, 1), hurry: make(chan struct{}),
 		begun: make(chan struct{}), held: make(chan struct{}), saved: make(chan struct{}), settled: make(chan struct{}), ended: make(chan struct{}),
 	}
 	defer os.RemoveAll(filepath.Dir(c.Control))
@@ -203,7 +229,7 @@ type armedServer struct {
 	stop  context.CancelCauseFunc // ends the save
 	hurry chan struct{}           // closed: Hold.Hurry
 	once  sync.Once               // of hurry
-	goOn  chan string             // the run state, once
+	goOn  chan armedAsk           // go, once
 	begun chan struct{}           // closed: the note is there
 	held  chan struct{}           // closed: nothing is read any more
 	saved chan struct{}           // closed: report is there
@@ -214,8 +240,12 @@ type armedServer struct {
 	report  armedReport
 
 	note store.Armed
-	putM sync.Mutex // one puts QEMU right at a time
-	put  bool       // and it has been done, or is somebody else's to do
+	// opened are the disks that pages are looked for in; they are there when begun is
+	// closed.
+	opened *save.OpenedDisks
+	went   armedAsk   // what goOn has brought; the save's
+	putM   sync.Mutex // one puts QEMU right at a time
+	put    bool       // and it has been done, or is somebody else's to do
 
 	mu      sync.Mutex
 	driven  bool // a command has let it go on
@@ -264,6 +294,10 @@ func (s *armedServer) run(ctx context.Context, stream *os.File, l *net.UnixListe
 	l.Close()
 	close(s.ended)
 	s.talking.Wait()
+	if s.opened != nil {
+		// Who talks is told whether they have changed.
+		s.opened.Close()
+	}
 	return err
 }
 
@@ -283,8 +317,15 @@ func (s *armedServer) save(ctx context.Context, f *os.File) (ref store.Ref, meta
 		return ref, nil, err
 	}
 	defer out.Close()
+	catalog, err := st.Disks()
+	if err != nil {
+		return ref, nil, err
+	}
+	s.opened = save.OpenDisks(ctx, catalog, s.c.Disks)
 	o := s.c.Encoding.options()
 	o.VM, o.Libvirt, o.ReturnPath, o.Log = s.c.VM, s.c.Libvirt, out, s.p.Log
+	o.Disks, o.UnusedDisks = s.opened.Disks, s.opened.Unused
+	o.VMDisks = func() []checkpoint.VMDisk { return disks.Record(s.went.Disks, s.went.Frozen) }
 	// Nearly all of its pages are as in the one that was made just now.
 	if o.Since, err = store.ParseRef(s.c.Parent); err != nil {
 		return ref, nil, err
@@ -324,8 +365,12 @@ func (s *armedServer) wait(ctx context.Context, f *os.File) (string, error) {
 	}
 	defer unwatch()
 	select {
-	case state := <-s.goOn:
-		return state, nil
+	case s.went = <-s.goOn:
+		if s.went.Libvirt != nil && s.c.Libvirt != nil {
+			// The save has the address, and writes what is there at its end.
+			*s.c.Libvirt = *s.went.Libvirt
+		}
+		return s.went.RunState, nil
 	case <-ctx.Done():
 		return "", context.Cause(ctx)
 	}
@@ -499,7 +544,7 @@ func (s *armedServer) talk(conn net.Conn) {
 	select {
 	case <-s.begun:
 		say(armedSay{Hello: &armedHello{os.Getpid(), store.Ref{VM: s.note.VM, N: s.note.Number}.String(), s.note.Target,
-			s.c.Encoding, s.c.WorkingSet, s.c.Kept}})
+			s.c.Encoding, s.c.WorkingSet, s.c.Kept, s.opened.Changed()}})
 	case <-s.saved:
 		// Whoever arms has the monitor, and puts QEMU right.
 		say(armedSay{Report: &s.report})
@@ -535,7 +580,7 @@ func (s *armedServer) talk(conn net.Conn) {
 					return
 				}
 				held, report = nil, s.saved
-				s.goOn <- a.RunState
+				s.goOn <- a
 			case a.Ask == "done" && driver:
 				close(s.settled)
 				return

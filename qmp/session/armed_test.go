@@ -35,7 +35,7 @@ func TestArmedProcess(t *testing.T) {
 			listener, err := l.File()
 			ok(t, err)
 			l.Close()
-			e, err := encodingOf(save.Options{})
+			e, err := new(CheckpointOptions).encoding()
 			ok(t, err)
 			b, err := json.Marshal(armedConfig{Store: st.Dir(), VM: "vm", Parent: "vm@1", Encoding: e, Buffer: 16 << 10,
 				Target: Target{QMP: filepath.Join(dir, "no-qemu")}, Control: filepath.Join(dir, "s")})

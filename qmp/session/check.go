@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/disks"
 	"github.com/flic-migrate/flic-migrate/qmp/preflight"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -22,6 +23,6 @@ func (o *ResumeOptions) check(ctx context.Context, m *qmp.Monitor, c *store.Chec
 	if err != nil {
 		return r.NotLazy, r.Warnings, err
 	}
-	more, err := o.compareDisks(ctx, m, c)
+	more, err := o.compareDisks(ctx, c, func() ([]disks.Disk, error) { return disks.Find(ctx, m) })
 	return r.NotLazy, append(r.Warnings, more...), err
 }

@@ -36,7 +36,7 @@ type CheckpointOptions struct {
 	NoDisks bool
 	// Snapshot makes overlays for the disks that the guest can write to while it stands
 	// still, so that the files that it wrote to stay as they belong to the checkpoint. It
-	// needs ModeStop, and a QEMU that is not libvirt's.
+	// needs ModeStop.
 	Snapshot bool
 
 	// Sync makes the guest write to its disks first; nil: it does when it likes.
@@ -103,13 +103,11 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	if o.Watch == nil {
 		o.guestSync(ctx, t)
 	}
-	rep, done, err := o.fromArmed(ctx, st, t, x)
-	if err == nil && (!done || o.Arm != nil) {
-		var derr error
-		if o.Save.Libvirt, derr = t.describe(ctx); !done {
-			err = derr
-		}
+	// Before a snapshot: the disks that belong to the checkpoint are those before it.
+	if o.Save.Libvirt, err = t.describe(ctx); err != nil {
+		return rep, err
 	}
+	rep, done, err := o.fromArmed(ctx, st, t, x)
 	if err == nil && !done {
 		rep, err = o.checkpoint(ctx, fs, st, t, x)
 	}
@@ -233,17 +231,22 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		return err
 	}
 	if o.Snapshot {
-		o.Guest.Stopped = func(ctx context.Context) error { return o.snapshot(ctx, x, found, &rep) }
+		o.Guest.Stopped = func(ctx context.Context) error { return o.snapshot(ctx, t, x, found, &rep) }
 	}
 	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
-	if err != nil && !rep.Saved && len(rep.Snapshots) > 0 {
-		var now []string
-		for _, s := range rep.Snapshots {
-			now = append(now, s.Now)
-		}
-		err = fmt.Errorf("%w (the disks' snapshots had been taken: the VM writes to %s now)", err, strings.Join(now, ", "))
+	return rep, rep.tellSnapshots(err)
+}
+
+// tellSnapshots adds to the failure of a checkpoint that the VM's disks are others now.
+func (rep *CheckpointReport) tellSnapshots(err error) error {
+	if err == nil || rep.Saved || len(rep.Snapshots) == 0 {
+		return err
 	}
-	return rep, err
+	var now []string
+	for _, s := range rep.Snapshots {
+		now = append(now, s.Now)
+	}
+	return fmt.Errorf("%w (the disks' snapshots had been taken: the VM writes to %s now)", err, strings.Join(now, ", "))
 }
 
 // watch adds the pages that the guest writes to the working set.

@@ -3,11 +3,13 @@ package session
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/disks"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
 	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -21,16 +23,22 @@ func (o *CheckpointOptions) openDisks(ctx context.Context, st *store.Store, x qm
 	if err != nil {
 		return nil, nil, err
 	}
-	files := o.Disks
 	if found, err = o.find(ctx, x); err != nil {
 		return nil, nil, err
 	}
+	opened := save.OpenDisks(ctx, catalog, o.images(found))
+	o.Save.Disks, o.Save.UnusedDisks = opened.Disks, opened.Unused
+	return found, opened.Close, nil
+}
+
+// images are the disk images that a save looks in: those that it is told of, and of the
+// VM's what the guest can't write to.
+func (o *CheckpointOptions) images(found []disks.Disk) []save.DiskFile {
+	files := slices.Clone(o.Disks)
 	for _, l := range disks.ReadOnly(found) {
 		files = append(files, save.DiskFile{Path: l.Path, Format: disk.Format(l.Format)})
 	}
-	opened := save.OpenDisks(ctx, catalog, files)
-	o.Save.Disks, o.Save.UnusedDisks = opened.Disks, opened.Unused
-	return found, opened.Close, nil
+	return files
 }
 
 // find asks for the VM's disks. A QEMU that does not say can be saved all the same, but
@@ -47,30 +55,36 @@ func (o *CheckpointOptions) find(ctx context.Context, x qmp.Executor) ([]disks.D
 	return found, err
 }
 
-// snapshot freezes the VM's disks, once the guest stands still.
-func (o *CheckpointOptions) snapshot(ctx context.Context, x qmp.Executor, found []disks.Disk, rep *CheckpointReport) error {
-	suffix := time.Now().UTC().Format(".flic-20060102T150405.000Z") + ".qcow2"
-	taken, err := disks.TakeSnapshots(ctx, x, found, suffix)
-	rep.Snapshots = taken
+// snapshot freezes the VM's disks, once the guest stands still. libvirt does it for its
+// domains: it has to know which files they write to.
+func (o *CheckpointOptions) snapshot(ctx context.Context, t Target, x qmp.Executor, found []disks.Disk, rep *CheckpointReport) (err error) {
+	overlays, err := disks.Overlays(found, time.Now())
+	if err != nil || len(overlays) == 0 {
+		return err
+	}
+	if t.Domain == "" {
+		err = disks.TakeSnapshots(ctx, x, found, overlays)
+	} else {
+		err = domain.TakeSnapshots(ctx, t.Connect, t.Domain, overlays)
+	}
+	if err == nil {
+		rep.Snapshots = overlays
+	}
 	return err
 }
 
 // compareDisks tells whether the disks of the QEMU that c is to be resumed into are c's.
-// x is nil if libvirt will start it, as c says.
-func (o *ResumeOptions) compareDisks(ctx context.Context, x qmp.Executor, c *store.Checkpoint) (warnings []string, err error) {
+// now gives that QEMU's disks.
+func (o *ResumeOptions) compareDisks(ctx context.Context, c *store.Checkpoint, now func() ([]disks.Disk, error)) (warnings []string, err error) {
 	was := c.Meta.VMDisks
 	if len(was) == 0 {
 		return nil, nil
 	}
-	var differ []string
-	if x == nil {
-		differ, err = disks.ComparePaths(ctx, was)
-	} else {
-		var now []disks.Disk
-		if now, err = disks.Find(ctx, x); err == nil {
-			differ, err = disks.Compare(ctx, now, was)
-		}
+	list, err := now()
+	if err != nil {
+		return nil, err
 	}
+	differ, err := disks.Compare(ctx, list, was)
 	if err != nil || len(differ) == 0 {
 		return nil, err
 	}

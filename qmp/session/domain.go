@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"time"
 
+	"github.com/flic-migrate/flic-migrate/qmp/disks"
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
 	"github.com/flic-migrate/flic-migrate/qmp/preflight"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
@@ -27,7 +29,22 @@ func resumeDomain(ctx context.Context, t Target, st *store.Store, c *store.Check
 		return rep, err
 	}
 	if !o.Recover {
-		warnings, err := o.compareDisks(ctx, nil, c)
+		now := disks.AsSaved(c.Meta.VMDisks)
+		if o.Overlay {
+			if rep.Overlays, now, err = disks.MakeOverlays(ctx, c.Meta.VMDisks, time.Now()); err != nil {
+				return rep, err
+			}
+			defer func() {
+				if err != nil && !domain.Active(context.WithoutCancel(ctx), t.Connect, t.Domain) {
+					disks.RemoveOverlays(rep.Overlays)
+					rep.Overlays = nil
+				}
+			}()
+			if d, err = d.OnOverlays(rep.Overlays); err != nil {
+				return rep, err
+			}
+		}
+		warnings, err := o.compareDisks(ctx, c, func() ([]disks.Disk, error) { return now, nil })
 		if err != nil {
 			return rep, err
 		}

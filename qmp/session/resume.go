@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/disks"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
@@ -31,6 +32,9 @@ type ResumeOptions struct {
 	// Force resumes although the QEMU seems to be another machine than was saved, or its
 	// disks to be other ones, as far as a user may know better.
 	Force bool
+	// Overlay puts a new overlay on each disk that was frozen with the checkpoint, and has
+	// the guest go on in these. It is for domains, which libvirt starts.
+	Overlay bool
 
 	// Server is the command line of a server, a process of its own. The servers of a
 	// domain are in this process.
@@ -55,6 +59,8 @@ type ResumeReport struct {
 	migration.ResumeReport
 	// Server is the report of the last server; nil if it left none.
 	Server *ServerReport `json:"server,omitempty"`
+	// Overlays are what the disks go on in, if they were made.
+	Overlays []disks.Snapshot `json:"overlays,omitempty"`
 }
 
 // ServerError is a resume's failure whose reason is the server's.

@@ -2,6 +2,7 @@ package save
 
 import (
 	"context"
+	"fmt"
 	"slices"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -10,8 +11,8 @@ import (
 
 // DiskFile names a disk image of the guest's, the top of what stands on one another.
 type DiskFile struct {
-	Path   string
-	Format disk.Format // "": what the file looks like
+	Path   string      `json:"path"`
+	Format disk.Format `json:"format,omitempty"` // "": what the file looks like
 }
 
 // OpenedDisks are the layers of some disk images that a save can look in.
@@ -71,6 +72,22 @@ func (o *OpenedDisks) add(ctx context.Context, catalog *disk.Catalog, layer *dis
 	o.indexes = append(o.indexes, x)
 	o.Disks = append(o.Disks, Disk{Disk: checkpoint.Disk{Identity: layer.Identity(), Content: x.ContentID()}, File: layer, Index: x})
 	return nil
+}
+
+// Changed says which of the layers that a save looks in is not what it was when they were
+// opened, and in what; "" if none is. A save of them would fail.
+func (o *OpenedDisks) Changed() string {
+	for i := range o.Disks {
+		d := &o.Disks[i]
+		now, err := d.File.Now()
+		if err != nil {
+			return err.Error()
+		}
+		if what := d.Differs(now); what != "" {
+			return fmt.Sprintf("disk image %s %s", d.Path, what)
+		}
+	}
+	return ""
 }
 
 // Close gives all of them up.
