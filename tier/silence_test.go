@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"log/slog"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -144,5 +146,26 @@ func TestDifferenceToNothing(t *testing.T) {
 		}
 		nothingLeft(t, l)
 		return
+	}
+}
+
+// deaf is a return path that nobody listens to any more.
+type deaf struct{ err error }
+
+func (d deaf) Write([]byte) (int, error) { return 0, d.err }
+
+// A save that is given up because its source has gone says so once: that the source can't
+// be told is no news. Another failure to tell it is.
+func TestGoneSource(t *testing.T) {
+	for err, warns := range map[error]bool{syscall.EPIPE: false, syscall.ECONNRESET: false, os.ErrClosed: false, syscall.EIO: true} {
+		s := tiertest.New(tiertest.Options{ReturnPath: true, Blocks: []tiertest.Block{{Name: "m", Size: 1 << 20}}})
+		b := s.Bytes()
+		l := newLab(t, crashfs.New(0), "/")
+		var log bytes.Buffer
+		_, _, serr := l.run(t.Context(), bytes.NewReader(b[:len(b)/2]), save.Options{VM: "vm",
+			ReturnPath: deaf{&os.PathError{Op: "write", Path: "return path", Err: err}}, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		if serr == nil || strings.Contains(log.String(), "WARN") != warns {
+			t.Errorf("%v: %v, logged %s", err, serr, log.String())
+		}
 	}
 }

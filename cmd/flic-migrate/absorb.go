@@ -39,7 +39,7 @@ func (p *flattenCmd) absorb(ctx context.Context, name string) error {
 		return err
 	}
 	if d.Meta.Disks == 0 {
-		return p.show(store.Removed{Ref: d.Ref}, d.Meta)
+		return p.show("", store.Removed{Ref: d.Ref}, d.Meta)
 	}
-	return p.flatten(ctx, st, d.Ref)
+	return p.flatten(ctx, st, d.Ref, "absorbed")
 }

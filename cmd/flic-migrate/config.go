@@ -24,12 +24,13 @@ import (
 const keyAnnotation = "flic-migrate/key"
 
 // flagKey is a flag's key in the configuration file, and "" for the flags that
-// have none: help, the one that names the file, and what one process tells another.
+// have none: help, the one that names the file, what one process tells another, and what is
+// done once.
 func flagKey(f *pflag.Flag) string {
 	if k := f.Annotations[keyAnnotation]; len(k) == 1 {
 		return k[0]
 	}
-	if f.Name == "help" || f.Name == "config" || f.Name == "control" {
+	if f.Name == "help" || f.Name == "config" || f.Name == "control" || f.Name == "forget-nvram" {
 		return ""
 	}
 	return f.Name
@@ -56,6 +57,7 @@ func (a *app) configure(cmd *cobra.Command) error {
 		a.config = os.Getenv("FLIC_CONFIG")
 	}
 	flags := knownFlags(cmd.Root())
+	a.warnOfVariables(flags)
 	file, err := readConfig(a.config, flags)
 	if err != nil {
 		// Nobody remembers a variable that was set long ago.
@@ -82,6 +84,10 @@ func (a *app) configure(cmd *cobra.Command) error {
 			err = fmt.Errorf("%s: %q: %w", source, value, serr)
 		}
 		f.Changed = true
+		if a.sources == nil {
+			a.sources = make(map[string]string)
+		}
+		a.sources[f.Name] = source
 		delete(flags, key)
 	})
 	if err != nil || cmd == cmd.Root() { // which is save, or prints help
@@ -98,6 +104,65 @@ func (a *app) configure(cmd *cobra.Command) error {
 		}
 	}
 	return nil
+}
+
+// warnOfVariables names variables whose names are almost those of settings: in the
+// configuration file a misspelt key is an error, but the environment is not ours alone.
+func (a *app) warnOfVariables(known map[string]*pflag.Flag) {
+	names := []string{"FLIC_CONFIG"}
+	for key := range known {
+		names = append(names, envName(key))
+	}
+	slices.Sort(names)
+	for _, line := range os.Environ() {
+		name, value, _ := strings.Cut(line, "=")
+		if !strings.HasPrefix(name, "FLIC_") || value == "" || slices.Contains(names, name) {
+			continue
+		}
+		if near := nearest(name, names); near != "" {
+			a.log().Warn("no setting has this name, so it has no effect", "variable", name, "nearest", near)
+		}
+	}
+}
+
+// nearest is the name that name is probably meant to be: the one that takes the fewest
+// changes of a letter, of about a third of the letters behind FLIC_ at most, or else one that goes
+// on where name ends, or the other way round. It is empty if there is none.
+func nearest(name string, names []string) (near string) {
+	least := (len(strings.TrimPrefix(name, "FLIC_"))+2)/3 + 1
+	for _, n := range names {
+		if d := changes(name, n); d < least {
+			least, near = d, n
+		}
+	}
+	for _, n := range names {
+		if near == "" && (strings.HasPrefix(n, name+"_") || strings.HasPrefix(name, n+"_")) {
+			near = n
+		}
+	}
+	return near
+}
+
+// changes is how many letters have to be put in, taken out or replaced to make a into b
+// (Levenshtein's distance).
+func changes(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		last := row[0] // of the row before, one to the left
+		row[0] = i + 1
+		for j := range len(b) {
+			replaced := last
+			if a[i] != b[j] {
+				replaced++
+			}
+			last = row[j+1]
+			row[j+1] = min(replaced, last+1, row[j]+1)
+		}
+	}
+	return row[len(b)]
 }
 
 // knownFlags are the flags of all commands by their keys, one of those that share a key:

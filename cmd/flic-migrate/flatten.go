@@ -61,25 +61,29 @@ func (p *flattenCmd) run(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	return p.flatten(ctx, st, ref)
+	return p.flatten(ctx, st, ref, "flattened")
 }
 
-func (p *flattenCmd) flatten(ctx context.Context, st *store.Store, ref store.Ref) error {
+// flatten does it; done is what messages call it when it is.
+func (p *flattenCmd) flatten(ctx context.Context, st *store.Store, ref store.Ref, done string) error {
 	show := newProgress(p.stderr, p.quiet)
 	o := p.encoding.options()
 	old, meta, err := st.Flatten(ctx, ref, store.CopyOptions{Codec: o.Codec, Workers: o.Workers, Disks: p.disks.reading(), Progress: show.callback()})
 	show.finish()
 	if err != nil {
-		return fmt.Errorf("flattening of checkpoint %v: %w", ref, err)
+		return fmt.Errorf("checkpoint %v was not %s: %w", ref, done, err)
 	}
 	if old.Left != nil {
 		p.log().Warn("not all that a flattened checkpoint took was freed; gc frees what belongs to nobody", "checkpoint", old.Ref.String(), "cause", oneLine(old.Left))
 	}
-	return p.show(old, meta)
+	if old.As == meta.UUID {
+		done = ""
+	}
+	return p.show(done, old, meta)
 }
 
-// show says what has become of a checkpoint.
-func (p *flattenCmd) show(old store.Removed, meta *checkpoint.Meta) error {
+// show says what has become of a checkpoint; done is empty if it has stayed as it was.
+func (p *flattenCmd) show(done string, old store.Removed, meta *checkpoint.Meta) error {
 	if p.json {
 		rep := flattenReport{saveReport: saveReport{Checkpoint: old.Ref.String(), UUID: meta.UUID.String(), Report: &meta.Report}, Freed: store.Space{Flash: old.FlashBytes, NVRAM: old.NVRAMBytes}}
 		for _, by := range old.Kept {
@@ -87,6 +91,12 @@ func (p *flattenCmd) show(old store.Removed, meta *checkpoint.Meta) error {
 		}
 		return printJSON(p.stdout, rep)
 	}
-	_, err := fmt.Fprintln(p.stdout, summary(old.Ref, &meta.Report))
+	if done == "" {
+		_, err := fmt.Fprintf(p.stdout, "%v stays as it is: there is nothing of it elsewhere\n", old.Ref)
+		return err
+	}
+	r := &meta.Report
+	_, err := fmt.Fprintf(p.stdout, "%v %s: %s to flash; %s of flash and %s of NVRAM freed; %.2f s\n",
+		old.Ref, done, human(r.FlashBytes), human(old.FlashBytes), human(old.NVRAMBytes), r.Seconds.Total)
 	return err
 }

@@ -12,6 +12,7 @@ import (
 
 func newGC(a *app) *cobra.Command {
 	var asJSON, adopt bool
+	var forget string
 	var keep count
 	var grace time.Duration
 	c := &cobra.Command{
@@ -30,13 +31,23 @@ somebody has renamed: gc names it, and frees no NVRAM as long as it is there.
 A store that is a copy of another one leaves NVRAM alone, because it is that one's.`,
 		Example: `  flic-migrate gc --store /srv/vms`,
 		Args:    cobra.NoArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return a.gc(cmd.Context(), asJSON, adopt, grace, keep.n) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.gc(cmd.Context(), gcOptions{asJSON, adopt, forget, grace, keep.n})
+		},
 	}
 	c.Flags().DurationVar(&grace, "grace", store.DefaultGrace, "how long the NVRAM of a libvirt save file is kept after the file was found to be gone without having been restored")
 	addKeep(c.Flags(), &keep)
 	c.Flags().BoolVar(&adopt, "adopt", false, "first take over the NVRAM of the store that this one is a copy of, which must be gone for good")
+	c.Flags().StringVar(&forget, "forget-nvram", "", "first forget an NVRAM `FILE` that is gone for good, as one on a tmpfs is after a reboot, and that no checkpoint needs any more")
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
 	return c
+}
+
+type gcOptions struct {
+	json, adopt bool
+	forget      string // an NVRAM file; empty: none
+	grace       time.Duration
+	keep        int
 }
 
 // gcReport is gc's JSON document.
@@ -45,21 +56,26 @@ type gcReport struct {
 	Demoted store.Demoted `json:"demoted"` // what went from NVRAM to flash
 }
 
-func (a *app) gc(ctx context.Context, asJSON, adopt bool, grace time.Duration, keep int) error {
+func (a *app) gc(ctx context.Context, o gcOptions) error {
 	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
-	if adopt {
+	if o.adopt {
 		if err := st.Adopt(ctx); err != nil {
 			return err
 		}
 	}
+	if o.forget != "" {
+		if err := st.ForgetNVRAM(ctx, o.forget); err != nil {
+			return err
+		}
+	}
 	var rep gcReport
-	if rep.GCReport, err = st.GCAfter(ctx, grace); err != nil {
+	if rep.GCReport, err = st.GCAfter(ctx, o.grace); err != nil {
 		return err
 	}
-	if rep.Demoted, err = st.Demote(ctx, keep); err != nil {
+	if rep.Demoted, err = st.Demote(ctx, o.keep); err != nil {
 		return err
 	}
 	if left := rep.Demoted.Left; left != nil {
@@ -68,7 +84,7 @@ func (a *app) gc(ctx context.Context, asJSON, adopt bool, grace time.Duration, k
 	for _, warning := range rep.Warnings {
 		a.log().Warn(warning)
 	}
-	if asJSON {
+	if o.json {
 		return printJSON(a.stdout, rep)
 	}
 	_, err = fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes+rep.TrimmedBytes), human(rep.NVRAMBytes+rep.Demoted.NVRAMBytes))

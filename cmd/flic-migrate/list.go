@@ -97,9 +97,13 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 		entries = append(entries, newListEntry(l))
 	}
 	markArmed(ctx, st, entries)
-	if asJSON {
+	switch {
+	case asJSON:
 		err = printJSON(a.stdout, entries)
-	} else {
+	case len(entries) == 0:
+		// An empty table says nothing of a --store that was forgotten.
+		_, err = fmt.Fprintf(a.stderr, "flic-migrate: store %s has no checkpoints\n", st.Dir())
+	default:
 		err = printList(a.stdout, entries)
 	}
 	if err != nil {

@@ -162,7 +162,11 @@ func TestCheckpointFailures(t *testing.T) {
 	unchanged("somebody has cancelled it")
 
 	// The guest writes too fast.
-	l.attempts(t, nil, vm.Socket, "--mode", "live", "--patience", "1ns", "--give-up").fails(exitFailed, migration.ErrNoConvergence.Error())
+	a = l.attempts(t, nil, vm.Socket, "--mode", "live", "--patience", "1ns", "--give-up")
+	a.fails(exitFailed, migration.ErrNoConvergence.Error())
+	if strings.Contains(a.stderr.String(), "WARN") {
+		t.Errorf("what was asked for is warned of: %s", a.stderr.String())
+	}
 	unchanged("given up")
 
 	// Somebody else has the monitor.

@@ -375,6 +375,27 @@ func TestResume(t *testing.T) {
 	l.tidy(t)
 }
 
+// TestResumeInterrupted: a resume that is asked to end when the guest runs says what becomes
+// of it, and the guest runs on and gets all its memory.
+func TestResumeInterrupted(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	c, _, _, _ := saveTwice(t, ctx, l, q35)
+	vm := qemutest.Start(t, destination(c, "defer"))
+	r := l.resumes(t, "flic-migrate", vm, "--learn", "3s", "vm@2")
+	r.says(t, `vm@2: running after \d+ ms`)
+	server := r.server(t)
+	ok(t, r.cmd.Process.Signal(syscall.SIGTERM))
+	doc, _ := r.outcome(t)
+	said(t, doc, exitFailed, []string{"stopped by signal: terminated: the guest is running", fmt.Sprintf("process %d", server), "brings the rest of its memory", "resume --recover vm@2"})
+	info, err := migration.Wait(ctx, vm.QMP)
+	ok(t, err)
+	if info.Status != migration.StatusCompleted {
+		t.Errorf("the migration is %s", info.Status)
+	}
+	runsOn(t, vm)
+}
+
 // TestResumeText: what people see.
 func TestResumeText(t *testing.T) {
 	t.Parallel()

@@ -2,16 +2,20 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/signal"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -35,6 +39,9 @@ type app struct {
 	config  string // --config
 	started bool   // flags and arguments are right and the command's own code runs
 	last    []byte // the line that ends stderr: a report in JSON
+
+	sources map[string]string // where a flag's value is from that the command line does not give
+	opened  []*store.Store    // by this command, those that it may make
 }
 
 func newApp(fsys vfs.FS) *app {
@@ -58,6 +65,7 @@ func run(a *app, args []string) int {
 		}
 		return err
 	})
+	refuseUnknownShells(root, args)
 	cmd := root
 	err := rescue.Call(func() (err error) {
 		cmd, err = root.ExecuteContextC(ctx)
@@ -72,15 +80,99 @@ func run(a *app, args []string) int {
 		err = usageError{err}
 	}
 	if err != nil {
+		err = a.blame(err)
+		a.unmake(ctx)
 		fmt.Fprintf(a.stderr, "flic-migrate: %s\n", oneLine(err))
 		if cmd.Name() == "restore" && !recovers(cmd, args) {
 			a.stdout.spoil()
 		}
+		a.failInJSON(cmd, args, err)
 	}
 	if a.last != nil {
 		fmt.Fprintf(a.stderr, "%s\n", a.last)
 	}
 	return exitCode(err)
+}
+
+// blame names the variable or the file that a flag's value is from, if the error speaks of
+// the flag: nobody has written it, and nobody remembers what was set long ago.
+func (a *app) blame(err error) error {
+	words := strings.FieldsFunc(err.Error(), func(r rune) bool { return r != '-' && (r < 'a' || r > 'z') && (r < '0' || r > '9') })
+	var from []string
+	for _, name := range slices.Sorted(maps.Keys(a.sources)) {
+		if slices.Contains(words, "--"+name) {
+			from = append(from, fmt.Sprintf("--%s is set by %s", name, a.sources[name]))
+		}
+	}
+	if len(from) == 0 {
+		return err
+	}
+	return fmt.Errorf("%w (%s)", err, strings.Join(from, ", "))
+}
+
+// unmakeTime is how long a command that has failed takes at most to take away the store
+// that it has made.
+const unmakeTime = 5 * time.Second
+
+// unmake takes away the stores that a command has made that has failed: an empty one would
+// make "no store" into "no checkpoints" for whoever forgets --store.
+func (a *app) unmake(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unmakeTime)
+	defer cancel()
+	for _, st := range a.opened {
+		if err := st.Unmake(ctx); err != nil {
+			a.log().Warn("the store that was made for nothing is still there", "cause", oneLine(err))
+		}
+	}
+}
+
+// failure is what --json prints for a command that fails before it has anything to say.
+type failure struct {
+	ExitCode int    `json:"exit_code"`
+	Error    string `json:"error"`
+}
+
+// failInJSON tells whoever asked for JSON of a failure, if nothing else has. The standard
+// output of save and restore is QEMU's, and their JSON the last line on standard error.
+func (a *app) failInJSON(cmd *cobra.Command, args []string, err error) {
+	if !wantsJSON(cmd, args) {
+		return
+	}
+	doc := failure{exitCode(err), oneLine(err)}
+	switch streams := cmd == cmd.Root() || cmd.Name() == "save" || cmd.Name() == "restore"; {
+	case streams && a.last == nil:
+		a.last, _ = json.Marshal(doc)
+	case !streams && !a.stdout.used.Load():
+		_ = printJSON(a.stdout, doc) // there is nobody else to tell
+	}
+}
+
+// wantsJSON tells whether a command, which may have failed at its flags, was to print JSON.
+func wantsJSON(cmd *cobra.Command, args []string) bool {
+	f := cmd.Flags().Lookup("json")
+	if f == nil {
+		return false
+	}
+	env, _ := strconv.ParseBool(os.Getenv(envName(flagKey(f))))
+	return f.Value.String() == "true" || slices.Contains(args, "--json") || slices.Contains(args, "--json=true") || env && !f.Changed
+}
+
+// refuseUnknownShells has "completion foo" fail. Cobra prints help for it, and means
+// success.
+func refuseUnknownShells(root *cobra.Command, args []string) {
+	root.InitDefaultCompletionCmd(args...)
+	for _, c := range root.Commands() {
+		if c.Name() != "completion" {
+			continue
+		}
+		c.Args = cobra.ArbitraryArgs
+		c.RunE = func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return cmd.Help()
+			}
+			return usageError{fmt.Errorf("there is no completion for %q: bash, zsh, fish and powershell have one", args[0])}
+		}
+	}
 }
 
 func noVerb(name string) error {
@@ -204,6 +296,9 @@ func (a *app) openStore(ctx context.Context, create bool) (*store.Store, error) 
 	st, err := store.Open(ctx, a.fs, a.store, create)
 	if err == nil {
 		st.LooseHeader = saveimage.Skip
+		if create {
+			a.opened = append(a.opened, st)
+		}
 	}
 	return st, err
 }

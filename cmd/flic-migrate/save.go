@@ -257,6 +257,7 @@ func summary(ref store.Ref, r *checkpoint.Report) string {
 	if r.Parent != "" {
 		since += fmt.Sprintf(", %d as in %s, %d changed in part", r.Unchanged, r.Parent, r.Delta)
 	}
-	return fmt.Sprintf("saved %v: %s in, %d pages (%d zero, %d duplicate, %d hot, %d cold%s), %s to flash, %s to NVRAM, %.2f s",
-		ref, human(r.BytesIn), r.Pages, r.Zero, r.Duplicate, r.Hot, r.Cold, since, human(r.FlashBytes), human(r.NVRAMBytes), r.Seconds.Total)
+	// Duplicates are hot or cold as well.
+	return fmt.Sprintf("saved %v: %s in, %d pages (%d zero, %d hot, %d cold%s; %d are duplicates), %s to flash, %s to NVRAM, %.2f s",
+		ref, human(r.BytesIn), r.Pages, r.Zero, r.Hot, r.Cold, since, r.Duplicate, human(r.FlashBytes), human(r.NVRAMBytes), r.Seconds.Total)
 }

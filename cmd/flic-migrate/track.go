@@ -107,8 +107,8 @@ func (t *trackCmd) run(ctx context.Context) error {
 
 // sayTracked is the summary of watching a guest.
 func sayTracked(w io.Writer, rep rounds.Report) {
-	fmt.Fprintf(w, "flic-migrate: %d of %d pages are in the working set, after %d rounds and %v; the guest stood still for %v at most\n",
-		rep.Hot, rep.Pages, rep.Rounds, rep.Watched.Round(time.Millisecond), rep.Longest)
+	fmt.Fprintf(w, "flic-migrate: %d of %d pages are in the working set, after %s and %v; the guest stood still for %v at most\n",
+		rep.Hot, rep.Pages, plural(rep.Rounds, "round"), rep.Watched.Round(time.Millisecond), rep.Longest)
 }
 
 // filter is what QEMU runs.

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"regexp"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -91,7 +93,7 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 		entries = append(entries, e)
 		if !v.json {
 			result := "ok"
-			for _, d := range e.Damage {
+			for _, d := range grouped(e.Damage) {
 				if result = "DAMAGED"; e.Unsupported {
 					result = "UNSUPPORTED"
 				}
@@ -114,6 +116,46 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 		return fmt.Errorf("%d of %d checkpoints can't be read by this flic-migrate", unsupported, len(entries))
 	}
 	return nil
+}
+
+// oneOf is from how many damages on that differ in numbers only one line stands for all but
+// the first: a hole in a file is as many as it had segments.
+const oneOf = 4
+
+// numbers are those of places: offsets, pages, segments. One within a word is a name's.
+var numbers = regexp.MustCompile(`\b(0x[0-9a-f]+|[0-9]+)\b`)
+
+// grouped is a list of damages for people: of those that are alike, and of one file, the
+// first is in it and behind that how many more there are.
+func grouped(damage []string) (lines []string) {
+	kind := func(d string) string {
+		// What is before the offset names checkpoint and file, by numbers too.
+		head, rest, ok := strings.Cut(d, ": offset ")
+		if !ok {
+			return d
+		}
+		return head + ": offset " + numbers.ReplaceAllString(rest, "#")
+	}
+	alike := make(map[string][]string)
+	for _, d := range damage {
+		alike[kind(d)] = append(alike[kind(d)], d)
+	}
+	said := make(map[string]bool)
+	for _, d := range damage {
+		all := alike[kind(d)]
+		if len(all) < oneOf {
+			lines = append(lines, d)
+			continue
+		}
+		if said[kind(d)] {
+			continue
+		}
+		said[kind(d)] = true
+		_, where, _ := strings.Cut(all[len(all)-1], ": offset ")
+		where, _, _ = strings.Cut(where, ":")
+		lines = append(lines, d, fmt.Sprintf("… and %d more like that, up to offset %s (--json lists them)", len(all)-1, where))
+	}
+	return lines
 }
 
 // resolve parses names and finds the checkpoints.

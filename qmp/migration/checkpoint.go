@@ -325,7 +325,7 @@ func (c *checkpointer) wait(ctx context.Context) error {
 		// quicker to see.
 		c.hangUp()
 		if err = c.waitEnded(ctx); errors.As(err, &ended) {
-			err = fmt.Errorf("%w: %w", ended, c.err)
+			err = c.because(ended)
 		} else {
 			err = c.err
 		}

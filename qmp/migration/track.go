@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/stream"
 )
 
 // Tracking is a migration that is never meant to complete: its consumer sees
@@ -131,5 +132,15 @@ func (d *drive) brokenOff(ended *Error) error {
 	case errors.Is(d.err, context.Canceled):
 		return ended
 	}
-	return fmt.Errorf("%w: %w", ended, d.err)
+	return d.because(ended)
+}
+
+// because is QEMU's failure and the consumer's, the cause first. A stream that ends too
+// early is QEMU's doing. Otherwise it is the consumer that can't go on, as with a full disk,
+// and QEMU says no more of that than that a pipe is broken.
+func (d *drive) because(ended *Error) error {
+	if errors.Is(d.err, stream.ErrTruncated) || errors.Is(d.err, stream.ErrDamaged) || errors.Is(d.err, stream.ErrNotStream) {
+		return fmt.Errorf("%w: %w", ended, d.err)
+	}
+	return fmt.Errorf("%w (%w)", d.err, ended)
 }

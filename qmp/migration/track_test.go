@@ -7,10 +7,12 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/stream"
 )
 
 const (
@@ -188,5 +190,27 @@ func TestPauses(t *testing.T) {
 	events <- left
 	if d, whole := pauses(events); d != 0 || whole {
 		t.Errorf("left in one: %v, %v", d, whole)
+	}
+}
+
+// The cause comes first: QEMU's failure if the stream has ended too early, and the
+// consumer's if it could not go on.
+func TestCauseFirst(t *testing.T) {
+	ended := &Error{Status: StatusFailed, Desc: "Unable to write to socket: Broken pipe"}
+	for _, c := range []struct {
+		err  error
+		want string
+	}{
+		{&os.PathError{Op: "write", Path: "/s/tmp/vm.part", Err: syscall.ENOSPC},
+			"write /s/tmp/vm.part: no space left on device (qmp: migration failed: Unable to write to socket: Broken pipe)"},
+		{stream.Wrap("page", 9, io.EOF), "qmp: migration failed: Unable to write to socket: Broken pipe: page at offset 9: migration stream is truncated"},
+	} {
+		err := (&drive{err: c.err}).because(ended)
+		if err.Error() != c.want {
+			t.Errorf("%q, want %q", err, c.want)
+		}
+		if e := (*Error)(nil); !errors.As(err, &e) || !errors.Is(err, c.err) {
+			t.Errorf("%v is not both failures", err)
+		}
 	}
 }

@@ -104,6 +104,7 @@ func resume(ctx context.Context, m *qmp.Monitor, c *store.Checkpoint, o ResumeOp
 		say: func(text string) { o.Log.Warn(text) }, show: o.Progress, running: make(chan struct{}),
 	}
 	defer s.close()
+	asked := ctx // ends if the caller is asked to
 	ctx, cancel := context.WithCancelCause(ctx)
 	watched := make(chan struct{})
 	go func() {
@@ -134,7 +135,10 @@ func resume(ctx context.Context, m *qmp.Monitor, c *store.Checkpoint, o ResumeOp
 		last = s.newest().final(context.WithoutCancel(ctx))
 	}
 	if rep.Server = last.report; err != nil && last.report != nil && last.report.Error != "" {
-		err = &ServerError{err, last.report}
+		return rep, &ServerError{err, last.report}
+	}
+	if err != nil && asked.Err() != nil {
+		err = fmt.Errorf("%w: %s", err, s.afterwards(rep.State))
 	}
 	return rep, err
 }

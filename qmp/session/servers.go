@@ -283,6 +283,24 @@ func (s *servers) look() state {
 	return now
 }
 
+// afterwards says what becomes of the guest, whose run state is known if it may run, when
+// this process is asked to end amid a resume. The server outlives it.
+func (s *servers) afterwards(runState string) string {
+	n := s.newest()
+	now := n.state()
+	serves := n != nil && !now.ended && now.report == nil
+	switch {
+	case s.ran() && serves:
+		return fmt.Sprintf("the guest is %s, and process %d, which has sent %d of %d pages, brings the rest of its memory. If that dies nobody starts another, and resume --recover %s goes on",
+			runState, now.pid, now.at.Pages, now.at.PagesAll, s.name)
+	case s.ran():
+		return fmt.Sprintf("the guest is %s, and it is not known whether all of its memory will come; if its server has died, resume --recover %s goes on", runState, s.name)
+	case serves:
+		return fmt.Sprintf("the guest has not run. Process %d goes on loading it, and leaves it paused: cont lets it run; or end that QEMU, as the checkpoint is untouched", now.pid)
+	}
+	return "the guest has not run, and the checkpoint is untouched: end that QEMU"
+}
+
 // ran tells whether the guest may run.
 func (s *servers) ran() bool {
 	select {

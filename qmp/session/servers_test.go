@@ -243,3 +243,25 @@ func TestAdmits(t *testing.T) {
 		}
 	}
 }
+
+// Who ends a resume is told what becomes of the guest, which goes on without it.
+func TestAfterwards(t *testing.T) {
+	o := observe(t)
+	check := func(runState string, words ...string) {
+		t.Helper()
+		text := o.afterwards(runState)
+		for _, w := range words {
+			if !strings.Contains(text, w) {
+				t.Errorf("%q does not say %q", text, w)
+			}
+		}
+	}
+	check("", "has not run", "untouched", "end that QEMU")
+	s := o.has(4711)
+	s.at = beat{3, 4}
+	check("", "has not run", "Process 4711", "cont")
+	close(o.running)
+	check("running", "the guest is running", "process 4711", "3 of 4 pages", "resume --recover vm@1")
+	close(s.ended)
+	check("paused", "the guest is paused", "not known", "resume --recover vm@1")
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"slices"
 	"syscall"
@@ -247,7 +248,13 @@ func (s *saver) abandon(cause error) {
 	if s.out.tx != nil {
 		s.step("release of the NVRAM, which gc will do,", s.out.tx.Abort)
 	}
-	s.step("answer", s.ans.failed)
+	s.step("answer", func() error {
+		err := s.ans.failed()
+		if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, fs.ErrClosed) {
+			return nil // nobody waits for it, as when the source, or we, have given up
+		}
+		return err
+	})
 }
 
 // step does one thing of a save's end. That it fails is worth a warning and no more.

@@ -42,7 +42,7 @@ func (s *Store) Flatten(ctx context.Context, r Ref, o CopyOptions) (Removed, *ch
 			c.Close()
 		}
 	}()
-	old := Removed{Ref: c.Ref}
+	old := Removed{Ref: c.Ref, As: c.Meta.UUID}
 	was := c.Meta
 	if len(was.References) == 0 && was.NVRAM == nil && was.Disks == 0 {
 		return old, was, nil

@@ -111,7 +111,7 @@ func (g *gc) openNVRAM(ctx context.Context) error {
 		}
 		f, err := g.Store.openNVRAM(ctx, nf)
 		if err != nil {
-			g.rep.warn(fmt.Errorf("NVRAM file %s was not looked at: %w", nf.Path, err))
+			g.rep.warn(fmt.Errorf("NVRAM file %s was not looked at: %w%s", nf.Path, err, g.forgetHint(nf, err)))
 			continue
 		}
 		o := &nvramOwners{File: f}
@@ -121,6 +121,14 @@ func (g *gc) openNVRAM(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// forgetHint says what can be done about an NVRAM file that is gone.
+func (g *gc) forgetHint(nf nvramFile, err error) string {
+	if !gone(err) {
+		return ""
+	}
+	return fmt.Sprintf(" (if it is gone for good: flic-migrate gc --forget-nvram %q)", nf.Path)
 }
 
 // tmp removes what no process has locked; images that are being made are live.

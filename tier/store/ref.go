@@ -1,6 +1,7 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -63,10 +64,18 @@ func ParseRef(s string) (Ref, error) {
 		return Ref{VM: vm}, nil
 	}
 	n, err := strconv.Atoi(num)
-	if err != nil || n < 1 || n > MaxNumber || strconv.Itoa(n) != num {
-		return Ref{}, fmt.Errorf("checkpoint number %q: %w", num, ErrName)
+	why := ""
+	switch {
+	case err != nil && !errors.Is(err, strconv.ErrRange):
+		why = "it is no number"
+	case err != nil || n < 1 || n > MaxNumber:
+		why = fmt.Sprintf("numbers go from 1 to %d", MaxNumber)
+	case strconv.Itoa(n) != num:
+		why = fmt.Sprintf("it is written %d", n)
+	default:
+		return Ref{vm, n}, nil
 	}
-	return Ref{vm, n}, nil
+	return Ref{}, fmt.Errorf("checkpoint number %q: %w: %s", num, ErrName, why)
 }
 
 // The names in a store. What has another name is left alone; see Strays.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"syscall"
 
@@ -18,6 +19,7 @@ import (
 // Removed says what a removal has freed.
 type Removed struct {
 	Ref        Ref
+	As         uuid.UUID // of its image; Nil if that can't be read
 	FlashBytes int64
 	NVRAMBytes int64
 	// Kept names the checkpoints that need bytes of its image, which is not free
@@ -81,6 +83,7 @@ func (m *Remover) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	if rm.Left = err; err != nil {
 		id = &checkpoint.Identity{} // it is nobody's
 	}
+	rm.As = id.UUID
 	delete(m.known, r.object(imageSuffix))
 	// Of what is listed nothing is freed, so nobody need be asked about it.
 	theirs, err := s.unlistedAmong(ctx, id.References)
@@ -154,8 +157,9 @@ func (s *Store) removeOdd(ctx context.Context, r Ref) error {
 	if err := s.dir.Sync(ctx, vmFolder(r.VM)); err != nil {
 		return err
 	}
+	// Without its image it is nothing to anybody; gc would remove it too.
 	if slices.Contains(o.touched, r.N) {
-		s.dir.Remove(ctx, r.object(touchedSuffix)) // as gc would
+		s.dir.Remove(ctx, r.object(touchedSuffix))
 	}
 	return nil
 }
@@ -206,9 +210,8 @@ func (s *Store) unlist(ctx context.Context, r Ref, keep bool) error {
 			return err
 		}
 	}
-	// Without its image it is nothing to anybody; gc would remove it too.
 	if slices.Contains(o.touched, r.N) {
-		s.dir.Remove(ctx, r.object(touchedSuffix))
+		s.dir.Remove(ctx, r.object(touchedSuffix)) // as gc would
 	}
 	return nil
 }
@@ -283,6 +286,9 @@ type nvramFile struct {
 	UUID uuid.UUID `json:"uuid"`
 }
 
+// errOtherNVRAM: where an NVRAM file was is another one.
+var errOtherNVRAM = errors.New("it is another one now")
+
 // openNVRAM opens an NVRAM file and refuses another one in its place.
 func (s *Store) openNVRAM(ctx context.Context, nf nvramFile) (*nvram.File, error) {
 	f, err := nvram.Open(ctx, s.fs, nf.Path, nvram.Options{})
@@ -291,9 +297,83 @@ func (s *Store) openNVRAM(ctx context.Context, nf nvramFile) (*nvram.File, error
 	}
 	if f.UUID() != nf.UUID {
 		f.Close()
-		return nil, fmt.Errorf("NVRAM file %s is another one now", nf.Path)
+		return nil, fmt.Errorf("NVRAM file %s: %w", nf.Path, errOtherNVRAM)
 	}
 	return f, nil
+}
+
+// ErrNeeded: something of a store still needs what is to be forgotten.
+var ErrNeeded = errors.New("it is still needed")
+
+// ForgetNVRAM has the store forget NVRAM files that it knows under a path and that are gone,
+// so that gc looks for them no longer. It refuses as long as the file is there, because then
+// gc can free what it has of this store's, and as long as a checkpoint, or an image outside
+// of the store, has pages in it (ErrNeeded). A later save that uses the file again makes it
+// known again.
+func (s *Store) ForgetNVRAM(ctx context.Context, path string) error {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return err
+	}
+	list, err := s.dir.List(ctx, nvramFolder)
+	if err != nil {
+		return err
+	}
+	var names []string
+	for _, e := range list {
+		var nf nvramFile
+		name := nvramFolder + "/" + e.Name
+		if err := s.readSealed(ctx, name, "NVRAM file's name", maxSealed, &nf); err != nil || nf.Path != path {
+			continue // gc says what can't be read
+		}
+		if err := s.forgettable(ctx, nf); err != nil {
+			return fmt.Errorf("NVRAM file %s is not forgotten: %w", path, err)
+		}
+		names = append(names, name)
+	}
+	if len(names) == 0 {
+		return fmt.Errorf("NVRAM file %s, of this store: %w", path, ErrNotFound)
+	}
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	for _, name := range names {
+		if err := s.dir.Remove(ctx, name); err != nil && !gone(err) {
+			return err
+		}
+	}
+	return s.dir.Sync(ctx, nvramFolder)
+}
+
+// forgettable finds out that an NVRAM file is gone and no image has pages in it. An image
+// that can't say whether it has may have some. It takes no lock: nobody begins to need a
+// file that is gone.
+func (s *Store) forgettable(ctx context.Context, nf nvramFile) error {
+	f, err := s.openNVRAM(ctx, nf)
+	if err == nil {
+		f.Close()
+		return errors.New("it is there, and gc frees what it has of this store's")
+	}
+	if !gone(err) && !errors.Is(err, errOtherNVRAM) {
+		return fmt.Errorf("it can't be seen whether it is gone: %w", err)
+	}
+	err = s.images(ctx, func(st stored) error {
+		if n := st.id.NVRAM; n != nil && n.UUID == nf.UUID {
+			return fmt.Errorf("%w: %v has pages in it, and rm removes that", ErrNeeded, st.ref)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	// These do not say in which file their pages are.
+	others, err := s.Loose(ctx)
+	if err == nil && len(others) > 0 {
+		err = fmt.Errorf("%w: %s, outside of the store, may have pages in it", ErrNeeded, others[0].Place.Path)
+	}
+	return err
 }
 
 func nvramObject(id uuid.UUID) string { return nvramFolder + "/" + id.String() + ".json" }

@@ -96,10 +96,13 @@ type Store struct {
 	// are in; nil: nothing does.
 	LooseHeader loose.Header
 
-	dir  Dir
-	fs   vfs.FS // of the NVRAM files
-	root string
-	doc  storeDoc
+	dir   Dir
+	fs    vfs.FS // of the NVRAM files
+	root  string
+	doc   storeDoc
+	makes bool // Open was to make it if there is none
+	made  bool // and has
+	bare  bool // there was a directory for it
 }
 
 // storeDoc is the content of store.json.
@@ -126,9 +129,11 @@ func Open(ctx context.Context, fsys vfs.FS, dir string, create bool) (*Store, er
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{dir: d, fs: fsys, root: dir}
+	s := &Store{dir: d, fs: fsys, root: dir, makes: create}
 	err = s.readDoc(ctx)
 	if gone(err) && create {
+		_, serr := fsys.Stat(dir)
+		s.bare = !gone(serr)
 		err = s.create(ctx)
 	}
 	if gone(err) {
@@ -188,7 +193,89 @@ func (s *Store) create(ctx context.Context) error {
 	if err := s.writeSealed(ctx, storeFile, storeDoc{formatName, Version, uuid.New(), at}); err != nil {
 		return err
 	}
+	s.made = true
 	return s.readDoc(ctx)
+}
+
+// Unmake takes away a store that this Store's Open has made and that holds nothing: its
+// caller has failed, and who reads must not find a store where none is in use. Another
+// process may have opened it meanwhile: its Begin makes it again.
+func (s *Store) Unmake(ctx context.Context) error {
+	if !s.made {
+		return nil
+	}
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	all, empty, err := s.unused(ctx)
+	if err != nil || !empty {
+		return err
+	}
+	// The description goes first, durably: a store without folders would be a broken one.
+	if err := s.dir.Remove(ctx, storeFile); err != nil {
+		return err
+	}
+	s.made = false
+	if err := s.dir.Sync(ctx, ""); err != nil {
+		return err
+	}
+	for _, name := range append(all, lockName) {
+		if err := s.dir.Remove(ctx, name); err != nil {
+			return err
+		}
+	}
+	if s.bare {
+		return nil
+	}
+	err = s.dir.Remove(ctx, "")
+	if errors.Is(err, syscall.ENOTEMPTY) {
+		err = nil // somebody has begun to make it again
+	}
+	return err
+}
+
+// unused tells whether a store has nothing in it but what it was made with, and keys of trust
+// domains, and names that but for its description and its lock: what is in a folder before
+// the folder.
+func (s *Store) unused(ctx context.Context) (all []string, empty bool, err error) {
+	root, err := s.dir.List(ctx, "")
+	if err != nil {
+		return nil, false, err
+	}
+	for _, e := range root {
+		var list []Entry
+		switch e.Name {
+		case storeFile, lockName:
+			continue
+		case tmpFolder, nvramFolder, vmsFolder, shareFolder:
+			if list, err = s.dir.List(ctx, e.Name); err != nil {
+				return nil, false, err
+			}
+		default:
+			return nil, false, nil
+		}
+		for _, domain := range list {
+			folder := e.Name + "/" + domain.Name
+			if e.Name != shareFolder || !domain.Folder {
+				return nil, false, nil
+			}
+			keys, err := s.dir.List(ctx, folder)
+			if err != nil {
+				return nil, false, err
+			}
+			for _, k := range keys {
+				if k.Name != keyName {
+					return nil, false, nil
+				}
+				all = append(all, folder+"/"+keyName)
+			}
+			all = append(all, folder)
+		}
+		all = append(all, e.Name)
+	}
+	return all, true, nil
 }
 
 // checkEmpty refuses to make a store around checkpoints that there are: they are of

@@ -201,6 +201,68 @@ func TestOpen(t *testing.T) {
 	}
 }
 
+// A store that was made for nothing goes again, in whole, and only if nothing is in it; and
+// who has opened it meanwhile saves all the same.
+func TestUnmake(t *testing.T) {
+	ctx := t.Context()
+	s, disk := newStore(t)
+	other, err := Open(ctx, disk, "/store", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Unmake(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := disk.Stat("/store/store.json"); err != nil {
+		t.Fatalf("one that did not make it has taken it away: %v", err)
+	}
+	if err := s.Unmake(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := disk.Stat("/store"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it is still there: %v", err)
+	}
+	if _, err := Open(ctx, disk, "/store", false); !errors.Is(err, ErrNotFound) {
+		t.Errorf("it can be opened: %v", err)
+	}
+	if err := s.Unmake(ctx); err != nil {
+		t.Errorf("again: %v", err)
+	}
+	if ref := mustCommit(t, other, "vm"); ref.N != 1 {
+		t.Errorf("%v", ref)
+	}
+	// It is the one's that has made it now, and in use.
+	if err := other.Unmake(ctx); err != nil {
+		t.Error(err)
+	}
+	if _, err := other.Resolve(ctx, Ref{"vm", 1}); err != nil {
+		t.Error(err)
+	}
+	// A directory that was there stays, and so does a store in which somebody saves.
+	if err := disk.MkdirAll("/bare"); err != nil {
+		t.Fatal(err)
+	}
+	for _, inUse := range []bool{false, true} {
+		if s, err = Open(ctx, disk, "/bare", true); err != nil {
+			t.Fatal(err)
+		}
+		if inUse {
+			tx, err := s.Begin(ctx, "vm")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tx.Abort()
+		}
+		if err := s.Unmake(ctx); err != nil {
+			t.Error(err)
+		}
+		_, err = disk.Stat("/bare/store.json")
+		if _, derr := disk.Stat("/bare"); derr != nil || (err == nil) != inUse {
+			t.Errorf("in use %v: %v, %v", inUse, err, derr)
+		}
+	}
+}
+
 // TestOpenTogether makes one store from many processes at the same time.
 func TestOpenTogether(t *testing.T) {
 	disk := crashfs.New(0)

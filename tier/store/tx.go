@@ -55,6 +55,17 @@ func (s *Store) Begin(ctx context.Context, vm string) (*Tx, error) {
 	if err := CheckVM(vm); err != nil {
 		return nil, err
 	}
+	t, err := s.begin(ctx, vm)
+	if gone(err) && s.makes {
+		// Who has made the store has failed, and has taken it away (Unmake).
+		if err = s.create(ctx); err == nil {
+			t, err = s.begin(ctx, vm)
+		}
+	}
+	return t, err
+}
+
+func (s *Store) begin(ctx context.Context, vm string) (*Tx, error) {
 	t := &Tx{s: s, uuid: uuid.New()}
 	unlock, err := s.lock(ctx)
 	if err != nil {
