@@ -10,7 +10,7 @@ SUITE ?= host
 PREFIX ?= /usr/local
 DESTDIR ?=
 
-.PHONY: all build pages install deb rpm test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean
+.PHONY: all build pages install deb rpm test-package test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean
 
 all: build
 
@@ -31,6 +31,12 @@ install:
 # Packages, into bin/packages.
 deb rpm: build pages
 	GO=$(GO) scripts/package/build $@
+
+# The packages in a bare Debian 12, and in one with systemd, QEMU and libvirt: installed,
+# used and removed. Some two minutes, and two more to make these systems once.
+test-package: deb rpm
+	scripts/deps qemu guest
+	scripts/package/test bin/packages/*.deb bin/packages/*.rpm
 
 # Installs what is missing, then runs every test, those with a real QEMU
 # included, on the system's and on those of the suites, a short fuzz run of each
