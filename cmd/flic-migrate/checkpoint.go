@@ -22,6 +22,7 @@ type checkpointCmd struct {
 	encoding
 	placement
 	monitor   monitorFlags
+	group     groupFlags
 	parent    parentFlag
 	trust     domainFlag
 	disks     diskFiles
@@ -58,7 +59,7 @@ func newCheckpoint(a *app) *cobra.Command {
 		keepLast: count{0, 0, math.MaxInt32},
 	}
 	cmd := &cobra.Command{
-		Use:   "checkpoint [flags] {--qmp SOCKET | --domain DOMAIN} NAME",
+		Use:   "checkpoint [flags] {--qmp SOCKET | --domain DOMAIN} NAME\n  flic-migrate checkpoint [flags] --group NAME {VM=SOCKET | VM=domain:DOMAIN}...",
 		Short: "Save a running VM through its monitor",
 		Long: `Checkpoint saves the VM of a QEMU as NAME's next checkpoint: it watches which
 pages the guest writes, so that they go to NVRAM, saves it, lets it run on, and
@@ -87,6 +88,9 @@ With an NVRAM file and without --working-set, the guest is watched first, for as
 long as --timer says, by default as FLIC's equation (1) does (see track). --timer
 with --working-set joins the two sets.
 
+With --group several VMs are saved as one, stop or live: they are paused at one moment,
+each becomes the next checkpoint of VM, and all of them are there in the end, or none.
+
 NVRAM is for the newest: when the guest runs again, pages that only older checkpoints
 need are moved from there to flash, for at most ten seconds; the next checkpoint, and
 gc, go on with that.
@@ -98,14 +102,20 @@ killed (SIGKILL), a second process lets the guest run.`,
   flic-migrate checkpoint --store /srv/vms --qmp /run/web1.qmp web1
   flic-migrate checkpoint --store /srv/vms --qmp /run/web1.qmp --mode live \
       --nvram /mnt/pmem0/flic --nvram-size 4G web1
-  flic-migrate checkpoint --store /srv/vms --domain web1 web1`,
-		Args: cobra.ExactArgs(1),
+  flic-migrate checkpoint --store /srv/vms --domain web1 web1
+  flic-migrate checkpoint --store /srv/vms --group shop web1=/run/web1.qmp db1=/run/db1.qmp`,
+		Args: c.group.args,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.run(cmd.Context(), args[0], cmd.Flags().Changed("timer"))
+			timed := cmd.Flags().Changed("timer")
+			if c.group.name != "" {
+				return c.runGroup(cmd.Context(), args, timed)
+			}
+			return c.run(cmd.Context(), args[0], timed)
 		},
 	}
 	fs := cmd.Flags()
 	c.monitor.add(fs)
+	c.group.add(fs)
 	fs.Var(&c.mode, "mode", "when the guest runs meanwhile")
 	fs.Var(&c.then, "then", "what becomes of the guest (default: what it did before)")
 	c.placement.add(fs)
@@ -156,46 +166,11 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		return err
 	}
 	p := newProgress(c.stderr, c.quiet)
-	o := session.CheckpointOptions{
-		Guest: migration.CheckpointOptions{
-			Mode: migration.Mode(c.mode.value), Then: migration.Then(c.then.value),
-			Downtime: c.downtime, Patience: c.patience, GiveUp: c.giveUp,
-		},
-		Save:      c.encoding.options(),
-		NVRAMKeep: c.nvramKeep.n,
-		Watched: func(rep rounds.Report) {
-			if !c.quiet {
-				sayTracked(c.stderr, rep)
-			}
-		},
-		Disks: c.disks, NoDisks: c.noDisks, Snapshot: c.freeze.value == "snapshot",
-		Guard: guard, PutRight: guardQEMU,
-		Log: c.log(),
-	}
-	o.Save.VM, o.Save.Parent, o.Save.Log, o.Save.Progress = vm, string(c.parent), c.log(), p.callback()
-	o.Save.TrustDomain = string(c.trust)
-	if c.arm {
-		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog)}
-	}
-	if c.sync {
-		o.Sync = &session.GuestSync{Socket: c.agent, Limit: guestSyncTime}
-	}
-	if err := c.placement.options(c.app, &o.Save); err != nil {
+	o, err := c.options(vm, timer, timed)
+	if err != nil {
 		return err
 	}
-	if o.Save.NVRAM != "" && !o.Save.VolatileNVRAM {
-		// The guest would be watched, and stopped, in vain.
-		if err := store.CheckLasting(c.fs, o.Save.NVRAM); err != nil {
-			return explainNVRAM(err)
-		}
-	}
-	o.WatchAsked = timed
-	if timed || o.Save.NVRAM != "" && o.Save.WorkingSet == nil {
-		o.Watch = &session.TrackOptions{
-			Interval: timer, Rounds: c.rounds.n,
-			Beta: c.beta, FlashRate: c.app.flashRate(c.flashRate), Longest: c.timerMax,
-		}
-	}
+	o.Save.Progress = p.callback()
 	// Before QEMU is touched.
 	st, err := c.openStore(ctx, true)
 	if err != nil {
@@ -219,6 +194,51 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s\n", line)
 	}
 	return err
+}
+
+// options are those of a VM's checkpoint, as the flags say.
+func (c *checkpointCmd) options(vm string, timer time.Duration, timed bool) (session.CheckpointOptions, error) {
+	o := session.CheckpointOptions{
+		Guest: migration.CheckpointOptions{
+			Mode: migration.Mode(c.mode.value), Then: migration.Then(c.then.value),
+			Downtime: c.downtime, Patience: c.patience, GiveUp: c.giveUp,
+		},
+		Save:      c.encoding.options(),
+		NVRAMKeep: c.nvramKeep.n,
+		Watched: func(rep rounds.Report) {
+			if !c.quiet {
+				sayTracked(c.stderr, rep)
+			}
+		},
+		Disks: c.disks, NoDisks: c.noDisks, Snapshot: c.freeze.value == "snapshot",
+		Guard: guard, PutRight: guardQEMU,
+		Log: c.log(),
+	}
+	o.Save.VM, o.Save.Parent, o.Save.Log = vm, string(c.parent), c.log()
+	o.Save.TrustDomain = string(c.trust)
+	if c.arm {
+		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog)}
+	}
+	if c.sync {
+		o.Sync = &session.GuestSync{Socket: c.agent, Limit: guestSyncTime}
+	}
+	if err := c.placement.options(c.app, &o.Save); err != nil {
+		return o, err
+	}
+	if o.Save.NVRAM != "" && !o.Save.VolatileNVRAM {
+		// The guest would be watched, and stopped, in vain.
+		if err := store.CheckLasting(c.fs, o.Save.NVRAM); err != nil {
+			return o, explainNVRAM(err)
+		}
+	}
+	o.WatchAsked = timed
+	if timed || o.Save.NVRAM != "" && o.Save.WorkingSet == nil {
+		o.Watch = &session.TrackOptions{
+			Interval: timer, Rounds: c.rounds.n,
+			Beta: c.beta, FlashRate: c.app.flashRate(c.flashRate), Longest: c.timerMax,
+		}
+	}
+	return o, nil
 }
 
 // prune keeps what --keep-last says, and returns what is to be said of it. The checkpoint
@@ -251,6 +271,20 @@ func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
 	if err := c.monitor.check(); err != nil {
 		return 0, err
 	}
+	if timer, err = c.checkValues(); err != nil {
+		return 0, err
+	}
+	switch {
+	case c.sync && c.agent == "" && c.monitor.Domain == "":
+		return 0, usageError{errors.New("--guest-sync with --qmp needs the socket of the guest's agent: --guest-agent")}
+	case c.agent != "" && c.monitor.Domain != "":
+		return 0, usageError{errors.New("libvirt has the agent of its domain's guest: leave --guest-agent out")}
+	}
+	return timer, c.checkSnapshot()
+}
+
+// checkValues checks what stands for itself, and returns the timer, 0 for auto.
+func (c *checkpointCmd) checkValues() (timer time.Duration, err error) {
 	if c.timer != "auto" {
 		if timer, err = time.ParseDuration(c.timer); err != nil || timer <= 0 {
 			return 0, usageError{fmt.Errorf("--timer %s: must be auto or a duration such as 4s", c.timer)}
@@ -265,13 +299,7 @@ func (c *checkpointCmd) checkFlags() (timer time.Duration, err error) {
 	if c.arm && (c.then.value == string(migration.ThenPause) || c.then.value == string(migration.ThenQuit)) {
 		return 0, usageError{fmt.Errorf("--arm needs a guest that runs afterwards, and --then says %s", c.then.value)}
 	}
-	switch {
-	case c.sync && c.agent == "" && c.monitor.Domain == "":
-		return 0, usageError{errors.New("--guest-sync with --qmp needs the socket of the guest's agent: --guest-agent")}
-	case c.agent != "" && c.monitor.Domain != "":
-		return 0, usageError{errors.New("libvirt has the agent of its domain's guest: leave --guest-agent out")}
-	}
-	return timer, c.checkSnapshot()
+	return timer, nil
 }
 
 // checkSnapshot finds out whether snapshots of the disks can be taken.

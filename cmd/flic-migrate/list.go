@@ -18,7 +18,7 @@ import (
 )
 
 func newList(a *app) *cobra.Command {
-	var asJSON bool
+	var asJSON, group bool
 	c := &cobra.Command{
 		Use:   "list [flags] [NAME]",
 		Short: "List the checkpoints of one VM or of all",
@@ -28,8 +28,10 @@ that have been moved from NVRAM to flash counted where they are.
 STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say, or
 its version if it is in another one of the format; "needs 2 disks" stands with one that
 has pages on disk images (save --disk; show names them), "next armed" with the newest
-checkpoint of a VM whose next one is (checkpoint --arm).`,
+checkpoint of a VM whose next one is (checkpoint --arm), "in shop@1" with one of a group.
+With --group it lists groups (checkpoint --group), of one name or all.`,
 		Example: `  flic-migrate list --store /srv/vms
+  flic-migrate list --store /srv/vms --group
   flic-migrate list --store /srv/vms --json web1`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -37,10 +39,14 @@ checkpoint of a VM whose next one is (checkpoint --arm).`,
 			if len(args) == 1 {
 				vm = args[0]
 			}
+			if group {
+				return a.listGroups(cmd.Context(), vm, asJSON)
+			}
 			return a.list(cmd.Context(), vm, asJSON)
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	groupFlag(c.Flags(), &group)
 	return c
 }
 
@@ -60,6 +66,7 @@ type listEntry struct {
 	Disks      int       `json:"disks,omitempty"` // disk images that have bytes of its pages
 	Domain     string    `json:"trust_domain,omitempty"`
 	Armed      bool      `json:"armed,omitempty"` // the VM's next one is armed; on its newest
+	Group      string    `json:"group,omitempty"` // the group that it is in, NAME@N
 	Error      string    `json:"error,omitempty"`
 }
 
@@ -97,6 +104,7 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 		entries = append(entries, newListEntry(l))
 	}
 	markArmed(ctx, st, entries)
+	markGroups(ctx, st, entries)
 	switch {
 	case asJSON:
 		err = printJSON(a.stdout, entries)
@@ -170,6 +178,21 @@ func markArmed(ctx context.Context, st *store.Store, entries []listEntry) {
 	}
 }
 
+// markGroups says of each checkpoint which group it is in. A record that can't be read is
+// list --group's, and no reason to list nothing.
+func markGroups(ctx context.Context, st *store.Store, entries []listEntry) {
+	of, err := st.GroupOf(ctx)
+	if err != nil {
+		return
+	}
+	for i := range entries {
+		e := &entries[i]
+		if g, is := of[store.Ref{VM: e.VM, N: e.Number}]; is {
+			e.Group = g.String()
+		}
+	}
+}
+
 func printList(w io.Writer, entries []listEntry) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(t, "CHECKPOINT\tCREATED\tRAM\tFLASH\tNVRAM\tMACHINE\tSTATE")
@@ -180,6 +203,9 @@ func printList(w io.Writer, entries []listEntry) error {
 		}
 		if e.Armed {
 			state += ", next armed"
+		}
+		if e.Group != "" {
+			state += ", in " + e.Group
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Checkpoint, localTime(e.Created), human(int64(e.RAMBytes)),
 			human(e.FlashBytes+e.MovedBytes), human(e.NVRAMBytes), dash(e.Machine), state)

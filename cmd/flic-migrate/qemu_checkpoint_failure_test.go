@@ -32,13 +32,19 @@ type attempt struct {
 // with a fault if there is one, and waits until that strikes.
 func (l *lab) attempts(t *testing.T, f *fault, monitor string, flags ...string) *attempt {
 	t.Helper()
+	return l.attemptsWith(t, f, append([]string{"--qmp", monitor, "vm"}, flags...)...)
+}
+
+// attemptsWith is attempts with other arguments.
+func (l *lab) attemptsWith(t *testing.T, f *fault, args ...string) *attempt {
+	t.Helper()
 	a := &attempt{t: t, cmd: exec.Command("flic-migrate")}
 	if f != nil {
 		a.cmd = exec.Command("flic-migrate-faulty")
 		f.mark = filepath.Join(l.dir, "mark")
 		a.cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s %d %d %d %s", faultEnv, f.op, f.n, f.stall, f.errno, f.mark))
 	}
-	a.cmd.Args = append(a.cmd.Args, append([]string{"checkpoint", "--store", l.store, "--qmp", monitor, "vm"}, flags...)...)
+	a.cmd.Args = append(a.cmd.Args, append([]string{"checkpoint", "--store", l.store}, args...)...)
 	a.cmd.Stderr = &a.stderr
 	ok(t, a.cmd.Start())
 	if f != nil {

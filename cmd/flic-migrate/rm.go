@@ -12,7 +12,7 @@ import (
 )
 
 func newRm(a *app) *cobra.Command {
-	var all, asJSON bool
+	var all, group, asJSON bool
 	c := &cobra.Command{
 		Use:   "rm [flags] {NAME@N... | --all NAME...}",
 		Short: "Remove checkpoints and free their space in both tiers",
@@ -24,12 +24,21 @@ exit code says that one was not.
 What other checkpoints need of a removed one is kept until they are removed too, and
 what only this one needed of removed ones is freed with it.
 
-The number of a removed checkpoint is never used again.`,
+The number of a removed checkpoint is never used again.
+
+With --group the names are those of groups (checkpoint --group), whose members are removed.`,
 		Example: `  flic-migrate rm --store /srv/vms web1@1 web1@2
-  flic-migrate rm --store /srv/vms --all web1`,
+  flic-migrate rm --store /srv/vms --all web1
+  flic-migrate rm --store /srv/vms --group shop@2`,
 		Args: cobra.MinimumNArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error { return a.rm(cmd.Context(), args, all, asJSON) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if group {
+				return a.rmGroups(cmd.Context(), args, all, asJSON)
+			}
+			return a.rm(cmd.Context(), args, all, asJSON)
+		},
 	}
+	groupFlag(c.Flags(), &group)
 	c.Flags().BoolVar(&all, "all", false, "remove all checkpoints of the VMs")
 	setKey(c.Flags(), "all", "rm-all")
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")

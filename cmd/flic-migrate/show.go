@@ -16,7 +16,7 @@ import (
 )
 
 func newShow(a *app) *cobra.Command {
-	var asJSON bool
+	var asJSON, group bool
 	c := &cobra.Command{
 		Use:   "show [flags] NAME[@N]",
 		Short: "Show all that a checkpoint says about itself",
@@ -24,13 +24,21 @@ func newShow(a *app) *cobra.Command {
 was saved and what the save came to. NAME alone means the VM's newest checkpoint.
 It reads the description and the page map, which says in how many places of the images
 the pages are, and what other checkpoints refer to; "flic-migrate verify" reads
-everything.`,
+everything. With --group it shows a group (checkpoint --group), the newest of its name
+without a number, and its members.`,
 		Example: `  flic-migrate show --store /srv/vms web1
-  flic-migrate show --store /srv/vms --json web1@3`,
+  flic-migrate show --store /srv/vms --json web1@3
+  flic-migrate show --store /srv/vms --group shop`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error { return a.show(cmd.Context(), args[0], asJSON) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if group {
+				return a.showGroup(cmd.Context(), args[0], asJSON)
+			}
+			return a.show(cmd.Context(), args[0], asJSON)
+		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	groupFlag(c.Flags(), &group)
 	return c
 }
 
@@ -41,6 +49,7 @@ type showDoc struct {
 	FileBytes  int64  `json:"file_bytes"` // the image file
 	*checkpoint.Meta
 	Armed   bool           `json:"armed,omitempty"`   // the VM's next checkpoint is armed, and this is its newest
+	Group   string         `json:"group,omitempty"`   // the group that it is in, NAME@N
 	Reads   *source.Reads  `json:"reads,omitempty"`   // of a restore; missing if the page map can't tell
 	Sharing *store.Sharing `json:"sharing,omitempty"` // with others; missing if it can't be told
 }
@@ -71,16 +80,22 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 	if newest, err := st.Resolve(ctx, store.Ref{VM: d.Ref.VM}); err != nil || newest != d.Ref {
 		armed = false
 	}
+	group := ""
+	if of, err := st.GroupOf(ctx); err == nil {
+		if g, is := of[d.Ref]; is {
+			group = g.String()
+		}
+	}
 	if asJSON {
 		if m := d.Meta; m.Digests != nil {
 			m.Digests.Key = digest.Key{} // whoever reads this need not know it
 		}
-		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, armed, reads, sharing})
+		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, armed, group, reads, sharing})
 	}
-	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, armed, reads, sharing)
+	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, armed, group, reads, sharing)
 }
 
-func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, armed bool, reads *source.Reads, sharing *store.Sharing) error {
+func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, armed bool, group string, reads *source.Reads, sharing *store.Sharing) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
 	r := &m.Report
@@ -94,6 +109,9 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, armed
 	line("state when saved", "%s", dash(m.RunState))
 	if armed {
 		line("next", "armed")
+	}
+	if group != "" {
+		line("group", "%s", group)
 	}
 	line("page size", "%d", m.PageSize)
 	line("ignore-shared", "%t", m.IgnoreShared)

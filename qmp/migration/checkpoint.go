@@ -67,9 +67,38 @@ type CheckpointOptions struct {
 	Stopped func(ctx context.Context) error
 	// Undo takes back what Save has made durable, because QEMU does not confirm
 	// that it was its guest. nil: it stays.
-	Undo   func(ctx context.Context) error
-	Open   OpenFunc // nil: OpenChannel
-	Redial Redialer // may be nil
+	Undo func(ctx context.Context) error
+	// Together is how the guest is stopped at one moment with others; nil: it is alone.
+	// Not with ModeBackground.
+	Together *Together
+	Open     OpenFunc // nil: OpenChannel
+	Redial   Redialer // may be nil
+}
+
+// Together is how checkpoints of several guests, each in a goroutine of its own, wait for
+// one another. An error of another one's ends the waits.
+//
+//	stop:  settings ─► Ready ─► stop ─► migrate, Save ─► completed ─► Agree ─► cont
+//	live:  settings ─► migrate, Precopy … ─► Ready ─► stop ─► … ─► completed ─► Agree ─► cont
+type Together struct {
+	// Ready is called when there is nothing left to do but to stop the guest, and returns
+	// when that is so of all. A guest that does not run is ready as well.
+	Ready func(ctx context.Context) error
+	// Precopy is Save for ModeLive and a guest that runs: it reads most of the first pass,
+	// has the guest stopped by h, and reads on.
+	Precopy func(ctx context.Context, stream *os.File, before qmp.RunState, h Held) error
+	// Agree is called once all has been saved, with what QEMU says of it, before the
+	// guest goes on. It returns that, or an error that wraps ErrUnconfirmed if another
+	// one's QEMU says so.
+	Agree func(ctx context.Context, err error) error
+}
+
+// Held is a guest whose migration is held near the end of its first pass.
+type Held struct {
+	Buffer int    // how many bytes of the stream wait though nobody reads
+	Absent uint64 // as Unplugged says
+	// Stop stops the guest when all are ready for it, and returns when it stands still.
+	Stop func(ctx context.Context) error
 }
 
 // CheckpointReport is what a checkpoint did to the guest.
@@ -81,6 +110,9 @@ type CheckpointReport struct {
 	Ran   bool `json:"ran"` // the guest, before
 	// State is the guest's run state at the end, "ended" if QEMU has.
 	State string `json:"state"`
+	// Stopped is when the guest stood still, by the time of QEMU's event; zero if it did
+	// not run. Where there are no events, as with libvirt, it is when it was told to.
+	Stopped time.Time `json:"stopped,omitzero"`
 	// Downtime is how long the guest stood still, by the times of QEMU's
 	// events; 0 if it did not run before, or not again.
 	Downtime time.Duration `json:"downtime_ns"`
@@ -143,7 +175,11 @@ func (c *checkpointer) run(ctx context.Context, save func(context.Context) error
 	confirmed := err == nil
 	if confirmed {
 		c.rep.Saved = true
-		if err = c.confirm(ctx); errors.Is(err, ErrUnconfirmed) {
+		err = c.confirm(ctx)
+		if c.o.Together != nil {
+			err = c.o.Together.Agree(ctx, err)
+		}
+		if errors.Is(err, ErrUnconfirmed) {
 			confirmed, err = false, errors.Join(err, c.undo(ctx))
 		}
 	}
@@ -155,10 +191,14 @@ func (c *checkpointer) run(ctx context.Context, save func(context.Context) error
 	} else if e := c.end(ctx); e != nil {
 		err = errors.Join(err, fmt.Errorf("after the checkpoint: %w", e))
 	}
-	c.rep.Total, c.rep.Ran = time.Since(start), c.was.Running
+	c.rep.Total, c.rep.Ran, c.rep.Stopped = time.Since(start), c.was.Running, c.stoppedAt
 	if eventsErr == nil {
-		if d, whole := pauses(events); whole {
+		d, first, whole := pauses(events)
+		if whole {
 			c.rep.Downtime = d
+		}
+		if !first.IsZero() {
+			c.rep.Stopped = first
 		}
 	}
 	if c.rep.Downtime == 0 && c.rep.Ran && c.rep.State == "running" {
@@ -194,7 +234,13 @@ type checkpointer struct {
 func (c *checkpointer) check(ctx context.Context) error {
 	c.rep.Mode, c.rep.Converged = c.o.Mode, true
 	during := map[string]any{}
-	if c.o.Mode == ModeLive {
+	if c.precopies() {
+		// As Arm does: QEMU must not find by itself that it can stop the guest.
+		during["downtime-limit"] = 1
+		if c.open == nil {
+			c.open = OpenArmed
+		}
+	} else if c.o.Mode == ModeLive {
 		parameters, err := Parameters(ctx, c.x)
 		if err != nil {
 			return err
@@ -251,6 +297,10 @@ func (c *checkpointer) needs(name string, is bool) bool {
 	return is && c.rep.Mode != ModeBackground && slices.Contains(harmless, name)
 }
 
+// precopies tells whether the guest is to be stopped with others when most of its memory
+// has been read.
+func (c *checkpointer) precopies() bool { return c.o.Together != nil && c.rep.Mode == ModeLive }
+
 // save does it, up to QEMU's completed.
 func (c *checkpointer) save(ctx context.Context) error {
 	if c.rep.Mode == ModeStop && c.was.Running {
@@ -262,6 +312,11 @@ func (c *checkpointer) save(ctx context.Context) error {
 			err = fmt.Errorf("%w: %w", ErrBackground, err)
 		}
 		return err
+	}
+	if c.rep.Mode == ModeStop && c.o.Together != nil {
+		if err := c.o.Together.Ready(ctx); err != nil {
+			return err
+		}
 	}
 	if c.rep.Mode == ModeStop && c.was.Running {
 		c.stoppedAt = time.Now()
@@ -275,11 +330,34 @@ func (c *checkpointer) save(ctx context.Context) error {
 		}
 	}
 	c.drain = c.rep.Mode == ModeBackground
-	err := c.start(ctx, TwoWay, func(ctx context.Context, f *os.File) error { return c.o.Save(ctx, f, c.was) })
-	if err != nil {
+	consume := func(ctx context.Context, f *os.File) error { return c.o.Save(ctx, f, c.was) }
+	if c.precopies() {
+		absent, err := Unplugged(ctx, c.x)
+		if err != nil {
+			return err
+		}
+		consume = func(ctx context.Context, f *os.File) error {
+			return c.o.Together.Precopy(ctx, f, c.was, Held{c.channel.buffer, absent, c.stopTogether})
+		}
+	}
+	if err := c.start(ctx, TwoWay, consume); err != nil {
 		return err
 	}
 	return c.wait(ctx)
+}
+
+// stopTogether stops a guest that is held when all are ready. Until then it runs.
+func (c *checkpointer) stopTogether(ctx context.Context) error {
+	// Before the guest stops, so that whoever comes after a killed process knows who has
+	// stopped it.
+	if err := SetParameters(ctx, c.x, map[string]any{"max-bandwidth": stoppedBandwidth}); err != nil {
+		return err
+	}
+	if err := c.o.Together.Ready(ctx); err != nil {
+		return err
+	}
+	c.stoppedAt = time.Now()
+	return qmp.Stop(ctx, c.x)
 }
 
 // wait waits for the end of the migration and of Save. What Save says counts: it
@@ -362,7 +440,7 @@ func (c *checkpointer) waitEnded(ctx context.Context) error {
 
 // waitPatiently is Wait with a bound on convergence.
 func (c *checkpointer) waitPatiently(ctx context.Context) (Info, error) {
-	if c.rep.Mode != ModeLive || c.o.Patience <= 0 {
+	if c.rep.Mode != ModeLive || c.o.Patience <= 0 || c.precopies() {
 		return Wait(ctx, c.x)
 	}
 	patient, stop := context.WithTimeout(ctx, c.o.Patience)

@@ -282,24 +282,27 @@ func cont(ctx context.Context, x qmp.Executor) error {
 }
 
 // pauses adds up the times between STOP and RESUME among the events so far, by
-// QEMU's clock. Whole tells that the guest was not left in one.
-func pauses(events <-chan qmp.Event) (sum time.Duration, whole bool) {
+// QEMU's clock. First is when the first began, and whole tells that the guest was not left
+// in one.
+func pauses(events <-chan qmp.Event) (sum time.Duration, first time.Time, whole bool) {
 	var since time.Time
 	for {
 		select {
 		case e, ok := <-events:
 			if !ok {
-				return sum, since.IsZero()
+				return sum, first, since.IsZero()
 			}
 			at := time.Unix(e.Timestamp.Seconds, e.Timestamp.Microseconds*1000)
 			if e.Event == "STOP" {
-				since = at
+				if since = at; first.IsZero() {
+					first = at
+				}
 			} else if e.Event == "RESUME" && !since.IsZero() {
 				sum += at.Sub(since)
 				since = time.Time{}
 			}
 		default:
-			return sum, since.IsZero()
+			return sum, first, since.IsZero()
 		}
 	}
 }

@@ -62,7 +62,7 @@ func Track(ctx context.Context, x qmp.Executor, o TrackOptions) (rep TrackReport
 		}
 		rep.Total = time.Since(start)
 		if eventsErr == nil {
-			rep.Stopped, _ = pauses(events)
+			rep.Stopped, _, _ = pauses(events)
 		}
 	}()
 	if err := d.settings.set(ctx, x); err != nil {

@@ -182,13 +182,13 @@ func TestPauses(t *testing.T) {
 		ev.Timestamp.Microseconds = e.us
 		events <- ev
 	}
-	if d, whole := pauses(events); d != 4*time.Millisecond || !whole {
-		t.Errorf("stopped for %v, %v", d, whole)
+	if d, first, whole := pauses(events); d != 4*time.Millisecond || !whole || !first.Equal(time.UnixMicro(100)) {
+		t.Errorf("stopped for %v, from %v, %v", d, first, whole)
 	}
 	left := qmp.Event{Event: "STOP"}
 	left.Timestamp.Seconds = 1
 	events <- left
-	if d, whole := pauses(events); d != 0 || whole {
+	if d, _, whole := pauses(events); d != 0 || whole {
 		t.Errorf("left in one: %v, %v", d, whole)
 	}
 }

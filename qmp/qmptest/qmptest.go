@@ -177,7 +177,7 @@ func (f *Files) Read(b []byte) (int, error) {
 	if n == 0 && err == nil {
 		err = io.EOF
 	}
-	return n, err
+	return max(n, 0), err // -1 after a reset
 }
 
 // Take returns the file that has come, nil if there is none.

@@ -211,6 +211,8 @@ func (p *armedFor) suits(o *CheckpointOptions, t Target) error {
 		return err
 	case p.hello.Target != t.String():
 		return fmt.Errorf("%w: of %s", errOtherwise, p.hello.Target)
+	case o.member != nil:
+		return fmt.Errorf("%w: of no group", errOtherwise)
 	case o.Guest.Mode != migration.ModeStop:
 		return fmt.Errorf("%w: with the guest stopped", errOtherwise)
 	case want != p.hello.Encoding:

@@ -62,6 +62,8 @@ type CheckpointOptions struct {
 	// Arm leaves the next checkpoint armed, if this one succeeds; nil: it is not.
 	Arm *ArmOptions
 	Log *slog.Logger // of warnings
+
+	member *member // its place in a group; nil: it is alone
 }
 
 // CheckpointReport is what was done. It is the command's JSON document.
@@ -215,13 +217,16 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		defer release()
 	}
 	var ref store.Ref
-	o.Guest.Save = func(ctx context.Context, f *os.File, before qmp.RunState) error {
+	saveHeld := func(ctx context.Context, f *os.File, before qmp.RunState, hold *save.Hold) error {
 		var meta *checkpoint.Meta
 		var err error
-		if ref, meta, err = o.save(ctx, fs, st, f, found, before); err == nil {
+		if ref, meta, err = o.save(ctx, fs, st, f, found, before, hold); err == nil {
 			rep.Checkpoint, rep.Save = ref.String(), &meta.Report
 		}
 		return err
+	}
+	o.Guest.Save = func(ctx context.Context, f *os.File, before qmp.RunState) error {
+		return saveHeld(ctx, f, before, nil)
 	}
 	o.Guest.Undo = func(ctx context.Context) error {
 		removed, err := st.Remove(ctx, ref)
@@ -229,6 +234,9 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 			o.Log.Warn("the NVRAM of what was saved in vain was not freed; gc will", "cause", removed.Left)
 		}
 		return err
+	}
+	if o.member != nil {
+		o.Save.Commit, o.Guest.Together, o.Guest.Undo = o.member.commit, o.member.together(saveHeld), o.member.takeBack
 	}
 	if o.Snapshot {
 		o.Guest.Stopped = func(ctx context.Context) error { return o.snapshot(ctx, t, x, found, &rep) }
@@ -278,8 +286,8 @@ func (o *CheckpointOptions) watch(ctx context.Context, x qmp.Executor, redial mi
 	return &rep, err
 }
 
-// save is the consumer of the migration's stream.
-func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store, f *os.File, found []disks.Disk, before qmp.RunState) (store.Ref, *checkpoint.Meta, error) {
+// save is the consumer of the migration's stream. hold may be nil.
+func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store, f *os.File, found []disks.Disk, before qmp.RunState, hold *save.Hold) (store.Ref, *checkpoint.Meta, error) {
 	if o.Guest.Mode == migration.ModeBackground && before.Running {
 		release, err := o.Guard(f)
 		if err != nil {
@@ -300,7 +308,7 @@ func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store
 	}
 	defer out.Close()
 	so := o.Save
-	so.ReturnPath = out
+	so.ReturnPath, so.Hold = out, hold
 	// In background mode the guest goes on writing.
 	if len(found) > 0 && !(o.Guest.Mode == migration.ModeBackground && before.Running) {
 		so.VMDisks = func() []checkpoint.VMDisk { return disks.Record(found, o.Snapshot) }

@@ -64,6 +64,10 @@ func (q *machine) serve(t *testing.T) func(*qmptest.Conn) {
 				answer = `{"max-bandwidth": 1, "downtime-limit": 300}`
 			case "stop", "cont":
 				q.running = cmd.Execute == "cont"
+			case "migrate_cancel":
+				if q.status == "active" {
+					q.status = "cancelled"
+				}
 			case "getfd":
 				named = files.Take()
 			case "pmemsave":
@@ -107,7 +111,9 @@ func (q *machine) migrate(to io.ReadWriteCloser) {
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.status = status
+	if q.status == "active" {
+		q.status = status
+	}
 }
 
 // TestCheckpoint saves a guest through a monitor of each kind, and believes QEMU's

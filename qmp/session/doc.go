@@ -5,6 +5,7 @@
 //
 //	Track       ─► rounds ─► migration.Track                  ─► a working set
 //	Checkpoint  ─► (Track), migration.Checkpoint ─► save.Run  ─► a checkpoint
+//	…Group      ─► several of them beside one another, which meet (group.go)
 //	Resume      ─► migration.Resume ─► a server, another process ─► restore, lazy
 //	            ─► domain.Restore   ─► a server, in this process ─► restore, lazy
 //

@@ -76,6 +76,11 @@ type Options struct {
 
 	Hold *Hold // the save waits near the end of the first pass; nil: it does not
 
+	// Commit makes the checkpoint visible, durably, as tx.Commit does: nil is that. The
+	// image is whole and synced, and the transaction must have ended when it returns. A
+	// group's waits for the other members.
+	Commit func(ctx context.Context, tx *store.Tx) (store.Ref, error)
+
 	// ReturnPath is where the answers to a source with the return-path
 	// capability go: the process's stdout. Nothing else is written to it. If it
 	// has a SetWriteDeadline, no answer waits for long.
@@ -545,7 +550,11 @@ func (s *saver) commit() (store.Ref, error) {
 		return store.Ref{}, err
 	}
 	s.rep.FlashBytes = s.out.len()
-	ref, err := s.out.tx.Commit(s.ctx)
+	commit := s.o.Commit
+	if commit == nil {
+		commit = func(ctx context.Context, tx *store.Tx) (store.Ref, error) { return tx.Commit(ctx) }
+	}
+	ref, err := commit(s.ctx, s.out.tx)
 	if err != nil {
 		return store.Ref{}, fmt.Errorf("commit of checkpoint %v: %w", s.out.tx.UUID(), err)
 	}

@@ -70,6 +70,9 @@ func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport,
 	if err := g.vms(ctx); err != nil {
 		return rep, err
 	}
+	if err := g.groups(ctx); err != nil {
+		return rep, err
+	}
 	return rep, g.sweep(ctx)
 }
 
@@ -138,6 +141,14 @@ func (g *gc) tmp(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
+	// What a killed process has committed as a group is not swept.
+	unplaced := g.placeGroups(ctx)
+	if unplaced != nil && !integrity.IsCorrupt(unplaced) {
+		return unplaced
+	}
+	if unplaced != nil {
+		g.rep.warn(fmt.Errorf("saves that may belong to a group are kept: %w", unplaced))
+	}
 	list, err := g.dir.List(ctx, tmpFolder)
 	if err != nil {
 		return err
@@ -161,6 +172,18 @@ func (g *gc) tmp(ctx context.Context) error {
 			g.live[id] = true
 			g.rep.warn(err)
 			continue
+		}
+		if suffix == partSuffix && unplaced != nil {
+			g.live[id] = true
+			f.Close()
+			continue
+		}
+		if !removed {
+			// A power cut must not bring back a group's record without its parts.
+			if err := g.dir.Sync(ctx, groupsFolder); err != nil && !gone(err) {
+				f.Close()
+				return err
+			}
 		}
 		size, _ := f.Size()
 		err = g.dir.Remove(ctx, name)

@@ -230,17 +230,12 @@ func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
-			l := Listed{Ref: Ref{vm, n}}
-			l.Identity, l.ImageBytes, l.Err = s.identity(ctx, l.Ref)
-			if gone(l.Err) {
+			l, err := s.listedOne(ctx, Ref{vm, n}, o)
+			if gone(err) {
 				continue
 			}
-			if id := l.Identity; id != nil && id.NVRAM != nil && len(o.pieces(n, id.UUID)) > 0 {
-				slots, err := s.movedSlots(ctx, l.Ref, id.UUID)
-				if err != nil && !cannotTell(err) { // verify says what is damaged
-					return err
-				}
-				l.MovedBytes = int64(slots.Count()) * int64(id.PageSize)
+			if err != nil {
+				return err
 			}
 			list = append(list, l)
 		}
@@ -250,6 +245,24 @@ func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
 		return nil, err
 	}
 	return list, nil
+}
+
+// listedOne describes a checkpoint of a VM whose folder has these objects. One that has
+// gone away is an error (fs.ErrNotExist).
+func (s *Store) listedOne(ctx context.Context, r Ref, o vmObjects) (l Listed, err error) {
+	l.Ref = r
+	l.Identity, l.ImageBytes, l.Err = s.identity(ctx, r)
+	if gone(l.Err) {
+		return l, l.Err
+	}
+	if id := l.Identity; id != nil && id.NVRAM != nil && len(o.pieces(r.N, id.UUID)) > 0 {
+		slots, err := s.movedSlots(ctx, r, id.UUID)
+		if err != nil && !cannotTell(err) { // verify says what is damaged
+			return l, err
+		}
+		l.MovedBytes = int64(slots.Count()) * int64(id.PageSize)
+	}
+	return l, nil
 }
 
 // identity reads who an image says it is, and refuses one that is not in its place.

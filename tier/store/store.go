@@ -9,6 +9,7 @@
 //	├── nvram/UUID.json            an NVRAM file that saves of this store used
 //	├── loose/UUID.json            an image outside of the store (loose.go)
 //	├── armed/NAME.json            a checkpoint that is armed (armed.go)
+//	├── groups/NAME@N.json         checkpoints that were made as one (group.go)
 //	├── disks/                     indexes of disk images (package disk)
 //	├── share/DOMAIN/              a trust domain's key (trust.go)
 //	└── vms/NAME/
@@ -20,7 +21,8 @@
 //	    └── 00000003.gone          checkpoint 3, removed: empty, or others need it
 //
 // A checkpoint is visible exactly if its image has its name under vms: that it gets
-// it is the commit. Everything else can be rebuilt from the images, and the store
+// it is the commit; for several as one, that their group's record is there (group.go).
+// Everything else can be rebuilt from the images, and the store
 // touches no object that has another name than these. Something else under vms may be
 // a checkpoint that somebody has renamed: as long as it is there, gc frees no NVRAM.
 //
@@ -142,6 +144,7 @@ func Open(ctx context.Context, fsys vfs.FS, dir string, create bool) (*Store, er
 	if err != nil {
 		return nil, err
 	}
+	s.settleGroups(ctx)
 	return s, nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
@@ -45,6 +46,9 @@ type Tx struct {
 	// keep is set when the checkpoint may become visible in spite of an error:
 	// its NVRAM is then not given back.
 	keep bool
+	// stays is set when a group's record may name its part in spite of an error: the part
+	// then stays, and its NVRAM.
+	stays bool
 
 	loose *Loose // BeginLoose
 	entry Object // its entry, exclusively locked
@@ -72,6 +76,10 @@ func (s *Store) begin(ctx context.Context, vm string) (*Tx, error) {
 		return nil, err
 	}
 	defer unlock()
+	// A number is taken by a group that is committed, too.
+	if err := s.placeGroups(ctx); err != nil && !integrity.IsCorrupt(err) {
+		return nil, err
+	}
 	o, err := s.objects(ctx, vm)
 	if err != nil {
 		return nil, err
@@ -361,6 +369,9 @@ func (t *Tx) Abort() error {
 	// Whatever has ended the save is no reason to keep what it took; the waits have
 	// limits of their own.
 	ctx := context.Background()
+	if t.stays {
+		return nil
+	}
 	if t.s != nil {
 		defer t.s.dir.Remove(ctx, t.name)
 	}
