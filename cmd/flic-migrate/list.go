@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -67,6 +69,8 @@ type listEntry struct {
 	Domain     string    `json:"trust_domain,omitempty"`
 	Armed      bool      `json:"armed,omitempty"` // the VM's next one is armed; on its newest
 	Group      string    `json:"group,omitempty"` // the group that it is in, NAME@N
+	Tags       []string  `json:"tags,omitempty"`
+	Note       string    `json:"note,omitempty"`
 	Error      string    `json:"error,omitempty"`
 }
 
@@ -100,6 +104,9 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 		}
 		if l.Err != nil && !integrity.IsCorrupt(damage) {
 			damage = l.Err
+		}
+		if l.LabelErr != nil {
+			a.log().Warn("tags and note can't be read", "checkpoint", l.Ref.String(), "cause", oneLine(l.LabelErr))
 		}
 		entries = append(entries, newListEntry(l))
 	}
@@ -137,7 +144,7 @@ func cannotBeRead(err error) bool {
 }
 
 func newListEntry(l store.Listed) listEntry {
-	e := listEntry{Checkpoint: l.Ref.String(), VM: l.Ref.VM, Number: l.Ref.N, FlashBytes: l.ImageBytes}
+	e := listEntry{Checkpoint: l.Ref.String(), VM: l.Ref.VM, Number: l.Ref.N, FlashBytes: l.ImageBytes, Tags: l.Label.Tags, Note: l.Label.Note}
 	if l.Err != nil {
 		e.State, e.Error = "damaged", oneLine(l.Err)
 		var u *image.UnsupportedError
@@ -195,7 +202,17 @@ func markGroups(ctx context.Context, st *store.Store, entries []listEntry) {
 
 func printList(w io.Writer, entries []listEntry) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(t, "CHECKPOINT\tCREATED\tRAM\tFLASH\tNVRAM\tMACHINE\tSTATE")
+	// These columns are for those who use them.
+	tags := slices.ContainsFunc(entries, func(e listEntry) bool { return len(e.Tags) > 0 })
+	notes := slices.ContainsFunc(entries, func(e listEntry) bool { return e.Note != "" })
+	head := "CHECKPOINT\tCREATED\tRAM\tFLASH\tNVRAM\tMACHINE\tSTATE"
+	if tags {
+		head += "\tTAGS"
+	}
+	if notes {
+		head += "\tNOTE"
+	}
+	fmt.Fprintln(t, head)
 	for _, e := range entries {
 		state := dash(e.State)
 		if e.Disks > 0 {
@@ -207,10 +224,31 @@ func printList(w io.Writer, entries []listEntry) error {
 		if e.Group != "" {
 			state += ", in " + e.Group
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Checkpoint, localTime(e.Created), human(int64(e.RAMBytes)),
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s", e.Checkpoint, localTime(e.Created), human(int64(e.RAMBytes)),
 			human(e.FlashBytes+e.MovedBytes), human(e.NVRAMBytes), dash(e.Machine), state)
+		if tags {
+			fmt.Fprintf(t, "\t%s", dash(strings.Join(e.Tags, ",")))
+		}
+		if notes {
+			fmt.Fprintf(t, "\t%s", dash(firstWords(e.Note)))
+		}
+		fmt.Fprintln(t)
 	}
 	return t.Flush()
+}
+
+// firstWords is the beginning of a note, in one line.
+func firstWords(note string) string {
+	const most = 40
+	line, _, more := strings.Cut(note, "\n")
+	line = strings.ReplaceAll(line, "\t", " ")
+	if r := []rune(line); len(r) > most {
+		line, more = string(r[:most]), true
+	}
+	if more {
+		line += "…"
+	}
+	return line
 }
 
 // plural is a number of things.

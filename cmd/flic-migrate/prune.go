@@ -23,9 +23,34 @@ func addPolicy(fs *pflag.FlagSet, p *retention.Policy, verb string) {
 	fs.IntVar(&p.Monthly, "keep-monthly", 0, "keep the newest of each of the last `n` months that have any")
 	fs.IntVar(&p.Yearly, "keep-yearly", 0, "keep the newest of each of the last `n` years that have any")
 	fs.DurationVar(&p.Within, "keep-within", 0, "keep what is at most so much older than the VM's newest, such as 36h")
-	for _, name := range []string{"last", "hourly", "daily", "weekly", "monthly", "yearly", "within"} {
+	fs.Var((*tagLists)(&p.Tags), "keep-tag", "keep what has this tag, or all of those with commas between them; may be given several times")
+	for _, name := range []string{"last", "hourly", "daily", "weekly", "monthly", "yearly", "within", "tag"} {
 		setKey(fs, "keep-"+name, verb+"-keep-"+name)
 	}
+}
+
+// tagLists is --keep-tag.
+type tagLists [][]string
+
+func (l *tagLists) Type() string { return "TAG,..." }
+
+func (l *tagLists) String() string {
+	var lists []string
+	for _, all := range *l {
+		lists = append(lists, strings.Join(all, ","))
+	}
+	return strings.Join(lists, " ")
+}
+
+func (l *tagLists) Set(v string) error {
+	all := strings.Split(v, ",")
+	for _, tag := range all {
+		if err := store.CheckTag(tag); err != nil {
+			return err
+		}
+	}
+	*l = append(*l, all)
+	return nil
 }
 
 func newPrune(a *app) *cobra.Command {
@@ -38,7 +63,7 @@ func newPrune(a *app) *cobra.Command {
 checkpoints, as rm does: of the VMs named, or of all in the store. The rules are
 restic's: --keep-daily 7 keeps the newest of each of the last seven days that have
 any, in the time zone of whoever runs it; a rule with counts left also keeps the
-oldest. Every rule keeps a VM's newest.
+oldest. Every rule keeps a VM's newest. --keep-tag keeps what has that tag (see tag).
 
 What can't say when it was made is kept, with a warning. --dry-run says what would be
 removed, and removes nothing.`,
@@ -59,6 +84,7 @@ removed, and removes nothing.`,
 type pruneEntry struct {
 	Checkpoint string    `json:"checkpoint"` // NAME@N
 	Created    time.Time `json:"created,omitzero"`
+	Tags       []string  `json:"tags,omitempty"`
 	// Kept are the rules that keep it, such as "last"; none: it goes.
 	Kept    []string `json:"kept,omitempty"`
 	Removed *rmEntry `json:"removed,omitempty"` // as rm reports it
@@ -109,22 +135,26 @@ func (a *app) judge(ctx context.Context, st *store.Store, vms []string, policy r
 		if err != nil {
 			return nil, err
 		}
-		var times []time.Time
+		var items []retention.Item
 		for _, l := range list {
 			if l.Err == nil {
-				times = append(times, l.Identity.Created)
+				items = append(items, retention.Item{Time: l.Identity.Created, Tags: l.Label.Tags})
 			} else if !cannotBeRead(l.Err) {
 				return nil, l.Err
 			}
 		}
-		why := policy.Apply(times, time.Local)
+		why := policy.Apply(items, time.Local)
 		for _, l := range list {
-			e := pruneEntry{Checkpoint: l.Ref.String(), ref: l.Ref}
+			e := pruneEntry{Checkpoint: l.Ref.String(), ref: l.Ref, Tags: l.Label.Tags}
 			if l.Err != nil {
 				e.Kept, e.Error = []string{"unreadable"}, oneLine(l.Err)
 				a.log().Warn("a checkpoint can't say when it was made, and is kept", "checkpoint", e.Checkpoint, "cause", e.Error)
 			} else {
 				e.Created, e.Kept, why = l.Identity.Created, why[0], why[1:]
+				if l.LabelErr != nil && len(policy.Tags) > 0 && len(e.Kept) == 0 {
+					e.Kept, e.Error = []string{"unreadable"}, oneLine(l.LabelErr)
+					a.log().Warn("the tags of a checkpoint can't be read, and it is kept", "checkpoint", e.Checkpoint, "cause", e.Error)
+				}
 			}
 			entries = append(entries, e)
 		}

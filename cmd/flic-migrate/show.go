@@ -48,6 +48,8 @@ type showDoc struct {
 	Number     int    `json:"number"`
 	FileBytes  int64  `json:"file_bytes"` // the image file
 	*checkpoint.Meta
+	Tags    []string       `json:"tags,omitempty"`
+	Note    string         `json:"note,omitempty"`
 	Armed   bool           `json:"armed,omitempty"`   // the VM's next checkpoint is armed, and this is its newest
 	Group   string         `json:"group,omitempty"`   // the group that it is in, NAME@N
 	Reads   *source.Reads  `json:"reads,omitempty"`   // of a restore; missing if the page map can't tell
@@ -75,6 +77,10 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 	} else {
 		a.log().Warn("what it has to do with other checkpoints can't be told", "cause", oneLine(err))
 	}
+	label, err := st.Label(ctx, d.Ref)
+	if err != nil {
+		a.log().Warn("tags and note can't be read", "cause", oneLine(err))
+	}
 	// What can't be read is gc's.
 	_, armed, _ := st.ArmedFor(ctx, d.Ref.VM)
 	if newest, err := st.Resolve(ctx, store.Ref{VM: d.Ref.VM}); err != nil || newest != d.Ref {
@@ -90,12 +96,12 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 		if m := d.Meta; m.Digests != nil {
 			m.Digests.Key = digest.Key{} // whoever reads this need not know it
 		}
-		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, armed, group, reads, sharing})
+		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, label.Tags, label.Note, armed, group, reads, sharing})
 	}
-	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, armed, group, reads, sharing)
+	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, label, armed, group, reads, sharing)
 }
 
-func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, armed bool, group string, reads *source.Reads, sharing *store.Sharing) error {
+func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label store.Label, armed bool, group string, reads *source.Reads, sharing *store.Sharing) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
 	r := &m.Report
@@ -107,6 +113,18 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, armed
 	line("capabilities", "%s", dash(strings.Join(m.Capabilities, ", ")))
 	line("trust domain", "%s", dash(m.TrustDomain))
 	line("state when saved", "%s", dash(m.RunState))
+	if len(label.Tags) > 0 {
+		line("tags", "%s", strings.Join(label.Tags, ", "))
+	}
+	for i, text := range strings.Split(label.Note, "\n") {
+		switch {
+		case label.Note == "":
+		case i == 0:
+			line("note", "%s", text)
+		default:
+			line("", "%s", text)
+		}
+	}
 	if armed {
 		line("next", "armed")
 	}

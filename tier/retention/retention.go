@@ -2,7 +2,7 @@
 // older ones the newest of each hour, day, week, month or year. Words and rules are
 // those of restic's forget, so that who knows one knows the other.
 //
-// It knows times alone; package store removes, and the command puts both together.
+// It knows times and tags alone; package store removes, and the command puts both together.
 package retention
 
 import (
@@ -26,6 +26,14 @@ type Policy struct {
 	Yearly  int
 	// Within keeps everything that is at most so much older than the newest.
 	Within time.Duration
+	// Tags keeps what has all tags of one of these lists, and the newest.
+	Tags [][]string
+}
+
+// Item is a checkpoint, as far as rules go.
+type Item struct {
+	Time time.Time
+	Tags []string
 }
 
 // rule is one line of a policy: the newest of each period is kept, count times.
@@ -55,7 +63,7 @@ func (p Policy) rules() []rule {
 // Check returns an error in a user's words for a policy that can't be meant: without
 // rules, or with counts that are no counts.
 func (p Policy) Check() error {
-	some := p.Within > 0
+	some := p.Within > 0 || len(p.Tags) > 0
 	for _, r := range p.rules() {
 		if r.count < All {
 			return fmt.Errorf("keep-%s %d: must be a number, or %d for all", r.name, r.count, All)
@@ -71,11 +79,11 @@ func (p Policy) Check() error {
 	return nil
 }
 
-// Apply returns for each time, in the order of times, why it is kept: the names of the
+// Apply returns for each item, in their order, why it is kept: the names of the
 // rules, such as "last" and "daily"; none means that it is not. Hours, days and weeks
 // are those of the zone in.
 //
-// times is in the order of the checkpoints' numbers, and the later is the newer, whatever
+// items is in the order of the checkpoints' numbers, and the later is the newer, whatever
 // the times are. By the times a clock that was put back would make the oldest of a
 // checkpoint just saved, and saves that ran side by side, and copies, which have the time
 // of what they copy, would remove the one that the VM's name alone stands for. Times that
@@ -84,15 +92,17 @@ func (p Policy) Check() error {
 //
 // Where a rule has counts left when it has come to the oldest, it keeps that one as
 // well: with few checkpoints the last daily one is not lost as soon as a day has two.
-func (p Policy) Apply(times []time.Time, in *time.Location) [][]string {
-	why := make([][]string, len(times))
+//
+// Tags alone keep the newest too, as "newest": no rule removes what the VM's name stands for.
+func (p Policy) Apply(items []Item, in *time.Location) [][]string {
+	why := make([][]string, len(items))
 	for _, r := range p.rules() {
 		last, left := "", r.count
-		for i, t := range slices.Backward(times) {
+		for i, it := range slices.Backward(items) {
 			if left == 0 {
 				break
 			}
-			period := r.period(i, t.In(in))
+			period := r.period(i, it.Time.In(in))
 			if period == last && i > 0 {
 				continue
 			}
@@ -103,15 +113,31 @@ func (p Policy) Apply(times []time.Time, in *time.Location) [][]string {
 			}
 		}
 	}
-	if p.Within > 0 && len(times) > 0 {
-		newest := times[len(times)-1]
-		for i, t := range times {
-			if newest.Sub(t) <= p.Within {
-				why[i] = append(why[i], "within")
-			}
+	if len(items) == 0 {
+		return why
+	}
+	newest := len(items) - 1
+	for i, it := range items {
+		if p.Within > 0 && items[newest].Time.Sub(it.Time) <= p.Within {
+			why[i] = append(why[i], "within")
+		}
+		if slices.ContainsFunc(p.Tags, func(all []string) bool { return it.has(all) }) {
+			why[i] = append(why[i], "tag")
 		}
 	}
+	if len(p.Tags) > 0 && len(why[newest]) == 0 {
+		why[newest] = append(why[newest], "newest")
+	}
 	return why
+}
+
+func (it Item) has(all []string) bool {
+	for _, tag := range all {
+		if !slices.Contains(it.Tags, tag) {
+			return false
+		}
+	}
+	return len(all) > 0
 }
 
 // String is the policy as a command line has it.
@@ -124,6 +150,9 @@ func (p Policy) String() string {
 	}
 	if p.Within > 0 {
 		s = append(s, fmt.Sprintf("--keep-within %v", p.Within))
+	}
+	for _, all := range p.Tags {
+		s = append(s, "--keep-tag "+strings.Join(all, ","))
 	}
 	return strings.Join(s, " ")
 }

@@ -16,6 +16,40 @@ func at(s string) time.Time {
 	return t
 }
 
+// items are untagged checkpoints of these times.
+func items(times []time.Time) (list []Item) {
+	for _, t := range times {
+		list = append(list, Item{Time: t})
+	}
+	return list
+}
+
+// What has all tags of one list is kept, and the newest in any case.
+func TestTags(t *testing.T) {
+	list := []Item{{Tags: []string{"a", "b"}}, {Tags: []string{"a"}}, {Tags: []string{"c"}}, {}, {}}
+	for _, c := range []struct {
+		p    Policy
+		want string
+	}{
+		{Policy{Tags: [][]string{{"a"}}}, "[[tag] [tag] [] [] [newest]]"},
+		{Policy{Tags: [][]string{{"a", "b"}}}, "[[tag] [] [] [] [newest]]"},
+		{Policy{Tags: [][]string{{"b"}, {"c"}}}, "[[tag] [] [tag] [] [newest]]"},
+		{Policy{Tags: [][]string{{"nobody"}}}, "[[] [] [] [] [newest]]"},
+		{Policy{Tags: [][]string{{}}}, "[[] [] [] [] [newest]]"},
+		{Policy{Tags: [][]string{{"c"}}, Last: 2}, "[[] [] [tag] [last] [last]]"},
+	} {
+		if err := c.p.Check(); err != nil {
+			t.Error(err)
+		}
+		if got := fmt.Sprint(c.p.Apply(list, time.UTC)); got != c.want {
+			t.Errorf("%v: %s, want %s", c.p, got, c.want)
+		}
+	}
+	if got := (Policy{Tags: [][]string{{"a", "b"}, {"c"}}}).String(); got != "--keep-tag a,b --keep-tag c" {
+		t.Error(got)
+	}
+}
+
 func TestApply(t *testing.T) {
 	times := []time.Time{
 		at("2024-12-30 09:00"), // Monday of the first week of 2025
@@ -52,7 +86,7 @@ func TestApply(t *testing.T) {
 		{Policy{Within: 9*time.Hour + 5*time.Minute}, "...kkkk"},
 	} {
 		var got strings.Builder
-		for _, why := range c.p.Apply(times, time.UTC) {
+		for _, why := range c.p.Apply(items(times), time.UTC) {
 			if len(why) > 0 {
 				got.WriteByte('k')
 			} else {
@@ -63,7 +97,7 @@ func TestApply(t *testing.T) {
 			t.Errorf("%v: %s, want %s", c.p, got.String(), c.want)
 		}
 	}
-	if got := fmt.Sprint(Policy{Last: 1, Daily: 2, Within: time.Hour}.Apply(times[5:], time.UTC)); got != "[[daily within] [last daily within]]" {
+	if got := fmt.Sprint(Policy{Last: 1, Daily: 2, Within: time.Hour}.Apply(items(times[5:]), time.UTC)); got != "[[daily within] [last daily within]]" {
 		t.Errorf("reasons: %s", got)
 	}
 }
@@ -75,14 +109,14 @@ func TestZone(t *testing.T) {
 		t.Fatal(err)
 	}
 	late := []time.Time{at("2025-06-01 21:30"), at("2025-06-01 22:30"), at("2025-06-01 23:30")}
-	if got := fmt.Sprint(Policy{Daily: 2}.Apply(late, time.UTC)); got != "[[daily] [] [daily]]" {
+	if got := fmt.Sprint(Policy{Daily: 2}.Apply(items(late), time.UTC)); got != "[[daily] [] [daily]]" {
 		t.Errorf("UTC: %s", got)
 	}
-	if got := fmt.Sprint(Policy{Daily: 1}.Apply(late[1:], berlin)); got != "[[] [daily]]" {
+	if got := fmt.Sprint(Policy{Daily: 1}.Apply(items(late[1:]), berlin)); got != "[[] [daily]]" {
 		t.Errorf("Berlin: %s", got)
 	}
 	back := []time.Time{at("2025-10-25 23:10"), at("2025-10-26 00:10"), at("2025-10-26 01:10"), at("2025-10-26 02:10")}
-	if got := fmt.Sprint(Policy{Hourly: 3}.Apply(back, berlin)); got != "[[] [hourly] [hourly] [hourly]]" {
+	if got := fmt.Sprint(Policy{Hourly: 3}.Apply(items(back), berlin)); got != "[[] [hourly] [hourly] [hourly]]" {
 		t.Errorf("clocks put back: %s", got)
 	}
 }
@@ -101,7 +135,7 @@ func TestTimesGoBack(t *testing.T) {
 		{Policy{Yearly: 1}, "[[] [] [] [yearly]]"},
 		{Policy{Within: time.Hour}, "[[within] [within] [within] [within]]"}, // none is older
 	} {
-		if got := fmt.Sprint(c.p.Apply(times, time.UTC)); got != c.want {
+		if got := fmt.Sprint(c.p.Apply(items(times), time.UTC)); got != c.want {
 			t.Errorf("%v: %s, want %s", c.p, got, c.want)
 		}
 	}
@@ -123,8 +157,8 @@ func TestAnyTimes(t *testing.T) {
 		more.Daily++
 		more.Within = time.Duration(r.IntN(1000)) * time.Hour
 		kept := 0
-		large := more.Apply(times, time.UTC)
-		for i, why := range p.Apply(times, time.UTC) {
+		large := more.Apply(items(times), time.UTC)
+		for i, why := range p.Apply(items(times), time.UTC) {
 			if len(why) > 0 {
 				kept++
 				if len(large[i]) == 0 {

@@ -190,19 +190,24 @@ func (s *Store) openWith(ctx context.Context, name string, id uuid.UUID) (Object
 	return nil, err
 }
 
-// Verify is checkpoint.Checkpoint's, and checks what resumes have learned.
+// Verify is checkpoint.Checkpoint's, and checks what resumes have learned and users have said.
 func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	if err := c.Checkpoint.Verify(ctx, found); err != nil {
 		return err
 	}
-	// Without this hint a guest is as whole, and only slower to resume. But what
+	// Without these a guest is as whole, and only slower to resume. But what
 	// is damaged here may be the disk's first sign.
 	_, err := c.store.Touched(ctx, c.Ref)
-	if integrity.IsCorrupt(err) {
-		found(err)
-		return nil
+	_, lerr := c.store.Label(ctx, c.Ref)
+	for _, err := range []error{err, lerr} {
+		switch {
+		case integrity.IsCorrupt(err):
+			found(err)
+		case err != nil:
+			return err
+		}
 	}
-	return err
+	return nil
 }
 
 // Description is all that a checkpoint says about itself, and where it is.

@@ -9,6 +9,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -43,7 +44,14 @@ func (s *Store) Copy(ctx context.Context, c *Checkpoint, o CopyOptions) (Ref, *c
 	if t, err := c.store.Touched(ctx, c.Ref); err == nil && len(t.Runs) > 0 {
 		s.AddTouched(ctx, ref, t.PageSize, t.Blocks, t.Runs)
 	}
-	return ref, meta, nil
+	l, err := c.store.Label(ctx, c.Ref)
+	if err == nil {
+		err = s.copyLabel(ctx, ref, l)
+	}
+	if integrity.IsCorrupt(err) {
+		err = nil // verify says so
+	}
+	return ref, meta, err
 }
 
 func (s *Store) copy(ctx context.Context, c *checkpoint.Checkpoint, vm string, o CopyOptions) (ref Ref, meta *checkpoint.Meta, err error) {

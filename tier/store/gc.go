@@ -248,7 +248,7 @@ func (g *gc) vms(ctx context.Context) error {
 		return err
 	}
 	for i, vm := range vms {
-		if len(all[i].removed) > 0 || len(all[i].kept) > 0 || len(all[i].touched) > 0 || len(all[i].moved) > 0 {
+		if len(all[i].removed) > 0 || len(all[i].kept) > 0 || len(all[i].beside) > 0 || len(all[i].moved) > 0 {
 			if err := g.leftovers(ctx, vm, v); err != nil {
 				return err
 			}
@@ -363,12 +363,14 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 	if err != nil {
 		return err
 	}
-	for _, n := range o.touched {
-		if _, ok := slices.BinarySearch(o.images, n); ok {
-			continue
-		}
-		if err := g.dir.Remove(ctx, Ref{vm, n}.object(touchedSuffix)); err != nil {
-			return err
+	for _, numbers := range o.beside {
+		for _, n := range numbers {
+			if _, ok := slices.BinarySearch(o.images, n); ok {
+				continue
+			}
+			if err := g.dropBeside(ctx, Ref{vm, n}, o); err != nil {
+				return err
+			}
 		}
 	}
 	settled := false

@@ -13,11 +13,12 @@ import (
 // vmObjects is what is in a VM's folder: the numbers that each kind of object has,
 // in rising order.
 type vmObjects struct {
-	images, removed, touched []int
-	odd                      []int  // those of images where no file stands
-	kept                     []kept // replaced images that others need
-	moved                    []movedName
-	strays                   []string // names of what else is there, with the folder's
+	images, removed []int
+	beside          map[string][]int // by suffix: what a checkpoint has beside its image
+	odd             []int            // those of images where no file stands
+	kept            []kept           // replaced images that others need
+	moved           []movedName
+	strays          []string // names of what else is there, with the folder's
 }
 
 // kept is an image that another has replaced under its number.
@@ -45,6 +46,7 @@ func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error)
 	if err != nil {
 		return o, err
 	}
+	o.beside = make(map[string][]int)
 	for _, e := range list {
 		n, suffix, ok := parseNumber(e.Name)
 		odd := e.Odd || e.Folder
@@ -59,8 +61,8 @@ func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error)
 			}
 		case ok && suffix == removedSuffix:
 			o.removed = append(o.removed, n)
-		case ok && suffix == touchedSuffix && !odd:
-			o.touched = append(o.touched, n)
+		case ok && (suffix == touchedSuffix || suffix == labelSuffix) && !odd:
+			o.beside[suffix] = append(o.beside[suffix], n)
 		default:
 			id, replaced := parseKept(suffix)
 			m, moved := parseMoved(n, suffix)
@@ -76,7 +78,7 @@ func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error)
 			o.strays = append(o.strays, vmFolder(vm)+"/"+e.Name)
 		}
 	}
-	for _, l := range [][]int{o.images, o.removed, o.touched, o.odd} {
+	for _, l := range [][]int{o.images, o.removed, o.odd, o.beside[touchedSuffix], o.beside[labelSuffix]} {
 		slices.Sort(l)
 	}
 	return o, nil
@@ -216,6 +218,8 @@ type Listed struct {
 	Identity   *checkpoint.Identity
 	// MovedBytes is how much of its NVRAM part has been moved to flash.
 	MovedBytes int64
+	Label      Label
+	LabelErr   error // why that can't be read, if so
 	// Err is what is wrong with the checkpoint, if it can't say who it is, or is
 	// another one than its place says; Identity is then nil.
 	Err error
@@ -236,6 +240,9 @@ func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
 			}
 			if err != nil {
 				return err
+			}
+			if _, has := slices.BinarySearch(o.beside[labelSuffix], n); has {
+				l.Label, l.LabelErr = s.Label(ctx, l.Ref)
 			}
 			list = append(list, l)
 		}

@@ -95,6 +95,7 @@ const (
 	imageSuffix   = ".flic"
 	removedSuffix = ".gone" // no longer than imageSuffix: see remove
 	touchedSuffix = ".touched"
+	labelSuffix   = ".label"
 	movedSuffix   = ".moved"
 )
 

@@ -157,10 +157,7 @@ func (s *Store) removeOdd(ctx context.Context, r Ref) error {
 	if err := s.dir.Sync(ctx, vmFolder(r.VM)); err != nil {
 		return err
 	}
-	// Without its image it is nothing to anybody; gc would remove it too.
-	if slices.Contains(o.touched, r.N) {
-		s.dir.Remove(ctx, r.object(touchedSuffix))
-	}
+	_ = s.dropBeside(ctx, r, o)
 	return nil
 }
 
@@ -210,9 +207,7 @@ func (s *Store) unlist(ctx context.Context, r Ref, keep bool) error {
 			return err
 		}
 	}
-	if slices.Contains(o.touched, r.N) {
-		s.dir.Remove(ctx, r.object(touchedSuffix)) // as gc would
-	}
+	_ = s.dropBeside(ctx, r, o)
 	return nil
 }
 

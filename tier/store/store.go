@@ -16,6 +16,7 @@
 //	    ├── 00000001.flic          checkpoint 1: a flash image (package image)
 //	    ├── 00000001.UUID.1.moved  what was moved of its NVRAM part to flash (demote.go)
 //	    ├── 00000001.touched       what resumes of checkpoint 1 have learned
+//	    ├── 00000001.label         what users say of checkpoint 1: tags and a note
 //	    ├── 00000002.flic
 //	    ├── 00000002.UUID.gone     what checkpoint 2 was before it was flattened
 //	    └── 00000003.gone          checkpoint 3, removed: empty, or others need it

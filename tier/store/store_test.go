@@ -668,6 +668,117 @@ func TestTouched(t *testing.T) {
 	}
 }
 
+// What users say of a checkpoint is durable, stays with it, and goes with it.
+func TestLabel(t *testing.T) {
+	ctx := t.Context()
+	s, disk := newStore(t)
+	ref := mustCommit(t, s, "vm")
+	tag := func(tags ...string) func(*Label) {
+		return func(l *Label) { l.Tags = append(l.Tags, tags...) }
+	}
+	if l, err := s.Label(ctx, ref); err != nil || !reflect.DeepEqual(l, Label{}) {
+		t.Errorf("at first: %+v, %v", l, err)
+	}
+	at, l, lost, err := s.ChangeLabel(ctx, Ref{VM: "vm"}, tag("b", "a", "b"))
+	if at != ref || !reflect.DeepEqual(l, Label{Tags: []string{"a", "b"}}) || lost != nil || err != nil {
+		t.Errorf("%v, %+v, %v, %v", at, l, lost, err)
+	}
+	want := Label{[]string{"a", "b"}, "a <note>\nof two lines"}
+	if _, _, _, err := s.ChangeLabel(ctx, ref, func(l *Label) { l.Note = want.Note }); err != nil {
+		t.Fatal(err)
+	}
+	// A power cut takes nothing of it.
+	s, err = Open(ctx, disk.CrashClone(0), "/store", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := s.Identities(ctx, "")
+	if err != nil || len(list) != 1 || !reflect.DeepEqual(list[0].Label, want) {
+		t.Errorf("listed: %+v, %v", list, err)
+	}
+	strays, err := s.Strays(ctx, "")
+	if len(strays) > 0 || err != nil {
+		t.Errorf("strays %q, %v", strays, err)
+	}
+	for _, bad := range []string{"", "-a", "a b", "a,b", "a\tb", strings.Repeat("x", 65), "\xff"} {
+		if _, _, _, err := s.ChangeLabel(ctx, ref, tag(bad)); !errors.Is(err, ErrName) {
+			t.Errorf("tag %q: %v", bad, err)
+		}
+	}
+	many := make([]string, MaxTags)
+	for i := range many {
+		many[i] = fmt.Sprintf("%s%02d", strings.Repeat("<", 62), i)
+	}
+	longest := Label{many, strings.Repeat("<", 4096)}
+	if _, _, _, err := s.ChangeLabel(ctx, ref, func(l *Label) { *l = longest }); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := s.Label(ctx, ref); err != nil || !reflect.DeepEqual(l, longest) {
+		t.Errorf("the longest: %v", err)
+	}
+	for _, change := range []func(*Label){tag("one"), func(l *Label) { l.Note += "<" }, func(l *Label) { l.Note = "\x1b[31m" }} {
+		if _, _, _, err := s.ChangeLabel(ctx, ref, change); !errors.Is(err, ErrName) {
+			t.Errorf("%v", err)
+		}
+	}
+	if l, err := s.Label(ctx, ref); err != nil || !reflect.DeepEqual(l, longest) {
+		t.Errorf("refused, and changed: %v", err)
+	}
+	if _, _, _, err := s.ChangeLabel(ctx, Ref{"vm", 9}, tag("a")); !errors.Is(err, ErrNotFound) {
+		t.Errorf("of no checkpoint: %v", err)
+	}
+	// Nothing to say is no object, and a removal takes it along; what a cut-off one has
+	// left gc takes.
+	if _, _, _, err := s.ChangeLabel(ctx, ref, func(l *Label) { *l = Label{} }); err != nil {
+		t.Fatal(err)
+	}
+	name := s.dir.Path(ref.object(labelSuffix))
+	if _, err := s.fs.Stat(name); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("of nothing: %v", err)
+	}
+	if _, _, _, err := s.ChangeLabel(ctx, ref, tag("a")); err != nil {
+		t.Fatal(err)
+	}
+	mustCommit(t, s, "vm")
+	if _, err := s.Remove(ctx, ref); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.fs.Stat(name); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after rm: %v", err)
+	}
+	put(t, s.fs, "/store/vms/vm/00000001.label", []byte("left by a crash"))
+	if _, err := s.GC(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.fs.Stat(name); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after gc: %v", err)
+	}
+}
+
+// A damaged label is damage, for verify as well, and is replaced by the next one; hostile
+// ones are refused.
+func TestLabelDamage(t *testing.T) {
+	ctx := t.Context()
+	s, disk := newStore(t)
+	ref := mustCommit(t, s, "vm")
+	for _, body := range []string{`{"tags":["a b"]}`, `{"tags":["b","a"]}`, `{"note":"\u001b"}`, `{"tags":[""]}`, `{"tags":7}`} {
+		put(t, disk, "/store/vms/vm/00000001.label", fmt.Appendf(nil, "%08x %s\n", integrity.Checksum([]byte(body)), body))
+		if l, err := s.Label(ctx, ref); !integrity.IsCorrupt(err) || !reflect.DeepEqual(l, Label{}) {
+			t.Errorf("%s: %+v, %v", body, l, err)
+		}
+	}
+	if list, err := s.Identities(ctx, ""); err != nil || !integrity.IsCorrupt(list[0].LabelErr) || list[0].Err != nil {
+		t.Errorf("%+v, %v", list, err)
+	}
+	_, l, lost, err := s.ChangeLabel(ctx, ref, func(l *Label) { l.Note = "new" })
+	if !integrity.IsCorrupt(lost) || err != nil || l.Note != "new" {
+		t.Errorf("%+v, %v, %v", l, lost, err)
+	}
+	if l, err = s.Label(ctx, ref); err != nil || l.Note != "new" {
+		t.Errorf("%+v, %v", l, err)
+	}
+}
+
 // TestUncertain tells the commit that can't be taken back from one that can.
 func TestUncertain(t *testing.T) {
 	for name, c := range map[string]struct {
