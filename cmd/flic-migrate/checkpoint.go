@@ -27,7 +27,8 @@ type checkpointCmd struct {
 	trust     domainFlag
 	disks     diskFiles
 	noDisks   bool
-	freeze    choice
+	snapshot  choice
+	freeze    bool
 	sync      bool
 	agent     string
 	mode      choice
@@ -53,7 +54,7 @@ func newCheckpoint(a *app) *cobra.Command {
 	c := &checkpointCmd{
 		app:      a,
 		mode:     choice{value: "stop", choices: []string{"stop", "live", "background"}},
-		freeze:   choice{value: "leave", choices: []string{"leave", "snapshot"}},
+		snapshot: choice{value: "leave", choices: []string{"leave", "snapshot"}},
 		then:     choice{value: "", choices: []string{"run", "pause", "quit"}},
 		rounds:   count{1, 1, rounds.Max},
 		keepLast: count{0, 0, math.MaxInt32},
@@ -74,6 +75,7 @@ reports. The QEMU needs nothing but a monitor (-qmp unix:...), or libvirt's.
 Pages that equal blocks of the VM's disks are not stored, where the disks stand on
 images that have an index in the store (disk index): the checkpoint then needs these
 images (absorb copies what it needs). QEMU says which they are; --disk names others.
+With --disks snapshot --freeze also those that equal what the guest itself has written.
 
 With --arm a process stays behind that has the next checkpoint ready: it reads the
 guest's memory at --arm-rate while the guest runs, and then waits. The next checkpoint
@@ -122,7 +124,8 @@ killed (SIGKILL), a second process lets the guest run.`,
 	addParent(fs, &c.parent)
 	addTrust(fs, &c.trust)
 	c.disks.add(fs)
-	fs.Var(&c.freeze, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them")
+	fs.BoolVar(&c.freeze, "freeze", false, "with --disks snapshot: index what is frozen while the guest stands still, and look for pages in it too")
+	fs.Var(&c.snapshot, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them")
 	fs.BoolVar(&c.sync, "guest-sync", false, "first let the guest write to its disks what it has not yet, through its agent (sync)")
 	fs.StringVar(&c.agent, "guest-agent", "", "the socket of the guest's agent, for --guest-sync with --qmp")
 	fs.BoolVar(&c.noDisks, "no-disks", false, "do not ask QEMU for the VM's disks to look for pages on them")
@@ -143,7 +146,7 @@ killed (SIGKILL), a second process lets the guest run.`,
 	c.encoding.add(fs)
 	fs.BoolVar(&c.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary")
-	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm", "keep-last", "disks", "guest-sync"} {
+	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm", "keep-last", "disks", "freeze", "guest-sync"} {
 		setKey(fs, name, "checkpoint-"+name)
 	}
 	return cmd
@@ -210,7 +213,7 @@ func (c *checkpointCmd) options(vm string, timer time.Duration, timed bool) (ses
 				sayTracked(c.stderr, rep)
 			}
 		},
-		Disks: c.disks, NoDisks: c.noDisks, Snapshot: c.freeze.value == "snapshot",
+		Disks: c.disks, NoDisks: c.noDisks, Snapshot: c.snapshot.value == "snapshot", Freeze: c.freeze,
 		Guard: guard, PutRight: guardQEMU,
 		Log: c.log(),
 	}
@@ -305,7 +308,9 @@ func (c *checkpointCmd) checkValues() (timer time.Duration, err error) {
 // checkSnapshot finds out whether snapshots of the disks can be taken.
 func (c *checkpointCmd) checkSnapshot() error {
 	switch {
-	case c.freeze.value != "snapshot":
+	case c.snapshot.value != "snapshot" && c.freeze:
+		return usageError{errors.New("--freeze looks in what is frozen with the checkpoint: it needs --disks snapshot")}
+	case c.snapshot.value != "snapshot":
 		return nil
 	case c.noDisks:
 		return usageError{errors.New("--disks snapshot needs QEMU to be asked for the disks, and --no-disks forbids that")}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -471,5 +472,60 @@ func TestDomainSnapshot(t *testing.T) {
 	ok(t, os.Rename(file+".gone", file))
 	if now, err := filepath.Glob(dir + "/*"); err != nil || len(now) != len(have) {
 		t.Errorf("there are %q, and there were %q; %v", now, have, err)
+	}
+}
+
+// TestFreeze: what the guest itself has written to its disk, up to the moment at which it
+// stands still, is not stored if the disk is frozen with the checkpoint, and no page is
+// looked for there otherwise. The guest writes on, to an overlay.
+func TestFreeze(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	content := noise(768)
+	file, first, second := filepath.Join(l.dir, "disk.qcow2"), filepath.Join(l.dir, "first"), filepath.Join(l.dir, "second")
+	ok(t, os.WriteFile(first, content[:1<<20], 0o600))
+	ok(t, os.WriteFile(second, content[1<<20:2<<20], 0o600))
+	img(t, "qemu-img", "create", "-q", "-f", "qcow2", file, "8M")
+	img(t, "qemu-io", "-f", "qcow2", "-c", "write -s "+first+" 0 1M", file)
+	c := q35.tiny(t, "32M", content, 1)
+	c.Args = append(c.Args, "-drive", "file="+file+",format=qcow2,if=none,id=d", "-device", "virtio-blk-pci,drive=d,id=vd")
+	vm := qemutest.Start(t, c)
+	vm.WaitFor(t, `tick (\w+)\r`)
+	writes := func(what string) {
+		t.Helper()
+		_, err := qmp.HumanMonitor(ctx, vm.QMP, `qemu-io -d vd/virtio-backend "write `+what+`"`)
+		ok(t, err)
+	}
+	if rep := l.checkpoint(t, vm); rep.Save.Disk != 0 {
+		t.Errorf("%+v", rep.Save)
+	}
+	writes("-s " + second + " 1M 1M")
+	rep := l.checkpoint(t, vm, "--parent", "none", "--disks", "snapshot", "--freeze")
+	if rep.Save.Disk != 512 || len(rep.Save.Disks) != 1 || rep.Save.Disks[0].Path != file || len(rep.Snapshots) != 1 || len(rep.Warnings) > 0 {
+		t.Fatalf("%+v, %+v", rep, rep.Save)
+	}
+	top := rep.Snapshots[0].Now
+	writes("-P 1 0 2M")
+	// Once more, of what has been written since; the first file has an index already.
+	rep = l.checkpoint(t, vm, "--disks", "snapshot", "--freeze", "--then", "pause")
+	if rep.Save.Disk != 512 || len(rep.Save.Disks) != 1 || rep.Save.Disks[0].Path != file || rep.Snapshots[0].Frozen != top {
+		t.Errorf("%+v, %+v", rep, rep.Save)
+	}
+	want, tick := ram(t, ctx, vm), lastTick(t, vm.Console(), 16)
+	ok(t, vm.Quit(ctx))
+	l.run(t, "verify", "--all")
+
+	over := filepath.Join(l.dir, "over")
+	img(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", top, "-F", "qcow2", over)
+	c.Args = append(slices.Clone(c.Args[:len(c.Args)-4]), "-drive", "file="+over+",format=qcow2,if=none,id=d", "-device", "virtio-blk-pci,drive=d,id=vd")
+	t.Run("resumed", func(t *testing.T) { l.bothWays(t, ctx, c, "vm@3", want, tick) }) // which ends its QEMUs
+
+	// Overlays that are put together go into what pages are on.
+	img(t, "qemu-img", "commit", "-q", top)
+	for _, name := range []string{"vm@2", "vm@3"} {
+		out, err := exec.Command("flic-migrate", "restore", "--store", l.store, name).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), file+" was written to") || !strings.Contains(string(out), "digest mismatch") {
+			t.Errorf("%s: %v, %.300s", name, err, out)
+		}
 	}
 }

@@ -217,6 +217,8 @@ func (p *armedFor) suits(o *CheckpointOptions, t Target) error {
 		return fmt.Errorf("%w: with the guest stopped", errOtherwise)
 	case want != p.hello.Encoding:
 		return fmt.Errorf("%w: stored in another way", errOtherwise)
+	case o.Freeze:
+		return fmt.Errorf("%w: without pages on disks that are frozen only then", errOtherwise)
 	case p.hello.Changed != "":
 		return fmt.Errorf("it can't be made any more: %s", p.hello.Changed)
 	case o.Watch != nil && (o.WatchAsked || len(p.hello.WorkingSet) == 0):

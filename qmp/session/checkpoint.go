@@ -38,6 +38,10 @@ type CheckpointOptions struct {
 	// still, so that the files that it wrote to stay as they belong to the checkpoint. It
 	// needs ModeStop.
 	Snapshot bool
+	// Freeze, with Snapshot, makes indexes of these files while the guest stands still, and
+	// looks for pages in them too. The guest stands still for longer, by as long as it takes
+	// to read them.
+	Freeze bool
 
 	// Sync makes the guest write to its disks first; nil: it does when it likes.
 	Sync *GuestSync
@@ -204,11 +208,11 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		}
 		o.guestSync(ctx, t)
 	}
-	found, closeDisks, err := o.openDisks(ctx, st, x)
+	found, opened, err := o.openDisks(ctx, st, x)
 	if err != nil {
 		return rep, err
 	}
-	defer closeDisks()
+	defer func() { opened.Close() }()
 	if o.PutRight != nil && o.Guest.Mode != migration.ModeBackground {
 		release, err := o.PutRight(t)
 		if err != nil {
@@ -239,7 +243,14 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		o.Save.Commit, o.Guest.Together, o.Guest.Undo = o.member.commit, o.member.together(saveHeld), o.member.takeBack
 	}
 	if o.Snapshot {
-		o.Guest.Stopped = func(ctx context.Context) error { return o.snapshot(ctx, t, x, found, &rep) }
+		o.Guest.Stopped = func(ctx context.Context) error {
+			err := o.snapshot(ctx, t, x, found, &rep)
+			if err == nil && o.Freeze {
+				opened.Close()
+				opened, err = o.openFrozen(ctx, st, found)
+			}
+			return err
+		}
 	}
 	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
 	return rep, rep.tellSnapshots(err)

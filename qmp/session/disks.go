@@ -18,7 +18,7 @@ import (
 // openDisks opens, while the guest runs, the disk images that a save can look for pages
 // in, and returns the disks that the VM has. No disk costs a checkpoint: what can't be
 // used is left out.
-func (o *CheckpointOptions) openDisks(ctx context.Context, st *store.Store, x qmp.Executor) (found []disks.Disk, closeAll func(), err error) {
+func (o *CheckpointOptions) openDisks(ctx context.Context, st *store.Store, x qmp.Executor) (found []disks.Disk, opened *save.OpenedDisks, err error) {
 	catalog, err := st.Disks()
 	if err != nil {
 		return nil, nil, err
@@ -26,9 +26,49 @@ func (o *CheckpointOptions) openDisks(ctx context.Context, st *store.Store, x qm
 	if found, err = o.find(ctx, x); err != nil {
 		return nil, nil, err
 	}
-	opened := save.OpenDisks(ctx, catalog, o.images(found))
+	opened = save.OpenDisks(ctx, catalog, o.images(found))
 	o.Save.Disks, o.Save.UnusedDisks = opened.Disks, opened.Unused
-	return found, opened.Close, nil
+	return found, opened, nil
+}
+
+// openFrozen is openDisks when snapshots of the disks that were found have been taken: of
+// what the guest wrote to until then there is an index now, and a save can look in it. The
+// guest stands still, and no index is worth a checkpoint.
+func (o *CheckpointOptions) openFrozen(ctx context.Context, st *store.Store, found []disks.Disk) (*save.OpenedDisks, error) {
+	frozen := make([]disks.Disk, len(found))
+	for i, d := range found {
+		d.ReadOnly = true
+		frozen[i] = d
+	}
+	catalog, err := st.Disks()
+	if err != nil {
+		return new(save.OpenedDisks), err
+	}
+	for _, d := range found {
+		if d.ReadOnly {
+			continue
+		}
+		if err := index(ctx, catalog, d.Layers[0]); err != nil {
+			if ctx.Err() != nil {
+				return new(save.OpenedDisks), context.Cause(ctx)
+			}
+			o.Log.Warn("no pages are looked for in a disk that was frozen", "path", d.Layers[0].Path, "cause", err)
+		}
+	}
+	opened := save.OpenDisks(ctx, catalog, o.images(frozen))
+	o.Save.Disks, o.Save.UnusedDisks = opened.Disks, opened.Unused
+	return opened, nil
+}
+
+// index makes the index of one layer, which was frozen just now.
+func index(ctx context.Context, catalog *disk.Catalog, l disks.Layer) error {
+	i, err := disk.Open(ctx, l.Path, disk.Format(l.Format))
+	if err != nil {
+		return err
+	}
+	defer i.Close()
+	_, err = catalog.Build(ctx, i, disk.BuildOptions{Frozen: true})
+	return err
 }
 
 // images are the disk images that a save looks in: those that it is told of, and of the

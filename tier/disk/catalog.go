@@ -223,6 +223,10 @@ type Built struct {
 type BuildOptions struct {
 	// Again builds an index even if there is one that fits.
 	Again bool
+	// Frozen: the caller knows that who wrote to the layer last will not do so again, as
+	// of a disk that was frozen while its guest stood still. A layer that was written to
+	// just now is then not left alone for a while first.
+	Frozen bool
 	// Progress is called now and then; it may be nil.
 	Progress func(progress.State)
 }
@@ -252,8 +256,10 @@ func (c *Catalog) Build(ctx context.Context, img *Image, o BuildOptions) (_ *Bui
 	if err := unchanged(img); err != nil {
 		return nil, err
 	}
-	if err := settled(ctx, img); err != nil {
-		return nil, err
+	if !o.Frozen {
+		if err := settled(ctx, img); err != nil {
+			return nil, err
+		}
 	}
 	if err := c.fs.MkdirAll(c.dir); err != nil {
 		return nil, err
