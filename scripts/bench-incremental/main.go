@@ -1,7 +1,7 @@
 // Command bench-incremental makes a checkpoint of real guests every few seconds and
 // prints Markdown tables of what increments cost.
 //
-//	go run ./scripts/bench-incremental [-only idle,files,sqlite,redis] [-n 10] [-memory 512M,1G,2G] [-every 5s] [-keep DIR]
+//	go run ./scripts/bench-incremental [-only idle,files,sqlite,redis] [-n 10] [-memory 512M,1G,2G] [-every 5s] [-restores 7] [-keep DIR]
 //
 // At each checkpoint the guest stands still and is saved four times through exec:, in
 // turn: into a file; into nothing, by cat, which is as fast as QEMU feeds a pipe; by
@@ -14,8 +14,11 @@
 // devices, page map, digests and descriptions. Without compression, pages are compared
 // with pages: what is stored of those, whole or in part, with those that have changed.
 //
-// In the end the last checkpoint of both stores is restored in turn, into nothing. -keep
-// leaves the streams in a directory, for go test -bench Encodings ./tier/delta.
+// In the end the last checkpoint of both stores is restored in turn, -restores times:
+// eagerly, into nothing, and lazily, by resume into a QEMU, from the start of the command
+// until the guest may run (lazily running). Reads are the distinct places, segments of
+// whatever image, that a restore reads for each MB of pages. -keep leaves the streams in a
+// directory, for go test -bench Encodings ./tier/delta.
 package main
 
 import (
@@ -73,6 +76,7 @@ func main() {
 	flag.IntVar(&b.n, "n", 10, "checkpoints of each guest after the first")
 	sizes := flag.String("memory", "512M", "of the guests; several, separated by commas")
 	flag.DurationVar(&b.every, "every", 5*time.Second, "for how long the guest runs between two checkpoints")
+	flag.IntVar(&b.restores, "restores", 7, "restores of each kind, of which the medians are printed")
 	flag.StringVar(&b.keep, "keep", "", "directory that the streams are left in")
 	flag.StringVar(&b.codec, "codec", "minlz", "of flic-migrate")
 	flag.Parse()
@@ -83,7 +87,7 @@ func main() {
 }
 
 type bench struct {
-	n                   int
+	n, restores         int
 	memory, keep, codec string
 	every               time.Duration
 	dir, binary         string
@@ -99,8 +103,8 @@ func (b *bench) run(ctx context.Context, only, sizes []string) (err error) {
 		return err
 	}
 	fmt.Printf("%d checkpoints after the first, %v apart, codec %s. Bytes and times of one are medians; ratios are of sums and of medians.\n\n", b.n, b.every, b.codec)
-	fmt.Println("| guest | memory | pages changed | full, MB | by pages, LZ4, MB | increment, MB | to by pages | without compression | to full | cat >/dev/null, s | full, s | increment, s | to full | restore, to full |")
-	fmt.Println("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+	fmt.Println("| guest | memory | pages changed | full, MB | by pages, LZ4, MB | increment, MB | to by pages | without compression | to full | cat >/dev/null, s | full, s | increment, s | to full | restore, to full | full: lazily running, ms | increment, to full | full: reads per MB | increment |")
+	fmt.Println("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
 	for _, w := range workloads {
 		if !slices.Contains(only, w.name) {
 			continue
@@ -186,24 +190,62 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 			}
 		}
 	}
-	restored := map[string][]time.Duration{}
-	for i := range 8 {
-		for _, store := range []string{"full", "inc"} {
-			took, err := measure.Restore(b.binary, dir+"/"+store)
-			if err != nil {
-				return "", err
-			}
-			if i > 0 { // the first brings it into the page cache
-				restored[store] = append(restored[store], took)
-			}
-		}
+	vm.Kill() // it would go on beside what is measured
+	r, err := b.restore(ctx, w, dir)
+	if err != nil {
+		return "", err
 	}
 	mb := func(v []int64) float64 { return float64(measure.Median(v)) / 1e6 }
 	s := func(v []time.Duration) float64 { return measure.Median(v).Seconds() }
-	return fmt.Sprintf("| %s: %s | %s | %d | %.1f | %.2f | %.2f | %.2f | %.2f | %.3f | %.3f | %.3f | %.3f | %.2f | %.2f |",
+	return fmt.Sprintf("| %s: %s | %s | %d | %.1f | %.2f | %.2f | %.2f | %.2f | %.3f | %.3f | %.3f | %.3f | %.2f | %.2f | %.0f | %.2f | %.1f | %.1f |",
 		w.name, w.what, b.memory, measure.Median(changed), mb(full.bytes), mb(byPages), mb(inc.bytes),
 		float64(sum(inc.bytes))/float64(sum(byPages)), float64(sum(plain))/float64(sum(pageBytes)), float64(sum(inc.bytes))/float64(sum(full.bytes)),
-		s(cat.times), s(full.times), s(inc.times), s(inc.times)/s(full.times), s(restored["inc"])/s(restored["full"])), nil
+		s(cat.times), s(full.times), s(inc.times), s(inc.times)/s(full.times), s(r[1].eager)/s(r[0].eager), s(r[0].lazy)*1e3, s(r[1].lazy)/s(r[0].lazy), r[0].perMB, r[1].perMB), nil
+}
+
+// restored is how the last checkpoint of a store was restored.
+type restored struct {
+	eager, lazy []time.Duration
+	perMB       float64 // places read for each MB of pages
+}
+
+// restore restores the last checkpoints of both stores in turn: the full one's and the
+// increment's.
+func (b *bench) restore(ctx context.Context, w workload, dir string) (r [2]restored, err error) {
+	config, err := b.config(ctx, w)
+	if err != nil {
+		return r, err
+	}
+	for i := range b.restores + 1 {
+		for s, store := range []string{dir + "/full", dir + "/inc"} {
+			took, err := measure.Restore(b.binary, store)
+			if err != nil {
+				return r, err
+			}
+			if i == 0 { // which brings it into the page cache
+				reads, err := measure.Reads(b.binary, store)
+				if err != nil {
+					return r, err
+				}
+				r[s].perMB = reads.PerMB
+				continue
+			}
+			r[s].eager = append(r[s].eager, took)
+		}
+	}
+	for range b.restores {
+		for s, store := range []string{dir + "/full", dir + "/inc"} {
+			rep, took, err := measure.Resume(ctx, b.binary, store, config)
+			if err == nil && !rep.Lazy {
+				err = fmt.Errorf("it was resumed eagerly: %s", rep.Reason)
+			}
+			if err != nil {
+				return r, err
+			}
+			r[s].lazy = append(r[s].lazy, took)
+		}
+	}
+	return r, nil
 }
 
 func sum(v []int64) (n int64) {
@@ -215,15 +257,22 @@ func sum(v []int64) (n int64) {
 
 // boot starts the guest and its workload.
 func (b *bench) boot(ctx context.Context, w workload) (*qemutest.VM, error) {
-	c := qemutest.Config{Guest: qemutest.Debian, Memory: b.memory, Kernel: "flic.fill=4 flic.read=/usr flic.readmax=100"}
-	if w.programs {
-		dir, err := qemutest.Assets(ctx, "workloads")
-		if err != nil {
-			return nil, err
-		}
-		c.Disk = filepath.Join(dir, "disk.ext4")
+	c, err := b.config(ctx, w)
+	if err != nil {
+		return nil, err
 	}
 	return measure.Boot(ctx, c, w.start, w.warm)
+}
+
+// config is the guest's machine.
+func (b *bench) config(ctx context.Context, w workload) (qemutest.Config, error) {
+	c := qemutest.Config{Guest: qemutest.Debian, Memory: b.memory, Kernel: "flic.fill=4 flic.read=/usr flic.readmax=100"}
+	if !w.programs {
+		return c, nil
+	}
+	assets, err := qemutest.Assets(ctx, "workloads")
+	c.Disk = filepath.Join(assets, "disk.ext4")
+	return c, err
 }
 
 func load(name string) (*tiertest.Guest, error) {

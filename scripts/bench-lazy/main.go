@@ -11,11 +11,9 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -27,6 +25,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest/guestmem"
+	"github.com/flic-migrate/flic-migrate/scripts/measure"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 )
 
@@ -148,7 +147,7 @@ func (b *bench) restore(s saved, uri string, postcopy bool, ask, report string) 
 	if err := migration.Incoming(b.ctx, vm.QMP, uri); err != nil {
 		return r, err
 	}
-	if err := b.untilRunning(vm); err != nil {
+	if err := measure.UntilRunning(b.ctx, vm); err != nil {
 		return r, err
 	}
 	r.running = time.Since(start)
@@ -177,45 +176,11 @@ func (b *bench) restore(s saved, uri string, postcopy bool, ask, report string) 
 	return r, fmt.Errorf("%w\n%s", err, vm.Output())
 }
 
-func (b *bench) untilRunning(vm *qemutest.VM) error {
-	for {
-		state, err := qmp.QueryStatus(b.ctx, vm.QMP)
-		if err != nil {
-			return fmt.Errorf("%w\n%s", err, vm.Output())
-		}
-		if state.Status != "inmigrate" {
-			return nil
-		}
-		time.Sleep(500 * time.Microsecond)
-	}
-}
-
 // resume restores s with the command.
 func (b *bench) resume(s saved, command string) (r restored, err error) {
-	vm, err := qemutest.Launch(b.ctx, s.config)
-	if err != nil {
-		return r, err
-	}
-	defer vm.Kill()
-	time.Sleep(500 * time.Millisecond)
-	cmd := exec.CommandContext(b.ctx, command, "resume", "--store", s.store, "--qmp", vm.Socket, "--quiet", "--json", "--paused", "vm")
-	var out strings.Builder
-	cmd.Stdout, cmd.Stderr = &out, os.Stderr
-	start := time.Now()
-	if err := cmd.Start(); err != nil {
-		return r, err
-	}
-	err = b.untilRunning(vm)
-	all := time.Since(start)
-	if err = errors.Join(err, cmd.Wait()); err != nil {
-		return r, err
-	}
-	var rep migration.ResumeReport
-	if err := json.Unmarshal([]byte(out.String()), &rep); err != nil {
-		return r, err
-	}
+	rep, all, err := measure.Resume(b.ctx, command, s.store, s.config)
 	r.running, r.resident, r.begun = rep.Running, rep.Resident, all-rep.Running
-	return r, nil
+	return r, err
 }
 
 // work lets the guest run and do something.

@@ -1,8 +1,9 @@
 // Package measure is what the benchmarks of real guests have in common: a guest with a
-// workload, saved through exec: and restored into nothing.
+// workload, saved through exec:, and restored into nothing or resumed.
 package measure
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -18,6 +19,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
 // SQLite is a workload, as a command of the guest's console: 20 000 rows, random UPDATE
@@ -96,6 +98,67 @@ func Restore(binary, store string) (time.Duration, error) {
 	}
 	err = cmd.Wait()
 	return time.Since(start), err
+}
+
+// Reads is what a restore of the newest checkpoint of VM "vm" of a store has to read, as
+// the program counts it.
+func Reads(binary, store string) (source.Reads, error) {
+	var doc struct{ Reads *source.Reads }
+	cmd := exec.Command(binary, "show", "--json", "--store", store, "vm")
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err == nil {
+		err = json.Unmarshal(out, &doc)
+	}
+	if err == nil && doc.Reads == nil {
+		err = errors.New("show says nothing of reads")
+	}
+	if err != nil {
+		return source.Reads{}, err
+	}
+	return *doc.Reads, nil
+}
+
+// Resume has the program resume the newest checkpoint of VM "vm" of a store in a new QEMU
+// with a configuration, and waits until all memory is there. The guest stays paused. It
+// returns what the program reports, and how long it took from its start until the guest
+// might have run.
+func Resume(ctx context.Context, binary, store string, c qemutest.Config) (rep migration.ResumeReport, running time.Duration, err error) {
+	c.Incoming, c.Paused = "defer", true
+	vm, err := qemutest.Launch(ctx, c)
+	if err != nil {
+		return rep, 0, err
+	}
+	defer vm.Kill()
+	// The kernel still takes back the memory of the one before.
+	time.Sleep(500 * time.Millisecond)
+	cmd := exec.CommandContext(ctx, binary, "resume", "--store", store, "--qmp", vm.Socket, "--quiet", "--json", "--paused", "vm")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, os.Stderr
+	start := time.Now()
+	if err := cmd.Start(); err != nil {
+		return rep, 0, err
+	}
+	err = UntilRunning(ctx, vm)
+	running = time.Since(start)
+	if err = errors.Join(err, cmd.Wait()); err == nil {
+		err = json.Unmarshal(out.Bytes(), &rep)
+	}
+	return rep, running, err
+}
+
+// UntilRunning waits until a QEMU has loaded what its guest needs to run.
+func UntilRunning(ctx context.Context, vm *qemutest.VM) error {
+	for {
+		state, err := qmp.QueryStatus(ctx, vm.QMP)
+		if err != nil {
+			return fmt.Errorf("%w\n%s", err, vm.Output())
+		}
+		if state.Status != "inmigrate" {
+			return nil
+		}
+		time.Sleep(500 * time.Microsecond)
+	}
 }
 
 // Median is the middle one of some values, the upper one of two.
