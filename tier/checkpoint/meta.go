@@ -333,13 +333,18 @@ func parseIdentity(b []byte) (*Identity, error) {
 	if err := json.Unmarshal(b, &id); err != nil {
 		return nil, err
 	}
+	return &id, id.check()
+}
+
+// check refuses an Identity, which was read from somewhere, that can be nobody's.
+func (id *Identity) check() error {
 	if id.PageSize <= 0 || id.PageSize&(id.PageSize-1) != 0 || id.PageSize > 1<<16 {
-		return nil, fmt.Errorf("page size %d", id.PageSize)
+		return fmt.Errorf("page size %d", id.PageSize)
 	}
 	if n := id.NVRAM; n != nil && (n.Slots < 0 || n.Bytes != int64(n.Slots)*int64(id.PageSize)) {
-		return nil, fmt.Errorf("%d NVRAM slots of %d bytes together", n.Slots, n.Bytes)
+		return fmt.Errorf("%d NVRAM slots of %d bytes together", n.Slots, n.Bytes)
 	}
-	return &id, nil
+	return nil
 }
 
 // parseMeta parses both documents.

@@ -180,6 +180,9 @@ func (s *saver) run(begin func() error) (ref store.Ref, meta *checkpoint.Meta, e
 	}
 	// The checkpoint stands, and nothing that fails from here on changes that.
 	s.step("answer", s.ans.done)
+	if s.st != nil && ref.N > 0 {
+		s.step("summary of the VM's checkpoints", func() error { s.st.Summarize(s.ctx, ref); return nil })
+	}
 	return ref, s.meta, nil
 }
 

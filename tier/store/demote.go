@@ -58,7 +58,7 @@ func (s *Store) Demote(ctx context.Context, keep int) (d Demoted, err error) {
 	for _, c := range list {
 		ids = append(ids, c.uuid)
 	}
-	v := s.survey(make(map[string]*checkpoint.Identity), ids...)
+	v := s.lookup().survey(ids...)
 	// Of what is listed all slots are needed: then it takes no longer the more there are.
 	v.keep, v.young = keep, !slices.ContainsFunc(list, func(c stored) bool { return c.gone })
 	if err := v.update(ctx); err != nil {
@@ -113,9 +113,10 @@ func (s *Store) demotable(ctx context.Context, keep int) (list []stored, err err
 			owners[o.UUID] = true
 		}
 	}
-	err = s.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	look := s.lookup()
+	err = look.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
-			if empty, err := s.unlistedIs(ctx, &st); err == nil && !empty && st.id != nil && owners[st.uuid] && !s.isTwin(ctx, st) {
+			if empty, err := look.unlistedIs(ctx, &st); err == nil && !empty && st.id != nil && owners[st.uuid] && !s.isTwin(ctx, st) {
 				list = append(list, st)
 				delete(owners, st.uuid)
 			}

@@ -40,6 +40,9 @@ type Dir interface {
 	// in the list or not.
 	List(ctx context.Context, folder string) ([]Entry, error)
 
+	// Look is List with the Stamp of each entry.
+	Look(ctx context.Context, folder string) ([]Entry, error)
+
 	// Sync makes durable what List shows of a folder now, removals too.
 	Sync(ctx context.Context, folder string) error
 
@@ -50,6 +53,10 @@ type Dir interface {
 	// Write makes or replaces an object, whole or not at all, and durably. spare
 	// is a name that the object may have until then, in another folder.
 	Write(ctx context.Context, name, spare string, b []byte) error
+
+	// Cache is Write of what can be made again: whatever a power cut leaves of it is
+	// good enough.
+	Cache(ctx context.Context, name, spare string, b []byte) error
 
 	// Create makes an object (fs.ErrExist) to be filled, and locks it exclusively.
 	Create(ctx context.Context, name string) (Object, error)
@@ -102,6 +109,8 @@ type Entry struct {
 	Name   string // without the folder's
 	Folder bool
 	Odd    bool // neither folder nor object: a link, a FIFO, a device
+	// Stamp tells an object from what it was before, and from every other (Look).
+	Stamp vfs.Stamp
 }
 
 // errNotObject: where an object is to be, something else stands.
@@ -168,6 +177,15 @@ func (d *posixDir) List(_ context.Context, folder string) ([]Entry, error) {
 	return entries, err
 }
 
+func (d *posixDir) Look(_ context.Context, folder string) ([]Entry, error) {
+	list, err := d.fs.ReadStamps(d.Path(folder))
+	entries := make([]Entry, len(list))
+	for i, e := range list {
+		entries[i] = Entry{Name: e.Name, Folder: e.Type.IsDir(), Odd: !e.Type.IsDir() && !e.Type.IsRegular(), Stamp: e.Stamp}
+	}
+	return entries, err
+}
+
 func (d *posixDir) Sync(_ context.Context, folder string) error { return d.fs.SyncDir(d.Path(folder)) }
 
 func (d *posixDir) Read(_ context.Context, name string, limit int64) ([]byte, error) {
@@ -176,6 +194,10 @@ func (d *posixDir) Read(_ context.Context, name string, limit int64) ([]byte, er
 
 func (d *posixDir) Write(_ context.Context, name, spare string, b []byte) error {
 	return vfs.WriteFile(d.fs, d.Path(name), vfs.Writing{Temporary: d.Path(spare)}, vfs.Bytes(b))
+}
+
+func (d *posixDir) Cache(_ context.Context, name, spare string, b []byte) error {
+	return vfs.WriteFile(d.fs, d.Path(name), vfs.Writing{Temporary: d.Path(spare), NoSync: true}, vfs.Bytes(b))
 }
 
 func (d *posixDir) Create(_ context.Context, name string) (_ Object, err error) {

@@ -12,8 +12,10 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -110,6 +112,51 @@ func testDir(t *testing.T, make func(t *testing.T) Dir) {
 		if p := d.Path("vms/a/1"); !strings.HasSuffix(p, "vms/a/1") {
 			t.Errorf("path %s", p)
 		}
+	})
+	t.Run("stamps", func(t *testing.T) {
+		d := begin(t)
+		stamp := func(name string) vfs.Stamp {
+			t.Helper()
+			list, err := d.Look(ctx, "vms/a")
+			plain, lerr := d.List(ctx, "vms/a")
+			if err != nil || lerr != nil || len(list) != len(plain) {
+				t.Fatalf("%v, %v; %v, %v", list, err, plain, lerr)
+			}
+			var found vfs.Stamp
+			for i, e := range list {
+				if e.Name != plain[i].Name || e.Folder != plain[i].Folder || e.Odd != plain[i].Odd {
+					t.Errorf("look has %v, list %v", e, plain[i])
+				}
+				if e.Name == name {
+					found = e.Stamp
+				}
+			}
+			return found
+		}
+		object(t, d, "vms/a/1", "x")
+		object(t, d, "vms/a/2", "x")
+		one := stamp("1")
+		if two := stamp("2"); one.Size != 1 || one == two || one != stamp("1") {
+			t.Errorf("%+v, another %+v", one, two)
+		}
+		time.Sleep(20 * time.Millisecond) // a tick of the clock
+		check(t, "write", d.Write(ctx, "vms/a/1", "tmp/s", []byte("y")), nil)
+		again := stamp("1")
+		if again == one {
+			t.Errorf("one of another content is %+v, too", again)
+		}
+		check(t, "cache", d.Cache(ctx, "vms/a/1", "tmp/s", []byte("z")), nil)
+		content(t, d, "vms/a/1", "z")
+		if now := stamp("1"); now == again {
+			t.Errorf("one of another content is %+v, too", now)
+		}
+		check(t, "empty", d.Empty(ctx, "vms/a/2", "tmp/s"), nil)
+		if e := stamp("2"); e.Size != 0 {
+			t.Errorf("an empty one: %+v", e)
+		}
+		_, err := d.Look(ctx, "vms/b")
+		check(t, "look at no folder", err, fs.ErrNotExist)
+		check(t, "cache in no folder", d.Cache(ctx, "vms/b/1", "tmp/s", nil), fs.ErrNotExist)
 	})
 	t.Run("identity", func(t *testing.T) {
 		d, other := begin(t), begin(t)
@@ -300,11 +347,15 @@ type memDir struct {
 
 type memObject struct {
 	b       []byte
+	serial  uint64
 	readers int
 	writer  bool
 }
 
 var memDirs int
+
+// memSerial numbers the objects of all memDirs.
+var memSerial atomic.Uint64
 
 func newMemDir() *memDir {
 	memDirs++
@@ -318,6 +369,7 @@ func memError(op, name string, err error) error {
 func (d *memDir) Path(name string) string            { return "memory:" + name }
 func (d *memDir) ID(context.Context) (string, error) { return d.id, nil }
 func (d *memDir) Sync(context.Context, string) error { return nil }
+
 func (d *memDir) find(op, name string) (*memObject, error) {
 	if o := d.objects[name]; o != nil {
 		return o, nil
@@ -348,11 +400,16 @@ func (d *memDir) List(_ context.Context, folder string) (list []Entry, err error
 	}
 	for name := range d.objects {
 		if in(name) {
-			list = append(list, Entry{Name: path.Base(name)})
+			o := d.objects[name]
+			list = append(list, Entry{Name: path.Base(name), Stamp: vfs.Stamp{Size: int64(len(o.b)), Inode: o.serial}})
 		}
 	}
 	slices.SortFunc(list, func(a, b Entry) int { return cmp.Compare(a.Name, b.Name) })
 	return list, nil
+}
+
+func (d *memDir) Look(ctx context.Context, folder string) ([]Entry, error) {
+	return d.List(ctx, folder)
 }
 
 func (d *memDir) Read(_ context.Context, name string, limit int64) ([]byte, error) {
@@ -371,8 +428,18 @@ func (d *memDir) Read(_ context.Context, name string, limit int64) ([]byte, erro
 func (d *memDir) Write(_ context.Context, name, _ string, b []byte) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.objects[name] = &memObject{b: bytes.Clone(b)}
+	d.objects[name] = &memObject{b: bytes.Clone(b), serial: memSerial.Add(1)}
 	return nil
+}
+
+func (d *memDir) Cache(ctx context.Context, name, spare string, b []byte) error {
+	d.mu.Lock()
+	there := d.folders[path.Dir(name)]
+	d.mu.Unlock()
+	if !there {
+		return memError("cache", name, fs.ErrNotExist)
+	}
+	return d.Write(ctx, name, spare, b)
 }
 
 func (d *memDir) Create(_ context.Context, name string) (Object, error) {
@@ -381,7 +448,7 @@ func (d *memDir) Create(_ context.Context, name string) (Object, error) {
 	if d.objects[name] != nil {
 		return nil, memError("create", name, fs.ErrExist)
 	}
-	o := &memObject{writer: true}
+	o := &memObject{writer: true, serial: memSerial.Add(1)}
 	d.objects[name] = o
 	return &memHandle{d, o, name, Exclusive}, nil
 }

@@ -84,11 +84,12 @@ func (s *Store) beginAgain(ctx context.Context, r Ref) (*Tx, error) {
 // nobody needs of that one.
 func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed) error {
 	s := t.s
-	theirs, err := s.unlistedAmong(ctx, was.References)
+	look := s.lookup()
+	theirs, err := look.unlistedAmong(ctx, was.References)
 	if err != nil {
 		return err
 	}
-	v := s.survey(make(map[string]*checkpoint.Identity), append(slices.Clone(theirs), was.UUID)...)
+	v := look.survey(append(slices.Clone(theirs), was.UUID)...)
 	v.leave = t.ref
 	if err := v.update(ctx); err != nil {
 		return err

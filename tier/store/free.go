@@ -184,14 +184,14 @@ func idleExtents(f *nvram.File, id *checkpoint.Identity, need source.Ranges) fun
 }
 
 // unlistedAmong are those of some images that are there and not listed. It takes no lock.
-func (s *Store) unlistedAmong(ctx context.Context, ids []uuid.UUID) (there []uuid.UUID, err error) {
+func (l *lookup) unlistedAmong(ctx context.Context, ids []uuid.UUID) (there []uuid.UUID, err error) {
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	err = s.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	err = l.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
 			// gc says what can't be read.
-			if empty, err := s.unlistedIs(ctx, &st); err == nil && !empty && slices.Contains(ids, st.uuid) {
+			if empty, err := l.unlistedIs(ctx, &st); err == nil && !empty && slices.Contains(ids, st.uuid) {
 				there = append(there, st.uuid)
 			}
 		}
@@ -213,9 +213,9 @@ func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (a
 	}
 	defer unlock()
 	settled := false
-	err = s.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	err = v.look.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
-			empty, err := s.unlistedIs(ctx, &st)
+			empty, err := v.look.unlistedIs(ctx, &st)
 			if err != nil || empty || !slices.Contains(ids, st.uuid) {
 				continue // gc says what can't be read
 			}

@@ -9,7 +9,6 @@ import (
 
 	"github.com/google/uuid"
 
-	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
@@ -48,7 +47,7 @@ func (s *Store) GC(ctx context.Context) (GCReport, error) { return s.GCAfter(ctx
 // goes from tmp to its VM's folder in one step. So an owner of the first look that
 // none of the later ones sees has been removed in between, or is dead.
 func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport, err error) {
-	g := gc{Store: s, rep: &rep, live: make(map[uuid.UUID]bool)}
+	g := gc{Store: s, look: s.lookup(), rep: &rep, live: make(map[uuid.UUID]bool)}
 	if err := s.CheckHome(ctx); err != nil {
 		rep.warn(err) // and NVRAM stays as it is
 	} else if err := g.openNVRAM(ctx); err != nil {
@@ -79,6 +78,7 @@ func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport,
 // gc is one run of GC.
 type gc struct {
 	*Store
+	look  *lookup
 	rep   *GCReport
 	live  map[uuid.UUID]bool
 	files []*nvramOwners
@@ -217,21 +217,28 @@ func (g *gc) disks(ctx context.Context) error {
 func (g *gc) vms(ctx context.Context) error {
 	// Anybody can have renamed an image, or put a link in the place of a VM's folder.
 	// Whoever it was must not lose the hot pages because of it.
-	strays, err := g.Strays(ctx, "")
+	stray := func(name string) {
+		g.unknown(fmt.Errorf("%s: it has no name, or is of no kind, of a store's, and may be a checkpoint", g.dir.Path(name)))
+	}
+	list, err := g.dir.List(ctx, vmsFolder)
 	if err != nil {
 		return err
 	}
-	for _, path := range strays {
-		g.unknown(fmt.Errorf("%s: it has no name, or is of no kind, of a store's, and may be a checkpoint", path))
-	}
-	vms, err := g.folders(ctx)
-	if err != nil {
-		return err
+	var vms []string
+	for _, e := range list {
+		if e.Folder && CheckVM(e.Name) == nil {
+			vms = append(vms, e.Name)
+		} else {
+			stray(vmFolder(e.Name))
+		}
 	}
 	all := make([]vmObjects, len(vms))
 	for i, vm := range vms {
-		if all[i], err = g.objects(ctx, vm); err != nil {
+		if all[i], err = g.look.objects(ctx, vm); err != nil {
 			return err
+		}
+		for _, name := range all[i].strays {
+			stray(name)
 		}
 		for _, n := range all[i].odd {
 			_, err := g.owner(ctx, Ref{vm, n}.object(imageSuffix))
@@ -247,11 +254,35 @@ func (g *gc) vms(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	defer g.look.keep(ctx)
 	for i, vm := range vms {
 		if len(all[i].removed) > 0 || len(all[i].kept) > 0 || len(all[i].beside) > 0 || len(all[i].moved) > 0 {
 			if err := g.leftovers(ctx, vm, v); err != nil {
 				return err
 			}
+		}
+	}
+	return g.summaries(ctx, vms, all)
+}
+
+// summaries removes those of VMs that have no checkpoints.
+func (g *gc) summaries(ctx context.Context, vms []string, all []vmObjects) error {
+	list, err := g.dir.List(ctx, summaryFolder)
+	if gone(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range list {
+		if e.Folder || e.Odd || CheckVM(e.Name) != nil {
+			continue
+		}
+		if i := slices.Index(vms, e.Name); i >= 0 && len(all[i].images) > 0 {
+			continue
+		}
+		if err := g.dir.Remove(ctx, summaryObject(e.Name)); err != nil && !gone(err) {
+			return err
 		}
 	}
 	return nil
@@ -262,7 +293,7 @@ func (g *gc) needs(ctx context.Context, vms []string, all []vmObjects) (*survey,
 	var ids []uuid.UUID
 	for i, vm := range vms {
 		for _, st := range all[i].unlisted(vm) {
-			empty, err := g.unlistedIs(ctx, &st)
+			empty, err := g.look.unlistedIs(ctx, &st)
 			if err == nil && !empty {
 				ids = append(ids, st.uuid)
 			}
@@ -271,7 +302,7 @@ func (g *gc) needs(ctx context.Context, vms []string, all []vmObjects) (*survey,
 			}
 		}
 	}
-	v := g.survey(make(map[string]*checkpoint.Identity), ids...)
+	v := g.look.survey(ids...)
 	if len(ids) > 0 {
 		if err := v.update(ctx); err != nil {
 			return nil, err
@@ -308,7 +339,7 @@ func (g *gc) owners(ctx context.Context, vms []string, all []vmObjects) error {
 				return err
 			}
 			r := Ref{vm, all[i].images[len(all[i].images)-depth]}
-			id, err := g.owner(ctx, r.object(imageSuffix))
+			id, err := g.look.owner(ctx, r.object(imageSuffix))
 			if gone(err) || errors.Is(err, errNotObject) {
 				continue // if there is something, vms has said so
 			}
@@ -359,7 +390,7 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 		return err
 	}
 	defer unlock()
-	o, err := g.objects(ctx, vm)
+	o, err := g.look.objects(ctx, vm)
 	if err != nil {
 		return err
 	}
@@ -375,7 +406,7 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 	}
 	settled := false
 	for _, st := range o.unlisted(vm) {
-		empty, err := g.unlistedIs(ctx, &st)
+		empty, err := g.look.unlistedIs(ctx, &st)
 		if gone(err) || errors.Is(err, errNotObject) {
 			continue // a stray
 		}
@@ -441,11 +472,13 @@ func (g *gc) orphans(ctx context.Context, vm string) error {
 	there := make(map[place]bool)
 	unsure := make(map[int]bool) // numbers of images that can't say who they are
 	for _, st := range o.all(vm) {
-		id, err := g.owner(ctx, st.name)
+		id, err := g.look.owner(ctx, st.name)
 		size := int64(1)
-		if f, oerr := g.dir.Open(ctx, st.name, Unlocked); oerr == nil {
-			size, _ = f.Size()
-			f.Close()
+		if err != nil {
+			if f, oerr := g.dir.Open(ctx, st.name, Unlocked); oerr == nil {
+				size, _ = f.Size()
+				f.Close()
+			}
 		}
 		switch {
 		case err == nil:
@@ -479,9 +512,9 @@ func (g *gc) missing(ctx context.Context, v *survey) (bool, error) {
 		return true, err
 	}
 	there := make(map[uuid.UUID]bool)
-	err := g.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	err := g.look.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
-			g.unlistedIs(ctx, &st)
+			g.look.unlistedIs(ctx, &st)
 			there[st.uuid] = true
 		}
 		return nil

@@ -415,13 +415,14 @@ func (s *Store) FindGroup(ctx context.Context, r Ref) (ListedGroup, error) {
 // ErrNotFound.
 func (s *Store) MembersOf(ctx context.Context, g Group) ([]Listed, error) {
 	list := make([]Listed, len(g.Members))
+	look := s.lookup()
 	for i, m := range g.Members {
 		if err := context.Cause(ctx); err != nil {
 			return nil, err
 		}
 		o, err := s.objects(ctx, m.VM)
 		if err == nil {
-			list[i], err = s.listedOne(ctx, m.Ref(), o)
+			list[i], err = look.listed(ctx, m.Ref(), o)
 		}
 		if gone(err) {
 			list[i], err = Listed{Ref: m.Ref(), Err: ErrNotFound}, nil

@@ -38,14 +38,16 @@ func (o vmObjects) last() (n int) {
 }
 
 // objects lists a VM's folder; nothing if there is none.
-func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error) {
+func (s *Store) objects(ctx context.Context, vm string) (vmObjects, error) {
 	list, err := s.dir.List(ctx, vmFolder(vm))
-	if gone(err) {
-		return o, nil
+	if err != nil && !gone(err) {
+		return vmObjects{}, err
 	}
-	if err != nil {
-		return o, err
-	}
+	return objectsOf(vm, list), nil
+}
+
+// objectsOf sorts what is in a VM's folder.
+func objectsOf(vm string, list []Entry) (o vmObjects) {
 	o.beside = make(map[string][]int)
 	for _, e := range list {
 		n, suffix, ok := parseNumber(e.Name)
@@ -81,7 +83,7 @@ func (s *Store) objects(ctx context.Context, vm string) (o vmObjects, err error)
 	for _, l := range [][]int{o.images, o.removed, o.odd, o.beside[touchedSuffix], o.beside[labelSuffix]} {
 		slices.Sort(l)
 	}
-	return o, nil
+	return o
 }
 
 // pieces are those of an image, in their order.
@@ -109,6 +111,11 @@ func (s *Store) folders(ctx context.Context) (vms []string, err error) {
 // eachVM calls fn for one VM, or for each that has a folder if only is empty, with what is
 // in the folder.
 func (s *Store) eachVM(ctx context.Context, only string, fn func(vm string, o vmObjects) error) error {
+	return s.eachVMBy(ctx, only, s.objects, fn)
+}
+
+// eachVMBy is eachVM with another way to look into a folder.
+func (s *Store) eachVMBy(ctx context.Context, only string, objects func(context.Context, string) (vmObjects, error), fn func(string, vmObjects) error) error {
 	vms := []string{only}
 	if only == "" {
 		var err error
@@ -122,7 +129,7 @@ func (s *Store) eachVM(ctx context.Context, only string, fn func(vm string, o vm
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		o, err := s.objects(ctx, vm)
+		o, err := objects(ctx, vm)
 		if err == nil {
 			err = fn(vm, o)
 		}
@@ -226,15 +233,17 @@ type Listed struct {
 }
 
 // Identities describes the checkpoints of one VM, or of all if vm is empty. It
-// reads some KB of each and takes no lock. What goes away meanwhile is left out.
+// reads some KB of each that the VM's summary does not know, and takes no lock. What goes
+// away meanwhile is left out.
 func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
 	list := []Listed{}
-	err := s.eachVM(ctx, vm, func(vm string, o vmObjects) error {
+	look := s.lookup()
+	err := look.eachVM(ctx, vm, func(vm string, o vmObjects) error {
 		for _, n := range o.images {
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
-			l, err := s.listedOne(ctx, Ref{vm, n}, o)
+			l, err := look.listed(ctx, Ref{vm, n}, o)
 			if gone(err) {
 				continue
 			}
@@ -254,16 +263,16 @@ func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
 	return list, nil
 }
 
-// listedOne describes a checkpoint of a VM whose folder has these objects. One that has
+// listed describes a checkpoint of a VM whose folder has these objects. One that has
 // gone away is an error (fs.ErrNotExist).
-func (s *Store) listedOne(ctx context.Context, r Ref, o vmObjects) (l Listed, err error) {
+func (k *lookup) listed(ctx context.Context, r Ref, o vmObjects) (l Listed, err error) {
 	l.Ref = r
-	l.Identity, l.ImageBytes, l.Err = s.identity(ctx, r)
+	l.Identity, l.ImageBytes, l.Err = k.identity(ctx, r)
 	if gone(l.Err) {
 		return l, l.Err
 	}
 	if id := l.Identity; id != nil && id.NVRAM != nil && len(o.pieces(r.N, id.UUID)) > 0 {
-		slots, err := s.movedSlots(ctx, r, id.UUID)
+		slots, err := k.s.movedSlots(ctx, r, id.UUID)
 		if err != nil && !cannotTell(err) { // verify says what is damaged
 			return l, err
 		}

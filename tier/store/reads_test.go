@@ -13,10 +13,11 @@ import (
 type readCounter struct {
 	vfs.FS
 	opens, reads, bytes *atomic.Int64
+	removed             bool // those of removed checkpoints count too
 }
 
 func newReadCounter(fsys vfs.FS) readCounter {
-	return readCounter{fsys, new(atomic.Int64), new(atomic.Int64), new(atomic.Int64)}
+	return readCounter{FS: fsys, opens: new(atomic.Int64), reads: new(atomic.Int64), bytes: new(atomic.Int64)}
 }
 
 func (c readCounter) reset() {
@@ -33,7 +34,7 @@ func (c readCounter) NoLinks(dir string) (vfs.FS, error) {
 
 func (c readCounter) Open(name string) (vfs.File, error) {
 	f, err := c.FS.Open(name)
-	if err != nil || !strings.HasSuffix(name, imageSuffix) {
+	if err != nil || !strings.HasSuffix(name, imageSuffix) && !(c.removed && strings.HasSuffix(name, removedSuffix)) {
 		return f, err
 	}
 	c.opens.Add(1)

@@ -88,6 +88,8 @@ const (
 	looseFolder = "loose"
 	vmsFolder   = "vms"
 
+	summaryFolder = "summaries"
+
 	partSuffix = ".part" // of an image in the making
 	newSuffix  = ".new"  // of a sealed object in the making
 	rateSuffix = ".rate" // of a measurement
@@ -106,13 +108,21 @@ func (r Ref) object(suffix string) string {
 	return fmt.Sprintf("%s/%08d%s", vmFolder(r.VM), r.N, suffix)
 }
 
+// numberLen is how many digits a checkpoint's number has in names: those of MaxNumber.
+const numberLen = 8
+
 // parseNumber parses an object's name in a VM's folder, NNNNNNNN with a suffix.
 func parseNumber(name string) (n int, suffix string, ok bool) {
-	num, suffix, ok := strings.Cut(name, ".")
-	if n, err := strconv.Atoi(num); ok && err == nil && n >= 1 && n <= MaxNumber && fmt.Sprintf("%08d", n) == num {
-		return n, "." + suffix, true
+	if len(name) <= numberLen || name[numberLen] != '.' {
+		return 0, "", false
 	}
-	return 0, "", false
+	for _, c := range []byte(name[:numberLen]) {
+		if c < '0' || c > '9' {
+			return 0, "", false
+		}
+		n = 10*n + int(c-'0')
+	}
+	return n, name[numberLen:], n > 0
 }
 
 // keptObject is the name of an image that others need, and that another has replaced

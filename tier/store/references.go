@@ -125,13 +125,14 @@ func (s *Store) unlistedIs(ctx context.Context, st *stored) (empty bool, err err
 // images calls fn for each image that has content. A listed one that can't say who
 // it is ends it.
 func (s *Store) images(ctx context.Context, fn func(stored) error) error {
-	return s.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	look := s.lookup()
+	return look.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.all(vm) {
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
 			var err error
-			st.id, err = s.whoIs(ctx, st.name)
+			st.id, err = look.whoIs(ctx, st.name)
 			if gone(err) || err == nil && st.id == nil || st.gone && cannotTell(err) {
 				continue
 			}
@@ -153,15 +154,16 @@ type uses struct {
 	young           source.Ranges // those of the slots that the newest checkpoints need
 }
 
-// survey finds out what listed checkpoints need of some images. It reads the IDENTITY
-// of each listed image, and the REFERENCES of those that refer to one of them; no page
-// map.
+// survey finds out what listed checkpoints need of some images. It looks up the IDENTITY
+// of each listed image, and reads the REFERENCES of those that refer to one of them; no
+// page map.
 //
 // It is brought up to date twice: first without a lock, which may take a while, and then
 // under the store lock, for what has been committed since. In between a checkpoint can
 // have gone away, and its needs still count: less is freed, until the next look.
 type survey struct {
-	s *Store
+	s    *Store
+	look *lookup
 	// known are who the listed images say they are, by name. What has a name is
 	// nothing else later, or a whole copy of it, which needs less.
 	known map[string]*checkpoint.Identity
@@ -175,8 +177,8 @@ type survey struct {
 }
 
 // survey begins one of the images with these UUIDs.
-func (s *Store) survey(known map[string]*checkpoint.Identity, ids ...uuid.UUID) *survey {
-	v := &survey{s: s, known: known, of: make(map[uuid.UUID]*uses), done: make(map[string]bool)}
+func (l *lookup) survey(ids ...uuid.UUID) *survey {
+	v := &survey{s: l.s, look: l, known: make(map[string]*checkpoint.Identity), of: make(map[uuid.UUID]*uses), done: make(map[string]bool)}
 	for _, id := range ids {
 		v.of[id] = new(uses)
 	}
@@ -190,7 +192,7 @@ func (v *survey) update(ctx context.Context) error {
 	if err != nil || !some {
 		return err
 	}
-	return v.s.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	return v.look.eachVMOnce(ctx, func(vm string, o vmObjects) error {
 		for i, n := range o.images {
 			r := Ref{vm, n}
 			name := r.object(imageSuffix)
@@ -251,7 +253,7 @@ func (v *survey) count(ctx context.Context, r Ref, name string, young bool) erro
 	id := v.known[name]
 	if id == nil {
 		var err error
-		if id, err = v.s.whoIs(ctx, name); err != nil {
+		if id, err = v.look.whoIs(ctx, name); err != nil {
 			return err
 		}
 		if id == nil {
@@ -326,7 +328,7 @@ func (s *Store) References(ctx context.Context, r Ref) (to []uuid.UUID, by []Ref
 	if err != nil {
 		return nil, nil, err
 	}
-	v := s.survey(make(map[string]*checkpoint.Identity), id.UUID)
+	v := s.lookup().survey(id.UUID)
 	if err = v.update(ctx); err == nil {
 		err = v.unclear
 	}

@@ -33,12 +33,12 @@ type Removed struct {
 // Remover removes checkpoints of a store, one after the other, and reads of the others
 // only once what they refer to.
 type Remover struct {
-	s     *Store
-	known map[string]*checkpoint.Identity
+	s    *Store
+	look *lookup
 }
 
 // Remover returns one.
-func (s *Store) Remover() *Remover { return &Remover{s, make(map[string]*checkpoint.Identity)} }
+func (s *Store) Remover() *Remover { return &Remover{s, s.lookup()} }
 
 // Remove is Remover.Remove of one checkpoint.
 func (s *Store) Remove(ctx context.Context, r Ref) (Removed, error) {
@@ -84,13 +84,13 @@ func (m *Remover) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		id = &checkpoint.Identity{} // it is nobody's
 	}
 	rm.As = id.UUID
-	delete(m.known, r.object(imageSuffix))
+	defer m.look.keep(ctx)
 	// Of what is listed nothing is freed, so nobody need be asked about it.
-	theirs, err := s.unlistedAmong(ctx, id.References)
+	theirs, err := m.look.unlistedAmong(ctx, id.References)
 	if err != nil {
 		return rm, err
 	}
-	v := s.survey(m.known, append(slices.Clone(theirs), id.UUID)...)
+	v := m.look.survey(append(slices.Clone(theirs), id.UUID)...)
 	v.leave = r
 	keep := false
 	// Nobody can begin to refer to it while it is locked; who does so already holds

@@ -69,8 +69,8 @@ func (s *Store) Sharing(ctx context.Context, r Ref) (sh Sharing, err error) {
 		return sh, err
 	}
 	ids := append(slices.Clone([]uuid.UUID(id.References)), id.UUID)
-	known := make(map[string]*checkpoint.Identity)
-	with, without := s.survey(known, ids...), s.survey(known, ids...)
+	look := s.lookup()
+	with, without := look.survey(ids...), look.survey(ids...)
 	without.leave = r
 	for _, v := range []*survey{with, without} {
 		if err := v.update(ctx); err != nil {

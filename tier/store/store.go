@@ -12,6 +12,7 @@
 //	├── groups/NAME@N.json         checkpoints that were made as one (group.go)
 //	├── disks/                     indexes of disk images (package disk)
 //	├── share/DOMAIN/              a trust domain's key (trust.go)
+//	├── summaries/NAME             who a VM's images say they are, a cache (summary.go)
 //	└── vms/NAME/
 //	    ├── 00000001.flic          checkpoint 1: a flash image (package image)
 //	    ├── 00000001.UUID.1.moved  what was moved of its NVRAM part to flash (demote.go)
@@ -44,7 +45,7 @@
 //     lock exclusively. Readers take this lock while they hold the store lock, so
 //     no image is removed between being found and being locked; list and show take
 //     none, because what they read of an image is checked, and an image that goes
-//     away meanwhile is not there. What an open checkpoint refers to is opened without
+//     away meanwhile is not there. Summaries are read and written without any. What an open checkpoint refers to is opened without
 //     the store lock: it can't go away, and who finds it locked, because somebody frees
 //     what nobody needs of it, waits for that moment to pass.
 //  3. The NVRAM file's own lock (package nvram), for allocation only.

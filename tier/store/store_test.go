@@ -986,7 +986,7 @@ func TestCommitSyncsItsOwn(t *testing.T) {
 }
 
 // refer commits a checkpoint that refers to others.
-func refer(t *testing.T, s *Store, vm string, ids ...uuid.UUID) Ref {
+func refer(t testing.TB, s *Store, vm string, ids ...uuid.UUID) Ref {
 	t.Helper()
 	p, err := s.Begin(t.Context(), vm)
 	if err != nil {
@@ -1102,7 +1102,7 @@ func TestSurvey(t *testing.T) {
 		t.Fatal(err)
 	}
 	first := refer(t, s, "vm", id.UUID)
-	v := s.survey(make(map[string]*checkpoint.Identity), id.UUID)
+	v := s.lookup().survey(id.UUID)
 	look := func(want ...Ref) {
 		t.Helper()
 		if err := v.update(t.Context()); err != nil || v.unclear != nil || !slices.Equal(v.of[id.UUID].by, want) {

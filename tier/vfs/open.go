@@ -248,6 +248,45 @@ func (o osFS) ReadDir(dir string) ([]fs.DirEntry, error) {
 	return list, err
 }
 
+func (o osFS) ReadStamps(dir string) ([]Stamped, error) {
+	d, err := o.openDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(names)
+	list := make([]Stamped, 0, len(names))
+	fd := int(d.Fd())
+	for _, name := range names {
+		var st unix.Stat_t
+		err := ignoringEINTR(func() error { return unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW) })
+		if err == unix.ENOENT {
+			continue
+		}
+		if err != nil {
+			return nil, &fs.PathError{Op: "stat", Path: filepath.Join(dir, name), Err: err}
+		}
+		list = append(list, Stamped{name, fileType(st.Mode), Stamp{st.Size, st.Mtim.Nano(), st.Ctim.Nano(), st.Ino}})
+	}
+	return list, nil
+}
+
+// fileType is the type in st_mode. The store knows regular files and directories; all
+// else is the same to it.
+func fileType(mode uint32) fs.FileMode {
+	switch mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		return 0
+	case unix.S_IFDIR:
+		return fs.ModeDir
+	}
+	return fs.ModeIrregular
+}
+
 func (o osFS) SyncDir(dir string) error {
 	d, err := o.openDir(dir)
 	if err != nil {

@@ -103,6 +103,10 @@ type FS interface {
 	// ReadDir returns the entries of a directory, sorted by name.
 	ReadDir(dir string) ([]fs.DirEntry, error)
 
+	// ReadStamps is ReadDir that looks at each entry too, in a fraction of the time
+	// that as many Lstats take. What goes away meanwhile is left out.
+	ReadStamps(dir string) ([]Stamped, error)
+
 	// Stat follows symbolic links, Lstat describes the last one itself.
 	Stat(name string) (fs.FileInfo, error)
 	Lstat(name string) (fs.FileInfo, error)
@@ -128,6 +132,23 @@ type FS interface {
 
 	// StatFS describes the file system that holds name, which must exist.
 	StatFS(name string) (FSInfo, error)
+}
+
+// Stamp tells a file from what it was, and from every other file of its file system, as
+// far as that can be told without reading it. A change that comes within a tick of the
+// clock after another, some milliseconds, can leave the same Stamp.
+type Stamp struct {
+	Size  int64
+	Mtime int64 // of the last change of its content, ns since 1970
+	Ctime int64 // of the last change of anything of it, its names included
+	Inode uint64
+}
+
+// Stamped is an entry of a directory.
+type Stamped struct {
+	Name string
+	Type fs.FileMode // the type bits
+	Stamp
 }
 
 // Locked is a held lock of [FS.Lock].

@@ -501,6 +501,26 @@ func (f *FS) ReadDir(name string) ([]fs.DirEntry, error) {
 	return list, nil
 }
 
+// ReadStamps implements vfs.FS.
+func (f *FS) ReadStamps(name string) ([]vfs.Stamped, error) {
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	i, err := f.find(name)
+	if err == nil && !i.isDir() {
+		err = syscall.ENOTDIR
+	}
+	if err != nil {
+		return nil, pathErr("readdir", name, err)
+	}
+	var list []vfs.Stamped
+	for _, n := range sortedNames(i.entries) {
+		e := i.entries[n]
+		at := e.modTime.UnixNano()
+		list = append(list, vfs.Stamped{Name: n, Type: e.mode.Type(), Stamp: vfs.Stamp{Size: e.size(), Mtime: at, Ctime: at, Inode: e.number}})
+	}
+	return list, nil
+}
+
 // find is lookup for operations that only read.
 func (f *FS) find(name string) (*inode, error) {
 	if err := f.begin(Read, name); err != nil {

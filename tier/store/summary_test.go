@@ -1,0 +1,281 @@
+package store
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
+)
+
+// chained is a store with so many checkpoints of VM "vm", each of which refers to some of
+// those before it, as increments do. Each is summarized as a save does it.
+func chained(t testing.TB, fsys vfs.FS, dir string, n int) *Store {
+	t.Helper()
+	s, err := Open(t.Context(), fsys, dir, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	grow(t, s, n)
+	return s
+}
+
+// grow makes so many checkpoints more.
+func grow(t testing.TB, s *Store, n int) {
+	t.Helper()
+	var ids []uuid.UUID
+	list, err := s.Identities(t.Context(), "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range list {
+		ids = append(ids, l.Identity.UUID)
+	}
+	for range n {
+		last := ids[max(0, len(ids)-8):]
+		r := refer(t, s, "vm", slices.Clone(last)...)
+		id, _, err := s.identity(t.Context(), r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, id.UUID)
+		s.Summarize(t.Context(), r)
+	}
+}
+
+// TestReadsOfOne bounds what list, rm and gc read of a VM with 1000 checkpoints: not the
+// others' images, but for those that refer to what is removed.
+func TestReadsOfOne(t *testing.T) {
+	const n = 1000
+	c := newReadCounter(crashfs.New(0))
+	c.removed = true
+	s := chained(t, c, "/store", n)
+	time.Sleep(2 * youngFile)
+	// A save now and then brings the summary up to date, and so does this.
+	s.summarize(t.Context(), "vm")
+	expect := func(what string, opens int64) {
+		t.Helper()
+		if c.opens.Load() > opens {
+			t.Errorf("%s of %d opened %d images and read %d times, %d bytes; at most %d", what, n, c.opens.Load(), c.reads.Load(), c.bytes.Load(), opens)
+		}
+		c.reset()
+	}
+	c.reset()
+	if list, err := s.Identities(t.Context(), "vm"); err != nil || len(list) != n {
+		t.Fatalf("%d checkpoints, %v", len(list), err)
+	}
+	expect("list", 0)
+	// Eight refer to it: they are looked up, and their REFERENCES read.
+	if rm, err := s.Remove(t.Context(), Ref{"vm", n / 2}); err != nil || rm.Left != nil || len(rm.Kept) != 8 {
+		t.Fatalf("%+v, %v", rm, err)
+	}
+	expect("rm", 40)
+	if rm, err := s.Remove(t.Context(), Ref{"vm", n}); err != nil || rm.Left != nil || len(rm.Kept) != 0 {
+		t.Fatalf("%+v, %v", rm, err)
+	}
+	expect("rm of the newest", 10)
+	if rep, err := s.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Fatalf("%+v, %v", rep, err)
+	}
+	expect("gc", 30)
+	// The next save finds its number, and opens the one before.
+	grow(t, s, 1)
+	expect("the next one", 30)
+}
+
+// TestSummaryIsNoMore has summaries that are old, damaged, another's or no summaries at
+// all: nothing that anybody says depends on them.
+func TestSummaryIsNoMore(t *testing.T) {
+	disk := crashfs.New(0)
+	s := chained(t, disk, "/store", 40)
+	time.Sleep(2 * youngFile)
+	s.summarize(t.Context(), "vm")
+	good, err := vfs.ReadFile(disk, "/store/summaries/vm", maxSummary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if entries, err := parseSummary(good); err != nil || len(entries) != 40 {
+		t.Fatalf("%d entries, %v", len(entries), err)
+	}
+	if err := disk.Remove("/store/summaries/vm"); err != nil {
+		t.Fatal(err)
+	}
+	want, err := s.Identities(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(what string) {
+		t.Helper()
+		got, err := s.Identities(t.Context(), "")
+		if err != nil || len(got) != len(want) {
+			t.Fatalf("%s: %d checkpoints, %v", what, len(got), err)
+		}
+		for i := range got {
+			g, w := got[i], want[i]
+			if g.Ref != w.Ref || g.ImageBytes != w.ImageBytes || g.Err != nil || !sameIdentity(t, g.Identity, w.Identity) {
+				t.Fatalf("%s: %+v in place of %+v", what, g, w)
+			}
+		}
+	}
+	rng := rand.New(rand.NewPCG(3, 4))
+	for i := range 300 {
+		b := bytes.Clone(good)
+		switch i % 4 {
+		case 0:
+			b = b[:rng.IntN(len(b))]
+		case 1:
+			b[rng.IntN(len(b))] ^= 1 << rng.IntN(8)
+		case 2:
+			clear(b[rng.IntN(len(b)):])
+		case 3:
+			b = append(b, b[:rng.IntN(100)]...)
+		}
+		put(t, disk, "/store/summaries/vm", b)
+		check(fmt.Sprintf("damage %d", i))
+	}
+	put(t, disk, "/store/summaries/vm", good)
+	check("as it was")
+	// Another image in the place of one, of the same length: whatever was known of that
+	// place is not so any more.
+	old, err := vfs.ReadFile(disk, "/store/vms/vm/00000003.flic", 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, disk, "/store/vms/vm/00000003.flic", bytes.Repeat([]byte{1}, len(old)))
+	got, err := s.Identities(t.Context(), "vm")
+	if err != nil || got[2].Err == nil {
+		t.Errorf("a damaged image: %+v, %v", got[2], err)
+	}
+	// Nor is anything freed that it may need.
+	if rm, err := s.Remove(t.Context(), Ref{"vm", 1}); err != nil || rm.Left == nil || rm.FlashBytes != 0 {
+		t.Errorf("removal beside it: %+v, %v", rm, err)
+	}
+	put(t, disk, "/store/vms/vm/00000003.flic", old)
+	if err := disk.Remove("/store/summaries/vm"); err != nil {
+		t.Fatal(err)
+	}
+	if err := disk.MkdirAll("/store/summaries/vm"); err != nil { // what stands there is no summary
+		t.Fatal(err)
+	}
+	want = want[1:]
+	check("a folder in its place")
+	s.summarize(t.Context(), "vm")
+	if rep, err := s.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+}
+
+// sameIdentity compares two as JSON has them: times are equal in more than one form.
+func sameIdentity(t *testing.T, a, b *checkpoint.Identity) bool {
+	t.Helper()
+	x, y := *a, *b
+	same := x.Created.Equal(y.Created)
+	x.Created, y.Created = time.Time{}, time.Time{}
+	return same && reflect.DeepEqual(x, y)
+}
+
+// TestSummaryGoes: that of a VM of which nothing is left goes with gc.
+func TestSummaryGoes(t *testing.T) {
+	disk := crashfs.New(0)
+	s := chained(t, disk, "/store", 3)
+	time.Sleep(2 * youngFile)
+	s.summarize(t.Context(), "vm")
+	if _, err := disk.Stat("/store/summaries/vm"); err != nil {
+		t.Fatal(err)
+	}
+	rm := s.Remover()
+	for n := 3; n > 0; n-- {
+		if _, err := rm.Remove(t.Context(), Ref{"vm", n}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.GC(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What remembers the highest number is no image.
+	if fi, err := disk.Stat("/store/summaries/vm"); err == nil {
+		t.Errorf("%d bytes are left", fi.Size())
+	}
+}
+
+// FuzzSummary parses what is no summary: whatever it is, it takes no more memory than it
+// has bytes, some times over.
+func FuzzSummary(f *testing.F) {
+	s := chained(f, crashfs.New(0), "/store", 3)
+	time.Sleep(2 * youngFile)
+	s.summarize(f.Context(), "vm")
+	b, err := s.dir.Read(f.Context(), summaryObject("vm"), maxSummary)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		entries, err := parseSummary(b)
+		if err == nil {
+			for _, e := range entries {
+				checkpoint.ParseCompact(e.identity)
+			}
+		}
+		// Checksums would keep what is behind them from being looked at.
+		checkpoint.ParseCompact(b)
+	})
+}
+
+// BenchmarkCheckpoints is what list, gc with nothing to do, rm, and what a save does in
+// the store besides writing take of a VM with 100 and with 1000 checkpoints.
+//
+//	go test ./tier/store -run '^$' -bench Checkpoints -benchtime 20x
+func BenchmarkCheckpoints(b *testing.B) {
+	for _, n := range []int{100, 1000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			s := chained(b, vfs.OS, b.TempDir()+"/store", n)
+			time.Sleep(2 * youngFile)
+			s.summarize(b.Context(), "vm")
+			b.Run("list", func(b *testing.B) {
+				for b.Loop() {
+					if list, err := s.Identities(b.Context(), "vm"); err != nil || len(list) < n {
+						b.Fatalf("%d, %v", len(list), err)
+					}
+				}
+			})
+			b.Run("begin", func(b *testing.B) {
+				for b.Loop() {
+					p, err := s.Begin(b.Context(), "vm")
+					if err != nil {
+						b.Fatal(err)
+					}
+					p.Abort()
+				}
+			})
+			b.Run("summarize", func(b *testing.B) {
+				for b.Loop() {
+					s.Summarize(b.Context(), Ref{"vm", n})
+				}
+			})
+			next := n / 2
+			b.Run("rm", func(b *testing.B) {
+				for b.Loop() {
+					if _, err := s.Remove(b.Context(), Ref{"vm", next}); err != nil {
+						b.Fatal(err)
+					}
+					next++
+				}
+			})
+			b.Run("gc", func(b *testing.B) {
+				for b.Loop() {
+					if rep, err := s.GC(b.Context()); err != nil || len(rep.Warnings) > 0 {
+						b.Fatalf("%+v, %v", rep, err)
+					}
+				}
+			})
+		})
+	}
+}
