@@ -13,6 +13,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
@@ -388,6 +389,112 @@ func TestOpenWhileFreed(t *testing.T) {
 // flatten makes a checkpoint independent.
 func (l *lab) flatten(ref store.Ref) (store.Removed, *checkpoint.Meta, error) {
 	return l.st.Flatten(context.Background(), ref, store.CopyOptions{Codec: image.LZ4, Workers: 1})
+}
+
+// hookedFS is a process that stops for a moment where a test wants it to.
+type hookedFS struct {
+	vfs.FS
+	locking func() // before the store lock is taken
+	listed  func() // after a folder of images was listed
+}
+
+func (h *hookedFS) NoLinks(dir string) (vfs.FS, error) {
+	fsys, err := h.FS.NoLinks(dir)
+	h.FS = fsys
+	return h, err
+}
+
+func (h *hookedFS) Lock(ctx context.Context, name string, mode vfs.LockMode) (vfs.Locked, error) {
+	if h.locking != nil && strings.HasSuffix(name, "/store/lock") {
+		h.locking()
+	}
+	return h.FS.Lock(ctx, name, mode)
+}
+
+func (h *hookedFS) ReadStamps(dir string) ([]vfs.Stamped, error) {
+	list, err := h.FS.ReadStamps(dir)
+	if h.listed != nil && strings.Contains(dir, "/vms/") {
+		h.listed()
+	}
+	return list, err
+}
+
+// nth calls fn at the n-th call of what it returns.
+func nth(n int, fn func()) func() {
+	return func() {
+		if n--; n == 0 {
+			fn()
+		}
+	}
+}
+
+// TestRemoveWhileFlattened has a removal lock an image that a flattening then puts another
+// in the place of: the removal is not of that one, which somebody reads.
+func TestRemoveWhileFlattened(t *testing.T) {
+	disk, l, list := smallChain(t)
+	ref, want := list[2].Ref, chainModel(list)[list[2].Ref]
+	locked, flattened, removed := make(chan struct{}), make(chan struct{}), make(chan error)
+	remover := l.on(t, &hookedFS{FS: disk.Fork()})
+	flattener := l.on(t, &hookedFS{FS: disk.Fork()})
+	remover.fs.FS.(*hookedFS).locking = nth(2, func() { // it has the image, and goes to take its name away
+		close(locked)
+		<-flattened
+	})
+	flattener.fs.FS.(*hookedFS).locking = nth(3, func() { // the copy is made, and goes to its place
+		go func() {
+			_, err := remover.st.Remove(t.Context(), ref)
+			removed <- err
+		}()
+		<-locked
+	})
+	if _, _, err := flattener.flatten(ref); err != nil {
+		t.Fatal(err)
+	}
+	c, err := l.st.OpenCheckpoint(t.Context(), ref, checkpoint.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	close(flattened)
+	if err := <-removed; !errors.Is(err, store.ErrInUse) {
+		t.Errorf("removal of what somebody reads: %v", err)
+	}
+	cmp := &tiertest.Compare{R: want.Expected()}
+	if _, err := restore.Run(t.Context(), c.Checkpoint, cmp, restore.Options{}); err != nil {
+		t.Error(err)
+	} else if err := cmp.Close(); err != nil {
+		t.Error(err)
+	}
+	c.Close()
+	for _, c := range list {
+		if err := l.remove(c.Ref); err != nil {
+			t.Error(err)
+		}
+	}
+	if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+		t.Errorf("%d bytes of flash and %d of NVRAM are not free", flash, hot)
+	}
+}
+
+// TestGCWhileFlattened flattens a checkpoint while gc looks for who owns what is in NVRAM:
+// the old image, which others need, is then neither where it was nor among those that
+// were removed before.
+func TestGCWhileFlattened(t *testing.T) {
+	disk, l, list := smallChain(t)
+	model := chainModel(list)
+	h := &hookedFS{FS: disk.Fork()}
+	collector := l.on(t, h)
+	h.listed = nth(1, func() {
+		if _, _, err := l.flatten(list[1].Ref); err != nil {
+			t.Error(err)
+		}
+	})
+	if rep, err := collector.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Errorf("%+v, %v", rep, err)
+	}
+	l.listed(t, model)
 }
 
 // TestFlatten flattens checkpoints that refer to others and that others refer to, in

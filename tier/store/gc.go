@@ -255,8 +255,11 @@ func (g *gc) vms(ctx context.Context) error {
 		return err
 	}
 	defer g.look.keep(ctx)
+	// Whose images were not seen can have been removed or replaced since their folder was
+	// listed, and be kept for others.
+	again := len(g.unaccounted()) > 0
 	for i, vm := range vms {
-		if len(all[i].removed) > 0 || len(all[i].kept) > 0 || len(all[i].beside) > 0 || len(all[i].moved) > 0 {
+		if again || len(all[i].removed) > 0 || len(all[i].kept) > 0 || len(all[i].beside) > 0 || len(all[i].moved) > 0 {
 			if err := g.leftovers(ctx, vm, v); err != nil {
 				return err
 			}

@@ -52,6 +52,19 @@ func (s *Store) Remove(ctx context.Context, r Ref) (Removed, error) {
 // An image that is not in its place is removed there, and no more: the checkpoint
 // that it is, and that one's NVRAM, are another's.
 func (m *Remover) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
+	for range flattenings {
+		if rm, err = m.remove(ctx, r); !errors.Is(err, ErrChanged) {
+			break
+		}
+		r = rm.Ref
+	}
+	return rm, err
+}
+
+// flattenings is how many of them can come between before a removal is given up.
+const flattenings = 3
+
+func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	s := m.s
 	rm.Ref = r
 	f, r, err := s.open(ctx, r, Exclusive)
@@ -103,7 +116,7 @@ func (m *Remover) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 			rm.Kept, rm.Left = v.of[id.UUID].by, v.unclear
 		}
 	}
-	if err := s.unlist(ctx, r, keep); err != nil {
+	if err := s.unlist(ctx, r, id.UUID, keep); err != nil {
 		return rm, err
 	}
 	if keep {
@@ -166,8 +179,9 @@ func isUnsupported(err error) bool {
 	return errors.As(err, &u)
 }
 
-// unlist takes a checkpoint's name away, durably. It is locked.
-func (s *Store) unlist(ctx context.Context, r Ref, keep bool) error {
+// unlist takes a checkpoint's name away, durably. Its image, which has this UUID unless that
+// is Nil, is locked.
+func (s *Store) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) error {
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return err
@@ -180,6 +194,17 @@ func (s *Store) unlist(ctx context.Context, r Ref, keep bool) error {
 	old := r.object(imageSuffix)
 	if _, ok := slices.BinarySearch(o.images, r.N); !ok {
 		return fmt.Errorf("checkpoint %v in store %s: %w", r, s.root, ErrNotFound)
+	}
+	// A flattening can have put another image in its place, which is not locked: somebody
+	// may read that one, or refer to it.
+	if id != uuid.Nil {
+		now, err := s.owner(ctx, old)
+		if err != nil {
+			return err
+		}
+		if now != id {
+			return fmt.Errorf("checkpoint %v: %w", r, ErrChanged)
+		}
 	}
 	// The highest number is remembered by what is left of its image. A new name
 	// of the same length fits where the old one was, so that a full disk is no
