@@ -56,7 +56,7 @@ func TestTrustDomain(t *testing.T) {
 	}
 	// Another domain: nothing is referred to, and that is said.
 	var log bytes.Buffer
-	n := in("c", "default", store.DefaultDomain, save.Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	n := in("c", "default", store.DefaultDomain, save.Options{Share: save.ShareNone, Log: slog.New(slog.NewTextHandler(&log, nil))})
 	if n.Report.Parent != "" || len(n.References) > 0 || keyOf(n) != keyOf(a) || !strings.Contains(log.String(), "c's") {
 		t.Errorf("it refers to another domain's %q, or does not say that it can't: %s", n.Report.Parent, &log)
 	}

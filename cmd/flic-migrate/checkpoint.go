@@ -24,7 +24,7 @@ type checkpointCmd struct {
 	monitor   monitorFlags
 	group     groupFlags
 	parent    parentFlag
-	trust     domainFlag
+	share     sharing
 	disks     diskFiles
 	noDisks   bool
 	snapshot  choice
@@ -122,7 +122,7 @@ killed (SIGKILL), a second process lets the guest run.`,
 	fs.Var(&c.then, "then", "what becomes of the guest (default: what it did before)")
 	c.placement.add(fs)
 	addParent(fs, &c.parent)
-	addTrust(fs, &c.trust)
+	c.share.add(fs)
 	c.disks.add(fs)
 	fs.BoolVar(&c.freeze, "freeze", false, "with --disks snapshot: index what is frozen while the guest stands still, and look for pages in it too")
 	fs.Var(&c.snapshot, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them")
@@ -218,7 +218,7 @@ func (c *checkpointCmd) options(vm string, timer time.Duration, timed bool) (ses
 		Log: c.log(),
 	}
 	o.Save.VM, o.Save.Parent, o.Save.Log = vm, string(c.parent), c.log()
-	o.Save.TrustDomain = string(c.trust)
+	c.share.options(&o.Save)
 	if c.arm {
 		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog)}
 	}

@@ -31,7 +31,7 @@ type saveCmd struct {
 	placement
 	vm     string
 	parent parentFlag
-	trust  domainFlag
+	share  sharing
 	disks  diskFiles
 	report string
 	json   bool
@@ -109,7 +109,7 @@ Standard output belongs to that return path and carries nothing else.`,
 	fs := c.Flags()
 	fs.StringVar(&s.vm, "vm", "", "name of the VM (required)")
 	addParent(fs, &s.parent)
-	addTrust(fs, &s.trust)
+	s.share.add(fs)
 	s.disks.add(fs)
 	s.placement.add(fs)
 	s.encoding.add(fs)
@@ -125,10 +125,19 @@ func addParent(fs *pflag.FlagSet, p *parentFlag) {
 	fs.Var(p, "parent", "checkpoint to refer to for what has not changed; auto: the VM's newest; none: store all anew")
 }
 
-// addTrust adds --trust-domain.
-func addTrust(fs *pflag.FlagSet, d *domainFlag) {
-	fs.Var(d, "trust-domain", "whose VMs' pages may be stored once for all of them (default: as the VM's newest checkpoint, or \"default\")")
+// sharing is the flags that say what a checkpoint may have in common with others.
+type sharing struct {
+	where  choice
+	domain domainFlag
 }
+
+func (s *sharing) add(fs *pflag.FlagSet) {
+	s.where = choice{value: save.ShareStore, choices: []string{save.ShareStore, save.ShareVM, save.ShareNone}}
+	fs.Var(&s.where, "share", "where pages are looked for that the parent does not have: in all checkpoints of the trust domain, of the VM, or in none")
+	fs.Var(&s.domain, "trust-domain", "whose VMs' pages may be stored once for all of them (default: as the VM's newest checkpoint, or \"default\")")
+}
+
+func (s *sharing) options(o *save.Options) { o.Share, o.TrustDomain = s.where.value, string(s.domain) }
 
 // addKeep adds --nvram-keep.
 func addKeep(fs *pflag.FlagSet, n *count) {
@@ -188,7 +197,8 @@ func (s *saveCmd) save(ctx context.Context) (ref store.Ref, meta *checkpoint.Met
 		return ref, nil, err
 	}
 	defer out.Close()
-	o.VM, o.Parent, o.TrustDomain, o.ReturnPath, o.Log = s.vm, string(s.parent), string(s.trust), out, s.log()
+	o.VM, o.Parent, o.ReturnPath, o.Log = s.vm, string(s.parent), out, s.log()
+	s.share.options(&o)
 	if err := s.placement.options(s.app, &o); err != nil {
 		return ref, nil, err
 	}
@@ -253,6 +263,9 @@ func summary(ref store.Ref, r *checkpoint.Report) string {
 	since := ""
 	if r.Disk > 0 {
 		since = fmt.Sprintf(", %d on disk", r.Disk)
+	}
+	if r.Shared > 0 {
+		since += fmt.Sprintf(", %d in other checkpoints", r.Shared)
 	}
 	if r.Parent != "" {
 		since += fmt.Sprintf(", %d as in %s, %d changed in part", r.Unchanged, r.Parent, r.Delta)

@@ -108,13 +108,14 @@ type armedEncoding struct {
 	Workers       int          `json:"workers"`
 	Parent        string       `json:"parent"` // save.Options.Parent
 	TrustDomain   string       `json:"trust_domain,omitempty"`
+	Share         string       `json:"share,omitempty"`
 	Disks         string       `json:"disks"` // CheckpointOptions.Disks, as a search path
 	NoDisks       bool         `json:"no_disks"`
 }
 
 func (o *CheckpointOptions) encoding() (e armedEncoding, err error) {
 	s := &o.Save
-	e = armedEncoding{s.NVRAM, s.NVRAMSize, s.VolatileNVRAM, s.SampleSize, s.Energy, s.Battery, s.Codec, s.SegmentPages, s.Workers, s.Parent, s.TrustDomain, "", o.NoDisks}
+	e = armedEncoding{s.NVRAM, s.NVRAMSize, s.VolatileNVRAM, s.SampleSize, s.Energy, s.Battery, s.Codec, s.SegmentPages, s.Workers, s.Parent, s.TrustDomain, s.Share, "", o.NoDisks}
 	if e.Parent == "" {
 		e.Parent = save.ParentAuto
 	}
@@ -137,7 +138,7 @@ func (o *CheckpointOptions) encoding() (e armedEncoding, err error) {
 
 func (e armedEncoding) options() save.Options {
 	return save.Options{NVRAM: e.NVRAM, NVRAMSize: e.NVRAMSize, VolatileNVRAM: e.VolatileNVRAM, SampleSize: e.SampleSize,
-		Energy: e.Energy, Battery: e.Battery, Codec: e.Codec, SegmentPages: e.SegmentPages, Workers: e.Workers, Parent: e.Parent, TrustDomain: e.TrustDomain}
+		Energy: e.Energy, Battery: e.Battery, Codec: e.Codec, SegmentPages: e.SegmentPages, Workers: e.Workers, Parent: e.Parent, TrustDomain: e.TrustDomain, Share: e.Share}
 }
 
 // armedConfig is all that the process is told by who starts it.

@@ -172,12 +172,16 @@ type Report struct {
 	Similar    int64  `json:"similar"`          // of those, against a page at another place, in pieces
 	Unchanged  int64  `json:"unchanged"`        // as in an earlier checkpoint, which has them
 	Moved      int64  `json:"moved"`            // of those, were at another place there
+	Shared     int64  `json:"shared"`           // in another checkpoint that is not the parent, nor one that this refers to
 	Resent     int64  `json:"resent"`           // records of pages that had come before
 	Superseded int64  `json:"superseded"`       // stored, then replaced by a later version
 	// SupersededFlash is those of them that were on flash: written there in vain.
 	SupersededFlash int64 `json:"superseded_flash"`
 	Surplus         int64 `json:"surplus"`     // hot, but the NVRAM file had no room
 	PageTables      int64 `json:"page_tables"` // that hold the guest's page tables
+
+	// NotShared is why pages were not looked for in other checkpoints, if they were not.
+	NotShared string `json:"not_shared,omitempty"`
 
 	NoPageTables string `json:"no_page_tables,omitempty"` // why they were not found, or not all
 

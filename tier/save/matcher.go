@@ -14,9 +14,9 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
-// matcher is the stage before the placer if there is a parent, or if there are disks. It
-// compares pages with what the parent has at their place, and looks for them on disks,
-// many at a time on all CPUs, and hands them on in their order:
+// matcher is the stage before the placer if there is anything that pages can be in already. It
+// compares pages with what the parent has at their place, looks for them on disks and in
+// other images of the store, many at a time on all CPUs, and hands them on in their order:
 //
 //	parser ─► batch ─┬─► worker: digest, delta ─┐    ┌─► later ─┐
 //	                 └─► flight ─────────────────┴────┴──────────┴─► placer
@@ -90,16 +90,17 @@ const (
 	isEqual                  // it has the same page
 	isChanged                // it has one that makes a delta pay
 	isOnDisk                 // nothing, but a disk has the same page
+	isShared                 // nothing, but another image has the same page
 )
 
-// newMatcher starts workers, which end with stop. There is a parent or there are disks.
+// newMatcher starts workers, which end with stop.
 func newMatcher(ctx context.Context, next *placer, par *parent, workers int) *matcher {
 	m := &matcher{next: next, par: par, most: 2*workers + 1, work: make(chan task, 2*workers+1)}
 	m.later.at = make(map[pageAt]int)
 	m.later.noMoved, m.later.noSimilar = par == nil, par == nil
 	for range workers {
 		r, work := par.reader(ctx), m.work
-		r.disks = next.to.disks
+		r.disks, r.shared = next.to.disks, next.to.shared
 		m.alive.Go(func() { r.work(work) })
 	}
 	return m
@@ -298,6 +299,7 @@ func (b *batch) compare(r *parentReader) {
 		if it := &b.items[i]; it.fill < 0 {
 			r.compare(it, b)
 			r.disks.lookUp(it, &r.near)
+			r.shared.lookUp(it, &r.last)
 		}
 	}
 }

@@ -52,7 +52,7 @@ type parent struct {
 	cache *source.Cache
 	// refs are the references of the new checkpoint, the parent first; spaces are, by
 	// the parent's space, one more than their place in refs, 0 for what is left out.
-	refs   checkpoint.References
+	refs   refs
 	spaces []source.Space
 	// theirs are the parent's spaces, by this checkpoint's.
 	theirs []source.Space
@@ -204,14 +204,15 @@ func (p *parent) choose() error {
 			ref = theirs[i-1]
 		}
 		ref.NeedSegments, ref.NeedSlots = nil, nil
-		p.refs = append(p.refs, ref)
-		p.spaces[i], p.theirs = source.Space(len(p.refs)), append(p.theirs, source.Space(i))
+		p.refs.list = append(p.refs.list, ref)
+		p.spaces[i], p.theirs = source.Space(len(p.refs.list)), append(p.theirs, source.Space(i))
 		for n, u := range use[i] {
 			if uint64(u)*sparse >= spaces[i].SegmentPages {
 				p.dense[i].Set(int64(n))
 			}
 		}
 	}
+	p.refs.parents = len(p.refs.list)
 	return nil
 }
 
@@ -304,6 +305,9 @@ type parentReader struct {
 
 	disks *disks              // nil: none is looked in
 	near  checkpoint.DiskSlot // the last that was found
+
+	shared *shared // nil: none is looked in
+	last   *lent   // that had a page
 }
 
 // reader is one goroutine's. Without a parent it finds nothing.

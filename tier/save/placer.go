@@ -24,6 +24,7 @@ import (
 //	zero ───────────────────────────► page map
 //	the parent's (matcher) ─────────► page map: where that is
 //	a disk's (matcher) ─────────────► page map: where that is
+//	another image's (matcher) ──────► page map: where that is
 //	equal to a stored page (dedup) ─► page map: that page's slot
 //	in the working set ─────────────► NVRAM slot
 //	the parent's, with changes ─────► delta in a flash segment
@@ -65,6 +66,8 @@ type target struct {
 	pages  *pagemap.Builder
 	par    *parent // what was compared with; nil: there is none
 	disks  *disks  // that pages may be on; nil: there are none
+	shared *shared // other images that pages may be in; nil: there are none
+	refs   *refs   // that are referred to; nil: none can be
 	img    *image.Writer
 	hash   *digest.Hasher // nil: no digests are kept
 	region *nvram.Region  // nil: every page is cold
@@ -73,7 +76,7 @@ type target struct {
 
 // counts is what a placer has done so far, as the report has it.
 type counts struct {
-	NonZeroBytes, Duplicate, Superseded, SupersededFlash, Surplus, DeltaBytes, Moved, Similar int64
+	NonZeroBytes, Duplicate, Superseded, SupersededFlash, Surplus, DeltaBytes, Moved, Similar, Shared int64
 }
 
 // placed remembers where the last page went.
@@ -427,7 +430,7 @@ func (p *placer) matched(it *item) error {
 		}
 		p.disk.add(checkpoint.DiskSlot(it.entry.Value()), sum)
 	}
-	if it.found == isEqual || it.found == isOnDisk {
+	if it.found == isEqual || it.found == isOnDisk || it.found == isShared {
 		if it.moved {
 			p.count.Moved++
 		}
@@ -520,5 +523,5 @@ func (p *placer) report(r *checkpoint.Report) {
 		return nil
 	})
 	r.Zero, r.ZeroAsData, r.Hot, r.Cold = n.Zero, n.ZeroAsData, n.Hot, n.Cold
-	r.Disk, r.Delta, r.Unchanged = n.Disk, n.Delta, n.Unchanged
+	r.Disk, r.Delta, r.Unchanged, r.Shared = n.Disk, n.Delta, n.Unchanged-c.Shared, c.Shared
 }

@@ -21,14 +21,14 @@ const cachedSegments = 16
 // from there, and all else by way of the file.
 //
 // A page that is not whole in this checkpoint is what the parent has somewhere, or a
-// delta against that, so the parent gives it.
+// delta against that, so the parent gives it; or another image has it.
 type readback struct {
 	p      *placer
 	reader *source.Reader
 	lent   image.Segment
 	slot   []byte // a page from NVRAM
 
-	parent *parentReader // nil: there is none
+	parent *parentReader // nil: nothing is referred to
 	disk   []byte        // a page from a disk; nil: there are none
 	result []byte        // a page made of a delta
 }
@@ -36,11 +36,11 @@ type readback struct {
 func newReadback(p *placer) *readback {
 	b := &readback{p: p, slot: make([]byte, p.pageSize)}
 	table := source.Default
-	if p.to.par != nil {
+	if p.to.refs != nil {
 		// The reader's waits have an end: nobody else fills its cache.
 		b.parent, b.result = p.to.par.reader(context.Background()), make([]byte, p.pageSize)
 		for _, k := range []pagemap.Kind{pagemap.Foreign, pagemap.ForeignNVRAM, pagemap.ForeignDelta} {
-			table = table.With(source.Row{Kind: k, Name: k.String(), Form: source.Whole, Content: b.parents})
+			table = table.With(source.Row{Kind: k, Name: k.String(), Form: source.Whole, Content: b.elsewhere})
 		}
 		table = table.With(source.Row{Kind: pagemap.Delta, Name: "delta", Form: source.Whole, Needs: ownSegment, Content: b.delta})
 	}
@@ -74,9 +74,13 @@ func (b *readback) Lend(n source.Need) *image.Segment {
 	return &b.lent
 }
 
-// parents is Row.Content of a page that is as it is in the parent.
-func (b *readback) parents(rd *source.Reader, e pagemap.Entry) (source.Content, error) {
+// elsewhere is Row.Content of a page that is as it is in the parent, or in another image.
+func (b *readback) elsewhere(rd *source.Reader, e pagemap.Entry) (source.Content, error) {
 	page := rd.Page()
+	if at, _ := source.Default.Locate(e); int(at.Space) > b.p.to.refs.parents {
+		err := b.p.to.shared.read(b.result, at)
+		return source.Content{Form: source.Whole, Data: b.result}, err
+	}
 	at, ok := b.parent.there(e)
 	if !ok {
 		return source.Content{}, errors.New("the parent has lost it")

@@ -23,8 +23,10 @@ type referred struct {
 	refs  checkpoint.References
 	bases []baseOf // by space and slot, each once
 
-	par      *parent
-	segments []bitmap.Bitmap // by reference
+	all      checkpoint.References // that could be needed
+	parents  int                   // of all, the parent's
+	ofParent bool                  // one of these is needed
+	segments []bitmap.Bitmap       // by reference
 	slots    []bitmap.Bitmap
 }
 
@@ -32,13 +34,14 @@ type referred struct {
 // references of which it needs nothing: entries count without them after it.
 func (p *placer) refer() (*referred, error) {
 	par := p.to.par
-	n := &referred{par: par}
-	if par == nil {
+	n := &referred{}
+	if p.to.refs == nil {
 		return n, nil
 	}
-	for i := range par.refs {
-		n.segments = append(n.segments, bitmap.New(int64(par.refs[i].Segments)))
-		n.slots = append(n.slots, bitmap.New(int64(par.refs[i].Slots)))
+	n.all, n.parents = p.to.refs.all(), p.to.refs.parents
+	for i := range n.all {
+		n.segments = append(n.segments, bitmap.New(int64(n.all[i].Segments)))
+		n.slots = append(n.slots, bitmap.New(int64(n.all[i].Slots)))
 	}
 	err := p.to.pages.Runs(func(r pagemap.Run) error {
 		for i := range r.Count {
@@ -48,6 +51,9 @@ func (p *placer) refer() (*referred, error) {
 			}
 			if at.Space > 0 {
 				n.need(at)
+			}
+			if int(at.Space) > n.parents {
+				p.count.Shared++
 			}
 			if at.Tier != source.AsDelta {
 				continue
@@ -102,13 +108,13 @@ func (n *referred) need(at source.Location) {
 		n.slots[ref].Set(int64(at.Slot))
 		return
 	}
-	n.segments[ref].Set(int64(at.Slot / uint64(n.par.refs[ref].SegmentPages)))
+	n.segments[ref].Set(int64(at.Slot / uint64(n.all[ref].SegmentPages)))
 }
 
 // drop makes the list of references, without those of which nothing is needed.
 func (n *referred) drop(pages *pagemap.Builder) {
-	now := make([]source.Space, len(n.par.refs)+1) // by space so far
-	for i, r := range n.par.refs {
+	now := make([]source.Space, len(n.all)+1) // by space so far
+	for i, r := range n.all {
 		for run := range n.segments[i].Runs() {
 			r.NeedSegments = append(r.NeedSegments, source.Range{First: uint32(run.First), Count: uint32(run.N)})
 		}
@@ -118,9 +124,10 @@ func (n *referred) drop(pages *pagemap.Builder) {
 		if len(r.NeedSegments)+len(r.NeedSlots) > 0 {
 			n.refs = append(n.refs, r)
 			now[i+1] = source.Space(len(n.refs))
+			n.ofParent = n.ofParent || i < n.parents
 		}
 	}
-	if len(n.refs) == len(n.par.refs) {
+	if len(n.refs) == len(n.all) {
 		return
 	}
 	move := func(e pagemap.Entry) pagemap.Entry {
@@ -203,7 +210,9 @@ func (s *saver) references(ctx context.Context) error {
 		return err
 	}
 	if len(n.refs) > 0 {
-		s.rep.Parent = s.placer.to.par.c.Ref.String()
+		if n.ofParent {
+			s.rep.Parent = s.placer.to.par.c.Ref.String()
+		}
 		if err := s.out.tx.Refer(ctx); err != nil {
 			return err
 		}

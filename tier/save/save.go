@@ -19,6 +19,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
+	"github.com/flic-migrate/flic-migrate/tier/share"
 	"github.com/flic-migrate/flic-migrate/tier/skeleton"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -61,6 +62,10 @@ type Options struct {
 	// parent's, or else that of the VM's newest checkpoint, or else store.DefaultDomain. A
 	// parent of another domain is none. To has none.
 	TrustDomain string
+	// Share says where pages are looked for that the parent does not have at their place:
+	// ShareStore or empty, ShareVM or ShareNone. A save that is held (Hold) looks nowhere,
+	// nor does To.
+	Share string
 
 	// Disks are disk images that pages are looked for in, as OpenDisks gives them; they
 	// stay open until the save has ended. To looks in none.
@@ -120,7 +125,10 @@ func Run(ctx context.Context, fsys vfs.FS, st *store.Store, in io.Reader, o Opti
 		if s.out.tx, err = st.Begin(ctx, o.VM); err != nil {
 			return err
 		}
-		return s.openParent()
+		if err := s.openParent(); err != nil {
+			return err
+		}
+		return s.openShared()
 	})
 }
 
@@ -183,7 +191,61 @@ func (s *saver) run(begin func() error) (ref store.Ref, meta *checkpoint.Meta, e
 	if s.st != nil && ref.N > 0 {
 		s.step("summary of the VM's checkpoints", func() error { s.st.Summarize(s.ctx, ref); return nil })
 	}
+	s.step("note for the index of shared pages", s.note)
 	return ref, s.meta, nil
+}
+
+// note tells who saves next that there is a checkpoint that is in no index.
+func (s *saver) note() error {
+	s.shared.close()
+	if s.st == nil || s.meta.TrustDomain == "" || s.meta.Digests == nil {
+		return nil
+	}
+	c, err := s.st.Share(s.meta.TrustDomain)
+	if err == nil {
+		err = c.Note(share.Image{UUID: s.meta.UUID, VM: s.meta.VM, Number: s.meta.Number})
+	}
+	return err
+}
+
+// openShared begins to look for what pages can be shared with. What goes wrong with it
+// costs no save.
+func (s *saver) openShared() error {
+	why, err := s.notShared()
+	if err == nil && why == "" {
+		s.shared, err = openShared(s.ctx, s.st, s.out.tx, s.meta.TrustDomain, s.out.hash, &s.o)
+	}
+	if s.ctx.Err() != nil {
+		return context.Cause(s.ctx)
+	}
+	if err != nil {
+		why = err.Error()
+	}
+	s.rep.NotShared = why
+	if s.shared != nil {
+		s.out.features.Incompat |= image.HasReferences
+	}
+	return nil
+}
+
+// notShared is why no pages are looked for in other checkpoints, if they are not.
+func (s *saver) notShared() (string, error) {
+	switch {
+	case s.o.Share == ShareNone:
+		return "it was not asked for", nil
+	case s.meta.TrustDomain == "" && s.par != nil:
+		return "its parent is in no trust domain: --parent none begins anew", nil
+	case s.meta.TrustDomain == "":
+		return "it is in no trust domain", nil
+	case s.o.Hold != nil:
+		// What it could refer to could not be removed as long as it waits.
+		return "it was armed before", nil
+	}
+	h, err := s.st.Trust(s.ctx, s.meta.TrustDomain)
+	if err == nil && !h.Same(s.out.hash) {
+		return "its parent is not of this store: --parent none begins anew", nil
+	}
+	return "", err
 }
 
 // save is the stages, one after the other.
@@ -229,6 +291,7 @@ type saver struct {
 	// is nil without a parent.
 	match  *matcher
 	placer *placer
+	shared *shared // nil: no other images are looked in
 	// single is set if the image goes to a file that is no store's.
 	single bool
 
@@ -250,6 +313,7 @@ func (s *saver) abandon(cause error) {
 	if s.match != nil {
 		s.step("end of the comparison", func() error { s.match.stop(); return nil })
 	}
+	s.step("end of the index", func() error { s.shared.close(); return nil })
 	if s.out.img != nil {
 		s.step("end of the image", func() error { s.out.img.Abort(); return nil })
 	}
@@ -403,6 +467,15 @@ func (s *saver) place() (stage, error) {
 	} else if to.par != nil {
 		to.par.carried = slices.Repeat([]int{-1}, len(to.par.c.Disks()))
 	}
+	if to.par != nil {
+		to.refs = &to.par.refs
+	}
+	if s.shared != nil && s.rep.Pages <= digest.MaxPages {
+		if to.refs == nil {
+			to.refs = new(refs)
+		}
+		to.shared, s.shared.refs, s.shared.par, s.shared.pageSize = s.shared, to.refs, to.par, s.meta.PageSize
+	}
 	surplus, err := s.reserve(&to)
 	if err != nil {
 		return nil, err
@@ -424,7 +497,7 @@ func (s *saver) place() (stage, error) {
 	p := newPlacer(to, s.meta.PageSize, chunk, sample, max(1<<16, int(s.rep.Pages/8)))
 	p.count.Surplus = surplus
 	s.placer = p
-	if to.par == nil && to.disks == nil {
+	if to.par == nil && to.disks == nil && to.shared == nil {
 		return p, nil
 	}
 	s.match = newMatcher(s.ctx, p, to.par, s.o.workers())

@@ -145,8 +145,10 @@ func (p *placer) promote(runs []workingset.PageRun) (moved bool, err error) {
 					return moved, err
 				case onDisk(e):
 					p.to.disks.damaged(err)
-				default:
+				case p.to.par != nil:
 					p.to.par.damaged(err)
+				default:
+					p.to.shared.damaged(err)
 				}
 				continue // where it is, it is as safe as it was
 			}

@@ -72,6 +72,9 @@ func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport,
 	if err := g.groups(ctx); err != nil {
 		return rep, err
 	}
+	if err := g.shares(ctx); err != nil {
+		return rep, err
+	}
 	return rep, g.sweep(ctx)
 }
 
@@ -210,6 +213,21 @@ func (g *gc) disks(ctx context.Context) error {
 		g.rep.Indexes, err = c.Sweep(ctx)
 	}
 	return err
+}
+
+// shares brings the indexes of shared pages up to date. They are a cache, so what is wrong
+// with one is no failure.
+func (g *gc) shares(ctx context.Context) error {
+	_, warnings, err := g.tendShares(ctx)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	for _, w := range append(warnings, err) {
+		if w != nil {
+			g.rep.warn(fmt.Errorf("index of shared pages: %w", w))
+		}
+	}
+	return nil
 }
 
 // vms looks at the VMs' folders: their images are live, and what belongs to none
