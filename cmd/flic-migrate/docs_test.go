@@ -122,7 +122,7 @@ func TestDocsJSON(t *testing.T) {
 	seen := 0
 	// Documents within documents, which are explained once.
 	explained := []reflect.Type{reflect.TypeFor[*rounds.Report](), reflect.TypeFor[*checkpoint.Report](), reflect.TypeFor[*session.ServerReport](),
-		reflect.TypeFor[[]session.GroupRow](), reflect.TypeFor[[]groupMember]()}
+		reflect.TypeFor[[]session.GroupRow](), reflect.TypeFor[[]session.GroupResumeRow](), reflect.TypeFor[[]groupMember]()}
 	var fields func(t reflect.Type, path string, missing func(string))
 	fields = func(ty reflect.Type, path string, missing func(string)) {
 		for ty.Kind() == reflect.Pointer || ty.Kind() == reflect.Slice {
@@ -155,7 +155,7 @@ func TestDocsJSON(t *testing.T) {
 	for name, v := range map[string]any{
 		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "show": showDoc{}, "flatten": flattenReport{}, "verify": verifyEntry{},
 		"rm": rmEntry{}, "prune": pruneEntry{}, "tag": labelDoc{}, "memory": coredump.Report{}, "diff": diffDoc{}, "gc": gcReport{}, "doctor": doctor.Finding{}, "replay": replay.Result{}, "dump": dumpDoc{}, "disk index": diskEntry{}, "disk rm": diskRemoved{}, "resume": resumeReport{}, "track": rounds.Report{}, "checkpoint": checkpointReport{},
-		"checkpoint --group": groupReport{}, "list --group": groupEntry{},
+		"checkpoint --group": groupReport{}, "resume --group": groupResumeReport{}, "list --group": groupEntry{},
 	} {
 		fields(reflect.TypeOf(v), "", func(field string) {
 			t.Errorf("docs/cli.md does not explain %s in the JSON of %s", field, name)

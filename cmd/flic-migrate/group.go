@@ -175,12 +175,9 @@ func (c *checkpointCmd) checkGroup(members []session.Member) (time.Duration, err
 		return 0, usageError{errors.New("--working-set is one VM's, and goes with no group")}
 	case c.agent != "" || c.sync && domains < len(members):
 		return 0, usageError{errors.New("--guest-sync with --group is for members that are domains, whose agents libvirt has")}
-	case c.snapshot.value == "snapshot" && domains > 0:
-		return 0, usageError{errors.New("--disks snapshot is not for domains: libvirt must know which files its domains write to")}
-	case c.snapshot.value == "snapshot" && c.mode.value != string(migration.ModeStop):
-		return 0, usageError{fmt.Errorf("--disks snapshot needs guests that stand still before anything is saved, and --mode is %s", c.mode.value)}
-	case c.snapshot.value == "snapshot" && c.noDisks:
-		return 0, usageError{errors.New("--disks snapshot needs QEMU to be asked for the disks, and --no-disks forbids that")}
+	}
+	if err := c.checkSnapshot(); err != nil {
+		return 0, err
 	}
 	return c.checkValues()
 }

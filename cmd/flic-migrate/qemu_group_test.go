@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
@@ -38,6 +39,16 @@ func newGuests(t *testing.T, perTick int) *guests {
 	return g
 }
 
+// destinations are QEMUs that the guests can be resumed into.
+func (g *guests) destinations(t *testing.T) *guests {
+	t.Helper()
+	to := &guests{names: g.names, configs: g.configs}
+	for _, c := range g.configs {
+		to.vms = append(to.vms, qemutest.Start(t, destination(c, "defer")))
+	}
+	return to
+}
+
 // members are the group's arguments.
 func (g *guests) members() (args []string) {
 	for i, vm := range g.vms {
@@ -55,6 +66,9 @@ func (l *lab) group(t *testing.T, g *guests, flags ...string) (rep groupReport) 
 
 func (l *lab) groups(t *testing.T, args ...string) (list []groupEntry) {
 	t.Helper()
+	if l.none() {
+		return nil
+	}
 	ok(t, json.Unmarshal([]byte(l.run(t, "list", append([]string{"--group", "--json"}, args...)...)), &list))
 	return list
 }
@@ -110,16 +124,29 @@ func TestGroupModes(t *testing.T) {
 	}
 
 	// Each is a checkpoint like any other.
-	for i, name := range g.names {
-		tick := lastTick(t, g.vms[i].Console(), 16)
-		g.vms[i].Kill()
-		vm := qemutest.Start(t, destination(g.configs[i], "defer"))
-		l.resume(t, vm, name+"@2")
-		runsOn(t, vm)
-		if now := lastTick(t, vm.Console(), 16); now > tick+40 {
-			t.Errorf("%s: the counter was at %d and is at %d", name, tick, now)
-		}
+	for _, vm := range g.vms {
 		vm.Kill()
+	}
+	vm := qemutest.Start(t, destination(g.configs[1], "defer"))
+	l.resume(t, vm, "web@2")
+	runsOn(t, vm)
+	vm.Kill()
+	// And all of them are resumed as one, both ways.
+	for i, lazy := range []string{"always", "never"} {
+		to := g.destinations(t)
+		name := fmt.Sprintf("shop@%d", i+1)
+		var rep groupResumeReport
+		ok(t, json.Unmarshal([]byte(l.run(t, "resume", slices.Concat([]string{"--group", name, "--json", "--lazy", lazy}, to.members())...)), &rep))
+		t.Logf("%s, lazy %s: running after %v, resident after %v", name, lazy, rep.Running, rep.Resident)
+		for j, row := range rep.Members {
+			runsOn(t, to.vms[j])
+			if row.VM != g.names[j] || row.State != "running" || row.Lazy != (lazy == "always") || row.Error != "" || len(row.Warnings) > 0 || row.Running > rep.Running {
+				t.Errorf("%+v", row)
+			}
+		}
+		if rep.Group != name || rep.Running <= 0 || rep.Resident < rep.Running || rep.ExitCode != 0 {
+			t.Errorf("%+v", rep)
+		}
 	}
 	l.run(t, "rm", "db@2")
 	if text := l.run(t, "show", "--group", "shop"); !strings.Contains(text, "removed") || !strings.Contains(l.run(t, "list", "--group"), "2 of 3") {
@@ -229,6 +256,63 @@ func TestGroupFailures(t *testing.T) {
 	if rep := l.group(t, g); rep.Group == "" {
 		t.Errorf("%+v", rep)
 	}
+}
+
+// If one member can't be resumed, none of the others runs; they have all of their memory,
+// and can be let run.
+func TestGroupResumeFails(t *testing.T) {
+	t.Parallel()
+	ctx, l := limit(t), newLab(t)
+	g := newGuests(t, 20)
+	l.group(t, g)
+	for _, vm := range g.vms {
+		vm.Kill()
+	}
+	for _, lazy := range []string{"always", "never"} {
+		to := g.destinations(t)
+		to.vms[1].Kill()
+		other := g.configs[1]
+		other.Memory = "90112K"
+		to.vms[1] = qemutest.Start(t, destination(other, "defer"))
+		cmd := exec.Command("flic-migrate", slices.Concat([]string{"resume", "--store", l.store, "--group", "shop", "--json", "--lazy", lazy}, to.members())...)
+		out, _ := cmd.Output()
+		var rep groupResumeReport
+		ok(t, json.Unmarshal(out, &rep))
+		if cmd.ProcessState.ExitCode() != exitFailed || rep.ExitCode != exitFailed || !strings.Contains(rep.Error, "web: ") || rep.Members[1].Error == "" {
+			t.Errorf("%+v", rep)
+		}
+		for _, j := range []int{0, 2} {
+			if row := rep.Members[j]; row.State != "paused" || row.Error != "" || len(row.Warnings) != 1 || !strings.Contains(row.Warnings[0], "stays paused: web: ") {
+				t.Errorf("%+v", row)
+			}
+			ok(t, qmp.Cont(ctx, to.vms[j].QMP))
+			runsOn(t, to.vms[j])
+		}
+		for _, vm := range to.vms {
+			vm.Kill()
+		}
+	}
+	// What is in no group, or not given, is said before any QEMU is touched.
+	to := g.destinations(t)
+	for _, args := range [][]string{{"x=" + to.vms[0].Socket}, {"--recover", "db=" + to.vms[0].Socket}, {"--print", "db=" + to.vms[0].Socket}, {"--qmp", "/none", "db=" + to.vms[0].Socket}} {
+		cmd := exec.Command("flic-migrate", slices.Concat([]string{"resume", "--store", l.store, "--group", "shop"}, args)...)
+		if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != exitUsage {
+			t.Errorf("%v: %s", args, out)
+		}
+	}
+	l.run(t, "rm", "web@1")
+	cmd := exec.Command("flic-migrate", slices.Concat([]string{"resume", "--store", l.store, "--group", "shop"}, to.members())...)
+	if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != exitNotFound || !strings.Contains(string(out), "web@1") {
+		t.Errorf("%s", out)
+	}
+	// Without it the others are resumed.
+	cmd = exec.Command("flic-migrate", slices.Concat([]string{"resume", "--store", l.store, "--group", "shop"}, to.members()[:1], to.members()[2:])...)
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "2 guests run") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	runsOn(t, to.vms[0])
+	runsOn(t, to.vms[2])
 }
 
 // What can't be meant is refused, and asks no QEMU.

@@ -22,6 +22,7 @@ import (
 type resumeCmd struct {
 	*app
 	monitor  monitorFlags
+	group    groupFlags
 	lazy     choice
 	paused   bool
 	recover  bool
@@ -42,7 +43,7 @@ type resumeCmd struct {
 func newResume(a *app) *cobra.Command {
 	r := &resumeCmd{app: a, lazy: choice{value: "auto", choices: []string{"auto", "always", "never"}}}
 	c := &cobra.Command{
-		Use:   "resume [flags] (--qmp SOCKET | --domain NAME) NAME[@N]",
+		Use:   "resume [flags] (--qmp SOCKET | --domain NAME) NAME[@N]\n  flic-migrate resume [flags] --group NAME[@N] {VM=SOCKET | VM=domain:DOMAIN}...",
 		Short: "Restore a checkpoint into a QEMU through its monitor, the guest running at once",
 		Long: `Resume restores a checkpoint into a QEMU that was started with
 -incoming defer -S and the arguments of the one that was saved. It checks that
@@ -59,18 +60,29 @@ With --domain libvirt starts the domain that checkpoint --domain has saved, as i
 was then; it must not be running, and need not be defined. --overlay is for one
 whose disks were frozen with the checkpoint: they stay as they are.
 
+With --group the members of a group are resumed at once, each into its QEMU, and no guest
+runs before all can.
+
 With --print it prints the QMP commands instead, for those who drive QMP
 themselves.`,
 		Example: `  qemu-system-x86_64 -machine pc-q35-7.2 -m 512 ... \
       -incoming defer -S -qmp unix:/run/web1.qmp,server=on,wait=off &
   flic-migrate resume --store /srv/vms --qmp /run/web1.qmp web1
 
-  flic-migrate resume --store /srv/vms --domain web1 web1@3`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error { return r.run(cmd.Context(), args[0]) },
+  flic-migrate resume --store /srv/vms --domain web1 web1@3
+
+  flic-migrate resume --store /srv/vms --group shop@2 web1=/run/web1.qmp db1=/run/db1.qmp`,
+		Args: r.group.args,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if r.group.name != "" {
+				return r.runGroup(cmd.Context(), args)
+			}
+			return r.run(cmd.Context(), args[0])
+		},
 	}
 	fs := c.Flags()
 	r.monitor.add(fs)
+	r.group.add(fs)
 	fs.Var(&r.lazy, "lazy", "let the guest run before all of its memory is there")
 	fs.BoolVar(&r.paused, "paused", false, "leave the guest paused, even if it ran when saved")
 	fs.BoolVar(&r.recover, "recover", false, "go on with a lazy restore whose server has died")
@@ -124,21 +136,8 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 		return err
 	}
 	defer c.Close()
-	// Older QEMUs load it too, and would need the capabilities that the one which was
-	// saved had for what it replaces.
-	r.portable = restore.Portable(c.Checkpoint) == nil
-	o := session.ResumeOptions{
-		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover, Force: r.force, Overlay: r.overlay,
-		Learn: r.learn, Restarts: r.restarts, Stalled: r.stalled,
-		Server: func(a session.ServerArgs) []string { return r.server(dir, c.Ref, a) },
-		Running: func(rep migration.ResumeReport) {
-			if !r.quiet {
-				fmt.Fprintf(r.stderr, "flic-migrate: %v: %s after %d ms\n", c.Ref, rep.State, rep.Running.Milliseconds())
-			}
-		},
-		Progress: p.callback(),
-		Log:      r.log(),
-	}
+	o := r.options(dir, c)
+	o.Progress = p.callback()
 	if r.print {
 		return r.printCommands(session.ResumePlan(c, o), o.Server)
 	}
@@ -153,6 +152,24 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	}
 	err = explainHuman(err, "", "migrate_incoming", "restore", "--store", dir, c.Ref.String())
 	return errors.Join(err, r.show(doc, err))
+}
+
+// options are those of a checkpoint's resume; dir is its store.
+func (r *resumeCmd) options(dir string, c *store.Checkpoint) session.ResumeOptions {
+	// Older QEMUs load it too, and would need the capabilities that the one which was
+	// saved had for what it replaces.
+	r.portable = restore.Portable(c.Checkpoint) == nil
+	return session.ResumeOptions{
+		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover, Force: r.force, Overlay: r.overlay,
+		Learn: r.learn, Restarts: r.restarts, Stalled: r.stalled,
+		Server: func(a session.ServerArgs) []string { return r.server(dir, c.Ref, a) },
+		Running: func(rep migration.ResumeReport) {
+			if !r.quiet {
+				fmt.Fprintf(r.stderr, "flic-migrate: %v: %s after %d ms\n", c.Ref, rep.State, rep.Running.Milliseconds())
+			}
+		},
+		Log: r.log(),
+	}
 }
 
 // check finds out what is to be resumed, and whether it can be meant so.

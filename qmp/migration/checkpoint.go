@@ -78,12 +78,15 @@ type CheckpointOptions struct {
 // Together is how checkpoints of several guests, each in a goroutine of its own, wait for
 // one another. An error of another one's ends the waits.
 //
-//	stop:  settings ─► Ready ─► stop ─► migrate, Save ─► completed ─► Agree ─► cont
-//	live:  settings ─► migrate, Precopy … ─► Ready ─► stop ─► … ─► completed ─► Agree ─► cont
+//	stop:  settings ─► Ready ─► stop ─► Stopped ─► migrate, Save ─► completed ─► Agree ─► cont
+//	live:  settings ─► migrate, Precopy … ─► Ready ─► stop ─► Stopped ─► … ─► completed ─► Agree ─► cont
 type Together struct {
 	// Ready is called when there is nothing left to do but to stop the guest, and returns
 	// when that is so of all. A guest that does not run is ready as well.
 	Ready func(ctx context.Context) error
+	// Stopped is called when the guest stands still, and returns when all do: a stream that
+	// begins before keeps the others' CPUs from stopping.
+	Stopped func(ctx context.Context) error
 	// Precopy is Save for ModeLive and a guest that runs: it reads most of the first pass,
 	// has the guest stopped by h, and reads on.
 	Precopy func(ctx context.Context, stream *os.File, before qmp.RunState, h Held) error
@@ -324,6 +327,11 @@ func (c *checkpointer) save(ctx context.Context) error {
 			return err
 		}
 	}
+	if c.rep.Mode == ModeStop && c.o.Together != nil {
+		if err := c.o.Together.Stopped(ctx); err != nil {
+			return err
+		}
+	}
 	if c.rep.Mode == ModeStop && c.o.Stopped != nil {
 		if err := c.o.Stopped(ctx); err != nil {
 			return err
@@ -357,7 +365,10 @@ func (c *checkpointer) stopTogether(ctx context.Context) error {
 		return err
 	}
 	c.stoppedAt = time.Now()
-	return qmp.Stop(ctx, c.x)
+	if err := qmp.Stop(ctx, c.x); err != nil {
+		return err
+	}
+	return c.o.Together.Stopped(ctx)
 }
 
 // wait waits for the end of the migration and of Save. What Save says counts: it

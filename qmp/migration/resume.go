@@ -90,6 +90,9 @@ type ResumeOptions struct {
 	// before anything is done to it. An error ends the resume; notLazy is why this QEMU
 	// can't restore lazily, or nil.
 	Check func(ctx context.Context) (notLazy error, warnings []string, err error)
+	// Ready is called, if not nil, when the guest can run and has not: it returns when
+	// those that are resumed together with it can run too. After an error it stays paused.
+	Ready func(ctx context.Context) error
 	// Running is called, if not nil, when the guest may run.
 	Running func(ResumeReport)
 }
@@ -312,6 +315,14 @@ func (o *ResumeOptions) run(ctx context.Context, x qmp.Executor, start time.Time
 		return err
 	}
 	runs := !o.Paused && (o.RunState == "" || o.RunState == "running")
+	if o.Ready != nil && !o.recovering {
+		if err := o.Ready(ctx); ctx.Err() != nil {
+			return err
+		} else if err != nil {
+			runs = false
+			rep.Warnings = append(rep.Warnings, fmt.Sprintf("the guest stays paused: %v", err))
+		}
+	}
 	switch {
 	case runs && !s.Running:
 		err = qmp.Cont(ctx, x)

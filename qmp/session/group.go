@@ -20,12 +20,12 @@ import (
 )
 
 // A group checkpoint is a checkpoint of each of several VMs, in goroutines of one process
-// that meet three times:
+// that meet four times:
 //
-//	member 1  connect, watch, open disks ─┐        ┌─ save ─┐            ┌─ confirmed ─┐
+//	member 1  connect, watch, open disks ─┬─ stop ─┬─ save ─┐            ┌─ confirmed ─┐
 //	member 2  connect, watch, open disks ─┼─ stop ─┼─ save ─┼─ commit ───┼─ confirmed ─┼─ cont
-//	member 3  connect, watch, open disks ─┘        └─ save ─┘ (one for   └─ confirmed ─┘
-//	                                    Ready                  all)                  Agree
+//	member 3  connect, watch, open disks ─┴─ stop ─┴─ save ─┘ (one for   └─ confirmed ─┘
+//	                                    Ready    Stopped       all)                  Agree
 //
 // In ModeLive most of the first pass is saved before Ready. Whoever fails before the commit
 // ends the context of all, and each member's own way out lets its guest run on. After
@@ -115,7 +115,7 @@ func CheckpointGroup(ctx context.Context, fs vfs.FS, st *store.Store, o GroupOpt
 	g := &group{
 		ctx: ctx, cancel: cancel, st: st, txs: make([]*store.Tx, n),
 		record: store.Group{Name: o.Name, Mode: string(o.Mode)},
-		ready:  newMeeting(n), agreed: newMeeting(n), committed: make(chan struct{}),
+		ready:  newMeeting(n), stopped: newMeeting(n), agreed: newMeeting(n), committed: make(chan struct{}),
 	}
 	errs := make([]error, n)
 	var members sync.WaitGroup
@@ -221,11 +221,11 @@ func (rep *GroupReport) sum(members []Member) {
 
 // group is a group checkpoint under way.
 type group struct {
-	ctx           context.Context // of all members
-	cancel        context.CancelCauseFunc
-	st            *store.Store
-	ready, agreed *meeting
-	committed     chan struct{} // closed when record and err are known
+	ctx                    context.Context // of all members
+	cancel                 context.CancelCauseFunc
+	st                     *store.Store
+	ready, stopped, agreed *meeting
+	committed              chan struct{} // closed when record and err are known
 
 	mu          sync.Mutex
 	txs         []*store.Tx // by member; nil: it is not that far
@@ -331,7 +331,7 @@ func (g *group) given() bool {
 // together is migration.CheckpointOptions.Together; save is the consumer of the stream.
 func (m *member) together(save func(ctx context.Context, f *os.File, before qmp.RunState, hold *save.Hold) error) *migration.Together {
 	return &migration.Together{
-		Ready: m.g.ready.wait,
+		Ready: m.g.ready.meet, Stopped: m.g.stopped.meet,
 		Agree: m.agree,
 		Precopy: func(ctx context.Context, f *os.File, before qmp.RunState, h migration.Held) error {
 			return save(ctx, f, before, holdUntil(h, before))
@@ -363,7 +363,7 @@ func (m *member) agree(ctx context.Context, err error) error {
 	// The guest stands still: nobody waits for ever for one that has come to grief.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), agreeTime)
 	defer cancel()
-	_ = g.agreed.wait(ctx)
+	_ = g.agreed.meet(ctx)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.unconfirmed == nil || errors.Is(err, migration.ErrUnconfirmed) {
@@ -402,13 +402,23 @@ type meeting struct {
 
 func newMeeting(n int) *meeting { return &meeting{left: n, all: make(chan struct{})} }
 
-// wait comes to the meeting, and returns when all have come, or when ctx ends.
-func (m *meeting) wait(ctx context.Context) error {
+// come says that one more has come, who can then wait.
+func (m *meeting) come() {
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.left--; m.left == 0 {
 		close(m.all)
 	}
-	m.mu.Unlock()
+}
+
+// meet comes and waits.
+func (m *meeting) meet(ctx context.Context) error {
+	m.come()
+	return m.wait(ctx)
+}
+
+// wait returns when all have come, or when ctx ends.
+func (m *meeting) wait(ctx context.Context) error {
 	select {
 	case <-m.all:
 		return nil

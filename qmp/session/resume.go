@@ -43,6 +43,9 @@ type ResumeOptions struct {
 	Running  func(migration.ResumeReport) // called, if not nil, when the guest may run
 	Progress func(progress.State)         // called, if not nil, as memory comes
 	Log      *slog.Logger                 // of warnings
+
+	// ready is migration.ResumeOptions.Ready, of a member of a group.
+	ready func(ctx context.Context) error
 }
 
 // ServerArgs are what a server has to know.
@@ -160,7 +163,7 @@ func (o *ResumeOptions) migration(ctx context.Context, m *qmp.Monitor, c *store.
 		return err
 	}
 	mo.Check = func(ctx context.Context) (error, []string, error) { return o.check(ctx, m, c) }
-	mo.Gone, mo.Regain = s.gone, s.regain
+	mo.Gone, mo.Regain, mo.Ready = s.gone, s.regain, o.ready
 	mo.Running = func(rep migration.ResumeReport) {
 		close(s.running)
 		if o.Running != nil {
