@@ -3,6 +3,7 @@ package main
 import (
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -198,6 +199,39 @@ func TestDocsExamples(t *testing.T) {
 	for name, text := range texts {
 		if found := exec.FindString(text); found != "" {
 			t.Errorf("%s: %q has no absolute path", name, found)
+		}
+	}
+}
+
+// TestDocsMessages: a message that docs/troubleshooting.md explains is one that the program
+// has.
+func TestDocsMessages(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/troubleshooting.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var code strings.Builder
+	err = filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && (d.Name() == ".git" || d.Name() == "bin") {
+			return filepath.SkipDir
+		}
+		if err != nil || filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		code.Write(regexp.MustCompile(`(?m)^\s*//.*`).ReplaceAll(b, nil)) // comments say nothing to a user
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	messages := regexp.MustCompile("(?m)^\\*\\*`(.+)`\\*\\*$").FindAllStringSubmatch(string(doc), -1)
+	if len(messages) < 30 {
+		t.Errorf("only %d messages are explained", len(messages))
+	}
+	for _, m := range messages {
+		if !strings.Contains(code.String(), m[1]) {
+			t.Errorf("docs/troubleshooting.md explains %q, which nothing says", m[1])
 		}
 	}
 }
