@@ -382,7 +382,7 @@ func TestDomainSnapshot(t *testing.T) {
 	file := filepath.Join(dir, "disk.qcow2")
 	img(t, "qemu-img", "create", "-q", "-f", "qcow2", file, "4M")
 	img(t, "qemu-io", "-f", "qcow2", "-c", "write -P 5 0 64k", file)
-	d := newDomainLab(t, "web1", qemutest.Linux, "flic.fill=8 flic.dirty=10", 0, file)
+	d := newDomainLab(t, "web1", qemutest.Linux, "flic.fill=8 flic.dirty=10", 0, func(c *qemutest.Domain) { c.Disk = file })
 	vm := d.attach(t)
 	vm.WaitFor(t, `flic ready`)
 	before := settings(t, vm)

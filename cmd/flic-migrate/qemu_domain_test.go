@@ -31,14 +31,19 @@ type domainLab struct {
 	name string
 }
 
-// newDomainLab starts a domain whose QEMU is this user's, with this disk, if any. libvirt's saves of it wait for the file slow/go.
-func newDomainLab(t *testing.T, name string, guest qemutest.Guest, kernel string, user int, disk ...string) *domainLab {
+// newDomainLab starts a domain whose QEMU is this user's, with what more says of it. libvirt's
+// saves of it wait for the file slow/go.
+func newDomainLab(t *testing.T, name string, guest qemutest.Guest, kernel string, user int, more ...func(*qemutest.Domain)) *domainLab {
 	t.Helper()
 	d := &domainLab{newHost(t, qemutest.LibvirtConfig{QEMU: ourFormats, Path: []string{"slow"}}), newLab(t), name}
 	ok(t, os.Mkdir(d.path("slow"), 0o755))
 	script := fmt.Sprintf("#!/bin/sh\ncase $1 in -c) while [ ! -e %s ]; do /bin/sleep 0.1; done ;; esac\nexec %s \"$@\"\n", d.path("slow/go"), d.path("bin/lzop"))
 	ok(t, os.WriteFile(d.path("slow/lzop"), []byte(script), 0o755))
-	ok(t, d.Define(t.Context(), qemutest.Domain{Name: name, Guest: guest, Memory: strings.TrimSuffix(qemutest.LiveMemory, "K"), Kernel: kernel, Disk: strings.Join(disk, "")}))
+	config := qemutest.Domain{Name: name, Guest: guest, Memory: strings.TrimSuffix(qemutest.LiveMemory, "K"), Kernel: kernel}
+	for _, fn := range more {
+		fn(&config)
+	}
+	ok(t, d.Define(t.Context(), config))
 	// That user has no way to this one's files.
 	ok(t, os.Chmod(d.Dir, 0o711))
 	text := d.Do(t, "dumpxml", "--inactive", name)

@@ -298,7 +298,9 @@ type Domain struct {
 	// Disk is a qcow2 image that the guest has for /dev/vda, and writes to, if not empty.
 	// A Debian guest has a layer of its own on its system.
 	Disk string
-	Args []string
+	// Agent gives the domain the port of the guest's agent, which libvirt then asks.
+	Agent bool
+	Args  []string
 }
 
 // Define makes libvirt know a domain.
@@ -344,6 +346,9 @@ func (l *Libvirt) xml(ctx context.Context, d Domain) (string, error) {
 	}
 	if d.Disk != "" {
 		fmt.Fprintf(&disk, "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='%s'/><target dev='vda' bus='virtio'/></disk>", d.Disk)
+	}
+	if d.Agent {
+		disk.WriteString("<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>")
 	}
 	if len(d.Args) > 0 {
 		extra.WriteString("<qemu:commandline>")

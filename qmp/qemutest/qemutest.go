@@ -428,7 +428,7 @@ func script(ctx context.Context, name, argument string) (string, error) {
 }
 
 // Assets returns the directory of what scripts/guest makes of this kind (x86,
-// arm64, tiny-x86, tiny-arm64, debian), making it first if need be.
+// arm64, tiny-x86, tiny-arm64, debian, agent), making it first if need be.
 func Assets(ctx context.Context, kind string) (string, error) {
 	return script(ctx, "guest", kind)
 }
