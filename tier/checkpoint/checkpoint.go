@@ -263,13 +263,20 @@ func (b backing) Fetch(st *image.Stored, n source.Need) error {
 	case n.Space == b.c.facts.Disk:
 		return b.c.disks.fetch(st, n.Number)
 	default:
-		return b.c.refs[n.Space-1].im.FetchSegment(st, n.Number)
+		// What others have is checked by a digest anyway.
+		return b.c.refs[n.Space-1].im.FetchSegmentBy(st, n.Number, func(st *image.Stored) bool {
+			ok, err := b.c.check.stored(n, st)
+			return ok && err == nil // CheckSegment meets the error again
+		})
 	}
 	return b.c.Image.FetchSegment(st, n.Number)
 }
 
 // CheckSegment implements source.Segments.
 func (b backing) CheckSegment(n source.Need, st *image.Stored, s *image.Segment) error {
+	if st.Known() {
+		return nil
+	}
 	if ok, err := b.c.check.stored(n, st); ok || err != nil {
 		return err
 	}

@@ -1034,6 +1034,29 @@ func TestDigests(t *testing.T) {
 			if err := im.FetchSegment(&sr.Stored, uint32(i)); err != nil || sr.Sum(h) != want {
 				t.Errorf("segment %d is not stored as its digest says: %v", i, err)
 			}
+			// Of one that is known by its digest the checksum is not looked at, of any
+			// other it is.
+			by := func(st *image.Stored) bool { return st.Sum(h) == want }
+			if err := im.FetchSegmentBy(&sr.Stored, uint32(i), by); err != nil || !sr.Known() {
+				t.Errorf("segment %d is not known by its digest: %v", i, err)
+			}
+			if err := im.FetchSegment(&sr.Stored, uint32(i)); err != nil || sr.Known() {
+				t.Errorf("segment %d is known by nothing: %v", i, err)
+			}
+			at := im.SegmentOffset(uint32(i)) + image.FrameHeaderLen
+			flip := func() {
+				b := make([]byte, 1)
+				_, rerr := f.ReadAt(b, at)
+				b[0] ^= 1
+				if _, err := f.WriteAt(b, at); rerr != nil || err != nil {
+					t.Fatal(rerr, err)
+				}
+			}
+			flip()
+			if err := im.FetchSegmentBy(&sr.Stored, uint32(i), by); !errors.Is(err, integrity.ErrChecksum) || sr.Known() {
+				t.Errorf("segment %d with another byte: %v", i, err)
+			}
+			flip()
 		}
 	}
 	// They leave while segments come, all but those that wait for one.
