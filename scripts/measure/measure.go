@@ -81,8 +81,11 @@ func Report(name string) (r checkpoint.Report, err error) {
 
 // Restore has the program restore the newest checkpoint of VM "vm" of a store into
 // nothing, and returns how long that took.
-func Restore(binary, store string) (time.Duration, error) {
-	cmd := exec.Command(binary, "restore", "--quiet", "--store", store, "vm")
+func Restore(binary, store string) (time.Duration, error) { return RestoreOf(binary, store, "vm") }
+
+// RestoreOf is Restore of another VM.
+func RestoreOf(binary, store, vm string) (time.Duration, error) {
+	cmd := exec.Command(binary, "restore", "--quiet", "--store", store, vm)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
