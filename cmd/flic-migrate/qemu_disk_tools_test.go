@@ -220,3 +220,69 @@ func (l *lab) judge(t *testing.T, stream []byte, code int, says []string, flags 
 		}
 	}
 }
+
+// TestDiskGoesWhileResuming: the guest runs, and not all that is on disk images has been
+// read. One that is unmounted is read all the same, as it is open. One that is cut holds the
+// guest, and when it is whole again recover goes on.
+func TestDiskGoesWhileResuming(t *testing.T) {
+	t.Parallel()
+	ctx, l, content := limit(t), newLab(t), noise(768)
+	d := newToolDisks(t, content)
+	under := filepath.Join(t.TempDir(), "under")
+	ok(t, os.Rename(d.dir, under))
+	ok(t, os.Mkdir(d.dir, 0o700))
+	mount := func() {
+		t.Helper()
+		if err := unix.Mount(under, d.dir, "", unix.MS_BIND, ""); err != nil {
+			t.Fatalf("mount, which needs root: %v", err)
+		}
+	}
+	mount()
+	t.Cleanup(func() { _ = unix.Unmount(d.dir, unix.MNT_DETACH) })
+	indexed(t, l, d.top)
+	c := q35.tiny(t, "32M", content, 1)
+	vm := qemutest.Start(t, c)
+	vm.WaitFor(t, `tick (\w+)\r`)
+	set(t, vm, fast)
+	want := stop(t, ctx, vm)
+	saved(t, ctx, vm, l.save("--disk", d.top))
+	tick := lastTick(t, vm.Console(), 16)
+	vm.Kill()
+	if m := l.show(t, "vm"); m.Report.Disk != 512 {
+		t.Fatalf("%+v", m.Report)
+	}
+	base, err := os.ReadFile(under + "/base")
+	ok(t, err)
+	for what, change := range map[string]func(){
+		"unmounted": func() { ok(t, unix.Unmount(d.dir, unix.MNT_DETACH)) },
+		"cut":       func() { ok(t, os.Truncate(d.base, 0)) },
+	} {
+		// Nothing that is not asked for is read in the first second, and a paused guest
+		// asks for nothing.
+		vm := qemutest.Start(t, destination(c, "defer"))
+		r := l.resumes(t, "flic-migrate", vm, "--lazy", "always", "--learn", "1s", "vm@1")
+		r.says(t, `vm@1: paused after`)
+		change()
+		doc, _ := r.outcome(t)
+		if what == "unmounted" {
+			if doc.ExitCode != exitOK {
+				t.Errorf("%s: %+v", what, doc)
+			}
+			mount()
+		} else {
+			said(t, doc, exitCorrupt, []string{"nothing is lost", "--recover", d.base, "digest mismatch", "the image was made smaller"})
+			l.fails(t, "flic-migrate", vm, exitCorrupt, []string{d.base + " was made smaller", "the disk ends before it"}, "--recover", "vm@1")
+			f, err := os.OpenFile(d.base, os.O_WRONLY, 0)
+			ok(t, err)
+			_, err = f.Write(base)
+			ok(t, err)
+			ok(t, f.Close())
+			l.resume(t, vm, "--recover", "vm@1")
+		}
+		if diff := qemutest.DiffRAM(want, ram(t, ctx, vm)); diff != "" {
+			t.Errorf("%s: %s", what, diff)
+		}
+		goesOn(t, ctx, vm, tick, 16)
+		vm.Kill()
+	}
+}

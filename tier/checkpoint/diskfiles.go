@@ -175,8 +175,16 @@ type wrongBlock struct {
 
 func (w *wrongBlock) Unwrap() error { return w.CorruptError }
 
-// wrong makes an error of what is wrong with the page of a slot.
+// wrong makes an error of what is wrong with the page of a slot. If the disk's file was what
+// it had been when it was opened, it says what has happened to it since.
 func (d *openDisks) wrong(s DiskSlot, err error) error {
+	if f := &d.files[s.Disk()]; f.changed == "" {
+		if now, nerr := f.Now(); nerr == nil {
+			if what := d.list[s.Disk()].Differs(now); what != "" {
+				err = fmt.Errorf("%w: the image %s", err, what)
+			}
+		}
+	}
 	return &wrongBlock{&integrity.CorruptError{File: d.files[s.Disk()].path, Offset: s.offset(),
 		What: "block of the disk", Err: err}, s.Disk()}
 }
