@@ -65,7 +65,7 @@ func run(a *app, args []string) int {
 		}
 		return err
 	})
-	refuseUnknownShells(root, args)
+	completionVerb(root, args)
 	cmd := root
 	err := rescue.Call(func() (err error) {
 		cmd, err = root.ExecuteContextC(ctx)
@@ -157,13 +157,28 @@ func wantsJSON(cmd *cobra.Command, args []string) bool {
 	return f.Value.String() == "true" || slices.Contains(args, "--json") || slices.Contains(args, "--json=true") || env && !f.Changed
 }
 
-// refuseUnknownShells has "completion foo" fail. Cobra prints help for it, and means
-// success.
-func refuseUnknownShells(root *cobra.Command, args []string) {
+// completionVerb changes what cobra's verb "completion" does. "completion foo" fails: cobra
+// prints help for it, and means success. And bash learns where our words end.
+func completionVerb(root *cobra.Command, args []string) {
 	root.InitDefaultCompletionCmd(args...)
 	for _, c := range root.Commands() {
 		if c.Name() != "completion" {
 			continue
+		}
+		for _, shell := range c.Commands() {
+			if shell.Name() == "bash" {
+				shell.RunE = func(cmd *cobra.Command, _ []string) error {
+					plain, err := cmd.Flags().GetBool("no-descriptions")
+					if err != nil {
+						return err
+					}
+					text, err := bashScript(root, !plain)
+					if err == nil {
+						_, err = cmd.OutOrStdout().Write(text)
+					}
+					return err
+				}
+			}
 		}
 		c.Args = cobra.ArbitraryArgs
 		c.RunE = func(cmd *cobra.Command, args []string) error {
@@ -250,6 +265,7 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 			c.Args = namingArgs(c.Args)
 		}
 	}
+	a.complete(root)
 	root.Version = versionLine()
 	root.SetVersionTemplate("{{.Version}}\n")
 	return root
