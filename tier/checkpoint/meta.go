@@ -180,6 +180,7 @@ type Report struct {
 	Surplus         int64 `json:"surplus"`     // hot, but the NVRAM file had no room
 	PageTables      int64 `json:"page_tables"` // that hold the guest's page tables
 
+	Peers int64 `json:"peers"` // in another checkpoint that was made with this one
 	// NotShared is why pages were not looked for in other checkpoints, if they were not.
 	NotShared string `json:"not_shared,omitempty"`
 

@@ -101,6 +101,9 @@ func newMatcher(ctx context.Context, next *placer, par *parent, workers int) *ma
 	for range workers {
 		r, work := par.reader(ctx), m.work
 		r.disks, r.shared = next.to.disks, next.to.shared
+		if next.to.peers != nil {
+			r.hash = next.to.hash
+		}
 		m.alive.Go(func() { r.work(work) })
 	}
 	return m
@@ -300,6 +303,9 @@ func (b *batch) compare(r *parentReader) {
 			r.compare(it, b)
 			r.disks.lookUp(it, &r.near)
 			r.shared.lookUp(it, &r.last)
+			if r.hash != nil && it.found == isNew && it.sum == (digest.Sum{}) {
+				r.hash.Put(&it.sum, it.data)
+			}
 		}
 	}
 }

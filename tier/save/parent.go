@@ -13,6 +13,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/delta"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -308,6 +309,8 @@ type parentReader struct {
 
 	shared *shared // nil: none is looked in
 	last   *lent   // that had a page
+
+	hash *digest.Hasher // of the digests that peers want; nil: there are none
 }
 
 // reader is one goroutine's. Without a parent it finds nothing.

@@ -64,10 +64,11 @@ type placer struct {
 // target is where a placer puts pages. All of it is the placer's own while it works.
 type target struct {
 	pages  *pagemap.Builder
-	par    *parent // what was compared with; nil: there is none
-	disks  *disks  // that pages may be on; nil: there are none
-	shared *shared // other images that pages may be in; nil: there are none
-	refs   *refs   // that are referred to; nil: none can be
+	par    *parent   // what was compared with; nil: there is none
+	disks  *disks    // that pages may be on; nil: there are none
+	shared *shared   // other images that pages may be in; nil: there are none
+	refs   *refs     // that are referred to; nil: none can be
+	peers  *peerRefs // nil: it has none
 	img    *image.Writer
 	hash   *digest.Hasher // nil: no digests are kept
 	region *nvram.Region  // nil: every page is cold
@@ -76,7 +77,7 @@ type target struct {
 
 // counts is what a placer has done so far, as the report has it.
 type counts struct {
-	NonZeroBytes, Duplicate, Superseded, SupersededFlash, Surplus, DeltaBytes, Moved, Similar, Shared int64
+	NonZeroBytes, Duplicate, Superseded, SupersededFlash, Surplus, DeltaBytes, Moved, Similar, Shared, Peers int64
 }
 
 // placed remembers where the last page went.
@@ -230,6 +231,14 @@ func (p *placer) single(block int, page uint64, data []byte, hot bool, sum diges
 		p.share(block, page, e)
 		return nil
 	}
+	if p.to.peers != nil && !(hot && p.room()) {
+		if e, theirs, err := p.inPeer(data, &sum); err != nil {
+			return err
+		} else if theirs {
+			p.set(block, page, e)
+			return nil
+		}
+	}
 	if e, err = p.store(block, page, data, hot, sum); err != nil {
 		return err
 	}
@@ -328,6 +337,16 @@ func (p *placer) store(block int, page uint64, data []byte, hot bool, sum digest
 		slot := p.takeSlot()
 		return pagemap.Make(pagemap.NVRAM, uint64(slot)), p.write(slot, block, page, data)
 	}
+	slot, err := p.nextSlot()
+	if err != nil {
+		return 0, err
+	}
+	p.seg.Data, p.seg.Sums = append(p.seg.Data, data...), append(p.seg.Sums, sum)
+	return pagemap.Make(pagemap.Flash, slot), nil
+}
+
+// nextSlot is the flash slot of the page that is stored next.
+func (p *placer) nextSlot() (uint64, error) {
 	// A full segment leaves when the next page comes, so that a pair in it
 	// can be taken back until then.
 	if p.seg != nil && len(p.seg.Data) == p.segmentPages()*p.pageSize {
@@ -338,9 +357,24 @@ func (p *placer) store(block int, page uint64, data []byte, hot bool, sum digest
 	if p.seg == nil {
 		p.seg = p.to.img.NewBuffer(image.Pages)
 	}
-	slot := uint64(p.seg.Number)*uint64(p.segmentPages()) + uint64(len(p.seg.Data)/p.pageSize)
-	p.seg.Data, p.seg.Sums = append(p.seg.Data, data...), append(p.seg.Sums, sum)
-	return pagemap.Make(pagemap.Flash, slot), nil
+	return uint64(p.seg.Number)*uint64(p.segmentPages()) + uint64(len(p.seg.Data)/p.pageSize), nil
+}
+
+// inPeer is where another member of the group has a page. If none has, the others will look
+// for it where this one stores it next.
+func (p *placer) inPeer(data []byte, sum *digest.Sum) (e pagemap.Entry, theirs bool, err error) {
+	slot, err := p.nextSlot()
+	if err != nil {
+		return 0, false, err
+	}
+	if *sum == (digest.Sum{}) {
+		p.to.hash.Put(sum, data)
+	}
+	member, at, theirs := p.to.peers.self.place(*sum, slot)
+	if !theirs {
+		return 0, false, nil
+	}
+	return p.to.peers.entry(member, at), true, nil
 }
 
 // room tells whether there is an NVRAM slot for one more page.
@@ -523,5 +557,5 @@ func (p *placer) report(r *checkpoint.Report) {
 		return nil
 	})
 	r.Zero, r.ZeroAsData, r.Hot, r.Cold = n.Zero, n.ZeroAsData, n.Hot, n.Cold
-	r.Disk, r.Delta, r.Unchanged, r.Shared = n.Disk, n.Delta, n.Unchanged-c.Shared, c.Shared
+	r.Disk, r.Delta, r.Unchanged, r.Shared, r.Peers = n.Disk, n.Delta, n.Unchanged-c.Shared-c.Peers, c.Shared, c.Peers
 }

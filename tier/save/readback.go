@@ -77,15 +77,20 @@ func (b *readback) Lend(n source.Need) *image.Segment {
 // elsewhere is Row.Content of a page that is as it is in the parent, or in another image.
 func (b *readback) elsewhere(rd *source.Reader, e pagemap.Entry) (source.Content, error) {
 	page := rd.Page()
-	if at, _ := source.Default.Locate(e); int(at.Space) > b.p.to.refs.parents {
+	at, _ := source.Default.Locate(e)
+	if m := b.p.to.peers.of(at.Space); m != nil {
+		err := m.read(context.Background(), b.result, at.Slot)
+		return source.Content{Form: source.Whole, Data: b.result}, err
+	}
+	if int(at.Space) > b.p.to.refs.parents {
 		err := b.p.to.shared.read(b.result, at)
 		return source.Content{Form: source.Whole, Data: b.result}, err
 	}
-	at, ok := b.parent.there(e)
+	theirs, ok := b.parent.there(e)
 	if !ok {
 		return source.Content{}, errors.New("the parent has lost it")
 	}
-	data, err := b.parent.content(at, page.Block, page.Number)
+	data, err := b.parent.content(theirs, page.Block, page.Number)
 	return source.Content{Form: source.Whole, Data: data}, err
 }
 

@@ -3,7 +3,10 @@ package save
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
+
+	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -26,6 +29,7 @@ type referred struct {
 	all      checkpoint.References // that could be needed
 	parents  int                   // of all, the parent's
 	ofParent bool                  // one of these is needed
+	peers    []*Peer               // whose images they are, of all, later of refs; nil: nobody's
 	segments []bitmap.Bitmap       // by reference
 	slots    []bitmap.Bitmap
 }
@@ -38,7 +42,15 @@ func (p *placer) refer() (*referred, error) {
 	if p.to.refs == nil {
 		return n, nil
 	}
-	n.all, n.parents = p.to.refs.all(), p.to.refs.parents
+	n.all, n.parents = slices.Clone(p.to.refs.all()), p.to.refs.parents
+	for i := range n.all {
+		m := p.to.peers.of(source.Space(i + 1))
+		if n.peers = append(n.peers, m); m != nil && m.per.Load() > 0 {
+			// Of what others have found; it may have more by now.
+			per := m.per.Load()
+			n.all[i].SegmentPages, n.all[i].Segments = int(per), uint32((m.top.Load()+per-1)/per)
+		}
+	}
 	for i := range n.all {
 		n.segments = append(n.segments, bitmap.New(int64(n.all[i].Segments)))
 		n.slots = append(n.slots, bitmap.New(int64(n.all[i].Slots)))
@@ -52,7 +64,11 @@ func (p *placer) refer() (*referred, error) {
 			if at.Space > 0 {
 				n.need(at)
 			}
-			if int(at.Space) > n.parents {
+			switch {
+			case int(at.Space) <= n.parents:
+			case n.peers[at.Space-1] != nil:
+				p.count.Peers++
+			default:
 				p.count.Shared++
 			}
 			if at.Tier != source.AsDelta {
@@ -114,6 +130,7 @@ func (n *referred) need(at source.Location) {
 // drop makes the list of references, without those of which nothing is needed.
 func (n *referred) drop(pages *pagemap.Builder) {
 	now := make([]source.Space, len(n.all)+1) // by space so far
+	var peers []*Peer
 	for i, r := range n.all {
 		for run := range n.segments[i].Runs() {
 			r.NeedSegments = append(r.NeedSegments, source.Range{First: uint32(run.First), Count: uint32(run.N)})
@@ -125,8 +142,10 @@ func (n *referred) drop(pages *pagemap.Builder) {
 			n.refs = append(n.refs, r)
 			now[i+1] = source.Space(len(n.refs))
 			n.ofParent = n.ofParent || i < n.parents
+			peers = append(peers, n.peers[i])
 		}
 	}
+	n.peers = peers
 	if len(n.refs) == len(n.all) {
 		return
 	}
@@ -195,20 +214,52 @@ func runOfBases(list []baseOf, block int) pagemap.Run {
 	return r
 }
 
-// references writes what says where pages are that are not whole in this image:
-// REFERENCES and BASES.
-func (s *saver) references(ctx context.Context) error {
+// refer finds out what is needed of others, and writes DISKS.
+func (s *saver) refer() (*referred, error) {
 	n, err := s.placer.refer()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	on, err := s.placer.number(n)
 	if err == nil {
 		err = s.disks(on)
 	}
-	if err != nil {
+	return n, err
+}
+
+// meet waits for the other members of a group, whose images are known then.
+func (s *saver) meet(ctx context.Context, n *referred) error {
+	if s.o.Peer == nil {
+		return nil
+	}
+	var self checkpoint.Reference
+	if d := s.meta.Digests; d != nil {
+		self = checkpoint.Reference{UUID: s.meta.UUID, Root: d.Root, VM: s.meta.VM, Number: s.meta.Number,
+			SegmentPages: s.out.img.SegmentPages(), Segments: uint32(s.out.img.Segments())}
+		if s.meta.NVRAM != nil {
+			self.Slots = uint32(s.meta.NVRAM.Slots)
+		}
+	}
+	if err := s.o.Peer.meet(ctx, self); err != nil {
 		return err
 	}
+	for i, m := range n.peers {
+		if m == nil {
+			continue
+		}
+		r := &n.refs[i]
+		need := r.NeedSegments
+		if *r = m.ref; r.UUID == uuid.Nil {
+			return errors.New("it refers to another member of the group that has no digests of its pages")
+		}
+		r.NeedSegments = need
+	}
+	return nil
+}
+
+// references writes what says where pages are that are not whole in this image:
+// REFERENCES and BASES.
+func (s *saver) references(ctx context.Context, n *referred) error {
 	if len(n.refs) > 0 {
 		if n.ofParent {
 			s.rep.Parent = s.placer.to.par.c.Ref.String()

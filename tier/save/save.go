@@ -63,9 +63,11 @@ type Options struct {
 	// parent of another domain is none. To has none.
 	TrustDomain string
 	// Share says where pages are looked for that the parent does not have at their place:
-	// ShareStore or empty, ShareVM or ShareNone. A save that is held (Hold) looks nowhere,
-	// nor does To.
+	// ShareStore or empty, ShareVM or ShareNone. A save that is held (Hold), but for a
+	// member of a group, looks nowhere, nor does To.
 	Share string
+	// Peer makes the save a member of a group; nil: it is none. To is none.
+	Peer *Peer
 
 	// Disks are disk images that pages are looked for in, as OpenDisks gives them; they
 	// stay open until the save has ended. To looks in none.
@@ -208,6 +210,18 @@ func (s *saver) note() error {
 	return err
 }
 
+// peer is the save as a member of a group that pages can be shared with; nil: none can. A
+// member whose parent has another key than the others is one all the same.
+func (s *saver) peer() *Peer {
+	if p := s.o.Peer; p != nil && s.out.hash != nil && len(p.members) <= maxPeers && p.hash.Same(s.out.hash) {
+		return p
+	}
+	return nil
+}
+
+// maxPeers keeps the references of a checkpoint to those that the format allows.
+const maxPeers = 512
+
 // openShared begins to look for what pages can be shared with. What goes wrong with it
 // costs no save.
 func (s *saver) openShared() error {
@@ -222,7 +236,7 @@ func (s *saver) openShared() error {
 		why = err.Error()
 	}
 	s.rep.NotShared = why
-	if s.shared != nil {
+	if s.shared != nil || s.peer() != nil {
 		s.out.features.Incompat |= image.HasReferences
 	}
 	return nil
@@ -237,7 +251,7 @@ func (s *saver) notShared() (string, error) {
 		return "its parent is in no trust domain: --parent none begins anew", nil
 	case s.meta.TrustDomain == "":
 		return "it is in no trust domain", nil
-	case s.o.Hold != nil:
+	case s.o.Hold != nil && s.o.Peer == nil:
 		// What it could refer to could not be removed as long as it waits.
 		return "it was armed before", nil
 	}
@@ -313,6 +327,7 @@ func (s *saver) abandon(cause error) {
 	if s.match != nil {
 		s.step("end of the comparison", func() error { s.match.stop(); return nil })
 	}
+	s.step("word to the other members", func() error { s.o.Peer.fail(cause); return nil })
 	s.step("end of the index", func() error { s.shared.close(); return nil })
 	if s.out.img != nil {
 		s.step("end of the image", func() error { s.out.img.Abort(); return nil })
@@ -476,6 +491,13 @@ func (s *saver) place() (stage, error) {
 		}
 		to.shared, s.shared.refs, s.shared.par, s.shared.pageSize = s.shared, to.refs, to.par, s.meta.PageSize
 	}
+	if s.peer() != nil && s.rep.Pages <= digest.MaxPages {
+		if to.refs == nil {
+			to.refs = new(refs)
+		}
+		to.peers = &peerRefs{s.o.Peer, to.refs.addPeers(len(s.o.Peer.members))}
+		s.o.Peer.begin(s.out.img, s.meta.PageSize)
+	}
 	surplus, err := s.reserve(&to)
 	if err != nil {
 		return nil, err
@@ -497,7 +519,7 @@ func (s *saver) place() (stage, error) {
 	p := newPlacer(to, s.meta.PageSize, chunk, sample, max(1<<16, int(s.rep.Pages/8)))
 	p.count.Surplus = surplus
 	s.placer = p
-	if to.par == nil && to.disks == nil && to.shared == nil {
+	if to.par == nil && to.disks == nil && to.shared == nil && to.peers == nil {
 		return p, nil
 	}
 	s.match = newMatcher(s.ctx, p, to.par, s.o.workers())
@@ -550,6 +572,9 @@ func (s *saver) sync() error {
 		return err
 	}
 	err := s.out.sync()
+	if err == nil {
+		s.o.Peer.flush()
+	}
 	s.rep.Seconds.Sync = s.since(start)
 	return err
 }
@@ -591,10 +616,11 @@ func (s *saver) commit() (store.Ref, error) {
 	if err := s.parse.skel.Flush(); err != nil {
 		return store.Ref{}, err
 	}
-	if err := s.references(s.ctx); err != nil {
+	refers, err := s.refer()
+	if err != nil {
 		return store.Ref{}, err
 	}
-	err := place.to.pages.Encode(tableChunk, func(at pagemap.Start, b []byte) error {
+	err = place.to.pages.Encode(tableChunk, func(at pagemap.Start, b []byte) error {
 		s.meta.MapChunks = append(s.meta.MapChunks, at)
 		return s.out.chunk(image.PageMap, b)
 	})
@@ -605,6 +631,16 @@ func (s *saver) commit() (store.Ref, error) {
 		return store.Ref{}, err
 	}
 	if s.meta.Digests, err = s.out.digests(place.sums); err != nil {
+		return store.Ref{}, err
+	}
+	// Digests depend on no reference, so that each member of a group can name the others'.
+	if err := s.out.img.Drain(); err != nil {
+		return store.Ref{}, err
+	}
+	if err := s.meet(s.ctx, refers); err != nil {
+		return store.Ref{}, err
+	}
+	if err := s.references(s.ctx, refers); err != nil {
 		return store.Ref{}, err
 	}
 	if err := s.out.img.Drain(); err != nil {

@@ -47,6 +47,7 @@ type refs struct {
 	mu      sync.Mutex
 	list    checkpoint.References
 	parents int // the first so many
+	peers   int // so many after those: of each member of a group
 }
 
 // all are those that there are now.
@@ -54,6 +55,16 @@ func (r *refs) all() checkpoint.References {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.list[:len(r.list):len(r.list)]
+}
+
+// addPeers makes room for the members of a group, which have no names yet, and returns the
+// space of the first.
+func (r *refs) addPeers(n int) source.Space {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	first := source.Space(len(r.list) + 1)
+	r.list, r.peers = append(r.list, make(checkpoint.References, n)...), n
+	return first
 }
 
 // add is the space of an image, which becomes one of them if there is room.
@@ -65,7 +76,7 @@ func (r *refs) add(ref checkpoint.Reference) (source.Space, bool) {
 			return source.Space(i + 1), true
 		}
 	}
-	if len(r.list) >= maxReferences {
+	if len(r.list)-r.peers >= maxReferences {
 		return 0, false
 	}
 	r.list = append(r.list, ref)

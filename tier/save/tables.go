@@ -145,6 +145,7 @@ func (p *placer) promote(runs []workingset.PageRun) (moved bool, err error) {
 					return moved, err
 				case onDisk(e):
 					p.to.disks.damaged(err)
+				case p.to.peers.of(locate(e).Space) != nil:
 				case p.to.par != nil:
 					p.to.par.damaged(err)
 				default:
@@ -188,4 +189,10 @@ func (p *placer) demote(before int) (int, error) {
 		return slot, nil
 	}
 	return -1, nil
+}
+
+// locate is where the bytes of an entry are.
+func locate(e pagemap.Entry) source.Location {
+	at, _ := source.Default.Locate(e)
+	return at
 }

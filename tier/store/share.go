@@ -25,9 +25,12 @@ func (s *Store) Share(domain string) (*share.Catalog, error) {
 	if err := CheckDomain(domain); err != nil {
 		return nil, err
 	}
-	guarded, err := newPosixDir(s.fs, s.root)
-	if err != nil {
-		return nil, err
+	guarded, ok := s.dir.(*posixDir)
+	if !ok {
+		var err error
+		if guarded, err = newPosixDir(s.fs, s.root); err != nil {
+			return nil, err
+		}
 	}
 	return share.NewCatalog(guarded.fs, guarded.Path(domainFolder(domain))), nil
 }
