@@ -233,10 +233,10 @@ type BuildOptions struct {
 
 // Build builds the index of a layer, which was opened with what it stands on: of the
 // layer alone. It reads what the layer has once, and takes some 100 MiB of memory for a
-// disk of any size. The index is there, durably, when Build has returned; after an error
-// the one that was there before is there still. A layer that somebody can write to
-// (ErrWriter), or that is changed meanwhile (ErrChanging), gets none; vfs.ErrLocked says
-// that somebody else is building it.
+// disk of any size. The index is there, durably, when Build has returned, and so is what the
+// layer holds; after an error the one that was there before is there still. A layer that
+// somebody can write to (ErrWriter), or that is changed meanwhile (ErrChanging), gets none;
+// vfs.ErrLocked says that somebody else is building it.
 func (c *Catalog) Build(ctx context.Context, img *Image, o BuildOptions) (_ *Built, err error) {
 	x, err := c.Open(ctx, img)
 	done := &Built{}
@@ -287,6 +287,10 @@ func (c *Catalog) Build(ctx context.Context, img *Image, o BuildOptions) (_ *Bui
 	b.sort.scratch = func() (vfs.File, error) { return c.scratch(id) }
 	readAhead(img)
 	if err := b.write(ctx, part); err != nil {
+		return nil, err
+	}
+	// Checkpoints that refer to it are called durable.
+	if err := img.Sync(); err != nil {
 		return nil, err
 	}
 	if err := unchanged(img); err != nil {
