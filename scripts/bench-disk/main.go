@@ -8,7 +8,7 @@
 // fast as QEMU feeds a pipe, by what people pipe streams through today into a file that is
 // synced, by flic-migrate, and by flic-migrate with --disk: of its disk, and of that and the
 // kernel that QEMU was started with, of whose file much is in its memory too. All of
-// ours have --parent none. Between two saves the guest runs for an instant, because QEMU
+// ours have --parent none --share none. Between two saves the guest runs for an instant, because QEMU
 // wants it so. With -on qcow2 it has a layer of its own on the image, and only what is
 // beneath that is looked in.
 //
@@ -156,7 +156,7 @@ func (b *bench) guest(ctx context.Context, w workload, disk string) error {
 	}
 	defer vm.Kill()
 	ours := func(name, flags string) string {
-		return fmt.Sprintf("exec %s save --quiet --parent none --store %s --vm vm --codec %s --report %s.json %s", b.binary, store(name), b.codec, store(name), flags)
+		return fmt.Sprintf("exec %s save --quiet --parent none --share none --store %s --vm vm --codec %s --report %s.json %s", b.binary, store(name), b.codec, store(name), flags)
 	}
 	through := func(name, command string) *way {
 		f := filepath.Join(dir, strings.Fields(command)[0])

@@ -6,7 +6,8 @@
 // At each checkpoint the guest stands still and is saved four times through exec:, in
 // turn: into a file; into nothing, by cat, which is as fast as QEMU feeds a pipe; by
 // flic-migrate with --parent none; and with its parent. Each of the two has a store of
-// its own. Between two saves the guest runs for an instant, because QEMU wants it so.
+// its own, and --share none: full ones would have nothing of their own but for the first.
+// Between two saves the guest runs for an instant, because QEMU wants it so.
 //
 // What page-granular increments would be comes from the streams in files: all
 // pages with content that are not what they were one checkpoint before, compressed with
@@ -139,7 +140,7 @@ func (b *bench) guest(ctx context.Context, w workload) (string, error) {
 	}
 	defer vm.Kill()
 	ours := func(store, parent string) *save {
-		return &save{command: fmt.Sprintf("exec %s save --quiet --store %s/%s --vm vm --codec %s --parent %s --report %s/report", b.binary, dir, store, b.codec, parent, dir)}
+		return &save{command: fmt.Sprintf("exec %s save --quiet --store %s/%s --vm vm --codec %s --parent %s --share none --report %s/report", b.binary, dir, store, b.codec, parent, dir)}
 	}
 	stream, cat := &save{command: "exec cat > " + dir + "/stream"}, &save{command: "exec cat > /dev/null"}
 	full, inc := ours("full", "none"), ours("inc", "auto")

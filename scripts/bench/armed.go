@@ -97,4 +97,4 @@ func (b *bench) armed(binary string) error {
 }
 
 // fullFlags make a checkpoint that has all of its pages.
-var fullFlags = []string{"--parent", "none"}
+var fullFlags = []string{"--parent", "none", "--share", "none"}
