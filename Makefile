@@ -9,6 +9,8 @@ SUITE ?= host
 # Where make install puts things, below DESTDIR if that is set.
 PREFIX ?= /usr/local
 DESTDIR ?=
+# What --version says, and the packages are called.
+VERSION ?= $(shell scripts/version)
 
 .PHONY: all build pages install deb rpm test-package test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean
 
@@ -17,7 +19,7 @@ all: build
 # Without cgo: one static binary, which the dynamic linker does not hold up.
 build:
 	@GO=$(GO) scripts/deps go
-	CGO_ENABLED=0 $(GO) build -o bin/flic-migrate ./cmd/flic-migrate
+	CGO_ENABLED=0 $(GO) build -ldflags '-X main.release=$(VERSION)' -o bin/flic-migrate ./cmd/flic-migrate
 
 # Man pages, and the settings file with every key, made of the verbs themselves.
 pages:
@@ -30,7 +32,7 @@ install:
 
 # Packages, into bin/packages.
 deb rpm: build pages
-	GO=$(GO) scripts/package/build $@
+	GO=$(GO) scripts/package/build $(VERSION) $@
 
 # The packages in a bare Debian 12, and in one with systemd, QEMU and libvirt: installed,
 # used and removed. Some two minutes, and two more to make these systems once.

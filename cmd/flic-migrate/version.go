@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"runtime"
 	"runtime/debug"
@@ -23,12 +24,21 @@ func newVersion() *cobra.Command {
 	}
 }
 
+// release is the version that make has given the program (-ldflags); empty: Go's own of the
+// module.
+var release string
+
 // versionLine is what the verb and --version print.
 func versionLine() string {
-	version := "unknown"
+	version, commit := "unknown", ""
 	if bi, ok := debug.ReadBuildInfo(); ok {
 		version = bi.Main.Version
+		for _, s := range bi.Settings {
+			if s.Key == "vcs.revision" {
+				commit = ", commit " + s.Value
+			}
+		}
 	}
-	return fmt.Sprintf("flic-migrate %s, store format %d, image format %d, %s %s/%s",
-		version, store.Version, image.Version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("flic-migrate %s, store format %d, image format %d, %s %s/%s%s",
+		cmp.Or(release, version), store.Version, image.Version, runtime.Version(), runtime.GOOS, runtime.GOARCH, commit)
 }
