@@ -386,7 +386,7 @@ func TestSaveDisks(t *testing.T) {
 				var bases int
 				for n := 1; n <= 6; n++ {
 					s := generation(o, n)
-					so := save.Options{Energy: dedup.EnergyFull, SegmentPages: 5 + n, Codec: image.Codec(n % 4)}
+					so := save.Options{Energy: dedup.EnergyFull, SegmentPages: 5 + n, Codec: image.Codec(n % 4), DiskEnough: 1}
 					if hot > 0 {
 						so.WorkingSet, so.NVRAMSize = hotSet(t, s, every(hot+uint64(n%2))), 4<<20
 					}
@@ -424,6 +424,61 @@ func TestSaveDisks(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestDiskEnough: pages that are near each other on a disk are referred to, and those that a
+// restore would have to read one by one are stored, in the first checkpoint and in the next.
+func TestDiskEnough(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	dir, h := t.TempDir(), digest.Fresh()
+	o := tiertest.Options{Seed: 7, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}}, Mix: tiertest.Mix{tiertest.Text: 1}}
+	s := tiertest.New(o)
+	near := newRawDisk(t, filepath.Join(dir, "near"), h, 2, s)
+	// The same pages, 256 KiB from each other.
+	const apart = 256 << 10
+	far := &rawDisk{path: filepath.Join(dir, "far"), hasher: h, at: make(map[digest.Sum][]int64)}
+	b, err := os.ReadFile(near.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(far.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	at := int64(apart)
+	for sum, list := range near.at {
+		if _, err := f.WriteAt(b[list[0]*disk.SectorSize:][:4096], at); err != nil {
+			t.Fatal(err)
+		}
+		far.at[sum] = []int64{at / disk.SectorSize}
+		at += apart
+	}
+	all := int64(len(near.at))
+	for _, c := range []struct {
+		name   string
+		on     *rawDisk
+		enough int
+		disk   int64
+	}{
+		{"near", near, 0, all},
+		{"far", far, 0, 0},
+		{"far, and all the same", far, 1, all},
+	} {
+		ref, meta := l.save(t, s, save.Options{Parent: save.ParentNone, Disks: []save.Disk{c.on.open(t)}, DiskEnough: c.enough})
+		// Those at the ends of the disk have others on one side only.
+		if r := meta.Report; max(r.Disk-c.disk, c.disk-r.Disk) > all/32 || r.Disk+r.Isolated != all {
+			t.Errorf("%s: %d pages on the disk, %d stored of %d", c.name, r.Disk, r.Isolated, all)
+		}
+		l.holds(t, ref, s)
+	}
+	// What a parent has there is looked at likewise.
+	ref, meta := l.save(t, s, save.Options{})
+	if r := meta.Report; r.Disk != 0 || r.Isolated != all || r.Unchanged+all < r.Pages-r.Zero {
+		t.Errorf("in the next checkpoint %+v", r)
+	}
+	l.holds(t, ref, s)
+	l.noLeaks(t)
 }
 
 // onDiskBases is how many deltas of a checkpoint are against pages on disks.
@@ -542,53 +597,74 @@ func TestOpenDisks(t *testing.T) {
 	l.noLeaks(t)
 }
 
-// aheadFile remembers what it is told will be read.
+// aheadFile remembers what it is told to read into the page cache.
 type aheadFile struct {
 	checkpoint.DiskFile
-	mu   *sync.Mutex
-	asks *[][2]int64
+	mu    *sync.Mutex
+	reads *[][2]int64
 }
 
-func (f aheadFile) WillNeed(off, n int64) {
+func (f aheadFile) ReadIn(off, n int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	*f.asks = append(*f.asks, [2]int64{off, off + n})
+	*f.reads = append(*f.reads, [2]int64{off, off + n})
 }
 
-// TestDisksAhead: a restore asks for all that it will read of disks, from the beginning of
-// each to its end, in few pieces.
+// patient takes nothing before ready.
+type patient struct{ ready func() bool }
+
+func (p patient) Write(b []byte) (int, error) {
+	for start := time.Now(); !p.ready() && time.Since(start) < 10*time.Second; {
+		time.Sleep(time.Millisecond)
+	}
+	return len(b), nil
+}
+
+// TestDisksAhead: while nobody takes the stream yet, a restore reads all that it will need of
+// disks, from the beginning of each to its end, in few pieces.
 func TestDisksAhead(t *testing.T) {
 	l, list, disks := onDisks(t)
 	var mu sync.Mutex
-	asked := make([][][2]int64, len(disks))
+	read := make([][][2]int64, len(disks))
 	c, err := l.st.OpenCheckpoint(t.Context(), list[2].Ref, checkpoint.Options{Disks: checkpoint.DiskOptions{Open: func(path string, f disk.Format) (checkpoint.DiskFile, error) {
 		i, err := disk.OpenLayer(path, f)
-		return aheadFile{i, &mu, &asked[slices.Index(disks, path)]}, err
+		return aheadFile{i, &mu, &read[slices.Index(disks, path)]}, err
 	}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if _, err := restore.Run(t.Context(), c.Checkpoint, new(bytes.Buffer), restore.Options{}); err != nil {
+	slots := c.Sources().DiskSlots
+	// missing is a slot that was not read.
+	missing := func() (slot uint64, ok bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		for n := range slots {
+			at, err := c.DiskSlot(n)
+			if err != nil {
+				t.Error(err)
+				return 0, false
+			}
+			off := at.Sector() * disk.SectorSize
+			k := slices.Index(disks, c.Disks()[at.Disk()].Path)
+			if !slices.ContainsFunc(read[k], func(a [2]int64) bool { return a[0] <= off && off+4096 <= a[1] }) {
+				return n, true
+			}
+		}
+		return 0, false
+	}
+	out := patient{func() bool { _, ok := missing(); return !ok }}
+	if _, err := restore.Run(t.Context(), c.Checkpoint, out, restore.Options{}); err != nil {
 		t.Fatal(err)
 	}
-	pieces := 0
-	for i := range asked {
-		pieces += len(asked[i])
-		if !slices.IsSortedFunc(asked[i], func(a, b [2]int64) int { return int(a[0] - b[0]) }) {
-			t.Errorf("disk %d is asked for in the order %v", i, asked[i])
-		}
+	if n, ok := missing(); ok {
+		t.Errorf("slot %d was not read ahead", n)
 	}
-	slots := c.Sources().DiskSlots
-	for n := range slots {
-		at, err := c.DiskSlot(n)
-		if err != nil {
-			t.Fatal(err)
-		}
-		off := at.Sector() * disk.SectorSize
-		k := slices.Index(disks, c.Disks()[at.Disk()].Path)
-		if !slices.ContainsFunc(asked[k], func(a [2]int64) bool { return a[0] <= off && off+4096 <= a[1] }) {
-			t.Errorf("slot %d, at %#x of disk %d, was not asked for: %v", n, off, k, asked[k])
+	pieces := 0
+	for i := range read {
+		pieces += len(read[i])
+		if !slices.IsSortedFunc(read[i], func(a, b [2]int64) int { return int(a[0] - b[0]) }) {
+			t.Errorf("disk %d is read in the order %v", i, read[i])
 		}
 	}
 	if pieces == 0 || uint64(pieces)*4 > slots {

@@ -106,11 +106,11 @@ func TestReads(t *testing.T) {
 				}
 			}
 		}
-		if got != source.NewReads(int64(len(needs)), pages, 4096) || got.PerMB < 1 {
+		if got.Reads != source.NewReads(int64(len(needs)), pages, 4096) || got.PerMB < 1 {
 			t.Errorf("generation %d: %+v, and it needs %d segments for %d pages", i, got, len(needs), pages)
 		}
 		rep, err := restore.Run(t.Context(), c.Checkpoint, io.Discard, restore.Options{})
-		if err != nil || rep.Reads == nil || *rep.Reads != got {
+		if err != nil || rep.Reads == nil || *rep.Reads != got.Reads {
 			t.Errorf("generation %d: a restore says %+v, %v, and the plan %+v", i, rep.Reads, err, got)
 		}
 		c.Close()

@@ -11,7 +11,6 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
-	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -48,12 +47,12 @@ type showDoc struct {
 	Number     int    `json:"number"`
 	FileBytes  int64  `json:"file_bytes"` // the image file
 	*checkpoint.Meta
-	Tags    []string       `json:"tags,omitempty"`
-	Note    string         `json:"note,omitempty"`
-	Armed   bool           `json:"armed,omitempty"`   // the VM's next checkpoint is armed, and this is its newest
-	Group   string         `json:"group,omitempty"`   // the group that it is in, NAME@N
-	Reads   *source.Reads  `json:"reads,omitempty"`   // of a restore; missing if the page map can't tell
-	Sharing *store.Sharing `json:"sharing,omitempty"` // with others; missing if it can't be told
+	Tags    []string          `json:"tags,omitempty"`
+	Note    string            `json:"note,omitempty"`
+	Armed   bool              `json:"armed,omitempty"`   // the VM's next checkpoint is armed, and this is its newest
+	Group   string            `json:"group,omitempty"`   // the group that it is in, NAME@N
+	Reads   *checkpoint.Reads `json:"reads,omitempty"`   // of a restore; missing if the page map can't tell
+	Sharing *store.Sharing    `json:"sharing,omitempty"` // with others; missing if it can't be told
 }
 
 func (a *app) show(ctx context.Context, name string, asJSON bool) error {
@@ -66,7 +65,7 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 		return err
 	}
 	// What a checkpoint says of itself is shown also if its page map is damaged.
-	var reads *source.Reads
+	var reads *checkpoint.Reads
 	if r, err := st.Reads(ctx, d.Ref); err == nil {
 		reads = &r
 	}
@@ -101,7 +100,7 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, label, armed, group, reads, sharing)
 }
 
-func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label store.Label, armed bool, group string, reads *source.Reads, sharing *store.Sharing) error {
+func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label store.Label, armed bool, group string, reads *checkpoint.Reads, sharing *store.Sharing) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
 	r := &m.Report
@@ -154,7 +153,7 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label
 		n    int64
 	}{
 		{"zero", r.Zero}, {"sent as data", r.ZeroAsData}, {"duplicate", r.Duplicate}, {"hot", r.Hot}, {"cold", r.Cold},
-		{"equal to disk", r.Disk}, {"delta", r.Delta}, {"unchanged", r.Unchanged}, {"sent again", r.Resent}, {"superseded", r.Superseded}, {"hot without room", r.Surplus},
+		{"equal to disk", r.Disk}, {"equal, but stored", r.Isolated}, {"delta", r.Delta}, {"unchanged", r.Unchanged}, {"sent again", r.Resent}, {"superseded", r.Superseded}, {"hot without room", r.Surplus},
 		{"guest page tables", r.PageTables},
 	} {
 		line("  "+p.name, "%d", p.n)
@@ -178,6 +177,9 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label
 	}
 	if reads != nil {
 		line("a restore reads", "%d places, %.1f for each MB", reads.Places, reads.PerMB)
+		if reads.DiskPlaces > 0 {
+			line("  on disk images", "%s in %d places", human(reads.DiskBytes), reads.DiskPlaces)
+		}
 	}
 	if sharing != nil {
 		for _, to := range sharing.RefersTo {

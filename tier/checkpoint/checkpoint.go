@@ -182,31 +182,47 @@ func openMap(im *image.Image, k image.Kind, pages []uint64, starts []pagemap.Sta
 	return m, nil
 }
 
+// Reads is what a restore of a checkpoint has to read.
+type Reads struct {
+	source.Reads
+	// DiskPlaces is how many stretches of disk images are read, each in one go, and
+	// DiskBytes how long they are together, with what is read in vain between two pages.
+	DiskPlaces int64 `json:"disk_places,omitempty"`
+	DiskBytes  int64 `json:"disk_bytes,omitempty"`
+}
+
 // ReadsOf counts what a restore of an image's checkpoint has to read, here and in the
-// images that it refers to. It reads what the image says of itself, and no pages.
-func ReadsOf(src image.Source) (source.Reads, error) {
+// images and disks that it refers to. It reads what the image says of itself, and no pages.
+func ReadsOf(src image.Source) (r Reads, err error) {
 	im, err := image.Open(src)
 	if err != nil {
-		return source.Reads{}, err
+		return Reads{}, err
 	}
 	m, err := metaOf(im.Tail)
 	if err != nil {
-		return source.Reads{}, err
+		return Reads{}, err
 	}
 	refs, err := m.references(im)
 	if err != nil {
-		return source.Reads{}, err
+		return Reads{}, err
 	}
 	disks, err := m.disks(im)
 	if err != nil {
-		return source.Reads{}, err
+		return Reads{}, err
 	}
 	set := source.Set{Table: source.Default}
 	pages, err := m.pageMap(im, refs, disks, &set.Facts, set.Table)
 	if err != nil {
-		return source.Reads{}, err
+		return Reads{}, err
 	}
-	return set.Reads(pages)
+	r.Reads, err = set.Reads(pages)
+	if err == nil && disks != nil {
+		err = disks.stretches(0, disks.slots, func(_ int, _, n int64) {
+			r.DiskPlaces++
+			r.DiskBytes += n
+		})
+	}
+	return r, err
 }
 
 func (c *Checkpoint) openNVRAM(ctx context.Context, fsys vfs.FS, o *Options) (err error) {

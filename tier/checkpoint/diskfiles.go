@@ -22,8 +22,10 @@ type DiskFile interface {
 	// Identity is what the file was when it was opened, Now what it is.
 	Identity() disk.Identity
 	Now() (disk.Identity, error)
-	// WillNeed says that a stretch will be read soon. It promises nothing.
+	// WillNeed says that a stretch will be read soon, ReadIn reads it into the page cache,
+	// unless it is there. Neither promises anything.
 	WillNeed(off, n int64)
+	ReadIn(off, n int64)
 }
 
 // DiskCheck is when the pages that a checkpoint has on disks are compared with their
@@ -203,6 +205,17 @@ func (d *openDisks) fetch(st *image.Stored, number uint32) error {
 			return err
 		}
 	}
+	// What lies apart is read at one time, and not one after the other.
+	for i := 1; i < n; i++ {
+		if at[i].Disk() != at[0].Disk() || at[i].offset() > at[i-1].offset()+int64(d.page)+aheadGap {
+			_ = d.stretches(first, first+uint64(n), func(disk int, off, n int64) {
+				if f := d.files[disk].DiskFile; f != nil {
+					f.WillNeed(off, n)
+				}
+			})
+			break
+		}
+	}
 	room := st.Pages(d.files[at[0].Disk()].path, number, d.page, n)
 	for i := 0; i < n; {
 		k := 1
@@ -256,45 +269,23 @@ func (d *openDisks) close() {
 	}
 }
 
-const (
-	// aheadGap is what is read in vain rather than to make two reads of it, and aheadMost
-	// how much is asked for at once: what the kernel reads in one go.
-	aheadGap  = 64 << 10
-	aheadMost = 2 << 20
-	// aheadAll is how much is asked for in all, so that it does not drive out of the
-	// page cache what was asked for first.
-	aheadAll = 1 << 30
-)
-
-// ReadDisksAhead asks the kernel for the pages that are on disks, in the order in which
-// they lie there: for who reads them in another. It returns when all are asked for, or
-// with ctx.
-func (c *Checkpoint) ReadDisksAhead(ctx context.Context) {
+// ReadDisksIn reads what is in segments of disk slots, whose numbers rise, into the page
+// cache, in the order in which it lies on disks. It promises nothing, and ends with ctx.
+func (c *Checkpoint) ReadDisksIn(ctx context.Context, segments []uint32) {
 	d := c.disks
-	if d == nil {
-		return
-	}
-	all := int64(0)
-	on, begin, end := 0, int64(0), int64(0)
-	ask := func() {
-		if f := d.files[on].DiskFile; f != nil && end > begin {
-			f.WillNeed(begin, end-begin)
-			all += end - begin
+	for i := 0; d != nil && i < len(segments); {
+		k := i + 1
+		for k < len(segments) && segments[k] == segments[k-1]+1 {
+			k++
 		}
+		// What can't be known says so to who reads it.
+		_ = d.stretches(uint64(segments[i])*source.DiskSegment, (uint64(segments[k-1])+1)*source.DiskSegment, func(disk int, off, n int64) {
+			if f := d.files[disk].DiskFile; f != nil && ctx.Err() == nil {
+				f.ReadIn(off, n)
+			}
+		})
+		i = k
 	}
-	for n := uint64(0); n < d.slots && all < aheadAll && ctx.Err() == nil; n++ {
-		at, err := d.slot(n)
-		if err != nil {
-			return // who reads it says so
-		}
-		off := at.offset()
-		if at.Disk() != on || off > end+aheadGap || off-begin >= aheadMost {
-			ask()
-			on, begin = at.Disk(), off
-		}
-		end = off + int64(d.page)
-	}
-	ask()
 }
 
 // DiskState is a disk that a checkpoint has pages on, and what has become of it.

@@ -189,3 +189,33 @@ func (d *disks) load(k int) ([]DiskSlot, error) {
 	}
 	return slots, nil
 }
+
+const (
+	// aheadGap is what is read in vain rather than to make two reads of it, and aheadMost
+	// how much is asked for at once: what the kernel reads in one go.
+	aheadGap  = 64 << 10
+	aheadMost = 2 << 20
+)
+
+// stretches calls fn with what is read of disks for the slots from first up to end, those
+// that there are: what lies near each other in one go.
+func (d *disks) stretches(first, end uint64, fn func(disk int, off, n int64)) error {
+	on, begin, to := -1, int64(0), int64(0)
+	for n := first; n < min(end, d.slots); n++ {
+		at, err := d.slot(n)
+		if err != nil {
+			return err
+		}
+		if off := at.offset(); at.Disk() != on || off > to+aheadGap || off-begin >= aheadMost {
+			if on >= 0 {
+				fn(on, begin, to-begin)
+			}
+			on, begin = at.Disk(), off
+		}
+		to = at.offset() + int64(d.page)
+	}
+	if on >= 0 {
+		fn(on, begin, to-begin)
+	}
+	return nil
+}

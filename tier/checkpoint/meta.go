@@ -167,6 +167,7 @@ type Report struct {
 	Hot        int64  `json:"hot"`              // in the NVRAM part
 	Cold       int64  `json:"cold"`             // in the flash image
 	Disk       int64  `json:"disk"`             // equal to a block of a disk image
+	Isolated   int64  `json:"isolated"`         // found elsewhere, but stored: to be read there alone would have cost more
 	Delta      int64  `json:"delta"`            // stored as what has changed of another page
 	DeltaBytes int64  `json:"delta_bytes"`      // of those, before they are compressed
 	Similar    int64  `json:"similar"`          // of those, against a page at another place, in pieces

@@ -15,6 +15,36 @@ func (i *Image) WillNeed(off, n int64) {
 	i.stored(off, n, func(at, n int64) { unix.Fadvise(int(i.file.Fd()), at, n, unix.FADV_WILLNEED) })
 }
 
+// readInSize is how much ReadIn reads at a time, in bytes.
+const readInSize = 1 << 20
+
+// scratch are buffers for what nobody wants yet.
+var scratch = sync.Pool{New: func() any { return new([readInSize]byte) }}
+
+// ReadIn reads what the layer itself has of a stretch of the disk into the kernel's page
+// cache, unless it is there already. It promises as little as WillNeed, but returns when it
+// is there. A file that is read as one reads files comes in larger folios than with WILLNEED,
+// and from a fast disk at twice the speed.
+func (i *Image) ReadIn(off, n int64) {
+	buf := scratch.Get().(*[readInSize]byte)
+	defer scratch.Put(buf)
+	i.stored(off, n, func(at, n int64) {
+		for ; n > 0; at, n = at+readInSize, n-readInSize {
+			b := buf[:min(n, readInSize)]
+			if !i.cached(at) || !i.cached(at+int64(len(b))-1) {
+				i.file.ReadAt(b, at)
+			}
+		}
+	})
+}
+
+// cached tells whether the byte at an offset of the file is in the page cache.
+func (i *Image) cached(at int64) bool {
+	var b [1]byte
+	n, err := unix.Preadv2(int(i.file.Fd()), [][]byte{b[:]}, at, unix.RWF_NOWAIT)
+	return n == 1 && err == nil
+}
+
 // stored calls fn with each range of the file that has what the layer itself has of a
 // stretch of the disk, in the disk's order. Ranges that follow each other are one.
 func (i *Image) stored(off, n int64, fn func(at, n int64)) {

@@ -221,6 +221,7 @@ func (l *loader) loadAll(ctx context.Context) error {
 		return err
 	}
 	things := order.Things()
+	disks := l.diskAhead(ctx, order)
 	loaded := bitmap.New(int64(things))
 	add := func(r pagemap.Run) error { return l.add(ctx, r, false) }
 	for i, left := uint64(0), things; left > 0; i = (i + 1) % things {
@@ -231,6 +232,7 @@ func (l *loader) loadAll(ctx context.Context) error {
 			continue
 		}
 		left--
+		disks(i)
 		if err := order.Stretches(i, add); err != nil {
 			return err
 		}
@@ -239,6 +241,28 @@ func (l *loader) loadAll(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// aheadSegments is how many segments of disk slots are read in one go, 2 MiB: as much as a
+// disk needs to be fast, and little for a page that is demanded meanwhile to wait for.
+const aheadSegments = 16
+
+// diskAhead returns what loadAll calls with each thing that comes next: if that is on disks,
+// which are the last, it reads what follows there into the page cache.
+func (l *loader) diskAhead(ctx context.Context, order *source.Order) func(thing uint64) {
+	first, things := order.Thing(source.Need{Space: l.set.Disk}), order.Things()
+	from, to := things, things // what was read last
+	return func(thing uint64) {
+		if l.set.Disk == 0 || thing < first || from <= thing && thing < to {
+			return
+		}
+		from, to = thing, min(thing+aheadSegments, things)
+		var list []uint32
+		for i := from; i < to; i++ {
+			list = append(list, uint32(i-first))
+		}
+		l.c.ReadDisksIn(ctx, list)
+	}
 }
 
 // follow has loadAll go on with what needs n. The pump calls it.

@@ -31,6 +31,7 @@ type prefetcher struct {
 	planned source.Planned
 	room    [source.MaxNeeds]source.Need // the planner's
 	planErr error                        // what a replayer that wants more than was planned gets
+	ahead   chan struct{}                // segments of disk slots that were asked for ahead
 }
 
 const (
@@ -51,6 +52,7 @@ func newPrefetcher(c *checkpoint.Checkpoint, set *source.Set, workers int) *pref
 	p := &prefetcher{
 		c: c, set: set, workers: workers, cache: c.NewCache(cached + ahead + 2*source.MaxNeeds),
 		wanted: make(chan *source.Held, ahead), jobs: make(chan *source.Held, ahead),
+		ahead: make(chan struct{}, aheadMost),
 	}
 	p.cache.CountRefills()
 	return p
@@ -123,7 +125,9 @@ func (p *prefetcher) work(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
+		n := h.Need // who waits for it may be done with it at once
 		p.cache.Fill(h, &reader)
+		p.arrived(n)
 	}
 	return nil
 }

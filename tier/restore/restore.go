@@ -61,8 +61,9 @@ func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) 
 	r := newReplayer(ctx, c, w, o)
 	r.pages = set.NewPlannedReader(p.cache, p.next)
 	r.set = set
+	ahead, stop := context.WithCancel(ctx)
 	g.Go(func() error {
-		c.ReadDisksAhead(ctx)
+		p.readDisksAhead(ahead)
 		return nil
 	})
 	g.Go(func() error { return p.plan(ctx) })
@@ -70,6 +71,7 @@ func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) 
 		g.Go(func() error { return p.work(ctx) })
 	}
 	g.Go(func() error {
+		defer stop()
 		if err := r.play(); err != nil {
 			return err
 		}

@@ -127,6 +127,25 @@ func (d *disks) lookUp(it *item, near *checkpoint.DiskSlot) {
 	}
 }
 
+const (
+	// diskCell is how much of a disk is read together, in bytes: less than what a restore
+	// reads in vain rather than to make two reads of it.
+	diskCell = 32 << 10
+	// diskEnough is how many pages on a disk must be near each other to be referred to: of
+	// the 24 blocks of three cells.
+	diskEnough = 8
+)
+
+// spot is where a page was found outside of the checkpoint, if it is to be seen whether
+// reading it there is worth it: one that the guest waits for is stored anyway.
+func (m *matcher) spot(it *item) (s spot, ok bool) {
+	if it.hot || it.found != isOnDisk && it.found != isEqual || !onDisk(it.entry) {
+		return s, false
+	}
+	at := checkpoint.DiskSlot(it.entry.Value())
+	return spot{uint64(at.Disk())<<48 | uint64(at.Sector())/(diskCell/disk.SectorSize), m.enough}, true
+}
+
 // read copies the page that is on a disk into dst.
 func (d *disks) read(dst []byte, at checkpoint.DiskSlot) error {
 	f := &d.list[at.Disk()]

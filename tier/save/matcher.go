@@ -19,6 +19,7 @@ import (
 // other images of the store, many at a time on all CPUs, and hands them on in their order:
 //
 //	parser ─► batch ─┬─► worker: digest, delta ─┐    ┌─► later ─┐
+//	                 │                           │    ├─► budget ┤
 //	                 └─► flight ─────────────────┴────┴──────────┴─► placer
 //
 // The digest of a page tells whether it is as it was, and then nothing is read; only of
@@ -32,6 +33,8 @@ type matcher struct {
 	free   []*batch
 	most   int // batches in flight
 	later  later
+	budget *budget
+	enough int       // pages near each other on a disk
 	work   chan task // nil: the workers have been told to end
 	alive  sync.WaitGroup
 }
@@ -93,10 +96,16 @@ const (
 	isShared                 // nothing, but another image has the same page
 )
 
-// newMatcher starts workers, which end with stop.
-func newMatcher(ctx context.Context, next *placer, par *parent, workers int) *matcher {
-	m := &matcher{next: next, par: par, most: 2*workers + 1, work: make(chan task, 2*workers+1)}
+// newMatcher starts workers, which end with stop. Pages that are on disks are referred to where
+// enough of them are near each other.
+func newMatcher(ctx context.Context, next *placer, par *parent, workers, enough int) *matcher {
+	m := &matcher{next: next, par: par, enough: enough, most: 2*workers + 1, work: make(chan task, 2*workers+1)}
 	m.later.at = make(map[pageAt]int)
+	pages := uint64(0)
+	for b := range next.to.pages.Blocks() {
+		pages += next.to.pages.Pages(b)
+	}
+	m.budget = newBudget(pages, next.pageSize)
 	m.later.noMoved, m.later.noSimilar = par == nil, par == nil
 	for range workers {
 		r, work := par.reader(ctx), m.work
@@ -137,6 +146,10 @@ func (m *matcher) read(dst []byte, block int, page uint64) error {
 	}
 	if i, ok := m.later.at[pageAt{block, page}]; ok {
 		copy(dst, m.later.items[i].data)
+		return nil
+	}
+	if it := m.budget.find(block, page); it != nil {
+		copy(dst, it.data)
 		return nil
 	}
 	return m.next.read(dst, block, page)
@@ -203,10 +216,14 @@ func (m *matcher) settle(rec *ramparse.Record) error {
 			}
 		}
 	}
-	if it := m.later.take(rec.Block, rec.Page); it != nil {
-		return m.next.matched(it)
+	it := m.later.take(rec.Block, rec.Page)
+	if it == nil {
+		it = m.budget.take(rec.Block, rec.Page)
 	}
-	return nil
+	if it == nil {
+		return nil
+	}
+	return m.next.matched(it)
 }
 
 func (m *matcher) newBatch() *batch {
@@ -234,7 +251,7 @@ func (m *matcher) submit() error {
 	return nil
 }
 
-// drain places all that has come, but for what waits for others.
+// drain places all that has come, but for what waits for others to come.
 func (m *matcher) drain() error {
 	if m.batch != nil {
 		if err := m.submit(); err != nil {
@@ -256,6 +273,9 @@ func (m *matcher) flush() error {
 	if err == nil {
 		err = m.settleLater()
 	}
+	if err == nil {
+		err = m.budget.flush(m.next.matched)
+	}
 	m.stop()
 	if err != nil {
 		return err
@@ -273,10 +293,18 @@ func (m *matcher) place() error {
 	for i := range b.items {
 		it := &b.items[i]
 		m.later.marks.add(it.base, it.marks)
-		m.later.take(it.block, it.page) // what it was before is nothing now
-		if m.later.wants(it, m.next.pageSize) {
+		// What it was before is nothing now.
+		m.later.take(it.block, it.page)
+		m.budget.take(it.block, it.page)
+		var err error
+		if at, ok := m.spot(it); ok {
+			err = m.budget.put(it, at, m.next.matched)
+		} else if m.later.wants(it, m.next.pageSize) {
 			m.later.put(it)
-		} else if err := m.next.matched(it); err != nil {
+		} else {
+			err = m.next.matched(it)
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -1,6 +1,7 @@
 package save
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,6 +73,9 @@ type Options struct {
 	// Disks are disk images that pages are looked for in, as OpenDisks gives them; they
 	// stay open until the save has ended. To looks in none.
 	Disks []Disk
+	// DiskEnough is how many pages must be near each other on a disk for them to be referred
+	// to rather than stored; 0: what was measured to be worth it.
+	DiskEnough int
 	// UnusedDisks are those that it was to look in and can't, for the report.
 	UnusedDisks []checkpoint.DiskUnused
 
@@ -522,7 +526,7 @@ func (s *saver) place() (stage, error) {
 	if to.par == nil && to.disks == nil && to.shared == nil && to.peers == nil {
 		return p, nil
 	}
-	s.match = newMatcher(s.ctx, p, to.par, s.o.workers())
+	s.match = newMatcher(s.ctx, p, to.par, s.o.workers(), cmp.Or(s.o.DiskEnough, diskEnough))
 	return s.match, nil
 }
 
@@ -648,6 +652,9 @@ func (s *saver) commit() (store.Ref, error) {
 	}
 	s.rep.BytesIn, s.rep.Resent = s.parse.cur.Offset(), s.parse.resent
 	place.report(&s.rep)
+	if s.match != nil {
+		s.rep.Isolated = s.match.budget.stored
+	}
 	// META states the size of the file that holds it: what follows it is
 	// known to the byte but for META's own frame, so that is left out.
 	s.rep.FlashBytes = s.out.len()

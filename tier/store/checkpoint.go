@@ -12,7 +12,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/moved"
-	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -219,10 +218,10 @@ type Description struct {
 
 // Reads counts what a restore of a checkpoint has to read: it looks at the page map. It
 // takes no lock.
-func (s *Store) Reads(ctx context.Context, r Ref) (source.Reads, error) {
+func (s *Store) Reads(ctx context.Context, r Ref) (checkpoint.Reads, error) {
 	f, err := s.dir.Open(ctx, r.object(imageSuffix), Unlocked)
 	if err != nil {
-		return source.Reads{}, err
+		return checkpoint.Reads{}, err
 	}
 	defer f.Close()
 	return checkpoint.ReadsOf(f)
