@@ -1,15 +1,21 @@
 package tier_test
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/share"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -133,4 +139,150 @@ func TestShareIndexLost(t *testing.T) {
 			l.noLeaks(t)
 		})
 	}
+}
+
+// TestShareForged gives a save an index that says of every page that it is where it is not:
+// nothing is believed.
+func TestShareForged(t *testing.T) {
+	l := newLab(t, vfs.OS, t.TempDir())
+	s, other := tiertest.New(tiertest.Options{Seed: 1}), tiertest.New(tiertest.Options{Seed: 2})
+	l.save(t, other, save.Options{VM: "a"})
+	_, meta := l.save(t, s, save.Options{VM: "b"}) // adds a's pages to the index
+	h, err := l.st.Trust(t.Context(), store.DefaultDomain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := l.st.Share(store.DefaultDomain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := l.st.Describe(t.Context(), store.Ref{VM: "a", N: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The digests of b's pages, as they would be found in a, in slots that are there, in
+	// those that are not, and in an image that is not a's.
+	locked, err := c.Lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list []share.Source
+	for _, im := range []share.Image{{UUID: a.UUID, VM: "a", Number: 1}, {UUID: meta.UUID, VM: "a", Number: 1}, {UUID: a.UUID, VM: "../a", Number: -1}} {
+		list = append(list, share.Source{Image: im, Each: func(fn func(digest.Sum, uint64) error) error {
+			page := make([]byte, s.PageSize())
+			for i := range s.Pages(0) {
+				if s.Page(page, 0, i) {
+					slot := i
+					if i%3 == 0 {
+						slot = 1<<32 - 1 - i
+					}
+					if err := fn(h.Sum(page), slot); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		}})
+	}
+	if _, err := locked.Add(t.Context(), share.NewKeyID(h), list); err != nil {
+		t.Fatal(err)
+	}
+	if err := locked.Seal(share.NewKeyID(h)); err != nil {
+		t.Fatal(err)
+	}
+	locked.Unlock()
+	ref, meta := l.save(t, s, save.Options{VM: "c"})
+	l.holds(t, ref, s)
+	for _, to := range meta.References {
+		if to == a.UUID {
+			t.Error("it refers to what does not have its pages")
+		}
+	}
+	l.noLeaks(t)
+}
+
+// TestShareDamage damages an image that others refer to: each of them says so, and what is
+// saved after it does not depend on what is damaged.
+func TestShareDamage(t *testing.T) {
+	l := newLab(t, vfs.OS, t.TempDir())
+	s := tiertest.New(tiertest.Options{Seed: 1, Mix: tiertest.Mix{tiertest.Random: 1}})
+	first, _ := l.save(t, s, save.Options{VM: "a"})
+	var refs []store.Ref
+	for _, vm := range []string{"b", "c", "d"} {
+		ref, meta := l.save(t, s, save.Options{VM: vm})
+		if meta.Report.Shared == 0 {
+			t.Fatalf("%v shares nothing", ref)
+		}
+		refs = append(refs, ref)
+	}
+	path := filepath.Join(l.dir, "vms", "a", "00000001.flic")
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	edit(t, path, func(b []byte) []byte { b[len(b)/3] ^= 1; return b })
+	for _, ref := range append(refs, first) {
+		if found := l.verify(ref); len(found) == 0 || !strings.Contains(errors.Join(found...).Error(), path) {
+			t.Errorf("verify of %v: %v", ref, found)
+		}
+		if err := l.restore(ref, io.Discard); !integrity.IsCorrupt(err) {
+			t.Errorf("restore of %v: %v", ref, err)
+		}
+	}
+	// Its digests and its description, of which a save depends.
+	for at := len(good) - 1; at > len(good)-6000; at -= 531 {
+		edit(t, path, func([]byte) []byte { b := bytes.Clone(good); b[at] ^= 1; return b })
+		o := save.Options{VM: fmt.Sprint("e", at), Share: save.ShareStore}
+		ref, _, err := l.trySave(s, o)
+		if err != nil {
+			t.Errorf("byte %d: %v", at, err)
+			continue
+		}
+		os.WriteFile(path, good, 0o600)
+		l.holds(t, ref, s)
+	}
+	l.noLeaks(t)
+}
+
+// TestShareGone shares with what others keep of a checkpoint that was removed, and with
+// nothing that may have been freed of it.
+func TestShareGone(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	o := tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 4 << 20}}, Mix: tiertest.Mix{tiertest.Random: 1}}
+	s := tiertest.New(o)
+	l.save(t, s, save.Options{VM: "a"})
+	// It needs about half of a, in some segments more than in others.
+	o.Blocks[0].Size = 2 << 20
+	half := tiertest.New(o)
+	kept, meta := l.save(t, half, save.Options{VM: "b"})
+	if meta.Report.Shared < meta.Report.Pages*3/4 {
+		t.Fatalf("%d of %d pages shared", meta.Report.Shared, meta.Report.Pages)
+	}
+	if err := l.remove(store.Ref{VM: "a", N: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.st.GC(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ref, meta := l.save(t, s, save.Options{VM: "c"})
+	if n := meta.Report.Shared; n < 300 || n > 600 {
+		t.Errorf("%d pages are shared with what is left", n)
+	}
+	l.holds(t, ref, s)
+	if err := l.remove(kept); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.st.GC(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	l.holds(t, ref, s)
+	if err := l.remove(ref); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range l.tree(t) {
+		if fi, err := l.fs.Stat(filepath.Join(l.dir, name)); err == nil && strings.HasSuffix(name, ".gone") && fi.Size() > 0 {
+			t.Errorf("%s is kept for nobody", name)
+		}
+	}
+	l.noLeaks(t)
 }

@@ -131,6 +131,7 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 			tidied = o.Tidy(ctx)
 		}
 		rep.Demoted = o.demote(ctx, st)
+		indexShared(ctx, st, rep.Checkpoint, o.Log)
 	}
 	if err == nil && o.Arm != nil {
 		if rep.ArmedProcess, err = o.arm(ctx, st, t, x, redial, rep.Checkpoint); err != nil {
@@ -181,6 +182,24 @@ func (o *CheckpointOptions) demote(ctx context.Context, st *store.Store) *store.
 		return nil
 	}
 	return &d
+}
+
+// indexLimit is how long a checkpoint takes to have its pages found by others: as many as
+// 100 GB have. The next save, and gc, go on.
+const indexLimit = 10 * time.Second
+
+// indexShared has the next saves find the pages of the VM's checkpoint, so that no guest
+// stands still while that is done.
+func indexShared(ctx context.Context, st *store.Store, name string, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, indexLimit)
+	defer cancel()
+	ref, err := store.ParseRef(name)
+	if err == nil {
+		err = st.IndexShared(ctx, ref)
+	}
+	if err != nil && ctx.Err() == nil {
+		log.Warn("the index of shared pages is not up to date", "cause", err)
+	}
 }
 
 // checkpointOf is the VM's checkpoint with a UUID; the zero Ref if there is none.

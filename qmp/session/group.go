@@ -144,6 +144,9 @@ func CheckpointGroup(ctx context.Context, fs vfs.FS, st *store.Store, o GroupOpt
 	if rep.Saved {
 		rep.Group = g.record.Ref().String()
 		rep.Demoted = (&CheckpointOptions{NVRAMKeep: o.NVRAMKeep, Log: o.Log}).demote(ctx, st)
+		for _, m := range rep.Members {
+			indexShared(ctx, st, m.Checkpoint, o.Log)
+		}
 	}
 	for i, err := range errs {
 		if err != nil {

@@ -141,6 +141,20 @@ func (s *Store) TendShare(ctx context.Context, domain string, h *digest.Hasher, 
 	return rep, l.Seal(key)
 }
 
+// IndexShared brings the index of a checkpoint's trust domain up to date.
+func (s *Store) IndexShared(ctx context.Context, r Ref) error {
+	id, _, err := s.identity(ctx, r)
+	if err != nil || id.TrustDomain == "" {
+		return err
+	}
+	h, err := s.Trust(ctx, id.TrustDomain)
+	if err != nil {
+		return err
+	}
+	rep, err := s.TendShare(ctx, id.TrustDomain, h, ShareOptions{Scan: true})
+	return errors.Join(rep.Failed, err)
+}
+
 // placed finds the image with a UUID where it was, listed or not.
 func (s *Store) placed(ctx context.Context, was Ref, id uuid.UUID) (found stored, ok bool) {
 	if CheckVM(was.VM) != nil || was.N < 1 || was.N > MaxNumber {
