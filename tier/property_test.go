@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -12,11 +13,15 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/stream"
+	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -30,14 +35,14 @@ const seedsEnv = "FLIC_TEST_SEQUENCES"
 // TestSequences does random things to a store of several guests that refer to their own
 // and to each other's checkpoints, with crashes in between, and compares it with a model
 // that has each checkpoint's memory as a whole. Whatever is listed restores to the same
-// bytes and nothing is missing that was not removed; and when all is removed, all space
-// is back.
+// bytes, eagerly and lazily, and nothing is missing that was not removed; and when all is
+// removed, all space is back.
 func TestSequences(t *testing.T) {
 	seeds := 6
 	if n, err := strconv.Atoi(os.Getenv(seedsEnv)); err == nil {
 		seeds = n
 	}
-	var total struct{ refers, trimmed, flattened, crashes, kept, onDisk, demoted int }
+	var total struct{ refers, trimmed, flattened, crashes, kept, onDisk, demoted, served int }
 	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 8)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{}}
@@ -63,9 +68,10 @@ func TestSequences(t *testing.T) {
 			total.kept += q.kept
 			total.onDisk += q.onDisk
 			total.demoted += q.demoted
+			total.served += q.served
 		})
 	}
-	if total.onDisk < seeds || total.refers < 5*seeds || total.trimmed == 0 || total.flattened < seeds || total.crashes < seeds || total.kept < seeds || 2*total.demoted < seeds {
+	if total.onDisk < seeds || total.refers < 5*seeds || total.trimmed == 0 || total.flattened < seeds || total.crashes < seeds || total.kept < seeds || 2*total.demoted < seeds || total.served < 20*seeds {
 		t.Errorf("too little was tried: %+v", total)
 	}
 }
@@ -83,7 +89,7 @@ type sequence struct {
 	// have made it, or not have removed it.
 	may func(store.Ref) *tiertest.Stream
 
-	refers, trimmed, flattened, crashes, kept, onDisk, demoted int
+	refers, trimmed, flattened, crashes, kept, onDisk, demoted, served int
 
 	disks []save.Disk // which stay as they are
 }
@@ -264,6 +270,10 @@ func (q *sequence) look() {
 		q.l.holds(t, ref, s)
 		q.demands(ref, s)
 	}
+	if len(refs) > 0 {
+		ref := refs[q.rng.IntN(len(refs))]
+		q.lazily(ref, q.model[ref])
+	}
 	for ref := range q.model {
 		if !slices.Contains(refs, ref) {
 			t.Errorf("%v is gone", ref)
@@ -305,6 +315,102 @@ func (q *sequence) demands(ref store.Ref, s *tiertest.Stream) {
 	for range 10 {
 		block := q.rng.IntN(len(s.Blocks()))
 		page(block, q.rng.Uint64N(s.Pages(block)))
+	}
+}
+
+// lazily restores a checkpoint as a QEMU has it that runs already: the server pushes pages
+// and sends those that are asked for, at random moments.
+func (q *sequence) lazily(ref store.Ref, s *tiertest.Stream) {
+	t := q.t
+	c, err := q.l.st.OpenCheckpoint(t.Context(), ref, checkpoint.Options{})
+	if err != nil {
+		t.Errorf("%v: %v", ref, err)
+		return
+	}
+	defer c.Close()
+	in, rp := io.Pipe()
+	r, out := io.Pipe()
+	served := make(chan error, 1)
+	go func() {
+		_, err := lazy.Serve(t.Context(), c.Checkpoint, in, out, lazy.Options{})
+		out.Close() // as by the end of the process
+		served <- err
+	}()
+	got, err := q.load(s, r, rp)
+	r.CloseWithError(io.ErrClosedPipe)
+	rp.Close()
+	if serr := <-served; serr != nil || err != nil {
+		t.Errorf("lazy restore of %v: server: %v; destination: %v", ref, serr, err)
+		return
+	}
+	in.Close()
+	want, zero := make([]byte, s.PageSize()), make([]byte, s.PageSize())
+	for b := range s.Blocks() {
+		for p := range s.Pages(b) {
+			s.Page(want, b, p)
+			// A page that has not come reads as zero.
+			if !got[tiertest.PageID{Block: b, Page: p}] && !bytes.Equal(want, zero) {
+				t.Errorf("lazy restore of %v: page %s has not come", ref, c.PageName(b, p))
+			}
+		}
+	}
+	q.served++
+}
+
+// load is the destination of a lazy restore: it reads all of it, asks for pages, and
+// compares what comes. It returns which pages that were.
+func (q *sequence) load(s *tiertest.Stream, r io.Reader, rp io.Writer) (map[tiertest.PageID]bool, error) {
+	cur := stream.NewCursor(r, 0)
+	cur.SetReadAhead(0)
+	rd := stream.NewReader(cur)
+	dec := ramparse.NewDecoder(ramparse.Options{PageSize: s.PageSize()})
+	got := make(map[tiertest.PageID]bool)
+	want := make([]byte, s.PageSize())
+	for running := false; ; {
+		f, err := rd.Next()
+		switch {
+		case err != nil || f.Kind == stream.EOF:
+			return got, err
+		case f.Kind == stream.CommandFrame && f.Command.Number == stream.CommandPackaged:
+			if err := rd.CopyPackage(func([]byte) error { return nil }); err != nil {
+				return got, err
+			}
+			if _, err := rp.Write(returnpath.AppendPong(nil, 3)); err != nil { // the devices are loaded
+				return got, err
+			}
+			running = true
+		case f.Kind == stream.SectionStart || f.Kind == stream.SectionPart || f.Kind == stream.SectionEnd:
+			for {
+				var rec ramparse.Record
+				if err := dec.Next(cur, &rec); err != nil {
+					return got, err
+				}
+				if rec.Kind == ramparse.EOS {
+					break
+				}
+				if rec.Kind == ramparse.MemSize {
+					continue
+				}
+				id := tiertest.PageID{Block: rec.Block, Page: rec.Page}
+				s.Page(want, id.Block, id.Page)
+				same := rec.Kind == ramparse.Page && bytes.Equal(rec.Data, want) ||
+					rec.Kind == ramparse.Zero && bytes.Equal(want, bytes.Repeat([]byte{rec.Fill}, len(want)))
+				if !same || got[id] {
+					return got, fmt.Errorf("page %v comes as %v, with other content or again", id, rec.Kind)
+				}
+				got[id] = true
+			}
+			if f.Kind == stream.SectionEnd {
+				running = false // nobody reads what is asked for from here on
+			}
+		}
+		if running && q.rng.IntN(2) == 0 {
+			b := q.rng.IntN(len(s.Blocks()))
+			at := q.rng.Uint64N(s.Pages(b)) * uint64(s.PageSize())
+			if _, err := rp.Write(returnpath.AppendReqPages(nil, s.Blocks()[b].Name, at, uint32(s.PageSize()))); err != nil {
+				return got, err
+			}
+		}
 	}
 }
 
