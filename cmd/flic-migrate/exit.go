@@ -12,6 +12,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/transfer"
 )
 
 // The exit codes. Scripts rely on them: a number never changes its meaning.
@@ -48,6 +49,7 @@ func exitCode(err error) int {
 	var usage usageError
 	var server *session.ServerError
 	var armed *session.ArmedError
+	var remote *remoteError
 	var migration *migration.Error
 	switch {
 	case err == nil:
@@ -56,6 +58,8 @@ func exitCode(err error) int {
 		return server.Server.ExitCode
 	case errors.As(err, &armed):
 		return armed.ExitCode
+	case errors.As(err, &remote):
+		return remote.ExitCode
 	case errors.As(err, &usage), errors.Is(err, store.ErrName), errors.Is(err, store.ErrInside):
 		return exitUsage
 	case errors.Is(err, errDamaged), integrity.IsCorrupt(err):
@@ -67,7 +71,8 @@ func exitCode(err error) int {
 	case errors.As(err, &migration):
 		// QEMU has broken off the stream; it has the reason.
 		return exitFailed
-	case errors.Is(err, stream.ErrTruncated), errors.Is(err, stream.ErrDamaged), errors.Is(err, stream.ErrNotStream):
+	case errors.Is(err, stream.ErrTruncated), errors.Is(err, stream.ErrDamaged), errors.Is(err, stream.ErrNotStream),
+		errors.Is(err, transfer.ErrTruncated), errors.Is(err, transfer.ErrDamaged), errors.Is(err, transfer.ErrNotStream):
 		return exitStream
 	}
 	return exitFailed

@@ -353,6 +353,20 @@ func (id *Identity) check() error {
 	return nil
 }
 
+// InNVRAM tells whether pages of its NVRAM part may still be in an NVRAM file. Of a
+// checkpoint that was copied from another store all are in .moved pieces, and the file of
+// that store is none of this one's.
+func (id *Identity) InNVRAM() bool { return id.NVRAM != nil && id.NVRAM.UUID != uuid.Nil }
+
+// Document is the stored form.
+func (id *Identity) Document() ([]byte, error) {
+	b, err := encode(id)
+	if err == nil {
+		_, err = parseIdentity(b)
+	}
+	return b, err
+}
+
 // parseMeta parses both documents.
 func parseMeta(meta, identity []byte) (*Meta, error) {
 	id, err := parseIdentity(identity)

@@ -147,6 +147,9 @@ func OpenPart(ctx context.Context, fsys vfs.FS, im *image.Image, id *Identity, p
 	if need = need.Minus(p.moved.Slots()); len(need) == 0 && p.moved != nil {
 		return p, nil
 	}
+	if !id.InNVRAM() {
+		return nil, im.Corrupt(image.NVRAM, 0, fmt.Errorf("%d slots are in no .moved piece, and the checkpoint, which was copied from another store, has no NVRAM file", need.Count()))
+	}
 	if path == "" {
 		path = id.NVRAM.Path
 	}

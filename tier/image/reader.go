@@ -105,6 +105,19 @@ func (t *Tail) metaOffset() int64 {
 	return int64(t.foot.indexOffset) - FrameHeaderLen - int64(t.foot.metaStored)
 }
 
+// Renamed is the end of the same image with another IDENTITY document, from the offset at
+// on.
+func (t *Tail) Renamed(identity []byte) (at int64, end []byte, err error) {
+	if len(identity) > MaxIdentity {
+		return 0, nil, fmt.Errorf("IDENTITY of %d bytes", len(identity))
+	}
+	at = t.length - FooterLen - FrameHeaderLen - int64(t.foot.identityStored)
+	end = appendFrame(nil, Identity, 0, identity)
+	foot := t.foot
+	foot.identityStored, foot.length = uint32(len(identity)), uint64(at)+uint64(len(end))+FooterLen
+	return at, foot.append(end), nil
+}
+
 // Len is the size of the image in bytes.
 func (t *Tail) Len() int64 { return t.length }
 
@@ -324,6 +337,38 @@ func (im *Image) Frames(fn func(k Kind, number uint32, off int64) error) error {
 		}
 	}
 	return nil
+}
+
+// Raw calls fn for the bytes of the image as they are stored, checked, in file order: those
+// of its header, of the frames that are wanted, and of its end from the INDEX on. They are
+// good until fn returns.
+func (im *Image) Raw(want func(k Kind, number uint32) bool, fn func(off int64, b []byte) error) error {
+	head := make([]byte, HeaderLen)
+	if err := readFull(im.src, head, 0, "header"); err != nil {
+		return err
+	}
+	if err := fn(0, head); err != nil {
+		return err
+	}
+	var st Stored
+	for _, e := range im.frames {
+		if !want(e.kind, e.number) {
+			continue
+		}
+		if err := st.fetch(im.src, im.Header, e); err != nil {
+			return err
+		}
+		if err := fn(e.off, st.b); err != nil {
+			return err
+		}
+	}
+	// Who has opened the image has checked these.
+	off := int64(im.Tail.foot.indexOffset)
+	end := make([]byte, im.Len()-off)
+	if err := readFull(im.src, end, off, "INDEX 0"); err != nil {
+		return err
+	}
+	return fn(off, end)
 }
 
 func (im *Image) corrupt(off int64, what string, err error) error {

@@ -7,6 +7,7 @@ package integrity
 import (
 	"errors"
 	"fmt"
+	"hash"
 	"hash/crc32"
 )
 
@@ -16,6 +17,9 @@ var Castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // Checksum returns the CRC-32C of b.
 func Checksum(b []byte) uint32 { return crc32.Checksum(b, Castagnoli) }
+
+// Hash makes a CRC-32C of what is written to it.
+func Hash() hash.Hash32 { return crc32.New(Castagnoli) }
 
 // ErrChecksum is wrapped by a CorruptError when stored bytes and their checksum
 // differ.

@@ -203,6 +203,18 @@ func (p *Piece) Unneeded(need source.Ranges, fn func(off, end int64)) {
 	}
 }
 
+// Offset is where in the file the page of a slot is that the piece has.
+func (p *Piece) Offset(slot uint32) int64 {
+	at := headerLen(len(p.Slots))
+	for _, r := range p.Slots {
+		if uint64(slot) < r.End() {
+			return at + int64(slot-r.First)*int64(p.PageSize)
+		}
+		at += int64(r.Count) * int64(p.PageSize)
+	}
+	return at
+}
+
 // Source is a piece's file.
 type Source interface {
 	image.Source

@@ -202,7 +202,7 @@ func (m *demotion) step(ctx context.Context) (bytes int64, more bool, err error)
 	}
 	// Of a copy in another place the NVRAM is the original's, which would not look for
 	// pieces here. Whoever reads the copy says what is wrong with it.
-	if m.id.NVRAM == nil || checkPlace(f.Name(), m.ref, m.id) != nil {
+	if !m.id.InNVRAM() || checkPlace(f.Name(), m.ref, m.id) != nil {
 		return 0, false, nil
 	}
 	if m.nv, err = s.openNVRAM(ctx, nvramFile{m.id.NVRAM.Path, m.id.NVRAM.UUID}); err != nil {

@@ -61,6 +61,10 @@ type Dir interface {
 	// Create makes an object (fs.ErrExist) to be filled, and locks it exclusively.
 	Create(ctx context.Context, name string) (Object, error)
 
+	// Stage opens an object to be written to at any place, and makes it if there is none. It
+	// is locked exclusively (vfs.ErrLocked).
+	Stage(ctx context.Context, name string) (Stage, error)
+
 	// Open opens an object for reading, and locks it unless lock is Unlocked:
 	// without waiting, until it is closed or the process ends. What stands there
 	// and is no object, as a folder, is damage (errNotObject).
@@ -216,6 +220,21 @@ func (d *posixDir) Create(_ context.Context, name string) (_ Object, err error) 
 		return nil, err
 	}
 	locked = true
+	return f, nil
+}
+
+func (d *posixDir) Stage(_ context.Context, name string) (Stage, error) {
+	f, err := d.fs.OpenRW(d.Path(name))
+	if gone(err) {
+		f, err = d.fs.Create(d.Path(name))
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := f.TryLock(vfs.Exclusive); err != nil {
+		f.Close()
+		return nil, err
+	}
 	return f, nil
 }
 

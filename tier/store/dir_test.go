@@ -453,6 +453,37 @@ func (d *memDir) Create(_ context.Context, name string) (Object, error) {
 	return &memHandle{d, o, name, Exclusive}, nil
 }
 
+func (d *memDir) Stage(_ context.Context, name string) (Stage, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	o := d.objects[name]
+	if o == nil {
+		o = &memObject{serial: memSerial.Add(1)}
+		d.objects[name] = o
+	}
+	if o.writer || o.readers > 0 {
+		return nil, memError("stage", name, vfs.ErrLocked)
+	}
+	o.writer = true
+	return &memHandle{d, o, name, Exclusive}, nil
+}
+
+func (h *memHandle) WriteAt(b []byte, off int64) (int, error) {
+	h.d.mu.Lock()
+	defer h.d.mu.Unlock()
+	if end := off + int64(len(b)); end > int64(len(h.o.b)) {
+		h.o.b = append(h.o.b, make([]byte, end-int64(len(h.o.b)))...)
+	}
+	return copy(h.o.b[off:], b), nil
+}
+
+func (h *memHandle) Truncate(size int64) error {
+	h.d.mu.Lock()
+	defer h.d.mu.Unlock()
+	h.o.b = append(bytes.Clone(h.o.b), make([]byte, max(0, size-int64(len(h.o.b))))...)[:size]
+	return nil
+}
+
 func (d *memDir) Open(_ context.Context, name string, lock Locking) (Object, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -105,7 +105,7 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 	switch {
 	case kept:
 		theirs = append(theirs, was.UUID)
-	case was.NVRAM != nil:
+	case was.InNVRAM():
 		var left error
 		old.NVRAMBytes, left = s.freeNVRAM(ctx, was, nil)
 		old.Left = errors.Join(old.Left, left)

@@ -29,7 +29,7 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 	id := st.id
 	// What a copy in another place says is in NVRAM is the original's; sweep knows whether
 	// that one is there.
-	owner := id != nil && id.NVRAM != nil && checkPlace(f.Name(), st.ref, id) == nil
+	owner := id != nil && id.InNVRAM() && checkPlace(f.Name(), st.ref, id) == nil
 	size, err := taken(f)
 	if err != nil {
 		return fr, nil, err

@@ -152,7 +152,7 @@ func (g *gc) tmp(ctx context.Context) error {
 	if unplaced != nil {
 		g.rep.warn(fmt.Errorf("saves that may belong to a group are kept: %w", unplaced))
 	}
-	list, err := g.dir.List(ctx, tmpFolder)
+	list, err := g.dir.Look(ctx, tmpFolder)
 	if err != nil {
 		return err
 	}
@@ -176,6 +176,10 @@ func (g *gc) tmp(ctx context.Context) error {
 			g.rep.warn(err)
 			continue
 		}
+		if suffix == stagedSuffix && time.Since(time.Unix(0, e.Stamp.Mtime)) < StagedFor {
+			f.Close() // a transfer that was cut off may go on
+			continue
+		}
 		if suffix == partSuffix && unplaced != nil {
 			g.live[id] = true
 			f.Close()
@@ -196,7 +200,7 @@ func (g *gc) tmp(ctx context.Context) error {
 		}
 		removed = true
 		g.rep.Bytes += size
-		if suffix == partSuffix {
+		if suffix == partSuffix || suffix == stagedSuffix {
 			g.rep.Parts++
 		}
 	}

@@ -94,6 +94,8 @@ const (
 	newSuffix  = ".new"  // of a sealed object in the making
 	rateSuffix = ".rate" // of a measurement
 
+	stagedSuffix = ".staged" // of what was received of an image
+
 	imageSuffix   = ".flic"
 	removedSuffix = ".gone" // no longer than imageSuffix: see remove
 	touchedSuffix = ".touched"
@@ -191,7 +193,7 @@ func parseTmp(name string) (r Ref, id uuid.UUID, suffix string, ok bool) {
 		return r, id, "", false
 	}
 	switch suffix {
-	case newSuffix, rateSuffix:
+	case newSuffix, rateSuffix, stagedSuffix:
 		return r, id, suffix, ref == ""
 	case partSuffix:
 		ref, ok := strings.CutSuffix(ref, ".")

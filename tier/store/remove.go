@@ -124,7 +124,7 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		theirs = append(theirs, id.UUID)
 	} else {
 		rm.FlashBytes = size
-		if rm.Left == nil && id.NVRAM != nil {
+		if rm.Left == nil && id.InNVRAM() {
 			rm.NVRAMBytes, rm.Left = s.freeNVRAM(ctx, id, nil)
 		}
 		moved, err := s.tidy(ctx, r, id.UUID)

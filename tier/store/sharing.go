@@ -237,7 +237,7 @@ func (s *Store) frees(ctx context.Context, f Object, r Ref, id *checkpoint.Ident
 		return free, err
 	}
 	// An NVRAM file that is not there gives nothing back.
-	if s.CheckHome(ctx) != nil {
+	if s.CheckHome(ctx) != nil || !id.InNVRAM() {
 		return free, nil
 	}
 	nv, err := nvram.Open(ctx, s.fs, id.NVRAM.Path, nvram.Options{ReadOnly: true})

@@ -1,0 +1,457 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/transfer"
+)
+
+// asFlag is --as: what a checkpoint is to be called in the other store.
+type asFlag struct{ ref store.Ref }
+
+func (a *asFlag) Type() string   { return "NAME[@N]" }
+func (a *asFlag) String() string { return a.ref.String() }
+
+func (a *asFlag) Set(v string) (err error) {
+	a.ref, err = store.ParseRef(v)
+	return err
+}
+
+func (a *asFlag) add(fs *pflag.FlagSet, verb string) {
+	fs.Var(a, "as", "call it so there; without @N it gets the VM's next number")
+	setKey(fs, "as", verb+"-as")
+}
+
+// copiedEntry is what becomes of a checkpoint that is copied, sent or received.
+type copiedEntry struct {
+	Checkpoint string `json:"checkpoint,omitempty"` // NAME@N, in the store that it is in now
+	From       string `json:"from,omitempty"`       // NAME@N, in the one that it is from
+	UUID       string `json:"uuid,omitempty"`
+	Already    bool   `json:"already,omitempty"` // it was there
+	Images     int    `json:"images"`            // that have come: its own, and those that it refers to
+	Bytes      int64  `json:"bytes"`             // that have come
+	ExitCode   int    `json:"exit_code,omitempty"`
+	Error      string `json:"error,omitempty"`
+}
+
+func newCopiedEntry(r store.Received) copiedEntry {
+	return copiedEntry{Checkpoint: r.Ref.String(), From: r.Sent.String(), UUID: r.UUID.String(), Already: r.Already, Images: r.Images, Bytes: r.Bytes}
+}
+
+func (e copiedEntry) words() string {
+	if e.Already {
+		return e.Checkpoint + ": it is there already"
+	}
+	from := ""
+	if e.From != e.Checkpoint {
+		from = ", which was " + e.From
+	}
+	return fmt.Sprintf("%s%s: received, %s in %s", e.Checkpoint, from, human(e.Bytes), plural(e.Images, "image"))
+}
+
+type copyCmd struct {
+	*app
+	to, ssh, program string
+	as               asFlag
+	nvram            string
+	json, quiet      bool
+}
+
+func newCopy(a *app) *cobra.Command {
+	c := &copyCmd{app: a}
+	cmd := &cobra.Command{
+		Use:   "copy [flags] NAME[@N]... --to STORE",
+		Short: "Copy checkpoints to another store, here or on another host",
+		Long: `Copy copies checkpoints to another store: a directory, which is made if it is missing,
+or HOST:DIRECTORY, to which ssh connects. What the other store has is not sent again: of
+a checkpoint whose parent is there only what has changed goes over. A copy has the same
+name, the same UUID, tags and note, and can be referred to like the original; with what
+it needs of other checkpoints, which is not listed there. Its hot pages are on flash.
+
+Each byte is checked when it is read, and the whole checkpoint again in the other store,
+before it is one. A copy that is cut off leaves the other store as it was; the next one
+goes on where it was (gc forgets that after three days).
+
+On HOST flic-migrate must be in the PATH, or named by --remote-program. A checkpoint that
+has pages on disk images has to be absorbed first.`,
+		Example: `  flic-migrate copy --store /srv/vms web1@3 --to /mnt/backup/vms
+  flic-migrate copy --store /srv/vms web1 db1 --to backup.example.org:/srv/vms`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return c.run(cmd.Context(), args) },
+	}
+	fs := cmd.Flags()
+	fs.StringVar(&c.to, "to", "", "the other store: a directory, or HOST:DIRECTORY (required)")
+	fs.StringVar(&c.ssh, "ssh", "ssh -o ServerAliveInterval=30", "the command that connects to HOST")
+	fs.StringVar(&c.program, "remote-program", "flic-migrate", "flic-migrate's path on HOST")
+	c.as.add(fs, "copy")
+	fs.StringVar(&c.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	fs.BoolVar(&c.json, "json", false, "print a JSON array")
+	fs.BoolVar(&c.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	setKey(fs, "to", "copy-to")
+	return cmd
+}
+
+func (c *copyCmd) run(ctx context.Context, names []string) error {
+	debug.SetGCPercent(gcPercent)
+	if c.to == "" {
+		return usageError{errors.New("copy needs the other store: --to, FLIC_COPY_TO or copy-to in the configuration file")}
+	}
+	if len(names) > 1 && c.as.ref.N > 0 {
+		return usageError{fmt.Errorf("several checkpoints can't all become %v", c.as.ref)}
+	}
+	st, err := c.openStore(ctx, false)
+	if err != nil {
+		return err
+	}
+	refs, err := resolve(ctx, st, names)
+	if err != nil {
+		return err
+	}
+	show := newProgress(c.stderr, c.quiet)
+	entries := []copiedEntry{}
+	done := func(e copiedEntry) error {
+		entries = append(entries, e)
+		if c.json || c.quiet {
+			return nil
+		}
+		_, err := fmt.Fprintln(c.stdout, e.words())
+		return err
+	}
+	// As rsync has it: a colon before the first slash is behind a host.
+	if host, path, remote := strings.Cut(c.to, ":"); remote && !strings.Contains(host, "/") {
+		err = c.remote(ctx, st, refs, host, path, show, done)
+	} else {
+		err = c.local(ctx, st, refs, show, done)
+	}
+	show.finish()
+	if c.json && (err == nil || len(entries) > 0) {
+		err = errors.Join(err, printJSON(c.stdout, entries))
+	}
+	return err
+}
+
+// send writes checkpoints to a store that has what have says.
+func (c *copyCmd) send(ctx context.Context, st *store.Store, refs []store.Ref, w io.Writer, have *transfer.Have, show func(progress.State)) error {
+	b := bufio.NewWriterSize(w, 1<<20)
+	tw, err := transfer.NewWriter(b)
+	if err != nil {
+		return err
+	}
+	for _, ref := range refs {
+		if _, err := st.Send(ctx, ref, tw, have, c.nvram, show); err != nil {
+			return fmt.Errorf("checkpoint %v was not sent: %w", ref, err)
+		}
+	}
+	if err := tw.Close(); err != nil {
+		return err
+	}
+	return b.Flush()
+}
+
+// local copies to a store of this host.
+func (c *copyCmd) local(ctx context.Context, st *store.Store, refs []store.Ref, show *meter, done func(copiedEntry) error) error {
+	to, err := store.Open(ctx, c.fs, c.to, true)
+	if err != nil {
+		return err
+	}
+	c.opened = append(c.opened, to)
+	if to.UUID() == st.UUID() {
+		return usageError{fmt.Errorf("%s is the store %s, or a copy of it", c.to, st.Dir())}
+	}
+	have, err := to.Have(ctx)
+	if err != nil {
+		return err
+	}
+	r, w := io.Pipe()
+	sent := make(chan error, 1)
+	go func() {
+		err := rescue.Call(func() error { return c.send(ctx, st, refs, w, have, show.callback()) })
+		w.CloseWithError(err) // nil is the end
+		sent <- err
+	}()
+	err = to.Receive(ctx, r, store.ReceiveOptions{As: c.as.ref, Done: func(r store.Received) error { return done(newCopiedEntry(r)) }})
+	r.CloseWithError(errors.Join(errNotTaken, err))
+	if serr := <-sent; serr != nil && !errors.Is(serr, errNotTaken) {
+		err = serr
+	}
+	return err
+}
+
+// errNotTaken is what a sender is told whose receiver has ended.
+var errNotTaken = errors.New("the other store does not take it")
+
+// remoteError is a failure on another host, which had this exit code there.
+type remoteError struct {
+	host string
+	copiedEntry
+}
+
+func (e *remoteError) Error() string { return e.host + ": " + e.copiedEntry.Error }
+
+// remote copies to a store on another host.
+func (c *copyCmd) remote(ctx context.Context, st *store.Store, refs []store.Ref, host, path string, show *meter, done func(copiedEntry) error) error {
+	if host == "" || path == "" || host[0] == '-' {
+		return usageError{fmt.Errorf("--to %s: must be a directory, or HOST:DIRECTORY", c.to)}
+	}
+	words := []string{c.program, "receive", "--answer", "--store", path}
+	if c.as.ref.VM != "" {
+		words = append(words, "--as", c.as.ref.String())
+	}
+	ssh := append(strings.Fields(c.ssh), host, migration.ShellWords(words))
+	cmd := exec.CommandContext(ctx, ssh[0], ssh[1:]...)
+	cmd.Stderr = os.Stderr
+	cmd.WaitDelay = 5 * time.Second
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	answers := bufio.NewReader(out)
+	have, err := transfer.ReadHave(answers)
+	if err == nil {
+		sent := make(chan error, 1)
+		go func() {
+			err := rescue.Call(func() error { return c.send(ctx, st, refs, in, have, show.callback()) })
+			in.Close()
+			sent <- err
+		}()
+		err = c.answers(host, answers, done)
+		if serr := <-sent; serr != nil && (err == nil || !isBroken(serr)) {
+			err = serr // a broken pipe is the other's failure
+		}
+	}
+	in.Close()
+	werr := cmd.Wait()
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case err == nil && werr != nil:
+		err = fmt.Errorf("%s: %w", ssh[0], werr)
+	case errors.Is(err, io.ErrUnexpectedEOF) && werr != nil:
+		err = fmt.Errorf("%s on %s has not answered: %w", c.program, host, werr)
+	}
+	return err
+}
+
+// isBroken tells whether nobody reads any more.
+func isBroken(err error) bool { return errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) }
+
+// maxAnswer is the longest line of an answer.
+const maxAnswer = 1 << 20
+
+// answers reads what the other host says of each checkpoint.
+func (c *copyCmd) answers(host string, r *bufio.Reader, done func(copiedEntry) error) error {
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, maxAnswer)
+	for lines.Scan() {
+		var e copiedEntry
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			return fmt.Errorf("%s answers %.100q: %w", host, lines.Text(), err)
+		}
+		if e.Error != "" {
+			return &remoteError{host, e}
+		}
+		if err := done(e); err != nil {
+			return err
+		}
+	}
+	return lines.Err()
+}
+
+func newSend(a *app) *cobra.Command {
+	c := &copyCmd{app: a}
+	var have string
+	cmd := &cobra.Command{
+		Use:   "send [flags] NAME[@N]... > STREAM",
+		Short: "Write checkpoints to standard output, for receive",
+		Long: `Send writes checkpoints to standard output, for a "flic-migrate receive" at the other
+end of a pipe or a file. With --have it leaves out what the other store has, which
+"receive --list" there says, and goes on with what was cut off; without, each comes with
+all that it needs. copy does both in one go, and is told how it went.`,
+		Example: `  flic-migrate send --store /srv/vms web1@3 | ssh backup flic-migrate receive --store /srv/vms
+  ssh backup flic-migrate receive --list --store /srv/vms |
+      flic-migrate send --store /srv/vms --have - web1@4 |
+      ssh backup flic-migrate receive --store /srv/vms`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return c.sendAll(cmd.Context(), args, have) },
+	}
+	fs := cmd.Flags()
+	fs.StringVar(&have, "have", "", "`FILE` with what receive --list says; -: standard input")
+	fs.StringVar(&c.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	fs.BoolVar(&c.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	setKey(fs, "have", "send-have")
+	return cmd
+}
+
+func (c *copyCmd) sendAll(ctx context.Context, names []string, have string) error {
+	debug.SetGCPercent(gcPercent)
+	if isTerminal(c.stdout.File) {
+		return usageError{errors.New("send writes a stream to its standard output, which is a terminal; see flic-migrate send --help")}
+	}
+	st, err := c.openStore(ctx, false)
+	if err != nil {
+		return err
+	}
+	refs, err := resolve(ctx, st, names)
+	if err != nil {
+		return err
+	}
+	h := transfer.NewHave()
+	if have != "" {
+		f := c.stdin
+		if have != "-" {
+			if f, err = os.Open(have); err != nil {
+				return err
+			}
+			defer f.Close()
+		}
+		if h, err = transfer.ReadHave(bufio.NewReader(f)); err != nil {
+			return err
+		}
+	}
+	show := newProgress(c.stderr, c.quiet)
+	defer show.finish()
+	return c.send(ctx, st, refs, c.stdout, h, show.callback())
+}
+
+type receiveCmd struct {
+	*app
+	list, answer bool
+	as           asFlag
+	json, quiet  bool
+}
+
+func newReceive(a *app) *cobra.Command {
+	r := &receiveCmd{app: a}
+	cmd := &cobra.Command{
+		Use:   "receive [flags] < STREAM",
+		Short: "Take checkpoints that send has written",
+		Long: `Receive reads what "flic-migrate send" writes from standard input, and makes checkpoints
+of it, each under the name that it had. Nothing of it is seen before it is whole, checked
+and durable. If the stream is cut off or damaged, what has come of it is kept for three
+days, and send --have goes on with it. If another checkpoint has the name, --as gives it
+another one.
+
+--list says what this store has, for send --have.`,
+		Example: `  ssh prod flic-migrate send --store /srv/vms web1@3 | flic-migrate receive --store /srv/vms
+  flic-migrate receive --list --store /srv/vms > have`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return r.run(cmd.Context()) },
+	}
+	fs := cmd.Flags()
+	fs.BoolVar(&r.list, "list", false, "print what this store has, and receive nothing")
+	fs.BoolVar(&r.answer, "answer", false, "for copy: first print what this store has, then a line of JSON for each checkpoint")
+	r.as.add(fs, "receive")
+	fs.BoolVar(&r.json, "json", false, "print a JSON array")
+	fs.BoolVar(&r.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	setKey(fs, "list", "receive-list")
+	setKey(fs, "answer", "receive-answer")
+	return cmd
+}
+
+func (r *receiveCmd) run(ctx context.Context) error {
+	debug.SetGCPercent(gcPercent)
+	if r.list {
+		return r.printHave(ctx)
+	}
+	if isTerminal(r.stdin) {
+		return usageError{errors.New("receive reads a stream from its standard input, which is a terminal; see flic-migrate receive --help")}
+	}
+	entries := []copiedEntry{}
+	err := r.receive(ctx, func(e copiedEntry) error {
+		entries = append(entries, e)
+		switch {
+		case r.answer:
+			return r.line(e)
+		case r.json || r.quiet:
+			return nil
+		}
+		_, err := fmt.Fprintln(r.stdout, e.words())
+		return err
+	})
+	switch {
+	case err != nil && r.answer:
+		err = errors.Join(err, r.line(copiedEntry{ExitCode: exitCode(err), Error: oneLine(err)}))
+	case r.json && !r.answer && (err == nil || len(entries) > 0):
+		err = errors.Join(err, printJSON(r.stdout, entries))
+	}
+	return err
+}
+
+// line prints a line of JSON.
+func (r *receiveCmd) line(e copiedEntry) error {
+	var b bytes.Buffer
+	err := json.NewEncoder(&b).Encode(e)
+	if err == nil {
+		_, err = r.stdout.Write(b.Bytes())
+	}
+	return err
+}
+
+// printHave says what there is. Where there is no store there is nothing.
+func (r *receiveCmd) printHave(ctx context.Context) error {
+	have := transfer.NewHave()
+	st, err := r.openStore(ctx, false)
+	if err == nil {
+		have, err = st.Have(ctx)
+	} else if errors.Is(err, store.ErrNotFound) {
+		err = nil
+	}
+	if err != nil {
+		return err
+	}
+	return have.Write(r.stdout)
+}
+
+func (r *receiveCmd) receive(ctx context.Context, done func(copiedEntry) error) error {
+	st, err := r.openStore(ctx, true)
+	if err != nil {
+		return err
+	}
+	if r.answer {
+		have, err := st.Have(ctx)
+		if err == nil {
+			err = have.Write(r.stdout)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	in, err := pipe.New(ctx, int(r.stdin.Fd()))
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	show := newProgress(r.stderr, r.quiet || r.answer)
+	defer show.finish()
+	return st.Receive(ctx, bufio.NewReaderSize(in, 1<<20), store.ReceiveOptions{
+		As: r.as.ref, Progress: show.callback(),
+		Done: func(got store.Received) error { return done(newCopiedEntry(got)) },
+	})
+}

@@ -1,0 +1,869 @@
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/moved"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/source"
+	"github.com/flic-migrate/flic-migrate/tier/transfer"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
+	"github.com/flic-migrate/flic-migrate/tier/workingset"
+)
+
+// What is received of an image lies in tmp/KEY.staged, at the positions that it has in the
+// stream, until all of the checkpoint is there: the name is of what is sent, so that a
+// transfer that is cut off goes on. Then
+//
+//	moved pieces ─► tmp/….new      from the pages at the end of the staged images
+//	verify                         each byte, with the IDENTITY that it is to have
+//	tmp/VM@N.UUID.part             its end rewritten, synced
+//	store lock: pieces, referred images, checkpoint get their names, in this order
+//
+// Until the last step nobody takes notice of any of it, and what a power cut leaves of the
+// others belongs to nobody: gc frees it.
+
+// StagedFor is how long gc keeps what a transfer that was cut off has left.
+const StagedFor = 72 * time.Hour
+
+var (
+	// ErrTaken: another checkpoint has the name that a received one is to have.
+	ErrTaken = errors.New("another checkpoint has that name")
+	// ErrLacks: a received checkpoint refers to what is not there.
+	ErrLacks = errors.New("it was sent to a store that has what this one lacks")
+)
+
+// Stage is an object that is written to at any place.
+type Stage interface {
+	Object
+	io.WriterAt
+	Truncate(size int64) error
+}
+
+// Received says what has become of a checkpoint that was sent.
+type Received struct {
+	Ref     Ref
+	UUID    uuid.UUID
+	Sent    Ref   // its name in the store that it is from
+	Already bool  // it was there
+	Images  int   // that have come
+	Bytes   int64 // that have come
+}
+
+// ReceiveOptions of Receive.
+type ReceiveOptions struct {
+	// As is what the checkpoint is to be called: with a number if it has one, else the VM's
+	// next. Zero: as it was.
+	As Ref
+	// Done is called when a checkpoint is durable. An error of it ends Receive.
+	Done     func(Received) error
+	Progress func(progress.State) // may be nil
+}
+
+// Receive makes checkpoints of this store of what Send has written, one after the other, up
+// to the end of the stream. Each keeps its UUID. One that is damaged, or does not come to its
+// end, is no checkpoint; what was received of it stays for a stream that goes on from there.
+func (s *Store) Receive(ctx context.Context, r io.Reader, o ReceiveOptions) error {
+	rd, err := transfer.NewReader(r)
+	if err != nil {
+		return err
+	}
+	for n := 0; ; n++ {
+		k, b, err := rd.Next()
+		if err == io.EOF {
+			return nil // the stream is whole
+		}
+		if err == nil && k != transfer.Begin {
+			err = rd.Damaged("a record of kind %d where a checkpoint begins", k)
+		}
+		if err != nil {
+			return err
+		}
+		if n > 0 && o.As.N > 0 {
+			return fmt.Errorf("several checkpoints are sent, and can't all become %v", o.As)
+		}
+		head, err := rd.ParseBegin(b)
+		if err != nil {
+			return err
+		}
+		in := &receiving{s: s, rd: rd, head: head, o: &o}
+		got, err := in.run(ctx)
+		in.close(ctx)
+		if err == nil && o.Done != nil {
+			err = o.Done(got)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// receiving is the receiving of one checkpoint.
+type receiving struct {
+	s    *Store
+	rd   *transfer.Reader
+	head *transfer.Checkpoint
+	o    *ReceiveOptions
+
+	ref    Ref // what it is to be called; without a number, the VM's next
+	images []*received
+	holds  []Object
+	got    Received
+	tick   time.Time
+}
+
+// received is an image that is being received.
+type received struct {
+	*transfer.Sent
+	name string // of the object, which changes when it is whole
+	f    Stage
+	pos  int64 // what has come
+	drop bool  // it is there already
+	part bool  // it has the name of an image in the making
+
+	id     *checkpoint.Identity // as it is to be
+	end    renamed
+	first  int      // number of the first of its new pieces, less one
+	pieces []string // names of new pieces
+	files  []Object // of all pieces, for who reads it
+}
+
+func (r *receiving) close(ctx context.Context) {
+	ctx = context.WithoutCancel(ctx)
+	for _, i := range r.images {
+		for _, f := range i.files {
+			f.Close()
+		}
+		for _, name := range i.pieces {
+			r.s.dir.Remove(ctx, name) // nothing once it has its name
+		}
+		if i.part {
+			r.s.dir.Remove(ctx, i.name) // likewise
+		}
+		if i.f != nil {
+			i.f.Close()
+		}
+	}
+	for _, f := range r.holds {
+		f.Close()
+	}
+}
+
+func (r *receiving) run(ctx context.Context) (Received, error) {
+	h := r.head
+	r.got = Received{UUID: h.UUID, Sent: Ref{h.VM, h.Number}}
+	if _, err := ParseRef(r.got.Sent.String()); err != nil || h.Number < 1 {
+		return r.got, r.rd.Damaged("it is called %q, which can't be", r.got.Sent)
+	}
+	if r.ref = r.got.Sent; r.o.As.VM != "" {
+		r.ref = r.o.As
+	}
+	at, there, err := r.s.listed(ctx, h.UUID)
+	if err != nil {
+		return r.got, err
+	}
+	if there {
+		return r.already(at)
+	}
+	if len(h.Images) == 0 {
+		return r.got, fmt.Errorf("checkpoint %v: %w", r.got.Sent, ErrLacks)
+	}
+	if err := r.free(ctx); err != nil {
+		return r.got, err
+	}
+	if r.holds, err = r.s.hold(ctx, h.Has); err != nil {
+		if errors.Is(err, ErrNotFound) {
+			err = fmt.Errorf("checkpoint %v: %w: %w", r.got.Sent, ErrLacks, err)
+		}
+		return r.got, err
+	}
+	if err := r.stage(ctx); err != nil {
+		return r.got, err
+	}
+	if err := r.data(ctx); err != nil {
+		return r.got, err
+	}
+	err = r.finish(ctx)
+	if integrity.IsCorrupt(err) {
+		// With what is wrong in it none could go on.
+		err = fmt.Errorf("checkpoint %v was received, and is not whole: %w", r.got.Sent, err)
+		for _, i := range r.images {
+			r.s.dir.Remove(context.WithoutCancel(ctx), i.name)
+		}
+	}
+	return r.got, err
+}
+
+// listed finds the listed checkpoint whose image has a UUID.
+func (s *Store) listed(ctx context.Context, id uuid.UUID) (at Ref, there bool, err error) {
+	err = s.eachVM(ctx, "", func(vm string, o vmObjects) error {
+		for _, n := range o.images {
+			// A header is enough: who can't say it is not the one.
+			have, err := s.owner(ctx, Ref{vm, n}.object(imageSuffix))
+			if err == nil && have == id {
+				at, there = Ref{vm, n}, true
+			}
+			if err != nil && !gone(err) && !cannotTell(err) && !errors.Is(err, errNotObject) {
+				return err
+			}
+		}
+		return nil
+	})
+	return at, there, err
+}
+
+// already passes over a checkpoint that is there.
+func (r *receiving) already(at Ref) (Received, error) {
+	r.got.Ref, r.got.Already = at, true
+	if r.o.As.VM != "" && (at.VM != r.o.As.VM || r.o.As.N > 0 && at.N != r.o.As.N) {
+		return r.got, fmt.Errorf("checkpoint %v is in this store already, as %v", r.got.Sent, at)
+	}
+	for {
+		k, _, err := r.rd.Next()
+		switch {
+		case err == io.EOF:
+			return r.got, r.rd.Damaged("the stream ends amid a checkpoint")
+		case err != nil || k == transfer.End:
+			return r.got, err
+		case k == transfer.Begin:
+			return r.got, r.rd.Damaged("a checkpoint begins amid another")
+		}
+	}
+}
+
+// free finds out that nobody has the name, if it is known: also before all is received. One
+// that was removed here may come back.
+func (r *receiving) free(ctx context.Context) error {
+	if r.ref.N == 0 {
+		return CheckVM(r.ref.VM)
+	}
+	o, err := r.s.objects(ctx, r.ref.VM)
+	if err != nil {
+		return err
+	}
+	taken := slices.Contains(o.images, r.ref.N)
+	if !taken {
+		// One that is being saved has its number.
+		at := Ref{r.ref.VM, r.ref.N - 1}
+		err = r.s.taken(ctx, &at)
+		taken = at.N == r.ref.N
+	}
+	if err == nil && taken {
+		err = fmt.Errorf("checkpoint %v: %w in store %s; --as %s gives it the next number there", r.ref, ErrTaken, r.s.root, r.ref.VM)
+	}
+	return err
+}
+
+// stage opens what the images are received into.
+func (r *receiving) stage(ctx context.Context) error {
+	lacks := int64(0)
+	for n := range r.head.Images {
+		i := &received{Sent: &r.head.Images[n]}
+		i.name = tmpFolder + "/" + i.Key().String() + stagedSuffix
+		if n > 0 {
+			if _, err := ParseRef(Ref{i.VM, i.Number}.String()); err != nil || i.Number < 1 {
+				return r.rd.Damaged("an image is of %q, which can't be", Ref{i.VM, i.Number})
+			}
+			var err error
+			if _, i.drop, err = r.s.listed(ctx, i.UUID); err != nil {
+				return err
+			}
+		}
+		r.images = append(r.images, i)
+		if i.pos = i.Start; i.drop {
+			continue
+		}
+		f, err := r.s.dir.Stage(ctx, i.name)
+		if errors.Is(err, vfs.ErrLocked) {
+			err = fmt.Errorf("checkpoint %v is being received already: %w", r.got.Sent, ErrInUse)
+		}
+		if err != nil {
+			return err
+		}
+		i.f = f
+		size, err := f.Size()
+		if err == nil && size < i.Start {
+			err = fmt.Errorf("checkpoint %v: %w: %d bytes of image %v, of which it has %d", r.got.Sent, ErrLacks, i.Start, i.UUID, size)
+		}
+		if err != nil {
+			return err
+		}
+		// Holes are not known before: at the worst it is found later that there is room.
+		if i.All {
+			lacks += i.End() - i.Start
+		}
+	}
+	info, err := r.s.fs.StatFS(r.s.root)
+	if err == nil && info.Free < lacks {
+		err = fmt.Errorf("checkpoint %v takes %d MB, and there are %d MB free in %s: %w", r.got.Sent, lacks>>20, info.Free>>20, r.s.root, syscall.ENOSPC)
+	}
+	return err
+}
+
+// data takes what comes, up to the checkpoint's end.
+func (r *receiving) data(ctx context.Context) error {
+	var i *received
+	next := 0
+	for {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		k, b, err := r.rd.Next()
+		switch {
+		case err == io.EOF:
+			return r.rd.Damaged("the stream ends amid a checkpoint")
+		case err != nil:
+			return err
+		case k == transfer.Begin:
+			return r.rd.Damaged("a checkpoint begins amid another")
+		case k == transfer.Image:
+			n, err := r.rd.ParseImage(b, len(r.images))
+			if err == nil && n != next {
+				err = r.rd.Damaged("image %d, and not %d", n, next)
+			}
+			if err == nil {
+				err = r.whole(i)
+			}
+			if err != nil {
+				return err
+			}
+			i, next = r.images[n], n+1
+		case k == transfer.Data && i == nil:
+			return r.rd.Damaged("DATA of no image")
+		case k == transfer.Data:
+			if err := r.write(i, b); err != nil {
+				return err
+			}
+		case k == transfer.End:
+			if next != len(r.images) {
+				return r.rd.Damaged("%d images of %d", next, len(r.images))
+			}
+			r.got.Images = next
+			return r.whole(i)
+		}
+	}
+}
+
+// whole refuses an image of which the end has not come; nil is none.
+func (r *receiving) whole(i *received) error {
+	if i != nil && i.pos != i.End() {
+		return r.rd.Damaged("%d bytes of %d of an image", i.pos, i.End())
+	}
+	return nil
+}
+
+func (r *receiving) write(i *received, b []byte) error {
+	pos, data, err := r.rd.ParseData(b, i.pos, i.End())
+	if err != nil {
+		return err
+	}
+	if !i.drop {
+		_, err = i.f.WriteAt(data, pos)
+	}
+	i.pos = pos + int64(len(data))
+	r.got.Bytes += int64(len(data))
+	if now := time.Now(); r.o.Progress != nil && now.Sub(r.tick) >= progress.Every {
+		r.tick = now
+		r.o.Progress(progress.State{Phase: "receive", BytesIn: r.got.Bytes})
+	}
+	return err
+}
+
+// renamed is an image with another end.
+type renamed struct {
+	Object
+	at  int64
+	end []byte
+}
+
+func (f *renamed) Size() (int64, error) { return f.at + int64(len(f.end)), nil }
+
+// Close leaves the object to who has opened it.
+func (f *renamed) Close() error { return nil }
+
+func (f *renamed) ReadAt(b []byte, off int64) (n int, err error) {
+	if off < f.at {
+		n = int(min(int64(len(b)), f.at-off))
+		if n, err = f.Object.ReadAt(b[:n], off); err != nil || n == len(b) {
+			return n, err
+		}
+	}
+	if off+int64(n) >= f.at+int64(len(f.end)) && len(b) > n {
+		return n, io.EOF
+	}
+	m := copy(b[n:], f.end[off+int64(n)-f.at:])
+	if n += m; n < len(b) {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// limited is the image at the beginning of what was staged: behind it are pages.
+type limited struct {
+	Object
+	n int64
+}
+
+func (f limited) Size() (int64, error) { return f.n, nil }
+
+func (f limited) ReadAt(b []byte, off int64) (int, error) {
+	return io.NewSectionReader(f.Object, 0, f.n).ReadAt(b, off)
+}
+
+// finish makes a checkpoint of what has come.
+func (r *receiving) finish(ctx context.Context) error {
+	s := r.s
+	for n, i := range r.images {
+		if i.drop {
+			continue
+		}
+		if err := r.prepare(ctx, n, i); err != nil {
+			return err
+		}
+	}
+	if err := r.verify(ctx); err != nil {
+		return err
+	}
+	for _, i := range r.images {
+		if i.drop {
+			continue
+		}
+		if err := r.settle(ctx, i); err != nil {
+			return err
+		}
+	}
+	if len(r.images) > 1 || len(r.head.Has) > 0 {
+		if err := s.noteSharing(ctx); err != nil {
+			return err
+		}
+	}
+	return r.commit(ctx)
+}
+
+// prepare finds out what an image says it is, gives it the IDENTITY that it is to have, and
+// makes pieces of its hot pages.
+func (r *receiving) prepare(ctx context.Context, n int, i *received) error {
+	src := limited{i.f, i.Length}
+	im, err := image.Open(src)
+	if err != nil {
+		return err
+	}
+	if i.id, err = checkpoint.ReadIdentity(src); err != nil {
+		return err
+	}
+	if i.id.UUID != i.UUID || im.UUID != i.UUID || i.id.PageSize != i.PageSize || im.PageSize != i.PageSize {
+		return im.Tail.Corrupt(image.Identity, fmt.Errorf("it is not image %v of pages of %d bytes", i.UUID, i.PageSize))
+	}
+	var part *checkpoint.NVRAMPart
+	if i.id.NVRAM != nil {
+		if part, err = checkpoint.ReadPart(im, i.id); err != nil {
+			return err
+		}
+		// The file is the other store's.
+		nv := *i.id.NVRAM
+		nv.Path, nv.UUID, nv.Volatile = "", uuid.Nil, false
+		i.id.NVRAM = &nv
+	}
+	i.end.Object = i.f
+	if n == 0 {
+		// Without a number it gets one when nobody can take it any more.
+		i.id.VM, i.id.Number = r.ref.VM, r.ref.N
+		if i.files, err = r.s.openMoved(ctx, r.ref, i.UUID); err != nil {
+			return err
+		}
+		i.first = len(i.files)
+		// It was removed here, and others need some of it: what is in NVRAM stays its own.
+		for _, name := range []string{r.ref.object(removedSuffix), r.ref.keptObject(i.UUID)} {
+			if old, err := r.s.whoIs(ctx, name); err == nil && old != nil && old.UUID == i.UUID {
+				i.keepNVRAM(old)
+			}
+		}
+	} else {
+		i.id.VM, i.id.Number = i.VM, i.Number
+		if err := r.merge(ctx, im, i); err != nil {
+			return err
+		}
+	}
+	if err := i.rename(im.Tail); err != nil {
+		return err
+	}
+	return r.pieces(ctx, im, i, part)
+}
+
+// keepNVRAM has the image own in NVRAM what it owns already as an image of this store.
+func (i *received) keepNVRAM(was *checkpoint.Identity) {
+	if i.id.NVRAM != nil && was.InNVRAM() && was.NVRAM.Slots == i.id.NVRAM.Slots {
+		i.id.NVRAM = was.NVRAM
+	}
+}
+
+// rename gives the image its IDENTITY.
+func (i *received) rename(t *image.Tail) error {
+	doc, err := i.id.Document()
+	if err == nil {
+		i.end.at, i.end.end, err = t.Renamed(doc)
+	}
+	return err
+}
+
+// merge adds what this store has of an image already to what has come of it.
+func (r *receiving) merge(ctx context.Context, im *image.Image, i *received) error {
+	have, at, err := r.s.openReferred(ctx, Ref{i.VM, i.Number}, i.UUID)
+	if integrity.IsCorrupt(err) && errors.Is(err, ErrNotFound) {
+		// A receiver that was killed may have left pieces of it.
+		i.files, err = r.s.openMoved(ctx, Ref{i.VM, i.Number}, i.UUID)
+		i.first = len(i.files)
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	// It must not go before the other is in its place.
+	r.holds = append(r.holds, have)
+	old, err := image.Open(have)
+	if err != nil {
+		return err
+	}
+	if old.Segments() != im.Segments() || old.SegmentPages != im.SegmentPages {
+		return im.Tail.Corrupt(image.Identity, errors.New("this store has another image with its UUID"))
+	}
+	i.id.VM, i.id.Number = at.VM, at.N
+	was, err := checkpoint.ReadIdentity(have)
+	if err != nil {
+		return err
+	}
+	i.keepNVRAM(was)
+	v := r.s.lookup().survey(i.UUID)
+	if err := v.update(ctx); err != nil {
+		return err
+	}
+	if v.unclear != nil {
+		return v.unclear
+	}
+	need := v.of[i.UUID].segments.Minus(i.Segments)
+	err = old.Raw(func(k image.Kind, n uint32) bool {
+		return k.IsSegment() && need.Has(uint64(n), uint64(n))
+	}, func(off int64, b []byte) error {
+		if off == 0 || off+int64(len(b)) == old.Len() {
+			return nil // header and end have come
+		}
+		_, err := i.f.WriteAt(b, off)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	list, err := r.s.openMoved(ctx, at, i.UUID)
+	i.files, i.first = list, len(list)
+	return err
+}
+
+// pieces makes moved pieces of the pages that have come. Where the store has pieces of the
+// image, those of their pages that nobody needed may have been freed: they are put back.
+func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, part *checkpoint.NVRAMPart) error {
+	if len(i.Slots) == 0 {
+		return nil
+	}
+	if part == nil || i.Slots[len(i.Slots)-1].End() > uint64(len(part.Slots)) {
+		return im.Corrupt(image.NVRAM, 0, errors.New("hot pages have come that it does not have"))
+	}
+	page := func(slot uint32, b []byte) error {
+		at := uint64(0) // its place among those that have come
+		for _, run := range i.Slots {
+			if uint64(slot) < run.End() {
+				at += uint64(slot - run.First)
+				break
+			}
+			at += uint64(run.Count)
+		}
+		if _, err := i.f.ReadAt(b, i.Base()+int64(at)*int64(i.PageSize)); err != nil {
+			return err
+		}
+		if integrity.Checksum(b) != part.Slots[slot].CRC {
+			return im.Corrupt(image.NVRAM, 0, fmt.Errorf("page of slot %d: %w", slot, integrity.ErrChecksum))
+		}
+		return nil
+	}
+	want := i.Slots
+	for k, f := range i.files {
+		p, err := moved.Read(f)
+		if err == nil && (p.UUID != i.UUID || p.PageSize != i.PageSize) {
+			err = &integrity.CorruptError{File: f.Name(), What: "header", Err: errors.New("it is another image's")}
+		}
+		if err == nil {
+			err = r.refill(ctx, movedName{i.id.Number, i.UUID, k + 1}.object(i.id.VM), p, part, i.Slots, page)
+		}
+		if err != nil {
+			return err
+		}
+		want = want.Minus(p.Slots)
+	}
+	per := uint64(max(1, moved.MaxBytes/i.PageSize))
+	for len(want) > 0 {
+		var now source.Ranges
+		for len(want) > 0 && now.Count() < per {
+			take := min(uint64(want[0].Count), per-now.Count())
+			now = append(now, source.Range{First: want[0].First, Count: uint32(take)})
+			want = want.Minus(now)
+		}
+		if i.first+len(i.pieces) == maxPieces {
+			return fmt.Errorf("hot pages of image %v come to more than %d pieces", i.UUID, maxPieces)
+		}
+		name := spare()
+		dst, err := r.s.dir.Create(ctx, name)
+		if err != nil {
+			return err
+		}
+		i.pieces, i.files = append(i.pieces, name), append(i.files, dst)
+		if err := moved.Write(ctx, dst, &moved.Piece{UUID: i.UUID, PageSize: i.PageSize, Slots: now}, page); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// refill puts pages back into a piece that is there: the same bytes that it once had.
+func (r *receiving) refill(ctx context.Context, name string, p *moved.Piece, part *checkpoint.NVRAMPart, slots source.Ranges, page func(uint32, []byte) error) error {
+	f, err := r.s.dir.Stage(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b := make([]byte, p.PageSize)
+	changed := false
+	err = p.Slots.Each(func(slot uint32) error {
+		if !slots.Has(uint64(slot), uint64(slot)) {
+			return nil
+		}
+		if _, err := f.ReadAt(b, p.Offset(slot)); err != nil || integrity.Checksum(b) == part.Slots[slot].CRC {
+			return err
+		}
+		err := page(slot, b)
+		if err == nil {
+			changed = true
+			_, err = f.WriteAt(b, p.Offset(slot))
+		}
+		return err
+	})
+	if err == nil && changed {
+		err = f.Sync()
+	}
+	return err
+}
+
+// verify reads and checks all of the checkpoint, as it is to be.
+func (r *receiving) verify(ctx context.Context) error {
+	own := r.images[0]
+	o := checkpoint.Options{Name: r.ref.String(), Moved: own.sources()}
+	o.Images = func(ctx context.Context, ref *checkpoint.Reference) (checkpoint.Source, []moved.Source, error) {
+		for _, i := range r.images[1:] {
+			if i.UUID == ref.UUID && !i.drop {
+				return &i.end, i.sources(), nil
+			}
+		}
+		f, at, err := r.s.openReferred(ctx, Ref{ref.VM, ref.Number}, ref.UUID)
+		if err != nil || len(ref.NeedSlots) == 0 {
+			return f, nil, err
+		}
+		pieces, err := r.s.openMoved(ctx, at, ref.UUID)
+		return f, sources(pieces), err
+	}
+	c, err := checkpoint.Open(ctx, r.s.fs, &own.end, o)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if c.Meta.Disks > 0 {
+		return fmt.Errorf("checkpoint %v: %w", r.got.Sent, ErrOnDisks)
+	}
+	var first error
+	err = c.Verify(ctx, func(err error) {
+		if first == nil {
+			first = err
+		}
+	})
+	return errors.Join(err, first)
+}
+
+// kept is a piece that its reader does not close.
+type keptOpen struct{ Object }
+
+func (keptOpen) Close() error { return nil }
+
+func (i *received) sources() (list []moved.Source) {
+	for _, f := range i.files {
+		list = append(list, keptOpen{f})
+	}
+	return list
+}
+
+// settle makes of what was staged the image that it is to be, durably. From here on it can't
+// be gone on with: it has the name of an image in the making.
+func (r *receiving) settle(ctx context.Context, i *received) error {
+	if err := i.f.Sync(); err != nil {
+		return err
+	}
+	name, err := r.reserve(ctx, i)
+	if err != nil {
+		return err
+	}
+	i.name = name
+	if err = i.f.Truncate(i.end.at); err == nil {
+		_, err = i.f.WriteAt(i.end.end, i.end.at)
+	}
+	if err == nil {
+		err = i.f.Sync()
+	}
+	return err
+}
+
+// reserve gives what was staged the name of an image in the making, and with it a number to
+// the checkpoint's own.
+func (r *receiving) reserve(ctx context.Context, i *received) (name string, err error) {
+	unlock, err := r.s.lock(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if i == r.images[0] {
+		if r.ref.N > 0 {
+			err = r.free(ctx)
+		} else {
+			var o vmObjects
+			if o, err = r.s.objects(ctx, r.ref.VM); err == nil {
+				r.ref.N = o.last()
+				err = r.s.taken(ctx, &r.ref)
+				r.ref.N++
+			}
+		}
+		if err == nil && r.ref.N > MaxNumber {
+			err = fmt.Errorf("VM %q has used up its checkpoint numbers", r.ref.VM)
+		}
+		if err != nil {
+			return "", err
+		}
+		i.id.Number = r.ref.N
+		t, err := image.ReadTail(limited{i.f, i.Length})
+		if err == nil {
+			err = i.rename(t)
+		}
+		if err != nil {
+			return "", err
+		}
+	}
+	name = partName(Ref{i.id.VM, i.id.Number}, i.UUID)
+	// What a receiver that was killed has left under that name is gc's, and in the way.
+	if f, err := r.s.dir.Open(ctx, name, Exclusive); err == nil {
+		err = r.s.dir.Remove(ctx, name)
+		f.Close()
+		if err != nil {
+			return "", err
+		}
+	}
+	if err := r.s.dir.Commit(ctx, i.name, name); err != nil {
+		return "", err
+	}
+	i.part = true
+	return name, nil
+}
+
+// noteSharing notes, durably, that from now on there are references to look for.
+func (s *Store) noteSharing(ctx context.Context) error {
+	if some, err := s.shares(ctx); err != nil || some {
+		return err
+	}
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return s.writeSealed(ctx, sharingFile, sharing{References: true})
+}
+
+// commit gives all of it its names.
+func (r *receiving) commit(ctx context.Context) error {
+	s := r.s
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	own := r.images[0]
+	o, err := s.objects(ctx, r.ref.VM)
+	if err != nil {
+		return err
+	}
+	if slices.Contains(o.images, r.ref.N) {
+		return fmt.Errorf("checkpoint %v: %w", r.ref, ErrTaken)
+	}
+	for _, i := range slices.Concat(r.images[1:], r.images[:1]) {
+		if i.drop {
+			continue
+		}
+		at := Ref{i.id.VM, i.id.Number}
+		if err := s.dir.Mkdir(ctx, vmFolder(at.VM)); err != nil {
+			return err
+		}
+		if o, err := s.objects(ctx, at.VM); err != nil || len(o.pieces(at.N, i.UUID)) != i.first {
+			return errors.Join(err, fmt.Errorf("what %v has in moved pieces: %w", at, errOutdated))
+		}
+		for k, name := range i.pieces {
+			if err := s.dir.Commit(ctx, name, movedName{at.N, i.UUID, i.first + k + 1}.object(at.VM)); err != nil {
+				return err
+			}
+		}
+		if i == own {
+			break
+		}
+		// In the place of the one that has less of it, if there is one.
+		if err := s.dir.Replace(ctx, i.name, r.place(ctx, at, i.UUID)); err != nil {
+			return err
+		}
+	}
+	if err := r.beside(ctx); err != nil {
+		return err
+	}
+	if err := s.dir.Commit(ctx, own.name, r.ref.object(imageSuffix)); err != nil {
+		return err
+	}
+	r.got.Ref = r.ref
+	return nil
+}
+
+// place is the name of an unlisted image: the one that it has, or a new one.
+func (r *receiving) place(ctx context.Context, at Ref, id uuid.UUID) string {
+	if have, err := r.s.owner(ctx, at.object(removedSuffix)); err == nil && have == id {
+		return at.object(removedSuffix)
+	}
+	return at.keptObject(id)
+}
+
+// beside writes what lies beside the image. The caller holds the store lock.
+func (r *receiving) beside(ctx context.Context) error {
+	var l Label
+	if len(r.head.Label) > 0 && json.Unmarshal(r.head.Label, &l) == nil && l.check() == nil {
+		if err := r.s.writeSealed(ctx, r.ref.object(labelSuffix), l); err != nil {
+			return err
+		}
+	}
+	// A hint, and worth no failure.
+	var t workingset.Touched
+	if len(r.head.Touched) > 0 && json.Unmarshal(r.head.Touched, &t) == nil {
+		if b, err := integrity.Seal(&t); err == nil && len(b) <= maxTouched {
+			return r.s.dir.Write(ctx, r.ref.object(touchedSuffix), spare(), b)
+		}
+	}
+	return nil
+}

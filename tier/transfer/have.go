@@ -1,0 +1,178 @@
+package transfer
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+
+	"github.com/google/uuid"
+
+	"github.com/flic-migrate/flic-migrate/tier/source"
+)
+
+// Have is what a store has, so that it is not sent again.
+type Have struct {
+	Whole  map[uuid.UUID]bool  // images of checkpoints that are listed
+	Parts  map[uuid.UUID]Part  // images of which it has what others need
+	Staged map[uuid.UUID]int64 // by Sent.Key: up to which position it has what was cut off
+}
+
+// Part is what a store has of an image.
+type Part struct{ Segments, Slots source.Ranges }
+
+// NewHave is that of an empty store.
+func NewHave() *Have {
+	return &Have{make(map[uuid.UUID]bool), make(map[uuid.UUID]Part), make(map[uuid.UUID]int64)}
+}
+
+// The text of a Have: a line for each thing.
+//
+//	flic-migrate have 1
+//	whole UUID
+//	part UUID SEGMENTS SLOTS     ranges as 0-5,7; - for none
+//	staged KEY POSITION
+//	end
+const haveHead = "flic-migrate have 1"
+
+// maxLine is the longest line, and maxLines how many there can be: each checkpoint has one.
+const (
+	maxLine  = 4 << 20
+	maxLines = 1 << 20
+)
+
+// Write writes the text.
+func (h *Have) Write(w io.Writer) error {
+	b := bufio.NewWriter(w)
+	fmt.Fprintln(b, haveHead)
+	for id := range h.Whole {
+		fmt.Fprintf(b, "whole %v\n", id)
+	}
+	for id, p := range h.Parts {
+		fmt.Fprintf(b, "part %v %s %s\n", id, rangesText(p.Segments), rangesText(p.Slots))
+	}
+	for key, pos := range h.Staged {
+		fmt.Fprintf(b, "staged %v %d\n", key, pos)
+	}
+	fmt.Fprintln(b, "end")
+	return b.Flush()
+}
+
+// ReadHave reads the text, up to its end and no byte further.
+func ReadHave(r *bufio.Reader) (*Have, error) {
+	h := NewHave()
+	for n := 0; ; n++ {
+		line, err := readLine(r)
+		if err != nil {
+			return nil, fmt.Errorf("what the other store has: line %d: %w", n+1, err)
+		}
+		switch {
+		case n == 0 && line != haveHead:
+			return nil, fmt.Errorf("what the other store has: it begins with %.60q, and not with %q", line, haveHead)
+		case n == 0:
+			continue
+		case line == "end":
+			return h, nil
+		case n > maxLines:
+			return nil, fmt.Errorf("what the other store has: more than %d lines", maxLines)
+		}
+		if err := h.parse(strings.Fields(line)); err != nil {
+			return nil, fmt.Errorf("what the other store has: line %d: %w", n+1, err)
+		}
+	}
+}
+
+func readLine(r *bufio.Reader) (string, error) {
+	var line []byte
+	for {
+		part, more, err := r.ReadLine()
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return "", err
+		}
+		if line = append(line, part...); len(line) > maxLine {
+			return "", errors.New("it is too long")
+		}
+		if !more {
+			return string(line), nil
+		}
+	}
+}
+
+func (h *Have) parse(f []string) error {
+	if len(f) < 2 {
+		return errors.New("it is not known here")
+	}
+	id, err := uuid.Parse(f[1])
+	if err != nil {
+		return err
+	}
+	switch {
+	case f[0] == "whole" && len(f) == 2:
+		h.Whole[id] = true
+	case f[0] == "part" && len(f) == 4:
+		var p Part
+		if p.Segments, err = parseRanges(f[2]); err == nil {
+			p.Slots, err = parseRanges(f[3])
+		}
+		h.Parts[id] = p
+	case f[0] == "staged" && len(f) == 3:
+		var pos int64
+		if pos, err = strconv.ParseInt(f[2], 10, 64); err == nil && (pos < 0 || pos > maxLength) {
+			err = fmt.Errorf("position %d", pos)
+		}
+		h.Staged[id] = pos
+	default:
+		err = errors.New("it is not known here")
+	}
+	return err
+}
+
+func rangesText(s source.Ranges) string {
+	if len(s) == 0 {
+		return "-"
+	}
+	var b strings.Builder
+	for i, r := range s {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		fmt.Fprint(&b, r.First)
+		if r.Count > 1 {
+			fmt.Fprintf(&b, "-%d", r.End()-1)
+		}
+	}
+	return b.String()
+}
+
+func parseRanges(text string) (s source.Ranges, err error) {
+	if text == "-" {
+		return nil, nil
+	}
+	for _, part := range strings.Split(text, ",") {
+		from, to, many := strings.Cut(part, "-")
+		if !many {
+			to = from
+		}
+		first, err := strconv.ParseUint(from, 10, 32)
+		if err != nil {
+			return nil, err
+		}
+		last, err := strconv.ParseUint(to, 10, 32)
+		if err != nil {
+			return nil, err
+		}
+		if last < first || last-first >= 1<<32-1 {
+			return nil, fmt.Errorf("range %s", part)
+		}
+		s = append(s, source.Range{First: uint32(first), Count: uint32(last - first + 1)})
+	}
+	if !rising(s) {
+		return nil, fmt.Errorf("ranges %.60s do not rise", text)
+	}
+	return s, nil
+}
