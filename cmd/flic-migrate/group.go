@@ -211,8 +211,8 @@ func (c *checkpointCmd) showGroup(rep session.GroupReport, failed error) error {
 	if rep.SkewBy != "" {
 		skew = fmt.Sprintf("; the guests were stopped within %.1f ms", float64(rep.Skew.Microseconds())/1e3)
 	}
-	fmt.Fprintf(c.stderr, "flic-migrate: group %s: %s, %s in, %s to flash, %s to NVRAM%s, and stood still for %d ms at most; %.2f s in all\n",
-		rep.Group, plural(len(rep.Members), "checkpoint"), human(rep.Sum.BytesIn), human(rep.Sum.FlashBytes), human(rep.Sum.NVRAMBytes),
+	fmt.Fprintf(c.stderr, "flic-migrate: group %s: %s, %s in, %d pages as another member has them, %s to flash, %s to NVRAM%s, and stood still for %d ms at most; %.2f s in all\n",
+		rep.Group, plural(len(rep.Members), "checkpoint"), human(rep.Sum.BytesIn), rep.Sum.Peers, human(rep.Sum.FlashBytes), human(rep.Sum.NVRAMBytes),
 		skew, rep.Downtime.Milliseconds(), rep.Total.Seconds())
 	if d := rep.Demoted; d != nil {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s of older checkpoints moved to flash, %s of NVRAM freed\n", human(d.Bytes), human(d.NVRAMBytes))

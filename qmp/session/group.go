@@ -74,6 +74,7 @@ type GroupReport struct {
 // GroupSum is what the members' checkpoints come to, in pages and bytes.
 type GroupSum struct {
 	Pages      int64 `json:"pages"`
+	Peers      int64 `json:"peers"` // pages whose bytes another member's checkpoint has
 	BytesIn    int64 `json:"bytes_in"`
 	FlashBytes int64 `json:"flash_bytes"`
 	NVRAMBytes int64 `json:"nvram_bytes"`
@@ -117,19 +118,26 @@ func CheckpointGroup(ctx context.Context, fs vfs.FS, st *store.Store, o GroupOpt
 		record: store.Group{Name: o.Name, Mode: string(o.Mode)},
 		ready:  newMeeting(n), stopped: newMeeting(n), agreed: newMeeting(n), committed: make(chan struct{}),
 	}
+	options := make([]CheckpointOptions, n)
+	for i, m := range o.Members {
+		rep.Members[i].VM = m.VM
+		co := o.Options(m)
+		co.member, co.Save.VM, co.Guest.Mode = &member{g, i, m.VM}, m.VM, o.Mode
+		co.NVRAMKeep, co.Arm = 0, nil
+		if co.Save.Workers == 0 {
+			co.Save.Workers = (runtime.GOMAXPROCS(0) + n - 1) / n
+		}
+		options[i] = co
+	}
+	if g.peers, err = makePeers(ctx, st, options); err != nil {
+		return rep, fmt.Errorf("no group was made: %w", err)
+	}
 	errs := make([]error, n)
 	var members sync.WaitGroup
 	for i, m := range o.Members {
-		rep.Members[i].VM = m.VM
 		members.Go(func() {
 			errs[i] = rescue.Call(func() (err error) {
-				co := o.Options(m)
-				co.member, co.Save.VM, co.Guest.Mode = &member{g, i, m.VM}, m.VM, o.Mode
-				co.NVRAMKeep, co.Arm = 0, nil
-				if co.Save.Workers == 0 {
-					co.Save.Workers = (runtime.GOMAXPROCS(0) + n - 1) / n
-				}
-				rep.Members[i].CheckpointReport, err = Checkpoint(ctx, fs, st, m.Target, co)
+				rep.Members[i].CheckpointReport, err = Checkpoint(ctx, fs, st, m.Target, options[i])
 				return err
 			})
 			if errs[i] != nil {
@@ -162,6 +170,39 @@ func CheckpointGroup(ctx context.Context, fs vfs.FS, st *store.Store, o GroupOpt
 		err = context.Cause(outer) // whatever the members make of it
 	}
 	return rep, fmt.Errorf("no group was made: %w", err)
+}
+
+// makePeers has members of one trust domain store a page that several of them have once.
+// Those that are to share with no other VM are nobody's peers.
+func makePeers(ctx context.Context, st *store.Store, options []CheckpointOptions) (all []*save.Peers, err error) {
+	of := make(map[string][]*save.Options)
+	for i := range options {
+		so := &options[i].Save
+		if so.Share != "" && so.Share != save.ShareStore {
+			continue
+		}
+		domain := so.TrustDomain
+		if domain == "" {
+			if domain, err = st.DomainOf(ctx, so.VM); err != nil {
+				return nil, err
+			}
+		}
+		if domain != "" {
+			of[domain] = append(of[domain], so)
+		}
+	}
+	for domain, list := range of {
+		hash, err := st.Trust(ctx, domain)
+		if err != nil {
+			return nil, err
+		}
+		peers := save.NewPeers(len(list), hash)
+		for i, so := range list {
+			so.Peer = peers.Member(i)
+		}
+		all = append(all, peers)
+	}
+	return all, nil
 }
 
 // check finds out whether there can be such a group.
@@ -211,6 +252,7 @@ func (rep *GroupReport) sum(members []Member) {
 		}
 		if rep.Saved && r.Save != nil {
 			rep.Sum.Pages += r.Save.Pages
+			rep.Sum.Peers += r.Save.Peers
 			rep.Sum.BytesIn += r.Save.BytesIn
 			rep.Sum.FlashBytes += r.Save.FlashBytes
 			rep.Sum.NVRAMBytes += r.Save.NVRAMBytes
@@ -229,6 +271,7 @@ type group struct {
 	st                     *store.Store
 	ready, stopped, agreed *meeting
 	committed              chan struct{} // closed when record and err are known
+	peers                  []*save.Peers // one a trust domain
 
 	mu          sync.Mutex
 	txs         []*store.Tx // by member; nil: it is not that far
@@ -257,6 +300,9 @@ func (g *group) fail(vm string, err error) {
 		return
 	}
 	g.failed = &MemberError{vm, err}
+	for _, p := range g.peers {
+		p.Fail(g.failed) // also of a member that has never begun to save
+	}
 	g.cancel(fmt.Errorf("given up with its group: %w", g.failed))
 }
 

@@ -150,10 +150,11 @@ func TestGroupMemberFails(t *testing.T) {
 			return o
 		}, is: store.ErrNotFound, says: "vm1: "},
 		"a panic": {options: func(m Member) CheckpointOptions {
+			o := CheckpointOptions{}
 			if m.VM == "vm1" {
-				panic("unforeseen")
+				o.PutRight = func(Target) (func(), error) { panic("unforeseen") }
 			}
-			return CheckpointOptions{}
+			return o
 		}, says: "vm1: internal error: unforeseen"},
 		"interrupted": {ctx: func(ctx context.Context) context.Context {
 			ctx, cancel := context.WithCancelCause(ctx)
