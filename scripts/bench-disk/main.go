@@ -2,7 +2,7 @@
 // looking for it there, and prints Markdown tables.
 //
 //	go run ./scripts/bench-disk [-only warm,sqlite,idle] [-on raw,qcow2] [-runs 5] [-memory 512M] [-lazy=false]
-//	    [-keep DIR]
+//	    [-keep DIR] [-places]
 //
 // A guest stands still and is saved through exec: in turn by cat into nothing, which is as
 // fast as QEMU feeds a pipe, by what people pipe streams through today into a file that is
@@ -15,6 +15,9 @@
 // Then the newest checkpoints without and with disks are restored, in turn: eagerly into
 // nothing, with their files in the host's page cache and after they were dropped from it,
 // and lazily into a new QEMU.
+//
+// With -places nothing is saved: it is measured what it costs to read single blocks of the
+// guest's disk, beside what is read in one go.
 package main
 
 import (
@@ -65,8 +68,17 @@ func main() {
 	flag.StringVar(&b.codec, "codec", "minlz", "of flic-migrate")
 	flag.StringVar(&b.keep, "keep", "", "directory that a stream of each guest is left in")
 	flag.BoolVar(&b.lazy, "lazy", true, "restore lazily as well")
+	places := flag.Bool("places", false, "measure only what it costs to read a place of the guest's disk")
 	flag.Parse()
-	if err := b.run(context.Background(), strings.Split(*only, ","), strings.Split(*on, ",")); err != nil {
+	err := b.assets(context.Background())
+	switch {
+	case err != nil:
+	case *places:
+		err = b.places()
+	default:
+		err = b.run(context.Background(), strings.Split(*only, ","), strings.Split(*on, ","))
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench-disk:", err)
 		os.Exit(1)
 	}
@@ -81,6 +93,19 @@ type bench struct {
 	image, kernel string
 }
 
+// assets finds the image of the guests' disk, and their kernel.
+func (b *bench) assets(ctx context.Context) error {
+	dir, err := qemutest.Assets(ctx, "debian")
+	if err != nil {
+		return err
+	}
+	b.image = filepath.Join(dir, "disk.ext4")
+	if dir, err = qemutest.Assets(ctx, "x86"); err == nil {
+		b.kernel = filepath.Join(dir, "vmlinuz")
+	}
+	return err
+}
+
 func (b *bench) run(ctx context.Context, only, on []string) (err error) {
 	if b.dir, err = os.MkdirTemp("", "bench-disk"); err != nil {
 		return err
@@ -90,15 +115,6 @@ func (b *bench) run(ctx context.Context, only, on []string) (err error) {
 	if err := qemutest.Build(ctx, b.binary); err != nil {
 		return err
 	}
-	assets, err := qemutest.Assets(ctx, "debian")
-	if err != nil {
-		return err
-	}
-	b.image = filepath.Join(assets, "disk.ext4")
-	if assets, err = qemutest.Assets(ctx, "x86"); err != nil {
-		return err
-	}
-	b.kernel = filepath.Join(assets, "vmlinuz")
 	fmt.Printf("Guests of %s, %d runs of each, codec %s. Figures are medians.\n", b.memory, b.runs, b.codec)
 	for _, w := range workloads {
 		for _, disk := range on {

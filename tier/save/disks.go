@@ -131,8 +131,9 @@ const (
 	// diskCell is how much of a disk is read together, in bytes: less than what a restore
 	// reads in vain rather than to make two reads of it.
 	diskCell = 32 << 10
-	// diskEnough is how many pages on a disk must be near each other to be referred to: of
-	// the 24 blocks of three cells.
+	// diskEnough is how many pages on a disk must be near each other to be referred to, of
+	// the 24 blocks of three cells: as many bytes as are read in one go in the time that it
+	// takes to get there, 28 KiB on a fast disk (scripts/bench-disk -places).
 	diskEnough = 8
 )
 
