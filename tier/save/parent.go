@@ -38,9 +38,10 @@ const (
 	// digestChunks is how many chunks of digests are kept, 16 MiB: pages come in the
 	// order of their addresses, and so do the slots of each image, nearly.
 	digestChunks = 64
-	// baseSegments is how many decoded segments of bases are kept besides those that
-	// the workers have in hand.
-	baseSegments = 8
+	// baseBytes of decoded segments of bases are kept besides those that the workers have
+	// in hand. What a page of a database's log is a delta against is anywhere in the log: with
+	// an eighth of this the same segments were read and checked again and again.
+	baseBytes = 8 << 20
 )
 
 // parent is the checkpoint that a save is compared with, and what of it can be referred
@@ -134,7 +135,7 @@ func newParent(ctx context.Context, st *store.Store, tx *store.Tx, ref store.Ref
 		return nil, errNoDigests
 	}
 	p.set = c.Sources()
-	p.cache = c.NewCache(baseSegments + workers*source.MaxNeeds)
+	p.cache = c.NewCache(p.set.InOrder(baseBytes) + workers*source.MaxNeeds)
 	return p, p.choose()
 }
 
