@@ -184,9 +184,14 @@ func overlayOn(path string, at time.Time) string {
 	return path + at.UTC().Format(".flic-20060102T150405.000Z") + ".qcow2"
 }
 
+// overlayTime bounds the making of all overlays of a VM, each of which is a small file.
+const overlayTime = time.Minute
+
 // MakeOverlays makes an overlay on each disk that was frozen with a checkpoint, for a VM
 // that is to be started. now are the disks that the VM will then have.
 func MakeOverlays(ctx context.Context, was []checkpoint.VMDisk, at time.Time) (overlays []Snapshot, now []Disk, err error) {
+	ctx, cancel := context.WithTimeout(ctx, overlayTime)
+	defer cancel()
 	defer func() {
 		if err != nil {
 			RemoveOverlays(overlays)

@@ -2,6 +2,7 @@ package session
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -31,6 +32,12 @@ func (o *CheckpointOptions) openDisks(ctx context.Context, st *store.Store, x qm
 	return found, opened, nil
 }
 
+// freezeTime is how long a guest may stand still for the indexes of its disks: a terabyte
+// that nobody has thought of would stop it for an hour.
+var freezeTime = 30 * time.Second // not const for the sake of a test
+
+var errFreezeTime = errors.New("it was not read in the time that the guest may stand still for it (disk index can read it while the guest runs, for the next checkpoint)")
+
 // openFrozen is openDisks when snapshots of the disks that were found have been taken: of
 // what the guest wrote to until then there is an index now, and a save can look in it. The
 // guest stands still, and no index is worth a checkpoint.
@@ -44,11 +51,13 @@ func (o *CheckpointOptions) openFrozen(ctx context.Context, st *store.Store, fou
 	if err != nil {
 		return new(save.OpenedDisks), err
 	}
+	limited, cancel := context.WithTimeoutCause(ctx, freezeTime, errFreezeTime)
+	defer cancel()
 	for _, d := range found {
 		if d.ReadOnly {
 			continue
 		}
-		if err := index(ctx, catalog, d.Layers[0]); err != nil {
+		if err := index(limited, catalog, d.Layers[0]); err != nil {
 			if ctx.Err() != nil {
 				return new(save.OpenedDisks), context.Cause(ctx)
 			}
