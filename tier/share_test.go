@@ -286,3 +286,52 @@ func TestShareGone(t *testing.T) {
 	}
 	l.noLeaks(t)
 }
+
+// TestTotals counts what VMs take, and what they have in common.
+func TestTotals(t *testing.T) {
+	l := newLab(t, crashfs.New(0), "/")
+	s := tiertest.New(tiertest.Options{Seed: 1, Mix: tiertest.Mix{tiertest.Random: 1}})
+	of := func(vm string) (n store.Total) {
+		t.Helper()
+		list, left, err := l.st.Totals(t.Context())
+		if err != nil || left != nil {
+			t.Fatal(left, err)
+		}
+		for _, e := range list {
+			if e.VM == vm {
+				n = e
+			}
+		}
+		return n
+	}
+	l.save(t, s, save.Options{VM: "a"})
+	l.save(t, s, save.Options{VM: "a"})
+	l.save(t, s, save.Options{VM: "b"})
+	l.save(t, s, save.Options{VM: "c"})
+	l.save(t, s, save.Options{VM: "d", TrustDomain: "other"})
+	a, b, d := of("a"), of("b"), of("d")
+	if a.Checkpoints != 2 || a.Lent == 0 || a.Lent > a.Flash || a.Borrowed != 0 || a.Kept != 0 || a.TrustDomain != store.DefaultDomain {
+		t.Errorf("a: %+v", a)
+	}
+	if b.Borrowed == 0 || b.Borrowed > a.Lent || b.Flash > a.Flash/4 || b.Lent != 0 {
+		t.Errorf("b: %+v", b)
+	}
+	if d.Lent+d.Borrowed != 0 || d.TrustDomain != "other" || d.Flash < a.Lent {
+		t.Errorf("d: %+v", d)
+	}
+	if all := of(""); all.TrustDomain != "other" || all.Flash != d.Flash { // the last of the domains
+		t.Errorf("domain: %+v", all)
+	}
+	for n := 1; n <= 2; n++ {
+		if err := l.remove(store.Ref{VM: "a", N: n}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if e := of("a"); e.Checkpoints != 0 || e.Flash != 0 || e.Kept == 0 || e.Lent != a.Lent {
+		t.Errorf("a, removed: %+v, and was %+v", e, a)
+	}
+	if bytes := of("b").Borrowed; bytes != b.Borrowed {
+		t.Errorf("b borrows %d, and borrowed %d", bytes, b.Borrowed)
+	}
+	l.noLeaks(t)
+}

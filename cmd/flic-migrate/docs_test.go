@@ -21,6 +21,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/coredump"
 	"github.com/flic-migrate/flic-migrate/tier/replay"
+	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
 var update = flag.Bool("update", false, "write the flag tables of docs/cli.md anew")
@@ -154,7 +155,7 @@ func TestDocsJSON(t *testing.T) {
 		}
 	}
 	for name, v := range map[string]any{
-		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "show": showDoc{}, "flatten": flattenReport{}, "verify": verifyEntry{},
+		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "list --totals": store.Total{}, "show": showDoc{}, "flatten": flattenReport{}, "verify": verifyEntry{},
 		"rm": rmEntry{}, "prune": pruneEntry{}, "tag": labelDoc{}, "copy": copiedEntry{}, "memory": coredump.Report{}, "diff": diffDoc{}, "gc": gcReport{}, "doctor": doctor.Finding{}, "replay": replay.Result{}, "dump": dumpDoc{}, "disk index": diskEntry{}, "disk rm": diskRemoved{}, "resume": resumeReport{}, "track": rounds.Report{}, "checkpoint": checkpointReport{},
 		"checkpoint --group": groupReport{}, "resume --group": groupResumeReport{}, "list --group": groupEntry{},
 	} {

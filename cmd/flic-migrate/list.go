@@ -20,7 +20,7 @@ import (
 )
 
 func newList(a *app) *cobra.Command {
-	var asJSON, group bool
+	var asJSON, group, totals bool
 	c := &cobra.Command{
 		Use:   "list [flags] [NAME]",
 		Short: "List the checkpoints of one VM or of all",
@@ -31,7 +31,10 @@ STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say
 its version if it is in another one of the format; "needs 2 disks" stands with one that
 has pages on disk images (save --disk; show names them), "next armed" with the newest
 checkpoint of a VM whose next one is (checkpoint --arm), "in shop@1" with one of a group.
-With --group it lists groups (checkpoint --group), of one name or all.`,
+With --group it lists groups (checkpoint --group), of one name or all.
+With --totals it prints a line for each VM, and one for each trust domain: KEPT is what is
+left of removed checkpoints because others need it, LENT what other VMs' checkpoints need of
+this one's, BORROWED what this one's need of other VMs'.`,
 		Example: `  flic-migrate list --store /srv/vms
   flic-migrate list --store /srv/vms --group
   flic-migrate list --store /srv/vms --json web1`,
@@ -41,6 +44,12 @@ With --group it lists groups (checkpoint --group), of one name or all.`,
 			if len(args) == 1 {
 				vm = args[0]
 			}
+			if group && totals {
+				return usageError{errors.New("--group and --totals are two lists")}
+			}
+			if totals {
+				return a.listTotals(cmd.Context(), vm, asJSON)
+			}
 			if group {
 				return a.listGroups(cmd.Context(), vm, asJSON)
 			}
@@ -49,6 +58,7 @@ With --group it lists groups (checkpoint --group), of one name or all.`,
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
 	groupFlag(c.Flags(), &group)
+	c.Flags().BoolVar(&totals, "totals", false, "what each VM and each trust domain takes, and has in common with others")
 	return c
 }
 

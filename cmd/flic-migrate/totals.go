@@ -1,0 +1,64 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"text/tabwriter"
+
+	"github.com/flic-migrate/flic-migrate/tier/store"
+)
+
+// listTotals prints what VMs and trust domains take: of one VM, or of all.
+func (a *app) listTotals(ctx context.Context, vm string, asJSON bool) error {
+	if vm != "" {
+		if err := store.CheckVM(vm); err != nil {
+			return err
+		}
+	}
+	st, err := a.openStore(ctx, false)
+	if err != nil {
+		return err
+	}
+	list, left, err := st.Totals(ctx)
+	if err != nil {
+		return err
+	}
+	if vm != "" {
+		one := []store.Total{}
+		for _, t := range list {
+			if t.VM == vm {
+				one = append(one, t)
+			}
+		}
+		if list = one; len(one) == 0 {
+			return fmt.Errorf("VM %q in store %s: %w", vm, st.Dir(), store.ErrNotFound)
+		}
+	}
+	if asJSON {
+		if list == nil {
+			list = []store.Total{}
+		}
+		err = printJSON(a.stdout, list)
+	} else {
+		err = printTotals(a.stdout, list)
+	}
+	if err != nil {
+		return err
+	}
+	return left
+}
+
+func printTotals(w io.Writer, list []store.Total) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(t, "VM\tDOMAIN\tCHECKPOINTS\tFLASH\tNVRAM\tKEPT\tLENT\tBORROWED")
+	for _, e := range list {
+		lent, borrowed := human(e.Lent), human(e.Borrowed)
+		if e.VM == "" {
+			lent, borrowed = "", ""
+		}
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", dash(e.VM), dash(e.TrustDomain), e.Checkpoints,
+			human(e.Flash), human(e.NVRAM), human(e.Kept), lent, borrowed)
+	}
+	return t.Flush()
+}
