@@ -140,6 +140,9 @@ const (
 // spot is where a page was found outside of the checkpoint, if it is to be seen whether
 // reading it there is worth it: one that the guest waits for is stored anyway.
 func (m *matcher) spot(it *item) (s spot, ok bool) {
+	if it.found == isShared {
+		return it.spotAt, !it.hot
+	}
 	if it.hot || it.found != isOnDisk && it.found != isEqual || !onDisk(it.entry) {
 		return s, false
 	}

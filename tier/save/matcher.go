@@ -80,6 +80,8 @@ type item struct {
 	base      source.Location
 	marks     []uint64
 	resembles bool
+	// spotAt is where it is in another image that is not the parent's.
+	spotAt spot
 	// baseSum is the digest of what a delta is against, if that is on a disk.
 	baseSum digest.Sum
 }

@@ -28,6 +28,8 @@ const (
 )
 
 const (
+	// A page is referred to only if there are others near it; see budget.
+
 	// openAfter is how many pages an image may have before it is opened: each one that is
 	// referred to is one more that a restore must hold open.
 	openAfter = 8
@@ -241,10 +243,14 @@ func (s *shared) lookUp(it *item, near **lent) {
 	}
 	*near = found
 	it.found, it.cold, it.delta, it.pieces = isShared, true, nil, false
+	it.entry = pagemap.MakeForeign(pagemap.Foreign, int(found.space)-1, at)
 	if found.parents {
 		it.found, it.moved = isEqual, true
+		return
 	}
-	it.entry = pagemap.MakeForeign(pagemap.Foreign, int(found.space)-1, at)
+	// A segment is read and unpacked as a whole, and those beside it with it.
+	per := found.SegmentPages
+	it.spotAt = spot{1<<63 | uint64(found.space)<<32 | at/uint64(per), max(1, per/sparse)}
 }
 
 // has tells whether a page is in a slot.
