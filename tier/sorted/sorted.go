@@ -180,10 +180,12 @@ func (t *Table) leafOf(v uint64) int64 {
 // firstIn is where in a leaf the first record is that is not below key; its end if there is
 // none.
 func (t *Table) firstIn(leaf, key []byte) int {
+	first := binary.BigEndian.Uint64(key) // which decides, but where keys are the same
 	lo, hi := 0, len(leaf)/t.record
 	for lo < hi {
 		mid := (lo + hi) / 2
-		if bytes.Compare(leaf[mid*t.record:][:len(key)], key) < 0 {
+		r := leaf[mid*t.record:]
+		if v := binary.BigEndian.Uint64(r); v < first || v == first && bytes.Compare(r[:len(key)], key) < 0 {
 			lo = mid + 1
 		} else {
 			hi = mid
