@@ -15,6 +15,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest/chain"
@@ -495,6 +496,56 @@ func TestGCWhileFlattened(t *testing.T) {
 		t.Errorf("%+v, %v", rep, err)
 	}
 	l.listed(t, model)
+}
+
+// TestBorrowFlattened borrows an image of which something was freed that a replaced image
+// needed. That somebody has that one open brings nothing back.
+func TestBorrowFlattened(t *testing.T) {
+	_, l, list := smallChain(t)
+	ctx := t.Context()
+	needs := func(i int) source.Ranges {
+		t.Helper()
+		c, err := l.st.OpenCheckpoint(ctx, list[i].Ref, checkpoint.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		for _, r := range c.References() {
+			if r.UUID == list[0].UUID {
+				return r.NeedSegments
+			}
+		}
+		t.Fatalf("%v does not refer to the first", list[i].Ref)
+		return nil
+	}
+	second, third := needs(1), needs(2)
+	if len(second.Minus(third)) == 0 {
+		t.Fatal("the second needs nothing that the third does not need")
+	}
+	if _, _, err := l.flatten(list[1].Ref); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.remove(list[0].Ref); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := l.st.GC(ctx); err != nil || len(rep.Warnings) > 0 {
+		t.Fatalf("gc: %+v, %v", rep, err)
+	}
+	tx, err := l.st.Begin(ctx, "other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Abort()
+	if _, err := tx.Borrow(ctx, list[1].Ref, list[1].UUID); err != nil {
+		t.Fatal(err)
+	}
+	b, err := tx.Borrow(ctx, list[0].Ref, list[0].UUID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.Whole || !slices.Equal(b.Segments, third) {
+		t.Errorf("segments %v of a removed image (whole: %v) can be had, want %v", b.Segments, b.Whole, third)
+	}
 }
 
 // TestFlatten flattens checkpoints that refer to others and that others refer to, in

@@ -172,6 +172,7 @@ type survey struct {
 	leave Ref             // this one's needs don't count
 	keep  int             // so many of each VM are the newest
 	young bool            // the needs of no others are asked for
+	there bool            // asked for is what is certain to be there: needs of listed ones alone
 	// unclear is why it can't be told what is needed, if so: then all is.
 	unclear error
 }
@@ -215,6 +216,9 @@ func (v *survey) update(ctx context.Context) error {
 			v.done[name] = true
 		}
 		for _, k := range o.kept {
+			if v.there {
+				break
+			}
 			if err := v.countOpen(ctx, Ref{vm, k.n}, Ref{vm, k.n}.keptObject(k.id)); err != nil {
 				return err
 			}
@@ -224,7 +228,8 @@ func (v *survey) update(ctx context.Context) error {
 }
 
 // countOpen counts what an image needs that a flattening has replaced, if somebody has it
-// open: who opened it before has perhaps not opened yet what it refers to.
+// open: who opened it before has perhaps not opened yet what it refers to. It may have been
+// freed all the same, before somebody opened the image for its own bytes.
 func (v *survey) countOpen(ctx context.Context, r Ref, name string) error {
 	if v.done[name] {
 		return nil

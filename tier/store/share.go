@@ -239,7 +239,10 @@ func (s *Store) eachDigest(ctx context.Context, im share.Image, h *digest.Hasher
 		return err
 	}
 	defer f.Close()
-	return s.unlessGone(ctx, st.name, checkpoint.EachDigest(f, fn))
+	if err := s.unlessGone(ctx, st.name, checkpoint.EachDigest(f, fn)); !gone(err) {
+		return err
+	}
+	return nil // it was removed while it was read
 }
 
 // Borrowed is an image that a transaction may refer to, and keeps from going away.
@@ -255,8 +258,8 @@ type Borrowed struct {
 // to go. It must not be called beside the transaction's other methods.
 //
 // Of a listed image nothing is ever freed; it is locked under the store lock, so that it is
-// listed when the lock is had. Of one that is not listed what others need is there, and stays
-// as long as it is locked: their needs are looked at when it is.
+// listed when the lock is had. Of one that is not listed what listed others need is there, and
+// stays as long as it is locked: their needs are looked at when it is.
 func (t *Tx) Borrow(ctx context.Context, was Ref, id uuid.UUID) (*Borrowed, error) {
 	st, ok := t.s.placed(ctx, was, id)
 	if !ok {
@@ -271,6 +274,7 @@ func (t *Tx) Borrow(ctx context.Context, was Ref, id uuid.UUID) (*Borrowed, erro
 		return b, nil
 	}
 	v := t.s.lookup().survey(id)
+	v.there = true
 	if err := v.update(ctx); err != nil {
 		return nil, err
 	}
