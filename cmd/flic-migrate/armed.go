@@ -20,10 +20,14 @@ const armedName = "flic-migrate-armed"
 
 // startArmed returns what starts the armed process: of a session of its own, with
 // nothing of this one's but the files, and with its messages in a log if there is one.
-func startArmed(log string) func(files []*os.File) (*os.Process, error) {
+// vm is the VM's name for the metrics, which go to a file if one is named.
+func startArmed(log, metrics, vm string) func(files []*os.File) (*os.Process, error) {
 	return func(files []*os.File) (*os.Process, error) {
 		cmd := exec.Command("/proc/self/exe")
 		cmd.Args = []string{armedName}
+		if metrics != "" {
+			cmd.Args = append(cmd.Args, metrics, vm)
+		}
 		cmd.ExtraFiles = files
 		cmd.Dir = "/"
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -62,7 +66,9 @@ func armedMain(fsys vfs.FS) int {
 			return b.openStore(ctx, false)
 		},
 	}
+	measured := measureArmed(ctx, os.Args)
 	err := rescue.Call(func() error { return p.Run(ctx, files) })
+	measured(exitCode(err))
 	if err != nil {
 		p.Log.Error("the armed checkpoint has ended", "reason", oneLine(err))
 	}

@@ -144,6 +144,7 @@ killed (SIGKILL), a second process lets the guest run.`,
 	fs.StringVar(&c.armLog, "arm-log", "", "file for its messages (default: nowhere)")
 	fs.Var(&c.keepLast, "keep-last", "afterwards remove the VM's checkpoints but for the newest `n`, as prune does; 0: none")
 	c.encoding.add(fs)
+	addMetrics(fs, "checkpoint")
 	fs.BoolVar(&c.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary")
 	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm", "keep-last", "disks", "freeze", "guest-sync"} {
@@ -192,6 +193,7 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		// Its lines are for people, and its QEMU starts the command.
 		return explainHuman(err, "migrate_set_capability return-path on", "migrate", "save", "--store", st.Dir(), "--vm", vm)
 	}
+	c.measureCheckpoint(&doc)
 	err = errors.Join(err, c.show(doc))
 	for _, line := range removed {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s\n", line)
@@ -220,7 +222,7 @@ func (c *checkpointCmd) options(vm string, timer time.Duration, timed bool) (ses
 	o.Save.VM, o.Save.Parent, o.Save.Log = vm, string(c.parent), c.log()
 	c.share.options(&o.Save)
 	if c.arm {
-		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog)}
+		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog, armedMetrics(c.measures), vm)}
 	}
 	if c.sync {
 		o.Sync = &session.GuestSync{Socket: c.agent, Limit: guestSyncTime}

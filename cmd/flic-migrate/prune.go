@@ -77,6 +77,7 @@ removed, and removes nothing.`,
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "say what would be removed")
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
 	setKey(c.Flags(), "dry-run", "prune-dry-run")
+	addMetrics(c.Flags(), "prune")
 	return c
 }
 
@@ -107,6 +108,7 @@ func (a *app) prune(ctx context.Context, vms []string, policy retention.Policy, 
 	if !dryRun {
 		err = errors.Join(a.removeUnkept(ctx, st, entries)...)
 	}
+	a.measurePrune(entries)
 	if asJSON {
 		return errors.Join(err, printJSON(a.stdout, entries))
 	}

@@ -382,7 +382,8 @@ func TestResumeInterrupted(t *testing.T) {
 	ctx, l := limit(t), newLab(t)
 	c, _, _, _ := saveTwice(t, ctx, l, q35)
 	vm := qemutest.Start(t, destination(c, "defer"))
-	r := l.resumes(t, "flic-migrate", vm, "--learn", "3s", "vm@2")
+	metrics := filepath.Join(l.dir, "resume.prom")
+	r := l.resumes(t, "flic-migrate", vm, "--learn", "3s", "--metrics", metrics, "vm@2")
 	r.says(t, `vm@2: running after \d+ ms`)
 	server := r.server(t)
 	ok(t, r.cmd.Process.Signal(syscall.SIGTERM))
@@ -394,6 +395,11 @@ func TestResumeInterrupted(t *testing.T) {
 		t.Errorf("the migration is %s", info.Status)
 	}
 	runsOn(t, vm)
+	// The server has written its metrics, without the one that has started it.
+	until(t, "the server's metrics", func() bool {
+		b, err := os.ReadFile(metrics)
+		return err == nil && strings.Contains(string(b), `flic_migrate_running{verb="restore",vm="vm"} 0`) && strings.Contains(string(b), "flic_migrate_waited_pages")
+	})
 }
 
 // TestResumeText: what people see.

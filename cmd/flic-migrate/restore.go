@@ -82,6 +82,7 @@ PATH of its exec: shell does not have the program: name it by its whole path.`,
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	r.disks.add(fs)
 	fs.Var(&r.workers, "workers", "decompressing threads; 0: one for each CPU")
+	addMetrics(fs, "restore")
 	fs.StringVar(&r.report, "report", "", "write the JSON report to this file as well, also after a failure")
 	fs.StringVar(&r.control, "control", "", "for resume: the socket on which it is told how far the restore is and how it went")
 	fs.StringVar(&r.status, "status", "", "keep in this file how far the restore is")
@@ -102,8 +103,9 @@ func (r *restoreCmd) run(ctx context.Context, name string) error {
 		// A guest is worth more than the word of how it does.
 		r.log().Warn(err.Error())
 	}
-	w := &serving{restoreCmd: r, control: control, beats: newStatusFile(r.status, r.log())}
+	w := &serving{restoreCmd: r, control: control, beats: newStatusFile(r.status, r.log()), measures: serverMetrics{a: r.app}}
 	doc, err := w.restore(ctx, name)
+	r.measureRestore(&doc)
 	doc.ExitCode = exitCode(err)
 	if err != nil {
 		doc.Error = oneLine(err)
@@ -124,12 +126,15 @@ type serving struct {
 	control *session.Control
 	beats   *statusFile
 	meter   *meter
+
+	measures serverMetrics
 }
 
 // progress tells everybody how far it is who wants to know.
 func (w *serving) progress(p progress.State) {
 	w.control.Progress(p)
 	w.beats.progress(p)
+	w.measures.progress(p)
 	if w.meter != nil {
 		w.meter.show(p)
 	}

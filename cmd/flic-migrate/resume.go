@@ -94,6 +94,8 @@ themselves.`,
 	fs.DurationVar(&r.stalled, "stalled", 10*time.Second, "say so when the process that serves the memory has made no progress for so long; 0: never")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	r.disks.add(fs)
+	fs.String("metrics", "", "with --qmp: the process that serves the memory writes metrics for Prometheus's textfile collector to this `FILE`")
+	setKey(fs, "metrics", "resume-metrics")
 	fs.BoolVar(&r.json, "json", false, "print the report as JSON on standard output")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary")
 	setKey(fs, "recover", "resume-recover")
@@ -234,6 +236,9 @@ func (r *resumeCmd) server(dir string, ref store.Ref, a session.ServerArgs) []st
 	}
 	if a.Control != "" {
 		args = append(args, "--control", a.Control)
+	}
+	if r.measures != "" {
+		args = append(args, "--metrics", r.measures)
 	}
 	if a.Kind == migration.RecoveringServer {
 		args = append(args, "--recover")

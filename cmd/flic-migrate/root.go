@@ -22,6 +22,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
+	"github.com/flic-migrate/flic-migrate/tier/metrics"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -42,6 +43,9 @@ type app struct {
 
 	sources map[string]string // where a flag's value is from that the command line does not give
 	opened  []*store.Store    // by this command, those that it may make
+
+	measures string       // --metrics
+	metrics  *metrics.Set // nil: none are to be written
 }
 
 func newApp(fsys vfs.FS) *app {
@@ -88,6 +92,7 @@ func run(a *app, args []string) int {
 		}
 		a.failInJSON(cmd, args, err)
 	}
+	a.measured(exitCode(err))
 	if a.last != nil {
 		fmt.Fprintf(a.stderr, "%s\n", a.last)
 	}
@@ -242,14 +247,16 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 			if err := a.configure(save); err != nil {
 				return usageError{err}
 			}
+			a.measure(save, nil)
 			save.SetContext(cmd.Context())
 			return save.RunE(save, nil)
 		},
-		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+		PersistentPreRunE: func(cmd *cobra.Command, args []string) error {
 			if err := a.configure(cmd); err != nil {
 				return err
 			}
 			a.started = true
+			a.measure(cmd, args)
 			return nil
 		},
 	}

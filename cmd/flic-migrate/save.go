@@ -113,6 +113,7 @@ Standard output belongs to that return path and carries nothing else.`,
 	s.disks.add(fs)
 	s.placement.add(fs)
 	s.encoding.add(fs)
+	addMetrics(fs, "save")
 	fs.StringVar(&s.report, "report", "", "write the JSON report to this file as well, also after a failure")
 	fs.BoolVar(&s.json, "json", false, "end with the report as one line of JSON on standard error")
 	fs.BoolVar(&s.quiet, "quiet", false, "no progress and no summary")
@@ -162,6 +163,7 @@ func (s *saveCmd) run(ctx context.Context) error {
 		doc.Error = oneLine(err)
 	} else {
 		doc.Checkpoint, doc.UUID, doc.Report = ref.String(), meta.UUID.String(), &meta.Report
+		s.measureSave(&meta.Report)
 	}
 	line, jerr := json.Marshal(doc)
 	if s.report != "" && jerr == nil {

@@ -46,6 +46,7 @@ is none: if there is nothing worse, the exit code is 1.`,
 	setKey(fs, "all", "verify-all")
 	fs.StringVar(&v.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	v.disks.addMoved(fs)
+	addMetrics(fs, "verify")
 	fs.BoolVar(&v.json, "json", false, "print a JSON array")
 	return c
 }
@@ -107,6 +108,7 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 			return err
 		}
 	}
+	v.measureVerify(len(entries)-damaged-unsupported, damaged, unsupported)
 	switch {
 	case damaged > 0:
 		return fmt.Errorf("%d of %d checkpoints: %w", damaged, len(entries), errDamaged)

@@ -1,0 +1,233 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/lazy"
+	"github.com/flic-migrate/flic-migrate/tier/metrics"
+	"github.com/flic-migrate/flic-migrate/tier/progress"
+)
+
+// addMetrics adds --metrics to a verb. Each has a key of its own: a file is of one verb.
+func addMetrics(fs *pflag.FlagSet, verb string) {
+	fs.String("metrics", "", "write metrics for Prometheus's textfile collector to this `FILE`, also after a failure")
+	setKey(fs, "metrics", verb+"-metrics")
+}
+
+// measure begins the metrics of a command that is to write some.
+func (a *app) measure(cmd *cobra.Command, args []string) {
+	f := cmd.Flags().Lookup("metrics")
+	if f == nil || f.Value.String() == "" {
+		return
+	}
+	vm := ""
+	if v := cmd.Flags().Lookup("vm"); v != nil {
+		vm = v.Value.String()
+	} else if len(args) == 1 {
+		vm, _, _ = strings.Cut(args[0], "@")
+	}
+	// Other processes write it too, and work in other directories.
+	a.measures = f.Value.String()
+	if path, err := filepath.Abs(a.measures); err == nil {
+		a.measures = path
+	}
+	if cmd.Name() != "resume" { // whose server writes it
+		a.metrics = metrics.New(a.measures, cmd.Name(), vm)
+	}
+}
+
+// measured writes what a command has come to. That it can't be written changes nothing.
+func (a *app) measured(code int) {
+	if a.metrics == nil {
+		return
+	}
+	if err := a.metrics.Ended(code); err != nil {
+		a.log().Warn("the metrics were not written", "cause", oneLine(err))
+	}
+}
+
+// measureSave sets what a save has come to.
+func (a *app) measureSave(r *checkpoint.Report) {
+	m := a.metrics
+	if m == nil {
+		return
+	}
+	m.Gauge("stream_bytes", "Length of the migration stream.", float64(r.BytesIn))
+	for _, p := range []struct {
+		kind string
+		n    int64
+	}{{"all", r.Pages}, {"zero", r.Zero}, {"duplicate", r.Duplicate}, {"hot", r.Hot}, {"cold", r.Cold}, {"disk", r.Disk}, {"delta", r.Delta}, {"unchanged", r.Unchanged}} {
+		m.Gauge("pages", "Pages of the guest, by what became of them; duplicates are hot or cold as well.", float64(p.n), "kind", p.kind)
+	}
+	m.Gauge("written_bytes", "Bytes written to each tier.", float64(r.FlashBytes), "tier", "flash")
+	m.Gauge("written_bytes", "Bytes written to each tier.", float64(r.NVRAMBytes), "tier", "nvram")
+	s := r.Seconds
+	for _, p := range []struct {
+		phase string
+		s     float64
+	}{{"ram", s.RAM}, {"sync", s.Sync}, {"tail", s.Tail}, {"commit", s.Commit}} {
+		m.Gauge("save_phase_seconds", "How long each phase of the save took.", p.s, "phase", p.phase)
+	}
+}
+
+// measureCheckpoint sets what a checkpoint has come to.
+func (a *app) measureCheckpoint(doc *checkpointReport) {
+	if a.metrics == nil || doc.Save == nil {
+		return
+	}
+	a.measureSave(doc.Save)
+	a.metrics.Gauge("downtime_seconds", "How long the guest stood still.", doc.Downtime.Seconds())
+	a.metrics.Gauge("passes", "Passes over the guest's memory.", float64(doc.Passes))
+}
+
+// measurePrune sets how many checkpoints a prune has kept and removed.
+func (a *app) measurePrune(entries []pruneEntry) {
+	if a.metrics == nil {
+		return
+	}
+	count := map[string]int{"kept": 0, "removed": 0, "failed": 0}
+	var flash, nvram int64
+	for _, e := range entries {
+		switch {
+		case e.Removed != nil:
+			count["removed"]++
+			flash, nvram = flash+e.Removed.FlashBytes, nvram+e.Removed.NVRAMBytes
+		case len(e.Kept) > 0:
+			count["kept"]++
+		case e.Error != "":
+			count["failed"]++
+		}
+	}
+	for what, n := range count {
+		a.metrics.Gauge("checkpoints", "Checkpoints, by what became of them.", float64(n), "result", what)
+	}
+	a.metrics.Gauge("freed_bytes", "Bytes freed in each tier.", float64(flash), "tier", "flash")
+	a.metrics.Gauge("freed_bytes", "Bytes freed in each tier.", float64(nvram), "tier", "nvram")
+}
+
+// measureVerify sets how many checkpoints a verify has found to be what.
+func (a *app) measureVerify(ok, damaged, unsupported int) {
+	if a.metrics == nil {
+		return
+	}
+	for what, n := range map[string]int{"ok": ok, "damaged": damaged, "unsupported": unsupported} {
+		a.metrics.Gauge("checkpoints", "Checkpoints, by what became of them.", float64(n), "result", what)
+	}
+}
+
+// metricsEvery is the time between two writes of a process that runs.
+const metricsEvery = time.Second
+
+// serverMetrics are those of a restore while it runs.
+type serverMetrics struct {
+	a    *app
+	last time.Time
+}
+
+// progress writes how far it is, now and then.
+func (s *serverMetrics) progress(p progress.State) {
+	m := s.a.metrics
+	if now := time.Now(); m != nil && now.Sub(s.last) >= metricsEvery {
+		s.last = now
+		m.Gauge("running", "1 while the process runs.", 1)
+		m.Gauge("beat_timestamp_seconds", "When a process that runs last wrote this.", float64(now.UnixMilli())/1000)
+		m.Gauge("pages_sent", "Pages that have been sent.", float64(p.Pages))
+		m.Gauge("pages_to_send", "Pages that are to be sent; 0 while not known.", float64(p.PagesAll))
+		_ = m.Write() // the one at the end says why not
+	}
+}
+
+// measureRestore sets what a restore has come to.
+func (a *app) measureRestore(doc *restoreReport) {
+	m := a.metrics
+	if m == nil {
+		return
+	}
+	m.Gauge("running", "1 while the process runs.", 0)
+	switch {
+	case doc.LazyReport != nil:
+		a.measureLazy(doc.LazyReport)
+	case doc.Report.BytesOut > 0:
+		m.Gauge("pages_sent", "Pages that have been sent.", float64(doc.Report.Pages))
+		m.Gauge("sent_bytes", "Length of the stream.", float64(doc.Report.BytesOut))
+	}
+}
+
+func (a *app) measureLazy(r *lazy.Report) {
+	m := a.metrics
+	m.Gauge("pages_sent", "Pages that have been sent.", float64(r.Pages))
+	m.Gauge("sent_bytes", "Length of the stream.", float64(r.BytesOut))
+	m.Gauge("demanded_pages", "Pages that the guest asked for.", float64(r.Demands))
+	m.Gauge("waited_pages", "Pages that the guest had to wait for.", float64(r.Waited))
+	for _, q := range []struct {
+		quantile string
+		d        time.Duration
+	}{{"0.5", r.WaitP50}, {"0.99", r.WaitP99}, {"1", r.WaitMax}} {
+		m.Gauge("wait_seconds", "From a request for a page until it was written.", q.d.Seconds(), "quantile", q.quantile)
+	}
+	m.Gauge("loaded_seconds", "Until the guest could run.", r.Loaded.Seconds())
+	m.Gauge("resident_seconds", "Until all of its memory had been sent.", r.Resident.Seconds())
+}
+
+// armedMetrics is the file for the metrics of the process that has a VM's next checkpoint
+// ready, beside that of checkpoint's.
+func armedMetrics(path string) string {
+	if path == "" {
+		return ""
+	}
+	if stem, ok := strings.CutSuffix(path, ".prom"); ok {
+		return stem + "-armed.prom"
+	}
+	return path + "-armed"
+}
+
+// armedEvery is the time between two beats of an armed process: it may wait for days.
+const armedEvery = 15 * time.Second
+
+// measureArmed writes, until the release is called, that a VM is armed. args are those of
+// startArmed.
+func measureArmed(ctx context.Context, args []string) (release func(exitCode int)) {
+	if len(args) != 3 {
+		return func(int) {}
+	}
+	m := metrics.New(args[1], "armed", args[2])
+	beat := func(running float64) {
+		m.Gauge("running", "1 while the process runs.", running)
+		m.Gauge("beat_timestamp_seconds", "When a process that runs last wrote this.", float64(time.Now().UnixMilli())/1000)
+		m.Gauge("pid", "The process.", float64(os.Getpid()))
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(armedEvery)
+		defer tick.Stop()
+		for {
+			beat(1)
+			if err := m.Write(); err != nil {
+				fmt.Fprintf(os.Stderr, "flic-migrate: the metrics were not written: %v\n", err)
+				return
+			}
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return func(code int) {
+		cancel()
+		<-done
+		beat(0)
+		_ = m.Ended(code) // the first write has said why not
+	}
+}
