@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -22,6 +24,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
@@ -620,54 +623,100 @@ func (p patient) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// TestDisksAhead: while nobody takes the stream yet, a restore reads all that it will need of
-// disks, from the beginning of each to its end, in few pieces.
-func TestDisksAhead(t *testing.T) {
-	l, list, disks := onDisks(t)
-	var mu sync.Mutex
-	read := make([][][2]int64, len(disks))
-	c, err := l.st.OpenCheckpoint(t.Context(), list[2].Ref, checkpoint.Options{Disks: checkpoint.DiskOptions{Open: func(path string, f disk.Format) (checkpoint.DiskFile, error) {
+// readsIn is a checkpoint whose disks remember what is read of them into the page cache.
+type readsIn struct {
+	*store.Checkpoint
+	t     *testing.T
+	disks []string
+	mu    sync.Mutex
+	read  [][][2]int64 // by disk
+}
+
+func openReadsIn(t *testing.T, l *lab, ref store.Ref, disks []string) *readsIn {
+	t.Helper()
+	r := &readsIn{t: t, disks: disks, read: make([][][2]int64, len(disks))}
+	var err error
+	r.Checkpoint, err = l.st.OpenCheckpoint(t.Context(), ref, checkpoint.Options{Disks: checkpoint.DiskOptions{Open: func(path string, f disk.Format) (checkpoint.DiskFile, error) {
 		i, err := disk.OpenLayer(path, f)
-		return aheadFile{i, &mu, &read[slices.Index(disks, path)]}, err
+		return aheadFile{i, &r.mu, &r.read[slices.Index(disks, path)]}, err
 	}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
-	slots := c.Sources().DiskSlots
-	// missing is a slot that was not read.
-	missing := func() (slot uint64, ok bool) {
-		mu.Lock()
-		defer mu.Unlock()
-		for n := range slots {
-			at, err := c.DiskSlot(n)
-			if err != nil {
-				t.Error(err)
-				return 0, false
-			}
-			off := at.Sector() * disk.SectorSize
-			k := slices.Index(disks, c.Disks()[at.Disk()].Path)
-			if !slices.ContainsFunc(read[k], func(a [2]int64) bool { return a[0] <= off && off+4096 <= a[1] }) {
-				return n, true
-			}
+	t.Cleanup(func() { r.Close() })
+	return r
+}
+
+// missing is a slot that was not read.
+func (r *readsIn) missing() (slot uint64, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for n := range r.Sources().DiskSlots {
+		at, err := r.DiskSlot(n)
+		if err != nil {
+			r.t.Error(err)
+			return 0, false
 		}
-		return 0, false
+		off := at.Sector() * disk.SectorSize
+		k := slices.Index(r.disks, r.Disks()[at.Disk()].Path)
+		if !slices.ContainsFunc(r.read[k], func(a [2]int64) bool { return a[0] <= off && off+4096 <= a[1] }) {
+			return n, true
+		}
 	}
-	out := patient{func() bool { _, ok := missing(); return !ok }}
-	if _, err := restore.Run(t.Context(), c.Checkpoint, out, restore.Options{}); err != nil {
-		t.Fatal(err)
-	}
-	if n, ok := missing(); ok {
-		t.Errorf("slot %d was not read ahead", n)
+	return 0, false
+}
+
+// inOrder checks that all was read, from the beginning of each disk to its end, in few pieces.
+func (r *readsIn) inOrder() {
+	r.t.Helper()
+	if n, ok := r.missing(); ok {
+		r.t.Errorf("slot %d was not read ahead", n)
 	}
 	pieces := 0
-	for i := range read {
-		pieces += len(read[i])
-		if !slices.IsSortedFunc(read[i], func(a, b [2]int64) int { return int(a[0] - b[0]) }) {
-			t.Errorf("disk %d is read in the order %v", i, read[i])
+	for i := range r.read {
+		pieces += len(r.read[i])
+		if !slices.IsSortedFunc(r.read[i], func(a, b [2]int64) int { return int(a[0] - b[0]) }) {
+			r.t.Errorf("disk %d is read in the order %v", i, r.read[i])
 		}
 	}
-	if pieces == 0 || uint64(pieces)*4 > slots {
-		t.Errorf("%d pieces for %d slots", pieces, slots)
+	if pieces == 0 || uint64(pieces)*4 > r.Sources().DiskSlots {
+		r.t.Errorf("%d pieces for %d slots", pieces, r.Sources().DiskSlots)
+	}
+}
+
+// TestDisksAhead: while nobody takes the stream yet, a restore reads all that it will need of
+// disks.
+func TestDisksAhead(t *testing.T) {
+	l, list, disks := onDisks(t)
+	r := openReadsIn(t, l, list[2].Ref, disks)
+	out := patient{func() bool { _, ok := r.missing(); return !ok }}
+	if _, err := restore.Run(t.Context(), r.Checkpoint.Checkpoint, out, restore.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	r.inOrder()
+}
+
+// TestDisksAheadLazily: so does the background of a lazy restore.
+func TestDisksAheadLazily(t *testing.T) {
+	l, list, disks := onDisks(t)
+	r := openReadsIn(t, l, list[2].Ref, disks)
+	in, rp := io.Pipe()
+	stream, out := io.Pipe()
+	served := make(chan error, 1)
+	go func() {
+		_, err := lazy.Serve(t.Context(), r.Checkpoint.Checkpoint, in, out, lazy.Options{})
+		out.Close()
+		served <- err
+	}()
+	q := &sequence{t: t, rng: rand.New(rand.NewPCG(1, 2))}
+	_, err := q.load(tiertest.New(generations(5, 3, chainBlocks)[2]), stream, rp)
+	stream.CloseWithError(io.ErrClosedPipe)
+	rp.Close()
+	if serr := <-served; err != nil || serr != nil {
+		t.Fatalf("server: %v; destination: %v", serr, err)
+	}
+	in.Close()
+	if n, ok := r.missing(); ok {
+		t.Errorf("slot %d was not read ahead", n)
 	}
 }
