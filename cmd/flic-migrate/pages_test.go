@@ -179,6 +179,16 @@ func TestPages(t *testing.T) {
 		t.Errorf("flic-migrate.7 is %q", page)
 	}
 
+	concepts, err := os.ReadFile("../../docs/concepts.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range root.Commands() {
+		if c.Name() != "version" && !regexp.MustCompile("`"+c.Name()+"\\b").Match(concepts) {
+			t.Errorf("docs/concepts.md does not say what %s is for", c.Name())
+		}
+	}
+
 	settings := settingsFile(root)
 	file := filepath.Join(t.TempDir(), "flic-migrate.toml")
 	set := regexp.MustCompile(`(?m)^#([a-z0-9-]+ = )`).ReplaceAllString(settings, "$1")
