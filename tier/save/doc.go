@@ -2,13 +2,14 @@
 //
 //	in ─► feed ─► parser ─┬─ pages ─► matcher ─► placer ─┬─ hot ──► NVRAM region ─┐
 //	                      │              ▲               └─ cold ─┐               │
-//	                      │        parent, disks                  │               │
+//	                      │  parent, disks, other images          │               │
 //	                      └─ all else ─► skeleton ────────────────┴─► image ──────┴─► transaction
 //
 // Each stage knows the next, and none the one before. One goroutine runs them; the
-// matcher compares pages with the parent checkpoint's and with the blocks of disks, and the
-// image's Writer compresses and writes, with some of their own. Without a parent and disks
-// there is no matcher.
+// matcher compares pages with the parent checkpoint's, and looks for them on disks and in the
+// images that the store has of others, and the image's Writer compresses and writes, with some
+// of their own. Without any of these there is no matcher. Saves of a group (Peers) find each
+// other's pages in the placer.
 //
 // What a checkpoint refers to is bytes, and never what another checkpoint's page map
 // says of them: entries of the parent's are taken over under names of the new one's
