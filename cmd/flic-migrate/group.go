@@ -193,6 +193,7 @@ func (c *checkpointCmd) showGroup(rep session.GroupReport, failed error) error {
 	}
 	for _, m := range rep.Members {
 		switch {
+		case strings.HasPrefix(m.Error, session.GivenUp): // the other's reason is said
 		case m.Error != "":
 			fmt.Fprintf(c.stderr, "flic-migrate: %s: %s\n", m.VM, oneLine(errors.New(m.Error)))
 		case c.quiet || !rep.Saved:
@@ -201,7 +202,11 @@ func (c *checkpointCmd) showGroup(rep session.GroupReport, failed error) error {
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(c.stderr, "flic-migrate: %s; stood still for %d ms, now it is %s\n", summary(ref, m.Save), m.Downtime.Milliseconds(), m.State)
+			stood := ""
+			if m.Downtime > 0 {
+				stood = fmt.Sprintf("stood still for %d ms, ", m.Downtime.Milliseconds())
+			}
+			fmt.Fprintf(c.stderr, "flic-migrate: %s; %snow it is %s\n", summary(ref, m.Save), stood, m.State)
 		}
 	}
 	if c.quiet || !rep.Saved {
@@ -211,9 +216,12 @@ func (c *checkpointCmd) showGroup(rep session.GroupReport, failed error) error {
 	if rep.SkewBy != "" {
 		skew = fmt.Sprintf("; the guests were stopped within %.1f ms", float64(rep.Skew.Microseconds())/1e3)
 	}
-	fmt.Fprintf(c.stderr, "flic-migrate: group %s: %s, %s in, %d pages as another member has them, %s to flash, %s to NVRAM%s, and stood still for %d ms at most; %.2f s in all\n",
+	if rep.Downtime > 0 {
+		skew += fmt.Sprintf("; they stood still for %d ms at most", rep.Downtime.Milliseconds())
+	}
+	fmt.Fprintf(c.stderr, "flic-migrate: group %s: %s, %s in, %d pages as another member has them, %s to flash, %s to NVRAM%s; %.2f s in all\n",
 		rep.Group, plural(len(rep.Members), "checkpoint"), human(rep.Sum.BytesIn), rep.Sum.Peers, human(rep.Sum.FlashBytes), human(rep.Sum.NVRAMBytes),
-		skew, rep.Downtime.Milliseconds(), rep.Total.Seconds())
+		skew, rep.Total.Seconds())
 	if d := rep.Demoted; d != nil {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s of older checkpoints moved to flash, %s of NVRAM freed\n", human(d.Bytes), human(d.NVRAMBytes))
 	}
@@ -433,6 +441,9 @@ func (a *app) rmGroups(ctx context.Context, names []string, all, asJSON bool) er
 		}
 		if failed == nil {
 			failed = st.ForgetGroup(ctx, l.Ref())
+		}
+		if failed == nil && l.Err != nil {
+			a.log().Warn("the record of the group was damaged, and is removed; its members, if any, are checkpoints of their own now", "group", l.Ref().String())
 		}
 		if err = errors.Join(err, failed); ctx.Err() != nil {
 			break

@@ -97,6 +97,10 @@ func (e *MemberError) Error() string { return fmt.Sprintf("%s: %v", e.VM, e.Err)
 
 func (e *MemberError) Unwrap() error { return e.Err }
 
+// GivenUp begins the error of a member that was given up because of another one's, which
+// follows.
+const GivenUp = "given up with its group"
+
 // agreeTime is how long a member waits to hear that the QEMUs of the others confirm what
 // was saved. Each has migration's own limit for that, which is shorter.
 const agreeTime = time.Minute
@@ -303,7 +307,7 @@ func (g *group) fail(vm string, err error) {
 	for _, p := range g.peers {
 		p.Fail(g.failed) // also of a member that has never begun to save
 	}
-	g.cancel(fmt.Errorf("given up with its group: %w", g.failed))
+	g.cancel(fmt.Errorf("%s: %w", GivenUp, g.failed))
 }
 
 // cause is what went wrong, if anything: what has ended the group, and of other members

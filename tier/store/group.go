@@ -340,12 +340,18 @@ func (s *Store) Groups(ctx context.Context, name string) ([]ListedGroup, error) 
 			return nil, err
 		}
 	}
-	done, _, err := s.groupNames(ctx)
+	done, committing, err := s.groupNames(ctx)
 	if err != nil {
 		return nil, err
 	}
 	here := presence{s: s, of: make(map[string][]int)}
 	list := []ListedGroup{}
+	// One whose commit was cut off is finished when the store is opened, unless it is damaged.
+	for _, r := range committing {
+		if _, err := s.readGroup(ctx, r, commitSuffix); integrity.IsCorrupt(err) && (name == "" || r.VM == name) {
+			list = append(list, ListedGroup{Group: Group{Name: r.VM, Number: r.N}, Err: err})
+		}
+	}
 	for _, r := range done {
 		if name != "" && r.VM != name {
 			continue
@@ -460,9 +466,15 @@ func (s *Store) ForgetGroup(ctx context.Context, r Ref) error {
 
 // forgetGroup is ForgetGroup for who holds the store lock.
 func (s *Store) forgetGroup(ctx context.Context, r Ref) error {
-	g, err := s.readGroup(ctx, r, groupSuffix)
+	suffix := groupSuffix
+	g, err := s.readGroup(ctx, r, suffix)
 	if gone(err) {
-		return nil
+		// A damaged one of a commit that was cut off names no parts, and keeps all from
+		// being swept.
+		suffix = commitSuffix
+		if _, err = s.readGroup(ctx, r, suffix); !integrity.IsCorrupt(err) {
+			return nil
+		}
 	}
 	if err != nil && !integrity.IsCorrupt(err) {
 		return err
@@ -485,7 +497,7 @@ func (s *Store) forgetGroup(ctx context.Context, r Ref) error {
 			return nil
 		}
 	}
-	if err := s.dir.Remove(ctx, groupObject(r, groupSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := s.dir.Remove(ctx, groupObject(r, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return s.dir.Sync(ctx, groupsFolder)

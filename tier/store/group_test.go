@@ -425,4 +425,14 @@ func TestGroupRecordDamaged(t *testing.T) {
 	if g := mustCommitGroup(t, next, "a"); g.Number != 4 {
 		t.Errorf("%+v", g)
 	}
+	// It is listed, and once it is removed what may have been its part is swept.
+	if list, err := next.Groups(t.Context(), "shop"); err != nil || !slices.ContainsFunc(list, func(l ListedGroup) bool { return l.Number == 3 && integrity.IsCorrupt(l.Err) }) {
+		t.Errorf("%+v, %v", list, err)
+	}
+	if err := next.ForgetGroup(t.Context(), Ref{"shop", 3}); err != nil {
+		t.Error(err)
+	}
+	if rep, err := next.GC(t.Context()); err != nil || len(rep.Warnings) > 0 || rep.Parts != 1 {
+		t.Errorf("%+v, %v", rep, err)
+	}
 }
