@@ -600,6 +600,62 @@ func TestOpenDisks(t *testing.T) {
 	l.noLeaks(t)
 }
 
+// TestTouchedDisk saves with the index of a disk that was written to since, and whose times
+// were set back: only what the disk still has is taken from it, with or without a parent.
+func TestTouchedDisk(t *testing.T) {
+	l := newLab(t, vfs.OS, t.TempDir())
+	path := filepath.Join(t.TempDir(), "disk")
+	o := tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "ram", Size: 4 << 20}}, Mix: tiertest.Mix{tiertest.Text: 1}}
+	s := generation(o, 1)
+	newRawDisk(t, path, digest.Fresh(), 1, s)
+	catalog, err := l.st.Disks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	i, err := disk.Open(t.Context(), path, disk.Raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := catalog.Build(t.Context(), i, disk.BuildOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	i.Close()
+	saved := func(o save.Options) (store.Ref, int64) {
+		t.Helper()
+		d := save.OpenDisks(t.Context(), catalog, []save.DiskFile{{Path: path, Format: disk.Raw}})
+		defer d.Close()
+		if len(d.Disks) != 1 {
+			t.Fatalf("unused: %v", d.Unused)
+		}
+		o.Disks, o.Share = d.Disks, save.ShareNone
+		ref, meta := l.save(t, s, o)
+		return ref, meta.Report.Disk
+	}
+	_, before := saved(save.Options{})
+	// The last blocks but one of the disk: a few records that the index's samples, of the
+	// first of each leaf, are unlikely to be, and if they are this test says so.
+	fi, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	edit(t, path, func(b []byte) []byte {
+		for at := 100 * disk.BlockSize; at < 104*disk.BlockSize; at += disk.BlockSize {
+			b[at+disk.BlockSize/2] ^= 1
+		}
+		return b
+	})
+	if err := os.Chtimes(path, fi.ModTime(), fi.ModTime()); err != nil {
+		t.Fatal(err)
+	}
+	for _, parent := range []string{save.ParentAuto, save.ParentNone} {
+		ref, now := saved(save.Options{Parent: parent})
+		if now == 0 || now >= before {
+			t.Errorf("parent %s: %d pages on the disk, and %d before it was written to", parent, now, before)
+		}
+		l.holds(t, ref, s)
+	}
+}
+
 // aheadFile remembers what it is told to read into the page cache.
 type aheadFile struct {
 	checkpoint.DiskFile

@@ -498,6 +498,42 @@ func TestGCWhileFlattened(t *testing.T) {
 	l.listed(t, model)
 }
 
+// TestSharingLost loses the note that there are references, as a backup of the images alone
+// does: what others need stays all the same.
+func TestSharingLost(t *testing.T) {
+	_, l, list := smallChain(t)
+	model := chainModel(list)
+	lose := func() {
+		t.Helper()
+		if err := l.fs.Remove(filepath.Join(l.dir, "sharing.json")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.remove(list[0].Ref); err != nil {
+		t.Fatal(err)
+	}
+	delete(model, list[0].Ref)
+	lose()
+	if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	l.listed(t, model, list[1].Ref, list[2].Ref)
+	if err := l.remove(list[1].Ref); err != nil {
+		t.Fatal(err)
+	}
+	delete(model, list[1].Ref)
+	l.listed(t, model, list[2].Ref)
+	if err := l.remove(list[2].Ref); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+		t.Errorf("%d bytes of flash and %d of NVRAM are not free", flash, hot)
+	}
+}
+
 // TestBorrowFlattened borrows an image of which something was freed that a replaced image
 // needed. That somebody has that one open brings nothing back.
 func TestBorrowFlattened(t *testing.T) {

@@ -63,6 +63,13 @@ func TestTrustDomain(t *testing.T) {
 	if _, _, err := l.trySave(s, save.Options{VM: "d", Parent: "a@1", TrustDomain: "c's"}); err == nil || !strings.Contains(err.Error(), "trust domain") {
 		t.Errorf("a parent of another domain: %v", err)
 	}
+	// Whose parent is named stays in its own domain all the same.
+	if _, _, err := l.trySave(s, save.Options{VM: "c", Parent: "c@1"}); err == nil || !strings.Contains(err.Error(), "trust domain") {
+		t.Errorf("a named parent of another domain than the newest: %v", err)
+	}
+	if n := in("d", "", "c's", save.Options{Parent: "c@1"}); n.Report.Parent != "c@1" {
+		t.Errorf("the parent is %q", n.Report.Parent)
+	}
 	if _, _, err := l.trySave(s, save.Options{VM: "d", TrustDomain: "../d"}); err == nil {
 		t.Error("a path is taken for a domain")
 	}

@@ -1,6 +1,7 @@
 package save
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -25,6 +26,9 @@ type Disk struct {
 	checkpoint.Disk
 	File  checkpoint.DiskFile
 	Index DiskIndex
+	// Touched: something about the file was changed since the index was made, as its owner,
+	// or its times were set back to hide it. What the index says is compared with the disk.
+	Touched bool
 }
 
 // DiskIndex finds pages in a disk, by digests with one key for all disks of a store.
@@ -86,8 +90,8 @@ func (d *disks) carry(theirs []checkpoint.DiskState) []int {
 		case t.Changed != "" || t.Missing != "":
 			carried[i] = -1
 		case carried[i] >= 0:
-			if d.list[carried[i]].Differs(t.Identity) != "" {
-				carried[i] = -1
+			if o := &d.list[carried[i]]; o.Differs(t.Identity) != "" || o.Identity.Touched(t.Identity) {
+				carried[i] = -1 // its pages are looked for again
 			}
 		case len(d.list) < checkpoint.MaxDisks:
 			carried[i] = len(d.list)
@@ -118,6 +122,9 @@ func (d *disks) lookUp(it *item, near *checkpoint.DiskSlot) {
 		if !ok || sector < 0 || sector > (d.list[n].Size-disk.BlockSize)/disk.SectorSize {
 			continue
 		}
+		if at := checkpoint.MakeDiskSlot(n, sector); d.list[n].Touched && !d.has(at, it.data) {
+			continue
+		}
 		*near = checkpoint.MakeDiskSlot(n, sector)
 		it.found, it.cold, it.entry = isOnDisk, true, diskEntry(*near)
 		if it.sum == (digest.Sum{}) {
@@ -125,6 +132,16 @@ func (d *disks) lookUp(it *item, near *checkpoint.DiskSlot) {
 		}
 		return
 	}
+}
+
+// has tells whether the disk itself has a page where its index says so.
+func (d *disks) has(at checkpoint.DiskSlot, page []byte) bool {
+	b := make([]byte, len(page))
+	if err := d.read(b, at); err != nil {
+		d.damaged(err)
+		return false
+	}
+	return bytes.Equal(b, page)
 }
 
 const (

@@ -70,7 +70,8 @@ func (o *OpenedDisks) add(ctx context.Context, catalog *disk.Catalog, layer *dis
 		return err
 	}
 	o.indexes = append(o.indexes, x)
-	o.Disks = append(o.Disks, Disk{Disk: checkpoint.Disk{Identity: layer.Identity(), Content: x.ContentID()}, File: layer, Index: x})
+	o.Disks = append(o.Disks, Disk{Disk: checkpoint.Disk{Identity: layer.Identity(), Content: x.ContentID()}, File: layer, Index: x,
+		Touched: x.Identity().Touched(layer.Identity())})
 	return nil
 }
 

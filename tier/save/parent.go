@@ -87,6 +87,9 @@ func openParent(ctx context.Context, st *store.Store, tx *store.Tx, o Options, w
 		}
 	}
 	p, err := newParent(ctx, st, tx, ref, o.Log, workers)
+	if err == nil && asked && o.TrustDomain == "" {
+		err = o.stays(ctx, st)
+	}
 	if err == nil {
 		err = o.trusts(p.c.Meta.TrustDomain)
 	}
@@ -102,6 +105,16 @@ func openParent(ctx context.Context, st *store.Store, tx *store.Tx, o Options, w
 	}
 	o.Log.Warn("the checkpoint before can't be referred to, so all is stored anew", "error", err)
 	return nil, nil
+}
+
+// stays has a VM that has checkpoints stay in the trust domain of its newest, whatever parent
+// was named.
+func (o *Options) stays(ctx context.Context, st *store.Store) error {
+	list, err := st.List(ctx, o.VM)
+	if err == nil && len(list) > 0 {
+		o.TrustDomain, err = st.DomainOf(ctx, o.VM)
+	}
+	return err
 }
 
 // trusts tells whether a checkpoint of a trust domain can be the parent. Those of earlier

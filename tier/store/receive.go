@@ -781,7 +781,7 @@ func (r *receiving) reserve(ctx context.Context, i *received) (name string, err 
 
 // noteSharing notes, durably, that from now on there are references to look for.
 func (s *Store) noteSharing(ctx context.Context) error {
-	if some, err := s.shares(ctx); err != nil || some {
+	if some, err := s.noted(ctx); err != nil || some {
 		return err
 	}
 	unlock, err := s.lock(ctx)

@@ -19,13 +19,13 @@ import (
 // stays when it is removed, unlisted (.gone), and what nobody needs of it is freed.
 
 // sharing is the content of sharing.json, which is written before the first
-// reference is: without it nobody has to look for any.
+// reference is.
 type sharing struct {
 	References bool `json:"references"`
 }
 
-// shares tells whether there may be references.
-func (s *Store) shares(ctx context.Context) (bool, error) {
+// noted tells whether it is noted that there may be references.
+func (s *Store) noted(ctx context.Context) (bool, error) {
 	var doc sharing
 	err := s.readSealed(ctx, sharingFile, "note of references", maxSealed, &doc)
 	if gone(err) {
@@ -33,6 +33,39 @@ func (s *Store) shares(ctx context.Context) (bool, error) {
 	}
 	return doc.References, err
 }
+
+// shares is Store.noted, or that there are references all the same: a backup can have left
+// the note out, and what is freed for want of it is lost.
+func (l *lookup) shares(ctx context.Context) (some bool, err error) {
+	if some, err = l.s.noted(ctx); err != nil || some {
+		return some, err
+	}
+	err = l.eachVM(ctx, "", func(vm string, o vmObjects) error {
+		for _, n := range o.images {
+			id, err := l.whoIs(ctx, Ref{vm, n}.object(imageSuffix))
+			switch {
+			case gone(err) || errors.Is(err, errNotObject):
+			case cannotTell(err):
+				some = true // what it refers to is looked for, and then it is said
+			case err != nil:
+				return err
+			case id != nil && len(id.References) > 0:
+				some = true
+			}
+			if some {
+				return errFound
+			}
+		}
+		return nil
+	})
+	if errors.Is(err, errFound) {
+		err = nil
+	}
+	return some, err
+}
+
+// errFound ends a search.
+var errFound = errors.New("found")
 
 // stored is an image that is there, listed or not.
 type stored struct {
@@ -189,7 +222,7 @@ func (l *lookup) survey(ids ...uuid.UUID) *survey {
 // update counts the needs of all listed checkpoints that were not there at the last
 // call.
 func (v *survey) update(ctx context.Context) error {
-	some, err := v.s.shares(ctx)
+	some, err := v.look.shares(ctx)
 	if err != nil || !some {
 		return err
 	}

@@ -163,15 +163,7 @@ func (t *Tx) Refer(ctx context.Context, ids ...uuid.UUID) error {
 		return err
 	}
 	t.holds = append(t.holds, held...)
-	if some, err := t.s.shares(ctx); err != nil || some {
-		return err
-	}
-	unlock, err := t.s.lock(ctx)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	return t.s.writeSealed(ctx, sharingFile, sharing{References: true})
+	return t.s.noteSharing(ctx)
 }
 
 // Reservation is what a checkpoint wants of an NVRAM file.
