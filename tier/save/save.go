@@ -59,9 +59,10 @@ type Options struct {
 	// Since is the checkpoint that the guest goes on from, if that is known: ParentAuto
 	// takes it rather than the newest.
 	Since store.Ref
-	// TrustDomain is whose pages the checkpoint may have in common with others; empty: the
-	// parent's, or else that of the VM's newest checkpoint, or else store.DefaultDomain. A
-	// parent of another domain is none. To has none.
+	// TrustDomain is whose pages the checkpoint may have in common with others; empty: that
+	// of the VM's newest checkpoint, or of the parent if it is the VM's first, or else
+	// store.DefaultDomain. A parent of another domain is none, and one that was named fails
+	// the save. To has none.
 	TrustDomain string
 	// Share says where pages are looked for that the parent does not have at their place:
 	// ShareStore or empty, ShareVM or ShareNone. A save that is held (Hold), but for a
