@@ -72,7 +72,8 @@ func TestShareOnly(t *testing.T) {
 		t.Helper()
 		ref, meta := l.save(t, s, o)
 		l.holds(t, ref, s)
-		if none := o.Share == save.ShareNone; none != (meta.Report.NotShared != "") {
+		none := o.Share == save.ShareNone || o.Share == "" && o.Parent == save.ParentNone
+		if none != (meta.Report.NotShared != "") {
 			t.Errorf("%v: not shared: %q", ref, meta.Report.NotShared)
 		}
 		return meta.Report.Shared
@@ -88,6 +89,7 @@ func TestShareOnly(t *testing.T) {
 		want int64
 	}{
 		{"none", save.Options{VM: "c", Share: save.ShareNone}, 0},
+		{"all anew", save.Options{VM: "c", Parent: save.ParentNone}, 0},
 		{"another domain", save.Options{VM: "d", TrustDomain: "d's"}, 0},
 		{"the same of that domain", save.Options{VM: "e", TrustDomain: "d's"}, all},
 		{"a VM's first", save.Options{VM: "f", Share: save.ShareVM}, 0},

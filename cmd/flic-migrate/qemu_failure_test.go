@@ -394,6 +394,7 @@ func TestFullStore(t *testing.T) {
 	}
 	saved(t, ctx, vm, l.save())
 	l.holds(t, "vm@1")
+	l.gc(t) // which adds the checkpoint to the index of shared pages
 	ok(t, qmp.Cont(ctx, vm.QMP))
 	fails(unix.ENOSPC.Error())
 

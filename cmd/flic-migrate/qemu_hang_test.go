@@ -145,7 +145,8 @@ func TestSavesDoNotHang(t *testing.T) {
 			vm := qemutest.Start(t, q35.tiny(t, qemutest.LiveMemory, varied(3072), 10))
 			vm.WaitFor(t, `tick 00000002\r`)
 			set(t, vm, map[string]any{"max-bandwidth": int64(1) << 40, "downtime-limit": 100}, capabilities...)
-			flags := append(l.hot(t, vm), "--report", l.report())
+			// What is written of an index beside a save is no part of it, and must not be what fails.
+			flags := append(l.hot(t, vm), "--share", "none", "--report", l.report())
 			w := newWatch(t, ctx, vm)
 			events, err := vm.QMP.Events(ctx)
 			ok(t, err)

@@ -133,8 +133,8 @@ type sharing struct {
 }
 
 func (s *sharing) add(fs *pflag.FlagSet) {
-	s.where = choice{value: save.ShareStore, choices: []string{save.ShareStore, save.ShareVM, save.ShareNone}}
-	fs.Var(&s.where, "share", "where pages are looked for that the parent does not have: in all checkpoints of the trust domain, of the VM, or in none")
+	s.where = choice{choices: []string{save.ShareStore, save.ShareVM, save.ShareNone}}
+	fs.Var(&s.where, "share", "where pages are looked for that the parent does not have: in all checkpoints of the trust domain, of the VM, or in none (default: store, and none with --parent none)")
 	fs.Var(&s.domain, "trust-domain", "whose VMs' pages may be stored once for all of them (default: as the VM's newest checkpoint, or \"default\")")
 }
 

@@ -65,7 +65,8 @@ type Options struct {
 	// the save. To has none.
 	TrustDomain string
 	// Share says where pages are looked for that the parent does not have at their place:
-	// ShareStore or empty, ShareVM or ShareNone. A save that is held (Hold), but for a
+	// ShareStore, ShareVM or ShareNone; empty: ShareStore, but with ParentNone, which stores
+	// all anew, ShareNone. A save that is held (Hold), but for a
 	// member of a group, looks nowhere, nor does To.
 	Share string
 	// Peer makes the save a member of a group; nil: it is none. To is none.
@@ -252,6 +253,8 @@ func (s *saver) notShared() (string, error) {
 	switch {
 	case s.o.Share == ShareNone:
 		return "it was not asked for", nil
+	case s.o.Share == "" && s.o.Parent == ParentNone:
+		return "all is stored anew: --parent none", nil
 	case s.meta.TrustDomain == "" && s.par != nil:
 		return "its parent is in no trust domain: --parent none begins anew", nil
 	case s.meta.TrustDomain == "":
