@@ -29,11 +29,10 @@ type diskAhead struct {
 	seen    bitmap.Bitmap
 	window  []uint32
 	windows chan []uint32 // to the readers
-	room    [source.MaxNeeds]source.Need
 }
 
 // readDisksAhead reads all that is on disks, until ctx ends: with the restore. What is
-// wrong with the checkpoint is the planner's to say.
+// wrong with the checkpoint is the plan's to say.
 func (p *prefetcher) readDisksAhead(ctx context.Context) {
 	if p.set.Disk == 0 {
 		return
@@ -49,41 +48,27 @@ func (p *prefetcher) readDisksAhead(ctx context.Context) {
 			return nil
 		})
 	}
-	if p.c.Skeleton(a) == nil {
+	if p.c.Skeleton(&walk{prefetcher: p, each: a.add}) == nil {
 		_ = a.read() // it fails with ctx
 	}
 	close(a.windows)
 	g.Wait()
 }
 
-func (a *diskAhead) Literal([]byte) error { return nil }
-
-func (a *diskAhead) Pages(block int, page, count uint64, _ bool) error {
+// add has the segments read that are on disks, each once.
+func (a *diskAhead) add(needs []source.Need) error {
 	if a.ctx.Err() != nil {
 		return context.Cause(a.ctx)
 	}
-	for count > 0 {
-		run, err := a.c.PageMap.Find(block, page)
-		if err != nil {
-			return err
+	for _, need := range needs {
+		if need.Space != a.set.Disk || !a.seen.Set(int64(need.Number)) {
+			continue
 		}
-		run.Count = min(run.Count, count)
-		page += run.Count
-		count -= run.Count
-		for run.Count > 0 {
-			needs, n := a.set.Stretch(run, a.room[:])
-			for _, need := range needs {
-				if need.Space != a.set.Disk || !a.seen.Set(int64(need.Number)) {
-					continue
-				}
-				if a.window = append(a.window, need.Number); len(a.window) < aheadWindow {
-					continue
-				}
-				if err := a.read(); err != nil {
-					return err
-				}
-			}
-			run = run.From(n)
+		if a.window = append(a.window, need.Number); len(a.window) < aheadWindow {
+			continue
+		}
+		if err := a.read(); err != nil {
+			return err
 		}
 	}
 	return nil

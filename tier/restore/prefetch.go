@@ -29,9 +29,8 @@ type prefetcher struct {
 	wanted  chan *source.Held
 	jobs    chan *source.Held
 	planned source.Planned
-	room    [source.MaxNeeds]source.Need // the planner's
-	planErr error                        // what a replayer that wants more than was planned gets
-	ahead   chan struct{}                // segments of disk slots that were asked for ahead
+	planErr error         // what a replayer that wants more than was planned gets
+	ahead   chan struct{} // segments of disk slots that were asked for ahead
 }
 
 const (
@@ -62,24 +61,27 @@ func newPrefetcher(c *checkpoint.Checkpoint, set *source.Set, workers int) *pref
 func (p *prefetcher) plan(ctx context.Context) error {
 	defer close(p.wanted)
 	defer close(p.jobs)
-	err := p.c.Skeleton(&planner{p, ctx})
+	want := func(n source.Need) error { return p.want(ctx, n) }
+	err := p.c.Skeleton(&walk{prefetcher: p, each: func(needs []source.Need) error { return p.planned.Next(needs, want) }})
 	if p.planErr = err; err == nil {
 		p.planErr = errors.New("restore needs a segment that was not planned")
 	}
 	return err
 }
 
-// planner is the prefetcher's skeleton.Player.
-type planner struct {
+// walk is a skeleton.Player that finds out what the replayer will need: each is called for
+// each stretch of pages, with what has to be read for it.
+type walk struct {
 	*prefetcher
-	ctx context.Context
+	each func(needs []source.Need) error
+	room [source.MaxNeeds]source.Need
 }
 
-func (p *planner) Literal([]byte) error { return nil }
+func (w *walk) Literal([]byte) error { return nil }
 
-func (p *planner) Pages(block int, page, count uint64, _ bool) error {
+func (w *walk) Pages(block int, page, count uint64, _ bool) error {
 	for count > 0 {
-		run, err := p.c.PageMap.Find(block, page)
+		run, err := w.c.PageMap.Find(block, page)
 		if err != nil {
 			return err
 		}
@@ -87,8 +89,8 @@ func (p *planner) Pages(block int, page, count uint64, _ bool) error {
 		page += run.Count
 		count -= run.Count
 		for run.Count > 0 {
-			needs, n := p.set.Stretch(run, p.room[:])
-			if err := p.planned.Next(needs, p.want); err != nil {
+			needs, n := w.set.Stretch(run, w.room[:])
+			if err := w.each(needs); err != nil {
 				return err
 			}
 			run = run.From(n)
@@ -98,23 +100,23 @@ func (p *planner) Pages(block int, page, count uint64, _ bool) error {
 }
 
 // want plans the next use of a segment.
-func (p *planner) want(n source.Need) error {
-	h, fill, err := p.cache.Reserve(p.ctx, n)
+func (p *prefetcher) want(ctx context.Context, n source.Need) error {
+	h, fill, err := p.cache.Reserve(ctx, n)
 	if err != nil {
 		return err
 	}
 	if fill {
 		select {
 		case p.jobs <- h:
-		case <-p.ctx.Done():
-			return context.Cause(p.ctx)
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
 	}
 	select {
 	case p.wanted <- h:
 		return nil
-	case <-p.ctx.Done():
-		return context.Cause(p.ctx)
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 
