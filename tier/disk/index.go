@@ -57,8 +57,7 @@ var (
 // Index is an open index of one layer. It may be used by several goroutines. An index
 // that is removed or replaced meanwhile stays as it was.
 type Index struct {
-	file   vfs.File
-	mapped vfs.Mapping
+	file   *sorted.File
 	hasher *digest.Hasher
 	head   header
 	table  *sorted.Table
@@ -154,7 +153,7 @@ func decodeHeader(b []byte) (h header, err error) {
 
 // openIndex opens an index file. Damage is an integrity.CorruptError.
 func openIndex(fsys vfs.FS, name string) (_ *Index, err error) {
-	f, err := fsys.Open(name)
+	f, b, err := sorted.OpenFile(fsys, name, headerSize)
 	if err != nil {
 		return nil, err
 	}
@@ -164,39 +163,20 @@ func openIndex(fsys vfs.FS, name string) (_ *Index, err error) {
 			x.Close()
 		}
 	}()
-	size, err := f.Size()
-	if err != nil {
-		return nil, err
-	}
-	b := make([]byte, headerSize)
-	if size >= headerSize {
-		if _, err := f.ReadAt(b, 0); err != nil {
-			return nil, err
-		}
-	}
-	if x.head, err = decodeHeader(b); err == nil && size != x.head.size() {
-		err = fmt.Errorf("%d bytes in place of %d", size, x.head.size())
+	if x.head, err = decodeHeader(b); err == nil && f.Length != x.head.size() {
+		err = fmt.Errorf("%d bytes in place of %d", f.Length, x.head.size())
 	}
 	if err != nil {
 		return nil, &integrity.CorruptError{File: name, What: "disk index", Err: err}
 	}
-	if x.mapped, err = f.Map(0, size, false); err != nil {
-		return nil, err
-	}
-	if x.table, err = sorted.Open(name, headerSize, x.mapped.Bytes()[headerSize:], recordSize, x.head.records); err != nil {
+	if x.table, err = f.Table(headerSize, recordSize, x.head.records); err != nil {
 		return nil, err
 	}
 	return x, nil
 }
 
 // Close gives up what Open took.
-func (x *Index) Close() error {
-	var err error
-	if x.mapped != nil {
-		err = x.mapped.Close()
-	}
-	return errors.Join(err, x.file.Close())
-}
+func (x *Index) Close() error { return x.file.Close() }
 
 // Identity is the layer's, as it was when it was read.
 func (x *Index) Identity() Identity { return x.head.id }

@@ -26,7 +26,7 @@ func prefixOf(i, n uint64) (s digest.Sum) {
 func generated(b *testing.B, n uint64) (*lab, *Index) {
 	l := newLab(b)
 	if info, err := vfs.OS.StatFS(l.c.dir); err != nil || info.Free < 4*int64(n)*recordSize {
-		b.Skipf("%d bytes are free: %v", info.Free, err)
+		b.Fatalf("%d bytes are free, and %d are needed: %v", info.Free, 4*int64(n)*recordSize, err)
 	}
 	var images []Image
 	for i := range 1000 {

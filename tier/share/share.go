@@ -184,8 +184,7 @@ func getRecord(b []byte) record {
 
 // run is an open run.
 type run struct {
-	file   vfs.File
-	mapped vfs.Mapping
+	file   *sorted.File
 	head   header
 	images []Image
 	table  *sorted.Table
@@ -195,7 +194,7 @@ type run struct {
 
 // openRun opens a run. Damage is an integrity.CorruptError.
 func openRun(fsys vfs.FS, name string) (_ *run, err error) {
-	f, err := fsys.Open(name)
+	f, b, err := sorted.OpenFile(fsys, name, headerSize)
 	if err != nil {
 		return nil, err
 	}
@@ -205,21 +204,11 @@ func openRun(fsys vfs.FS, name string) (_ *run, err error) {
 			r.close()
 		}
 	}()
-	size, err := f.Size()
-	if err != nil {
-		return nil, err
-	}
 	corrupt := func(err error) error {
 		return &integrity.CorruptError{File: name, What: "index of shared pages", Err: err}
 	}
-	b := make([]byte, headerSize)
-	if size >= headerSize {
-		if _, err := f.ReadAt(b, 0); err != nil {
-			return nil, err
-		}
-	}
-	if r.head, err = decodeHeader(b); err == nil && size != r.head.size() {
-		err = fmt.Errorf("%d bytes in place of %d", size, r.head.size())
+	if r.head, err = decodeHeader(b); err == nil && f.Length != r.head.size() {
+		err = fmt.Errorf("%d bytes in place of %d", f.Length, r.head.size())
 	}
 	if err != nil {
 		return nil, corrupt(err)
@@ -234,21 +223,11 @@ func openRun(fsys vfs.FS, name string) (_ *run, err error) {
 	if r.images, err = parseImages(table, r.head.images); err != nil {
 		return nil, corrupt(err)
 	}
-	if r.mapped, err = f.Map(0, size, false); err != nil {
-		return nil, err
-	}
-	at := r.head.leaves()
-	r.table, err = sorted.Open(name, at, r.mapped.Bytes()[at:], recordSize, r.head.records)
+	r.table, err = f.Table(r.head.leaves(), recordSize, r.head.records)
 	return r, err
 }
 
-func (r *run) close() error {
-	var err error
-	if r.mapped != nil {
-		err = r.mapped.Close()
-	}
-	return errors.Join(err, r.file.Close())
-}
+func (r *run) close() error { return r.file.Close() }
 
 // Index is an open index. It is safe for concurrent use, and stays as it was, whatever
 // becomes of its files, until it is closed.
