@@ -140,6 +140,19 @@ func TestCopiedStore(t *testing.T) {
 	if got := l.nvramFree(t); got != free {
 		t.Errorf("%d bytes of NVRAM are free, %d were", got, free)
 	}
+	// Put back in its own place, it is a copy of what was there, and not of itself.
+	for _, args := range [][]string{{"mv", l.dir, l.dir + ".old"}, {"cp", "-a", l.dir + ".old", l.dir}} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	l.open(t)
+	if err := l.st.CheckHome(t.Context()); !errors.Is(err, store.ErrCopied) || !strings.Contains(err.Error(), "of the one that was here before it,") {
+		t.Errorf("a store that was put back: %v", err)
+	}
+	if err := errors.Join(os.RemoveAll(l.dir), os.Rename(l.dir+".old", l.dir)); err != nil {
+		t.Fatal(err)
+	}
 	// A store that is only renamed is no copy.
 	moved := filepath.Join(dir, "moved")
 	if err := os.Rename(l.dir, moved); err != nil {

@@ -286,6 +286,26 @@ func TestShareGone(t *testing.T) {
 			t.Errorf("%s is kept for nobody", name)
 		}
 	}
+	// What stands for the highest number of a VM is no image that has pages.
+	if _, err := l.st.GC(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h, err := l.st.Trust(t.Context(), store.DefaultDomain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := l.st.Share(store.DefaultDomain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x, err := c.Open(t.Context(), share.NewKeyID(h))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := x.Records(); n > 0 {
+		t.Errorf("%d records of images that are gone are left in the index", n)
+	}
+	x.Close()
 	l.noLeaks(t)
 }
 

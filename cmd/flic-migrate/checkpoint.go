@@ -253,7 +253,7 @@ func (c *checkpointCmd) prune(ctx context.Context, st *store.Store, vm string) (
 	if err != nil {
 		return nil, err
 	}
-	for _, rerr := range c.removeUnkept(ctx, st, entries) {
+	for _, rerr := range c.removeUnkept(ctx, st.Remover(), st, entries) {
 		if errors.Is(rerr, store.ErrInUse) {
 			c.log().Warn("it is in use, and stays until the next time", "cause", oneLine(rerr))
 			continue

@@ -37,7 +37,11 @@ func (a *app) complete(root *cobra.Command) {
 			if kind == "FILE" {
 				return nil, cobra.ShellCompDirectiveDefault
 			}
-			return a.names(completers[kind], c, typed)
+			fn := completers[kind]
+			if f := c.Flags().Lookup("group"); f != nil && f.Value.String() == "true" && (kind == "CHECKPOINT" || kind == "VM") {
+				fn = groups
+			}
+			return a.names(fn, c, typed)
 		}
 		c.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
 			fn := completerOf(f)
@@ -117,6 +121,10 @@ func completerOf(f *pflag.Flag) completer {
 		return vms
 	case "domain":
 		return domains
+	case "group":
+		if f.Value.Type() == "string" {
+			return groups
+		}
 	case "parent":
 		return func(a *app, ctx context.Context, c *cobra.Command, typed string) []string {
 			return append([]string{save.ParentAuto, save.ParentNone}, checkpoints(a, ctx, c, typed)...)
@@ -160,6 +168,24 @@ func checkpoints(a *app, ctx context.Context, c *cobra.Command, typed string) []
 	refs, _ := st.List(ctx, vm)
 	for _, r := range slices.Backward(refs) {
 		list = append(list, r.String())
+	}
+	return list
+}
+
+// groups names the groups, each name before those with numbers, the newest first.
+func groups(a *app, ctx context.Context, _ *cobra.Command, _ string) (list []string) {
+	st, err := a.openStore(ctx, false)
+	if err != nil {
+		return nil
+	}
+	all, _ := st.Groups(ctx, "")
+	at := 0 // behind the last name
+	for i, g := range all {
+		if i == 0 || g.Name != all[i-1].Name {
+			list = append(list, g.Name)
+			at = len(list)
+		}
+		list = slices.Insert(list, at, g.Ref().String())
 	}
 	return list
 }

@@ -126,13 +126,22 @@ func (a *app) warnOfVariables(known map[string]*pflag.Flag) {
 }
 
 // nearest is the name that name is probably meant to be: the one that takes the fewest
-// changes of a letter, of about a third of the letters behind FLIC_ at most, or else one that goes
-// on where name ends, or the other way round. It is empty if there is none.
+// changes of a letter, of about a third of the letters behind FLIC_ at most, the verb that stands
+// there in some names left out if need be, or else one that goes on where name ends, or the
+// other way round. It is empty if there is none.
 func nearest(name string, names []string) (near string) {
-	least := (len(strings.TrimPrefix(name, "FLIC_"))+2)/3 + 1
+	const own = "FLIC_"
+	least := (len(strings.TrimPrefix(name, own))+2)/3 + 1
 	for _, n := range names {
 		if d := changes(name, n); d < least {
 			least, near = d, n
+		}
+	}
+	for _, n := range names {
+		if _, bare, verb := strings.Cut(strings.TrimPrefix(n, own), "_"); verb {
+			if d := changes(name, own+bare); d < least {
+				least, near = d, n
+			}
 		}
 	}
 	for _, n := range names {

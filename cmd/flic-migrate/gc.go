@@ -67,7 +67,11 @@ func (a *app) gc(ctx context.Context, o gcOptions) error {
 		}
 	}
 	if o.forget != "" {
-		if err := st.ForgetNVRAM(ctx, o.forget); err != nil {
+		warnings, err := st.ForgetNVRAM(ctx, o.forget)
+		for _, w := range warnings {
+			a.log().Warn(oneLine(w))
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -109,7 +109,7 @@ type groupReport struct {
 
 // runGroup makes a group checkpoint.
 func (c *checkpointCmd) runGroup(ctx context.Context, args []string, timed bool) error {
-	ref, err := store.ParseRef(c.group.name)
+	ref, err := store.ParseGroup(c.group.name)
 	if err != nil {
 		return err
 	}
@@ -352,7 +352,11 @@ func printGroups(w io.Writer, entries []groupEntry) error {
 
 // showGroup is show --group.
 func (a *app) showGroup(ctx context.Context, name string, asJSON bool) error {
-	st, ref, err := a.storeOf(ctx, name)
+	ref, err := store.ParseGroup(name)
+	if err != nil {
+		return err
+	}
+	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
@@ -387,15 +391,15 @@ func printGroup(w io.Writer, e groupEntry) error {
 }
 
 // rmGroups is rm --group: it removes the members, and then what names them.
-func (a *app) rmGroups(ctx context.Context, names []string, all, asJSON bool) error {
+func (a *app) rmGroups(ctx context.Context, names []string, o rmOptions) error {
 	for _, name := range names {
-		ref, err := store.ParseRef(name)
+		ref, err := store.ParseGroup(name)
 		switch {
 		case err != nil:
 			return err
-		case all && ref.N != 0:
+		case o.all && ref.N != 0:
 			return usageError{fmt.Errorf("%s is one group, and --all goes with names", name)}
-		case !all && ref.N == 0:
+		case !o.all && ref.N == 0:
 			return usageError{fmt.Errorf("which group %s? Give it as %s@N, or remove all of them with --all", name, name)}
 		}
 	}
@@ -406,14 +410,14 @@ func (a *app) rmGroups(ctx context.Context, names []string, all, asJSON bool) er
 	// All are found before anything is removed.
 	var groups []store.ListedGroup
 	for _, name := range names {
-		ref, _ := store.ParseRef(name)
+		ref, _ := store.ParseGroup(name)
 		list, err := st.Groups(ctx, ref.VM)
 		if err != nil {
 			return err
 		}
 		found := len(groups)
 		for _, l := range list {
-			if all || l.Number == ref.N {
+			if o.all || l.Number == ref.N {
 				groups = append(groups, l)
 			}
 		}
@@ -422,7 +426,7 @@ func (a *app) rmGroups(ctx context.Context, names []string, all, asJSON bool) er
 		}
 	}
 	entries := []rmEntry{}
-	remover := st.Remover()
+	remover := o.remover(st)
 	for _, l := range groups {
 		var failed error
 		for _, m := range l.Members {
@@ -435,7 +439,7 @@ func (a *app) rmGroups(ctx context.Context, names []string, all, asJSON bool) er
 				continue
 			}
 			entries = append(entries, e)
-			if !asJSON {
+			if !o.json {
 				fmt.Fprintf(a.stdout, "%s: %s\n", e.Checkpoint, e.words())
 			}
 		}
@@ -449,7 +453,7 @@ func (a *app) rmGroups(ctx context.Context, names []string, all, asJSON bool) er
 			break
 		}
 	}
-	if asJSON {
+	if o.json {
 		err = errors.Join(err, printJSON(a.stdout, entries))
 	}
 	return err

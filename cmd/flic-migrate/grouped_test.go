@@ -30,7 +30,7 @@ func TestGrouped(t *testing.T) {
 }
 
 func TestNearest(t *testing.T) {
-	names := []string{"FLIC_CONFIG", "FLIC_NVRAM", "FLIC_NVRAM_SIZE", "FLIC_STORE", "FLIC_VM"}
+	names := []string{"FLIC_CONFIG", "FLIC_CHECKPOINT_KEEP_LAST", "FLIC_PRUNE_KEEP_LAST", "FLIC_PRUNE_KEEP_TAG", "FLIC_NVRAM", "FLIC_NVRAM_SIZE", "FLIC_STORE", "FLIC_VM"}
 	for name, want := range map[string]string{
 		"FLIC_STOER":        "FLIC_STORE",
 		"FLIC_NVRAMSIZE":    "FLIC_NVRAM_SIZE",
@@ -38,6 +38,8 @@ func TestNearest(t *testing.T) {
 		"FLIC_STORE_DIR":    "FLIC_STORE",
 		"FLIC_NVRM":         "FLIC_NVRAM",
 		"FLIC_VMS":          "FLIC_VM",
+		"FLIC_KEEP_TAG":     "FLIC_PRUNE_KEEP_TAG",
+		"FLIC_KEPE_TAG":     "FLIC_PRUNE_KEEP_TAG",
 		"FLIC_GUESTS":       "",
 		"FLIC_TEST_STREAMS": "",
 		"FLIC_":             "",

@@ -24,7 +24,7 @@ type groupResumeReport struct {
 
 // runGroup resumes the members of a group.
 func (r *resumeCmd) runGroup(ctx context.Context, args []string) error {
-	ref, err := store.ParseRef(r.group.name)
+	ref, err := store.ParseGroup(r.group.name)
 	if err != nil {
 		return err
 	}

@@ -49,6 +49,7 @@ func TestMain(m *testing.M) {
 		"flic-migrate-cut":    cut,
 		"no-userfaultfd":      noUserfaultfd,
 		"mkstream":            mkstream,
+		"mkgroup":             mkgroup,
 		"mksave":              mksave,
 		"mkworkingset":        mkworkingset,
 		"returnpath":          printReturnPath,

@@ -66,7 +66,8 @@ any, in the time zone of whoever runs it; a rule with counts left also keeps the
 oldest. Every rule keeps a VM's newest. --keep-tag keeps what has that tag (see tag).
 
 What can't say when it was made is kept, with a warning. --dry-run says what would be
-removed, and removes nothing.`,
+removed, and removes nothing. What is in use is waited for, for 30 seconds in all, and
+stays then, which the exit code says.`,
 		Example: `  flic-migrate prune --store /srv/vms --keep-last 3 --keep-daily 7 --keep-weekly 5
   flic-migrate prune --store /srv/vms --keep-within 48h --dry-run web1`,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -95,7 +96,7 @@ type pruneEntry struct {
 
 func (a *app) prune(ctx context.Context, vms []string, policy retention.Policy, dryRun, asJSON bool) error {
 	if err := policy.Check(); err != nil {
-		return usageError{fmt.Errorf("prune: %w: see --keep-last, --keep-daily, --keep-within", err)}
+		return usageError{fmt.Errorf("prune: %w: see --keep-last, --keep-daily, --keep-within, --keep-tag", err)}
 	}
 	st, err := a.openStore(ctx, false)
 	if err != nil {
@@ -106,7 +107,7 @@ func (a *app) prune(ctx context.Context, vms []string, policy retention.Policy, 
 		return err
 	}
 	if !dryRun {
-		err = errors.Join(a.removeUnkept(ctx, st, entries)...)
+		err = errors.Join(a.removeUnkept(ctx, rmOptions{}.remover(st), st, entries)...)
 	}
 	a.measurePrune(entries)
 	if asJSON {
@@ -165,8 +166,7 @@ func (a *app) judge(ctx context.Context, st *store.Store, vms []string, policy r
 }
 
 // removeUnkept removes the newest first: what others need is then never kept for them.
-func (a *app) removeUnkept(ctx context.Context, st *store.Store, entries []pruneEntry) (errs []error) {
-	remover := st.Remover()
+func (a *app) removeUnkept(ctx context.Context, remover *store.Remover, st *store.Store, entries []pruneEntry) (errs []error) {
 	for i := len(entries) - 1; i >= 0; i-- {
 		e := &entries[i]
 		if len(e.Kept) > 0 {

@@ -9,22 +9,25 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 func newRm(a *app) *cobra.Command {
-	var all, group, asJSON bool
+	var o rmOptions
 	c := &cobra.Command{
 		Use:   "rm [flags] {NAME@N... | --all NAME...}",
 		Short: "Remove checkpoints and free their space in both tiers",
 		Long: `Rm removes checkpoints and gives their NVRAM back. It wants the number of each:
 NAME without @N removes nothing, unless --all says that all of the VM's
-checkpoints are meant. A checkpoint that is being restored is not removed; the others are, and the
-exit code says that one was not.
+checkpoints are meant. A checkpoint that is in use, as by a restore, or by a save that
+refers to it, is waited for, for 30 seconds in all; then it is not removed. The others are,
+and the exit code says that one was not.
 
 What other checkpoints need of a removed one is kept until they are removed too, and
 what only this one needed of removed ones is freed with it.
 
-The number of a removed checkpoint is never used again.
+The number of a removed checkpoint is never used again. An image that lies in the place of
+another, and is missing in its own, is not removed without --force.
 
 With --group the names are those of groups (checkpoint --group), whose members are removed.`,
 		Example: `  flic-migrate rm --store /srv/vms web1@1 web1@2
@@ -32,17 +35,28 @@ With --group the names are those of groups (checkpoint --group), whose members a
   flic-migrate rm --store /srv/vms --group shop@2`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if group {
-				return a.rmGroups(cmd.Context(), args, all, asJSON)
+			if o.group {
+				return a.rmGroups(cmd.Context(), args, o)
 			}
-			return a.rm(cmd.Context(), args, all, asJSON)
+			return a.rm(cmd.Context(), args, o)
 		},
 	}
-	groupFlag(c.Flags(), &group)
-	c.Flags().BoolVar(&all, "all", false, "remove all checkpoints of the VMs")
+	groupFlag(c.Flags(), &o.group)
+	c.Flags().BoolVar(&o.all, "all", false, "remove all checkpoints of the VMs")
 	setKey(c.Flags(), "all", "rm-all")
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	c.Flags().BoolVar(&o.force, "force", false, "remove also an image that is another checkpoint's only one")
+	setKey(c.Flags(), "force", "")
+	c.Flags().BoolVar(&o.json, "json", false, "print a JSON array")
 	return c
+}
+
+type rmOptions struct{ all, group, force, json bool }
+
+// remover is what removes as the flags say.
+func (o rmOptions) remover(st *store.Store) *store.Remover {
+	r := st.Remover()
+	r.Wait, r.Force = vfs.LockLimit, o.force
+	return r
 }
 
 // rmEntry is an element of rm's JSON document.
@@ -55,13 +69,13 @@ type rmEntry struct {
 	Warning string   `json:"warning,omitempty"` // why something was not freed
 }
 
-func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
-	st, refs, err := a.removals(ctx, names, all)
+func (a *app) rm(ctx context.Context, names []string, o rmOptions) error {
+	st, refs, err := a.removals(ctx, names, o.all)
 	if err != nil {
 		return err
 	}
 	entries := []rmEntry{}
-	remover := st.Remover()
+	remover := o.remover(st)
 	for _, ref := range refs {
 		e, rerr := a.removeOne(ctx, st, remover, ref)
 		if rerr != nil {
@@ -73,11 +87,11 @@ func (a *app) rm(ctx context.Context, names []string, all, asJSON bool) error {
 			continue
 		}
 		entries = append(entries, e)
-		if !asJSON {
+		if !o.json {
 			fmt.Fprintf(a.stdout, "%s: %s\n", e.Checkpoint, e.words())
 		}
 	}
-	if asJSON {
+	if o.json {
 		err = errors.Join(err, printJSON(a.stdout, entries))
 	}
 	return err

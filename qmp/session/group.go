@@ -211,7 +211,7 @@ func makePeers(ctx context.Context, st *store.Store, options []CheckpointOptions
 
 // check finds out whether there can be such a group.
 func (o *GroupOptions) check() error {
-	if err := store.CheckVM(o.Name); err != nil {
+	if err := store.CheckGroup(o.Name); err != nil {
 		return err
 	}
 	if o.Mode != migration.ModeStop && o.Mode != migration.ModeLive {

@@ -70,6 +70,10 @@ type Dir interface {
 	// and is no object, as a folder, is damage (errNotObject).
 	Open(ctx context.Context, name string, lock Locking) (Object, error)
 
+	// Holders names the processes that have an object locked, as messages have them; none if
+	// it can't be told.
+	Holders(ctx context.Context, name string) []string
+
 	// Commit gives an object the name to, durably, as one step: it fails if there
 	// is one of that name (fs.ErrExist), and of two that want it one gets it.
 	// After an error the object has its old name, unless IsUncertain says so.
@@ -257,6 +261,14 @@ func (d *posixDir) Open(_ context.Context, name string, lock Locking) (Object, e
 		return nil, err
 	}
 	return f, nil
+}
+
+func (d *posixDir) Holders(_ context.Context, name string) []string {
+	fi, err := d.fs.Lstat(d.Path(name))
+	if err != nil {
+		return nil
+	}
+	return vfs.Holders(fi)
 }
 
 func (d *posixDir) Commit(_ context.Context, from, to string) error {

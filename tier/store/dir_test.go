@@ -506,6 +506,8 @@ func (d *memDir) Open(_ context.Context, name string, lock Locking) (Object, err
 	return &memHandle{d, o, name, lock}, nil
 }
 
+func (d *memDir) Holders(context.Context, string) []string { return nil }
+
 func (d *memDir) Commit(_ context.Context, from, to string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

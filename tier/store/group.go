@@ -141,8 +141,11 @@ func (g Group) check() error {
 		}
 		seen[m.VM] = true
 	}
-	return CheckVM(g.Name)
+	return CheckGroup(g.Name)
 }
+
+// CheckGroup tells whether name can be a group's: by the rules for a VM's name.
+func CheckGroup(name string) error { return checkName("group name", name) }
 
 // CommitGroup commits transactions of several VMs as one group: of g, Name and Mode are
 // the caller's to set. Their images must be whole and synced. When it returns nil all of
@@ -336,7 +339,7 @@ type ListedGroup struct {
 // which no member is left.
 func (s *Store) Groups(ctx context.Context, name string) ([]ListedGroup, error) {
 	if name != "" {
-		if err := CheckVM(name); err != nil {
+		if err := CheckGroup(name); err != nil {
 			return nil, err
 		}
 	}

@@ -18,7 +18,10 @@ const MaxNumber = 99999999
 // CheckVM tells whether name can be a VM's name: 1 to 128 bytes of printable UTF-8
 // without '/' and '@', not starting with '.' or '-', and in Unicode's normal form
 // NFC: names that look the same are the same.
-func CheckVM(name string) error {
+func CheckVM(name string) error { return checkName("VM name", name) }
+
+// checkName is CheckVM for what is called by the same rules.
+func checkName(what, name string) error {
 	why := ""
 	switch {
 	case name == "":
@@ -38,7 +41,7 @@ func CheckVM(name string) error {
 	default:
 		return nil
 	}
-	return fmt.Errorf("VM name %q: %w: %s", name, ErrName, why)
+	return fmt.Errorf("%s %q: %w: %s", what, name, ErrName, why)
 }
 
 // Ref names a checkpoint: the N-th of a VM; N = 0 means the newest.
@@ -55,9 +58,14 @@ func (r Ref) String() string {
 }
 
 // ParseRef parses NAME[@N].
-func ParseRef(s string) (Ref, error) {
+func ParseRef(s string) (Ref, error) { return parseRef("VM name", "checkpoint number", s) }
+
+// ParseGroup parses the NAME[@N] of a group.
+func ParseGroup(s string) (Ref, error) { return parseRef("group name", "group number", s) }
+
+func parseRef(name, number, s string) (Ref, error) {
 	vm, num, numbered := strings.Cut(s, "@")
-	if err := CheckVM(vm); err != nil {
+	if err := checkName(name, vm); err != nil {
 		return Ref{}, err
 	}
 	if !numbered {
@@ -75,7 +83,7 @@ func ParseRef(s string) (Ref, error) {
 	default:
 		return Ref{vm, n}, nil
 	}
-	return Ref{}, fmt.Errorf("checkpoint number %q: %w: %s", num, ErrName, why)
+	return Ref{}, fmt.Errorf("%s %q: %w: %s", number, num, ErrName, why)
 }
 
 // The names in a store. What has another name is left alone; see Strays.

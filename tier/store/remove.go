@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -14,6 +16,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // Removed says what a removal has freed.
@@ -33,12 +36,18 @@ type Removed struct {
 // Remover removes checkpoints of a store, one after the other, and reads of the others
 // only once what they refer to.
 type Remover struct {
+	// Wait is how long it still waits for checkpoints that are in use, all told: a save that
+	// borrows pages has an image open for as long as it takes. 0: it does not.
+	Wait time.Duration
+	// Force removes an image also if it is another checkpoint's, whose own place lacks it.
+	Force bool
+
 	s    *Store
 	look *lookup
 }
 
-// Remover returns one.
-func (s *Store) Remover() *Remover { return &Remover{s, s.lookup()} }
+// Remover returns one, which does not wait.
+func (s *Store) Remover() *Remover { return &Remover{s: s, look: s.lookup()} }
 
 // Remove is Remover.Remove of one checkpoint.
 func (s *Store) Remove(ctx context.Context, r Ref) (Removed, error) {
@@ -50,7 +59,8 @@ func (s *Store) Remove(ctx context.Context, r Ref) (Removed, error) {
 // space for that: the store may be full.
 //
 // An image that is not in its place is removed there, and no more: the checkpoint
-// that it is, and that one's NVRAM, are another's.
+// that it is, and that one's NVRAM, are another's. It is refused (ErrOnlyCopy) if that one's
+// own place lacks it, as when two images have been exchanged.
 func (m *Remover) Remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	for range flattenings {
 		if rm, err = m.remove(ctx, r); !errors.Is(err, ErrChanged) {
@@ -67,7 +77,7 @@ const flattenings = 3
 func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	s := m.s
 	rm.Ref = r
-	f, r, err := s.open(ctx, r, Exclusive)
+	f, r, err := m.open(ctx, r)
 	if errors.Is(err, errNotObject) {
 		rm.Ref, rm.Left = r, err
 		return rm, s.removeOdd(ctx, r)
@@ -92,6 +102,11 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	}
 	if err != nil && !integrity.IsCorrupt(err) && !isUnsupported(err) {
 		return rm, err
+	}
+	if errors.Is(err, errMisplaced) && !m.Force {
+		if err := s.checkCopy(ctx, r, id, err); err != nil {
+			return rm, err
+		}
 	}
 	if rm.Left = err; err != nil {
 		id = &checkpoint.Identity{} // it is nobody's
@@ -141,6 +156,52 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	}
 	rm.Left = errors.Join(rm.Left, left, err)
 	return rm, nil
+}
+
+// open opens a checkpoint's image, and locks it for its removal, as soon as nobody else has
+// it.
+func (m *Remover) open(ctx context.Context, r Ref) (Object, Ref, error) {
+	pause := time.Millisecond
+	for {
+		f, at, err := m.s.open(ctx, r, Exclusive)
+		if !errors.Is(err, ErrInUse) {
+			return f, at, err
+		}
+		if m.Wait <= 0 {
+			if who := m.s.dir.Holders(ctx, at.object(imageSuffix)); len(who) > 0 {
+				err = fmt.Errorf("%w: %s", err, strings.Join(who, ", "))
+			}
+			return nil, at, err
+		}
+		pause = min(2*pause, 5*vfs.LockPause, m.Wait)
+		select {
+		case <-time.After(pause):
+			m.Wait -= pause
+		case <-ctx.Done():
+			return nil, at, context.Cause(ctx)
+		}
+	}
+}
+
+// ErrOnlyCopy: an image that is to be removed is another checkpoint's, and its only one.
+var ErrOnlyCopy = errors.New("its own place lacks it")
+
+// checkCopy finds out that an image in r's place, which is another checkpoint's because of
+// why, is in its own place too.
+func (s *Store) checkCopy(ctx context.Context, r Ref, id *checkpoint.Identity, why error) error {
+	own := Ref{id.VM, id.Number}
+	if CheckVM(own.VM) != nil || own.N < 1 || own.N > MaxNumber {
+		return nil // it has none
+	}
+	name := own.object(imageSuffix)
+	there, err := s.owner(ctx, name)
+	if err == nil && there == id.UUID {
+		return nil
+	}
+	if err != nil && !gone(err) && !cannotTell(err) && !errors.Is(err, errNotObject) {
+		return err
+	}
+	return fmt.Errorf("%w, and %w: move it to %s first", why, ErrOnlyCopy, s.dir.Path(name))
 }
 
 // removeOdd removes what stands in an image's place and is no file: its name, and
@@ -330,14 +391,16 @@ var ErrNeeded = errors.New("it is still needed")
 // gc can free what it has of this store's, and as long as a checkpoint, or an image outside
 // of the store, has pages in it (ErrNeeded). A later save that uses the file again makes it
 // known again.
-func (s *Store) ForgetNVRAM(ctx context.Context, path string) error {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return err
+//
+// A checkpoint in a version that can't be read here does not keep it: its pages there, if it
+// has any, are no longer than the file. It is a warning.
+func (s *Store) ForgetNVRAM(ctx context.Context, path string) (warnings []error, err error) {
+	if path, err = filepath.Abs(path); err != nil {
+		return nil, err
 	}
 	list, err := s.dir.List(ctx, nvramFolder)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var names []string
 	for _, e := range list {
@@ -346,54 +409,64 @@ func (s *Store) ForgetNVRAM(ctx context.Context, path string) error {
 		if err := s.readSealed(ctx, name, "NVRAM file's name", maxSealed, &nf); err != nil || nf.Path != path {
 			continue // gc says what can't be read
 		}
-		if err := s.forgettable(ctx, nf); err != nil {
-			return fmt.Errorf("NVRAM file %s is not forgotten: %w", path, err)
+		if warnings, err = s.forgettable(ctx, nf); err != nil {
+			return nil, fmt.Errorf("NVRAM file %s is not forgotten: %w", path, err)
 		}
 		names = append(names, name)
 	}
 	if len(names) == 0 {
-		return fmt.Errorf("NVRAM file %s, of this store: %w", path, ErrNotFound)
+		return nil, fmt.Errorf("NVRAM file %s, of this store: %w", path, ErrNotFound)
 	}
 	unlock, err := s.lock(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer unlock()
 	for _, name := range names {
 		if err := s.dir.Remove(ctx, name); err != nil && !gone(err) {
-			return err
+			return nil, err
 		}
 	}
-	return s.dir.Sync(ctx, nvramFolder)
+	return warnings, s.dir.Sync(ctx, nvramFolder)
 }
 
-// forgettable finds out that an NVRAM file is gone and no image has pages in it. An image
-// that can't say whether it has may have some. It takes no lock: nobody begins to need a
-// file that is gone.
-func (s *Store) forgettable(ctx context.Context, nf nvramFile) error {
+// forgettable finds out that an NVRAM file is gone and no image has pages in it. A damaged
+// image may have some; one of another version is a warning. It takes no lock: nobody begins
+// to need a file that is gone.
+func (s *Store) forgettable(ctx context.Context, nf nvramFile) (warnings []error, err error) {
 	f, err := s.openNVRAM(ctx, nf)
 	if err == nil {
 		f.Close()
-		return errors.New("it is there, and gc frees what it has of this store's")
+		return nil, errors.New("it is there, and gc frees what it has of this store's")
 	}
 	if !gone(err) && !errors.Is(err, errOtherNVRAM) {
-		return fmt.Errorf("it can't be seen whether it is gone: %w", err)
+		return nil, fmt.Errorf("it can't be seen whether it is gone: %w", err)
 	}
-	err = s.images(ctx, func(st stored) error {
-		if n := st.id.NVRAM; n != nil && n.UUID == nf.UUID {
-			return fmt.Errorf("%w: %v has pages in it, and rm removes that", ErrNeeded, st.ref)
+	look := s.lookup()
+	err = look.eachVM(ctx, "", func(vm string, o vmObjects) error {
+		for _, st := range o.all(vm) {
+			id, err := look.whoIs(ctx, st.name)
+			switch {
+			case gone(err) || st.gone && cannotTell(err):
+			case isUnsupported(err):
+				warnings = append(warnings, fmt.Errorf("%v may have had pages in NVRAM file %s, which is forgotten: %w", st.ref, nf.Path, err))
+			case err != nil:
+				return fmt.Errorf("it can't be told what has pages in it: %w", err)
+			case id != nil && id.NVRAM != nil && id.NVRAM.UUID == nf.UUID:
+				return fmt.Errorf("%w: %v has pages in it, and rm removes that", ErrNeeded, st.ref)
+			}
 		}
-		return nil
+		return context.Cause(ctx)
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	// These do not say in which file their pages are.
 	others, err := s.Loose(ctx)
 	if err == nil && len(others) > 0 {
 		err = fmt.Errorf("%w: %s, outside of the store, may have pages in it", ErrNeeded, others[0].Place.Path)
 	}
-	return err
+	return warnings, err
 }
 
 func nvramObject(id uuid.UUID) string { return nvramFolder + "/" + id.String() + ".json" }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -180,11 +181,16 @@ func (s *Store) aliveImages(ctx context.Context) func(share.Image) bool {
 			there = make(map[int]bool)
 			known[im.VM] = there
 			err := CheckVM(im.VM)
-			var o vmObjects
+			var list []Entry
 			if err == nil {
-				o, err = s.objects(ctx, im.VM)
+				list, err = s.dir.Look(ctx, vmFolder(im.VM))
 			}
-			for _, st := range o.all(im.VM) {
+			if gone(err) {
+				list, err = nil, nil
+			}
+			// What only stands for a number that was used is empty.
+			list = slices.DeleteFunc(list, func(e Entry) bool { return e.Stamp.Size == 0 })
+			for _, st := range objectsOf(im.VM, list).all(im.VM) {
 				there[st.ref.N] = true
 			}
 			there[0] = err != nil // it can't be told

@@ -336,8 +336,12 @@ func (s *Store) CheckHome(ctx context.Context) error {
 	if !copied {
 		return nil
 	}
-	return fmt.Errorf("%s: %w of the one in %s, whose NVRAM is left alone; if that one is gone for good, \"flic-migrate gc --adopt\" takes it over",
-		s.root, ErrCopied, was.Path)
+	of := "the one in " + was.Path
+	if at.Path == was.Path {
+		of = "the one that was here before it"
+	}
+	return fmt.Errorf("%s: %w of %s, whose NVRAM is left alone; if that one is gone for good, \"flic-migrate gc --adopt\" takes it over",
+		s.root, ErrCopied, of)
 }
 
 // same tells whether the directory at path is the store's own, under another name.

@@ -375,6 +375,21 @@ func TestResolve(t *testing.T) {
 
 // TestRemoveInUse keeps a checkpoint that somebody reads.
 func TestRemoveInUse(t *testing.T) {
+	t.Run("holder", func(t *testing.T) {
+		s, err := Open(t.Context(), vfs.OS, filepath.Join(t.TempDir(), "store"), true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ref := mustCommit(t, s, "vm")
+		f, _, err := s.open(t.Context(), ref, Shared)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := s.Remove(t.Context(), ref); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), fmt.Sprintf("process: process %d (", os.Getpid())) {
+			t.Errorf("the message names nobody: %v", err)
+		}
+	})
 	s, disk := newStore(t)
 	ref := mustCommit(t, s, "vm")
 	reader, err := Open(context.Background(), disk.Fork(), "/store", false)
@@ -1052,8 +1067,27 @@ func TestReferences(t *testing.T) {
 	if _, err := s.Remove(t.Context(), base); !errors.Is(err, ErrInUse) {
 		t.Errorf("remove of what a save refers to: %v", err)
 	}
-	held.Abort()
-	rm, err := s.Remove(t.Context(), base)
+	// Who waits gets it, and no longer than it may wait in all.
+	short := s.Remover()
+	short.Wait = 30 * time.Millisecond
+	for range 2 {
+		begin := time.Now()
+		if _, err := short.Remove(t.Context(), base); !errors.Is(err, ErrInUse) || time.Since(begin) > 10*time.Second {
+			t.Errorf("after %v: %v", time.Since(begin), err)
+		}
+	}
+	if short.Wait > 0 {
+		t.Errorf("it has %v to wait", short.Wait)
+	}
+	ended, stop := context.WithCancel(t.Context())
+	long := s.Remover()
+	long.Wait = time.Hour
+	time.AfterFunc(10*time.Millisecond, stop)
+	if _, err := long.Remove(ended, base); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	time.AfterFunc(50*time.Millisecond, func() { held.Abort() })
+	rm, err := long.Remove(t.Context(), base)
 	if err != nil || rm.FlashBytes != 0 || len(rm.Kept) != 2 || rm.Left != nil {
 		t.Errorf("remove: %+v, %v", rm, err)
 	}

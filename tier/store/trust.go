@@ -3,7 +3,6 @@ package store
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -28,12 +27,7 @@ const shareFolder = "share"
 const keyName = "key.json"
 
 // CheckDomain tells whether name can be a trust domain's: by the rules for a VM's name.
-func CheckDomain(name string) error {
-	if err := CheckVM(name); err != nil {
-		return fmt.Errorf("trust domain: %w", err)
-	}
-	return nil
-}
+func CheckDomain(name string) error { return checkName("trust domain", name) }
 
 func domainFolder(domain string) string { return shareFolder + "/" + domain }
 

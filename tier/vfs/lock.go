@@ -37,17 +37,24 @@ func (o osFS) Lock(ctx context.Context, name string, mode LockMode) (Locked, err
 // far as /proc/locks tells.
 func heldBy(err error, fi fs.FileInfo) error {
 	var pe *fs.PathError
-	st, ok := fi.Sys().(*syscall.Stat_t)
-	if !ok || !errors.As(err, &pe) {
-		return err
+	if who := Holders(fi); errors.As(err, &pe) && len(who) > 0 {
+		pe.Err = fmt.Errorf("%s has it: %w", strings.Join(who, ", "), pe.Err)
 	}
-	list, rerr := os.ReadFile("/proc/locks")
-	if rerr != nil {
-		return err
+	return err
+}
+
+// Holders names the processes that have a lock on a file, as far as /proc/locks tells.
+func Holders(fi fs.FileInfo) (who []string) {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return nil
+	}
+	list, err := os.ReadFile("/proc/locks")
+	if err != nil {
+		return nil
 	}
 	// 1: FLOCK  ADVISORY  WRITE 4711 fe:00:262158 0 EOF
 	id := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
-	var who []string
 	for line := range strings.Lines(string(list)) {
 		f := strings.Fields(line)
 		if len(f) < 6 || f[1] != "FLOCK" || f[5] != id || f[4] == "0" || f[4] == "-1" {
@@ -57,10 +64,7 @@ func heldBy(err error, fi fs.FileInfo) error {
 			who = append(who, fmt.Sprintf("process %s (%s)", f[4], strings.TrimSpace(string(comm))))
 		}
 	}
-	if len(who) > 0 {
-		pe.Err = fmt.Errorf("%s has it: %w", strings.Join(who, ", "), pe.Err)
-	}
-	return err
+	return who
 }
 
 func (o osFS) TryLock(name string, mode LockMode) (Locked, error) {
