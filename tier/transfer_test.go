@@ -615,3 +615,178 @@ func TestTransferSource(t *testing.T) {
 		t.Errorf("only %d were refused", refused)
 	}
 }
+
+// TestTransferGroup copies groups, whose members refer to each other: all of the members come,
+// and with the last the group. Wherever the stream is cut off there is no group, and what goes
+// on from there makes it one. What can't become one is refused before a member is sent.
+func TestTransferGroup(t *testing.T) {
+	const n = 3
+	var streams []*tiertest.Stream
+	for i := range n {
+		streams = append(streams, generation(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}}}, 1+i))
+	}
+	l := newLab(t, crashfs.New(0), "/")
+	g := newGroup(t, l, n)
+	refs, metas, errs := g.save(streams, func(i int) save.Options {
+		o := save.Options{Parent: save.ParentNone, Share: save.ShareNone}
+		if i == 1 {
+			o.WorkingSet, o.NVRAMSize = hotSet(t, streams[i], every(3)), 16<<20
+		}
+		return o
+	})
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	if metas[0].Report.Peers+metas[1].Report.Peers+metas[2].Report.Peers == 0 {
+		t.Error("they have nothing in common")
+	}
+	send := func(from, to *lab) ([]byte, error) {
+		t.Helper()
+		var b bytes.Buffer
+		w, err := transfer.NewWriter(&b)
+		if err == nil {
+			_, err = from.st.SendGroup(t.Context(), store.Ref{VM: "g"}, w, to.has(t), "", nil)
+		}
+		if err == nil {
+			err = w.Close()
+		}
+		return b.Bytes(), err
+	}
+	groups := func(l *lab) (names []string) {
+		t.Helper()
+		list, err := l.st.Groups(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, g := range list {
+			names = append(names, fmt.Sprint(g.Ref(), g.Missing, g.Err))
+		}
+		return names
+	}
+	all := func(l *lab) {
+		t.Helper()
+		for i, r := range refs {
+			l.holds(t, r, streams[i])
+		}
+	}
+	whole := []string{"g@1 [] <nil>"}
+
+	other := newLab(t, crashfs.New(0), "/")
+	b, err := send(l, other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	images := int64(0)
+	for _, r := range refs {
+		d, err := l.st.Describe(t.Context(), r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		images += d.ImageBytes
+	}
+	t.Logf("%d bytes of stream for %d of images", len(b), images)
+	for i := 1; i <= 3; i++ {
+		part := len(b) * i / 4
+		if _, err := other.takes(b[:part], store.Ref{}); !errors.Is(err, transfer.ErrTruncated) {
+			t.Errorf("cut at %d of %d: %v", part, len(b), err)
+		}
+		if got := groups(other); len(got) > 0 {
+			t.Errorf("cut at %d of %d: %v", part, len(b), got)
+		}
+		if b, err = send(l, other); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := other.takes(b, store.Ref{})
+	if err != nil || len(got) != n+1 || !got[n].Group || got[n].Already || got[n].Members != n || got[n].Ref != (store.Ref{VM: "g", N: 1}) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	all(other)
+	was, err := l.st.FindGroup(t.Context(), store.Ref{VM: "g"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if is, err := other.st.FindGroup(t.Context(), store.Ref{VM: "g"}); err != nil || is.UUID != was.UUID || is.Mode != was.Mode || !is.Created.Equal(was.Created) || !slices.Equal(is.Members, was.Members) {
+		t.Errorf("%+v, %v; it was %+v", is, err, was)
+	}
+	// Again: it is there, and little goes over.
+	if b, err = send(l, other); err != nil || len(b) > 20<<10 {
+		t.Errorf("%d bytes are sent again, %v", len(b), err)
+	}
+	if got, err := other.takes(b, store.Ref{}); err != nil || !got[n].Already || !got[0].Already {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if _, err := other.takes(b, store.Ref{VM: "h"}); err == nil || !strings.Contains(err.Error(), "is in this store already, as g@1") {
+		t.Error(err)
+	}
+	// Each store is its own; what was removed comes back.
+	for _, r := range refs {
+		if err := l.remove(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all(other)
+	if b, err = send(other, l); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.takes(b, store.Ref{}); err != nil {
+		t.Fatal(err)
+	}
+	all(l)
+	if got := groups(l); !slices.Equal(got, whole) {
+		t.Errorf("%v came back", got)
+	}
+
+	// Another group, or another checkpoint, has the name.
+	third := newLab(t, crashfs.New(0), "/")
+	if _, _, errs := newGroup(t, third, n).save(streams, func(int) save.Options { return save.Options{Parent: save.ParentNone} }); errors.Join(errs...) != nil {
+		t.Fatal(errs)
+	}
+	if b, err = send(l, third); err != nil {
+		t.Fatal(err)
+	}
+	for as, want := range map[store.Ref]string{{}: "group g@1: ", {VM: "h"}: "checkpoint vm"} {
+		if _, err := third.takes(b, as); !errors.Is(err, store.ErrTaken) || !strings.Contains(err.Error(), want) {
+			t.Errorf("as %v: %v", as, err)
+		}
+	}
+	for i := range n {
+		if err := third.remove(store.Ref{VM: fmt.Sprint("vm", i), N: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := third.takes(b, store.Ref{VM: "g"}); err != nil || got[n].Ref.N != 2 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	all(third)
+
+	// What is none of its members comes amid it; and what lacks a member is not sent.
+	h := &transfer.GroupHead{Name: "x", Number: 1, UUID: was.UUID, Members: []transfer.Member{{VM: "vm0", Number: 1, UUID: was.UUID}}}
+	h.UUID[0]++
+	var forged bytes.Buffer
+	w, err := transfer.NewWriter(&forged)
+	if err == nil {
+		if err = w.Group(h); err == nil {
+			_, err = l.st.Send(t.Context(), refs[0], w, transfer.NewHave(), "", nil)
+		}
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	fourth := newLab(t, crashfs.New(0), "/")
+	if _, err := fourth.takes(forged.Bytes(), store.Ref{}); !errors.Is(err, transfer.ErrDamaged) || len(groups(fourth)) > 0 {
+		t.Error(err)
+	}
+	if err := l.remove(refs[1]); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := send(l, newLab(t, crashfs.New(0), "/")); !errors.Is(err, store.ErrNotFound) || !strings.Contains(err.Error(), refs[1].String()) || len(b) > 100 {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+	for _, l := range []*lab{l, other, third, fourth} {
+		l.noLeaks(t)
+	}
+}

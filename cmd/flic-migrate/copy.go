@@ -45,6 +45,8 @@ func (a *asFlag) add(fs *pflag.FlagSet, verb string) {
 // copiedEntry is what becomes of a checkpoint that is copied, sent or received.
 type copiedEntry struct {
 	Checkpoint string `json:"checkpoint,omitempty"` // NAME@N, in the store that it is in now
+	Group      string `json:"group,omitempty"`      // instead, of a group: likewise
+	Members    int    `json:"members,omitempty"`    // of a group
 	From       string `json:"from,omitempty"`       // NAME@N, in the one that it is from
 	UUID       string `json:"uuid,omitempty"`
 	Already    bool   `json:"already,omitempty"` // it was there
@@ -55,16 +57,26 @@ type copiedEntry struct {
 }
 
 func newCopiedEntry(r store.Received) copiedEntry {
+	if r.Group {
+		return copiedEntry{Group: r.Ref.String(), Members: r.Members, From: r.Sent.String(), UUID: r.UUID.String(), Already: r.Already}
+	}
 	return copiedEntry{Checkpoint: r.Ref.String(), From: r.Sent.String(), UUID: r.UUID.String(), Already: r.Already, Images: r.Images, Bytes: r.Bytes}
 }
 
 func (e copiedEntry) words() string {
-	if e.Already {
-		return e.Checkpoint + ": it is there already"
-	}
+	name := e.Checkpoint + e.Group
 	from := ""
-	if e.From != e.Checkpoint {
+	if e.From != name {
 		from = ", which was " + e.From
+	}
+	if e.Group != "" {
+		name = "group " + name
+	}
+	switch {
+	case e.Already:
+		return name + ": it is there already"
+	case e.Group != "":
+		return fmt.Sprintf("%s%s: received, with %s", name, from, plural(e.Members, "member"))
 	}
 	return fmt.Sprintf("%s%s: received, %s in %s", e.Checkpoint, from, human(e.Bytes), plural(e.Images, "image"))
 }
@@ -73,6 +85,7 @@ type copyCmd struct {
 	*app
 	to, ssh, program string
 	as               asFlag
+	group            bool
 	nvram            string
 	json, quiet      bool
 }
@@ -92,10 +105,15 @@ Each byte is checked when it is read, and the whole checkpoint again in the othe
 before it is one. A copy that is cut off leaves the other store as it was; the next one
 goes on where it was (gc forgets that after three days).
 
+With --group the names are those of groups (checkpoint --group): all of a group's members
+are copied, and then it is a group there, which --as names; without @N the newest of its
+name is meant.
+
 On HOST flic-migrate must be in the PATH, or named by --remote-program. A checkpoint that
 has pages on disk images has to be absorbed first.`,
 		Example: `  flic-migrate copy --store /srv/vms web1@3 --to /mnt/backup/vms
-  flic-migrate copy --store /srv/vms web1 db1 --to backup.example.org:/srv/vms`,
+  flic-migrate copy --store /srv/vms web1 db1 --to backup.example.org:/srv/vms
+  flic-migrate copy --store /srv/vms --group shop@2 --to /mnt/backup/vms`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return c.run(cmd.Context(), args) },
 	}
@@ -104,6 +122,7 @@ has pages on disk images has to be absorbed first.`,
 	fs.StringVar(&c.ssh, "ssh", "ssh -o ServerAliveInterval=30", "the command that connects to HOST")
 	fs.StringVar(&c.program, "remote-program", "flic-migrate", "flic-migrate's path on HOST")
 	c.as.add(fs, "copy")
+	groupFlag(fs, &c.group)
 	fs.StringVar(&c.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.BoolVar(&c.json, "json", false, "print a JSON array")
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress, nothing but warnings and errors")
@@ -117,13 +136,13 @@ func (c *copyCmd) run(ctx context.Context, names []string) error {
 		return usageError{errors.New("copy needs the other store: --to, FLIC_COPY_TO or copy-to in the configuration file")}
 	}
 	if len(names) > 1 && c.as.ref.N > 0 {
-		return usageError{fmt.Errorf("several checkpoints can't all become %v", c.as.ref)}
+		return usageError{fmt.Errorf("several can't all become %v", c.as.ref)}
 	}
 	st, err := c.openStore(ctx, false)
 	if err != nil {
 		return err
 	}
-	refs, err := resolve(ctx, st, names)
+	refs, err := c.resolve(ctx, st, names)
 	if err != nil {
 		return err
 	}
@@ -150,7 +169,26 @@ func (c *copyCmd) run(ctx context.Context, names []string) error {
 	return err
 }
 
-// send writes checkpoints to a store that has what have says.
+// resolve finds what is named, checkpoints or groups, before anything is sent.
+func (c *copyCmd) resolve(ctx context.Context, st *store.Store, names []string) (refs []store.Ref, err error) {
+	if !c.group {
+		return resolve(ctx, st, names)
+	}
+	for _, name := range names {
+		ref, err := store.ParseGroup(name)
+		if err != nil {
+			return nil, err
+		}
+		g, err := st.FindGroup(ctx, ref)
+		if err != nil {
+			return nil, err
+		}
+		refs = append(refs, g.Ref())
+	}
+	return refs, nil
+}
+
+// send writes checkpoints, or groups, to a store that has what have says.
 func (c *copyCmd) send(ctx context.Context, st *store.Store, refs []store.Ref, w io.Writer, have *transfer.Have, show func(progress.State)) error {
 	b := bufio.NewWriterSize(w, 1<<20)
 	tw, err := transfer.NewWriter(b)
@@ -158,8 +196,15 @@ func (c *copyCmd) send(ctx context.Context, st *store.Store, refs []store.Ref, w
 		return err
 	}
 	for _, ref := range refs {
-		if _, err := st.Send(ctx, ref, tw, have, c.nvram, show); err != nil {
-			return fmt.Errorf("checkpoint %v was not sent: %w", ref, err)
+		what := "checkpoint"
+		if c.group {
+			what = "group"
+			_, err = st.SendGroup(ctx, ref, tw, have, c.nvram, show)
+		} else {
+			_, err = st.Send(ctx, ref, tw, have, c.nvram, show)
+		}
+		if err != nil {
+			return fmt.Errorf("%s %v was not sent: %w", what, ref, err)
 		}
 	}
 	if err := tw.Close(); err != nil {
@@ -291,7 +336,8 @@ func newSend(a *app) *cobra.Command {
 		Use:   "send [flags] NAME[@N]... > STREAM",
 		Short: "Write checkpoints to standard output, for receive",
 		Long: `Send writes checkpoints to standard output, for a "flic-migrate receive" at the other
-end of a pipe or a file. With --have it leaves out what the other store has, which
+end of a pipe or a file; with --group groups, each with all of its members. With --have it
+leaves out what the other store has, which
 "receive --list" there says, and goes on with what was cut off; without, each comes with
 all that it needs. copy does both in one go, and is told how it went.`,
 		Example: `  flic-migrate send --store /srv/vms web1@3 | ssh backup flic-migrate receive --store /srv/vms
@@ -302,6 +348,7 @@ all that it needs. copy does both in one go, and is told how it went.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return c.sendAll(cmd.Context(), args, have) },
 	}
 	fs := cmd.Flags()
+	groupFlag(fs, &c.group)
 	fs.StringVar(&have, "have", "", "`FILE` with what receive --list says; -: standard input")
 	fs.StringVar(&c.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress, nothing but warnings and errors")
@@ -318,7 +365,7 @@ func (c *copyCmd) sendAll(ctx context.Context, names []string, have string) erro
 	if err != nil {
 		return err
 	}
-	refs, err := resolve(ctx, st, names)
+	refs, err := c.resolve(ctx, st, names)
 	if err != nil {
 		return err
 	}
@@ -356,7 +403,8 @@ func newReceive(a *app) *cobra.Command {
 of it, each under the name that it had. Nothing of it is seen before it is whole, checked
 and durable. If the stream is cut off or damaged, what has come of it is kept for three
 days, and send --have goes on with it. If another checkpoint has the name, --as gives it
-another one.
+another one. A group comes with all of its members, and is one with the last; --as names the
+group.
 
 --list says what this store has, for send --have.`,
 		Example: `  ssh prod flic-migrate send --store /srv/vms web1@3 | flic-migrate receive --store /srv/vms

@@ -130,11 +130,8 @@ func (g Group) check() error {
 	}
 	seen := make(map[string]bool)
 	for _, m := range g.Members {
-		if err := CheckVM(m.VM); err != nil {
+		if err := m.check(); err != nil {
 			return err
-		}
-		if m.Number < 1 || m.Number > MaxNumber {
-			return fmt.Errorf("%s: number %d: %w", m.VM, m.Number, ErrName)
 		}
 		if seen[m.VM] {
 			return fmt.Errorf("%s is in it twice", m.VM)
@@ -142,6 +139,16 @@ func (g Group) check() error {
 		seen[m.VM] = true
 	}
 	return CheckGroup(g.Name)
+}
+
+func (m GroupMember) check() error {
+	if err := CheckVM(m.VM); err != nil {
+		return err
+	}
+	if m.Number < 1 || m.Number > MaxNumber {
+		return fmt.Errorf("%s: number %d: %w", m.VM, m.Number, ErrName)
+	}
+	return nil
 }
 
 // CheckGroup tells whether name can be a group's: by the rules for a VM's name.

@@ -52,7 +52,7 @@ type Stage interface {
 	Truncate(size int64) error
 }
 
-// Received says what has become of a checkpoint that was sent.
+// Received says what has become of a checkpoint, or of a group, that was sent.
 type Received struct {
 	Ref     Ref
 	UUID    uuid.UUID
@@ -60,12 +60,14 @@ type Received struct {
 	Already bool  // it was there
 	Images  int   // that have come
 	Bytes   int64 // that have come
+	Group   bool  // it is a group, whose members have been received before it
+	Members int   // of a group
 }
 
 // ReceiveOptions of Receive.
 type ReceiveOptions struct {
-	// As is what the checkpoint is to be called: with a number if it has one, else the VM's
-	// next. Zero: as it was.
+	// As is what the checkpoint, or the group, is to be called: with a number if it has one,
+	// else the VM's next. Zero: as it was. Members of groups are called as they were.
 	As Ref
 	// Done is called when a checkpoint is durable. An error of it ends Receive.
 	Done     func(Received) error
@@ -80,32 +82,67 @@ func (s *Store) Receive(ctx context.Context, r io.Reader, o ReceiveOptions) erro
 	if err != nil {
 		return err
 	}
-	for n := 0; ; n++ {
-		k, b, err := rd.Next()
-		if err == io.EOF {
-			return nil // the stream is whole
+	done := func(got Received, err error) error {
+		if err == nil && o.Done != nil {
+			err = o.Done(got)
 		}
-		if err == nil && k != transfer.Begin {
+		return err
+	}
+	var group *receivedGroup // whose members come now
+	for n := 0; ; {
+		k, b, err := rd.Next()
+		switch {
+		case err == io.EOF && group == nil:
+			return nil // the stream is whole
+		case err == io.EOF:
+			err = rd.Damaged("it ends amid group %v", group.ref)
+		case err == nil && k != transfer.Begin && (k != transfer.Group || group != nil):
 			err = rd.Damaged("a record of kind %d where a checkpoint begins", k)
 		}
 		if err != nil {
 			return err
 		}
-		if n > 0 && o.As.N > 0 {
-			return fmt.Errorf("several checkpoints are sent, and can't all become %v", o.As)
+		if group == nil {
+			if n++; n > 1 && o.As.N > 0 {
+				return fmt.Errorf("several are sent, and can't all become %v", o.As)
+			}
+		}
+		if k == transfer.Group {
+			head, err := rd.ParseGroup(b)
+			if err == nil {
+				group, err = s.beginGroup(ctx, head, o.As)
+			}
+			if err != nil {
+				return err
+			}
+			continue
 		}
 		head, err := rd.ParseBegin(b)
 		if err != nil {
 			return err
 		}
-		in := &receiving{s: s, rd: rd, head: head, o: &o}
+		its := o
+		if group != nil {
+			its.As = Ref{}
+		}
+		in := &receiving{s: s, rd: rd, head: head, o: &its}
 		got, err := in.run(ctx)
 		in.close(ctx)
-		if err == nil && o.Done != nil {
-			err = o.Done(got)
-		}
-		if err != nil {
+		if err = done(got, err); err != nil {
 			return err
+		}
+		if group == nil {
+			continue
+		}
+		last, err := group.member(got)
+		if err != nil {
+			return rd.Damaged("%v", err)
+		}
+		if last {
+			if err := done(s.endGroup(ctx, group, o.As)); err != nil {
+				return err
+			}
+			group = nil
 		}
 	}
 }
@@ -249,21 +286,22 @@ func (r *receiving) free(ctx context.Context) error {
 	if r.ref.N == 0 {
 		return CheckVM(r.ref.VM)
 	}
-	o, err := r.s.objects(ctx, r.ref.VM)
-	if err != nil {
-		return err
-	}
-	taken := slices.Contains(o.images, r.ref.N)
-	if !taken {
-		// One that is being saved has its number.
-		at := Ref{r.ref.VM, r.ref.N - 1}
-		err = r.s.taken(ctx, &at)
-		taken = at.N == r.ref.N
-	}
+	taken, err := r.s.nameTaken(ctx, r.ref)
 	if err == nil && taken {
 		err = fmt.Errorf("checkpoint %v: %w in store %s; --as %s gives it the next number there", r.ref, ErrTaken, r.s.root, r.ref.VM)
 	}
 	return err
+}
+
+// nameTaken tells whether a checkpoint, or a save under way, has a name.
+func (s *Store) nameTaken(ctx context.Context, r Ref) (bool, error) {
+	o, err := s.objects(ctx, r.VM)
+	if err != nil || slices.Contains(o.images, r.N) {
+		return err == nil, err
+	}
+	at := Ref{r.VM, r.N - 1}
+	err = s.taken(ctx, &at)
+	return at.N == r.N, err
 }
 
 // stage opens what the images are received into.

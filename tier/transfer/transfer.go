@@ -13,7 +13,8 @@
 //	   │ DATA   …                         │
 //	   │ END                              │
 //	   ├──────────────────────────────────┤
-//	   │ BEGIN  …                         │  the next one
+//	   │ GROUP  what is in it             │  its members follow, and only
+//	   │ BEGIN  …                         │  with the last it is one
 //	   ├──────────────────────────────────┤
 //	   │ LAST                             │  nothing is behind it
 //
@@ -29,6 +30,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -57,6 +59,7 @@ const (
 	Data  Kind = 3 // u64 position, bytes
 	End   Kind = 4 // nothing: the checkpoint is whole
 	Last  Kind = 5 // nothing: the stream is
+	Group Kind = 6 // JSON: GroupHead
 )
 
 const (
@@ -64,8 +67,12 @@ const (
 	MaxData = 256 << 10
 	// MaxBegin caps a BEGIN record.
 	MaxBegin = 16 << 20
+	// MaxGroup caps a GROUP record.
+	MaxGroup = 1 << 20
 	// maxImages is as many as a checkpoint can refer to, and itself.
 	maxImages = 1 + 1024
+	// maxMembers is how many a group can have.
+	maxMembers = 1024
 	// maxLength caps what is said of lengths, in bytes.
 	maxLength = 1 << 50
 )
@@ -112,6 +119,41 @@ type (
 
 func (l *sentList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, maxImages) }
 func (l *idList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, maxImages) }
+
+// GroupHead is what a GROUP record says: the checkpoints that follow are those of a group.
+type GroupHead struct {
+	Name    string     `json:"name"`
+	Number  int        `json:"number"`
+	UUID    uuid.UUID  `json:"uuid"`
+	Created time.Time  `json:"created"`
+	Mode    string     `json:"mode"`
+	Members memberList `json:"members"`
+}
+
+// Member is a checkpoint of a group, as it is called in the sender's store.
+type Member struct {
+	VM     string    `json:"vm"`
+	Number int       `json:"number"`
+	UUID   uuid.UUID `json:"uuid"`
+}
+
+type memberList []Member
+
+func (l *memberList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, maxMembers) }
+
+func (g *GroupHead) check() error {
+	if g.UUID == uuid.Nil || len(g.Members) == 0 || len(g.Members) > maxMembers {
+		return fmt.Errorf("group %v of %d members", g.UUID, len(g.Members))
+	}
+	seen := make(map[uuid.UUID]bool)
+	for _, m := range g.Members {
+		if seen[m.UUID] || m.UUID == uuid.Nil {
+			return fmt.Errorf("member %v twice, or none", m.UUID)
+		}
+		seen[m.UUID] = true
+	}
+	return nil
+}
 
 // Sent says what is sent of an image. Positions below Length are of the image; from Base on
 // the pages of its NVRAM part follow that are in Slots.
@@ -228,6 +270,18 @@ func (w *Writer) Begin(c *Checkpoint) error {
 	return w.record(Begin, nil, b)
 }
 
+// Group writes a GROUP record: the members' checkpoints are to follow.
+func (w *Writer) Group(g *GroupHead) error {
+	if err := g.check(); err != nil {
+		return err
+	}
+	b, err := json.Marshal(g)
+	if err != nil {
+		return err
+	}
+	return w.record(Group, nil, b)
+}
+
 // Image says of which image the DATA that follows is.
 func (w *Writer) Image(i int) error {
 	return w.record(Image, nil, binary.LittleEndian.AppendUint32(nil, uint32(i)))
@@ -330,6 +384,8 @@ func (r *Reader) Next() (Kind, []byte, error) {
 	switch k {
 	case Begin:
 		most = MaxBegin
+	case Group:
+		most = MaxGroup
 	case Image:
 		most = 4
 	case Data:
@@ -382,6 +438,18 @@ func (r *Reader) ParseBegin(b []byte) (*Checkpoint, error) {
 		return nil, r.Damaged("BEGIN: %v", err)
 	}
 	return c, nil
+}
+
+// ParseGroup reads what a GROUP record says.
+func (r *Reader) ParseGroup(b []byte) (*GroupHead, error) {
+	g := new(GroupHead)
+	if err := json.Unmarshal(b, g); err != nil {
+		return nil, r.Damaged("GROUP: %v", err)
+	}
+	if err := g.check(); err != nil {
+		return nil, r.Damaged("GROUP: %v", err)
+	}
+	return g, nil
 }
 
 // ParseImage reads which image an IMAGE record says, of n.

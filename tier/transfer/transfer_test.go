@@ -33,7 +33,7 @@ func stream(t testing.TB) []byte {
 	var b bytes.Buffer
 	w, err := NewWriter(&b)
 	if err == nil {
-		err = errors.Join(w.Begin(example()), w.Image(0), w.Data(100, make([]byte, MaxData+5)), w.Image(1), w.Data(7, []byte("seven")), w.End(), w.Close())
+		err = errors.Join(w.Group(&GroupHead{Name: "g", Number: 7, UUID: uuid.UUID{4}, Members: memberList{{"vm", 3, uuid.UUID{1}}}}), w.Begin(example()), w.Image(0), w.Data(100, make([]byte, MaxData+5)), w.Image(1), w.Data(7, []byte("seven")), w.End(), w.Close())
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -53,6 +53,12 @@ func read(b []byte) (words []string, err error) {
 			return words, err
 		}
 		switch k {
+		case Group:
+			g, err := r.ParseGroup(p)
+			if err != nil {
+				return words, err
+			}
+			words = append(words, fmt.Sprintf("group %s@%d of %d", g.Name, g.Number, len(g.Members)))
 		case Begin:
 			c, err := r.ParseBegin(p)
 			if err != nil {
@@ -80,7 +86,7 @@ func read(b []byte) (words []string, err error) {
 func TestStream(t *testing.T) {
 	b := stream(t)
 	words, err := read(b)
-	want := []string{"begin vm@3", "image 0", "data 100+262144", "data 262244+5", "image 1", "data 7+5", "end"}
+	want := []string{"group g@7 of 1", "begin vm@3", "image 0", "data 100+262144", "data 262244+5", "image 1", "data 7+5", "end"}
 	if err != io.EOF || !reflect.DeepEqual(words, want) {
 		t.Errorf("%q, %v", words, err)
 	}
@@ -143,6 +149,16 @@ func TestChecks(t *testing.T) {
 		if c, err := r.ParseBegin([]byte(body)); !errors.Is(err, ErrDamaged) {
 			t.Errorf("%.40q: %v, %v", body, c, err)
 		}
+	}
+	member := `{"uuid":"00000000-0000-0000-0000-000000000001"}`
+	for _, members := range []string{"", member + "," + member, "{}", strings.Repeat("{},", 1<<20) + "{}"} {
+		body := `{"uuid":"00000000-0000-0000-0000-000000000002","members":[` + members + `]}`
+		if g, err := r.ParseGroup([]byte(body)); !errors.Is(err, ErrDamaged) {
+			t.Errorf("group %.40q: %v, %v", body, g, err)
+		}
+	}
+	if w, err := NewWriter(io.Discard); err != nil || w.Group(&GroupHead{UUID: uuid.UUID{1}}) == nil {
+		t.Errorf("a group of none is sent: %v", err)
 	}
 	for _, b := range [][]byte{nil, {0, 0, 0}, {2, 0, 0, 0}, {255, 255, 255, 255}} {
 		if _, err := r.ParseImage(b, 2); !errors.Is(err, ErrDamaged) {
