@@ -45,7 +45,7 @@ func BenchmarkThousand(b *testing.B) {
 			}
 			took("save", n, one)
 			took("list", n, func() error {
-				list, err := l.st.Identities(b.Context(), "")
+				list, err := l.st.Listing(b.Context(), "")
 				if err == nil && len(list) < n-1 {
 					err = fmt.Errorf("%d are listed", len(list))
 				}

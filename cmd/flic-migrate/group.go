@@ -273,8 +273,8 @@ func newGroupEntry(ctx context.Context, st *store.Store, l store.ListedGroup) (e
 		if m.Err != nil && !cannotBeRead(m.Err) {
 			return e, nil, m.Err
 		}
-		if m.Err != nil && !integrity.IsCorrupt(damage) {
-			damage = m.Err
+		if wrong := errors.Join(m.Err, m.Lacks); wrong != nil && !integrity.IsCorrupt(damage) {
+			damage = wrong
 		}
 		row := newListEntry(m)
 		row.Group = e.Group
@@ -343,6 +343,11 @@ func printGroups(w io.Writer, entries []groupEntry) error {
 		}
 		if e.Error != "" {
 			members, mode = "-", "damaged"
+		}
+		for _, m := range e.Members {
+			if m.Error != "" {
+				mode += ", " + m.Checkpoint + " " + m.State
+			}
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Group, localTime(e.Created), members, human(int64(e.RAMBytes)),
 			human(e.FlashBytes+e.MovedBytes), human(e.NVRAMBytes), mode)

@@ -28,7 +28,8 @@ func newList(a *app) *cobra.Command {
 the size of the guest's memory; FLASH and NVRAM are what the checkpoint takes, pages
 that have been moved from NVRAM to flash counted where they are.
 STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say, or
-its version if it is in another one of the format; "needs 2 disks" stands with one that
+"incomplete" if an image that it refers to is not there, or its version if it is in
+another one of the format; "needs 2 disks" stands with one that
 has pages on disk images (save --disk; show names them), "next armed" with the newest
 checkpoint of a VM whose next one is (checkpoint --arm), "in shop@1" with one of a group.
 With --group it lists groups (checkpoint --group), of one name or all.
@@ -74,7 +75,7 @@ type listEntry struct {
 	NVRAMBytes int64     `json:"nvram_bytes"` // page content in NVRAM
 	MovedBytes int64     `json:"moved_bytes"` // page content moved from NVRAM to flash, beside the image file
 	Machine    string    `json:"machine,omitempty"`
-	State      string    `json:"state"`           // QEMU's run state, or damaged, "version N" or unsupported
+	State      string    `json:"state"`           // QEMU's run state, or damaged, incomplete, "version N" or unsupported
 	Disks      int       `json:"disks,omitempty"` // disk images that have bytes of its pages
 	Domain     string    `json:"trust_domain,omitempty"`
 	Armed      bool      `json:"armed,omitempty"` // the VM's next one is armed; on its newest
@@ -94,7 +95,7 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 	if err != nil {
 		return err
 	}
-	list, err := st.Identities(ctx, vm)
+	list, err := st.Listing(ctx, vm)
 	if err != nil {
 		return err
 	}
@@ -112,8 +113,8 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 		if l.Err != nil && !cannotBeRead(l.Err) {
 			return l.Err
 		}
-		if l.Err != nil && !integrity.IsCorrupt(damage) {
-			damage = l.Err
+		if wrong := errors.Join(l.Err, l.Lacks); wrong != nil && !integrity.IsCorrupt(damage) {
+			damage = wrong
 		}
 		if l.LabelErr != nil {
 			a.log().Warn("tags and note can't be read", "checkpoint", l.Ref.String(), "cause", oneLine(l.LabelErr))
@@ -172,6 +173,9 @@ func newListEntry(l store.Listed) listEntry {
 	e.RAMBytes, e.Disks, e.Domain = id.RAMBytes, id.Disks, id.TrustDomain
 	if id.NVRAM != nil {
 		e.NVRAMBytes, e.MovedBytes = max(0, id.NVRAM.Bytes-l.MovedBytes), l.MovedBytes
+	}
+	if l.Lacks != nil {
+		e.State, e.Error = "incomplete", oneLine(l.Lacks)
 	}
 	return e
 }

@@ -71,6 +71,7 @@ func Storage(ctx context.Context, p Places) []Finding {
 		r.warn("ask again as the store's owner", "this could not be looked at: %v", err)
 	}
 	r.armed(ctx, st)
+	r.groups(ctx, st)
 	return append(r.list, nvramFiles(ctx, p, h.NVRAM, needed)...)
 }
 
@@ -86,7 +87,7 @@ func existing(dir string) string {
 // checkpoints counts them, and returns what the largest takes, and which NVRAM files they
 // have pages in.
 func (r *report) checkpoints(ctx context.Context, st *store.Store) (largest int64, needed map[string]bool) {
-	list, err := st.Identities(ctx, "")
+	list, err := st.Listing(ctx, "")
 	if err != nil {
 		r.failed(err, "", "its checkpoints can't be listed")
 		return 0, nil
@@ -100,6 +101,9 @@ func (r *report) checkpoints(ctx context.Context, st *store.Store) (largest int6
 			r.failed(l.Err, "flic-migrate verify "+l.Ref.String()+"; if it is lost: flic-migrate rm "+l.Ref.String(), l.Ref.String()+" can't be read")
 		} else if l.Identity.NVRAM != nil {
 			needed[l.Identity.NVRAM.Path] = true
+		}
+		if l.Lacks != nil {
+			r.failed(l.Lacks, "bring that image back from a copy of the store; if it is lost: flic-migrate rm "+l.Ref.String(), l.Ref.String()+" can't be restored")
 		}
 	}
 	r.ok("%d checkpoints of %d VMs", len(list), len(vms))
@@ -205,6 +209,30 @@ func (r *report) armed(ctx context.Context, st *store.Store) {
 		case a != nil:
 			r.warn("flic-migrate disarm "+vm, "the process %d that had the next checkpoint of %s armed is dead, and has left its settings in QEMU", a.PID, vm)
 		}
+	}
+}
+
+// groups names the groups of which the record can't be read, and those that lack members.
+func (r *report) groups(ctx context.Context, st *store.Store) {
+	list, err := st.Groups(ctx, "")
+	if err != nil {
+		r.failed(err, "", "its groups can't be listed")
+	}
+	for _, g := range list {
+		name := g.Ref().String()
+		switch {
+		case g.Err != nil:
+			r.failed(g.Err, "flic-migrate rm --group "+name+"; its members, if any, are checkpoints of their own then", "what group "+name+" has for members can't be read")
+		case len(g.Missing) > 0:
+			var gone []string
+			for _, m := range g.Missing {
+				gone = append(gone, m.String())
+			}
+			r.warn("flic-migrate rm --group "+name+" if the others are of no use without", "group %s is not whole: of %d members these were removed: %s", name, len(g.Members), strings.Join(gone, ", "))
+		}
+	}
+	if len(list) > 0 {
+		r.ok("%d groups", len(list))
 	}
 }
 

@@ -354,7 +354,7 @@ func (s *Store) Groups(ctx context.Context, name string) ([]ListedGroup, error) 
 	if err != nil {
 		return nil, err
 	}
-	here := presence{s: s, of: make(map[string][]int)}
+	here := numbers{s: s, of: make(map[string][]int)}
 	list := []ListedGroup{}
 	// One whose commit was cut off is finished when the store is opened, unless it is damaged.
 	for _, r := range committing {
@@ -388,13 +388,13 @@ func (s *Store) Groups(ctx context.Context, name string) ([]ListedGroup, error) 
 	return list, nil
 }
 
-// presence tells which checkpoints are there, and looks into each folder once.
-type presence struct {
+// numbers tells which checkpoints are there, and looks into each folder once.
+type numbers struct {
 	s  *Store
-	of map[string][]int // numbers by VM, in order
+	of map[string][]int // by VM, in order
 }
 
-func (p *presence) missing(ctx context.Context, g Group) (refs []Ref, err error) {
+func (p *numbers) missing(ctx context.Context, g Group) (refs []Ref, err error) {
 	for _, m := range g.Members {
 		numbers, known := p.of[m.VM]
 		if !known {
@@ -427,18 +427,19 @@ func (s *Store) FindGroup(ctx context.Context, r Ref) (ListedGroup, error) {
 	return ListedGroup{}, fmt.Errorf("group %v in store %s: %w", r, s.root, ErrNotFound)
 }
 
-// MembersOf describes a group's members as Identities does. One that has been removed has
+// MembersOf describes a group's members as Listing does. One that has been removed has
 // ErrNotFound.
 func (s *Store) MembersOf(ctx context.Context, g Group) ([]Listed, error) {
 	list := make([]Listed, len(g.Members))
-	look := s.lookup()
+	p := s.presence()
 	for i, m := range g.Members {
 		if err := context.Cause(ctx); err != nil {
 			return nil, err
 		}
-		o, err := s.objects(ctx, m.VM)
+		o, err := p.look.objects(ctx, m.VM)
 		if err == nil {
-			list[i], err = look.listed(ctx, m.Ref(), o)
+			p.add(m.VM, o)
+			list[i], err = p.look.listed(ctx, m.Ref(), o)
 		}
 		if gone(err) {
 			list[i], err = Listed{Ref: m.Ref(), Err: ErrNotFound}, nil
@@ -447,7 +448,7 @@ func (s *Store) MembersOf(ctx context.Context, g Group) ([]Listed, error) {
 			return nil, err
 		}
 	}
-	return list, nil
+	return list, p.lacks(ctx, list)
 }
 
 // GroupOf names the groups that checkpoints are in.
@@ -490,7 +491,7 @@ func (s *Store) forgetGroup(ctx context.Context, r Ref) error {
 		return err
 	}
 	if err == nil {
-		here := presence{s: s, of: make(map[string][]int)}
+		here := numbers{s: s, of: make(map[string][]int)}
 		missing, err := here.missing(ctx, g)
 		if err != nil || len(missing) < len(g.Members) {
 			return err

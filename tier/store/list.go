@@ -230,15 +230,34 @@ type Listed struct {
 	// Err is what is wrong with the checkpoint, if it can't say who it is, or is
 	// another one than its place says; Identity is then nil.
 	Err error
+	// Lacks is damage of another kind: images that it refers to are not there. Listing and
+	// MembersOf look for it.
+	Lacks error
 }
 
 // Identities describes the checkpoints of one VM, or of all if vm is empty. It
 // reads some KB of each that the VM's summary does not know, and takes no lock. What goes
 // away meanwhile is left out.
 func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
+	return s.identities(ctx, s.lookup(), vm, func(string, vmObjects) {})
+}
+
+// Listing is Identities, and finds out whether the images are there that each refers to. It
+// reads no more, unless one seems to lack some or the others' are of another VM.
+func (s *Store) Listing(ctx context.Context, vm string) ([]Listed, error) {
+	p := s.presence()
+	list, err := s.identities(ctx, p.look, vm, p.add)
+	if err == nil {
+		err = p.lacks(ctx, list)
+	}
+	return list, err
+}
+
+// identities is Identities, which also tells seen what is in each folder.
+func (s *Store) identities(ctx context.Context, look *lookup, vm string, seen func(vm string, o vmObjects)) ([]Listed, error) {
 	list := []Listed{}
-	look := s.lookup()
 	err := look.eachVM(ctx, vm, func(vm string, o vmObjects) error {
+		seen(vm, o)
 		for _, n := range o.images {
 			if err := context.Cause(ctx); err != nil {
 				return err

@@ -16,6 +16,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/uuid"
@@ -1123,6 +1124,73 @@ func TestReferences(t *testing.T) {
 	defer p.Abort()
 	if err := p.Refer(t.Context(), id.UUID); !errors.Is(err, ErrNotFound) {
 		t.Errorf("a reference to what is gone: %v", err)
+	}
+}
+
+// TestListing: an image that others refer to can be listed or not, and of any VM; one that is
+// not there makes the checkpoints incomplete that refer to it, and no others.
+func TestListing(t *testing.T) { synctest.Test(t, testListing) }
+
+func testListing(t *testing.T) {
+	s, disk := newStore(t)
+	base := mustCommit(t, s, "vm")
+	id, _, err := s.identity(t.Context(), base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two := refer(t, s, "vm", id.UUID), refer(t, s, "other", id.UUID)
+	g := mustCommitGroup(t, s, "other", "third")
+	lacking := func(list []Listed, err error) (refs []Ref) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range list {
+			switch {
+			case l.Lacks == nil:
+			case l.Identity == nil || !integrity.IsCorrupt(l.Lacks) || !strings.Contains(l.Lacks.Error(), id.UUID.String()):
+				t.Errorf("%+v", l)
+			default:
+				refs = append(refs, l.Ref)
+			}
+		}
+		return refs
+	}
+	check := func(what string, want ...Ref) {
+		t.Helper()
+		for vm, want := range map[string][]Ref{
+			"": want, "third": nil,
+			"vm":    slices.DeleteFunc(slices.Clone(want), func(r Ref) bool { return r.VM != "vm" }),
+			"other": slices.DeleteFunc(slices.Clone(want), func(r Ref) bool { return r.VM != "other" }),
+		} {
+			if got := lacking(s.Listing(t.Context(), vm)); !slices.Equal(got, want) {
+				t.Errorf("%s, list of %q: %v are said to be incomplete, not %v", what, vm, got, want)
+			}
+		}
+	}
+	check("all is there")
+	if _, err := s.Remove(t.Context(), base); err != nil {
+		t.Fatal(err)
+	}
+	check("it was removed")
+	gone, away := "/store/vms/vm/00000001.gone", "/store/away"
+	if err := disk.Rename(gone, away); err != nil {
+		t.Fatal(err)
+	}
+	check("it is away", two, one)
+	if _, err := s.Remove(t.Context(), one); err != nil {
+		t.Fatal(err)
+	}
+	check("one was removed", two)
+	// Somebody puts it back while it is looked for.
+	time.AfterFunc(presencePause/2, func() { disk.Rename(away, gone) })
+	check("it is back")
+	if err := disk.Rename(gone, away); err != nil {
+		t.Fatal(err)
+	}
+	with := Group{Name: "g", Members: append(slices.Clone(g.Members), GroupMember{VM: two.VM, Number: two.N})}
+	if got := lacking(s.MembersOf(t.Context(), with)); !slices.Equal(got, []Ref{two}) {
+		t.Errorf("of the group's members %v are said to be incomplete", got)
 	}
 }
 
