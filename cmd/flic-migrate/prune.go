@@ -56,6 +56,7 @@ func (l *tagLists) Set(v string) error {
 func newPrune(a *app) *cobra.Command {
 	var policy retention.Policy
 	var dryRun, asJSON bool
+	var rm rmOptions
 	c := &cobra.Command{
 		Use:   "prune [flags] [NAME...]",
 		Short: "Remove checkpoints that no rule keeps",
@@ -66,15 +67,16 @@ any, in the time zone of whoever runs it; a rule with counts left also keeps the
 oldest. Every rule keeps a VM's newest. --keep-tag keeps what has that tag (see tag).
 
 What can't say when it was made is kept, with a warning. --dry-run says what would be
-removed, and removes nothing. What is in use is waited for, for 30 seconds in all, and
+removed, and removes nothing. What is in use is waited for, up to --wait in all, and
 stays then, which the exit code says.`,
 		Example: `  flic-migrate prune --store /srv/vms --keep-last 3 --keep-daily 7 --keep-weekly 5
   flic-migrate prune --store /srv/vms --keep-within 48h --dry-run web1`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.prune(cmd.Context(), args, policy, dryRun, asJSON)
+			return a.prune(cmd.Context(), args, policy, rm, dryRun, asJSON)
 		},
 	}
 	addPolicy(c.Flags(), &policy, "prune")
+	addWait(c.Flags(), &rm.wait, "prune")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "say what would be removed")
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
 	setKey(c.Flags(), "dry-run", "prune-dry-run")
@@ -94,7 +96,7 @@ type pruneEntry struct {
 	ref     store.Ref
 }
 
-func (a *app) prune(ctx context.Context, vms []string, policy retention.Policy, dryRun, asJSON bool) error {
+func (a *app) prune(ctx context.Context, vms []string, policy retention.Policy, rm rmOptions, dryRun, asJSON bool) error {
 	if err := policy.Check(); err != nil {
 		return usageError{fmt.Errorf("prune: %w: see --keep-last, --keep-daily, --keep-within, --keep-tag", err)}
 	}
@@ -107,7 +109,7 @@ func (a *app) prune(ctx context.Context, vms []string, policy retention.Policy, 
 		return err
 	}
 	if !dryRun {
-		err = errors.Join(a.removeUnkept(ctx, rmOptions{}.remover(st), st, entries)...)
+		err = errors.Join(a.removeUnkept(ctx, rm.remover(st), st, entries)...)
 	}
 	a.measurePrune(entries)
 	if asJSON {

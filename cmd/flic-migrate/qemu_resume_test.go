@@ -977,7 +977,7 @@ func TestRemoveWhileResuming(t *testing.T) {
 		r.says(t, `vm@1: paused after`)
 	}
 	for _, args := range [][]string{{"vm@1"}, {"--all", "vm"}} {
-		cmd := exec.Command("flic-migrate", append([]string{"rm", "--store", l.store}, args...)...)
+		cmd := exec.Command("flic-migrate", append([]string{"rm", "--wait", "0", "--store", l.store}, args...)...)
 		out, err := cmd.CombinedOutput()
 		if cmd.ProcessState.ExitCode() != exitFailed || !strings.Contains(string(out), "checkpoint vm@1 was not removed: ") || !strings.Contains(string(out), "in use by another process") {
 			t.Errorf("rm %v: %v, %s", args, err, out)

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -20,7 +22,7 @@ func newRm(a *app) *cobra.Command {
 		Long: `Rm removes checkpoints and gives their NVRAM back. It wants the number of each:
 NAME without @N removes nothing, unless --all says that all of the VM's
 checkpoints are meant. A checkpoint that is in use, as by a restore, or by a save that
-refers to it, is waited for, for 30 seconds in all; then it is not removed. The others are,
+refers to it, is waited for, up to --wait in all; then it is not removed. The others are,
 and the exit code says that one was not.
 
 What other checkpoints need of a removed one is kept until they are removed too, and
@@ -46,17 +48,27 @@ With --group the names are those of groups (checkpoint --group), whose members a
 	setKey(c.Flags(), "all", "rm-all")
 	c.Flags().BoolVar(&o.force, "force", false, "remove also an image that is another checkpoint's only one")
 	setKey(c.Flags(), "force", "")
+	addWait(c.Flags(), &o.wait, "rm")
 	c.Flags().BoolVar(&o.json, "json", false, "print a JSON array")
 	return c
 }
 
-type rmOptions struct{ all, group, force, json bool }
+type rmOptions struct {
+	all, group, force, json bool
+	wait                    time.Duration
+}
 
 // remover is what removes as the flags say.
 func (o rmOptions) remover(st *store.Store) *store.Remover {
 	r := st.Remover()
-	r.Wait, r.Force = vfs.LockLimit, o.force
+	r.Wait, r.Force = o.wait, o.force
 	return r
+}
+
+// addWait adds the flag of how long a removal waits, under a key of its verb.
+func addWait(fs *pflag.FlagSet, wait *time.Duration, verb string) {
+	fs.DurationVar(wait, "wait", vfs.LockLimit, "how long to wait for checkpoints that are in use, all told")
+	setKey(fs, "wait", verb+"-wait")
 }
 
 // rmEntry is an element of rm's JSON document.

@@ -167,7 +167,9 @@ func (m *Remover) open(ctx context.Context, r Ref) (Object, Ref, error) {
 		if !errors.Is(err, ErrInUse) {
 			return f, at, err
 		}
-		if m.Wait <= 0 {
+		// One that is armed keeps what it refers to for as long as it likes.
+		_, armed, aerr := m.s.ArmedFor(ctx, at.VM)
+		if m.Wait <= 0 || armed && aerr == nil {
 			if who := m.s.dir.Holders(ctx, at.object(imageSuffix)); len(who) > 0 {
 				err = fmt.Errorf("%w: %s", err, strings.Join(who, ", "))
 			}
