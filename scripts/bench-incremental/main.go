@@ -1,7 +1,7 @@
 // Command bench-incremental makes a checkpoint of real guests every few seconds and
 // prints Markdown tables of what increments cost.
 //
-//	go run ./scripts/bench-incremental [-only idle,files,sqlite,redis] [-n 10] [-memory 512M,1G,2G] [-every 5s] [-restores 7] [-keep DIR]
+//	go run ./scripts/bench-incremental [-only idle,files,sqlite,redis] [-n 10] [-memory 512M,1G,2G] [-every 5s] [-restores 7] [-keep DIR] [-armed]
 //
 // At each checkpoint the guest stands still and is saved four times through exec:, in
 // turn: into a file; into nothing, by cat, which is as fast as QEMU feeds a pipe; by
@@ -20,6 +20,9 @@
 // until the guest may run (lazily running). Reads are the distinct places, segments of
 // whatever image, that a restore reads for each MB of pages. -keep leaves the streams in a
 // directory, for go test -bench Encodings ./tier/delta.
+//
+// -armed prints another table in place of these: checkpoints of running guests that were
+// armed before, by turns with full ones.
 package main
 
 import (
@@ -80,12 +83,20 @@ func main() {
 	flag.IntVar(&b.restores, "restores", 7, "restores of each kind, of which the medians are printed")
 	flag.StringVar(&b.keep, "keep", "", "directory that the streams are left in")
 	flag.StringVar(&b.codec, "codec", "minlz", "of flic-migrate")
+	armed := flag.Bool("armed", false, "armed checkpoints of running guests against full ones, and nothing else")
 	flag.Parse()
-	if err := b.run(context.Background(), strings.Split(*only, ","), strings.Split(*sizes, ",")); err != nil {
+	if err := b.run(context.Background(), strings.Split(*only, ","), strings.Split(*sizes, ","), *armed); err != nil {
 		fmt.Fprintln(os.Stderr, "bench-incremental:", err)
 		os.Exit(1)
 	}
 }
+
+// head is the head of the table of increments by content.
+const head = `%d checkpoints after the first, %v apart, codec %s. Bytes and times of one are medians; ratios are of sums and of medians.
+
+| guest | memory | pages changed | full, MB | by pages, LZ4, MB | increment, MB | to by pages | without compression | to full | cat >/dev/null, s | full, s | increment, s | to full | restore, to full | full: lazily running, ms | increment, to full | full: reads per MB | increment |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+`
 
 type bench struct {
 	n, restores         int
@@ -94,7 +105,7 @@ type bench struct {
 	dir, binary         string
 }
 
-func (b *bench) run(ctx context.Context, only, sizes []string) (err error) {
+func (b *bench) run(ctx context.Context, only, sizes []string, armed bool) (err error) {
 	if b.dir, err = os.MkdirTemp("", "bench-incremental"); err != nil {
 		return err
 	}
@@ -103,19 +114,23 @@ func (b *bench) run(ctx context.Context, only, sizes []string) (err error) {
 	if err := qemutest.Build(ctx, b.binary); err != nil {
 		return err
 	}
-	fmt.Printf("%d checkpoints after the first, %v apart, codec %s. Bytes and times of one are medians; ratios are of sums and of medians.\n\n", b.n, b.every, b.codec)
-	fmt.Println("| guest | memory | pages changed | full, MB | by pages, LZ4, MB | increment, MB | to by pages | without compression | to full | cat >/dev/null, s | full, s | increment, s | to full | restore, to full | full: lazily running, ms | increment, to full | full: reads per MB | increment |")
-	fmt.Println("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+	row := b.guest
+	if armed {
+		row = b.armed
+		fmt.Printf(armedHead, b.n, armedFor)
+	} else {
+		fmt.Printf(head, b.n, b.every, b.codec)
+	}
 	for _, w := range workloads {
 		if !slices.Contains(only, w.name) {
 			continue
 		}
 		for _, b.memory = range sizes {
-			row, err := b.guest(ctx, w)
+			line, err := row(ctx, w)
 			if err != nil {
 				return fmt.Errorf("%s of %s: %w", w.name, b.memory, err)
 			}
-			fmt.Println(row)
+			fmt.Println(line)
 		}
 	}
 	return nil

@@ -144,15 +144,14 @@ func main() {
 	streams := flag.String("streams", "", "recorded streams, as a glob (default: those in testdata and one of a 512 MB guest)")
 	other := flag.String("other", "", "another build of flic-migrate, to compare with")
 	only := flag.String("only", "", "compare with these tools only, separated by commas")
-	armed := flag.Bool("armed", false, "armed checkpoints against full ones of a running guest, and nothing else")
 	flag.Parse()
-	if err := run(*runs, *withQEMU, *armed, *streams, *only, *other); err != nil {
+	if err := run(*runs, *withQEMU, *streams, *only, *other); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(runs int, withQEMU, armed bool, glob, only, other string) error {
+func run(runs int, withQEMU bool, glob, only, other string) error {
 	root, err := qemutest.ModuleRoot()
 	if err != nil {
 		return err
@@ -172,9 +171,6 @@ func run(runs int, withQEMU, armed bool, glob, only, other string) error {
 		list = slices.DeleteFunc(list, func(t tool) bool { return !slices.Contains(names, t.name) })
 	}
 	b := &bench{dir: dir, runs: runs, tools: list}
-	if armed {
-		return b.armed(binary)
-	}
 	if withQEMU {
 		if err := b.qemu(); err != nil {
 			return err
