@@ -12,18 +12,21 @@ DESTDIR ?=
 # What --version says, and the packages are called.
 VERSION ?= $(shell scripts/version)
 
-.PHONY: all build pages install deb rpm test-package test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean
+.PHONY: all go build pages install deb rpm test-package test test-qemu test-libvirt test-apparmor check lint race unit replay fuzz demo bench eval-workingset record clean
 
 all: build
 
-# Without cgo: one static binary, which the dynamic linker does not hold up.
-build:
+# Go is there, and is new enough; or else one line says what to install, before anything
+# else is done.
+go:
 	@GO=$(GO) scripts/deps go
+
+# Without cgo: one static binary, which the dynamic linker does not hold up.
+build: go
 	CGO_ENABLED=0 $(GO) build -ldflags '-X main.release=$(VERSION)' -o bin/flic-migrate ./cmd/flic-migrate
 
 # Man pages, and the settings file with every key, made of the verbs themselves.
-pages:
-	@GO=$(GO) scripts/deps go
+pages: go
 	$(GO) test ./cmd/flic-migrate -count=1 -run '^TestPages$$' -pages $(CURDIR)/bin/pages
 
 # After make build pages, which need no root.
@@ -43,7 +46,7 @@ test-package: deb rpm
 # Installs what is missing, then runs every test, those with a real QEMU
 # included, on the system's and on those of the suites, a short fuzz run of each
 # parser, and the recorded streams.
-test:
+test: go
 	scripts/deps
 	$(MAKE) check unit test-qemu fuzz replay SUITE="host $(SUITES)"
 	[ -z "$(strip $(SUITES))" ] || $(MAKE) test-libvirt SUITE="$(SUITES)"
@@ -52,17 +55,16 @@ test:
 # tests that need no QEMU under the race detector.
 check: lint race
 
-lint:
-	@GO=$(GO) scripts/deps go
+lint: go
 	@fmt=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$fmt" ] || { echo "not gofmt'ed: $$fmt"; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 
-race:
+race: go
 	scripts/deps race
 	GO=$(GO) scripts/tests race
 
-unit:
+unit: go
 	GO=$(GO) scripts/tests plain
 
 replay: build
@@ -70,18 +72,18 @@ replay: build
 	bin/flic-migrate replay --hot-every 3 testdata/*.stream.zst
 
 # Each fuzz test for some seconds: make fuzz FUZZTIMES=100 for a hundred times that.
-fuzz:
+fuzz: go
 	scripts/fuzz $(FUZZTIMES)
 
 # The tests that boot a QEMU: on the system's, or on a Debian suite's, such as
 # make test-qemu SUITE=trixie, or on several.
-test-qemu:
+test-qemu: go
 	scripts/deps qemu qemu-aarch64 guest libvirt bench
 	GO=$(GO) scripts/tests qemu $(SUITE)
 
 # The tests of libvirt, on a Debian suite's libvirt and QEMU: make test-libvirt
 # SUITE=trixie, or several. Some three minutes each.
-test-libvirt:
+test-libvirt: go
 	scripts/deps qemu guest
 	GO=$(GO) scripts/tests libvirt $(SUITE)
 
@@ -91,7 +93,7 @@ test-apparmor: build
 	scripts/deps qemu guest
 	scripts/apparmor $(SUITE) bin/flic-migrate
 
-# Boots a guest, saves it, restores it, proves that it went on.
+# Tells the whole story on a guest, in one screen and about a minute.
 demo: build
 	scripts/deps qemu guest bench
 	$(GO) run ./scripts/demo
@@ -102,12 +104,12 @@ bench: build
 	$(GO) test -run '^$$' -bench . -benchtime 1s ./stream/... ./ramparse/... ./tier/...
 
 # How good the working sets are that tracking finds, for four workloads.
-eval-workingset:
+eval-workingset: go
 	scripts/deps qemu guest
 	$(GO) run ./scripts/workingset
 
 # Records testdata's streams again.
-record:
+record: go
 	scripts/deps qemu qemu-aarch64 guest
 	$(GO) run ./scripts/record
 

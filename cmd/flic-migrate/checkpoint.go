@@ -145,8 +145,8 @@ killed (SIGKILL), a second process lets the guest run.`,
 	fs.Var(&c.keepLast, "keep-last", "afterwards remove the VM's checkpoints but for the newest `n`, as prune does; 0: none")
 	c.encoding.add(fs)
 	addMetrics(fs, "checkpoint")
-	fs.BoolVar(&c.json, "json", false, "print the report as JSON on standard output")
-	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary")
+	fs.BoolVar(&c.json, "json", false, "print JSON on standard output")
+	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	for _, name := range []string{"mode", "then", "rounds", "give-up", "arm", "keep-last", "disks", "freeze", "guest-sync"} {
 		setKey(fs, name, "checkpoint-"+name)
 	}

@@ -109,14 +109,29 @@ func argumentsOf(use string) (kinds []string, more bool) {
 	return kinds, more
 }
 
-var completers = map[string]completer{"CHECKPOINT": checkpoints, "VM": vms}
+var completers = map[string]completer{"CHECKPOINT": checkpoints, "VM": vms, "TAG": tags}
 
-// completerOf is what completes a flag's value; nil: files do, or nothing that is known.
+// values completes one of some words; without any it keeps files from being offered.
+func values(words ...string) completer {
+	return func(*app, context.Context, *cobra.Command, string) []string { return slices.Clone(words) }
+}
+
+// completerOf is what completes a flag's value; nil: files do.
 func completerOf(f *pflag.Flag) completer {
 	if ch, ok := f.Value.(*choice); ok {
-		return func(*app, context.Context, *cobra.Command, string) []string { return slices.Clone(ch.choices) }
+		return values(ch.choices...)
 	}
 	switch f.Name {
+	case "trust-domain":
+		return trustDomains
+	case "keep-tag":
+		return tags
+	case "connect":
+		return values("qemu:///system", "qemu:///session")
+	case "timer", "interval":
+		return values("auto")
+	case "as", "ssh":
+		return values()
 	case "vm":
 		return vms
 	case "domain":
@@ -132,7 +147,7 @@ func completerOf(f *pflag.Flag) completer {
 	}
 	switch f.Value.Type() {
 	case "size", "n", "int", "duration", "float64":
-		return func(*app, context.Context, *cobra.Command, string) []string { return nil }
+		return values()
 	}
 	return nil
 }
@@ -188,6 +203,37 @@ func groups(a *app, ctx context.Context, _ *cobra.Command, _ string) (list []str
 		list = slices.Insert(list, at, g.Ref().String())
 	}
 	return list
+}
+
+// listed describes what is in the store.
+func listed(a *app, ctx context.Context) []store.Listed {
+	st, err := a.openStore(ctx, false)
+	if err != nil {
+		return nil
+	}
+	list, _ := st.Identities(ctx, "")
+	return list
+}
+
+// tags names those that checkpoints have.
+func tags(a *app, ctx context.Context, _ *cobra.Command, _ string) (names []string) {
+	for _, l := range listed(a, ctx) {
+		names = append(names, l.Label.Tags...)
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// trustDomains names those that checkpoints are in, and the one that VMs begin in.
+func trustDomains(a *app, ctx context.Context, _ *cobra.Command, _ string) []string {
+	names := []string{store.DefaultDomain}
+	for _, l := range listed(a, ctx) {
+		if l.Identity != nil && l.Identity.TrustDomain != "" {
+			names = append(names, l.Identity.TrustDomain)
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
 }
 
 // domains names libvirt's, of the daemon that --connect names.

@@ -6,8 +6,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/spf13/pflag"
 )
 
 func TestArgumentsOf(t *testing.T) {
@@ -34,6 +37,32 @@ func TestArgumentsOf(t *testing.T) {
 		kinds, more := argumentsOf(use)
 		if got := fmt.Sprint(kinds, more); got != want {
 			t.Errorf("%q: %s, want %s", use, got, want)
+		}
+	}
+}
+
+// Flags whose values are files, or directories, as shells complete them.
+var fileFlags = strings.Fields(`arm-log config control disk guest-agent have libvirt-root members metrics nvram nvram-from
+	out output qmp remote-program report root socket spool status store to forget-nvram working-set working-sets xml`)
+
+// TestEveryFlagIsCompleted: a value is one of some words, or of what there is, or a file; files
+// are offered where nothing else can be meant.
+func TestEveryFlagIsCompleted(t *testing.T) {
+	root := newRoot(&app{stdout: &output{File: os.Stdout}, stdin: os.Stdin, stderr: os.Stderr})
+	for _, c := range append(commands(root), root) {
+		c.LocalFlags().VisitAll(func(f *pflag.Flag) {
+			if f.Value.Type() == "bool" {
+				return
+			}
+			if file := slices.Contains(fileFlags, f.Name); file == (completerOf(f) != nil) {
+				t.Errorf("%s --%s: takes a file: %v; something else completes it: %v", c.CommandPath(), f.Name, file, completerOf(f) != nil)
+			}
+		})
+		kinds, _ := argumentsOf(c.Use)
+		for _, kind := range kinds {
+			if kind != "FILE" && kind != "TEXT" && completers[kind] == nil {
+				t.Errorf("%s: nothing completes %s", c.CommandPath(), kind)
+			}
 		}
 	}
 }

@@ -124,8 +124,8 @@ has pages on disk images has to be absorbed first.`,
 	c.as.add(fs, "copy")
 	groupFlag(fs, &c.group)
 	fs.StringVar(&c.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
-	fs.BoolVar(&c.json, "json", false, "print a JSON array")
-	fs.BoolVar(&c.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	fs.BoolVar(&c.json, "json", false, "print JSON on standard output")
+	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "to", "copy-to")
 	return cmd
 }
@@ -351,7 +351,7 @@ all that it needs. copy does both in one go, and is told how it went.`,
 	groupFlag(fs, &c.group)
 	fs.StringVar(&have, "have", "", "`FILE` with what receive --list says; -: standard input")
 	fs.StringVar(&c.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
-	fs.BoolVar(&c.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "have", "send-have")
 	return cmd
 }
@@ -416,8 +416,8 @@ group.
 	fs.BoolVar(&r.list, "list", false, "print what this store has, and receive nothing")
 	fs.BoolVar(&r.answer, "answer", false, "for copy: first print what this store has, then a line of JSON for each checkpoint")
 	r.as.add(fs, "receive")
-	fs.BoolVar(&r.json, "json", false, "print a JSON array")
-	fs.BoolVar(&r.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	fs.BoolVar(&r.json, "json", false, "print JSON on standard output")
+	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "list", "receive-list")
 	setKey(fs, "answer", "receive-answer")
 	return cmd

@@ -33,7 +33,7 @@ Pages that both have in one place are not read; all others are, and checked.`,
 		},
 	}
 	disks.addMoved(c.Flags())
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 

@@ -40,7 +40,7 @@ through its monitor.`,
 		},
 	}
 	d.monitor.add(c.Flags())
-	c.Flags().BoolVar(&d.quiet, "quiet", false, "no summary")
+	c.Flags().BoolVar(&d.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	return c
 }
 

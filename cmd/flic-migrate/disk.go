@@ -53,8 +53,8 @@ can be indexed beside running VMs: no lock is taken, and an image is only read.`
 	setKey(fs, "format", "disk-format")
 	fs.BoolVar(&d.again, "again", false, "build indexes that fit again, too")
 	setKey(fs, "again", "disk-again")
-	fs.BoolVar(&d.json, "json", false, "print a JSON array")
-	fs.BoolVar(&d.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	fs.BoolVar(&d.json, "json", false, "print JSON on standard output")
+	fs.BoolVar(&d.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	return c
 }
 
@@ -203,7 +203,7 @@ stale one is of an image that has changed since, and disk index builds it anew.`
 		Args:    cobra.NoArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return a.diskList(cmd.Context(), asJSON) },
 	}
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 
@@ -256,7 +256,7 @@ one has on a disk is read from the disk, without the index.`,
 	}
 	c.Flags().BoolVar(&all, "all", false, "remove all indexes of the store")
 	setKey(c.Flags(), "all", "disk-rm-all")
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -28,16 +29,16 @@ var update = flag.Bool("update", false, "write the flag tables of docs/cli.md an
 
 const cliDoc = "../../docs/cli.md"
 
-// flagTable is what docs/cli.md has to say about a command's flags.
-func flagTable(c *cobra.Command, fs *pflag.FlagSet) string {
-	var b strings.Builder
-	b.WriteString("| flag | environment | key | default | |\n|---|---|---|---|---|\n")
-	n := 0
+// flagRow is a flag's row of a table in docs/cli.md, as far as it is the same wherever the
+// flag means the same.
+type flagRow struct{ name, text string }
+
+// flagRows are the rows of a command's flags, by name.
+func flagRows(c *cobra.Command, fs *pflag.FlagSet) (rows []flagRow) {
 	fs.VisitAll(func(f *pflag.Flag) {
 		if f.Name == "help" {
 			return
 		}
-		n++
 		key, env := "–", "–"
 		if k := flagKey(f); k != "" {
 			key, env = "`"+k+"`", "`"+envName(k)+"`"
@@ -58,16 +59,104 @@ func flagTable(c *cobra.Command, fs *pflag.FlagSet) string {
 		if f.Value.Type() != "bool" {
 			name += " " + strings.ReplaceAll(f.Value.Type(), "|", "\\|")
 		}
-		fmt.Fprintf(&b, "| `%s` | %s | %s | %s | %s |\n", name, env, key, def, strings.ReplaceAll(f.Usage, "|", "\\|"))
+		rows = append(rows, flagRow{f.Name, fmt.Sprintf("| `%s` | %s | %s | %s | %s |", name, env, key, def, strings.ReplaceAll(f.Usage, "|", "\\|"))})
 	})
-	if n == 0 {
-		return "It has no flags of its own.\n"
+	return rows
+}
+
+const flagHead = "| flag | environment | key | default | |\n|---|---|---|---|---|\n"
+
+// flagTables are what docs/cli.md has to say about flags, by the names of their places: of
+// each command, of all, and of what is the same in several commands, which stands once.
+func flagTables(root *cobra.Command) map[string]string {
+	users := make(map[string][]string) // by row: the commands that have it
+	for _, c := range commands(root) {
+		for _, r := range flagRows(c, c.LocalNonPersistentFlags()) {
+			users[r.text] = append(users[r.text], verbName(c))
+		}
+	}
+	table := func(rows []flagRow) string {
+		var b strings.Builder
+		for _, r := range rows {
+			b.WriteString(r.text + "\n")
+		}
+		if b.Len() == 0 {
+			return ""
+		}
+		return flagHead + b.String()
+	}
+	tables := map[string]string{"all": table(flagRows(root, root.PersistentFlags()))}
+	for _, c := range commands(root) {
+		var own []flagRow
+		var shared []string
+		for _, r := range flagRows(c, c.LocalNonPersistentFlags()) {
+			if len(users[r.text]) > 1 {
+				shared = append(shared, "`--"+r.name+"`")
+			} else {
+				own = append(own, r)
+			}
+		}
+		text := table(own)
+		switch {
+		case len(shared) > 0 && text != "":
+			text += "\n[Shared](#shared-flags): " + strings.Join(shared, ", ") + ".\n"
+		case len(shared) > 0:
+			text = "[Shared](#shared-flags): " + strings.Join(shared, ", ") + ".\n"
+		case text == "":
+			text = "It has no flags of its own.\n"
+		}
+		tables[verbName(c)] = text
+	}
+	const few = 8
+	var rows []string
+	for text, verbs := range users {
+		whose := strings.Join(verbs, ", ")
+		switch {
+		case len(verbs) == 1:
+			continue
+		case len(verbs) > few:
+			whose = fmt.Sprintf("%d verbs", len(verbs))
+		}
+		rows = append(rows, text+" "+whose+" |\n")
+	}
+	slices.Sort(rows)
+	tables["shared"] = "| flag | environment | key | default | | verbs |\n|---|---|---|---|---|---|\n" + strings.Join(rows, "")
+	return tables
+}
+
+// verbName is a command's name in docs/cli.md, such as "disk index".
+func verbName(c *cobra.Command) string {
+	return strings.TrimPrefix(c.CommandPath(), c.Root().Name()+" ")
+}
+
+// verbTable is the table of verbs that docs/cli.md begins with.
+func verbTable(t *testing.T, root *cobra.Command) string {
+	var b strings.Builder
+	b.WriteString("| | verb | |\n|---|---|---|\n")
+	grouped := make(map[string]bool)
+	for _, g := range verbGroups {
+		title := g.title
+		for _, name := range g.verbs {
+			c, _, err := root.Find([]string{name})
+			if err != nil || c == root || grouped[name] {
+				t.Errorf("verbGroups has %s, which is no verb or is there twice: %v", name, err)
+				continue
+			}
+			grouped[name] = true
+			fmt.Fprintf(&b, "| %s | [`%s`](#%s) | %s |\n", title, name, name, c.Short)
+			title = ""
+		}
+	}
+	for _, c := range root.Commands() {
+		if !grouped[c.Name()] {
+			t.Errorf("%s is in no group of verbGroups", c.Name())
+		}
 	}
 	return b.String()
 }
 
-// Each command's flags stand in docs/cli.md between <!-- flags NAME --> and
-// <!-- end -->, exactly as they are. go test -run Docs -update rewrites them.
+// What docs/cli.md says of verbs and flags stands between <!-- verbs -->, or <!-- flags NAME
+// -->, and <!-- end -->, exactly as they are. go test -run Docs -update rewrites it.
 func TestDocsFlags(t *testing.T) {
 	raw, err := os.ReadFile(cliDoc)
 	if err != nil {
@@ -75,27 +164,29 @@ func TestDocsFlags(t *testing.T) {
 	}
 	doc := string(raw)
 	root := newRoot(&app{stdout: &output{File: os.Stdout}, stdin: os.Stdin, stderr: os.Stderr})
-	check := func(name, table string) {
-		start := "<!-- flags " + name + " -->\n"
+	check := func(name, text string) {
+		start := "<!-- " + name + " -->\n"
 		before, rest, ok := strings.Cut(doc, start)
 		old, after, ok2 := strings.Cut(rest, "<!-- end -->")
 		if !ok || !ok2 {
 			t.Errorf("docs/cli.md has no %q", start)
 			return
 		}
-		if old == table {
+		if old == text {
 			return
 		}
 		if *update {
-			doc = before + start + table + "<!-- end -->" + after
+			doc = before + start + text + "<!-- end -->" + after
 			return
 		}
-		t.Errorf("docs/cli.md says of the flags of %s\n%s\nand they are\n%s", name, old, table)
+		t.Errorf("docs/cli.md says of the %s\n%s\nand they are\n%s", name, old, text)
 	}
-	check("all", flagTable(root, root.PersistentFlags()))
+	check("verbs", verbTable(t, root))
+	for name, text := range flagTables(root) {
+		check("flags "+name, text)
+	}
 	for _, c := range commands(root) {
-		name := strings.TrimPrefix(c.CommandPath(), root.Name()+" ")
-		check(name, flagTable(c, c.LocalNonPersistentFlags()))
+		name := verbName(c)
 		if !strings.Contains(doc, "\n### "+name+"\n") {
 			t.Errorf("docs/cli.md has no section on %s", name)
 		}
@@ -107,6 +198,107 @@ func TestDocsFlags(t *testing.T) {
 		if err := os.WriteFile(cliDoc, []byte(doc), 0o644); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// docFiles are README and all that is in docs, by their paths from the top.
+func docFiles(t *testing.T) map[string]string {
+	t.Helper()
+	files := make(map[string]string)
+	for _, pattern := range []string{"README.md", "docs/*.md", "docs/*/*.md"} {
+		names, err := filepath.Glob(filepath.Join("../..", pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range names {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			files[filepath.ToSlash(name[len("../../"):])] = string(b)
+		}
+	}
+	return files
+}
+
+// anchors are those that a page's headings have where people read it.
+func anchors(text string) map[string]bool {
+	list := make(map[string]bool)
+	for _, h := range regexp.MustCompile("(?m)^#+ +(.*)$").FindAllStringSubmatch(text, -1) {
+		slug := strings.Map(func(r rune) rune {
+			switch {
+			case r == ' ':
+				return '-'
+			case r == '-' || r == '_' || unicode.IsLetter(r) || unicode.IsDigit(r):
+				return unicode.ToLower(r)
+			}
+			return -1
+		}, h[1])
+		list[slug] = true
+	}
+	return list
+}
+
+// TestDocsLinks: each link leads to a file, and a heading, that is there; each page is found
+// from README; and what a comment of the code says is in a page is in one that there is.
+func TestDocsLinks(t *testing.T) {
+	files := docFiles(t)
+	to := make(map[string][]string)
+	for name, text := range files {
+		for _, m := range regexp.MustCompile(`\]\(([^)\s]+)\)`).FindAllStringSubmatch(text, -1) {
+			target, anchor, _ := strings.Cut(m[1], "#")
+			if strings.Contains(target, "://") {
+				continue
+			}
+			path := name
+			if target != "" {
+				path = filepath.ToSlash(filepath.Join(filepath.Dir(name), target))
+			}
+			to[name] = append(to[name], path)
+			page, ok := files[path]
+			if !ok {
+				if _, err := os.Stat(filepath.Join("../..", path)); err != nil {
+					t.Errorf("%s: %s: %v", name, m[1], err)
+				}
+			}
+			if anchor != "" && !anchors(page)[anchor] {
+				t.Errorf("%s: %s: there is no such heading", name, m[1])
+			}
+		}
+	}
+	found := map[string]bool{"README.md": true}
+	for next := []string{"README.md"}; len(next) > 0; next = next[1:] {
+		for _, path := range to[next[0]] {
+			if !found[path] {
+				found[path] = true
+				next = append(next, path)
+			}
+		}
+	}
+	for name := range files {
+		if !found[name] {
+			t.Errorf("no link leads from README to %s", name)
+		}
+	}
+	mentioned := 0
+	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && (d.Name() == ".git" || d.Name() == "bin" || d.Name() == "testdata") {
+			return filepath.SkipDir
+		}
+		if ext := filepath.Ext(path); err != nil || d.IsDir() || ext != ".go" && ext != ".md" {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		for _, name := range regexp.MustCompile(`\bdocs/[a-z/-]+\.md`).FindAllString(string(b), -1) {
+			mentioned++
+			if _, ok := files[name]; !ok {
+				t.Errorf("%s speaks of %s, which is not there", path, name)
+			}
+		}
+		return err
+	})
+	if err != nil || mentioned < 20 {
+		t.Errorf("%v, %d pages are spoken of", err, mentioned)
 	}
 }
 
@@ -173,16 +365,8 @@ func TestDocsJSON(t *testing.T) {
 // a domain of libvirt's dies of a migration to exec:, so help offers none for it.
 func TestDocsExamples(t *testing.T) {
 	texts := make(map[string]string)
-	names, err := filepath.Glob("../../docs/*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range append(names, "../../README.md") {
-		b, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		texts[name] = string(b)
+	for name, text := range docFiles(t) {
+		texts[name] = text
 	}
 	var help func(c *cobra.Command)
 	help = func(c *cobra.Command) {

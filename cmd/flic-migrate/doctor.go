@@ -40,7 +40,7 @@ is 0 if there is no fault, and else that of the first fault which has one.`,
 	fs.StringVar(&d.nvram, "nvram", "", "NVRAM file that saves are to use")
 	fs.BoolVar(&d.volatile, "volatile-nvram", false, "accept an NVRAM file that loses its content at power-off (tmpfs)")
 	fs.StringVar(&d.root, "libvirt-root", "/", "directory that stands for the host's root where libvirt is looked for")
-	fs.BoolVar(&d.asJSON, "json", false, "print a JSON array")
+	fs.BoolVar(&d.asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 

@@ -31,7 +31,7 @@ with 5.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error { return a.dump(args[0], asJSON) },
 	}
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 

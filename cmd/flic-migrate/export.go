@@ -44,7 +44,7 @@ FILE.save must not exist. It comes into being whole, or not at all.`,
 	fs.StringVar(&e.xml, "xml", "", "file with the domain's XML, instead of what was imported")
 	fs.StringVar(&e.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	e.disks.addMoved(fs)
-	fs.BoolVar(&e.quiet, "quiet", false, "no progress")
+	fs.BoolVar(&e.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "xml", "export-xml")
 	return c
 }

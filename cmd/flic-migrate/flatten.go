@@ -44,8 +44,8 @@ Of the flags for encoding --codec and --workers count.`,
 func (p *flattenCmd) add(fs *pflag.FlagSet) {
 	p.disks.addMoved(fs)
 	p.encoding.add(fs)
-	fs.BoolVar(&p.json, "json", false, "print the report as a JSON document")
-	fs.BoolVar(&p.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	fs.BoolVar(&p.json, "json", false, "print JSON on standard output")
+	fs.BoolVar(&p.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 }
 
 // flattenReport is flatten's JSON document.

@@ -39,7 +39,7 @@ A store that is a copy of another one leaves NVRAM alone, because it is that one
 	addKeep(c.Flags(), &keep)
 	c.Flags().BoolVar(&adopt, "adopt", false, "first take over the NVRAM of the store that this one is a copy of, which must be gone for good")
 	c.Flags().StringVar(&forget, "forget-nvram", "", "first forget an NVRAM `FILE` that is gone for good, as one on a tmpfs is after a reboot, and that no checkpoint needs any more")
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 

@@ -48,8 +48,8 @@ Domain XML, libvirt's cookie and whether the domain ran are kept with it, and
 	fs.StringVar(&m.vm, "vm", "", "name of the VM in the store (default: the domain's)")
 	fs.StringVar(&m.nvram, "nvram-from", "", "the NVRAM file of a flash image, if it is no longer where the image says")
 	m.encoding.add(fs)
-	fs.BoolVar(&m.json, "json", false, "print the report as a JSON document")
-	fs.BoolVar(&m.quiet, "quiet", false, "no progress")
+	fs.BoolVar(&m.json, "json", false, "print JSON on standard output")
+	fs.BoolVar(&m.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	// The variable of save would name every domain alike.
 	setKey(fs, "vm", "import-vm")
 	return c

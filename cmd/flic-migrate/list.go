@@ -57,7 +57,7 @@ this one's, BORROWED what this one's need of other VMs'.`,
 			return a.list(cmd.Context(), vm, asJSON)
 		},
 	}
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	groupFlag(c.Flags(), &group)
 	c.Flags().BoolVar(&totals, "totals", false, "what each VM and each trust domain takes, and has in common with others")
 	return c

@@ -49,9 +49,9 @@ it. It comes into being whole, or not at all.`,
 	fs.StringVarP(&m.out, "output", "o", "", "the file to write")
 	fs.Var(&m.format, "format", "of the file")
 	fs.StringVar(&m.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
-	fs.BoolVar(&m.json, "json", false, "print a JSON document")
+	fs.BoolVar(&m.json, "json", false, "print JSON on standard output")
 	m.disks.addMoved(fs)
-	fs.BoolVar(&m.quiet, "quiet", false, "no progress and no summary")
+	fs.BoolVar(&m.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "format", "memory-format")
 	setKey(fs, "output", "")
 	return c

@@ -39,9 +39,9 @@ shorter: of the flags for that --codec and --workers count.`,
 	fs := c.Flags()
 	fs.StringVar(&p.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	p.encoding.add(fs)
-	fs.BoolVar(&p.json, "json", false, "print the report as a JSON document")
+	fs.BoolVar(&p.json, "json", false, "print JSON on standard output")
 	p.disks.addMoved(fs)
-	fs.BoolVar(&p.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	fs.BoolVar(&p.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	return c
 }
 

@@ -78,7 +78,7 @@ stays then, which the exit code says.`,
 	addPolicy(c.Flags(), &policy, "prune")
 	addWait(c.Flags(), &rm.wait, "prune")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "say what would be removed")
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	setKey(c.Flags(), "dry-run", "prune-dry-run")
 	addMetrics(c.Flags(), "prune")
 	return c

@@ -54,7 +54,7 @@ the store of the other commands is never used.`,
 	setKey(fs, "store", "replay-store")
 	fs.Var(&r.hotEvery, "hot-every", "put each n-th page into an NVRAM file in $TMPDIR; 0: none")
 	r.encoding.add(fs)
-	fs.BoolVar(&r.json, "json", false, "print a JSON array")
+	fs.BoolVar(&r.json, "json", false, "print JSON on standard output")
 	return c
 }
 

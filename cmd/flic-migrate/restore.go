@@ -87,7 +87,7 @@ PATH of its exec: shell does not have the program: name it by its whole path.`,
 	fs.StringVar(&r.control, "control", "", "for resume: the socket on which it is told how far the restore is and how it went")
 	fs.StringVar(&r.status, "status", "", "keep in this file how far the restore is")
 	fs.BoolVar(&r.json, "json", false, "end with the report as one line of JSON on standard error")
-	fs.BoolVar(&r.quiet, "quiet", false, "no progress, nothing but warnings and errors")
+	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "recover", "restore-recover")
 	return c
 }

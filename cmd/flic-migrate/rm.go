@@ -49,7 +49,7 @@ With --group the names are those of groups (checkpoint --group), whose members a
 	c.Flags().BoolVar(&o.force, "force", false, "remove also an image that is another checkpoint's only one")
 	setKey(c.Flags(), "force", "")
 	addWait(c.Flags(), &o.wait, "rm")
-	c.Flags().BoolVar(&o.json, "json", false, "print a JSON array")
+	c.Flags().BoolVar(&o.json, "json", false, "print JSON on standard output")
 	return c
 }
 

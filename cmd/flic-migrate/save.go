@@ -116,7 +116,7 @@ Standard output belongs to that return path and carries nothing else.`,
 	addMetrics(fs, "save")
 	fs.StringVar(&s.report, "report", "", "write the JSON report to this file as well, also after a failure")
 	fs.BoolVar(&s.json, "json", false, "end with the report as one line of JSON on standard error")
-	fs.BoolVar(&s.quiet, "quiet", false, "no progress and no summary")
+	fs.BoolVar(&s.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	return c
 }
 

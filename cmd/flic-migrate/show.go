@@ -36,7 +36,7 @@ without a number, and its members.`,
 			return a.show(cmd.Context(), args[0], asJSON)
 		},
 	}
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	groupFlag(c.Flags(), &group)
 	return c
 }

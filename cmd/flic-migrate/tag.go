@@ -34,7 +34,7 @@ a copy that persist makes has the same.`,
 	}
 	c.Flags().BoolVar(&remove, "remove", false, "take the tags off")
 	setKey(c.Flags(), "remove", "tag-remove")
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 
@@ -53,7 +53,7 @@ checkpoint. A note has at most 4 KiB, and its fate is that of tags.`,
 			return a.note(cmd.Context(), args[0], args[1:], asJSON)
 		},
 	}
-	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON document")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 

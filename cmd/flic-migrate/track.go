@@ -65,8 +65,8 @@ Without either it is the filter: it reads a migration stream from standard input
 	for _, name := range []string{"out", "interval", "rounds", "max"} {
 		setKey(fs, name, "track-"+name)
 	}
-	fs.BoolVar(&t.json, "json", false, "print the report as JSON on standard output")
-	fs.BoolVar(&t.quiet, "quiet", false, "no summary")
+	fs.BoolVar(&t.json, "json", false, "print JSON on standard output")
+	fs.BoolVar(&t.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	return c
 }
 

@@ -47,7 +47,7 @@ is none: if there is nothing worse, the exit code is 1.`,
 	fs.StringVar(&v.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	v.disks.addMoved(fs)
 	addMetrics(fs, "verify")
-	fs.BoolVar(&v.json, "json", false, "print a JSON array")
+	fs.BoolVar(&v.json, "json", false, "print JSON on standard output")
 	return c
 }
 

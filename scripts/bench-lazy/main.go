@@ -1,5 +1,5 @@
 // Command bench-lazy measures lazy restores beside eager ones and prints
-// Markdown tables (docs/lazy.md has those of one machine).
+// Markdown tables (docs/lab/lazy.md has those of one machine).
 //
 //	go run ./scripts/bench-lazy [-runs 5] [-only start,guest,all,waits,flash,filter]
 //

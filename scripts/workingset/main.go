@@ -1,5 +1,5 @@
 // Command workingset measures how good the working sets are that tracking finds,
-// in real guests under load, and prints Markdown tables (docs/working-set.md has
+// in real guests under load, and prints Markdown tables (docs/lab/working-set.md has
 // those of one machine).
 //
 //	go run ./scripts/workingset [-only redis,sqlite,files,known] [-rate MB/s] [-memory KiB]

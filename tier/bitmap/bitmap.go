@@ -11,7 +11,7 @@
 //	bits      0000000000000000 0000011111111111 1111111100000000 …
 //	          └─ one compare ─┘└─ 5 zeros, then a run of 19 ──┘
 //
-// docs/performance.md has what that saves against testing bit by bit.
+// docs/lab/performance.md has what that saves against testing bit by bit.
 package bitmap
 
 import (

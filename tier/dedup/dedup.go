@@ -26,7 +26,7 @@ import (
 )
 
 // DefaultSampleSize is the number of bytes that a partial hash looks at.
-// docs/performance.md has the measurement: below it, pages that merely look
+// docs/lab/performance.md has the measurement: below it, pages that merely look
 // alike cost more in full hashes than the shorter sample saves.
 const DefaultSampleSize = 256
 

@@ -53,7 +53,7 @@ func randomChunk(n int, seed uint64) []byte {
 }
 
 // TestSamplePositions holds the positions fixed: they may change only on
-// purpose, with the measurement in docs/performance.md.
+// purpose, with the measurement in docs/lab/performance.md.
 func TestSamplePositions(t *testing.T) {
 	s := NewSampler(4096, 64)
 	want := []int{136, 1016, 1416, 1896, 2320, 2664, 3280, 3680}

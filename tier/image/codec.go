@@ -12,7 +12,7 @@ import (
 // Codec is a frame's compression. Numbers are part of the format.
 type Codec uint8
 
-// The codecs, each of which is the best at something; docs/performance.md has the
+// The codecs, each of which is the best at something; docs/lab/performance.md has the
 // measurement.
 const (
 	None  Codec = 0 // stored as it is

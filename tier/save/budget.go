@@ -8,7 +8,7 @@ import (
 
 // A page that was found outside of the checkpoint need not be stored, but a restore has to
 // read it where it is. Where nothing else is read, that costs as much as a good deal that is
-// read in one go, and the page had better be stored anew. docs/disks.md says what it costs.
+// read in one go, and the page had better be stored anew. docs/lab/disks.md says what it costs.
 //
 //	matcher ─► found elsewhere ─► budget ─┬─ enough beside it ──────► referred to ─┐
 //	                                      └─ waits ─┬─ others come ─► referred to ─┼─► placer
