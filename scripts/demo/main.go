@@ -1,7 +1,11 @@
-// Command demo shows on a real guest what flic-migrate does: it boots Linux
-// under QEMU, saves it through exec:, ends that QEMU, restores into a new one,
-// and proves that the guest went on and that its RAM is the same. Then it does
-// the saving and restoring with cat, lz4 and zstd as well, for comparison.
+// Command demo tells the whole story on a real guest, in one screen: a Linux guest runs under
+// QEMU; it is saved while it runs, with its disk and its working set in NVRAM; brought back
+// with the guest running at once; saved again for what has changed; and cloned twice. Beside
+// each figure stands what the same takes with what else there is, lz4 behind exec: above all.
+// In the end it is checked that the resumed guests are right. Any step that fails ends it with
+// exit code 1, and it leaves nothing behind.
+//
+// What it shows are single runs on this machine, whatever else that does: "make bench" measures.
 package main
 
 import (
@@ -9,242 +13,183 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
-	"os/exec"
+	"os/signal"
 	"path/filepath"
-	"strconv"
-	"strings"
+	"syscall"
 	"time"
 
-	"github.com/flic-migrate/flic-migrate/qmp"
-	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
 func main() {
-	memory := flag.String("memory", "512M", "the guest's RAM")
-	fill := flag.Int("fill", 200, "MiB of it that the guest fills with data")
+	o := options{out: os.Stdout}
+	flag.IntVar(&o.memory, "memory", 512, "the guest's RAM, MiB")
+	flag.IntVar(&o.fill, "fill", 200, "MiB of it that the guest fills with data")
 	flag.Parse()
-	if err := run(context.Background(), *memory, *fill); err != nil {
-		fmt.Fprintln(os.Stderr, "demo:", err)
+	root, err := qemutest.ModuleRoot()
+	if err == nil {
+		o.binary = filepath.Join(root, "bin", "flic-migrate")
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+		context.AfterFunc(ctx, stop) // a second one kills
+		_, err = run(ctx, o)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "demo: FAILED:", err)
 		os.Exit(1)
 	}
 }
 
-type demo struct {
-	ctx    context.Context
-	dir    string
-	binary string
-	config qemutest.Config
+type options struct {
+	memory int    // MiB
+	fill   int    // MiB
+	binary string // the program's path
+	out    io.Writer
 }
 
-func run(ctx context.Context, memory string, fill int) error {
-	root, err := qemutest.ModuleRoot()
-	if err != nil {
-		return err
-	}
-	dir, err := os.MkdirTemp("", "flic-demo")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	d := &demo{ctx: ctx, dir: dir, binary: filepath.Join(root, "bin", "flic-migrate")}
-	d.config = qemutest.Config{Guest: qemutest.Linux, Memory: memory, Kernel: fmt.Sprintf("flic.fill=%d flic.bytes=64", fill)}
+// figures are what has been measured, as the screen has it.
+type figures struct {
+	boot                                 time.Duration
+	lz4Save, stood                       time.Duration // the guest stands still for so long
+	lz4Bytes, firstBytes, firstNVRAM     int64
+	lz4Runs, eagerRuns, lazyRuns         time.Duration // from the command until the guest runs
+	lz4AgainBytes, secondBytes           int64
+	lz4AgainSave, second                 time.Duration
+	clonesRun                            time.Duration // from both commands until both run
+	copiedDisks, overlaidDisks, ramBytes int64
+}
 
-	step("Booting a Linux guest with %s of RAM, %d MiB of it filled with data", memory, fill)
-	vm, err := d.launch(false)
+// run tells the story. Whatever happens, no process and no file of it is left.
+func run(ctx context.Context, o options) (f figures, err error) {
+	start := time.Now()
+	// Their making is no part of the story: a kernel is downloaded.
+	slow := time.AfterFunc(3*time.Second, func() {
+		fmt.Fprintln(os.Stderr, "demo: making the guest, the first time only: Debian's kernel is downloaded, 30 MB")
+	})
+	_, err = qemutest.Assets(ctx, "x86")
+	slow.Stop()
 	if err != nil {
-		return err
+		return f, err
 	}
-	defer func() { vm.Kill() }()
-	if _, err := d.expect(vm, `flic ready`); err != nil {
-		return err
-	}
-	tick, err := d.expect(vm, `tick (\d+)`)
+	d, err := newLab(o)
 	if err != nil {
-		return err
+		return f, err
 	}
-	if err := qmp.Stop(ctx, vm.QMP); err != nil {
-		return err
+	defer func() {
+		cleared := d.clear()
+		if err != nil && ctx.Err() != nil {
+			err = fmt.Errorf("interrupted: %w", err)
+		}
+		err = errors.Join(err, cleared)
+	}()
+	for _, chapter := range []func(context.Context, *figures) error{d.begin, d.save, d.bringBack, d.saveAgain, d.clone, d.check} {
+		if err := chapter(ctx, &f); err != nil {
+			return f, err
+		}
 	}
-	before, err := vm.RAM(ctx)
-	if err != nil {
-		return err
-	}
+	d.say("All of it took %.0f s. With your own VM: docs/first-steps.md", time.Since(start).Seconds())
+	return f, nil
+}
 
-	step("Saving it, at its tick %s, with: migrate \"exec:flic-migrate save --store %s --vm demo\"", tick[1], d.path("store"))
-	save := d.binary + " save --store " + d.path("store") + " --vm demo"
-	restore := "exec " + d.binary + " restore --quiet --store " + d.path("store") + " demo"
-	ours := result{name: "flic-migrate"}
-	if ours.save, err = d.save(vm, "exec "+save); err != nil {
+// begin boots the guest with its disk.
+func (d *lab) begin(ctx context.Context, f *figures) (err error) {
+	if err := d.makeDisk(ctx, "web1.qcow2"); err != nil {
+		return fmt.Errorf("the guest's disk: %w", err)
+	}
+	start := time.Now()
+	if d.web1, err = d.launch(ctx, "web1", "web1.qcow2", false); err != nil {
 		return err
 	}
-	for line := range strings.Lines(vm.Output()) {
-		fmt.Print("    ", line)
-	}
-	if err := d.show("list", "--store", d.path("store")); err != nil {
+	if _, err := expect(ctx, d.web1, `flic ready`); err != nil {
 		return err
 	}
-	if err := d.show("verify", "--store", d.path("store"), "demo"); err != nil {
-		return err
-	}
-
-	step("Ending that QEMU and restoring into a new one")
-	if err := vm.Quit(ctx); err != nil {
-		return err
-	}
-	if vm, ours.restore, err = d.restore(restore); err != nil {
-		return err
-	}
-	after, err := vm.RAM(ctx)
-	if err != nil {
-		return err
-	}
-	if diff := qemutest.DiffRAM(before, after); diff != "" {
-		return errors.New("RAM differs: " + diff)
-	}
-	var size int
-	for _, b := range after {
-		size += len(b)
-	}
-	fmt.Printf("    all %d bytes of RAM are equal\n", size)
-	if err := qmp.Cont(ctx, vm.QMP); err != nil {
-		return err
-	}
-	next, err := d.expect(vm, `tick (\d+)`)
-	if err != nil {
-		return err
-	}
-	if a, b := number(tick[1]), number(next[1]); b <= a || b > a+100 {
-		return fmt.Errorf("the guest's counter was %d and is %d now", a, b)
-	}
-	if err := vm.Send("check"); err != nil {
-		return err
-	}
-	check, err := d.expect(vm, `check (ok|bad) \d+.*`)
-	if err != nil {
-		return err
-	}
-	if check[1] != "ok" {
-		return errors.New("the guest finds its memory damaged: " + check[0])
-	}
-	fmt.Printf("    the guest goes on: tick %s; it has compared its own memory with its checksums: %s\n", next[1], check[0])
-
-	step("The same guest with what else is piped into exec: (single runs; `make bench` measures properly)")
-	if err := qmp.Stop(ctx, vm.QMP); err != nil {
-		return err
-	}
-	results, err := d.others(vm)
-	if err != nil {
-		return err
-	}
-	if ours.bytes, err = treeSize(d.path("store")); err != nil {
-		return err
-	}
-	fmt.Printf("\n    %-14s %9s %9s %12s\n", "", "save s", "restore s", "MB on disk")
-	for _, r := range append([]result{ours}, results...) {
-		fmt.Printf("    %-14s %9.2f %9.2f %12.1f\n", r.name, r.save.Seconds(), r.restore.Seconds(), float64(r.bytes)/1e6)
+	f.boot = time.Since(start)
+	v := d.web1.QMP.Version().QEMU
+	d.say("A Linux guest of %d MiB, %d MiB of it data, in QEMU %d.%d without KVM.", d.memory, d.fill, v.Major, v.Minor)
+	d.say("Left: what flic-migrate takes. Right: what is used today. Single runs.")
+	d.command("export " + d.settings())
+	d.command("qemu-system-x86_64 … -drive file=web1.qcow2,… -qmp unix:web1.qmp,…")
+	// The pages of a working set, some that change, and something on the disk.
+	for _, line := range [][2]string{
+		{"touch 0 2000", `touch 0 \d+`},
+		{"dirty 5 64", `dirty 5 64`},
+		{"run mount -o remount,rw /dev/vda / && echo first >/said && sync && echo has said first >/dev/console", `has said first`},
+	} {
+		if _, err := ask(ctx, d.web1, line[0], line[1]); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-func step(format string, args ...any) { fmt.Printf("\n* "+format+"\n", args...) }
-
-func number(s string) int {
-	n, _ := strconv.Atoi(s)
-	return n
-}
-
-func (d *demo) path(name string) string { return filepath.Join(d.dir, name) }
-
-type result struct {
-	name          string
-	save, restore time.Duration
-	bytes         int64
-}
-
-// others saves and restores with the usual filters.
-func (d *demo) others(vm *qemutest.VM) ([]result, error) {
-	var list []result
-	for _, t := range [][2]string{{"cat", "cat"}, {"lz4 -c", "lz4 -dc"}, {"zstd -qc", "zstd -qdc"}} {
-		r := result{name: "exec:" + strings.Fields(t[0])[0]}
-		file := d.path(strings.Fields(t[0])[0])
-		var err error
-		if r.save, err = d.save(vm, t[0]+" > "+file+" && sync "+file); err != nil {
-			return nil, err
-		}
-		if err := errors.Join(qmp.Cont(d.ctx, vm.QMP), qmp.Stop(d.ctx, vm.QMP)); err != nil {
-			return nil, err
-		}
-		second, took, err := d.restore("exec " + t[1] + " < " + file)
-		if err != nil {
-			return nil, err
-		}
-		second.Kill()
-		r.restore = took
-		if r.bytes, err = treeSize(file); err != nil {
-			return nil, err
-		}
-		list = append(list, r)
-	}
-	return list, nil
-}
-
-func (d *demo) launch(incoming bool) (*qemutest.VM, error) {
-	config := d.config
-	if incoming {
-		config.Incoming, config.Paused = "defer", true
-	}
-	return qemutest.Launch(d.ctx, config)
-}
-
-func (d *demo) expect(vm *qemutest.VM, pattern string) ([]string, error) {
-	ctx, cancel := context.WithTimeout(d.ctx, 3*time.Minute)
-	defer cancel()
-	return vm.Expect(ctx, pattern)
-}
-
-func (d *demo) save(vm *qemutest.VM, command string) (time.Duration, error) {
-	if err := migration.SetParameters(d.ctx, vm.QMP, map[string]any{"max-bandwidth": int64(100 << 30)}); err != nil {
-		return 0, err
-	}
-	start := time.Now()
-	_, err := vm.Save(d.ctx, "exec:"+command)
-	return time.Since(start), err
-}
-
-func (d *demo) restore(command string) (*qemutest.VM, time.Duration, error) {
-	vm, err := d.launch(true)
-	if err != nil {
-		return nil, 0, err
-	}
-	start := time.Now()
-	err = migration.Incoming(d.ctx, vm.QMP, "exec:"+command)
-	if err == nil {
-		_, err = migration.Wait(d.ctx, vm.QMP)
-	}
-	if err != nil {
-		vm.Kill()
-		return nil, 0, fmt.Errorf("%w\n%s", err, vm.Output())
-	}
-	return vm, time.Since(start), nil
-}
-
-// show runs flic-migrate and prints what it says.
-func (d *demo) show(args ...string) error {
-	out, err := exec.CommandContext(d.ctx, d.binary, args...).CombinedOutput()
-	for line := range strings.Lines(string(out)) {
-		fmt.Print("    ", line)
-	}
-	return err
-}
-
-func treeSize(path string) (n int64, err error) {
-	err = filepath.Walk(path, func(_ string, info os.FileInfo, err error) error {
-		if err == nil && info.Mode().IsRegular() {
-			n += info.Size()
-		}
+// save is the first checkpoint.
+func (d *lab) save(ctx context.Context, f *figures) (err error) {
+	if f.lz4Save, f.lz4Bytes, err = d.saveLZ4(ctx); err != nil {
 		return err
-	})
-	return n, err
+	}
+	d.before, err = d.lastTick()
+	if err != nil {
+		return err
+	}
+	d.chapter("Save it while it runs: the pages that it writes to NVRAM, the others to flash")
+	rep, err := d.checkpoint(ctx, "--disks", "snapshot")
+	if err != nil {
+		return err
+	}
+	if rep.Save.NVRAMBytes == 0 || rep.Downtime == 0 {
+		return fmt.Errorf("the checkpoint has no working set, or its guest did not run: %+v", rep)
+	}
+	f.stood, f.firstNVRAM = time.Duration(rep.Downtime), rep.Save.NVRAMBytes
+	f.firstBytes = rep.Save.NVRAMBytes + rep.Save.FlashBytes
+	d.frozen = append(d.frozen, rep.Snapshots[0].Frozen)
+	if d.after, err = d.lastTick(); err != nil {
+		return err
+	}
+	d.figure(fmt.Sprintf("the guest stands still for %s", seconds(f.stood)), "exec:lz4  "+seconds(f.lz4Save))
+	d.figure(fmt.Sprintf("%s, of it %s in NVRAM", megabytes(f.firstBytes), megabytes(f.firstNVRAM)), "exec:lz4  "+megabytes(f.lz4Bytes))
+	return nil
+}
+
+// bringBack resumes the first checkpoint, in three ways.
+func (d *lab) bringBack(ctx context.Context, f *figures) (err error) {
+	if f.lz4Runs, err = d.restoreLZ4(ctx); err != nil {
+		return err
+	}
+	eager, took, err := d.resumed(ctx, "eager", d.frozen[0], "web1@1", "--lazy", "never", "--paused")
+	if err != nil {
+		return err
+	}
+	eager.Kill()
+	f.eagerRuns = took
+	d.chapter("Bring it back; its disk is an overlay on the one that belongs to the memory")
+	d.command("qemu-img create -q -f qcow2 -b web1.qcow2 -F qcow2 back.qcow2")
+	d.command("qemu-system-x86_64 … -drive file=back.qcow2,… -qmp … -incoming defer -S")
+	d.command("flic-migrate resume --qmp back.qmp web1@1")
+	if d.back, f.lazyRuns, err = d.resumed(ctx, "back", d.frozen[0], "web1@1", "--lazy", "always"); err != nil {
+		return err
+	}
+	d.figure(fmt.Sprintf("it runs after %s", milliseconds(f.lazyRuns)), "exec:lz4  "+milliseconds(f.lz4Runs))
+	d.figure("", "resume --lazy never  "+milliseconds(f.eagerRuns))
+	return nil
+}
+
+// saveAgain is the second checkpoint. The guest stays paused, to be compared with its clones.
+func (d *lab) saveAgain(ctx context.Context, f *figures) (err error) {
+	if _, err := ask(ctx, d.web1, "run echo second >/said && sync && echo has said second >/dev/console", `has said second`); err != nil {
+		return err
+	}
+	if f.lz4AgainSave, f.lz4AgainBytes, err = d.saveLZ4(ctx); err != nil {
+		return err
+	}
+	d.chapter("Save it again: that costs what has changed")
+	rep, err := d.checkpoint(ctx, "--disks", "snapshot", "--then", "pause")
+	if err != nil {
+		return err
+	}
+	f.second, f.secondBytes = time.Duration(rep.Save.Seconds.Total*1e9), rep.Save.NVRAMBytes+rep.Save.FlashBytes
+	d.frozen = append(d.frozen, rep.Snapshots[0].Frozen)
+	d.figure(fmt.Sprintf("%s in %s, of it %s in NVRAM", megabytes(f.secondBytes), seconds(f.second), megabytes(rep.Save.NVRAMBytes)),
+		fmt.Sprintf("exec:lz4  %s in %s", megabytes(f.lz4AgainBytes), seconds(f.lz4AgainSave)))
+	return nil
 }
