@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,14 +15,30 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
+var program string // the program, built once
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "flic-demo-test")
+	if err == nil {
+		program = filepath.Join(dir, "flic-migrate")
+		err = qemutest.Build(context.Background(), program)
+	}
+	status := 1
+	if err == nil {
+		status = m.Run()
+	}
+	if err = errors.Join(err, os.RemoveAll(dir)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		status = 1
+	}
+	os.Exit(status)
+}
+
 // small is a story that is told soon, in a directory where it must leave nothing.
 func small(t *testing.T) (o options, screen *bytes.Buffer) {
 	t.Helper()
 	screen = new(bytes.Buffer)
-	o = options{memory: 128, fill: 24, binary: filepath.Join(t.TempDir(), "flic-migrate"), out: screen}
-	if err := qemutest.Build(t.Context(), o.binary); err != nil {
-		t.Fatal(err)
-	}
+	o = options{memory: 128, fill: 24, binary: program, out: screen}
 	t.Setenv("TMPDIR", t.TempDir())
 	// Settings of whoever calls have no effect.
 	t.Setenv("FLIC_STORE", "/nowhere")
