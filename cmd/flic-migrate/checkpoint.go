@@ -346,9 +346,7 @@ func (c *checkpointCmd) show(doc checkpointReport) error {
 	if d := doc.Demoted; d != nil {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s of older checkpoints moved to flash, %s of NVRAM freed\n", human(d.Bytes), human(d.NVRAMBytes))
 	}
-	for _, s := range doc.Snapshots {
-		fmt.Fprintf(c.stderr, "flic-migrate: %s: %s has the disk as it was; the guest goes on in %s\n", doc.Checkpoint, s.Frozen, s.Now)
-	}
+	c.saySnapshots(doc)
 	if doc.Armed {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s had been armed\n", doc.Checkpoint)
 	}
@@ -356,4 +354,11 @@ func (c *checkpointCmd) show(doc checkpointReport) error {
 		fmt.Fprintf(c.stderr, "flic-migrate: the next one is armed: process %d has it ready; QEMU makes no other migration until disarm\n", doc.ArmedProcess)
 	}
 	return nil
+}
+
+// saySnapshots says in which files the disks of a checkpoint are, and those of the guest.
+func (c *checkpointCmd) saySnapshots(doc checkpointReport) {
+	for _, s := range doc.Snapshots {
+		fmt.Fprintf(c.stderr, "flic-migrate: %s: %s has the disk as it was; the guest goes on in %s\n", doc.Checkpoint, s.Frozen, s.Now)
+	}
 }

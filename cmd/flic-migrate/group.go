@@ -193,7 +193,7 @@ func (c *checkpointCmd) showGroup(rep session.GroupReport, failed error) error {
 	}
 	for _, m := range rep.Members {
 		switch {
-		case strings.HasPrefix(m.Error, session.GivenUp): // the other's reason is said
+		case strings.HasPrefix(m.Error, session.GivenUp) && len(m.Snapshots) == 0: // the other's reason is said
 		case m.Error != "":
 			fmt.Fprintf(c.stderr, "flic-migrate: %s: %s\n", m.VM, oneLine(errors.New(m.Error)))
 		case c.quiet || !rep.Saved:
@@ -207,6 +207,7 @@ func (c *checkpointCmd) showGroup(rep session.GroupReport, failed error) error {
 				stood = fmt.Sprintf("stood still for %d ms, ", m.Downtime.Milliseconds())
 			}
 			fmt.Fprintf(c.stderr, "flic-migrate: %s; %snow it is %s\n", summary(ref, m.Save), stood, m.State)
+			c.saySnapshots(m.CheckpointReport)
 		}
 	}
 	if c.quiet || !rep.Saved {
