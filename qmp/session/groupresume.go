@@ -86,7 +86,9 @@ func ResumeGroup(ctx context.Context, st *store.Store, members []ResumeMember) (
 			})
 			if errs[i] != nil {
 				giveUp(&MemberError{m.VM, errs[i]})
+				return
 			}
+			come() // who has all of its memory keeps nobody waiting, whatever it has said
 		})
 	}
 	all.Wait()
