@@ -161,7 +161,11 @@ func CheckpointGroup(ctx context.Context, fs vfs.FS, st *store.Store, o GroupOpt
 		}
 	}
 	for i, err := range errs {
-		if err != nil {
+		switch {
+		case err == nil:
+		case g.given() && errors.Is(err, save.ErrPeer) && len(rep.Members[i].Snapshots) == 0:
+			rep.Members[i].Error = fmt.Sprintf("%s: %v", GivenUp, g.failed)
+		default:
 			rep.Members[i].Error = err.Error()
 		}
 	}
@@ -296,11 +300,12 @@ func (g *group) stands() bool {
 	return g.committing && g.err == nil && !g.removed
 }
 
-// fail ends the other members, if there is no commit yet.
+// fail ends the other members, if there is no commit yet. What counts is the first failure
+// that is not another member's: the saves hear of each other's before their members do.
 func (g *group) fail(vm string, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.committing || g.failed != nil {
+	if g.committing || g.failed != nil && (!errors.Is(g.failed, save.ErrPeer) || errors.Is(err, save.ErrPeer)) {
 		return
 	}
 	g.failed = &MemberError{vm, err}
@@ -324,7 +329,7 @@ func (g *group) cause(members []Member, errs []error) error {
 	}
 	all := []error{first}
 	for i, err := range errs {
-		if err != nil && (first == nil || !errors.Is(err, first) && !errors.Is(first, err)) {
+		if err != nil && !errors.Is(err, save.ErrPeer) && (first == nil || !errors.Is(err, first) && !errors.Is(first, err)) {
 			all = append(all, &MemberError{members[i].VM, err})
 		}
 	}

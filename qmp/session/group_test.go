@@ -267,3 +267,24 @@ func TestGroupRefused(t *testing.T) {
 	}
 	c.nothing(t)
 }
+
+// TestGroupBlame: the saves of a group hear that one has failed before its member does. That
+// one is blamed all the same, and alone.
+func TestGroupBlame(t *testing.T) {
+	cut := fmt.Errorf("its stream: %w", stream.ErrTruncated)
+	heard := fmt.Errorf("migration failed: %w: %w", save.ErrPeer, cut)
+	members := []Member{{VM: "a"}, {VM: "b"}, {VM: "c"}}
+	for name, order := range map[string][]int{"heard first": {0, 1, 2}, "failed first": {1, 0, 2}} {
+		g := &group{cancel: func(error) {}}
+		errs := []error{heard, cut, nil}
+		for _, i := range order {
+			if i == 2 {
+				errs[i] = fmt.Errorf("%s: %w", GivenUp, g.failed)
+			}
+			g.fail(members[i].VM, errs[i])
+		}
+		if err := g.cause(members, errs); err == nil || !strings.HasPrefix(err.Error(), "b: its stream: ") || strings.Contains(err.Error(), "a: ") || strings.Contains(err.Error(), "\nc: ") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

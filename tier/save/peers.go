@@ -97,10 +97,13 @@ func (p *Peers) Fail(err error) {
 	}
 }
 
+// ErrPeer: a save has ended because another one of its group has.
+var ErrPeer = errors.New("another member has failed")
+
 // fail is Fail, of who may be nobody's peer.
 func (p *Peer) fail(err error) {
 	if p != nil {
-		p.Peers.Fail(fmt.Errorf("another member has failed: %w", err))
+		p.Peers.Fail(fmt.Errorf("%w: %w", ErrPeer, err))
 	}
 }
 
