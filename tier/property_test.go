@@ -2,9 +2,11 @@ package tier_test
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -12,6 +14,7 @@ import (
 	"strconv"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -42,7 +45,7 @@ func TestSequences(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv(seedsEnv)); err == nil {
 		seeds = n
 	}
-	var total struct{ refers, trimmed, flattened, crashes, kept, onDisk, demoted, served int }
+	var total struct{ refers, trimmed, flattened, crashes, kept, onDisk, demoted, served, united int }
 	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 8)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{}}
@@ -69,6 +72,7 @@ func TestSequences(t *testing.T) {
 			total.onDisk += q.onDisk
 			total.demoted += q.demoted
 			total.served += q.served
+			total.united += q.united
 		})
 	}
 	if total.onDisk < seeds || total.refers < 5*seeds || total.trimmed == 0 || total.flattened < seeds || total.crashes < seeds || total.kept < seeds || 2*total.demoted < seeds || total.served < 20*seeds {
@@ -89,7 +93,7 @@ type sequence struct {
 	// have made it, or not have removed it.
 	may func(store.Ref) *tiertest.Stream
 
-	refers, trimmed, flattened, crashes, kept, onDisk, demoted, served int
+	refers, trimmed, flattened, crashes, kept, onDisk, demoted, served, united int
 
 	disks []save.Disk // which stay as they are
 }
@@ -145,7 +149,7 @@ func (q *sequence) step() {
 func (q *sequence) act() (string, error) {
 	t, l := q.t, q.l
 	ref, any := q.some()
-	switch n := q.rng.IntN(16); {
+	switch n := q.rng.IntN(18); {
 	case n < 5 || !any:
 		vm := []string{"a", "bb", "ccc"}[q.rng.IntN(3)]
 		q.passes[vm]++
@@ -219,7 +223,13 @@ func (q *sequence) act() (string, error) {
 			q.flattened++
 		}
 		return fmt.Sprintf("flatten %v", ref), err
-	case n < 15:
+	case n < 13:
+		u, err := l.st.Unite(t.Context(), ref, store.UniteOptions{Workers: 1})
+		if err == nil && u.Why == "" {
+			q.united++
+		}
+		return fmt.Sprintf("uniting of %v", ref), err
+	case n < 17:
 		keep := 1 + q.rng.IntN(2)
 		d, err := l.st.Demote(t.Context(), keep)
 		if err == nil {
@@ -432,15 +442,16 @@ func (q *sequence) end() {
 	}
 }
 
-// TestTogether has several processes at one store at the same time: one saves, others
-// restore, remove, flatten, collect and move pages to flash. Whatever is restored is what was saved, nothing
-// fails but for being in use or removed, and in the end all space is back.
+// TestTogether has several processes at one store at the same time: two save, others
+// restore, remove, flatten, collect, unite, and move pages to flash. Whatever is restored is
+// what was saved, nothing fails but for being in use or removed, and in the end all space is
+// back.
 func TestTogether(t *testing.T) {
 	disk := crashfs.New(0)
 	l := newLab(t, disk, "/")
 	var mu sync.Mutex
 	model := map[store.Ref]*tiertest.Stream{}
-	demoted := 0
+	demoted, united := 0, 0
 	some := func(rng *rand.Rand) (store.Ref, *tiertest.Stream) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -451,9 +462,15 @@ func TestTogether(t *testing.T) {
 		if len(refs) == 0 {
 			return store.Ref{}, nil
 		}
-		slices.SortFunc(refs, func(a, b store.Ref) int { return a.N - b.N })
+		slices.SortFunc(refs, func(a, b store.Ref) int { return cmp.Or(cmp.Compare(a.VM, b.VM), a.N-b.N) })
 		r := refs[rng.IntN(len(refs))]
 		return r, model[r]
+	}
+	// The other VM's pages are the same, as it is saved by somebody who does not look for them.
+	other := func(n int) (*tiertest.Stream, save.Options) {
+		s := tiertest.New(tiertest.Options{Seed: 1, Passes: 1 + n/2, Resend: 0.5, Fill: true,
+			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}})
+		return s, save.Options{VM: "other", Energy: dedup.EnergyFull, SegmentPages: 4, Workers: 1, Share: save.ShareNone}
 	}
 	expected := func(err error) bool {
 		return err == nil || errors.Is(err, store.ErrInUse) || errors.Is(err, store.ErrNotFound) && !integrity.IsCorrupt(err) || errors.Is(err, store.ErrChanged)
@@ -528,6 +545,39 @@ func TestTogether(t *testing.T) {
 		demoted += d.Images
 		mu.Unlock()
 	})
+	for i := range uint64(2) {
+		process(7+i, func(rng *rand.Rand, l *lab) {
+			ref, s := some(rng)
+			if s == nil {
+				return
+			}
+			u, err := l.st.Unite(t.Context(), ref, store.UniteOptions{Workers: 1})
+			if !expected(err) && !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("uniting of %v: %v", ref, err)
+			}
+			if err == nil && u.Why == "" {
+				mu.Lock()
+				united++
+				mu.Unlock()
+			}
+		})
+	}
+	n := 0
+	process(9, func(rng *rand.Rand, l *lab) {
+		if n++; n > 60 {
+			time.Sleep(time.Millisecond)
+			return
+		}
+		s, o := other(n)
+		ref, _, err := l.trySave(s, o)
+		if err != nil {
+			t.Errorf("save: %v", err)
+			return
+		}
+		mu.Lock()
+		model[ref] = s
+		mu.Unlock()
+	})
 	for n := range 60 {
 		s := tiertest.New(tiertest.Options{Seed: 1, Passes: 1 + n/2, Resend: 0.5, Fill: true,
 			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}})
@@ -552,6 +602,9 @@ func TestTogether(t *testing.T) {
 	all.Wait()
 	if demoted == 0 {
 		t.Error("nothing was moved to flash")
+	}
+	if united == 0 {
+		t.Error("nothing was united")
 	}
 	for ref, s := range model {
 		l.holds(t, ref, s)

@@ -198,6 +198,10 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 	for _, line := range removed {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s\n", line)
 	}
+	// What is armed keeps the checkpoint open.
+	if doc.ArmedProcess == 0 {
+		c.unite(ctx, st, doc.Checkpoint, doc.Save, c.share.where.value, c.quiet)
+	}
 	return err
 }
 

@@ -143,15 +143,21 @@ func (c *checkpointCmd) runGroup(ctx context.Context, args []string, timed bool)
 		NVRAMKeep: c.nvramKeep.n, Log: c.log(),
 	})
 	err = errors.Join(explainNVRAM(err), c.showGroup(rep, err))
-	if !rep.Saved || c.keepLast.n == 0 {
+	if !rep.Saved {
 		return err
 	}
 	for _, m := range members {
+		if c.keepLast.n == 0 {
+			break
+		}
 		removed, perr := c.prune(ctx, st, m.VM)
 		for _, line := range removed {
 			fmt.Fprintf(c.stderr, "flic-migrate: %s\n", line)
 		}
 		err = errors.Join(err, perr)
+	}
+	for _, m := range rep.Members {
+		c.unite(ctx, st, m.Checkpoint, m.Save, c.share.where.value, c.quiet)
 	}
 	return err
 }

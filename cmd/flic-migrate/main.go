@@ -39,6 +39,8 @@ func start(fsys vfs.FS, args []string) int {
 		return exitOK
 	case name == armedName:
 		return armedMain(fsys)
+	case name == uniteName:
+		return uniteMain(fsys, args[1:])
 	case compressor.Known(name):
 		return standIn(fsys, name, args[1:])
 	}

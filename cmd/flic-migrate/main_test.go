@@ -46,6 +46,7 @@ func TestMain(m *testing.M) {
 		"flic-migrate-faulty": faulty,
 		guardName:             guardMain,
 		armedName:             armed,
+		uniteName:             func() { os.Exit(uniteMain(vfs.OS, os.Args[1:])) },
 		"flic-migrate-cut":    cut,
 		"no-userfaultfd":      noUserfaultfd,
 		"mkstream":            mkstream,

@@ -180,6 +180,11 @@ func (s *saveCmd) run(ctx context.Context) error {
 	if s.json {
 		s.last = line
 	}
+	if err == nil && meta.Report.Beside > 0 {
+		if serr := startUniting(s.store, ref.String(), s.share.where.value); serr != nil {
+			s.log().Warn("pages may be stored twice that another checkpoint has, made at the same time", "cause", serr)
+		}
+	}
 	return err
 }
 

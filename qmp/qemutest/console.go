@@ -1,10 +1,12 @@
 package qemutest
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
 	"regexp"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -21,9 +23,16 @@ type console struct {
 
 	mu   sync.Mutex
 	text []byte
+	came []arrival     // when it did, in order
 	read int           // how far the waits have come
 	more chan struct{} // closed and replaced when text has grown or ended
 	end  bool
+}
+
+// arrival says that the console's text up to end had come by then.
+type arrival struct {
+	end int
+	at  time.Time
 }
 
 func newConsole(conn net.Conn) *console {
@@ -34,6 +43,7 @@ func newConsole(conn net.Conn) *console {
 			n, err := conn.Read(buf)
 			c.mu.Lock()
 			c.text = append(c.text, buf[:n]...)
+			c.came = append(c.came, arrival{len(c.text), time.Now()})
 			c.end = err != nil
 			close(c.more)
 			c.more = make(chan struct{})
@@ -145,4 +155,32 @@ func (vm *VM) Console() string {
 	vm.console.mu.Lock()
 	defer vm.console.mu.Unlock()
 	return string(vm.console.text)
+}
+
+// Line is a whole line that the guest has written, without its end, and when the last of it
+// came.
+type Line struct {
+	Text string
+	At   time.Time
+}
+
+// Lines returns the lines that begin at or behind byte from of what the guest has written,
+// and how far they go.
+func (vm *VM) Lines(from int) (lines []Line, end int) {
+	c := vm.console
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	came := c.came
+	for end = from; ; {
+		n := bytes.IndexByte(c.text[end:], '\n')
+		if n < 0 {
+			return lines, end
+		}
+		text := strings.TrimSuffix(string(c.text[end:end+n]), "\r")
+		end += n + 1
+		for came[0].end < end {
+			came = came[1:]
+		}
+		lines = append(lines, Line{text, came[0].at})
+	}
 }

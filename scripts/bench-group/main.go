@@ -1,7 +1,7 @@
 // Command bench-group saves eight real guests of two disk images at one moment and prints
 // Markdown tables of what that costs beside eight saves of one guest each.
 //
-//	go run ./scripts/bench-group [-guests 8] [-memory 256M] [-runs 3] [-skew 5] [-codec minlz]
+//	go run ./scripts/bench-group [-only saves,skew,restores,base] [-guests 8] [-memory 256M] [-runs 3] [-skew 5] [-codec minlz]
 //
 // The guests have done four kinds of work on each of the images, and stand still. In turn they
 // are saved: by lz4 through exec:, one after the other and all at once, into files that are
@@ -12,8 +12,13 @@
 //
 // Then what is stored is restored into nothing, one after the other, with files in the host's
 // page cache, and resumed into new QEMUs, all at once: by one resume --group, and by a
-// resume of each. In the end all guests run, and groups are made stopped and live, for how
-// far apart QEMU's STOP events are.
+// resume of each.
+//
+// -skew is how many groups are made of guests that run, stopped and live: for how far apart
+// QEMU's STOP events are, and the guests' pauses as they have them themselves (skew.go).
+//
+// base is another scene: eight guests that have gone on from one checkpoint are resumed
+// lazily at once, with no image in the page cache (base.go).
 package main
 
 import (
@@ -26,6 +31,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -53,12 +59,14 @@ var images = []string{"debian", "workloads"}
 
 func main() {
 	b := &bench{}
+	only := flag.String("only", "saves,skew,restores,base", "what to measure; restores need saves")
 	flag.IntVar(&b.n, "guests", 8, "how many")
 	flag.IntVar(&b.runs, "runs", 3, "of each way, after one that warms up")
 	flag.IntVar(&b.skews, "skew", 5, "groups of running guests in each mode")
 	flag.StringVar(&b.memory, "memory", "256M", "of each guest")
 	flag.StringVar(&b.codec, "codec", "minlz", "of flic-migrate")
 	flag.Parse()
+	b.only = strings.Split(*only, ",")
 	if err := b.run(context.Background()); err != nil {
 		fmt.Fprintln(os.Stderr, "bench-group:", err)
 		os.Exit(1)
@@ -66,6 +74,7 @@ func main() {
 }
 
 type bench struct {
+	only           []string
 	n, runs, skews int
 	memory, codec  string
 	dir, binary    string
@@ -99,6 +108,14 @@ func (b *bench) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer b.kill()
+	if b.wants("base") {
+		if err := b.base(ctx); err != nil {
+			return fmt.Errorf("base: %w", err)
+		}
+	}
+	if !b.wants("saves") && !b.wants("skew") {
+		return nil
+	}
 	disks, err := b.boot(ctx)
 	if err != nil {
 		return err
@@ -107,15 +124,25 @@ func (b *bench) run(ctx context.Context) (err error) {
 		return err
 	}
 	fmt.Printf("%d guests of %s on %d images, %d runs, codec %s. Times are medians.\n\n", b.n, b.memory, len(disks), b.runs, b.codec)
-	if err := b.saves(ctx); err != nil {
-		return err
+	if b.wants("saves") {
+		if err := b.saves(ctx); err != nil {
+			return err
+		}
 	}
-	if err := b.skew(ctx); err != nil {
-		return err
+	if b.wants("skew") {
+		if err := b.skew(ctx); err != nil {
+			return err
+		}
 	}
 	b.kill()
-	return b.restores(ctx)
+	if b.wants("restores") && b.wants("saves") {
+		return b.restores(ctx)
+	}
+	return nil
 }
+
+// wants tells whether something is to be measured.
+func (b *bench) wants(what string) bool { return slices.Contains(b.only, what) }
 
 func (b *bench) path(name string) string { return filepath.Join(b.dir, name) }
 
@@ -317,34 +344,6 @@ func (b *bench) saves(ctx context.Context) error {
 // ratio is that of two ways' times.
 func ratio(a, to *way) float64 {
 	return measure.Median(a.times).Seconds() / measure.Median(to.times).Seconds()
-}
-
-// skew makes groups of guests that run.
-func (b *bench) skew(ctx context.Context) error {
-	if b.skews == 0 {
-		return nil
-	}
-	fmt.Printf("| %d running guests | skew, median | largest | stood still, median | in all |\n|---|---:|---:|---:|---:|\n", b.n)
-	for _, mode := range []string{"stop", "live"} {
-		var skews, downs, totals []time.Duration
-		if err := b.each(false, func(_ int, g *guest) error { return qmp.Cont(ctx, g.vm.QMP) }); err != nil {
-			return err
-		}
-		for range b.skews {
-			doc, err := b.group("skew", "--no-disks", "--mode", mode)
-			if err != nil {
-				return err
-			}
-			skews, downs, totals = append(skews, doc.Skew), append(downs, doc.Downtime), append(totals, doc.Total)
-			if err := os.RemoveAll(b.path("skew")); err != nil {
-				return err
-			}
-		}
-		ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1e3 }
-		fmt.Printf("| %s | %.1f ms | %.1f ms | %.0f ms | %.2f s |\n", mode, ms(measure.Median(skews)), ms(slices.Max(skews)), ms(measure.Median(downs)), measure.Median(totals).Seconds())
-	}
-	fmt.Println()
-	return nil
 }
 
 // restores measures the ways back.

@@ -182,6 +182,9 @@ type Report struct {
 	PageTables      int64 `json:"page_tables"` // that hold the guest's page tables
 
 	Peers int64 `json:"peers"` // in another checkpoint that was made with this one
+	// Beside is how many other checkpoints there were in the end that it could have had pages
+	// in common with, and that were not there, or not known, when it began.
+	Beside int64 `json:"beside"`
 	// NotShared is why pages were not looked for in other checkpoints, if they were not.
 	NotShared string `json:"not_shared,omitempty"`
 

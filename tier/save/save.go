@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
@@ -203,8 +205,11 @@ func (s *saver) run(begin func() error) (ref store.Ref, meta *checkpoint.Meta, e
 	return ref, s.meta, nil
 }
 
-// note tells who saves next that there is a checkpoint that is in no index.
+// note tells who saves next that there is a checkpoint that is in no index, and counts those
+// that have come meanwhile. In this order: of two saves that end at the same time one at
+// least sees the other.
 func (s *saver) note() error {
+	known := s.shared.known()
 	s.shared.close()
 	if s.st == nil || s.meta.TrustDomain == "" || s.meta.Digests == nil {
 		return nil
@@ -213,7 +218,39 @@ func (s *saver) note() error {
 	if err == nil {
 		err = c.Note(share.Image{UUID: s.meta.UUID, VM: s.meta.VM, Number: s.meta.Number})
 	}
+	// Who saves energy does not look twice.
+	if err != nil || s.rep.NotShared != "" || s.rep.ChunkSize > s.meta.PageSize {
+		return err
+	}
+	s.meta.Report.Beside, err = s.beside(c, known)
 	return err
+}
+
+// beside counts the images of its domain that known does not know, but for those of its own
+// group.
+func (s *saver) beside(c *share.Catalog, known func(uuid.UUID) bool) (n int64, err error) {
+	list, err := c.News()
+	if err != nil {
+		return 0, err
+	}
+	x, err := c.Open(s.ctx, share.NewKeyID(s.out.hash))
+	if err != nil {
+		return 0, err
+	}
+	defer x.Close()
+	seen := map[uuid.UUID]bool{s.meta.UUID: true}
+	if p := s.o.Peer; p != nil {
+		for _, m := range p.members {
+			seen[m.ref.UUID] = true
+		}
+	}
+	for _, im := range append(list, x.Images()...) {
+		if !seen[im.UUID] && !known(im.UUID) && (s.o.Share != ShareVM || im.VM == s.o.VM) {
+			n++
+		}
+		seen[im.UUID] = true
+	}
+	return n, nil
 }
 
 // peer is the save as a member of a group that pages can be shared with; nil: none can. A

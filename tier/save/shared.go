@@ -177,6 +177,21 @@ func openShared(ctx context.Context, st *store.Store, tx *store.Tx, domain strin
 	return s, nil
 }
 
+// known tells of images whether they were looked in from the beginning. It is good after
+// close, too.
+func (s *shared) known() func(uuid.UUID) bool {
+	if s != nil && !s.late.Load() {
+		select {
+		case <-s.ready:
+			if s.index != nil {
+				return s.index.Has
+			}
+		default:
+		}
+	}
+	return func(uuid.UUID) bool { return false }
+}
+
 // close ends the looking. The images that are referred to stay open as long as the
 // transaction.
 func (s *shared) close() {

@@ -24,6 +24,7 @@ import (
 //
 //	DIR/
 //	├── lock           empty; flock: changes of the runs
+//	├── uniting        empty; flock: images are replaced by such as refer to others
 //	├── runs.json      sealed {"key":…,"runs":[…]}: the numbers of all runs that there are
 //	├── NNNNNNNN.run   a run, by rising numbers
 //	├── UUID.part      one that is being made, under the lock
@@ -41,6 +42,7 @@ type Catalog struct {
 
 const (
 	lockName   = "lock"
+	uniting    = "uniting"
 	runSuffix  = ".run"
 	partSuffix = ".part"
 	newSuffix  = ".new"
@@ -262,6 +264,13 @@ func (c *Catalog) Lock(ctx context.Context) (*Locked, error) {
 		return nil, err
 	}
 	return &Locked{c, l}, nil
+}
+
+// TryLockUniting makes sure that nobody else unites images of the trust domain, until the
+// lock is closed; vfs.ErrLocked if somebody does. It is another lock than Lock's, and taken
+// before that.
+func (c *Catalog) TryLockUniting() (vfs.Locked, error) {
+	return c.fs.TryLock(c.path(uniting), vfs.Exclusive)
 }
 
 // Unlock ends it.

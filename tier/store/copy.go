@@ -221,6 +221,15 @@ func (k *copier) move(e pagemap.Entry, content source.Content) (slot uint64, err
 	if *known > 0 {
 		return *known - 1, nil
 	}
+	if slot, err = k.store(content); err == nil {
+		*known = slot + 1
+	}
+	k.progress(1)
+	return slot, err
+}
+
+// store gives a page the next slot in the image.
+func (k *copier) store(content source.Content) (slot uint64, err error) {
 	size, per := k.c.Image.PageSize, k.w.SegmentPages()
 	if k.buf == nil {
 		k.buf = k.w.NewBuffer(image.Pages)
@@ -231,13 +240,11 @@ func (k *copier) move(e pagemap.Entry, content source.Content) (slot uint64, err
 	if err := content.Copy(k.buf.Data[at:]); err != nil {
 		return 0, fmt.Errorf("%s: %w", k.c.Image.Name(), err)
 	}
-	*known = slot + 1
 	if len(k.buf.Data) == per*size {
 		full := k.buf
 		k.buf = nil
 		err = k.w.Submit(full)
 	}
-	k.progress(1)
 	return slot, err
 }
 

@@ -94,7 +94,7 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 	if err := v.update(ctx); err != nil {
 		return err
 	}
-	kept, err := t.swap(ctx, was, v, old)
+	kept, err := t.swap(ctx, was, v, old, true)
 	if err != nil {
 		return err
 	}
@@ -117,9 +117,14 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 	return nil
 }
 
-// swap is replace under the store lock. kept tells whether the old image is there under
-// another name.
-func (t *Tx) swap(ctx context.Context, was *checkpoint.Identity, v *survey, old *Removed) (kept bool, err error) {
+// errNeeded: an image is in use, or others need it, and so it is not replaced.
+var errNeeded = errors.New("it is in use, or others need it")
+
+// swap puts the image in the place of the one that says it is was, under the store lock.
+// kept tells whether that one is there under another name, because others need it; with
+// keep false nothing is replaced then (errNeeded), and the new image may need more of others
+// than the old one. v is of was.
+func (t *Tx) swap(ctx context.Context, was *checkpoint.Identity, v *survey, old *Removed, keep bool) (kept bool, err error) {
 	s := t.s
 	unlock, err := s.lock(ctx)
 	if err != nil {
@@ -152,6 +157,15 @@ func (t *Tx) swap(ctx context.Context, was *checkpoint.Identity, v *survey, old 
 	}
 	old.Kept = v.of[was.UUID].by
 	kept = used || v.needed(was.UUID)
+	if kept && !keep {
+		return false, errNeeded
+	}
+	if !keep {
+		// Who has looked at the old one looks again.
+		if err := s.noteUnited(ctx); err != nil {
+			return false, err
+		}
+	}
 	if kept {
 		second := t.ref.keptObject(was.UUID)
 		err = s.dir.Keep(ctx, name, second)

@@ -203,7 +203,7 @@ func (l *lookup) unlistedAmong(ctx context.Context, ids []uuid.UUID) (there []uu
 // freeUnlisted frees what nobody needs of the unlisted images with these UUIDs. v is of
 // them.
 func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (all freed, left error, err error) {
-	some, err := v.look.shares(ctx)
+	some, _, err := v.look.shares(ctx)
 	if err != nil || !some || len(ids) == 0 {
 		return all, nil, err
 	}

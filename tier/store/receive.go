@@ -819,7 +819,7 @@ func (r *receiving) reserve(ctx context.Context, i *received) (name string, err 
 
 // noteSharing notes, durably, that from now on there are references to look for.
 func (s *Store) noteSharing(ctx context.Context) error {
-	if some, err := s.noted(ctx); err != nil || some {
+	if doc, _, err := s.noted(ctx); err != nil || doc.References {
 		return err
 	}
 	unlock, err := s.lock(ctx)
@@ -827,6 +827,11 @@ func (s *Store) noteSharing(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
+	// Another process may have been first, and have noted more.
+	doc, _, err := s.noted(ctx)
+	if err != nil || doc.References {
+		return err
+	}
 	return s.writeSealed(ctx, sharingFile, sharing{References: true})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -22,23 +23,38 @@ import (
 // reference is.
 type sharing struct {
 	References bool `json:"references"`
+	// United: images may have been replaced by such as need more of others than they did
+	// (Unite).
+	United bool `json:"united,omitempty"`
 }
 
-// noted tells whether it is noted that there may be references.
-func (s *Store) noted(ctx context.Context) (bool, error) {
-	var doc sharing
-	err := s.readSealed(ctx, sharingFile, "note of references", maxSealed, &doc)
+// noted is what is noted of references; there is false if there is no note.
+func (s *Store) noted(ctx context.Context) (doc sharing, there bool, err error) {
+	err = s.readSealed(ctx, sharingFile, "note of references", maxSealed, &doc)
 	if gone(err) {
-		return false, nil
+		return doc, false, nil
 	}
-	return doc.References, err
+	return doc, true, err
 }
 
-// shares is Store.noted, or that there are references all the same: a backup can have left
-// the note out, and what is freed for want of it is lost.
-func (l *lookup) shares(ctx context.Context) (some bool, err error) {
-	if some, err = l.s.noted(ctx); err != nil || some {
-		return some, err
+// noteUnited notes, durably, that there may be images that need more of others than those
+// had whose places they took. The caller holds the store lock, and has noted that there are
+// references.
+func (s *Store) noteUnited(ctx context.Context) error {
+	doc, _, err := s.noted(ctx)
+	if err != nil || doc.United {
+		return err
+	}
+	return s.writeSealed(ctx, sharingFile, sharing{References: true, United: true})
+}
+
+// shares tells whether there may be references, and whether an image can need more than its
+// name's did at the last look. It is what is noted, or what there is all the same: a backup
+// can have left the note out, and what is freed for want of it is lost.
+func (l *lookup) shares(ctx context.Context) (some, more bool, err error) {
+	doc, there, err := l.s.noted(ctx)
+	if more = doc.United || !there; err != nil || doc.References {
+		return doc.References, more, err
 	}
 	err = l.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, n := range o.images {
@@ -61,7 +77,7 @@ func (l *lookup) shares(ctx context.Context) (some bool, err error) {
 	if errors.Is(err, errFound) {
 		err = nil
 	}
-	return some, err
+	return some, more, err
 }
 
 // errFound ends a search.
@@ -198,21 +214,22 @@ type survey struct {
 	s    *Store
 	look *lookup
 	// known are who the listed images say they are, by name. What has a name is
-	// nothing else later, or a whole copy of it, which needs less.
+	// nothing else later, or a whole copy of it, which needs less; or else, where images
+	// are united, it has another Stamp.
 	known map[string]*checkpoint.Identity
 	of    map[uuid.UUID]*uses
-	done  map[string]bool // those that are counted in of
-	leave Ref             // this one's needs don't count
-	keep  int             // so many of each VM are the newest
-	young bool            // the needs of no others are asked for
-	there bool            // asked for is what is certain to be there: needs of listed ones alone
+	done  map[string]vfs.Stamp // those that are counted in of, as they were then
+	leave Ref                  // this one's needs don't count
+	keep  int                  // so many of each VM are the newest
+	young bool                 // the needs of no others are asked for
+	there bool                 // asked for is what is certain to be there: needs of listed ones alone
 	// unclear is why it can't be told what is needed, if so: then all is.
 	unclear error
 }
 
 // survey begins one of the images with these UUIDs.
 func (l *lookup) survey(ids ...uuid.UUID) *survey {
-	v := &survey{s: l.s, look: l, known: make(map[string]*checkpoint.Identity), of: make(map[uuid.UUID]*uses), done: make(map[string]bool)}
+	v := &survey{s: l.s, look: l, known: make(map[string]*checkpoint.Identity), of: make(map[uuid.UUID]*uses), done: make(map[string]vfs.Stamp)}
 	for _, id := range ids {
 		v.of[id] = new(uses)
 	}
@@ -222,17 +239,26 @@ func (l *lookup) survey(ids ...uuid.UUID) *survey {
 // update counts the needs of all listed checkpoints that were not there at the last
 // call.
 func (v *survey) update(ctx context.Context) error {
-	some, err := v.look.shares(ctx)
+	some, more, err := v.look.shares(ctx)
 	if err != nil || !some {
 		return err
 	}
-	return v.look.eachVMOnce(ctx, func(vm string, o vmObjects) error {
+	each := v.look.eachVMOnce
+	if more {
+		each = func(ctx context.Context, fn func(string, vmObjects) error) error { return v.look.eachVM(ctx, "", fn) }
+	}
+	return each(ctx, func(vm string, o vmObjects) error {
 		for i, n := range o.images {
 			r := Ref{vm, n}
 			name := r.object(imageSuffix)
 			young := i >= len(o.images)-v.keep
-			if v.done[name] || r == v.leave || v.young && !young {
+			stamp := v.look.stamp(name)
+			was, done := v.done[name]
+			if done && was == stamp || r == v.leave || v.young && !young {
 				continue
+			}
+			if done {
+				delete(v.known, name) // it has been replaced
 			}
 			if err := context.Cause(ctx); err != nil {
 				return err
@@ -246,7 +272,7 @@ func (v *survey) update(ctx context.Context) error {
 			case err != nil:
 				return err
 			}
-			v.done[name] = true
+			v.done[name] = stamp
 		}
 		for _, k := range o.kept {
 			if v.there {
@@ -264,7 +290,7 @@ func (v *survey) update(ctx context.Context) error {
 // open: who opened it before has perhaps not opened yet what it refers to. It may have been
 // freed all the same, before somebody opened the image for its own bytes.
 func (v *survey) countOpen(ctx context.Context, r Ref, name string) error {
-	if v.done[name] {
+	if _, done := v.done[name]; done {
 		return nil
 	}
 	f, err := v.s.dir.Open(ctx, name, Exclusive)
@@ -278,7 +304,7 @@ func (v *survey) countOpen(ctx context.Context, r Ref, name string) error {
 	// those who have it open now have come for its bytes alone.
 	err = v.count(ctx, r, name, false)
 	if err == nil {
-		v.done[name] = true
+		v.done[name] = vfs.Stamp{}
 	}
 	if gone(err) || cannotTell(err) {
 		err = nil
@@ -325,7 +351,9 @@ func (v *survey) count(ctx context.Context, r Ref, name string, young bool) erro
 	}
 	for i := range refs {
 		if u := v.of[refs[i].UUID]; u != nil {
-			u.by = append(u.by, r)
+			if !slices.Contains(u.by, r) {
+				u.by = append(u.by, r)
+			}
 			u.segments = u.segments.Union(refs[i].NeedSegments)
 			u.slots = u.slots.Union(refs[i].NeedSlots)
 			if young {

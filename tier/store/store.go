@@ -50,6 +50,9 @@
 //     what nobody needs of it, waits for that moment to pass.
 //  3. The NVRAM file's own lock (package nvram), for allocation only.
 //
+// Before all of them Unite takes one of its own, and those of the index of shared pages are
+// never waited for with one of these held.
+//
 // Locks end with their process, so whatever can be locked has no owner any more.
 // Every wait for one ends with the context, and after vfs.LockLimit.
 //

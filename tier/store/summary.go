@@ -150,6 +150,15 @@ func (l *lookup) size(vm, object string) (int64, bool) {
 	return 0, false
 }
 
+// stamp is that of an image at the last look; zero if it has not been looked at.
+func (l *lookup) stamp(name string) (stamp vfs.Stamp) {
+	vm, object := split(name)
+	if sum := l.vms[vm]; sum != nil {
+		stamp = sum.stamps[object]
+	}
+	return stamp
+}
+
 // read keeps what an image has said, if its file was looked at before.
 func (l *lookup) read(vm, object string, id *checkpoint.Identity) {
 	if sum := l.vms[vm]; sum != nil && id != nil {
