@@ -290,10 +290,17 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *migration.Resum
 	<-f.done
 	rep.Resident = time.Since(start)
 	rep.Running = rep.Resident
-	if d, ok := <-running; ok {
+	d, seen := <-running
+	if seen {
 		rep.Running = d
 	}
-	return r.outcome(ctx, f.err, err, rep)
+	err = r.outcome(ctx, f.err, err, rep)
+	if err == nil && !seen && r.o.Running != nil {
+		// It was not seen running, since it went too fast, or stays paused. Others may
+		// wait to be told.
+		r.o.Running(*rep)
+	}
+	return err
 }
 
 // feed is Feed on its way, in a goroutine of its own.

@@ -207,6 +207,7 @@ type destination struct {
 	listener  net.Listener
 	got       chan struct{}
 	hasDomain bool
+	paused    bool // the guest stays so
 }
 
 const (
@@ -228,6 +229,9 @@ func (d *destination) answer(program, procedure uint32, args []byte) (string, *l
 			return "", &libvirt.Error{Code: uint32(libvirt.ErrNoDomain), Message: "no domain"}
 		}
 	case getState:
+		if d.paused {
+			return word(uint32(libvirt.DomainPaused)) + word(1), nil
+		}
 		return word(uint32(libvirt.DomainRunning)) + word(1), nil
 	case prepare3:
 		flags := flagsAt(4)
@@ -324,7 +328,7 @@ func TestRestore(t *testing.T) {
 	}{
 		"eager":         {o: RestoreOptions{Lazy: migration.LazyNever, Feed: stream}, prepared: "0x9", finished: "0"},
 		"transient":     {o: RestoreOptions{Lazy: migration.LazyNever, Feed: stream}, transient: true, prepared: "0x1", finished: "0"},
-		"paused":        {o: RestoreOptions{Lazy: migration.LazyAuto, Paused: true, Feed: stream}, prepared: "0x29", finished: "0", reason: "stay paused"},
+		"paused":        {d: &destination{paused: true}, o: RestoreOptions{Lazy: migration.LazyAuto, Paused: true, Feed: stream}, prepared: "0x29", finished: "0", reason: "stay paused"},
 		"lazy":          {d: &destination{postcopy: true}, o: RestoreOptions{Lazy: migration.LazyAuto, Feed: lazily}, prepared: "0x8009", finished: "0", lazy: true},
 		"not lazy":      {o: RestoreOptions{Lazy: migration.LazyAuto, Feed: lazily}, prepared: "0x8009 0x9", finished: "0", reason: "Postcopy is not supported"},
 		"can't be lazy": {o: RestoreOptions{Lazy: migration.LazyAuto, NotPossible: broken, Feed: lazily}, prepared: "0x9", finished: "0", reason: broken.Error()},
@@ -357,6 +361,10 @@ func TestRestore(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
 			t.Setenv("TMPDIR", t.TempDir())
+			state := map[bool]string{false: "running", true: "paused"}[d.paused]
+			// Told once, whether it was seen running or not: others wait for it.
+			told := make(chan string, 9)
+			test.o.Running = func(rep migration.ResumeReport) { told <- rep.State }
 			rep, err := Restore(ctx, fakeDaemon(t, d.answer), Description{XML: strings.ReplaceAll(exampleXML, "model='dac'", "model='none'"), Cookie: "<cookie>" + exampleCPU + "</cookie>", Persistent: !test.transient}, test.o)
 			if test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) || test.want == "" && err != nil {
 				t.Errorf("error %v", err)
@@ -369,8 +377,11 @@ func TestRestore(t *testing.T) {
 			}
 			if test.want == "" {
 				<-d.got
-				if string(d.received) != "stream" || rep.State != "running" {
+				if string(d.received) != "stream" || rep.State != state {
 					t.Errorf("received %q, %+v", d.received, rep)
+				}
+				if is := <-told; is != state || len(told) > 0 {
+					t.Errorf("told that it is %s, and %d times more", is, len(told))
 				}
 			}
 			if left, _ := filepath.Glob(os.Getenv("TMPDIR") + "/*"); len(left) > 0 {
