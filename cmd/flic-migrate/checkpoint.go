@@ -127,7 +127,7 @@ killed (SIGKILL), a second process lets the guest run.`,
 	fs.BoolVar(&c.freeze, "freeze", false, "with --disks snapshot: index what is frozen while the guest stands still, and look for pages in it too")
 	fs.Var(&c.snapshot, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them")
 	fs.BoolVar(&c.sync, "guest-sync", false, "first let the guest write to its disks what it has not yet, through its agent (sync)")
-	fs.StringVar(&c.agent, "guest-agent", "", "the socket of the guest's agent, for --guest-sync with --qmp")
+	fs.StringVar(&c.agent, "guest-agent", "", "with --qmp: the socket of the guest's agent")
 	fs.BoolVar(&c.noDisks, "no-disks", false, "do not ask QEMU for the VM's disks to look for pages on them")
 	addKeep(fs, &c.nvramKeep)
 	fs.StringVar(&c.timer, "timer", "auto", "how long the guest's writes are watched in each round, such as 4s; auto: by equation (1), in all rounds")

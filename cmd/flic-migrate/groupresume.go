@@ -36,9 +36,16 @@ func (r *resumeCmd) runGroup(ctx context.Context, args []string) error {
 	case r.print:
 		return usageError{errors.New("--print is for one VM, and goes with no group")}
 	}
+	if err := r.care.check(r); err != nil {
+		return err
+	}
 	members, err := r.group.list(r.fs, args, r.monitor.Connect)
 	if err != nil {
 		return err
+	}
+	notLibvirts := func(m session.Member) bool { return m.Target.Domain == "" }
+	if r.care.asked() && (r.care.agent != "" || slices.ContainsFunc(members, notLibvirts)) {
+		return usageError{errors.New("--guest-time and --guest-run with --group are for members that are domains, whose agents libvirt has")}
 	}
 	st, err := r.openStore(ctx, false)
 	if err != nil {

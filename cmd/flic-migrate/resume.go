@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/session"
@@ -34,6 +35,7 @@ type resumeCmd struct {
 	restarts int
 	nvram    string
 	disks    disksFlags
+	care     careFlags
 	json     bool
 	quiet    bool
 
@@ -63,6 +65,10 @@ whose disks were frozen with the checkpoint: they stay as they are.
 With --group the members of a group are resumed at once, each into its QEMU, and no guest
 runs before all can.
 
+A guest that was saved knows nothing of it: its clock is late, and two that are resumed
+from one checkpoint are the same. --guest-time and --guest-run have its agent do something
+about that as soon as it runs.
+
 With --print it prints the QMP commands instead, for those who drive QMP
 themselves.`,
 		Example: `  qemu-system-x86_64 -machine pc-q35-7.2 -m 512 ... \
@@ -70,6 +76,8 @@ themselves.`,
   flic-migrate resume --store /srv/vms --qmp /run/web1.qmp web1
 
   flic-migrate resume --store /srv/vms --domain web1 web1@3
+  flic-migrate resume --store /srv/vms --qmp /run/clone1.qmp --guest-agent /run/clone1.ga \
+      --guest-time --guest-run "hostname clone1" template
 
   flic-migrate resume --store /srv/vms --group shop@2 web1=/run/web1.qmp db1=/run/db1.qmp`,
 		Args: r.group.args,
@@ -94,6 +102,7 @@ themselves.`,
 	fs.DurationVar(&r.stalled, "stalled", 10*time.Second, "say so when the process that serves the memory has made no progress for so long; 0: never")
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	r.disks.add(fs)
+	r.care.add(fs)
 	fs.String("metrics", "", "with --qmp: the process that serves the memory writes metrics for Prometheus's textfile collector to this `FILE`")
 	setKey(fs, "metrics", "resume-metrics")
 	fs.BoolVar(&r.json, "json", false, "print JSON on standard output")
@@ -163,7 +172,7 @@ func (r *resumeCmd) options(dir string, c *store.Checkpoint) session.ResumeOptio
 	r.portable = restore.Portable(c.Checkpoint) == nil
 	return session.ResumeOptions{
 		Lazy: migration.LazyMode(r.lazy.value), Paused: r.paused, Recover: r.recover, Force: r.force, Overlay: r.overlay,
-		Learn: r.learn, Restarts: r.restarts, Stalled: r.stalled,
+		Learn: r.learn, Restarts: r.restarts, Stalled: r.stalled, Guest: r.care.options(),
 		Server: func(a session.ServerArgs) []string { return r.server(dir, c.Ref, a) },
 		Running: func(rep migration.ResumeReport) {
 			if !r.quiet {
@@ -190,8 +199,54 @@ func (r *resumeCmd) check(name string) (store.Ref, error) {
 		return ref, usageError{errors.New("--overlay needs --domain: a QEMU of your own is started with overlays on its disks (qemu-img create -f qcow2 -b FILE -F FORMAT OVERLAY)")}
 	case r.overlay && r.recover:
 		return ref, usageError{errors.New("--overlay with --recover: the guest has its disks already")}
+	case r.care.asked() && r.monitor.QMP != "" && r.care.agent == "":
+		return ref, usageError{errors.New("--guest-time and --guest-run need the socket of the guest's agent with --qmp: --guest-agent")}
+	}
+	if err := r.care.check(r); err != nil {
+		return ref, err
 	}
 	return ref, r.monitor.check()
+}
+
+// careFlags say what the guest's agent is to do when the guest runs again.
+type careFlags struct {
+	agent   string
+	time    bool
+	command string
+	limit   time.Duration
+}
+
+func (f *careFlags) add(fs *pflag.FlagSet) {
+	fs.StringVar(&f.agent, "guest-agent", "", "with --qmp: the socket of the guest's agent")
+	fs.BoolVar(&f.time, "guest-time", false, "set the guest's clock to the host's as soon as it runs, through its agent")
+	fs.StringVar(&f.command, "guest-run", "", "have a shell in the guest run this `COMMAND` as soon as the guest runs, through its agent, and wait for its end")
+	fs.DurationVar(&f.limit, "guest-limit", time.Minute, "how long --guest-time and --guest-run may take")
+	for _, name := range []string{"guest-time", "guest-run", "guest-limit"} {
+		setKey(fs, name, "resume-"+name)
+	}
+}
+
+func (f *careFlags) asked() bool { return f.time || f.command != "" }
+
+// check refuses what can't be meant.
+func (f *careFlags) check(r *resumeCmd) error {
+	switch {
+	case f.asked() && r.paused:
+		return usageError{errors.New("--guest-time and --guest-run are for a guest that runs, and --paused leaves it paused")}
+	case f.asked() && r.recover:
+		return usageError{errors.New("--guest-time and --guest-run are for the moment when the guest begins to run, which is over when there is something to --recover")}
+	case f.asked() && f.limit <= 0:
+		return usageError{errors.New("--guest-limit must be more than nothing")}
+	}
+	return nil
+}
+
+// options are nil if nothing is asked for.
+func (f *careFlags) options() *session.GuestCare {
+	if !f.asked() {
+		return nil
+	}
+	return &session.GuestCare{Socket: f.agent, Time: f.time, Command: f.command, Limit: f.limit}
 }
 
 // again is the command that goes on with a resume whose server has died.

@@ -22,18 +22,32 @@ type Agent interface {
 	Execute(ctx context.Context, command string, args, result any) error
 }
 
-// syncInterval is the pause between two looks at whether the guest's sync is done.
-const syncInterval = 50 * time.Millisecond
+// pollInterval is the pause between two looks at whether a program in the guest is done.
+const pollInterval = 50 * time.Millisecond
 
 // Sync makes the guest write to its disks what it has not written yet, and waits for
 // that until ctx is done. The guest runs sync(1) (guest-exec). The agent's fsfreeze would
 // do the same, but a guest whose freezer is killed stays frozen: so it is not used.
 func Sync(ctx context.Context, a Agent) error {
+	if err := Run(ctx, a, "sync"); err != nil {
+		return fmt.Errorf("the guest's sync: %w", err)
+	}
+	return nil
+}
+
+// Run runs a program in the guest, without input and with its output thrown away, and waits
+// until ctx is done for its end; it goes on in the guest if that comes later. A program that
+// ends with another code than 0 is an error.
+func Run(ctx context.Context, a Agent, path string, args ...string) error {
+	exec := map[string]any{"path": path}
+	if len(args) > 0 {
+		exec["arg"] = args
+	}
 	var started struct {
 		PID int64 `json:"pid"`
 	}
-	if err := a.Execute(ctx, "guest-exec", map[string]any{"path": "sync"}, &started); err != nil {
-		return fmt.Errorf("the guest's sync: %w", err)
+	if err := a.Execute(ctx, "guest-exec", exec, &started); err != nil {
+		return err
 	}
 	for {
 		var s struct {
@@ -42,20 +56,34 @@ func Sync(ctx context.Context, a Agent) error {
 			Signal   int  `json:"signal"`
 		}
 		if err := a.Execute(ctx, "guest-exec-status", map[string]any{"pid": started.PID}, &s); err != nil {
-			return fmt.Errorf("the guest's sync: %w", err)
+			return err
 		}
 		if s.Exited {
 			if s.ExitCode != 0 || s.Signal != 0 {
-				return fmt.Errorf("the guest's sync ended with code %d, signal %d", s.ExitCode, s.Signal)
+				return fmt.Errorf("it ended with code %d, signal %d", s.ExitCode, s.Signal)
 			}
 			return nil
 		}
 		select {
-		case <-time.After(syncInterval):
+		case <-time.After(pollInterval):
 		case <-ctx.Done():
-			return fmt.Errorf("the guest's sync: %w", context.Cause(ctx))
+			return context.Cause(ctx)
 		}
 	}
+}
+
+// SetTime sets the guest's clock. The agent's own command also sets the hardware clock, and
+// fails without a program for that (hwclock, which Debian 13 no longer installs by itself),
+// so date(1) is the second way: to the second.
+func SetTime(ctx context.Context, a Agent, now time.Time) error {
+	err := a.Execute(ctx, "guest-set-time", map[string]any{"time": now.UnixNano()}, nil)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	if other := Run(ctx, a, "date", "-s", fmt.Sprintf("@%d", now.Unix())); other != nil {
+		return fmt.Errorf("%w; date: %w", err, other)
+	}
+	return nil
 }
 
 // Socket is an agent at the Unix socket of its serial port's character device.

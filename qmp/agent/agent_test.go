@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -86,6 +87,53 @@ func TestSync(t *testing.T) {
 	}
 	if err := s.Execute(t.Context(), "guest-else", nil, nil); err == nil || !strings.Contains(err.Error(), "what?") {
 		t.Error(err)
+	}
+}
+
+// TestRun: a command goes to the guest with its arguments, and the time in nanoseconds, or if
+// the agent can't set it by a command.
+func TestRun(t *testing.T) {
+	heard := make(chan string, 9)
+	path := guest(t, func(line string) string {
+		if s, ok := synced(line); ok {
+			return s
+		}
+		heard <- strings.TrimSpace(line)
+		switch {
+		case strings.Contains(line, "status"):
+			return `{"return": {"exited": true, "exitcode": 0}}` + "\n"
+		case strings.Contains(line, `"time":1600000001`):
+			return `{"error": {"class": "GenericError", "desc": "no hwclock"}}` + "\n"
+		}
+		return `{"return": {"pid": 5}}` + "\n"
+	})
+	s, err := Dial(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := Run(t.Context(), s, "sh", "-c", "a && b"); err != nil {
+		t.Error(err)
+	}
+	for i := range int64(2) {
+		if err := SetTime(t.Context(), s, time.Unix(1600000000+i, 5)); err != nil {
+			t.Error(err)
+		}
+	}
+	want := []string{
+		`{"execute":"guest-exec","arguments":{"arg":["-c","a \u0026\u0026 b"],"path":"sh"}}`,
+		`{"execute":"guest-exec-status","arguments":{"pid":5}}`,
+		`{"execute":"guest-set-time","arguments":{"time":1600000000000000005}}`,
+		`{"execute":"guest-set-time","arguments":{"time":1600000001000000005}}`,
+		`{"execute":"guest-exec","arguments":{"arg":["-s","@1600000001"],"path":"date"}}`,
+		`{"execute":"guest-exec-status","arguments":{"pid":5}}`,
+	}
+	var asked []string
+	for len(heard) > 0 {
+		asked = append(asked, <-heard)
+	}
+	if !slices.Equal(asked, want) {
+		t.Errorf("the guest was asked\n%s", strings.Join(asked, "\n"))
 	}
 }
 

@@ -36,6 +36,9 @@ type ResumeOptions struct {
 	// the guest go on in these. It is for domains, which libvirt starts.
 	Overlay bool
 
+	// Guest is what the guest's agent does when the guest runs again; nil: nothing.
+	Guest *GuestCare
+
 	// Server is the command line of a server, a process of its own. The servers of a
 	// domain are in this process.
 	Server func(ServerArgs) []string
@@ -64,6 +67,9 @@ type ResumeReport struct {
 	Server *ServerReport `json:"server,omitempty"`
 	// Overlays are what the disks go on in, if they were made.
 	Overlays []disks.Snapshot `json:"overlays,omitempty"`
+	// Guest is how long it took until the agent had done what it was asked for; 0 if that
+	// was nothing.
+	Guest time.Duration `json:"guest_ns,omitempty"`
 }
 
 // ServerError is a resume's failure whose reason is the server's.
@@ -85,6 +91,12 @@ func Resume(ctx context.Context, t Target, st *store.Store, c *store.Checkpoint,
 	if err := t.Check(); err != nil {
 		return ResumeReport{}, err
 	}
+	cared := o.care(ctx, t)
+	rep, err := resumeTarget(ctx, t, st, c, o)
+	return rep, errors.Join(err, cared(&rep, err))
+}
+
+func resumeTarget(ctx context.Context, t Target, st *store.Store, c *store.Checkpoint, o ResumeOptions) (ResumeReport, error) {
 	if t.Domain != "" {
 		return resumeDomain(ctx, t, st, c, o)
 	}

@@ -42,6 +42,7 @@ func destination(machine string, inmigrate func() bool, took chan<- string) func
 	return func(c *qmptest.Conn) {
 		files := c.Files()
 		var named *os.File
+		runs := false
 		loaded := make(chan struct{})
 		qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
 			answer := "{}"
@@ -54,9 +55,14 @@ func destination(machine string, inmigrate func() bool, took chan<- string) func
 			switch cmd.Execute {
 			case "query-status":
 				answer = `{"running": false, "status": "inmigrate"}`
-				if done || !inmigrate() {
+				switch {
+				case runs:
+					answer = `{"running": true, "status": "running"}`
+				case done || !inmigrate():
 					answer = `{"running": false, "status": "paused"}`
 				}
+			case "cont":
+				runs = true
 			case "query-yank":
 				answer = "[]"
 			case "query-migrate-capabilities":
