@@ -13,6 +13,7 @@
 //	                   it is in the page cache
 //	flic.readmax=MiB   end that after so much (default: no limit)
 //	flic.readseed=N    read the files in another order (default 0: by name)
+//	flic.run=PROGRAM   run a program on the disk, as with run below
 //
 // Then it writes "flic ready" and, each 100 ms, "tick N" with N rising by one.
 // A line written to the console is a command and is answered by one line:
@@ -120,6 +121,11 @@ func run() error {
 			return err
 		}
 		fmt.Println("flic read", n)
+	}
+	if program := options["run"]; program != "" {
+		if err := g.program.run(program); err != nil {
+			return fmt.Errorf("run %s: %w", program, err)
+		}
 	}
 	fmt.Println("flic ready")
 	go g.ticker(100 * time.Millisecond)
