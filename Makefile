@@ -61,10 +61,11 @@ lint: go
 	$(GO) tool staticcheck ./...
 
 race: go
-	scripts/deps race
+	scripts/deps ssh race
 	GO=$(GO) scripts/tests race
 
 unit: go
+	scripts/deps ssh
 	GO=$(GO) scripts/tests plain
 
 replay: build
