@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -16,17 +17,48 @@ import (
 
 // addPolicy adds the flags of what is kept, under keys of the verb that has them.
 func addPolicy(fs *pflag.FlagSet, p *retention.Policy, verb string) {
-	fs.IntVar(&p.Last, "keep-last", 0, "keep the newest `n` of each VM; -1: all")
-	fs.IntVar(&p.Hourly, "keep-hourly", 0, "keep the newest of each of the last `n` hours that have any")
-	fs.IntVar(&p.Daily, "keep-daily", 0, "keep the newest of each of the last `n` days that have any")
-	fs.IntVar(&p.Weekly, "keep-weekly", 0, "keep the newest of each of the last `n` weeks that have any")
-	fs.IntVar(&p.Monthly, "keep-monthly", 0, "keep the newest of each of the last `n` months that have any")
-	fs.IntVar(&p.Yearly, "keep-yearly", 0, "keep the newest of each of the last `n` years that have any")
-	fs.DurationVar(&p.Within, "keep-within", 0, "keep what is at most so much older than the VM's newest, such as 36h")
-	fs.Var((*tagLists)(&p.Tags), "keep-tag", "keep what has this tag, or all of those with commas between them; may be given several times")
+	fs.Var((*keepCount)(&p.Last), "keep-last", "keep the newest n of each VM; unlimited or -1: all")
+	fs.Var((*keepCount)(&p.Hourly), "keep-hourly", "keep the newest of each of the last n hours that have any")
+	fs.Var((*keepCount)(&p.Daily), "keep-daily", "keep the newest of each of the last n days that have any")
+	fs.Var((*keepCount)(&p.Weekly), "keep-weekly", "keep the newest of each of the last n weeks that have any")
+	fs.Var((*keepCount)(&p.Monthly), "keep-monthly", "keep the newest of each of the last n months that have any")
+	fs.Var((*keepCount)(&p.Yearly), "keep-yearly", "keep the newest of each of the last n years that have any")
+	fs.Var((*span)(&p.Within), "keep-within", "keep what is at most so much older than the VM's newest, such as 36h or 1y5m7d2h")
+	fs.Var((*tagLists)(&p.Tags), "keep-tag", "keep what has this tag, or all of those with commas between them, or if it is empty what has none; may be given several times")
 	for _, name := range []string{"last", "hourly", "daily", "weekly", "monthly", "yearly", "within", "tag"} {
 		setKey(fs, "keep-"+name, verb+"-keep-"+name)
 	}
+}
+
+// keepCount is how many a rule keeps.
+type keepCount int
+
+func (k *keepCount) Type() string   { return "n" }
+func (k *keepCount) String() string { return strconv.Itoa(int(*k)) }
+
+func (k *keepCount) Set(v string) error {
+	if v == "unlimited" {
+		*k = retention.All
+		return nil
+	}
+	n, err := strconv.Atoi(v)
+	if err != nil {
+		return errors.New("must be a number, or unlimited")
+	}
+	*k = keepCount(n)
+	return nil
+}
+
+// span is --keep-within.
+type span retention.Span
+
+func (s *span) Type() string   { return "duration" }
+func (s *span) String() string { return retention.Span(*s).String() }
+
+func (s *span) Set(v string) error {
+	p, err := retention.ParseSpan(v)
+	*s = span(p)
+	return err
 }
 
 // tagLists is --keep-tag.
@@ -45,6 +77,9 @@ func (l *tagLists) String() string {
 func (l *tagLists) Set(v string) error {
 	all := strings.Split(v, ",")
 	for _, tag := range all {
+		if v == "" {
+			break // what has none
+		}
 		if err := store.CheckTag(tag); err != nil {
 			return err
 		}
@@ -148,7 +183,7 @@ func (a *app) judge(ctx context.Context, st *store.Store, vms []string, policy r
 				return nil, l.Err
 			}
 		}
-		why := policy.Apply(items, time.Local)
+		why := policy.Apply(items, time.Now())
 		for _, l := range list {
 			e := pruneEntry{Checkpoint: l.Ref.String(), ref: l.Ref, Tags: l.Label.Tags}
 			if l.Err != nil {

@@ -25,8 +25,9 @@ type Policy struct {
 	Monthly int
 	Yearly  int
 	// Within keeps everything that is at most so much older than the newest.
-	Within time.Duration
-	// Tags keeps what has all tags of one of these lists, and the newest.
+	Within Span
+	// Tags keeps what has all tags of one of these lists, and the newest. A list of one empty
+	// tag stands for what has none.
 	Tags [][]string
 }
 
@@ -63,14 +64,14 @@ func (p Policy) rules() []rule {
 // Check returns an error in a user's words for a policy that can't be meant: without
 // rules, or with counts that are no counts.
 func (p Policy) Check() error {
-	some := p.Within > 0 || len(p.Tags) > 0
+	some := p.Within != Span{} || len(p.Tags) > 0
 	for _, r := range p.rules() {
 		if r.count < All {
 			return fmt.Errorf("keep-%s %d: must be a number, or %d for all", r.name, r.count, All)
 		}
 		some = some || r.count != 0
 	}
-	if p.Within < 0 {
+	if !p.Within.positive() {
 		return fmt.Errorf("keep-within %v: must be above 0", p.Within)
 	}
 	if !some {
@@ -81,7 +82,7 @@ func (p Policy) Check() error {
 
 // Apply returns for each item, in their order, why it is kept: the names of the
 // rules, such as "last" and "daily"; none means that it is not. Hours, days and weeks
-// are those of the zone in.
+// are those of the zone of now.
 //
 // items is in the order of the checkpoints' numbers, and the later is the newer, whatever
 // the times are. By the times a clock that was put back would make the oldest of a
@@ -93,8 +94,11 @@ func (p Policy) Check() error {
 // Where a rule has counts left when it has come to the oldest, it keeps that one as
 // well: with few checkpoints the last daily one is not lost as soon as a day has two.
 //
+// Within is counted from the newest whose time is not behind now: one that was made while a
+// clock was wrong would else have all others go. What is behind now is within, whatever it is.
+//
 // Tags alone keep the newest too, as "newest": no rule removes what the VM's name stands for.
-func (p Policy) Apply(items []Item, in *time.Location) [][]string {
+func (p Policy) Apply(items []Item, now time.Time) [][]string {
 	why := make([][]string, len(items))
 	for _, r := range p.rules() {
 		last, left := "", r.count
@@ -102,7 +106,7 @@ func (p Policy) Apply(items []Item, in *time.Location) [][]string {
 			if left == 0 {
 				break
 			}
-			period := r.period(i, it.Time.In(in))
+			period := r.period(i, it.Time.In(now.Location()))
 			if period == last && i > 0 {
 				continue
 			}
@@ -117,8 +121,9 @@ func (p Policy) Apply(items []Item, in *time.Location) [][]string {
 		return why
 	}
 	newest := len(items) - 1
+	from := p.from(items, now)
 	for i, it := range items {
-		if p.Within > 0 && items[newest].Time.Sub(it.Time) <= p.Within {
+		if (p.Within != Span{}) && !it.Time.Before(from) {
 			why[i] = append(why[i], "within")
 		}
 		if slices.ContainsFunc(p.Tags, func(all []string) bool { return it.has(all) }) {
@@ -131,7 +136,20 @@ func (p Policy) Apply(items []Item, in *time.Location) [][]string {
 	return why
 }
 
+// from is the earliest time that is within.
+func (p Policy) from(items []Item, now time.Time) time.Time {
+	for _, it := range slices.Backward(items) {
+		if !it.Time.After(now) {
+			return p.Within.before(it.Time.In(now.Location()))
+		}
+	}
+	return time.Time{} // nobody knows how old they are
+}
+
 func (it Item) has(all []string) bool {
+	if len(all) == 1 && all[0] == "" {
+		return len(it.Tags) == 0
+	}
 	for _, tag := range all {
 		if !slices.Contains(it.Tags, tag) {
 			return false
@@ -148,7 +166,7 @@ func (p Policy) String() string {
 			s = append(s, fmt.Sprintf("--keep-%s %d", r.name, r.count))
 		}
 	}
-	if p.Within > 0 {
+	if p.Within != (Span{}) {
 		s = append(s, fmt.Sprintf("--keep-within %v", p.Within))
 	}
 	for _, all := range p.Tags {

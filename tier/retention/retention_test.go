@@ -2,7 +2,9 @@ package retention
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +17,9 @@ func at(s string) time.Time {
 	}
 	return t
 }
+
+// later is a time behind those of the tests.
+var later = at("2030-01-01 00:00")
 
 // items are untagged checkpoints of these times.
 func items(times []time.Time) (list []Item) {
@@ -36,12 +41,13 @@ func TestTags(t *testing.T) {
 		{Policy{Tags: [][]string{{"b"}, {"c"}}}, "[[tag] [] [tag] [] [newest]]"},
 		{Policy{Tags: [][]string{{"nobody"}}}, "[[] [] [] [] [newest]]"},
 		{Policy{Tags: [][]string{{}}}, "[[] [] [] [] [newest]]"},
+		{Policy{Tags: [][]string{{""}}}, "[[] [] [] [tag] [tag]]"},
 		{Policy{Tags: [][]string{{"c"}}, Last: 2}, "[[] [] [tag] [last] [last]]"},
 	} {
 		if err := c.p.Check(); err != nil {
 			t.Error(err)
 		}
-		if got := fmt.Sprint(c.p.Apply(list, time.UTC)); got != c.want {
+		if got := fmt.Sprint(c.p.Apply(list, later)); got != c.want {
 			t.Errorf("%v: %s, want %s", c.p, got, c.want)
 		}
 	}
@@ -81,12 +87,14 @@ func TestApply(t *testing.T) {
 		{Policy{Yearly: 1}, "......k"},
 		{Policy{Yearly: 5}, "k.....k"},
 		{Policy{Last: 2, Daily: 2}, "..k..kk"},
-		{Policy{Within: 0}, "......."},
-		{Policy{Within: 55 * time.Minute}, "....kkk"},
-		{Policy{Within: 9*time.Hour + 5*time.Minute}, "...kkkk"},
+		{Policy{Within: Span{}}, "......."},
+		{Policy{Within: Span{Days: 1}}, "..kkkkk"},
+		{Policy{Within: Span{Days: 5}}, ".kkkkkk"},
+		{Policy{Within: Span{Clock: 55 * time.Minute}}, "....kkk"},
+		{Policy{Within: Span{Clock: 9*time.Hour + 5*time.Minute}}, "...kkkk"},
 	} {
 		var got strings.Builder
-		for _, why := range c.p.Apply(items(times), time.UTC) {
+		for _, why := range c.p.Apply(items(times), later) {
 			if len(why) > 0 {
 				got.WriteByte('k')
 			} else {
@@ -97,7 +105,7 @@ func TestApply(t *testing.T) {
 			t.Errorf("%v: %s, want %s", c.p, got.String(), c.want)
 		}
 	}
-	if got := fmt.Sprint(Policy{Last: 1, Daily: 2, Within: time.Hour}.Apply(items(times[5:]), time.UTC)); got != "[[daily within] [last daily within]]" {
+	if got := fmt.Sprint(Policy{Last: 1, Daily: 2, Within: Span{Clock: time.Hour}}.Apply(items(times[5:]), later)); got != "[[daily within] [last daily within]]" {
 		t.Errorf("reasons: %s", got)
 	}
 }
@@ -109,14 +117,14 @@ func TestZone(t *testing.T) {
 		t.Fatal(err)
 	}
 	late := []time.Time{at("2025-06-01 21:30"), at("2025-06-01 22:30"), at("2025-06-01 23:30")}
-	if got := fmt.Sprint(Policy{Daily: 2}.Apply(items(late), time.UTC)); got != "[[daily] [] [daily]]" {
+	if got := fmt.Sprint(Policy{Daily: 2}.Apply(items(late), later)); got != "[[daily] [] [daily]]" {
 		t.Errorf("UTC: %s", got)
 	}
-	if got := fmt.Sprint(Policy{Daily: 1}.Apply(items(late[1:]), berlin)); got != "[[] [daily]]" {
+	if got := fmt.Sprint(Policy{Daily: 1}.Apply(items(late[1:]), later.In(berlin))); got != "[[] [daily]]" {
 		t.Errorf("Berlin: %s", got)
 	}
 	back := []time.Time{at("2025-10-25 23:10"), at("2025-10-26 00:10"), at("2025-10-26 01:10"), at("2025-10-26 02:10")}
-	if got := fmt.Sprint(Policy{Hourly: 3}.Apply(items(back), berlin)); got != "[[] [hourly] [hourly] [hourly]]" {
+	if got := fmt.Sprint(Policy{Hourly: 3}.Apply(items(back), later.In(berlin))); got != "[[] [hourly] [hourly] [hourly]]" {
 		t.Errorf("clocks put back: %s", got)
 	}
 }
@@ -133,9 +141,9 @@ func TestTimesGoBack(t *testing.T) {
 		{Policy{Last: 2}, "[[] [] [last] [last]]"},
 		{Policy{Daily: 2}, "[[] [] [daily] [daily]]"},
 		{Policy{Yearly: 1}, "[[] [] [] [yearly]]"},
-		{Policy{Within: time.Hour}, "[[within] [within] [within] [within]]"}, // none is older
+		{Policy{Within: Span{Clock: time.Hour}}, "[[within] [within] [within] [within]]"}, // none is older
 	} {
-		if got := fmt.Sprint(c.p.Apply(items(times), time.UTC)); got != c.want {
+		if got := fmt.Sprint(c.p.Apply(items(times), later)); got != c.want {
 			t.Errorf("%v: %s, want %s", c.p, got, c.want)
 		}
 	}
@@ -155,10 +163,10 @@ func TestAnyTimes(t *testing.T) {
 		p := []Policy{{Last: n}, {Hourly: n}, {Daily: n}, {Weekly: n}, {Monthly: n}, {Yearly: n}}[r.IntN(6)]
 		more := p
 		more.Daily++
-		more.Within = time.Duration(r.IntN(1000)) * time.Hour
+		more.Within.Clock = time.Duration(r.IntN(1000)) * time.Hour
 		kept := 0
-		large := more.Apply(items(times), time.UTC)
-		for i, why := range p.Apply(items(times), time.UTC) {
+		large := more.Apply(items(times), later)
+		for i, why := range p.Apply(items(times), later) {
 			if len(why) > 0 {
 				kept++
 				if len(large[i]) == 0 {
@@ -174,19 +182,129 @@ func TestAnyTimes(t *testing.T) {
 	}
 }
 
+// What was made while a clock was wrong does not have the others go, and stays.
+func TestFuture(t *testing.T) {
+	now := at("2026-03-10 12:00")
+	times := []time.Time{at("2026-03-01 10:00"), at("2026-03-09 10:00"), at("2026-03-10 10:00"), at("2036-01-01 00:00"), at("2026-03-10 11:00")}
+	for _, c := range []struct {
+		n    int
+		p    Policy
+		want string
+	}{
+		{5, Policy{Within: Span{Days: 2}}, "[[] [within] [within] [within] [within]]"},
+		{4, Policy{Within: Span{Days: 2}}, "[[] [within] [within] [within]]"},
+		{4, Policy{Within: Span{Clock: 24 * time.Hour}}, "[[] [within] [within] [within]]"},
+		{4, Policy{Last: 1, Within: Span{Clock: time.Hour}}, "[[] [] [within] [last within]]"},
+	} {
+		if got := fmt.Sprint(c.p.Apply(items(times[:c.n]), now)); got != c.want {
+			t.Errorf("%v: %s, want %s", c.p, got, c.want)
+		}
+	}
+	// All of them: nobody knows how old they are.
+	if got := fmt.Sprint(Policy{Within: Span{Clock: time.Hour}}.Apply(items(times), at("2020-01-01 00:00"))); got != "[[within] [within] [within] [within] [within]]" {
+		t.Error(got)
+	}
+}
+
+// TestPeriods compares each rule, over random times in zones that put clocks forward and back,
+// with what it says: of the last so many periods that have any, the newest of each; and the
+// oldest of all, if there are fewer periods.
+func TestPeriods(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 5))
+	for _, zone := range []string{"Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Africa/Casablanca", "UTC"} {
+		in, err := time.LoadLocation(zone)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 400 {
+			// Around a change of clocks more than elsewhere.
+			begin := []time.Time{at("2025-03-29 12:00"), at("2025-10-25 12:00"), at("2025-04-05 06:00"), at("2024-12-20 00:00")}[r.IntN(4)]
+			span := []int{60 * 30, 60 * 24 * 40, 60 * 24 * 900}[r.IntN(3)]
+			times := make([]time.Time, 1+r.IntN(60))
+			for i := range times {
+				times[i] = begin.Add(time.Duration(r.IntN(span)) * time.Minute)
+			}
+			slices.SortFunc(times, time.Time.Compare)
+			n := 1 + r.IntN(8)
+			for name, c := range map[string]struct {
+				p      Policy
+				period func(t time.Time) [4]int
+			}{
+				"hourly": {Policy{Hourly: n}, func(t time.Time) [4]int {
+					_, zone := t.Zone()
+					return [4]int{t.Year(), t.YearDay(), t.Hour(), zone}
+				}},
+				"daily":   {Policy{Daily: n}, func(t time.Time) [4]int { return [4]int{t.Year(), t.YearDay()} }},
+				"weekly":  {Policy{Weekly: n}, func(t time.Time) [4]int { y, w := t.ISOWeek(); return [4]int{y, w} }},
+				"monthly": {Policy{Monthly: n}, func(t time.Time) [4]int { return [4]int{t.Year(), int(t.Month())} }},
+				"yearly":  {Policy{Yearly: n}, func(t time.Time) [4]int { return [4]int{t.Year()} }},
+			} {
+				newest := make(map[[4]int]int) // of each period
+				for i, at := range times {
+					newest[c.period(at.In(in))] = i
+				}
+				want := slices.Sorted(maps.Values(newest))
+				fewer := len(want) < n
+				want = want[max(0, len(want)-n):]
+				if fewer && want[0] != 0 {
+					want = append([]int{0}, want...)
+				}
+				var got []int
+				for i, why := range c.p.Apply(items(times), later.In(in)) {
+					if len(why) > 0 {
+						got = append(got, i)
+					}
+				}
+				if !slices.Equal(got, want) {
+					t.Fatalf("%s %s %d of %v: kept %v, want %v", zone, name, n, times, got, want)
+				}
+			}
+		}
+	}
+}
+
+func TestSpan(t *testing.T) {
+	for in, want := range map[string]Span{
+		"36h": {Clock: 36 * time.Hour}, "90m": {Clock: 90 * time.Minute}, "7d": {Days: 7}, "1y5m7d2h": {1, 5, 7, 2 * time.Hour},
+		"2y": {Years: 2}, "2y3m": {Years: 2, Months: 3}, "5m3d": {Months: 5, Days: 3}, "0y5m": {Months: 5}, "1d90m": {Days: 1, Clock: 90 * time.Minute},
+		"-1h": {Clock: -time.Hour}, "0": {},
+	} {
+		got, err := ParseSpan(in)
+		if err != nil || got != want {
+			t.Errorf("%s: %+v, %v", in, got, err)
+		}
+		if back, err := ParseSpan(got.String()); err != nil || back != got {
+			t.Errorf("%s is written %s, which is %+v, %v", in, got, back, err)
+		}
+	}
+	for _, in := range []string{"", "7", "d", "1w", "3d1y", "-3d", "1y-2m", "1d2", "99999y", "1d-1h", "7dd", "y5m"} {
+		if got, err := ParseSpan(in); err == nil {
+			t.Errorf("%q: %+v", in, got)
+		}
+	}
+	// A day in which clocks change is a day.
+	berlin, err := time.LoadLocation("Europe/Berlin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := (Span{Days: 1}).before(time.Date(2025, 10, 26, 12, 0, 0, 0, berlin)); got != time.Date(2025, 10, 25, 12, 0, 0, 0, berlin) {
+		t.Error(got)
+	}
+}
+
 func TestCheck(t *testing.T) {
 	for says, p := range map[string]Policy{
 		"no rule says what to keep":    {},
 		"keep-last -2: must":           {Last: -2},
 		"keep-yearly -7: must":         {Last: 1, Yearly: -7},
-		"keep-within -1h0m0s: must be": {Last: 1, Within: -time.Hour},
+		"keep-within -1h0m0s: must be": {Last: 1, Within: Span{Clock: -time.Hour}},
 		"":                             {Weekly: All},
 	} {
 		if err := p.Check(); err == nil && says != "" || err != nil && (says == "" || !strings.HasPrefix(err.Error(), says)) {
 			t.Errorf("%+v: %v, want %q", p, err, says)
 		}
 	}
-	if got := (Policy{Last: 3, Weekly: All, Within: time.Hour}).String(); got != "--keep-last 3 --keep-weekly -1 --keep-within 1h0m0s" {
+	if got := (Policy{Last: 3, Weekly: All, Within: Span{Clock: time.Hour}}).String(); got != "--keep-last 3 --keep-weekly -1 --keep-within 1h0m0s" {
 		t.Error(got)
 	}
 }
