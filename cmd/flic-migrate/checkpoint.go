@@ -226,7 +226,7 @@ func (c *checkpointCmd) options(vm string, timer time.Duration, timed bool) (ses
 	o.Save.VM, o.Save.Parent, o.Save.Log = vm, string(c.parent), c.log()
 	c.share.options(&o.Save)
 	if c.arm {
-		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog, armedMetrics(c.measures), vm)}
+		o.Arm = &session.ArmOptions{Rate: int64(c.armRate), Start: startArmed(c.armLog, metricsBeside(c.measures, "armed"), vm)}
 	}
 	if c.sync {
 		o.Sync = &session.GuestSync{Socket: c.agent, Limit: guestSyncTime}

@@ -65,21 +65,31 @@ func (r *resumeCmd) runGroup(ctx context.Context, args []string) error {
 	}
 	// All are opened before any QEMU is touched.
 	var all []session.ResumeMember
+	var measures []*serverMetrics
 	for i, m := range members {
 		c, err := st.OpenCheckpoint(ctx, refs[i], checkpoint.Options{NVRAM: r.nvram, Disks: r.disks.options(nil)})
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		one := *r // its server is its own
-		one.monitor.Target = m.Target
+		own := *r.app
+		own.measures = metricsBeside(r.measures, m.VM)
+		one := *r // its server is its own, and so is its file of metrics
+		one.app, one.monitor.Target = &own, m.Target
+		measures = append(measures, one.measureHere(m.VM))
 		o := one.options(dir, c)
+		o.Progress = measures[i].with(nil)
 		o.Log = r.log().With("vm", m.VM)
 		all = append(all, session.ResumeMember{Member: m, Checkpoint: c, Options: o})
 	}
 	doc := groupResumeReport{Group: g.Ref().String()}
 	doc.GroupResumeReport, err = session.ResumeGroup(ctx, st, all)
 	for i, row := range doc.Members {
+		code := 0
+		if row.Error != "" {
+			code = exitCode(err)
+		}
+		r.ended(measures[i], row.Server, code)
 		if row.Reason != "" {
 			r.log().Info("restored eagerly", "vm", row.VM, "reason", row.Reason)
 		}

@@ -40,7 +40,7 @@ func (a *app) measure(cmd *cobra.Command, args []string) {
 	if path, err := filepath.Abs(a.measures); err == nil {
 		a.measures = path
 	}
-	if cmd.Name() != "resume" { // whose server writes it
+	if cmd.Name() != "resume" { // whoever serves the memory writes it
 		a.metrics = metrics.New(a.measures, cmd.Name(), vm)
 	}
 }
@@ -127,15 +127,15 @@ func (a *app) measureVerify(ok, damaged, unsupported int) {
 // metricsEvery is the time between two writes of a process that runs.
 const metricsEvery = time.Second
 
-// serverMetrics are those of a restore while it runs.
+// serverMetrics are those of a restore while it runs. Without a set there are none.
 type serverMetrics struct {
-	a    *app
+	set  *metrics.Set
 	last time.Time
 }
 
 // progress writes how far it is, now and then.
 func (s *serverMetrics) progress(p progress.State) {
-	m := s.a.metrics
+	m := s.set
 	if now := time.Now(); m != nil && now.Sub(s.last) >= metricsEvery {
 		s.last = now
 		m.Gauge("running", "1 while the process runs.", 1)
@@ -146,24 +146,37 @@ func (s *serverMetrics) progress(p progress.State) {
 	}
 }
 
-// measureRestore sets what a restore has come to.
-func (a *app) measureRestore(doc *restoreReport) {
-	m := a.metrics
+// with is a callback that writes how far it is and calls show, which may be nil.
+func (s *serverMetrics) with(show func(progress.State)) func(progress.State) {
+	if s.set == nil {
+		return show
+	}
+	return func(p progress.State) {
+		s.progress(p)
+		if show != nil {
+			show(p)
+		}
+	}
+}
+
+// restored sets what a restore has come to; nil: it has not begun.
+func (s *serverMetrics) restored(doc *restoreReport) {
+	m := s.set
 	if m == nil {
 		return
 	}
 	m.Gauge("running", "1 while the process runs.", 0)
 	switch {
+	case doc == nil:
 	case doc.LazyReport != nil:
-		a.measureLazy(doc.LazyReport)
+		measureLazy(m, doc.LazyReport)
 	case doc.Report.BytesOut > 0:
 		m.Gauge("pages_sent", "Pages that have been sent.", float64(doc.Report.Pages))
 		m.Gauge("sent_bytes", "Length of the stream.", float64(doc.Report.BytesOut))
 	}
 }
 
-func (a *app) measureLazy(r *lazy.Report) {
-	m := a.metrics
+func measureLazy(m *metrics.Set, r *lazy.Report) {
 	m.Gauge("pages_sent", "Pages that have been sent.", float64(r.Pages))
 	m.Gauge("sent_bytes", "Length of the stream.", float64(r.BytesOut))
 	m.Gauge("demanded_pages", "Pages that the guest asked for.", float64(r.Demands))
@@ -178,16 +191,36 @@ func (a *app) measureLazy(r *lazy.Report) {
 	m.Gauge("resident_seconds", "Until all of its memory had been sent.", r.Resident.Seconds())
 }
 
-// armedMetrics is the file for the metrics of the process that has a VM's next checkpoint
-// ready, beside that of checkpoint's.
-func armedMetrics(path string) string {
+// metricsBeside is the file for metrics of another process, or of one VM of several, beside
+// that of a verb's; empty if that is.
+func metricsBeside(path, whose string) string {
 	if path == "" {
 		return ""
 	}
 	if stem, ok := strings.CutSuffix(path, ".prom"); ok {
-		return stem + "-armed.prom"
+		return stem + "-" + whose + ".prom"
 	}
-	return path + "-armed"
+	return path + "-" + whose
+}
+
+// measureHere begins the metrics of a restore whose memory this process serves itself, as it
+// does for a domain of libvirt's: none if another process does.
+func (r *resumeCmd) measureHere(vm string) *serverMetrics {
+	if r.measures == "" || r.monitor.Domain == "" {
+		return &serverMetrics{}
+	}
+	return &serverMetrics{set: metrics.New(r.measures, "restore", vm)}
+}
+
+// ended writes what such a restore has come to; doc is nil if it has not begun.
+func (r *resumeCmd) ended(m *serverMetrics, doc *restoreReport, code int) {
+	if m.set == nil {
+		return
+	}
+	m.restored(doc)
+	if err := m.set.Ended(code); err != nil {
+		r.log().Warn("the metrics were not written", "cause", oneLine(err))
+	}
 }
 
 // armedEvery is the time between two beats of an armed process: it may wait for days.

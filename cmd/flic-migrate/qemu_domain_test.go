@@ -190,7 +190,13 @@ func TestDomain(t *testing.T) {
 		d.gone(t)
 		var rep resumeReport
 		started := d.starts(t)
-		ok(t, json.Unmarshal([]byte(d.on(t, "resume", append(args, "--json", name)...)), &rep))
+		file := filepath.Join(t.TempDir(), "resume.prom")
+		ok(t, json.Unmarshal([]byte(d.on(t, "resume", append(args, "--json", "--metrics", file, name)...)), &rep))
+		of, _, _ := strings.Cut(name, "@")
+		if got := lintMetrics(t, file); got["flic_migrate_pages_sent verb=restore vm="+of] == 0 || got["flic_migrate_duration_seconds verb=restore vm="+of] == 0 ||
+			got["flic_migrate_running verb=restore vm="+of] != 0 || got["flic_migrate_exit_code verb=restore vm="+of] != 0 {
+			t.Errorf("metrics of %s: %v", name, got)
+		}
 		// Where its user may not use userfaultfd no QEMU is started to find that out.
 		if n := d.starts(t) - started; n != 1 {
 			t.Errorf("%s: libvirt has started %d QEMUs; %+v", name, n, rep)
@@ -242,7 +248,11 @@ func TestDomainLazy(t *testing.T) {
 	}
 	d.gone(t)
 	var rep resumeReport
-	ok(t, json.Unmarshal([]byte(d.on(t, "resume", "--lazy", "always", "--json", "vm")), &rep))
+	measures := filepath.Join(t.TempDir(), "resume.prom")
+	ok(t, json.Unmarshal([]byte(d.on(t, "resume", "--lazy", "always", "--json", "--metrics", measures, "vm")), &rep))
+	if got := lintMetrics(t, measures); rep.Server != nil && rep.Server.LazyReport != nil && got["flic_migrate_demanded_pages verb=restore vm=vm"] != float64(rep.Server.LazyReport.Demands) {
+		t.Errorf("metrics: %v", got)
+	}
 	if !rep.Lazy || rep.State != "running" || rep.Server == nil || rep.Server.LazyReport == nil || rep.Server.LazyReport.Demands == 0 {
 		t.Errorf("%+v", rep)
 	}

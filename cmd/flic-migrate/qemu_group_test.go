@@ -144,7 +144,20 @@ func TestGroupModes(t *testing.T) {
 		to := g.destinations(t)
 		name := fmt.Sprintf("shop@%d", i+1)
 		var rep groupResumeReport
-		ok(t, json.Unmarshal([]byte(l.run(t, "resume", slices.Concat([]string{"--group", name, "--json", "--lazy", lazy}, to.members())...)), &rep))
+		file := filepath.Join(l.dir, "shop.prom")
+		ok(t, json.Unmarshal([]byte(l.run(t, "resume", slices.Concat([]string{"--group", name, "--json", "--lazy", lazy, "--metrics", file}, to.members())...)), &rep))
+		for _, vm := range g.names {
+			// The member's server writes it, without the one that has started it.
+			of := metricsBeside(file, vm)
+			until(t, "the metrics of "+vm, func() bool {
+				b, err := os.ReadFile(of)
+				return err == nil && strings.Contains(string(b), "exit_code")
+			})
+			if got := lintMetrics(t, of); got["flic_migrate_pages_sent verb=restore vm="+vm] == 0 {
+				t.Errorf("metrics of %s: %v", vm, got)
+			}
+			ok(t, os.Remove(of))
+		}
 		t.Logf("%s, lazy %s: running after %v, resident after %v", name, lazy, rep.Running, rep.Resident)
 		for j, row := range rep.Members {
 			runsOn(t, to.vms[j])

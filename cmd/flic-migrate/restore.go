@@ -103,9 +103,9 @@ func (r *restoreCmd) run(ctx context.Context, name string) error {
 		// A guest is worth more than the word of how it does.
 		r.log().Warn(err.Error())
 	}
-	w := &serving{restoreCmd: r, control: control, beats: newStatusFile(r.status, r.log()), measures: serverMetrics{a: r.app}}
+	w := &serving{restoreCmd: r, control: control, beats: newStatusFile(r.status, r.log()), measures: serverMetrics{set: r.metrics}}
 	doc, err := w.restore(ctx, name)
-	r.measureRestore(&doc)
+	w.measures.restored(&doc)
 	doc.ExitCode = exitCode(err)
 	if err != nil {
 		doc.Error = oneLine(err)

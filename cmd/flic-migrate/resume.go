@@ -103,7 +103,7 @@ themselves.`,
 	fs.StringVar(&r.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	r.disks.add(fs)
 	r.care.add(fs)
-	fs.String("metrics", "", "with --qmp: the process that serves the memory writes metrics for Prometheus's textfile collector to this `FILE`")
+	fs.String("metrics", "", "the process that serves the memory writes metrics for Prometheus's textfile collector to this `FILE`; with --group one for each member, with -VM in its name")
 	setKey(fs, "metrics", "resume-metrics")
 	fs.BoolVar(&r.json, "json", false, "print JSON on standard output")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
@@ -148,13 +148,15 @@ func (r *resumeCmd) run(ctx context.Context, name string) error {
 	}
 	defer c.Close()
 	o := r.options(dir, c)
-	o.Progress = p.callback()
+	measures := r.measureHere(c.Ref.VM)
+	o.Progress = measures.with(p.callback())
 	if r.print {
 		return r.printCommands(session.ResumePlan(c, o), o.Server)
 	}
 	doc := resumeReport{Checkpoint: c.Ref.String()}
 	doc.ResumeReport, err = session.Resume(ctx, r.monitor.Target, st, c, o)
 	p.finish()
+	r.ended(measures, doc.Server, exitCode(err))
 	if doc.Reason != "" {
 		r.log().Info("restored eagerly", "reason", doc.Reason)
 	}
