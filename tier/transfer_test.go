@@ -38,7 +38,7 @@ func (l *lab) sent(have *transfer.Have, refs ...store.Ref) ([]byte, []store.Sent
 	}
 	var list []store.Sent
 	for _, r := range refs {
-		s, err := l.st.Send(context.Background(), r, w, have, "", nil)
+		s, err := l.st.Send(context.Background(), r, w, have, store.SendOptions{})
 		if err != nil {
 			return b.Bytes(), list, err
 		}
@@ -50,11 +50,21 @@ func (l *lab) sent(have *transfer.Have, refs ...store.Ref) ([]byte, []store.Sent
 
 // takes receives a stream.
 func (l *lab) takes(b []byte, as store.Ref) (list []store.Received, err error) {
-	err = l.st.Receive(context.Background(), bytes.NewReader(b), store.ReceiveOptions{As: as, Done: func(r store.Received) error {
+	return l.takesWith(b, store.ReceiveOptions{As: as})
+}
+
+func (l *lab) takesWith(b []byte, o store.ReceiveOptions) (list []store.Received, err error) {
+	o.Done = func(r store.Received) error {
 		list = append(list, r)
 		return nil
-	}})
+	}
+	err = l.st.Receive(context.Background(), bytes.NewReader(b), o)
 	return list, err
+}
+
+// hot has a receiver put hot pages into the lab's NVRAM file.
+func (l *lab) hot() store.ReceiveOptions {
+	return store.ReceiveOptions{NVRAM: store.Reservation{Path: l.nvram, Capacity: 64 << 20}}
 }
 
 // has is what a store has, as it comes over a wire.
@@ -414,7 +424,7 @@ func TestTransferDamaged(t *testing.T) {
 		"something behind":  append(bytes.Clone(whole), 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
 		"a long record":     slices.Concat(whole[:16], []byte{1, 0, 0, 0, 255, 255, 255, 255}),
 		"not much of one":   slices.Concat(whole[:16], []byte{1, 0, 0, 0, 0, 0, 255, 0}),
-		"another's version": append([]byte("FLICSND\x00\x02\x00\x00\x00"), 0, 0, 0, 0),
+		"another's version": append([]byte("FLICSND\x00\x03\x00\x00\x00"), 0, 0, 0, 0),
 	} {
 		if _, err := b.takes(bad, store.Ref{}); err == nil {
 			t.Errorf("%s was taken", name)
@@ -645,7 +655,7 @@ func TestTransferGroup(t *testing.T) {
 		var b bytes.Buffer
 		w, err := transfer.NewWriter(&b)
 		if err == nil {
-			_, err = from.st.SendGroup(t.Context(), store.Ref{VM: "g"}, w, to.has(t), "", nil)
+			_, err = from.st.SendGroup(t.Context(), store.Ref{VM: "g"}, w, to.has(t), store.SendOptions{})
 		}
 		if err == nil {
 			err = w.Close()
@@ -767,7 +777,7 @@ func TestTransferGroup(t *testing.T) {
 	w, err := transfer.NewWriter(&forged)
 	if err == nil {
 		if err = w.Group(h); err == nil {
-			_, err = l.st.Send(t.Context(), refs[0], w, transfer.NewHave(), "", nil)
+			_, err = l.st.Send(t.Context(), refs[0], w, transfer.NewHave(), store.SendOptions{})
 		}
 	}
 	if err == nil {

@@ -38,7 +38,7 @@ func (p *flattenCmd) absorb(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if d.Meta.Disks == 0 {
+	if d.Meta.NeedsDisks() == 0 {
 		return p.show("", store.Removed{Ref: d.Ref}, d.Meta)
 	}
 	return p.flatten(ctx, st, d.Ref, "absorbed")

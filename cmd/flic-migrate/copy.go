@@ -52,6 +52,9 @@ type copiedEntry struct {
 	Already    bool   `json:"already,omitempty"` // it was there
 	Images     int    `json:"images"`            // that have come: its own, and those that it refers to
 	Bytes      int64  `json:"bytes"`             // that have come
+	DiskBytes  int64  `json:"disk_bytes"`        // of those, pages that were on disk images
+	NVRAMBytes int64  `json:"nvram_bytes"`       // hot pages that went to the NVRAM file
+	NoNVRAM    string `json:"no_nvram,omitempty"`
 	ExitCode   int    `json:"exit_code,omitempty"`
 	Error      string `json:"error,omitempty"`
 }
@@ -60,7 +63,8 @@ func newCopiedEntry(r store.Received) copiedEntry {
 	if r.Group {
 		return copiedEntry{Group: r.Ref.String(), Members: r.Members, From: r.Sent.String(), UUID: r.UUID.String(), Already: r.Already}
 	}
-	return copiedEntry{Checkpoint: r.Ref.String(), From: r.Sent.String(), UUID: r.UUID.String(), Already: r.Already, Images: r.Images, Bytes: r.Bytes}
+	return copiedEntry{Checkpoint: r.Ref.String(), From: r.Sent.String(), UUID: r.UUID.String(), Already: r.Already,
+		Images: r.Images, Bytes: r.Bytes, DiskBytes: r.DiskBytes, NVRAMBytes: r.NVRAMBytes, NoNVRAM: r.NoNVRAM}
 }
 
 func (e copiedEntry) words() string {
@@ -78,7 +82,53 @@ func (e copiedEntry) words() string {
 	case e.Group != "":
 		return fmt.Sprintf("%s%s: received, with %s", name, from, plural(e.Members, "member"))
 	}
-	return fmt.Sprintf("%s%s: received, %s in %s", e.Checkpoint, from, human(e.Bytes), plural(e.Images, "image"))
+	s := fmt.Sprintf("%s%s: received, %s in %s", e.Checkpoint, from, human(e.Bytes), plural(e.Images, "image"))
+	if e.DiskBytes > 0 {
+		s += fmt.Sprintf(", of which %s were on disk images", human(e.DiskBytes))
+	}
+	if e.NVRAMBytes > 0 {
+		s += fmt.Sprintf("; %s to NVRAM", human(e.NVRAMBytes))
+	}
+	if e.NoNVRAM != "" {
+		s += "; hot pages to flash: " + e.NoNVRAM
+	}
+	return s
+}
+
+// hotFlags say where a receiver's hot pages go.
+type hotFlags struct {
+	nvram    string
+	size     size
+	volatile bool
+}
+
+func (h *hotFlags) add(fs *pflag.FlagSet, verb, whose string) {
+	fs.StringVar(&h.nvram, "nvram", "", "NVRAM file of "+whose+" for hot pages; made if missing (default: they go to flash)")
+	fs.Var(&h.size, "nvram-size", "cap on the NVRAM file, such as 4G; 0: the one it has")
+	fs.BoolVar(&h.volatile, "volatile-nvram", false, "accept an NVRAM file that loses its content at power-off (tmpfs)")
+	// Where saves of this host put theirs is another matter.
+	setKey(fs, "nvram", verb+"-nvram")
+	setKey(fs, "nvram-size", verb+"-nvram-size")
+	setKey(fs, "volatile-nvram", verb+"-volatile-nvram")
+}
+
+func (h *hotFlags) reservation() store.Reservation {
+	return store.Reservation{Path: h.nvram, Capacity: int64(h.size), Volatile: h.volatile}
+}
+
+// words are the flags for a receiver on another host.
+func (h *hotFlags) words() (words []string) {
+	if h.nvram == "" {
+		return nil
+	}
+	words = []string{"--nvram", h.nvram}
+	if h.size > 0 {
+		words = append(words, "--nvram-size", h.size.String())
+	}
+	if h.volatile {
+		words = append(words, "--volatile-nvram")
+	}
+	return words
 }
 
 type copyCmd struct {
@@ -86,7 +136,9 @@ type copyCmd struct {
 	to, ssh, program string
 	as               asFlag
 	group            bool
-	nvram            string
+	from             string // the NVRAM file, if it is no longer where the checkpoints say
+	disks            disksFlags
+	hot              hotFlags
 	json, quiet      bool
 }
 
@@ -99,7 +151,12 @@ func newCopy(a *app) *cobra.Command {
 or HOST:DIRECTORY, to which ssh connects. What the other store has is not sent again: of
 a checkpoint whose parent is there only what has changed goes over. A copy has the same
 name, the same UUID, tags and note, and can be referred to like the original; with what
-it needs of other checkpoints, which is not listed there. Its hot pages are on flash.
+it needs of other checkpoints, which is not listed there. Its hot pages are on flash, or
+with --nvram in an NVRAM file there.
+
+What it has on disk images (save --disk) is read there, compared with what it was, and
+goes with it: the copy needs no disk. A disk that is not as it was is refused by name,
+and the original stays as it is.
 
 Each byte is checked when it is read, and the whole checkpoint again in the other store,
 before it is one. A copy that is cut off leaves the other store as it was; the next one
@@ -109,8 +166,7 @@ With --group the names are those of groups (checkpoint --group): all of a group'
 are copied, and then it is a group there, which --as names; without @N the newest of its
 name is meant.
 
-On HOST flic-migrate must be in the PATH, or named by --remote-program. A checkpoint that
-has pages on disk images has to be absorbed first.`,
+On HOST flic-migrate must be in the PATH, or named by --remote-program.`,
 		Example: `  flic-migrate copy --store /srv/vms web1@3 --to /mnt/backup/vms
   flic-migrate copy --store /srv/vms web1 db1 --to backup.example.org:/srv/vms
   flic-migrate copy --store /srv/vms --group shop@2 --to /mnt/backup/vms`,
@@ -123,11 +179,18 @@ has pages on disk images has to be absorbed first.`,
 	fs.StringVar(&c.program, "remote-program", "flic-migrate", "flic-migrate's path on HOST")
 	c.as.add(fs, "copy")
 	groupFlag(fs, &c.group)
-	fs.StringVar(&c.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	c.addSource(fs)
+	c.hot.add(fs, "copy", "the other store's host")
 	fs.BoolVar(&c.json, "json", false, "print JSON on standard output")
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "to", "copy-to")
 	return cmd
+}
+
+// addSource adds the flags that say where a checkpoint's bytes are now.
+func (c *copyCmd) addSource(fs *pflag.FlagSet) {
+	fs.StringVar(&c.from, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	c.disks.addMoved(fs)
 }
 
 func (c *copyCmd) run(ctx context.Context, names []string) error {
@@ -197,11 +260,12 @@ func (c *copyCmd) send(ctx context.Context, st *store.Store, refs []store.Ref, w
 	}
 	for _, ref := range refs {
 		what := "checkpoint"
+		o := store.SendOptions{NVRAM: c.from, Disks: c.disks.moved, Progress: show}
 		if c.group {
 			what = "group"
-			_, err = st.SendGroup(ctx, ref, tw, have, c.nvram, show)
+			_, err = st.SendGroup(ctx, ref, tw, have, o)
 		} else {
-			_, err = st.Send(ctx, ref, tw, have, c.nvram, show)
+			_, err = st.Send(ctx, ref, tw, have, o)
 		}
 		if err != nil {
 			return fmt.Errorf("%s %v was not sent: %w", what, ref, err)
@@ -234,12 +298,12 @@ func (c *copyCmd) local(ctx context.Context, st *store.Store, refs []store.Ref, 
 		w.CloseWithError(err) // nil is the end
 		sent <- err
 	}()
-	err = to.Receive(ctx, r, store.ReceiveOptions{As: c.as.ref, Done: func(r store.Received) error { return done(newCopiedEntry(r)) }})
+	err = to.Receive(ctx, r, store.ReceiveOptions{As: c.as.ref, NVRAM: c.hot.reservation(), Done: func(r store.Received) error { return done(newCopiedEntry(r)) }})
 	r.CloseWithError(errors.Join(errNotTaken, err))
 	if serr := <-sent; serr != nil && !errors.Is(serr, errNotTaken) {
 		err = serr
 	}
-	return err
+	return explainNVRAM(err)
 }
 
 // errNotTaken is what a sender is told whose receiver has ended.
@@ -262,6 +326,7 @@ func (c *copyCmd) remote(ctx context.Context, st *store.Store, refs []store.Ref,
 	if c.as.ref.VM != "" {
 		words = append(words, "--as", c.as.ref.String())
 	}
+	words = append(words, c.hot.words()...)
 	ssh := append(strings.Fields(c.ssh), host, migration.ShellWords(words))
 	cmd := exec.CommandContext(ctx, ssh[0], ssh[1:]...)
 	cmd.Stderr = os.Stderr
@@ -339,7 +404,8 @@ func newSend(a *app) *cobra.Command {
 end of a pipe or a file; with --group groups, each with all of its members. With --have it
 leaves out what the other store has, which
 "receive --list" there says, and goes on with what was cut off; without, each comes with
-all that it needs. copy does both in one go, and is told how it went.`,
+all that it needs. What is on disk images goes with it. copy does both in one go, and is
+told how it went.`,
 		Example: `  flic-migrate send --store /srv/vms web1@3 | ssh backup flic-migrate receive --store /srv/vms
   ssh backup flic-migrate receive --list --store /srv/vms |
       flic-migrate send --store /srv/vms --have - web1@4 |
@@ -350,7 +416,7 @@ all that it needs. copy does both in one go, and is told how it went.`,
 	fs := cmd.Flags()
 	groupFlag(fs, &c.group)
 	fs.StringVar(&have, "have", "", "`FILE` with what receive --list says; -: standard input")
-	fs.StringVar(&c.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
+	c.addSource(fs)
 	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "have", "send-have")
 	return cmd
@@ -391,6 +457,7 @@ type receiveCmd struct {
 	*app
 	list, answer bool
 	as           asFlag
+	hot          hotFlags
 	json, quiet  bool
 }
 
@@ -406,6 +473,10 @@ days, and send --have goes on with it. If another checkpoint has the name, --as 
 another one. A group comes with all of its members, and is one with the last; --as names the
 group.
 
+Hot pages go to flash, or with --nvram to an NVRAM file, the hottest first, as far as there
+is room. Those of other checkpoints, which it needs and which are not listed here, are on
+flash.
+
 --list says what this store has, for send --have.`,
 		Example: `  ssh prod flic-migrate send --store /srv/vms web1@3 | flic-migrate receive --store /srv/vms
   flic-migrate receive --list --store /srv/vms > have`,
@@ -416,6 +487,7 @@ group.
 	fs.BoolVar(&r.list, "list", false, "print what this store has, and receive nothing")
 	fs.BoolVar(&r.answer, "answer", false, "for copy: first print what this store has, then a line of JSON for each checkpoint")
 	r.as.add(fs, "receive")
+	r.hot.add(fs, "receive", "this host")
 	fs.BoolVar(&r.json, "json", false, "print JSON on standard output")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "list", "receive-list")
@@ -498,8 +570,8 @@ func (r *receiveCmd) receive(ctx context.Context, done func(copiedEntry) error) 
 	defer in.Close()
 	show := newProgress(r.stderr, r.quiet || r.answer)
 	defer show.finish()
-	return st.Receive(ctx, bufio.NewReaderSize(in, 1<<20), store.ReceiveOptions{
-		As: r.as.ref, Progress: show.callback(),
+	return explainNVRAM(st.Receive(ctx, bufio.NewReaderSize(in, 1<<20), store.ReceiveOptions{
+		As: r.as.ref, NVRAM: r.hot.reservation(), Progress: show.callback(),
 		Done: func(got store.Received) error { return done(newCopiedEntry(got)) },
-	})
+	}))
 }

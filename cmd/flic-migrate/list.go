@@ -30,7 +30,8 @@ that have been moved from NVRAM to flash counted where they are.
 STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say, or
 "incomplete" if an image that it refers to is not there, or its version if it is in
 another one of the format; "needs 2 disks" stands with one that
-has pages on disk images (save --disk; show names them), "next armed" with the newest
+has pages on disk images (save --disk; show names them) and not copied from there (copy,
+receive), "next armed" with the newest
 checkpoint of a VM whose next one is (checkpoint --arm), "in shop@1" with one of a group.
 With --group it lists groups (checkpoint --group), of one name or all.
 With --totals it prints a line for each VM, and one for each trust domain: KEPT is what is
@@ -73,7 +74,7 @@ type listEntry struct {
 	RAMBytes   uint64    `json:"ram_bytes"`
 	FlashBytes int64     `json:"flash_bytes"` // the image file
 	NVRAMBytes int64     `json:"nvram_bytes"` // page content in NVRAM
-	MovedBytes int64     `json:"moved_bytes"` // page content moved from NVRAM to flash, beside the image file
+	MovedBytes int64     `json:"moved_bytes"` // page content beside the image file: moved from NVRAM, or copied from disk images
 	Machine    string    `json:"machine,omitempty"`
 	State      string    `json:"state"`           // QEMU's run state, or damaged, incomplete, "version N" or unsupported
 	Disks      int       `json:"disks,omitempty"` // disk images that have bytes of its pages
@@ -170,9 +171,10 @@ func newListEntry(l store.Listed) listEntry {
 	}
 	id := l.Identity
 	e.UUID, e.Created, e.Machine, e.State = id.UUID.String(), id.Created, id.Machine, id.RunState
-	e.RAMBytes, e.Disks, e.Domain = id.RAMBytes, id.Disks, id.TrustDomain
+	e.RAMBytes, e.Disks, e.Domain = id.RAMBytes, id.NeedsDisks(), id.TrustDomain
+	e.MovedBytes = l.MovedBytes + l.DiskBytes
 	if id.NVRAM != nil {
-		e.NVRAMBytes, e.MovedBytes = max(0, id.NVRAM.Bytes-l.MovedBytes), l.MovedBytes
+		e.NVRAMBytes = max(0, id.NVRAM.Bytes-l.MovedBytes)
 	}
 	if l.Lacks != nil {
 		e.State, e.Error = "incomplete", oneLine(l.Lacks)

@@ -269,6 +269,7 @@ func mkstream() {
 	unknown := flag.Bool("unknown", false, "")
 	emptyTail := flag.Bool("empty-tail", false, "")
 	expected := flag.Bool("expected", false, "what a restore gives")
+	disk := flag.Bool("disk", false, "a disk that has every other page of the guest's RAM, in its place")
 	badMagic := flag.Bool("bad-magic", false, "")
 	cut := flag.String("cut", "", "ram, tail or eof: end there")
 	flag.Parse()
@@ -290,6 +291,12 @@ func mkstream() {
 	b := s.Bytes()
 	if *expected {
 		b = s.ExpectedBytes()
+	}
+	if *disk {
+		b = make([]byte, s.Blocks()[0].Size)
+		for page := uint64(0); page < s.Pages(0); page += 2 {
+			s.Page(b[page*uint64(s.PageSize()):][:s.PageSize()], 0, page)
+		}
 	}
 	l := s.Layout()
 	switch *cut {

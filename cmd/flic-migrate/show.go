@@ -172,8 +172,12 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label
 	} else {
 		line("NVRAM", "-")
 	}
+	where := "on disk image"
+	if m.DiskSlots > 0 {
+		where = "copied from disk"
+	}
 	for _, d := range r.Disks {
-		line("on disk image", "%s: %d pages, %s", d.Path, d.Pages, human(d.Bytes))
+		line(where, "%s: %d pages, %s", d.Path, d.Pages, human(d.Bytes))
 	}
 	if reads != nil {
 		line("a restore reads", "%d places, %.1f for each MB", reads.Places, reads.PerMB)

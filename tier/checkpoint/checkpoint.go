@@ -28,6 +28,7 @@ type Checkpoint struct {
 	src   Source
 	table *source.Table
 	facts source.Facts
+	moved *moved.Set   // what is in .moved pieces
 	part  *Part        // nil: it has none
 	refs  []*reference // opened, in the order in which entries count them
 	disks *openDisks   // nil: no page is on one
@@ -116,6 +117,9 @@ func (c *Checkpoint) load(ctx context.Context, fsys vfs.FS, o *Options) error {
 		return err
 	}
 	if err := c.openReferences(ctx, fsys, refs, cache, o); err != nil {
+		return err
+	}
+	if err := c.openMoved(o); err != nil {
 		return err
 	}
 	if err := c.openNVRAM(ctx, fsys, o); err != nil {
@@ -216,7 +220,7 @@ func ReadsOf(src image.Source) (r Reads, err error) {
 		return Reads{}, err
 	}
 	r.Reads, err = set.Reads(pages)
-	if err == nil && disks != nil {
+	if err == nil && disks != nil && m.NeedsDisks() > 0 {
 		err = disks.stretches(0, disks.slots, func(_ int, _, n int64) {
 			r.DiskPlaces++
 			r.DiskBytes += n
@@ -225,13 +229,23 @@ func ReadsOf(src image.Source) (r Reads, err error) {
 	return r, err
 }
 
+// openMoved opens what is in .moved pieces.
+func (c *Checkpoint) openMoved(o *Options) (err error) {
+	id := &c.Meta.Identity
+	if id.PieceSlots() == 0 {
+		return nil
+	}
+	pieces := o.Moved
+	o.Moved = nil // the set closes them
+	c.moved, err = moved.Open(pieces, id.UUID, id.PageSize, id.PieceSlots())
+	return err
+}
+
 func (c *Checkpoint) openNVRAM(ctx context.Context, fsys vfs.FS, o *Options) (err error) {
 	if c.Meta.NVRAM == nil {
 		return nil
 	}
-	pieces := o.Moved
-	o.Moved = nil // the part closes them
-	c.part, err = OpenPart(ctx, fsys, c.Image, &c.Meta.Identity, o.NVRAM, source.Below(uint32(c.Meta.NVRAM.Slots)), pieces)
+	c.part, err = openPart(ctx, fsys, c.Image, &c.Meta.Identity, o.NVRAM, source.Below(uint32(c.Meta.NVRAM.Slots)), c.moved)
 	if err != nil {
 		return fmt.Errorf("NVRAM part of checkpoint %s: %w", c.name, err)
 	}
@@ -332,6 +346,7 @@ func (m *Meta) PageName(block int, page uint64) string {
 // Close releases the checkpoint and everything it mapped.
 func (c *Checkpoint) Close() error {
 	c.part.Close()
+	c.moved.Close() // again, if there is a part
 	for _, r := range c.refs {
 		r.close()
 	}

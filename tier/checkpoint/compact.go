@@ -17,7 +17,7 @@ import (
 //
 //	VM, machine, run state, trust domain, each with its length; number; UUID, 16 B
 //	when it was made, as time.Time's binary form, with its length
-//	page size; RAM bytes; disks
+//	page size; RAM bytes; disks; disk slots
 //	1 and path, UUID, slots, bytes, 1 if it is volatile; or 0: no NVRAM
 //	1 and algorithm, key, root; or 0: no digests
 //	number of references, and their UUIDs
@@ -32,7 +32,7 @@ func (id *Identity) AppendCompact(dst []byte) ([]byte, error) {
 	dst = binary.AppendUvarint(dst, uint64(id.Number))
 	dst = append(dst, id.UUID[:]...)
 	dst = appendText(dst, string(created))
-	for _, n := range []uint64{uint64(id.PageSize), id.RAMBytes, uint64(id.Disks)} {
+	for _, n := range []uint64{uint64(id.PageSize), id.RAMBytes, uint64(id.Disks), uint64(id.DiskSlots)} {
 		dst = binary.AppendUvarint(dst, n)
 	}
 	dst = appendBool(dst, id.NVRAM != nil)
@@ -55,7 +55,7 @@ func (id *Identity) AppendCompact(dst []byte) ([]byte, error) {
 }
 
 // CompactVersion is that of AppendCompact's form.
-const CompactVersion = 1
+const CompactVersion = 2
 
 func appendText(dst []byte, s string) []byte {
 	return append(binary.AppendUvarint(dst, uint64(len(s))), s...)
@@ -80,6 +80,7 @@ func ParseCompact(b []byte) (*Identity, error) {
 		p.bad = true
 	}
 	id.PageSize, id.RAMBytes, id.Disks = int(p.number(1<<16)), p.number(math.MaxUint64), int(p.number(MaxDisks))
+	id.DiskSlots = int(p.number(1 << 32))
 	if p.bool() {
 		n := &NVRAM{Path: p.text()}
 		p.fixed(n.UUID[:])

@@ -11,6 +11,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/moved"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
@@ -72,6 +73,9 @@ type openDisks struct {
 	files  []diskFile // in the order of the list
 	hasher *digest.Hasher
 	sums   *digest.Table
+	// here has the pages, that of slot 0 as page base, if no disk is needed; else nil.
+	here *moved.Set
+	base uint64
 }
 
 type diskFile struct {
@@ -94,6 +98,9 @@ func (c *Checkpoint) openDisks(ctx context.Context, d *disks, cache *digest.Cach
 	if n := c.disks.sums.Disk; n != d.slots {
 		return c.Image.Corrupt(image.Disks, 0, fmt.Errorf("%d disk slots, and %d have digests", d.slots, n))
 	}
+	if c.Meta.DiskSlots > 0 {
+		return c.openHere(ctx, o)
+	}
 	for i := range d.list {
 		was := &d.list[i].Identity
 		f := diskFile{path: was.Path}
@@ -115,6 +122,23 @@ func (c *Checkpoint) openDisks(ctx context.Context, d *disks, cache *digest.Cach
 		return nil
 	}
 	return c.disks.checkAll(ctx, c.name, o)
+}
+
+// openHere finds the pages that were copied from disks, which are not opened.
+func (c *Checkpoint) openHere(ctx context.Context, o DiskOptions) error {
+	d := c.disks
+	d.here, d.base = c.moved, uint64(c.Meta.FirstDiskSlot())
+	all := source.Ranges{{First: uint32(d.base), Count: uint32(d.slots)}}
+	if lacks := all.Minus(c.moved.Slots()); len(lacks) > 0 {
+		return c.Image.Corrupt(image.Disks, 0, fmt.Errorf("%d of the pages that were copied from disks are in no .moved piece", lacks.Count()))
+	}
+	for i := range d.list {
+		d.files = append(d.files, diskFile{path: d.list[i].Path})
+	}
+	if o.Check != CheckAll {
+		return nil
+	}
+	return d.checkAll(ctx, c.name, o)
 }
 
 // checkAll compares the pages on disks with their digests, unless only those on disks
@@ -196,6 +220,9 @@ var errDiskEnds = errors.New("the disk ends before it")
 // fetch reads the pages of a segment of disk slots: those that follow each other on a
 // disk in one go.
 func (d *openDisks) fetch(st *image.Stored, number uint32) error {
+	if d.here != nil {
+		return d.fetchHere(st, number)
+	}
 	first := uint64(number) * source.DiskSegment
 	var at [source.DiskSegment]DiskSlot
 	n := 0
@@ -238,6 +265,33 @@ func (d *openDisks) fetch(st *image.Stored, number uint32) error {
 	return nil
 }
 
+// fetchHere is fetch of pages that were copied from disks.
+func (d *openDisks) fetchHere(st *image.Stored, number uint32) error {
+	first := uint64(number) * source.DiskSegment
+	n := min(source.DiskSegment, d.slots-first)
+	name, _ := d.here.Where(d.base + first)
+	room := st.Pages(name, number, d.page, int(n))
+	return d.here.Guard(func() error {
+		for i := range n {
+			copy(room[i*uint64(d.page):], d.here.Page(d.base+first+i))
+		}
+		return nil
+	})
+}
+
+// wrongSlot is the error of what is wrong with the page of a slot.
+func (d *openDisks) wrongSlot(slot uint64, err error) error {
+	if d.here != nil {
+		file, off := d.here.Where(d.base + slot)
+		return &integrity.CorruptError{File: file, Offset: off, What: "page that was copied from a disk", Err: err}
+	}
+	at, serr := d.slot(slot)
+	if serr != nil {
+		return serr
+	}
+	return d.wrong(at, err)
+}
+
 // check compares the pages of a segment with their digests.
 func (d *openDisks) check(number uint32, s *image.Segment) error {
 	first := uint64(number) * source.DiskSegment
@@ -251,11 +305,7 @@ func (d *openDisks) check(number uint32, s *image.Segment) error {
 			return err
 		}
 		if d.hasher.Sum(page) != want {
-			at, err := d.slot(first + uint64(i))
-			if err != nil {
-				return err
-			}
-			return d.wrong(at, digest.ErrMismatch)
+			return d.wrongSlot(first+uint64(i), digest.ErrMismatch)
 		}
 	}
 	return nil
@@ -295,6 +345,8 @@ type DiskState struct {
 	// Changed says in what it is not what it was, to follow its path, Missing why it can't
 	// be read; both are empty if it is what it was.
 	Changed, Missing string
+	// Here: its pages were copied, and the file is not opened.
+	Here bool
 }
 
 // Disks are the disks that the checkpoint has pages on, in the order in which its slots
@@ -305,7 +357,7 @@ func (c *Checkpoint) Disks() []DiskState {
 	}
 	list := make([]DiskState, len(c.disks.list))
 	for i := range list {
-		list[i] = DiskState{Disk: c.disks.list[i], File: c.disks.files[i].DiskFile, Changed: c.disks.files[i].changed}
+		list[i] = DiskState{Disk: c.disks.list[i], File: c.disks.files[i].DiskFile, Changed: c.disks.files[i].changed, Here: c.disks.here != nil}
 		if err := c.disks.files[i].err; err != nil {
 			list[i].Missing = err.Error()
 		}

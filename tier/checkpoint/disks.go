@@ -121,6 +121,8 @@ func (m *Meta) disks(im *image.Image) (*disks, error) {
 	case err != nil:
 	case len(t.Disks) != m.Disks:
 		err = fmt.Errorf("%d disks, and IDENTITY says %d", len(t.Disks), m.Disks)
+	case m.DiskSlots > 0 && t.Slots != uint64(m.DiskSlots):
+		err = fmt.Errorf("%d pages, and IDENTITY says %d", t.Slots, m.DiskSlots)
 	case m.Digests == nil:
 		return nil, im.Tail.Corrupt(image.Identity, errors.New("it has pages on disks, and no key to check them with"))
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
 
@@ -49,6 +50,9 @@ type Identity struct {
 	References refList `json:"references,omitempty"`
 	// Disks is how many disk images have bytes of this one's pages; DISKS lists them.
 	Disks int `json:"disks,omitempty"`
+	// DiskSlots is how many pages DISKS lists, if they were copied from the disks: they are
+	// in .moved pieces, numbered behind the slots of the NVRAM part, and no disk is needed.
+	DiskSlots int `json:"disk_slots,omitempty"`
 	// Digests tells how to check the image's pages by its DIGESTS; nil: it has none,
 	// and nobody can refer to it.
 	Digests *Digests `json:"digests,omitempty"`
@@ -353,6 +357,9 @@ func (id *Identity) check() error {
 	if n := id.NVRAM; n != nil && (n.Slots < 0 || n.Bytes != int64(n.Slots)*int64(id.PageSize)) {
 		return fmt.Errorf("%d NVRAM slots of %d bytes together", n.Slots, n.Bytes)
 	}
+	if id.DiskSlots < 0 || id.DiskSlots > 0 && id.Disks == 0 || id.PieceSlots() > 1<<32 {
+		return fmt.Errorf("%d pages of %d disks", id.DiskSlots, id.Disks)
+	}
 	return nil
 }
 
@@ -360,6 +367,34 @@ func (id *Identity) check() error {
 // checkpoint that was copied from another store all are in .moved pieces, and the file of
 // that store is none of this one's.
 func (id *Identity) InNVRAM() bool { return id.NVRAM != nil && id.NVRAM.UUID != uuid.Nil }
+
+// NeedsDisks is how many disk images a restore needs.
+func (id *Identity) NeedsDisks() int {
+	if id.DiskSlots > 0 {
+		return 0
+	}
+	return id.Disks
+}
+
+// FirstDiskSlot is the number that the page of disk slot 0 has in .moved pieces.
+func (id *Identity) FirstDiskSlot() int {
+	if id.NVRAM == nil {
+		return 0
+	}
+	return id.NVRAM.Slots
+}
+
+// PieceSlots is one more than the highest number that a page can have in .moved pieces.
+func (id *Identity) PieceSlots() int { return id.FirstDiskSlot() + id.DiskSlots }
+
+// PieceBytes is how much .moved pieces with these slots have of the NVRAM part, and of disks.
+func (id *Identity) PieceBytes(slots source.Ranges) (nvram, disks int64) {
+	all := int64(slots.Count()) * int64(id.PageSize)
+	if n := id.FirstDiskSlot(); n > 0 {
+		nvram = int64(slots.Within(0, uint64(n-1)).Count()) * int64(id.PageSize)
+	}
+	return nvram, all - nvram
+}
 
 // Document is the stored form.
 func (id *Identity) Document() ([]byte, error) {

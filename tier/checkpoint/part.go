@@ -131,16 +131,22 @@ func ReadPart(im *image.Image, id *Identity) (*NVRAMPart, error) {
 // have been given back. Those that have been moved are read where they are now, and if
 // all are, there need be no NVRAM file. The part closes the pieces, if it can't be opened
 // too.
-func OpenPart(ctx context.Context, fsys vfs.FS, im *image.Image, id *Identity, path string, need source.Ranges, pieces []moved.Source) (_ *Part, err error) {
-	p := new(Part)
+func OpenPart(ctx context.Context, fsys vfs.FS, im *image.Image, id *Identity, path string, need source.Ranges, pieces []moved.Source) (*Part, error) {
+	set, err := moved.Open(pieces, id.UUID, id.PageSize, id.PieceSlots())
+	if err != nil {
+		return nil, err
+	}
+	return openPart(ctx, fsys, im, id, path, need, set)
+}
+
+// openPart is OpenPart with the pieces opened, which the part closes.
+func openPart(ctx context.Context, fsys vfs.FS, im *image.Image, id *Identity, path string, need source.Ranges, set *moved.Set) (_ *Part, err error) {
+	p := &Part{moved: set}
 	defer func() {
 		if err != nil {
 			p.Close()
 		}
 	}()
-	if p.moved, err = moved.Open(pieces, id.UUID, id.PageSize, id.NVRAM.Slots); err != nil {
-		return nil, err
-	}
 	if p.NVRAMPart, err = ReadPart(im, id); err != nil {
 		return nil, err
 	}

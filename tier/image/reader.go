@@ -371,6 +371,30 @@ func (im *Image) Raw(want func(k Kind, number uint32) bool, fn func(off int64, b
 	return fn(off, end)
 }
 
+// Rewritten calls fn with the frames of a kind of chunk, each as it is stored and where, as
+// they are with another payload: all of theirs together, of the same length. Their kind must
+// be one that is not compressed. The bytes are good until fn returns.
+func (im *Image) Rewritten(k Kind, payload []byte, fn func(off int64, frame []byte) error) error {
+	for n, at := range im.chunks[k] {
+		b, err := im.Chunk(k, n)
+		if err != nil {
+			return err
+		}
+		e := im.frames[at]
+		if int(e.stored) != len(b) || len(b) > len(payload) {
+			return fmt.Errorf("%s: %v can't be written in place", im.Name(), e)
+		}
+		if err := fn(e.off, appendFrame(nil, k, uint32(n), payload[:len(b)])); err != nil {
+			return err
+		}
+		payload = payload[len(b):]
+	}
+	if len(payload) > 0 {
+		return fmt.Errorf("%s: %d bytes more of %v than it has", im.Name(), len(payload), k)
+	}
+	return nil
+}
+
 func (im *Image) corrupt(off int64, what string, err error) error {
 	return &integrity.CorruptError{File: im.src.Name(), Offset: off, What: what, Err: err}
 }

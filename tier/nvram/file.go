@@ -1014,8 +1014,15 @@ func (f *File) Owned(ctx context.Context, owner uuid.UUID) (indexes []int, err e
 // not call methods of the File. Sweep also gives back the disk blocks of all that
 // is free, by whomever; an error of that comes with the number that was freed.
 func (f *File) Sweep(ctx context.Context, store uuid.UUID, live func(owner uuid.UUID) bool) (freed int, err error) {
+	return f.SweepSince(ctx, store, func(owner uuid.UUID, _ time.Time) bool { return live(owner) })
+}
+
+// SweepSince is Sweep for who was told by Owners, some time ago, who is not live, and since
+// when he had his extents: meanwhile these can have been freed, and reserved anew for the same
+// owner.
+func (f *File) SweepSince(ctx context.Context, store uuid.UUID, live func(owner uuid.UUID, since time.Time) bool) (freed int, err error) {
 	list, err := f.release(ctx, func(e entry, s entryState) bool {
-		return s == torn || s == taken && e.store == store && !live(e.owner)
+		return s == torn || s == taken && e.store == store && !live(e.owner, e.since)
 	})
 	if err != nil {
 		return 0, err

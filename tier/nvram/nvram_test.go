@@ -16,6 +16,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/uuid"
@@ -367,6 +368,29 @@ func TestSweepAndOwners(t *testing.T) {
 		t.Errorf("Sweep of a store without extents freed %d", n)
 	}
 	noDamage(t, f)
+}
+
+// TestSweepSince: what was reserved anew for an owner, after it was found out that he is not
+// live, stays his.
+func TestSweepSince(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := createSmall(t, crashfs.New(0), Options{})
+		reserve := func(i int) { check(must(f.Reserve(ctx, owner(i), storeA, 2*small.extentSize, page)).Close()) }
+		reserve(1)
+		reserve(2)
+		seen := make(map[uuid.UUID]time.Time)
+		for _, o := range must(f.Owners(ctx, storeA)) {
+			seen[o.UUID] = o.Since
+		}
+		must(f.FreeOwner(ctx, owner(1)))
+		time.Sleep(time.Second)
+		reserve(1)
+		n, err := f.SweepSince(ctx, storeA, func(id uuid.UUID, since time.Time) bool { return since.After(seen[id]) })
+		if left := must(f.Owners(ctx, storeA)); n != 2 || err != nil || len(left) != 1 || left[0].UUID != owner(1) {
+			t.Errorf("%d freed, %v; left %+v", n, err, left)
+		}
+		check(f.Close())
+	})
 }
 
 // TestFormat compares a file with its bytes as docs/format-nvram.md gives them.

@@ -87,7 +87,7 @@ func (d *disks) carry(theirs []checkpoint.DiskState) []int {
 	for i, t := range theirs {
 		carried[i] = slices.IndexFunc(d.list, func(o Disk) bool { return o.Path == t.Path })
 		switch {
-		case t.Changed != "" || t.Missing != "":
+		case t.Changed != "" || t.Missing != "" || t.Here:
 			carried[i] = -1
 		case carried[i] >= 0:
 			if o := &d.list[carried[i]]; o.Differs(t.Identity) != "" || o.Identity.Touched(t.Identity) {

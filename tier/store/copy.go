@@ -276,7 +276,7 @@ func (k *copier) chunk(kind image.Kind, b []byte) error {
 func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 	m := *k.c.Meta
 	m.VM, m.Number, m.UUID = tx.Ref().VM, tx.Ref().N, tx.UUID()
-	m.NVRAM, m.References, m.Disks, m.Digests, m.MapChunks, m.Bases = nil, nil, 0, nil, nil, nil
+	m.NVRAM, m.References, m.Disks, m.DiskSlots, m.Digests, m.MapChunks, m.Bases = nil, nil, 0, 0, nil, nil, nil
 	err := k.table.Encode(copyChunk, func(at pagemap.Start, b []byte) error {
 		m.MapChunks = append(m.MapChunks, at)
 		return k.chunk(image.PageMap, b)

@@ -357,6 +357,14 @@ func (m *demotion) free(ctx context.Context) error {
 	if m.v.unclear != nil {
 		return m.v.unclear
 	}
+	// One that was removed can have come back meanwhile, from another store.
+	there, err := s.movedSlots(ctx, m.ref, m.uuid)
+	if err == nil && len(m.done.Minus(there)) > 0 {
+		err = errOutdated
+	}
+	if err != nil {
+		return err
+	}
 	if m.gone {
 		err = s.settle(ctx)
 	} else {

@@ -27,9 +27,10 @@ type freed struct {
 // is durably so. left is what could not be freed and does no harm.
 func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *survey) (fr freed, left, err error) {
 	id := st.id
-	// What a copy in another place says is in NVRAM is the original's; sweep knows whether
-	// that one is there.
-	owner := id != nil && id.InNVRAM() && checkPlace(f.Name(), st.ref, id) == nil
+	// What a copy in another place says is in NVRAM, or in pieces, is the original's; sweep
+	// knows whether that one is there.
+	home := id != nil && checkPlace(f.Name(), st.ref, id) == nil
+	owner := home && id.InNVRAM()
 	size, err := taken(f)
 	if err != nil {
 		return fr, nil, err
@@ -62,7 +63,7 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 	if fr.flash, err = s.dir.Punch(ctx, st.name, ranges); err != nil {
 		return fr, nil, err
 	}
-	if !owner {
+	if !home || id.PieceSlots() == 0 {
 		return fr, nil, nil
 	}
 	there, err := s.movedSlots(ctx, st.ref, st.uuid)
@@ -74,7 +75,7 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 		holes, err = s.punchMoved(ctx, st.ref, st.uuid, u.slots)
 		fr.flash += holes
 	}
-	if err != nil {
+	if err != nil || !owner {
 		return fr, nil, err
 	}
 	fr.nvram, left = s.freeNVRAM(ctx, id, u.slots.Minus(there))

@@ -607,7 +607,17 @@ func (g *gc) sweep(ctx context.Context) error {
 		}
 	}
 	for _, f := range g.files {
-		freed, err := f.Sweep(ctx, g.doc.UUID, func(owner uuid.UUID) bool { return !dead[owner] })
+		// A checkpoint that was removed can come back meanwhile, from another store.
+		had := make(map[uuid.UUID]time.Time)
+		for _, o := range f.owners {
+			if dead[o.UUID] {
+				had[o.UUID] = o.Since
+			}
+		}
+		freed, err := f.SweepSince(ctx, g.doc.UUID, func(owner uuid.UUID, since time.Time) bool {
+			before, is := had[owner]
+			return !is || since.After(before)
+		})
 		g.rep.NVRAMExtents += freed
 		g.rep.NVRAMBytes += int64(freed) * nvram.ExtentSize
 		if err != nil {

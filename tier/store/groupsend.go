@@ -8,7 +8,6 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
-	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/transfer"
 )
 
@@ -22,7 +21,7 @@ import (
 
 // SendGroup writes a group, r without a number the newest of its name, and all of its members
 // as Send does. One that lacks members is refused (ErrNotFound) before anything is written.
-func (s *Store) SendGroup(ctx context.Context, r Ref, w *transfer.Writer, have *transfer.Have, nvramFrom string, show func(progress.State)) ([]Sent, error) {
+func (s *Store) SendGroup(ctx context.Context, r Ref, w *transfer.Writer, have *transfer.Have, o SendOptions) ([]Sent, error) {
 	g, err := s.FindGroup(ctx, r)
 	if err != nil {
 		return nil, err
@@ -44,7 +43,7 @@ func (s *Store) SendGroup(ctx context.Context, r Ref, w *transfer.Writer, have *
 	}
 	var all []Sent
 	for i, m := range g.Members {
-		sent, err := s.Send(ctx, m.Ref(), w, have, nvramFrom, show)
+		sent, err := s.Send(ctx, m.Ref(), w, have, o)
 		if err == nil && sent.UUID != head.Members[i].UUID {
 			err = ErrChanged
 		}

@@ -223,10 +223,11 @@ type Listed struct {
 	Ref        Ref
 	ImageBytes int64
 	Identity   *checkpoint.Identity
-	// MovedBytes is how much of its NVRAM part has been moved to flash.
-	MovedBytes int64
-	Label      Label
-	LabelErr   error // why that can't be read, if so
+	// MovedBytes is how much of its NVRAM part has been moved to flash, DiskBytes how much was
+	// copied there from disk images.
+	MovedBytes, DiskBytes int64
+	Label                 Label
+	LabelErr              error // why that can't be read, if so
 	// Err is what is wrong with the checkpoint, if it can't say who it is, or is
 	// another one than its place says; Identity is then nil.
 	Err error
@@ -290,12 +291,12 @@ func (k *lookup) listed(ctx context.Context, r Ref, o vmObjects) (l Listed, err 
 	if gone(l.Err) {
 		return l, l.Err
 	}
-	if id := l.Identity; id != nil && id.NVRAM != nil && len(o.pieces(r.N, id.UUID)) > 0 {
+	if id := l.Identity; id != nil && id.PieceSlots() > 0 && len(o.pieces(r.N, id.UUID)) > 0 {
 		slots, err := k.s.movedSlots(ctx, r, id.UUID)
 		if err != nil && !cannotTell(err) { // verify says what is damaged
 			return l, err
 		}
-		l.MovedBytes = int64(slots.Count()) * int64(id.PageSize)
+		l.MovedBytes, l.DiskBytes = id.PieceBytes(slots)
 	}
 	return l, nil
 }

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -62,6 +63,12 @@ type Received struct {
 	Bytes   int64 // that have come
 	Group   bool  // it is a group, whose members have been received before it
 	Members int   // of a group
+	// DiskBytes is how many of those are pages that were on disk images.
+	DiskBytes int64
+	// NVRAMBytes is how many bytes of hot pages went to the NVRAM file; NoNVRAM says why none
+	// did that were to.
+	NVRAMBytes int64
+	NoNVRAM    string
 }
 
 // ReceiveOptions of Receive.
@@ -69,6 +76,9 @@ type ReceiveOptions struct {
 	// As is what the checkpoint, or the group, is to be called: with a number if it has one,
 	// else the VM's next. Zero: as it was. Members of groups are called as they were.
 	As Ref
+	// NVRAM is the NVRAM file that hot pages of a checkpoint's own go to, as far as there is
+	// room: what is said of their number does not count. Without a path they go to flash.
+	NVRAM Reservation
 	// Done is called when a checkpoint is durable. An error of it ends Receive.
 	Done     func(Received) error
 	Progress func(progress.State) // may be nil
@@ -175,6 +185,13 @@ type received struct {
 	first  int      // number of the first of its new pieces, less one
 	pieces []string // names of new pieces
 	files  []Object // of all pieces, for who reads it
+
+	// from has those pages of disks that were not sent; nil: all were.
+	from      *Checkpoint
+	fromPages *checkpoint.DiskPages
+	twins     *checkpoint.DiskTwins
+
+	hot *hotPart // nil: nothing of it goes to NVRAM
 }
 
 func (r *receiving) close(ctx context.Context) {
@@ -183,6 +200,10 @@ func (r *receiving) close(ctx context.Context) {
 		for _, f := range i.files {
 			f.Close()
 		}
+		if i.from != nil {
+			i.from.Close()
+		}
+		i.hot.close(ctx, r.s)
 		for _, name := range i.pieces {
 			r.s.dir.Remove(ctx, name) // nothing once it has its name
 		}
@@ -218,6 +239,9 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 		return r.got, fmt.Errorf("checkpoint %v: %w", r.got.Sent, ErrLacks)
 	}
 	if err := r.free(ctx); err != nil {
+		return r.got, err
+	}
+	if err := r.mayOwn(ctx); err != nil {
 		return r.got, err
 	}
 	if r.holds, err = r.s.hold(ctx, h.Has); err != nil {
@@ -340,7 +364,7 @@ func (r *receiving) stage(ctx context.Context) error {
 		}
 		// Holes are not known before: at the worst it is found later that there is room.
 		if i.All {
-			lacks += i.End() - i.Start
+			lacks += i.End() - i.Start + int64(i.Pages())*int64(i.PageSize)
 		}
 	}
 	info, err := r.s.fs.StatFS(r.s.root)
@@ -412,6 +436,7 @@ func (r *receiving) write(i *received, b []byte) error {
 	}
 	i.pos = pos + int64(len(data))
 	r.got.Bytes += int64(len(data))
+	r.got.DiskBytes += max(0, i.pos-max(pos, i.FirstDisk()))
 	if now := time.Now(); r.o.Progress != nil && now.Sub(r.tick) >= progress.Every {
 		r.tick = now
 		r.o.Progress(progress.State{Phase: "receive", BytesIn: r.got.Bytes})
@@ -419,11 +444,18 @@ func (r *receiving) write(i *received, b []byte) error {
 	return err
 }
 
-// renamed is an image with another end.
+// renamed is an image with another end, and perhaps other NVRAM frames.
 type renamed struct {
 	Object
-	at  int64
-	end []byte
+	at     int64
+	end    []byte
+	frames []rewritten
+}
+
+// rewritten is a frame in the place of another.
+type rewritten struct {
+	at int64
+	b  []byte
 }
 
 func (f *renamed) Size() (int64, error) { return f.at + int64(len(f.end)), nil }
@@ -434,8 +466,16 @@ func (f *renamed) Close() error { return nil }
 func (f *renamed) ReadAt(b []byte, off int64) (n int, err error) {
 	if off < f.at {
 		n = int(min(int64(len(b)), f.at-off))
-		if n, err = f.Object.ReadAt(b[:n], off); err != nil || n == len(b) {
+		if n, err = f.Object.ReadAt(b[:n], off); err != nil {
 			return n, err
+		}
+		for _, w := range f.frames {
+			if from := max(w.at, off); from < min(w.at+int64(len(w.b)), off+int64(n)) {
+				copy(b[from-off:n], w.b[from-w.at:])
+			}
+		}
+		if n == len(b) {
+			return n, nil
 		}
 	}
 	if off+int64(n) >= f.at+int64(len(f.end)) && len(b) > n {
@@ -515,6 +555,20 @@ func (r *receiving) prepare(ctx context.Context, n int, i *received) error {
 		i.id.NVRAM = &nv
 	}
 	i.end.Object = i.f
+	if i.HasDisk() && i.id.Disks == 0 {
+		return r.rd.Damaged("pages of disks, and the image has none there")
+	}
+	if i.id.Disks > 0 {
+		// Of one that others need no page of a disk is, and its pieces may have some.
+		slots, err := checkpoint.DiskSlotsOf(src)
+		if err == nil && n == 0 {
+			err = r.disks(ctx, i, src, slots)
+		}
+		if err != nil {
+			return err
+		}
+		i.id.DiskSlots = int(slots)
+	}
 	if n == 0 {
 		// Without a number it gets one when nobody can take it any more.
 		i.id.VM, i.id.Number = r.ref.VM, r.ref.N
@@ -525,26 +579,64 @@ func (r *receiving) prepare(ctx context.Context, n int, i *received) error {
 		// It was removed here, and others need some of it: what is in NVRAM stays its own.
 		for _, name := range []string{r.ref.object(removedSuffix), r.ref.keptObject(i.UUID)} {
 			if old, err := r.s.whoIs(ctx, name); err == nil && old != nil && old.UUID == i.UUID {
-				i.keepNVRAM(old)
+				if err := r.keepOld(ctx, im, i, part, name); err != nil {
+					return err
+				}
 			}
 		}
 	} else {
 		i.id.VM, i.id.Number = i.VM, i.Number
-		if err := r.merge(ctx, im, i); err != nil {
+		if err := r.merge(ctx, im, i, part); err != nil {
 			return err
 		}
 	}
-	if err := i.rename(im.Tail); err != nil {
+	// Pages have their places before IDENTITY says which these are.
+	if err := r.pieces(ctx, im, i, part); err != nil {
 		return err
 	}
-	return r.pieces(ctx, im, i, part)
+	return i.rename(im.Tail)
 }
 
-// keepNVRAM has the image own in NVRAM what it owns already as an image of this store.
-func (i *received) keepNVRAM(was *checkpoint.Identity) {
-	if i.id.NVRAM != nil && was.InNVRAM() && was.NVRAM.Slots == i.id.NVRAM.Slots {
-		i.id.NVRAM = was.NVRAM
+// keepOld is keepNVRAM of what is left of the image under a name.
+func (r *receiving) keepOld(ctx context.Context, im *image.Image, i *received, part *checkpoint.NVRAMPart, name string) error {
+	f, err := r.s.dir.Open(ctx, name, Unlocked)
+	if err != nil {
+		return err
 	}
+	defer f.Close()
+	old, err := image.Open(f)
+	if err != nil {
+		return err
+	}
+	was, err := checkpoint.ReadIdentity(f)
+	if err == nil {
+		err = i.keepNVRAM(im, part, old, was)
+	}
+	return err
+}
+
+// keepNVRAM has the image own in NVRAM what it owns already as an image of this store, in
+// the extents that this one names: another store's copy of it may be in others.
+func (i *received) keepNVRAM(im *image.Image, part *checkpoint.NVRAMPart, old *image.Image, was *checkpoint.Identity) error {
+	if i.id.NVRAM == nil || !was.InNVRAM() || was.NVRAM.Slots != i.id.NVRAM.Slots {
+		return nil
+	}
+	here, err := checkpoint.ReadPart(old, was)
+	if err != nil {
+		return err
+	}
+	i.id.NVRAM = was.NVRAM
+	return i.inExtents(im, part, here.Extents)
+}
+
+// inExtents has the image name other extents for the same slots.
+func (i *received) inExtents(im *image.Image, part *checkpoint.NVRAMPart, extents []uint32) error {
+	i.end.frames = nil
+	now := checkpoint.NVRAMPart{Extents: extents, Slots: part.Slots}
+	return im.Rewritten(image.NVRAM, now.Append(nil), func(off int64, frame []byte) error {
+		i.end.frames = append(i.end.frames, rewritten{off, frame})
+		return nil
+	})
 }
 
 // rename gives the image its IDENTITY.
@@ -557,7 +649,7 @@ func (i *received) rename(t *image.Tail) error {
 }
 
 // merge adds what this store has of an image already to what has come of it.
-func (r *receiving) merge(ctx context.Context, im *image.Image, i *received) error {
+func (r *receiving) merge(ctx context.Context, im *image.Image, i *received, part *checkpoint.NVRAMPart) error {
 	have, at, err := r.s.openReferred(ctx, Ref{i.VM, i.Number}, i.UUID)
 	if integrity.IsCorrupt(err) && errors.Is(err, ErrNotFound) {
 		// A receiver that was killed may have left pieces of it.
@@ -582,7 +674,9 @@ func (r *receiving) merge(ctx context.Context, im *image.Image, i *received) err
 	if err != nil {
 		return err
 	}
-	i.keepNVRAM(was)
+	if err := i.keepNVRAM(im, part, old, was); err != nil {
+		return err
+	}
 	v := r.s.lookup().survey(i.UUID)
 	if err := v.update(ctx); err != nil {
 		return err
@@ -608,24 +702,91 @@ func (r *receiving) merge(ctx context.Context, im *image.Image, i *received) err
 	return err
 }
 
+// disks finds out where the pages of an image's n disk slots are, now that it needs no disk.
+func (r *receiving) disks(ctx context.Context, i *received, src image.Source, n uint64) error {
+	if !i.HasDisk() {
+		return fmt.Errorf("checkpoint %v: %w", r.got.Sent, ErrOnDisks)
+	}
+	if len(i.Disk) > 0 && i.Disk[len(i.Disk)-1].End() > n {
+		return r.rd.Damaged("pages of disk slots up to %d of %d", i.Disk[len(i.Disk)-1].End(), n)
+	}
+	if i.DiskFrom == uuid.Nil {
+		if i.Disk.Count() != n {
+			return r.rd.Damaged("pages of %d disk slots of %d", i.Disk.Count(), n)
+		}
+		return nil
+	}
+	at, there, err := r.s.listed(ctx, i.DiskFrom)
+	if err == nil && !there {
+		err = fmt.Errorf("checkpoint %v: %w: pages of disks of checkpoint %v", r.got.Sent, ErrLacks, i.DiskFrom)
+	}
+	if err != nil {
+		return err
+	}
+	c, err := r.s.OpenCheckpoint(ctx, at, checkpoint.Options{Disks: checkpoint.DiskOptions{Missing: true, Check: checkpoint.CheckRead}})
+	if err != nil {
+		return err
+	}
+	i.from, i.fromPages = c, c.DiskPages()
+	if c.Meta.UUID != i.DiskFrom {
+		return fmt.Errorf("checkpoint %v: %w", at, ErrChanged)
+	}
+	f, _, err := r.s.openReferred(ctx, at, i.DiskFrom)
+	if err != nil {
+		return err
+	}
+	r.holds = append(r.holds, f)
+	i.twins, err = checkpoint.OpenDiskTwins(src, f)
+	if err == nil && i.twins == nil {
+		err = fmt.Errorf("checkpoint %v: %w: %v has nothing on the same disks", r.got.Sent, ErrLacks, at)
+	}
+	return err
+}
+
+// diskPage copies the page of a disk slot. That it is the right one verify finds out.
+func (i *received) diskPage(slot uint32, b []byte) error {
+	if at, ok := place(i.Disk, slot); ok {
+		_, err := i.f.ReadAt(b, i.FirstDisk()+int64(at)*int64(i.PageSize))
+		return err
+	}
+	twin, ok, err := i.twins.Find(uint64(slot))
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return fmt.Errorf("disk slot %d: %w", slot, ErrLacks)
+	}
+	page, err := i.fromPages.Page(twin)
+	copy(b, page)
+	return err
+}
+
+// place is where a number is among those of a set, in their order.
+func place(set source.Ranges, n uint32) (at uint64, ok bool) {
+	for _, run := range set {
+		if n < run.First {
+			break
+		}
+		if uint64(n) < run.End() {
+			return at + uint64(n-run.First), true
+		}
+		at += uint64(run.Count)
+	}
+	return 0, false
+}
+
 // pieces makes moved pieces of the pages that have come. Where the store has pieces of the
 // image, those of their pages that nobody needed may have been freed: they are put back.
 func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, part *checkpoint.NVRAMPart) error {
-	if len(i.Slots) == 0 {
-		return nil
-	}
-	if part == nil || i.Slots[len(i.Slots)-1].End() > uint64(len(part.Slots)) {
+	if len(i.Slots) > 0 && (part == nil || i.Slots[len(i.Slots)-1].End() > uint64(len(part.Slots))) {
 		return im.Corrupt(image.NVRAM, 0, errors.New("hot pages have come that it does not have"))
 	}
+	first := uint32(i.id.FirstDiskSlot())
 	page := func(slot uint32, b []byte) error {
-		at := uint64(0) // its place among those that have come
-		for _, run := range i.Slots {
-			if uint64(slot) < run.End() {
-				at += uint64(slot - run.First)
-				break
-			}
-			at += uint64(run.Count)
+		if slot >= first {
+			return i.diskPage(slot-first, b)
 		}
+		at, _ := place(i.Slots, slot)
 		if _, err := i.f.ReadAt(b, i.Base()+int64(at)*int64(i.PageSize)); err != nil {
 			return err
 		}
@@ -635,18 +796,30 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 		return nil
 	}
 	want := i.Slots
+	if i.HasDisk() {
+		want = want.Union(source.Ranges{{First: first, Count: uint32(i.id.DiskSlots)}})
+	}
+	all := want
 	for k, f := range i.files {
 		p, err := moved.Read(f)
 		if err == nil && (p.UUID != i.UUID || p.PageSize != i.PageSize) {
 			err = &integrity.CorruptError{File: f.Name(), What: "header", Err: errors.New("it is another image's")}
 		}
 		if err == nil {
-			err = r.refill(ctx, movedName{i.id.Number, i.UUID, k + 1}.object(i.id.VM), p, part, i.Slots, page)
+			err = r.refill(ctx, movedName{i.id.Number, i.UUID, k + 1}.object(i.id.VM), p, all, page)
 		}
 		if err != nil {
 			return err
 		}
 		want = want.Minus(p.Slots)
+	}
+	if i == r.images[0] {
+		if err := r.hot(ctx, im, i, part, all.Minus(want), page); err != nil {
+			return err
+		}
+		if i.hot != nil {
+			want = want.Minus(source.Below(i.hot.slots))
+		}
 	}
 	per := uint64(max(1, moved.MaxBytes/i.PageSize))
 	for len(want) > 0 {
@@ -673,26 +846,27 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 }
 
 // refill puts pages back into a piece that is there: the same bytes that it once had.
-func (r *receiving) refill(ctx context.Context, name string, p *moved.Piece, part *checkpoint.NVRAMPart, slots source.Ranges, page func(uint32, []byte) error) error {
+func (r *receiving) refill(ctx context.Context, name string, p *moved.Piece, slots source.Ranges, page func(uint32, []byte) error) error {
 	f, err := r.s.dir.Stage(ctx, name)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	b := make([]byte, p.PageSize)
+	b, want := make([]byte, p.PageSize), make([]byte, p.PageSize)
 	changed := false
 	err = p.Slots.Each(func(slot uint32) error {
 		if !slots.Has(uint64(slot), uint64(slot)) {
 			return nil
 		}
-		if _, err := f.ReadAt(b, p.Offset(slot)); err != nil || integrity.Checksum(b) == part.Slots[slot].CRC {
+		_, err := f.ReadAt(b, p.Offset(slot))
+		if err == nil {
+			err = page(slot, want)
+		}
+		if err != nil || bytes.Equal(b, want) {
 			return err
 		}
-		err := page(slot, b)
-		if err == nil {
-			changed = true
-			_, err = f.WriteAt(b, p.Offset(slot))
-		}
+		changed = true
+		_, err = f.WriteAt(want, p.Offset(slot))
 		return err
 	})
 	if err == nil && changed {
@@ -723,9 +897,6 @@ func (r *receiving) verify(ctx context.Context) error {
 		return err
 	}
 	defer c.Close()
-	if c.Meta.Disks > 0 {
-		return fmt.Errorf("checkpoint %v: %w", r.got.Sent, ErrOnDisks)
-	}
 	var first error
 	err = c.Verify(ctx, func(err error) {
 		if first == nil {
@@ -760,6 +931,11 @@ func (r *receiving) settle(ctx context.Context, i *received) error {
 	i.name = name
 	if err = i.f.Truncate(i.end.at); err == nil {
 		_, err = i.f.WriteAt(i.end.end, i.end.at)
+	}
+	for _, w := range i.end.frames {
+		if err == nil {
+			_, err = i.f.WriteAt(w.b, w.at)
+		}
 	}
 	if err == nil {
 		err = i.f.Sync()
@@ -878,7 +1054,14 @@ func (r *receiving) commit(ctx context.Context) error {
 	if err := r.beside(ctx); err != nil {
 		return err
 	}
-	if err := s.dir.Commit(ctx, own.name, r.ref.object(imageSuffix)); err != nil {
+	if own.hot != nil {
+		own.hot.keep = true // a panic, too, leaves it open whether the image is there
+	}
+	err = s.dir.Commit(ctx, own.name, r.ref.object(imageSuffix))
+	if own.hot != nil && err != nil {
+		own.hot.keep = IsUncertain(err)
+	}
+	if err != nil {
 		return err
 	}
 	r.got.Ref = r.ref

@@ -473,9 +473,9 @@ func (s *Store) forgettable(ctx context.Context, nf nvramFile) (warnings []error
 
 func nvramObject(id uuid.UUID) string { return nvramFolder + "/" + id.String() + ".json" }
 
-// useNVRAM records, before any extent of it is reserved, that saves of this
+// rememberNVRAM records, before any extent of it is reserved, that saves of this
 // store use an NVRAM file, so that GC finds what a killed save has left there.
-func (s *Store) useNVRAM(ctx context.Context, path string, id uuid.UUID) error {
+func (s *Store) rememberNVRAM(ctx context.Context, path string, id uuid.UUID) error {
 	want := nvramFile{path, id}
 	var have nvramFile
 	if s.readSealed(ctx, nvramObject(id), "NVRAM file's name", maxSealed, &have) == nil && have == want {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/google/uuid"
@@ -20,11 +19,21 @@ import (
 
 // A checkpoint goes to another store as its image is, with its UUID, so that it can be
 // referred to there as here; and with it what it needs of the images that it refers to, which
-// lie there unlisted, as those of removed checkpoints do. Hot pages go to flash there, as
-// moved pages: what an NVRAM file has is one store's alone.
+// lie there unlisted, as those of removed checkpoints do. Hot pages, and those that are on
+// disk images, go behind it: what an NVRAM file has is one store's alone, and a disk image
+// need not be there. They lie there in .moved pieces, so that the image stays as it is, and
+// with it all that refer to it.
 
-// ErrOnDisks: a checkpoint has pages on disk images, which stay where they are.
+// ErrOnDisks: a checkpoint has pages on disk images, and they were not sent.
 var ErrOnDisks = errors.New("it has pages on disk images")
+
+// SendOptions of Send.
+type SendOptions struct {
+	NVRAM string // the NVRAM file, if it is not where the checkpoint says
+	// Disks are where disk images are now, by where the checkpoint says.
+	Disks    map[string]string
+	Progress func(progress.State) // may be nil
+}
 
 // Sent says what a Send has sent.
 type Sent struct {
@@ -33,21 +42,28 @@ type Sent struct {
 	Images  int   // its own, and those that it refers to
 	Bytes   int64 // of images and of hot pages
 	Skipped int64 // of those, that the receiver had from a transfer that was cut off
+	// FromDisks is how many bytes were read from disk images, of those in Bytes.
+	FromDisks int64
 }
 
 // Send writes a checkpoint, r without a number the VM's newest, as far as the receiver lacks
-// it, and notes in have that it has it then. Each byte is checked. nvramFrom is the NVRAM
-// file if it is not where the checkpoint says.
-func (s *Store) Send(ctx context.Context, r Ref, w *transfer.Writer, have *transfer.Have, nvramFrom string, show func(progress.State)) (Sent, error) {
-	c, err := s.OpenCheckpoint(ctx, r, checkpoint.Options{NVRAM: nvramFrom, Disks: checkpoint.DiskOptions{Missing: true}})
+// it, and notes in have that it has it then. Each byte is checked, and a disk image that has
+// pages and is not what it was is an error before anything is written.
+func (s *Store) Send(ctx context.Context, r Ref, w *transfer.Writer, have *transfer.Have, opt SendOptions) (Sent, error) {
+	d, err := s.Describe(ctx, r)
+	if err != nil {
+		return Sent{}, err
+	}
+	disks := checkpoint.DiskOptions{Moved: opt.Disks, Progress: opt.Progress}
+	if have.Whole[d.Meta.UUID] {
+		disks.Missing, disks.Check = true, checkpoint.CheckRead // none is read
+	}
+	c, err := s.OpenCheckpoint(ctx, d.Ref, checkpoint.Options{NVRAM: opt.NVRAM, Disks: disks})
 	if err != nil {
 		return Sent{}, err
 	}
 	defer c.Close()
-	if n := c.Meta.Disks; n > 0 {
-		return Sent{}, fmt.Errorf("checkpoint %v: %w, %d of them; absorb it first, or send what persist makes of it", c.Ref, ErrOnDisks, n)
-	}
-	o := &sending{s: s, c: c, w: w, have: have, nvramFrom: nvramFrom, show: show}
+	o := &sending{s: s, c: c, w: w, have: have, nvramFrom: opt.NVRAM, show: opt.Progress}
 	defer o.close()
 	if err := o.plan(ctx); err != nil {
 		return Sent{}, err
@@ -100,6 +116,9 @@ func (o *sending) plan(ctx context.Context) error {
 	if m.NVRAM != nil {
 		own.what.Slots = source.Below(uint32(m.NVRAM.Slots))
 	}
+	if err := o.disks(ctx, own.what); err != nil {
+		return err
+	}
 	if err := o.add(ctx, own, o.c.Ref); err != nil {
 		return err
 	}
@@ -136,6 +155,68 @@ func (o *sending) plan(ctx context.Context) error {
 		o.head.Images = append(o.head.Images, *i.what)
 	}
 	return nil
+}
+
+// disks finds out which pages of disks the receiver lacks. It has those of checkpoints that
+// it has, if they are on the same disk; of these one is chosen, the one with the most.
+func (o *sending) disks(ctx context.Context, what *transfer.Sent) error {
+	all := o.c.DiskSlots()
+	what.Disk = source.Below(uint32(all))
+	if all == 0 {
+		return nil
+	}
+	for _, id := range o.c.Meta.References {
+		if !o.have.Disks[id] {
+			continue
+		}
+		lacks, err := o.lacks(ctx, id, all)
+		if err != nil {
+			return err
+		}
+		if lacks.Count() < what.Disk.Count() {
+			what.Disk, what.DiskFrom = lacks, id
+		}
+	}
+	return nil
+}
+
+// maxDiskRanges is how many ranges a BEGIN record names of disk slots.
+const maxDiskRanges = 64 << 10
+
+// lacks are the disk slots whose pages are none of those of the checkpoint with a UUID.
+func (o *sending) lacks(ctx context.Context, id uuid.UUID, all uint64) (lacks source.Ranges, err error) {
+	f, _, err := o.s.openReferred(ctx, o.referred(id), id)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	twins, err := o.c.DiskTwins(f)
+	if err != nil {
+		return nil, err
+	}
+	if twins == nil {
+		return source.Below(uint32(all)), nil
+	}
+	for slot := range all {
+		_, there, err := twins.Find(slot)
+		if err != nil {
+			return nil, err
+		}
+		if !there {
+			lacks = lacks.Add(uint32(slot))
+		}
+	}
+	return lacks.Coarse(maxDiskRanges), nil
+}
+
+// referred is where the image with a UUID was when the checkpoint came to refer to it.
+func (o *sending) referred(id uuid.UUID) Ref {
+	for _, r := range o.c.References() {
+		if r.UUID == id {
+			return Ref{r.VM, r.Number}
+		}
+	}
+	return Ref{}
 }
 
 // beside reads what lies beside the image. What is damaged is verify's, and stays here.
@@ -200,6 +281,9 @@ func (o *sending) run(ctx context.Context) (Sent, error) {
 	}
 	o.sent.Images = len(o.images)
 	o.have.Whole[o.sent.UUID] = true
+	if o.c.DiskSlots() > 0 {
+		o.have.Disks[o.sent.UUID] = true
+	}
 	for _, i := range o.images[min(1, len(o.images)):] {
 		had := o.have.Parts[i.what.UUID]
 		o.have.Parts[i.what.UUID] = transfer.Part{Segments: had.Segments.Union(i.what.Segments), Slots: had.Slots.Union(i.what.Slots)}
@@ -225,12 +309,9 @@ func (o *sending) image(ctx context.Context, i *sentImage) error {
 	} else {
 		o.sent.Skipped += i.what.Length
 	}
-	if i.part == nil {
-		return nil
-	}
 	page := make([]byte, i.what.PageSize)
 	pos := i.what.Base()
-	return i.what.Slots.Each(func(slot uint32) error {
+	err := i.what.Slots.Each(func(slot uint32) error {
 		var err error
 		if pos+int64(len(page)) > i.what.Start {
 			err = i.part.Copy(page, slot)
@@ -239,6 +320,25 @@ func (o *sending) image(ctx context.Context, i *sentImage) error {
 			err = o.data(ctx, i, pos, page)
 		}
 		pos += int64(len(page))
+		return err
+	})
+	if err != nil || len(i.what.Disk) == 0 {
+		return err
+	}
+	disks := o.c.DiskPages()
+	return i.what.Disk.Each(func(slot uint32) error {
+		at := pos
+		pos += int64(len(page))
+		if pos <= i.what.Start {
+			return o.data(ctx, i, at, page) // it has come
+		}
+		b, err := disks.Page(uint64(slot))
+		if err == nil {
+			err = o.data(ctx, i, at, b)
+		}
+		if err == nil && o.c.Meta.NeedsDisks() > 0 {
+			o.sent.FromDisks += pos - max(at, i.what.Start)
+		}
 		return err
 	})
 }
@@ -269,6 +369,9 @@ func (s *Store) Have(ctx context.Context) (*transfer.Have, error) {
 			switch {
 			case err == nil:
 				h.Whole[id.UUID] = true
+				if id.DiskSlots > 0 {
+					h.Disks[id.UUID] = true
+				}
 			case !gone(err) && !cannotTell(err) && !errors.Is(err, errNotObject):
 				return err
 			}

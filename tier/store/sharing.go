@@ -40,8 +40,10 @@ type Sharing struct {
 	// HeldFor are the checkpoints that need bytes of it, NAME@N, and Held what they need.
 	HeldFor []string `json:"held_for,omitempty"`
 	Held    Space    `json:"held"`
-	// Moved is how much of its NVRAM part has been moved to flash, in bytes.
-	Moved int64 `json:"moved_bytes"`
+	// Moved is how much of its NVRAM part has been moved to flash, in bytes, and FromDisks how
+	// much was copied there from disk images.
+	Moved     int64 `json:"moved_bytes"`
+	FromDisks int64 `json:"disk_bytes,omitempty"`
 	// RmFrees is what its removal would free now: what nobody else needs, of it and of
 	// unlisted images that only it needs.
 	RmFrees Space `json:"rm_frees"`
@@ -88,9 +90,7 @@ func (s *Store) Sharing(ctx context.Context, r Ref) (sh Sharing, err error) {
 	if err != nil {
 		return sh, err
 	}
-	if id.NVRAM != nil {
-		sh.Moved = int64(there.Count()) * int64(im.PageSize)
-	}
+	sh.Moved, sh.FromDisks = id.PieceBytes(there)
 	sh.Held = spaceOf(im, own.segments, own.slots, there)
 	if sh.RmFrees, err = s.frees(ctx, f, r, id, own); err != nil {
 		return sh, err
@@ -208,7 +208,7 @@ func (s *Store) frees(ctx context.Context, f Object, r Ref, id *checkpoint.Ident
 			}
 		}
 	}
-	if err != nil || id.NVRAM == nil {
+	if err != nil || id.PieceSlots() == 0 {
 		return free, err
 	}
 	pieces, err := s.openMoved(ctx, r, id.UUID)

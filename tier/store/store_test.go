@@ -574,7 +574,7 @@ func TestGCNVRAM(t *testing.T) {
 	}
 	defer f.Close()
 	for range 2 { // the second time it is known already
-		if err := s.useNVRAM(context.Background(), "/nvram.img", f.UUID()); err != nil {
+		if err := s.rememberNVRAM(context.Background(), "/nvram.img", f.UUID()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -607,7 +607,7 @@ func TestGCNVRAM(t *testing.T) {
 	if rep, err := s.GC(context.Background()); err != nil || len(rep.Warnings) != 1 || !strings.Contains(rep.Warnings[0], name) {
 		t.Errorf("gc with a damaged description: %+v, %v", rep, err)
 	}
-	if err := s.useNVRAM(context.Background(), "/nvram.img", f.UUID()); err != nil {
+	if err := s.rememberNVRAM(context.Background(), "/nvram.img", f.UUID()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.Remove(context.Background(), Ref{"vm", 1}); err != nil {
@@ -616,7 +616,7 @@ func TestGCNVRAM(t *testing.T) {
 	if rep, err := s.GC(context.Background()); err != nil || rep.NVRAMExtents != 2 || len(rep.Warnings) != 0 {
 		t.Errorf("gc: %+v, %v", rep, err)
 	}
-	if err := s.useNVRAM(context.Background(), "/gone.img", uuid.New()); err != nil {
+	if err := s.rememberNVRAM(context.Background(), "/gone.img", uuid.New()); err != nil {
 		t.Fatal(err)
 	}
 	if rep, err := s.GC(context.Background()); err != nil || len(rep.Warnings) != 1 || !strings.Contains(rep.Warnings[0], "/gone.img") {

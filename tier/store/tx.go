@@ -183,32 +183,50 @@ func (t *Tx) Reserve(ctx context.Context, r Reservation) (*nvram.Region, *nvram.
 	if !t.HasNVRAM() || t.nvfile != nil {
 		return nil, nil, errors.New("no room in NVRAM can be reserved here")
 	}
-	// The original would take it for what a dead save of its own has left.
-	if err := t.s.CheckHome(ctx); err != nil {
+	f, err := t.s.useNVRAM(ctx, r)
+	if err != nil {
 		return nil, nil, err
+	}
+	t.nvfile = f
+	if t.region, err = f.Reserve(ctx, t.uuid, t.s.doc.UUID, r.Bytes, r.PageSize); err != nil {
+		return nil, nil, err
+	}
+	return t.region, f, nil
+}
+
+// useNVRAM opens the NVRAM file in which room is to be reserved, and makes it if it is
+// missing. The store remembers it.
+func (s *Store) useNVRAM(ctx context.Context, r Reservation) (*nvram.File, error) {
+	// The original would take it for what a dead save of its own has left.
+	if err := s.CheckHome(ctx); err != nil {
+		return nil, err
 	}
 	// META says where the file is, to a restore with another working directory.
 	path, err := filepath.Abs(r.Path)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if err := CheckNVRAM(t.s.fs, t.s.root, path); err != nil {
-		return nil, nil, err
+	if err := CheckNVRAM(s.fs, s.root, path); err != nil {
+		return nil, err
 	}
-	t.nvfile, err = nvram.Open(ctx, t.s.fs, path, nvram.Options{Capacity: r.Capacity, Create: true, Format: r.Format, Beside: t.s.root})
+	f, err := nvram.Open(ctx, s.fs, path, nvram.Options{Capacity: r.Capacity, Create: true, Format: r.Format, Beside: s.root})
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if t.nvfile.Volatile() && !r.Volatile {
-		return nil, nil, fmt.Errorf("%s: %w", r.Path, ErrVolatile)
+	kept := false
+	defer func() {
+		if !kept { // also while panicking
+			f.Close()
+		}
+	}()
+	if f.Volatile() && !r.Volatile {
+		return nil, fmt.Errorf("%s: %w", r.Path, ErrVolatile)
 	}
-	if err := t.s.useNVRAM(ctx, path, t.nvfile.UUID()); err != nil {
-		return nil, nil, err
+	if err := s.rememberNVRAM(ctx, path, f.UUID()); err != nil {
+		return nil, err
 	}
-	if t.region, err = t.nvfile.Reserve(ctx, t.uuid, t.s.doc.UUID, r.Bytes, r.PageSize); err != nil {
-		return nil, nil, err
-	}
-	return t.region, t.nvfile, nil
+	kept = true
+	return f, nil
 }
 
 // CheckLasting refuses an NVRAM file that would lose its content at power-off

@@ -85,6 +85,8 @@ func (s *Store) Unite(ctx context.Context, r Ref, o UniteOptions) (u United, err
 		u.Why = "it is in no trust domain"
 	case id.NVRAM != nil:
 		u.Why = "it has pages in NVRAM"
+	case id.DiskSlots > 0:
+		u.Why = "it has pages that were copied from disks"
 	}
 	if u.Why != "" {
 		return u, nil

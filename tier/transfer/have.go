@@ -16,6 +16,7 @@ import (
 // Have is what a store has, so that it is not sent again.
 type Have struct {
 	Whole  map[uuid.UUID]bool  // images of checkpoints that are listed
+	Disks  map[uuid.UUID]bool  // those of them whose pages of disks it has, too
 	Parts  map[uuid.UUID]Part  // images of which it has what others need
 	Staged map[uuid.UUID]int64 // by Sent.Key: up to which position it has what was cut off
 }
@@ -25,13 +26,14 @@ type Part struct{ Segments, Slots source.Ranges }
 
 // NewHave is that of an empty store.
 func NewHave() *Have {
-	return &Have{make(map[uuid.UUID]bool), make(map[uuid.UUID]Part), make(map[uuid.UUID]int64)}
+	return &Have{make(map[uuid.UUID]bool), make(map[uuid.UUID]bool), make(map[uuid.UUID]Part), make(map[uuid.UUID]int64)}
 }
 
 // The text of a Have: a line for each thing.
 //
 //	flic-migrate have 1
 //	whole UUID
+//	disks UUID                   of a whole one: the pages that it has on disks, too
 //	part UUID SEGMENTS SLOTS     ranges as 0-5,7; - for none
 //	staged KEY POSITION
 //	end
@@ -49,6 +51,9 @@ func (h *Have) Write(w io.Writer) error {
 	fmt.Fprintln(b, haveHead)
 	for id := range h.Whole {
 		fmt.Fprintf(b, "whole %v\n", id)
+	}
+	for id := range h.Disks {
+		fmt.Fprintf(b, "disks %v\n", id)
 	}
 	for id, p := range h.Parts {
 		fmt.Fprintf(b, "part %v %s %s\n", id, rangesText(p.Segments), rangesText(p.Slots))
@@ -114,6 +119,8 @@ func (h *Have) parse(f []string) error {
 	switch {
 	case f[0] == "whole" && len(f) == 2:
 		h.Whole[id] = true
+	case f[0] == "disks" && len(f) == 2:
+		h.Disks[id] = true
 	case f[0] == "part" && len(f) == 4:
 		var p Part
 		if p.Segments, err = parseRanges(f[2]); err == nil {

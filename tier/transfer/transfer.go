@@ -6,7 +6,8 @@
 //	   │ magic, version, CRC-32C          │
 //	16 ├──────────────────────────────────┤
 //	   │ BEGIN  what is to come           │  a checkpoint
-//	   │ IMAGE  0: its own image follows  │
+//	   │ IMAGE  0: its own image follows, │
+//	   │        and its pages elsewhere   │
 //	   │ DATA   position, bytes           │
 //	   │ …                                │
 //	   │ IMAGE  1: one that it refers to  │
@@ -40,8 +41,8 @@ import (
 
 const (
 	magic = "FLICSND\x00"
-	// Version is the version of the stream.
-	Version = 1
+	// Version is the version of the stream. In version 1 no pages of disks were sent.
+	Version = 2
 
 	headLen   = 16
 	recordLen = 8 // before the payload
@@ -156,7 +157,8 @@ func (g *GroupHead) check() error {
 }
 
 // Sent says what is sent of an image. Positions below Length are of the image; from Base on
-// the pages of its NVRAM part follow that are in Slots.
+// the pages of its NVRAM part follow that are in Slots, and behind these the pages of its disk
+// slots that are in Disk.
 type Sent struct {
 	UUID     uuid.UUID     `json:"uuid"`
 	VM       string        `json:"vm"` // its name in the sender's store
@@ -166,7 +168,11 @@ type Sent struct {
 	All      bool          `json:"all,omitempty"`
 	Segments source.Ranges `json:"segments,omitempty"` // if not All: those that are sent
 	Slots    source.Ranges `json:"slots,omitempty"`    // of the NVRAM part
-	Start    int64         `json:"start,omitempty"`    // position that the receiver has it up to
+	Disk     source.Ranges `json:"disk,omitempty"`     // disk slots
+	// DiskFrom is a checkpoint of which the receiver has the pages of disks, and among them
+	// those that Disk leaves out: zero if it has all.
+	DiskFrom uuid.UUID `json:"disk_from,omitzero"`
+	Start    int64     `json:"start,omitempty"` // position that the receiver has it up to
 }
 
 // slotUnit is what Base is a multiple of.
@@ -177,11 +183,20 @@ func (s *Sent) Base() int64 { return (s.Length + slotUnit - 1) / slotUnit * slot
 
 // End is the position behind all that is sent.
 func (s *Sent) End() int64 {
-	if len(s.Slots) == 0 {
+	if s.Pages() == 0 {
 		return s.Length
 	}
-	return s.Base() + int64(s.Slots.Count())*int64(s.PageSize)
+	return s.Base() + int64(s.Pages())*int64(s.PageSize)
 }
+
+// Pages is how many pages follow the image.
+func (s *Sent) Pages() uint64 { return s.Slots.Count() + s.Disk.Count() }
+
+// FirstDisk is the position of the first page of a disk slot.
+func (s *Sent) FirstDisk() int64 { return s.Base() + int64(s.Slots.Count())*int64(s.PageSize) }
+
+// HasDisk tells whether the image has pages on disks that the receiver is to have without.
+func (s *Sent) HasDisk() bool { return len(s.Disk) > 0 || s.DiskFrom != uuid.Nil }
 
 // Key names what is sent of the image, for a transfer that is cut off and goes on: images
 // do not change, so that the same key is the same bytes at the same positions.
@@ -202,8 +217,10 @@ func (s *Sent) check() error {
 		return fmt.Errorf("image %v of %d bytes", s.UUID, s.Length)
 	case s.PageSize < 256 || s.PageSize > 64<<10 || s.PageSize&(s.PageSize-1) != 0:
 		return fmt.Errorf("page size %d", s.PageSize)
-	case !rising(s.Segments) || !rising(s.Slots):
+	case !rising(s.Segments) || !rising(s.Slots) || !rising(s.Disk):
 		return errors.New("ranges that do not rise")
+	case s.HasDisk() && !s.All:
+		return errors.New("pages of disks of an image that is not sent as a checkpoint's own")
 	case s.Start < 0 || s.Start > s.End():
 		return fmt.Errorf("it begins at %d of %d", s.Start, s.End())
 	}
@@ -355,8 +372,8 @@ func NewReader(r io.Reader) (*Reader, error) {
 		return nil, &Error{int64(n), ErrTruncated}
 	case le.Uint32(b[12:]) != integrity.Checksum(b[:12]):
 		return nil, &Error{0, fmt.Errorf("%w: %w", ErrDamaged, integrity.ErrChecksum)}
-	case le.Uint32(b[8:]) != Version:
-		return nil, fmt.Errorf("it is in version %d of the stream, and this flic-migrate reads version %d", le.Uint32(b[8:]), Version)
+	case le.Uint32(b[8:]) < 1 || le.Uint32(b[8:]) > Version:
+		return nil, fmt.Errorf("it is in version %d of the stream, and this flic-migrate reads up to version %d", le.Uint32(b[8:]), Version)
 	}
 	return &Reader{r: r, off: headLen}, nil
 }
