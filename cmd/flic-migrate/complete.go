@@ -130,7 +130,7 @@ func completerOf(f *pflag.Flag) completer {
 		return values("qemu:///system", "qemu:///session")
 	case "timer", "interval":
 		return values("auto")
-	case "as", "ssh":
+	case "as", "guest-run", "ssh":
 		return values()
 	case "vm":
 		return vms
