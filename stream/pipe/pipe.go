@@ -36,9 +36,13 @@ const (
 	// is, and gatherWait for how long it then waits for more, at most twice.
 	// A reader that is faster than QEMU and takes every 4 KiB as it comes
 	// makes both sides wait for each other on every page; measured, that
-	// halved the speed of a save.
-	gather     = 32 << 10
+	// halved the speed of a save. QEMU writes up to 64 pieces of memory at a
+	// time, 128 KiB of pages with their headers.
+	gather     = 128 << 10
 	gatherWait = 30 * time.Microsecond
+	// gatherLeast is the least that is worth waiting for: below it the pipe is
+	// small, or what is asked for.
+	gatherLeast = 32 << 10
 )
 
 // New returns a Reader of fd, which stays the caller's to close. Unless it is a
@@ -92,8 +96,9 @@ func (r *Reader) Read(p []byte) (int, error) {
 		if err := r.ctx.Err(); err != nil {
 			return 0, context.Cause(r.ctx)
 		}
-		if r.drawn && min(len(p), r.most) >= 2*gather {
-			if !r.gather() {
+		// What would fill half of the room keeps nobody waiting.
+		if want := min(gather, len(p)/2, r.most/2); r.drawn && want >= gatherLeast {
+			if !r.gather(want) {
 				return 0, r.silent()
 			}
 		}
@@ -139,14 +144,14 @@ func (r *Reader) silent() error {
 	return os.ErrDeadlineExceeded
 }
 
-// gather waits until there is something, and then a little for more of it. It is
-// false if nothing came.
-func (r *Reader) gather() bool {
+// gather waits a little for as much as is wanted, and as long as it takes for anything
+// at all. It is false if nothing came.
+func (r *Reader) gather(want int) bool {
 	if ready, err := r.poll(r.timeout); !ready {
 		return err != nil && r.ctx.Err() == nil // the read that follows has the error
 	}
 	for range 2 {
-		if n, err := unix.IoctlGetInt(r.fd, unix.TIOCINQ); err != nil || n >= gather {
+		if n, err := unix.IoctlGetInt(r.fd, unix.TIOCINQ); err != nil || n >= want {
 			return true
 		}
 		if r.ended() {
