@@ -11,8 +11,10 @@
 // its tier. It is fetched back once, hashed, and from then on its full hash is
 // known, so that a group of n equal chunks costs one fetch and n full hashes.
 //
-// The full hash is BLAKE3 with 256 bits: pages are never called equal by a
-// hash that someone inside the guest could find collisions for.
+// The full hash is the digest by which pages are known elsewhere too (package digest),
+// with a key that nobody inside the guest knows: who could find collisions could make
+// pages be called equal that are not. It is four times as fast as a hash that
+// needs no key.
 package dedup
 
 import (
@@ -22,7 +24,8 @@ import (
 	"slices"
 
 	"github.com/cespare/xxhash/v2"
-	"github.com/zeebo/blake3"
+
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 )
 
 // DefaultSampleSize is the number of bytes that a partial hash looks at.
@@ -100,13 +103,14 @@ type Source interface {
 // not found again, which costs space and never correctness.
 type Index struct {
 	sampler *Sampler
+	digest  *digest.Hasher
 	src     Source
 
 	// partial is an open-addressed table of hashBits bits of the partial hash
 	// above placeBits bits of the place. 0 is a free bucket: sum avoids it.
 	partial []uint64
 	used    int
-	full    map[[32]byte]Place
+	full    map[digest.Sum]Place
 	maxFull int
 	// hashed marks the places in partial whose chunk is in full as well.
 	hashed map[Place]struct{}
@@ -118,27 +122,29 @@ type Index struct {
 const firstTable = 1 << 10
 
 // New returns an empty Index for chunks of chunkSize bytes which keeps at most
-// maxFull full hashes.
-func New(chunkSize, sampleSize, maxFull int, src Source) *Index {
+// maxFull full hashes, made by h.
+func New(chunkSize, sampleSize, maxFull int, h *digest.Hasher, src Source) *Index {
 	return &Index{
-		sampler: NewSampler(chunkSize, sampleSize), src: src, maxFull: maxFull,
+		sampler: NewSampler(chunkSize, sampleSize), digest: h, src: src, maxFull: maxFull,
 		partial: make([]uint64, firstTable),
-		full:    make(map[[32]byte]Place), hashed: make(map[Place]struct{}),
+		full:    make(map[digest.Sum]Place), hashed: make(map[Place]struct{}),
 	}
 }
 
 // Pending is a chunk that Find did not know. Add gives it a place.
 type Pending struct {
-	sum  uint64
-	met  bool
-	hash [32]byte
+	// Digest is the chunk's full hash if it was given or made, else zero.
+	Digest digest.Sum
+
+	sum uint64
+	met bool
 }
 
-// Find looks for a stored chunk that equals the one in hand. If there is none,
-// the caller stores the chunk and calls Add with the place and what Find
-// returned.
-func (x *Index) Find(chunk []byte) (Place, bool, Pending, error) {
-	p := Pending{sum: x.sum(chunk)}
+// Find looks for a stored chunk that equals the one in hand, whose full hash is given if
+// it is known, zero otherwise. If there is none, the caller stores the chunk and calls Add
+// with the place and what Find returned.
+func (x *Index) Find(chunk []byte, known digest.Sum) (Place, bool, Pending, error) {
+	p := Pending{Digest: known, sum: x.sum(chunk)}
 	first, met := x.lookup(p.sum)
 	if !met {
 		return 0, false, p, nil
@@ -150,10 +156,12 @@ func (x *Index) Find(chunk []byte) (Place, bool, Pending, error) {
 			return 0, false, p, err
 		}
 	}
-	p.hash = x.hash(chunk)
-	place, ok := x.full[p.hash]
+	if p.Digest == (digest.Sum{}) {
+		x.hash(&p.Digest, chunk)
+	}
+	place, ok := x.full[p.Digest]
 	if ok && x.src.Stale(place) {
-		delete(x.full, p.hash)
+		delete(x.full, p.Digest)
 		ok = false
 	}
 	return place, ok, p, nil
@@ -165,7 +173,7 @@ func (x *Index) Add(p Pending, place Place) {
 		return
 	}
 	if p.met {
-		x.remember(p.hash, place)
+		x.remember(p.Digest, place)
 		return
 	}
 	if 5*(x.used+1) > 4*len(x.partial) {
@@ -204,17 +212,19 @@ func (x *Index) hashStored(place Place) error {
 	case errors.Is(err, ErrGone):
 		return nil
 	case err == nil:
-		x.remember(x.hash(b), place)
+		var h digest.Sum
+		x.hash(&h, b)
+		x.remember(h, place)
 	}
 	return err
 }
 
-func (x *Index) hash(b []byte) [32]byte {
+func (x *Index) hash(h *digest.Sum, b []byte) {
 	x.HashedBytes += int64(len(b))
-	return blake3.Sum256(b)
+	x.digest.Put(h, b)
 }
 
-func (x *Index) remember(h [32]byte, place Place) {
+func (x *Index) remember(h digest.Sum, place Place) {
 	if _, ok := x.full[h]; !ok && len(x.full) < x.maxFull {
 		x.full[h] = place
 	}

@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+
+	"github.com/flic-migrate/flic-migrate/tier/digest"
 )
 
 // chunks is a Source of chunks by place.
@@ -25,13 +27,13 @@ func (c *chunks) Stale(p Place) bool { return c.stale[p] }
 
 func newIndex(chunk, sample, maxFull int) (*Index, *chunks) {
 	c := &chunks{at: map[Place][]byte{}, stale: map[Place]bool{}}
-	return New(chunk, sample, maxFull, c), c
+	return New(chunk, sample, maxFull, digest.Fresh(), c), c
 }
 
 // put finds or adds a chunk as a save does, and tells where it is.
 func put(t testing.TB, x *Index, c *chunks, b []byte, at Place) (place Place, found bool) {
 	t.Helper()
-	place, found, pending, err := x.Find(b)
+	place, found, pending, err := x.Find(b, digest.Sum{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -239,7 +241,7 @@ func TestFetchFails(t *testing.T) {
 	a := randomChunk(1024, 1)
 	put(t, x, c, a, 1)
 	c.err = errors.New("medium error")
-	if _, _, _, err := x.Find(a); err != c.err {
+	if _, _, _, err := x.Find(a, digest.Sum{}); err != c.err {
 		t.Errorf("Find: %v", err)
 	}
 }
@@ -264,10 +266,30 @@ func BenchmarkFindNew(b *testing.B) {
 	b.SetBytes(4096)
 	for i := 0; b.Loop(); i++ {
 		binary.LittleEndian.PutUint64(page[x.sampler.offsets[0]:], uint64(i))
-		if _, _, p, err := x.Find(page); err != nil {
+		if _, _, p, err := x.Find(page, digest.Sum{}); err != nil {
 			b.Fatal(err)
 		} else if x.used < 1<<20 {
 			x.Add(p, Place(i))
 		}
+	}
+}
+
+// TestKnownDigest has a digest that the caller knows: it is not made again.
+func TestKnownDigest(t *testing.T) {
+	x, c := newIndex(4096, 256, 100)
+	a := randomChunk(4096, 1)
+	sum := x.digest.Sum(a)
+	for i := range 3 {
+		at, found, pending, err := x.Find(a, sum)
+		if err != nil || found != (i > 0) || pending.Digest != sum {
+			t.Fatalf("chunk %d: found %v, digest %x, %v", i, found, pending.Digest, err)
+		}
+		if !found {
+			c.at[at] = a
+			x.Add(pending, at)
+		}
+	}
+	if x.HashedBytes != 4096 || len(c.fetched) != 1 { // of the stored one
+		t.Errorf("%d bytes hashed, fetched %v", x.HashedBytes, c.fetched)
 	}
 }

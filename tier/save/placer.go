@@ -97,7 +97,11 @@ func newPlacer(t target, pageSize, chunkPages, sample, maxHashes int) *placer {
 		pairBuf: make([]byte, chunkPages*pageSize), fetchBuf: make([]byte, chunkPages*pageSize),
 	}
 	p.back = newReadback(p)
-	p.index = dedup.New(chunkPages*pageSize, sample, maxHashes, p)
+	hash := t.hash
+	if hash == nil {
+		hash = digest.Fresh() // for this save only
+	}
+	p.index = dedup.New(chunkPages*pageSize, sample, maxHashes, hash, p)
 	if t.region != nil {
 		n := t.region.Slots()
 		p.rewritten, p.users = make([]bool, n), make([]uint32, n)
@@ -220,10 +224,11 @@ func (p *placer) write(slot, block int, page uint64, data []byte) error {
 
 // single deduplicates pages one by one.
 func (p *placer) single(block int, page uint64, data []byte, hot bool, sum digest.Sum) error {
-	at, found, pending, err := p.index.Find(data)
+	at, found, pending, err := p.index.Find(data, sum)
 	if err != nil {
 		return err
 	}
+	sum = pending.Digest
 	e := placeEntry(at)
 	// A hot page that equals a cold one is stored a second time: what the
 	// guest waits for must not be on flash.
@@ -274,7 +279,7 @@ func (p *placer) paired(block int, page uint64, data []byte, hot bool, sum diges
 	if err != nil {
 		return err
 	}
-	at, found, pending, err := p.index.Find(chunk)
+	at, found, pending, err := p.index.Find(chunk, digest.Sum{})
 	if err != nil {
 		return err
 	}
