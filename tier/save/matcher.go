@@ -16,20 +16,26 @@ import (
 
 // matcher is the stage before the placer if there is anything that pages can be in already. It
 // compares pages with what the parent has at their place, looks for them on disks and in
-// other images of the store, many at a time on all CPUs, and hands them on in their order:
+// other images of the store, and hands them on in their order:
 //
-//	parser ─► batch ─┬─► worker: digest, delta ─┐    ┌─► later ─┐
-//	                 │                           │    ├─► budget ┤
-//	                 └─► flight ─────────────────┴────┴──────────┴─► placer
+//	parser ─► digest ─┬─ as it was, or on a disk ───────────────────────────┐
+//	                  └─ else ─► batch ─┬─► worker: delta ─┐    ┌─► later ─┐ ├─► placer
+//	                                    │                  │    ├──────────┼─┤
+//	                                    └─► flight ────────┴────┘  budget ◄┴─┘
 //
-// The digest of a page tells whether it is as it was, and then nothing is read; only of
-// one that is not the parent's bytes are read, for the delta. A page that has come is
+// The digest of a page tells whether it is as it was, or on a disk, and then nothing is
+// read, and the page is not even copied: by far most pages of an increment, which on their
+// way to another CPU would take longer than their digest does. Only of others the parent's
+// bytes are read, for the delta, many at a time on all CPUs. A page that has come is
 // known to have come at once, and stands for nothing until it is placed.
 type matcher struct {
 	next   *placer
 	par    *parent
-	batch  *batch   // that fills; nil: none
-	flight []*batch // with the workers, in order
+	known  *parentReader // of the goroutine that calls put
+	item   item          // that put has in hand
+	beside bool          // there is something for workers to do
+	batch  *batch        // that fills; nil: none
+	flight []*batch      // with the workers, in order
 	free   []*batch
 	most   int // batches in flight
 	later  later
@@ -102,6 +108,11 @@ const (
 // enough of them are near each other.
 func newMatcher(ctx context.Context, next *placer, par *parent, workers, enough int) *matcher {
 	m := &matcher{next: next, par: par, enough: enough, most: 2*workers + 1, work: make(chan task, 2*workers+1)}
+	m.known = &parentReader{parent: par, ctx: ctx, disks: next.to.disks}
+	m.beside = par != nil || next.to.shared != nil || next.to.peers != nil
+	if !m.beside {
+		workers = 0
+	}
 	m.later.at = make(map[pageAt]int)
 	pages := uint64(0)
 	for b := range next.to.pages.Blocks() {
@@ -111,7 +122,7 @@ func newMatcher(ctx context.Context, next *placer, par *parent, workers, enough 
 	m.later.noMoved, m.later.noSimilar = par == nil, par == nil
 	for range workers {
 		r, work := par.reader(ctx), m.work
-		r.disks, r.shared = next.to.disks, next.to.shared
+		r.shared = next.to.shared
 		if next.to.peers != nil {
 			r.hash = next.to.hash
 		}
@@ -159,19 +170,20 @@ func (m *matcher) read(dst []byte, block int, page uint64) error {
 
 // put takes a page record.
 func (m *matcher) put(rec *ramparse.Record) error {
-	it := item{block: rec.Block, page: rec.Page, fill: -1}
-	data := rec.Data
+	m.item = item{block: rec.Block, page: rec.Page, fill: -1}
+	it, again := &m.item, m.has(rec.Block, rec.Page)
 	switch rec.Kind {
 	case ramparse.Zero:
-		if !m.has(rec.Block, rec.Page) {
+		if !again {
 			return m.next.put(rec) // nothing that is in a batch is before it
 		}
-		it.fill, data = int(rec.Fill), nil
+		it.fill = int(rec.Fill)
 	case ramparse.Page:
+		it.data = rec.Data
 	case ramparse.XBZRLE:
 		err := m.settle(rec)
 		if err == nil {
-			data, err = m.next.changed(rec)
+			it.data, err = m.next.changed(rec)
 		}
 		if err != nil {
 			return err
@@ -184,8 +196,16 @@ func (m *matcher) put(rec *ramparse.Record) error {
 		}
 		return m.next.put(rec)
 	}
-	if !m.has(rec.Block, rec.Page) {
+	if !again {
 		m.next.to.pages.Set(rec.Block, rec.Page, pagemap.Make(pagemap.Fill, 0))
+	}
+	if it.fill < 0 {
+		it.hot = m.next.to.hot.has(rec.Block, rec.Page)
+		m.known.byDigest(it)
+	}
+	// One that comes again must not overtake itself.
+	if !m.beside || !again && it.found != isNew {
+		return m.hand(it, again)
 	}
 	if m.batch == nil {
 		m.batch = m.newBatch()
@@ -193,11 +213,10 @@ func (m *matcher) put(rec *ramparse.Record) error {
 	b := m.batch
 	if it.fill < 0 {
 		at := len(b.data)
-		b.data = append(b.data, data...)
+		b.data = append(b.data, it.data...)
 		it.data = b.data[at:len(b.data):len(b.data)]
-		it.hot = m.next.to.hot.has(rec.Block, rec.Page)
 	}
-	b.items = append(b.items, it)
+	b.items = append(b.items, *it)
 	if len(b.data)+m.next.pageSize > cap(b.data) || len(b.items) == cap(b.items) {
 		return m.submit()
 	}
@@ -293,20 +312,7 @@ func (m *matcher) place() error {
 		return err
 	}
 	for i := range b.items {
-		it := &b.items[i]
-		m.later.marks.add(it.base, it.marks)
-		// What it was before is nothing now.
-		m.later.take(it.block, it.page)
-		m.budget.take(it.block, it.page)
-		var err error
-		if at, ok := m.spot(it); ok {
-			err = m.budget.put(it, at, m.next.matched)
-		} else if m.later.wants(it, m.next.pageSize) {
-			m.later.put(it)
-		} else {
-			err = m.next.matched(it)
-		}
-		if err != nil {
+		if err := m.hand(&b.items[i], true); err != nil {
 			return err
 		}
 	}
@@ -315,6 +321,25 @@ func (m *matcher) place() error {
 		return m.settleLater()
 	}
 	return nil
+}
+
+// hand hands a page on of which all is known; again, if it may have come before. It keeps
+// nothing of the item.
+func (m *matcher) hand(it *item, again bool) error {
+	m.later.marks.add(it.base, it.marks)
+	if again {
+		// What it was before is nothing now.
+		m.later.take(it.block, it.page)
+		m.budget.take(it.block, it.page)
+	}
+	if at, ok := m.spot(it); ok {
+		return m.budget.put(it, at, m.next.matched)
+	}
+	if m.later.wants(it, m.next.pageSize) {
+		m.later.put(it)
+		return nil
+	}
+	return m.next.matched(it)
 }
 
 // work is a worker.
@@ -326,12 +351,12 @@ func (r *parentReader) work(tasks <-chan task) {
 	}
 }
 
-// compare finds out what the parent has to do with the pages of a batch.
+// compare finds out what can be done with the pages of a batch that are not known by their
+// digest.
 func (b *batch) compare(r *parentReader) {
 	for i := range b.items {
-		if it := &b.items[i]; it.fill < 0 {
+		if it := &b.items[i]; it.fill < 0 && it.found == isNew {
 			r.compare(it, b)
-			r.disks.lookUp(it, &r.near)
 			r.shared.lookUp(it, &r.last)
 			if r.hash != nil && it.found == isNew && it.sum == (digest.Sum{}) {
 				r.hash.Put(&it.sum, it.data)
@@ -340,31 +365,38 @@ func (b *batch) compare(r *parentReader) {
 	}
 }
 
-// compare finds out what the parent has to do with a page of a batch.
-func (r *parentReader) compare(it *item, b *batch) {
+// byDigest finds out whether a page is zero, what the parent has at its place, or on a disk.
+func (r *parentReader) byDigest(it *item) {
 	it.found, it.sum = isNew, digest.Sum{}
 	if it.data[0] == 0 && bytes.Equal(it.data[1:], it.data[:len(it.data)-1]) {
 		it.found = isZero
 		return
 	}
+	if at, ok := r.find(it.block, it.page); ok {
+		want, err := r.sums.Sum(at)
+		if err != nil {
+			r.damaged(err)
+		} else if r.sums.Hasher.Put(&it.sum, it.data); it.sum == want {
+			if it.entry, ok = r.here(at); ok {
+				it.found, it.cold = isEqual, at.Tier != source.InNVRAM || r.c.Moved(at)
+				return
+			}
+		}
+	}
+	r.disks.lookUp(it, &r.near)
+}
+
+// compare makes a delta of a page of a batch against what the parent has at its place.
+func (r *parentReader) compare(it *item, b *batch) {
+	if it.hot {
+		return // what the guest waits for has no base to wait for
+	}
+	if it.sum == (digest.Sum{}) {
+		return // what the parent has there can't be known, or nothing is there
+	}
 	at, ok := r.find(it.block, it.page)
 	if !ok {
 		return
-	}
-	want, err := r.sums.Sum(at)
-	if err != nil {
-		r.damaged(err)
-		return
-	}
-	r.sums.Hasher.Put(&it.sum, it.data)
-	if it.sum == want {
-		if it.entry, ok = r.here(at); ok {
-			it.found, it.cold = isEqual, at.Tier != source.InNVRAM || r.c.Moved(at)
-			return
-		}
-	}
-	if it.hot {
-		return // what the guest waits for has no base to wait for
 	}
 	if at.Tier == source.AsDelta {
 		if at, ok = r.base(at); !ok {

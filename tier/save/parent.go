@@ -319,7 +319,7 @@ type parentReader struct {
 	differ delta.Differ
 
 	disks *disks              // nil: none is looked in
-	near  checkpoint.DiskSlot // the last that was found
+	near  checkpoint.DiskSlot // where the last one was found
 
 	shared *shared // nil: none is looked in
 	last   *lent   // that had a page

@@ -103,7 +103,9 @@ func (m *matcher) settleLater() error {
 	}
 	// What they are, and what they may resemble.
 	err := m.each(items, func(r *parentReader, it *item) {
-		r.sums.Hasher.Put(&it.sum, it.data)
+		if it.sum == (digest.Sum{}) {
+			r.sums.Hasher.Put(&it.sum, it.data)
+		}
 		if !l.noSimilar {
 			r.marks = appendMarks(r.marks[:0], it.data)
 			it.base, it.resembles = l.marks.most(r.marks)
