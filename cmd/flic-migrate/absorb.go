@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
@@ -29,7 +28,7 @@ Of the flags for encoding --codec and --workers count.`,
 }
 
 func (p *flattenCmd) absorb(ctx context.Context, name string) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	st, ref, err := p.storeOf(ctx, name)
 	if err != nil {
 		return err

@@ -7,8 +7,6 @@ import (
 	"os/signal"
 	"syscall"
 
-	"runtime/debug"
-
 	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -50,7 +48,7 @@ func startArmed(log, metrics, vm string) func(files []*os.File) (*os.Process, er
 // armedMain is the armed process's main function.
 func armedMain(fsys vfs.FS) int {
 	signal.Ignore(syscall.SIGPIPE, syscall.SIGHUP)
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	ctx, stop := withSignals(context.Background())
 	defer stop()
 	files := make([]*os.File, session.ArmedFiles)

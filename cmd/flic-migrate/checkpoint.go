@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -161,7 +160,7 @@ const guestSyncTime = 15 * time.Second
 type checkpointReport = session.CheckpointReport
 
 func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	if err := store.CheckVM(vm); err != nil {
 		return err
 	}

@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -194,7 +193,7 @@ func (c *copyCmd) addSource(fs *pflag.FlagSet) {
 }
 
 func (c *copyCmd) run(ctx context.Context, names []string) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	if c.to == "" {
 		return usageError{errors.New("copy needs the other store: --to, FLIC_COPY_TO or copy-to in the configuration file")}
 	}
@@ -423,7 +422,7 @@ told how it went.`,
 }
 
 func (c *copyCmd) sendAll(ctx context.Context, names []string, have string) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	if isTerminal(c.stdout.File) {
 		return usageError{errors.New("send writes a stream to its standard output, which is a terminal; see flic-migrate send --help")}
 	}
@@ -496,7 +495,7 @@ flash.
 }
 
 func (r *receiveCmd) run(ctx context.Context) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	if r.list {
 		return r.printHave(ctx)
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -45,7 +44,7 @@ type diffDoc struct {
 }
 
 func (a *app) diff(ctx context.Context, names []string, disks disksFlags, asJSON bool) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return err

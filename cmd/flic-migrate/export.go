@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
@@ -50,7 +49,7 @@ FILE.save must not exist. It comes into being whole, or not at all.`,
 }
 
 func (e *exportCmd) run(ctx context.Context, name, file string) (err error) {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	st, ref, err := e.storeOf(ctx, name)
 	if err != nil {
 		return err

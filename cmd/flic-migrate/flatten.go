@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -56,7 +55,7 @@ type flattenReport struct {
 }
 
 func (p *flattenCmd) run(ctx context.Context, name string) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	st, ref, err := p.storeOf(ctx, name)
 	if err != nil {
 		return err

@@ -7,7 +7,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -56,7 +55,7 @@ Domain XML, libvirt's cookie and whether the domain ran are kept with it, and
 }
 
 func (m *importCmd) run(ctx context.Context, name string) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	f, err := os.Open(name)
 	if err != nil {
 		return err

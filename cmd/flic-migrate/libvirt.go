@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -147,7 +146,7 @@ The image needs no store. Removing the file that it was written to removes it.`,
 }
 
 func (s *libvirtSaveCmd) run(ctx context.Context) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	meta, err := s.save(ctx)
 	doc := saveReport{ExitCode: exitCode(err)}
 	if err != nil {
@@ -316,7 +315,7 @@ the --spool directory.`,
 }
 
 func (r *libvirtRestoreCmd) run(ctx context.Context) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	if isTerminal(r.stdout.File) {
 		return usageError{errors.New("libvirt restore writes a migration stream to its standard output, which is a terminal")}
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -58,7 +57,7 @@ it. It comes into being whole, or not at all.`,
 }
 
 func (m *memoryCmd) run(ctx context.Context, name string) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	if m.out == "" {
 		return usageError{errors.New("memory needs a file to write: -o FILE")}
 	}

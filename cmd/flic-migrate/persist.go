@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
@@ -46,7 +45,7 @@ shorter: of the flags for that --codec and --workers count.`,
 }
 
 func (p *persistCmd) run(ctx context.Context, name string) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	st, ref, err := p.storeOf(ctx, name)
 	if err != nil {
 		return err

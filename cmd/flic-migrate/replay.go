@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime/debug"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -59,7 +58,7 @@ the store of the other commands is never used.`,
 }
 
 func (r *replayCmd) run(ctx context.Context, paths []string) (err error) {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	tmp, err := os.MkdirTemp("", "flic-replay-")
 	if err != nil {
 		return err

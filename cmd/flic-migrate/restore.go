@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net"
 	"os"
-	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -96,7 +95,7 @@ PATH of its exec: shell does not have the program: name it by its whole path.`,
 type restoreReport = session.ServerReport
 
 func (r *restoreCmd) run(ctx context.Context, name string) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	// Before anything that a store can hold up.
 	control, err := session.Attach(r.control)
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -19,11 +18,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
 )
-
-// gcPercent keeps the heap close to what is in use. A save's and a restore's
-// buffers are recycled, so the collector has little to do anyway, while twice
-// the page map of a large guest would be memory that the guest needs.
-const gcPercent = 25
 
 type saveCmd struct {
 	*app
@@ -156,7 +150,7 @@ type saveReport struct {
 }
 
 func (s *saveCmd) run(ctx context.Context) error {
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	ref, meta, err := s.save(ctx)
 	doc := saveReport{ExitCode: exitCode(err)}
 	if err != nil {

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -74,7 +73,7 @@ func startUniting(dir, name, share string) error {
 // uniteMain is that process's main function. Nobody hears of what it does.
 func uniteMain(fsys vfs.FS, args []string) int {
 	signal.Ignore(syscall.SIGPIPE, syscall.SIGHUP)
-	debug.SetGCPercent(gcPercent)
+	collector.tight()
 	ctx, stop := withSignals(context.Background())
 	defer stop()
 	if len(args) != 3 {
