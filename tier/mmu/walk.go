@@ -74,10 +74,11 @@ func (s *Space) entry(e uint64, level int) (addr uint64, leaf, ok bool) {
 // Walker says what to do at a walk.
 type Walker struct {
 	// Read reads a table, which does not cross a page of its granule's size.
-	// It returns false if there is no RAM.
+	// It returns false if there is no RAM. Those of the lowest level, which are by far
+	// most of them, are read for Leaf only.
 	Read func(gpa uint64, buf []byte) (bool, error)
-	// Table is called for each table in RAM once, those of the highest level
-	// first and those of one level by address. size is in bytes.
+	// Table is called for each table once, those of the highest level first and those
+	// of one level by address. size is in bytes. It is in RAM if it was read.
 	Table func(gpa uint64, size int) error
 	// Leaf is called for each page or block that a table names; may be nil. The
 	// pages of a table that address spaces share are told once.
@@ -161,6 +162,9 @@ func (w *walk) table(t table, level int) error {
 	b := w.buf[:1<<s.Granule]
 	if level == s.Levels {
 		b = b[:8<<s.TopBits]
+	}
+	if level == 1 && w.Leaf == nil {
+		return w.Table(t.gpa, len(b))
 	}
 	ok, err := w.Read(t.gpa, b)
 	if err != nil {

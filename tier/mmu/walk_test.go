@@ -158,6 +158,22 @@ func TestWalk(t *testing.T) {
 		if !slices.Equal(gotTables, tables) {
 			t.Errorf("%s: %d tables, %d were made", name, len(gotTables), len(tables))
 		}
+		// Without Leaf the same are found, and none of the lowest level is read.
+		read, lowest := 0, 0
+		var again []uint64
+		w := mem.walker(&again, nil)
+		w.Leaf = nil
+		w.Read = func(gpa uint64, buf []byte) (bool, error) { read++; return mem.read(gpa, buf) }
+		for _, m := range want {
+			if m.size == 1<<s.Granule {
+				lowest++ // at most one for each, and at least one
+			}
+		}
+		err := w.Walk(t.Context(), []Space{s})
+		slices.Sort(again)
+		if err != nil || !slices.Equal(again, tables) || read >= len(tables) || s.Levels > 1 && read < len(tables)-lowest {
+			t.Errorf("%s: %d tables, %d of %d were read, %v", name, len(again), read, len(tables), err)
+		}
 		order := func(a, b mapping) int {
 			if a.va < b.va {
 				return -1

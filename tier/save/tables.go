@@ -82,7 +82,10 @@ func (s *saver) walkTables(tail []byte, t *stream.Tail) (runs []workingset.PageR
 			return true, nil
 		},
 		Table: func(gpa uint64, n int) error {
-			block, offset, _ := layout.Find(gpa, uint64(n))
+			block, offset, ok := layout.Find(gpa, uint64(n))
+			if !ok {
+				return nil
+			}
 			for page := offset / size; page <= (offset+uint64(n)-1)/size; page++ {
 				// A table without entries is a page of zeros: there is nothing
 				// to store, and nobody waits long for it.
