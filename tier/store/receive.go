@@ -576,6 +576,9 @@ func (r *receiving) prepare(ctx context.Context, n int, i *received) error {
 			return err
 		}
 		i.first = len(i.files)
+		if err := r.had(ctx, im, i); err != nil {
+			return err
+		}
 		// It was removed here, and others need some of it: what is in NVRAM stays its own.
 		for _, name := range []string{r.ref.object(removedSuffix), r.ref.keptObject(i.UUID)} {
 			if old, err := r.s.whoIs(ctx, name); err == nil && old != nil && old.UUID == i.UUID {
@@ -660,14 +663,9 @@ func (r *receiving) merge(ctx context.Context, im *image.Image, i *received, par
 	if err != nil {
 		return err
 	}
-	// It must not go before the other is in its place.
-	r.holds = append(r.holds, have)
-	old, err := image.Open(have)
+	old, need, err := r.part(ctx, im, i, have)
 	if err != nil {
 		return err
-	}
-	if old.Segments() != im.Segments() || old.SegmentPages != im.SegmentPages {
-		return im.Tail.Corrupt(image.Identity, errors.New("this store has another image with its UUID"))
 	}
 	i.id.VM, i.id.Number = at.VM, at.N
 	was, err := checkpoint.ReadIdentity(have)
@@ -677,16 +675,36 @@ func (r *receiving) merge(ctx context.Context, im *image.Image, i *received, par
 	if err := i.keepNVRAM(im, part, old, was); err != nil {
 		return err
 	}
-	v := r.s.lookup().survey(i.UUID)
-	if err := v.update(ctx); err != nil {
+	if err := i.fill(old, need.Minus(i.Segments)); err != nil {
 		return err
 	}
-	if v.unclear != nil {
-		return v.unclear
+	list, err := r.s.openMoved(ctx, at, i.UUID)
+	i.files, i.first = list, len(list)
+	return err
+}
+
+// part opens what this store has of an image that is received, and finds out which segments
+// are certain to be there: those that listed checkpoints need. have is closed when all is done:
+// it must not go before the other is in its place.
+func (r *receiving) part(ctx context.Context, im *image.Image, i *received, have Object) (old *image.Image, need source.Ranges, err error) {
+	r.holds = append(r.holds, have)
+	if old, err = image.Open(have); err != nil {
+		return nil, nil, err
 	}
-	need := v.of[i.UUID].segments.Minus(i.Segments)
-	err = old.Raw(func(k image.Kind, n uint32) bool {
-		return k.IsSegment() && need.Has(uint64(n), uint64(n))
+	if old.Segments() != im.Segments() || old.SegmentPages != im.SegmentPages {
+		return nil, nil, im.Tail.Corrupt(image.Identity, errors.New("this store has another image with its UUID"))
+	}
+	v := r.s.lookup().survey(i.UUID)
+	if err := v.update(ctx); err != nil {
+		return nil, nil, err
+	}
+	return old, v.of[i.UUID].segments, v.unclear
+}
+
+// fill copies segments from what this store has of the image.
+func (i *received) fill(old *image.Image, segments source.Ranges) error {
+	return old.Raw(func(k image.Kind, n uint32) bool {
+		return k.IsSegment() && segments.Has(uint64(n), uint64(n))
 	}, func(off int64, b []byte) error {
 		if off == 0 || off+int64(len(b)) == old.Len() {
 			return nil // header and end have come
@@ -694,12 +712,28 @@ func (r *receiving) merge(ctx context.Context, im *image.Image, i *received, par
 		_, err := i.f.WriteAt(b, off)
 		return err
 	})
+}
+
+// had adds to the checkpoint's own image what was not sent of it.
+func (r *receiving) had(ctx context.Context, im *image.Image, i *received) error {
+	if len(i.Had) == 0 {
+		return nil
+	}
+	have, _, err := r.s.openReferred(ctx, Ref{i.VM, i.Number}, i.UUID)
+	if integrity.IsCorrupt(err) && errors.Is(err, ErrNotFound) {
+		return fmt.Errorf("checkpoint %v: %w: a part of image %v", r.got.Sent, ErrLacks, i.UUID)
+	}
 	if err != nil {
 		return err
 	}
-	list, err := r.s.openMoved(ctx, at, i.UUID)
-	i.files, i.first = list, len(list)
-	return err
+	old, need, err := r.part(ctx, im, i, have)
+	if err != nil {
+		return err
+	}
+	if lacks := i.Had.Minus(need); len(lacks) > 0 {
+		return fmt.Errorf("checkpoint %v: %w: %d segments of image %v", r.got.Sent, ErrLacks, lacks.Count(), i.UUID)
+	}
+	return i.fill(old, i.Had)
 }
 
 // disks finds out where the pages of an image's n disk slots are, now that it needs no disk.
@@ -1063,6 +1097,11 @@ func (r *receiving) commit(ctx context.Context) error {
 	}
 	if err != nil {
 		return err
+	}
+	// What others needed of it is here twice now. If it stays, gc removes it.
+	name := r.place(ctx, r.ref, own.UUID)
+	if id, err := s.owner(ctx, name); err == nil && id == own.UUID {
+		_ = s.dir.Remove(ctx, name)
 	}
 	r.got.Ref = r.ref
 	return nil

@@ -112,7 +112,8 @@ func (o *sending) plan(ctx context.Context) error {
 	if err := o.beside(ctx); err != nil || o.have.Whole[m.UUID] {
 		return err
 	}
-	own := &sentImage{im: o.c.Image, id: &m.Identity, what: &transfer.Sent{All: true}}
+	// Another that it was sent with, or before, can need some of it.
+	own := &sentImage{im: o.c.Image, id: &m.Identity, what: &transfer.Sent{All: true, Had: o.have.Parts[m.UUID].Segments}}
 	if m.NVRAM != nil {
 		own.what.Slots = source.Below(uint32(m.NVRAM.Slots))
 	}
@@ -294,7 +295,7 @@ func (o *sending) run(ctx context.Context) (Sent, error) {
 func (o *sending) image(ctx context.Context, i *sentImage) error {
 	want := func(k image.Kind, n uint32) bool {
 		if i.what.All {
-			return true
+			return !k.IsSegment() || !i.what.Had.Has(uint64(n), uint64(n))
 		}
 		if k.IsSegment() {
 			return i.what.Segments.Has(uint64(n), uint64(n))

@@ -167,6 +167,7 @@ type Sent struct {
 	PageSize int           `json:"page_size"` // bytes
 	All      bool          `json:"all,omitempty"`
 	Segments source.Ranges `json:"segments,omitempty"` // if not All: those that are sent
+	Had      source.Ranges `json:"had,omitempty"`      // if All: those that are not, as the receiver has them
 	Slots    source.Ranges `json:"slots,omitempty"`    // of the NVRAM part
 	Disk     source.Ranges `json:"disk,omitempty"`     // disk slots
 	// DiskFrom is a checkpoint of which the receiver has the pages of disks, and among them
@@ -217,8 +218,10 @@ func (s *Sent) check() error {
 		return fmt.Errorf("image %v of %d bytes", s.UUID, s.Length)
 	case s.PageSize < 256 || s.PageSize > 64<<10 || s.PageSize&(s.PageSize-1) != 0:
 		return fmt.Errorf("page size %d", s.PageSize)
-	case !rising(s.Segments) || !rising(s.Slots) || !rising(s.Disk):
+	case !rising(s.Segments) || !rising(s.Slots) || !rising(s.Disk) || !rising(s.Had):
 		return errors.New("ranges that do not rise")
+	case len(s.Had) > 0 && !s.All:
+		return errors.New("an image of which the receiver has some is sent in part")
 	case s.HasDisk() && !s.All:
 		return errors.New("pages of disks of an image that is not sent as a checkpoint's own")
 	case s.Start < 0 || s.Start > s.End():

@@ -127,6 +127,8 @@ func TestChecks(t *testing.T) {
 		"start":      func(c *Checkpoint) { c.Images[0].Start = c.Images[0].End() + 1 },
 		"twice":      func(c *Checkpoint) { c.Images[1].UUID = c.Images[0].UUID },
 		"another":    func(c *Checkpoint) { c.UUID = uuid.UUID{9} },
+		"had part":   func(c *Checkpoint) { c.Images[1].Had = source.Ranges{{First: 0, Count: 1}} },
+		"had twice":  func(c *Checkpoint) { c.Images[0].Had = source.Ranges{{First: 0, Count: 2}, {First: 1, Count: 1}} },
 		"not all":    func(c *Checkpoint) { c.Images[0].All = false },
 		"no uuid":    func(c *Checkpoint) { c.Images[1].UUID = uuid.Nil },
 		"too little": func(c *Checkpoint) { c.Images[1].Length = 100 },
@@ -184,6 +186,7 @@ func TestKey(t *testing.T) {
 		"uuid":   func(s *Sent) { s.UUID = uuid.UUID{8} },
 		"length": func(s *Sent) { s.Length++ },
 		"all":    func(s *Sent) { s.All = false },
+		"had":    func(s *Sent) { s.Had = source.Ranges{{First: 0, Count: 1}} },
 		"slots":  func(s *Sent) { s.Slots = source.Ranges{{First: 2, Count: 4}} },
 	} {
 		s := base
