@@ -182,10 +182,10 @@ func measureLazy(m *metrics.Set, r *lazy.Report) {
 	m.Gauge("demanded_pages", "Pages that the guest asked for.", float64(r.Demands))
 	m.Gauge("waited_pages", "Pages that the guest had to wait for.", float64(r.Waited))
 	for _, q := range []struct {
-		quantile string
-		d        time.Duration
-	}{{"0.5", r.WaitP50}, {"0.99", r.WaitP99}, {"1", r.WaitMax}} {
-		m.Gauge("wait_seconds", "From a request for a page until it was written.", q.d.Seconds(), "quantile", q.quantile)
+		percentile string
+		d          time.Duration
+	}{{"50", r.WaitP50}, {"99", r.WaitP99}, {"100", r.WaitMax}} {
+		m.Gauge("wait_seconds", "From a request for a page until it was written.", q.d.Seconds(), "percentile", q.percentile)
 	}
 	m.Gauge("loaded_seconds", "Until the guest could run.", r.Loaded.Seconds())
 	m.Gauge("resident_seconds", "Until all of its memory had been sent.", r.Resident.Seconds())
