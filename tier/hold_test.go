@@ -197,3 +197,52 @@ func TestHoldRate(t *testing.T) {
 		}
 	})
 }
+
+// TestHoldWide has the transport take more for a while: never so long that what was under
+// way then reaches beyond the hold, and not at all where there is too little memory for that.
+func TestHoldWide(t *testing.T) {
+	for name, c := range map[string]struct {
+		size  uint64
+		wide  int
+		calls int
+	}{
+		"large":  {160 << 20, 32 << 10, 2},
+		"small":  {64 << 20, 128 << 10, 1},
+		"always": {64 << 20, 0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := tiertest.New(tiertest.Options{
+				Passes: 2, Resend: 0.02, ReturnPath: true, Blocks: []tiertest.Block{{Name: "pc.ram", Size: c.size}},
+				Mix: tiertest.Mix{tiertest.Zero: 200, tiertest.Text: 2, tiertest.Random: 1},
+			})
+			l := newLab(t, crashfs.New(0), "/")
+			in := &counter{Reader: bytes.NewReader(s.Bytes())}
+			var calls []bool
+			var at []int64
+			held := int64(0)
+			_, _, err := l.run(t.Context(), in, save.Options{VM: "vm", ReturnPath: io.Discard, Hold: &save.Hold{
+				Wide:  c.wide,
+				Widen: func(on bool) error { calls, at = append(calls, on), append(at, in.n); return nil },
+				Wait:  func(context.Context) (string, error) { held = in.n; return "running", nil },
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(calls) != c.calls || len(calls) > 0 && calls[len(calls)-1] || c.calls > 1 && (!calls[0] || at[1] < 2*at[0]) {
+				t.Fatalf("widened %v, at %v", calls, at)
+			}
+			if c.calls > 1 && held-at[1] < int64(c.wide) {
+				t.Errorf("held %d bytes after %d could have been under way", held-at[1], c.wide)
+			}
+		})
+	}
+	// What can't be narrowed is not held.
+	why := errors.New("it was not to be")
+	_, _, err := newLab(t, crashfs.New(0), "/").run(t.Context(), bytes.NewReader(heldStream(1).Bytes()), save.Options{VM: "vm", ReturnPath: io.Discard, Hold: &save.Hold{
+		Wide: 1, Widen: func(bool) error { return why },
+		Wait: func(context.Context) (string, error) { t.Error("held"); return "", nil },
+	}})
+	if !errors.Is(err, why) {
+		t.Error(err)
+	}
+}

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 )
@@ -283,6 +286,96 @@ func Forgotten(ctx context.Context, x qmp.Executor) (*Kept, error) {
 // slower the stream. With 16 KiB 1.8 GB/s go through (measured, with 8 KiB 1.0, with
 // the usual 208 KiB 6.5).
 const armedSend = 16 << 10
+
+// wideSend is armedSend for the first part of a pass that is held in the end. What QEMU
+// writes goes through in pieces of half of that, and for each its thread and ours wait for a
+// CPU, which is long where guests run: with eight times as much it takes half of the time.
+const wideSend = 128 << 10
+
+// OpenWidening is OpenArmed, but the sockets can hold more for a while. Until they can't any
+// more QEMU's end is open here, too, so that of a QEMU that is gone the monitor tells, and not
+// the stream.
+func OpenWidening(ctx context.Context, x qmp.Executor, d Direction) (*Channel, error) {
+	p, ok := x.(qmp.FilePasser)
+	if !ok {
+		return ListenChannel(ctx, x, "")
+	}
+	w := &widening{}
+	wide := 0
+	c, err := passEnds(ctx, x, p, func() (ours, theirs *os.File, err error) {
+		if ours, theirs, err = newEnds(TwoWay); err != nil {
+			return nil, nil, err
+		}
+		err = setSendBuffer(theirs, wideSend)
+		if err == nil {
+			wide = waiting(theirs)
+			err = setSendBuffer(theirs, armedSend)
+		}
+		if err == nil {
+			w.end, err = duplicate(theirs)
+		}
+		if err != nil {
+			ours.Close()
+			theirs.Close()
+		}
+		return ours, theirs, err
+	})
+	if err != nil {
+		w.close()
+	}
+	if notCarried(err) {
+		return ListenChannel(ctx, x, "")
+	}
+	if err != nil {
+		return nil, err
+	}
+	discard := c.discard
+	c.wide, c.widen = wide, w.widen
+	c.discard = func(ctx context.Context) {
+		w.close()
+		discard(ctx)
+	}
+	return c, nil
+}
+
+// widening is QEMU's end of a channel that can be widened. It may be closed at any time.
+type widening struct {
+	mu  sync.Mutex
+	end *os.File // nil: closed
+}
+
+// widen is Channel.widen.
+func (w *widening) widen(on bool) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.end == nil:
+		return os.ErrClosed // what reads the stream hears of it, too
+	case on:
+		return setSendBuffer(w.end, wideSend)
+	}
+	err := errors.Join(setSendBuffer(w.end, armedSend), w.end.Close())
+	w.end = nil
+	return err
+}
+
+func (w *widening) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.end != nil {
+		w.end.Close()
+		w.end = nil
+	}
+}
+
+// duplicate is the same open file once more.
+func duplicate(f *os.File) (*os.File, error) {
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
 
 // OpenArmed is the OpenFunc for a stream that is held: a pair of sockets that hold
 // little, if the monitor can carry files, and else a socket that QEMU connects to.

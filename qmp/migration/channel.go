@@ -27,7 +27,11 @@ import (
 type Channel struct {
 	URI string
 	// buffer is how many bytes of the stream wait, at most, though nobody reads.
-	buffer  int
+	buffer int
+	// wide is how many do after widen(true), until widen(false), which is the last call of it;
+	// 0: neither is to be called.
+	wide    int
+	widen   func(on bool) error
 	accept  func(context.Context) (*os.File, error)
 	discard func(context.Context)
 }

@@ -100,6 +100,10 @@ type Together struct {
 type Held struct {
 	Buffer int    // how many bytes of the stream wait though nobody reads
 	Absent uint64 // as Unplugged says
+	// Wide is how many wait between Widen(true) and Widen(false), which is to be called once
+	// before Stop; 0: it must not be.
+	Wide  int
+	Widen func(on bool) error
 	// Stop stops the guest when all are ready for it, and returns when it stands still.
 	Stop func(ctx context.Context) error
 }
@@ -241,7 +245,7 @@ func (c *checkpointer) check(ctx context.Context) error {
 		// As Arm does: QEMU must not find by itself that it can stop the guest.
 		during["downtime-limit"] = 1
 		if c.open == nil {
-			c.open = OpenArmed
+			c.open = OpenWidening
 		}
 	} else if c.o.Mode == ModeLive {
 		parameters, err := Parameters(ctx, c.x)
@@ -345,7 +349,9 @@ func (c *checkpointer) save(ctx context.Context) error {
 			return err
 		}
 		consume = func(ctx context.Context, f *os.File) error {
-			return c.o.Together.Precopy(ctx, f, c.was, Held{c.channel.buffer, absent, c.stopTogether})
+			return c.o.Together.Precopy(ctx, f, c.was, Held{
+				Buffer: c.channel.buffer, Absent: absent, Wide: c.channel.wide, Widen: c.channel.widen, Stop: c.stopTogether,
+			})
 		}
 	}
 	if err := c.start(ctx, TwoWay, consume); err != nil {

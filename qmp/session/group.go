@@ -400,7 +400,7 @@ func (m *member) together(save func(ctx context.Context, f *os.File, before qmp.
 // holdUntil holds a save until the guest stands still.
 func holdUntil(h migration.Held, before qmp.RunState) *save.Hold {
 	return &save.Hold{
-		Buffer: h.Buffer, Absent: h.Absent,
+		Buffer: h.Buffer, Wide: h.Wide, Widen: h.Widen, Absent: h.Absent,
 		Wait: func(ctx context.Context) (string, error) {
 			if err := h.Stop(ctx); err != nil {
 				return "", err

@@ -35,6 +35,11 @@ type Hold struct {
 	Rate int64
 	// Buffer is how many bytes of the stream the transport takes though nobody reads.
 	Buffer int
+	// Wide is how many it takes between Widen(true) and Widen(false). The latter is called in
+	// any case, once, before the hold: early enough for all of them to have been read by then.
+	// 0: it always takes Buffer.
+	Wide  int
+	Widen func(on bool) error
 	// Absent is how many bytes of RAM are known to be listed and not to come; the stream
 	// itself tells of some or of none of them. If there are more, pass 1 ends before the
 	// hold, which is ErrNotHeld; if there are fewer, the hold comes earlier.
@@ -75,6 +80,7 @@ type hold struct {
 	cur  *stream.Cursor
 	tx   func() *store.Tx
 	left uint64 // pages of pass 1 that have not come when it holds
+	wide uint64 // pages that can be under way until Widen(false); 0: it has been called
 	done bool   // it has been held, or is not to be
 
 	since time.Time // pacing began
@@ -82,7 +88,11 @@ type hold struct {
 }
 
 func newHold(h Hold, cur *stream.Cursor, tx func() *store.Tx) *hold {
-	return &hold{Hold: h, cur: cur, tx: tx, left: ramparse.Underway(h.Buffer) + holdSpare}
+	n := &hold{Hold: h, cur: cur, tx: tx, left: ramparse.Underway(h.Buffer) + holdSpare}
+	if h.Wide > 0 {
+		n.wide = ramparse.Underway(h.Wide)
+	}
+	return n
 }
 
 // pending tells whether the save is still to be held. A nil hold is not.
@@ -93,10 +103,36 @@ func (h *hold) start(unseen uint64) error {
 	if unseen < 2*h.left {
 		return fmt.Errorf("%w: it has %d pages, and needs %d", ErrTooSmall, unseen, 2*h.left)
 	}
+	if h.wide > 0 && unseen > 2*(h.left+h.wide) {
+		if err := h.Widen(true); err != nil {
+			return err
+		}
+	} else if err := h.narrow(); err != nil {
+		return err
+	}
 	if h.Begun == nil {
 		return nil
 	}
 	return h.Begun(h.tx().Ref(), h.tx().UUID())
+}
+
+// narrow has the transport take no more than Buffer from now on.
+func (h *hold) narrow() error {
+	if h.wide == 0 {
+		return nil
+	}
+	h.wide = 0
+	return h.Widen(false)
+}
+
+// near is told how many pages have not come yet, after each that has come first. When so few
+// are left that all that can be under way would reach up to the hold, no more is to be: what
+// waits then is read before the hold.
+func (h *hold) near(unseen uint64) error {
+	if unseen > h.left+h.wide {
+		return nil
+	}
+	return h.narrow()
 }
 
 // reached is told how many pages have not come yet, after each that has come first,

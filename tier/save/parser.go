@@ -301,7 +301,13 @@ func (p *parser) page(d *ramparse.Decoder, rec *ramparse.Record) error {
 	if err := p.place.put(rec); err != nil {
 		return err
 	}
-	if p.hold.pending() && p.hold.reached(p.unseen) {
+	if !p.hold.pending() {
+		return nil
+	}
+	if err := p.hold.near(p.unseen); err != nil {
+		return err
+	}
+	if p.hold.reached(p.unseen) {
 		return p.held()
 	}
 	return nil
