@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -99,4 +100,16 @@ func TestDomainGuestAgent(t *testing.T) {
 	}
 	runsOn(t, vm)
 	checks(t, vm)
+	// Started again, its clock is set and a command is run, by the agent that libvirt has.
+	ok(t, json.Unmarshal([]byte(d.on(t, "checkpoint", "--json", "--then", "quit", "vm")), &with))
+	time.Sleep(3 * time.Second)
+	var again resumeReport
+	// The first of its commands fails if the clock is late.
+	command := fmt.Sprintf("[ $(date +%%s) -ge %d ] && echo cared for >/dev/ttyS0", time.Now().Unix())
+	ok(t, json.Unmarshal([]byte(d.on(t, "resume", "--json", "--guest-time", "--guest-run", command, "vm")), &again))
+	if again.State != "running" || again.Guest <= 0 {
+		t.Errorf("%+v", again)
+	}
+	vm = d.attach(t)
+	runsOn(t, vm)
 }

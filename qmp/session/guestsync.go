@@ -78,6 +78,11 @@ func (g *GuestCare) take(ctx context.Context, t Target) error {
 		return err
 	}
 	defer a.Close()
+	if w, ok := a.(interface{ Await(context.Context) error }); ok {
+		if err := w.Await(ctx); err != nil {
+			return err
+		}
+	}
 	if g.Time {
 		// Now, and not before: connecting may have taken a while.
 		if err := agent.SetTime(ctx, a, time.Now()); err != nil {

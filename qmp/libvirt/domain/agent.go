@@ -2,6 +2,7 @@ package domain
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -23,7 +24,8 @@ func DialAgent(ctx context.Context, uri, name string) (*GuestAgent, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := c.lookup(ctx, name)
+	// A job is in nobody's way: an incoming migration is one.
+	d, err := c.find(ctx, name)
 	if err != nil {
 		c.close()
 		return nil, err
@@ -52,6 +54,23 @@ func (a *GuestAgent) Execute(ctx context.Context, command string, args, result a
 		return fmt.Errorf("guest agent: %s: no answer", command)
 	}
 	return agent.Answer([]byte(answer[0]), result)
+}
+
+// Await waits until libvirt has found the agent, or until ctx is done. libvirt looks for it
+// only when a domain that is restored has all of its memory, though the guest runs before.
+func (a *GuestAgent) Await(ctx context.Context) error {
+	for {
+		err := a.Execute(ctx, "guest-ping", nil, nil)
+		var no libvirt.Error
+		if err == nil || !errors.As(err, &no) || no.Code != uint32(libvirt.ErrAgentUnresponsive) {
+			return err
+		}
+		select {
+		case <-time.After(pollInterval):
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+	}
 }
 
 // Close ends the connection to libvirt.

@@ -185,8 +185,8 @@ func (c *client) explain(op string, err error) error {
 	return &qmp.OpError{Op: op, Addr: c.uri, Err: err}
 }
 
-// lookup finds a domain that has a QEMU and no job.
-func (c *client) lookup(ctx context.Context, name string) (libvirt.Domain, error) {
+// find finds a domain that has a QEMU.
+func (c *client) find(ctx context.Context, name string) (libvirt.Domain, error) {
 	d, err := ask(ctx, c, "look up", func() (libvirt.Domain, error) { return c.rpc.DomainLookupByName(name) })
 	if err != nil {
 		return d, err
@@ -195,9 +195,17 @@ func (c *client) lookup(ctx context.Context, name string) (libvirt.Domain, error
 	if err != nil {
 		return d, err
 	}
-	fail := func(err error) error { return &qmp.OpError{Op: "domain " + name, Addr: c.uri, Err: err} }
 	if active == 0 {
-		return d, fail(ErrInactive)
+		return d, &qmp.OpError{Op: "domain " + name, Addr: c.uri, Err: ErrInactive}
+	}
+	return d, nil
+}
+
+// lookup finds a domain that has a QEMU and no job.
+func (c *client) lookup(ctx context.Context, name string) (libvirt.Domain, error) {
+	d, err := c.find(ctx, name)
+	if err != nil {
+		return d, err
 	}
 	job, err := ask(ctx, c, "job info", func() (int32, error) {
 		kind, _, _, _, _, _, _, _, _, _, _, _, err := c.rpc.DomainGetJobInfo(d)
@@ -207,7 +215,7 @@ func (c *client) lookup(ctx context.Context, name string) (libvirt.Domain, error
 		return d, err
 	}
 	if kind := libvirt.DomainJobType(job); kind == libvirt.DomainJobBounded || kind == libvirt.DomainJobUnbounded {
-		return d, fail(fmt.Errorf("%w (see virsh domjobinfo %s)", ErrJob, name))
+		return d, &qmp.OpError{Op: "domain " + name, Addr: c.uri, Err: fmt.Errorf("%w (see virsh domjobinfo %s)", ErrJob, name)}
 	}
 	return d, nil
 }
