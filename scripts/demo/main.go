@@ -65,7 +65,7 @@ func run(ctx context.Context, o options) (f figures, err error) {
 	start := time.Now()
 	// Their making is no part of the story: a kernel is downloaded.
 	slow := time.AfterFunc(3*time.Second, func() {
-		fmt.Fprintln(os.Stderr, "demo: making the guest, the first time only: Debian's kernel is downloaded, 30 MB")
+		fmt.Fprintln(os.Stderr, "demo: making the guest, the first time only: Debian's kernel is downloaded, 27 MB")
 	})
 	_, err = qemutest.Assets(ctx, "x86")
 	slow.Stop()
