@@ -53,7 +53,7 @@ func newCheckpoint(a *app) *cobra.Command {
 	c := &checkpointCmd{
 		app:      a,
 		mode:     choice{value: "stop", choices: []string{"stop", "live", "background"}},
-		snapshot: choice{value: "leave", choices: []string{"leave", "snapshot"}},
+		snapshot: choice{value: "leave", choices: []string{"leave", "snapshot", "keep", "copy"}},
 		then:     choice{value: "", choices: []string{"run", "pause", "quit"}},
 		rounds:   count{1, 1, rounds.Max},
 		keepLast: count{0, 0, math.MaxInt32},
@@ -75,6 +75,12 @@ Pages that equal blocks of the VM's disks are not stored, where the disks stand 
 images that have an index in the store (disk index): the checkpoint then needs these
 images (absorb copies what it needs). QEMU says which they are; --disk names others.
 With --disks snapshot --freeze also those that equal what the guest itself has written.
+
+With --disks keep the store keeps a copy of each disk that the guest can write to, as it is
+while the guest stands still; the guest goes on with its own. The copy shares disk blocks
+with the image (reflink); --disks copy copies it where that can't be. It goes with the
+checkpoint, disk thaw makes a file of it, to resume with, and with --freeze pages are looked
+for in it.
 
 With --arm a process stays behind that has the next checkpoint ready: it reads the
 guest's memory at --arm-rate while the guest runs, and then waits. The next checkpoint
@@ -123,8 +129,8 @@ killed (SIGKILL), a second process lets the guest run.`,
 	addParent(fs, &c.parent)
 	c.share.add(fs)
 	c.disks.add(fs)
-	fs.BoolVar(&c.freeze, "freeze", false, "with --disks snapshot: index what is frozen while the guest stands still, and look for pages in it too")
-	fs.Var(&c.snapshot, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them")
+	fs.BoolVar(&c.freeze, "freeze", false, "index what is frozen or kept of the disks while the guest stands still, and look for pages in it too; alone: with --disks keep")
+	fs.Var(&c.snapshot, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them; keep: let the store keep copies of them, which share their disk blocks (reflink); copy: likewise, as whole copies where that can't be")
 	fs.BoolVar(&c.sync, "guest-sync", false, "first let the guest write to its disks what it has not yet, through its agent (sync)")
 	fs.StringVar(&c.agent, "guest-agent", "", "with --qmp: the socket of the guest's agent")
 	fs.BoolVar(&c.noDisks, "no-disks", false, "do not ask QEMU for the VM's disks to look for pages on them")
@@ -218,7 +224,7 @@ func (c *checkpointCmd) options(vm string, timer time.Duration, timed bool) (ses
 				sayTracked(c.stderr, rep)
 			}
 		},
-		Disks: c.disks, NoDisks: c.noDisks, Snapshot: c.snapshot.value == "snapshot", Freeze: c.freeze,
+		Disks: c.disks, NoDisks: c.noDisks, Snapshot: c.snapshot.value == "snapshot", Keep: c.keeps(), Freeze: c.freeze,
 		Guard: guard, PutRight: guardQEMU,
 		Log: c.log(),
 	}
@@ -312,17 +318,30 @@ func (c *checkpointCmd) checkValues() (timer time.Duration, err error) {
 
 // checkSnapshot finds out whether snapshots of the disks can be taken.
 func (c *checkpointCmd) checkSnapshot() error {
+	flag := "--disks " + c.snapshot.value
+	if c.snapshot.value == "leave" {
+		if flag = "--freeze"; !c.freeze {
+			return nil
+		}
+	}
 	switch {
-	case c.snapshot.value != "snapshot" && c.freeze:
-		return usageError{errors.New("--freeze looks in what is frozen with the checkpoint: it needs --disks snapshot")}
-	case c.snapshot.value != "snapshot":
-		return nil
 	case c.noDisks:
-		return usageError{errors.New("--disks snapshot needs QEMU to be asked for the disks, and --no-disks forbids that")}
+		return usageError{fmt.Errorf("%s needs QEMU to be asked for the disks, and --no-disks forbids that", flag)}
 	case c.mode.value != "stop":
-		return usageError{fmt.Errorf("--disks snapshot needs a guest that stands still before anything is saved, and --mode is %s", c.mode.value)}
+		return usageError{fmt.Errorf("%s needs a guest that stands still before anything is saved, and --mode is %s", flag, c.mode.value)}
 	}
 	return nil
+}
+
+// keeps says how copies of the disks are kept: --freeze alone needs some to look in.
+func (c *checkpointCmd) keeps() session.KeepMode {
+	switch {
+	case c.snapshot.value == "copy":
+		return session.KeepCopy
+	case c.snapshot.value == "keep", c.snapshot.value == "leave" && c.freeze:
+		return session.KeepReflink
+	}
+	return session.KeepNone
 }
 
 func (c *checkpointCmd) show(doc checkpointReport) error {
@@ -363,5 +382,8 @@ func (c *checkpointCmd) show(doc checkpointReport) error {
 func (c *checkpointCmd) saySnapshots(doc checkpointReport) {
 	for _, s := range doc.Snapshots {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s: %s has the disk as it was; the guest goes on in %s\n", doc.Checkpoint, s.Frozen, s.Now)
+	}
+	for _, k := range doc.Kept {
+		fmt.Fprintf(c.stderr, "flic-migrate: %s: %s is kept as it was, in %s\n", doc.Checkpoint, k.Image, k.File)
 	}
 }

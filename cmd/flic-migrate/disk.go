@@ -27,7 +27,7 @@ Only images that nobody writes to are of use, such as the backing file that VMs 
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	c.AddCommand(newDiskIndex(a), newDiskList(a), newDiskRm(a))
+	c.AddCommand(newDiskIndex(a), newDiskList(a), newDiskRm(a), newDiskThaw(a))
 	return c
 }
 

@@ -92,6 +92,9 @@ func (a *app) gc(ctx context.Context, o gcOptions) error {
 		return printJSON(a.stdout, rep)
 	}
 	_, err = fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes+rep.TrimmedBytes), human(rep.NVRAMBytes+rep.Demoted.NVRAMBytes))
+	if err == nil && rep.FrozenDisks > 0 {
+		_, err = fmt.Fprintf(a.stdout, "%d copies of disks that no checkpoint has removed, %s\n", rep.FrozenDisks, human(rep.FrozenBytes))
+	}
 	if d := rep.Demoted; err == nil && d.Images > 0 {
 		_, err = fmt.Fprintf(a.stdout, "%s of %d older checkpoints moved from NVRAM to flash\n", human(d.Bytes), d.Images)
 	}

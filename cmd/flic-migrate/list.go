@@ -76,8 +76,9 @@ type listEntry struct {
 	NVRAMBytes int64     `json:"nvram_bytes"` // page content in NVRAM
 	MovedBytes int64     `json:"moved_bytes"` // page content beside the image file: moved from NVRAM, or copied from disk images
 	Machine    string    `json:"machine,omitempty"`
-	State      string    `json:"state"`           // QEMU's run state, or damaged, incomplete, "version N" or unsupported
-	Disks      int       `json:"disks,omitempty"` // disk images that have bytes of its pages
+	State      string    `json:"state"`                // QEMU's run state, or damaged, incomplete, "version N" or unsupported
+	Disks      int       `json:"disks,omitempty"`      // disk images that have bytes of its pages
+	KeptDisks  int       `json:"kept_disks,omitempty"` // that the store keeps with it
 	Domain     string    `json:"trust_domain,omitempty"`
 	Armed      bool      `json:"armed,omitempty"` // the VM's next one is armed; on its newest
 	Group      string    `json:"group,omitempty"` // the group that it is in, NAME@N
@@ -171,7 +172,7 @@ func newListEntry(l store.Listed) listEntry {
 	}
 	id := l.Identity
 	e.UUID, e.Created, e.Machine, e.State = id.UUID.String(), id.Created, id.Machine, id.RunState
-	e.RAMBytes, e.Disks, e.Domain = id.RAMBytes, id.NeedsDisks(), id.TrustDomain
+	e.RAMBytes, e.Disks, e.KeptDisks, e.Domain = id.RAMBytes, id.NeedsDisks(), len(id.Kept), id.TrustDomain
 	e.MovedBytes = l.MovedBytes + l.DiskBytes
 	if id.NVRAM != nil {
 		e.NVRAMBytes = max(0, id.NVRAM.Bytes-l.MovedBytes)
@@ -233,6 +234,9 @@ func printList(w io.Writer, entries []listEntry) error {
 		state := dash(e.State)
 		if e.Disks > 0 {
 			state += fmt.Sprintf(", needs %s", plural(e.Disks, "disk"))
+		}
+		if e.KeptDisks > 0 {
+			state += fmt.Sprintf(", with %s", plural(e.KeptDisks, "disk"))
 		}
 		if e.Armed {
 			state += ", next armed"

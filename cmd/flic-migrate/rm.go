@@ -76,6 +76,8 @@ type rmEntry struct {
 	Checkpoint string `json:"checkpoint"` // NAME@N
 	FlashBytes int64  `json:"flash_bytes"`
 	NVRAMBytes int64  `json:"nvram_bytes"`
+	// FrozenBytes is what the disks took that were kept with it.
+	FrozenBytes int64 `json:"frozen_bytes"`
 	// KeptFor are the checkpoints that need some of it, NAME@N.
 	KeptFor []string `json:"kept_for,omitempty"`
 	Warning string   `json:"warning,omitempty"` // why something was not freed
@@ -119,7 +121,7 @@ func (a *app) removeOne(ctx context.Context, st *store.Store, remover *store.Rem
 		}
 		return rmEntry{}, fmt.Errorf("checkpoint %v was not removed: %w", ref, err)
 	}
-	e := rmEntry{Checkpoint: ref.String(), FlashBytes: rm.FlashBytes, NVRAMBytes: rm.NVRAMBytes}
+	e := rmEntry{Checkpoint: ref.String(), FlashBytes: rm.FlashBytes, NVRAMBytes: rm.NVRAMBytes, FrozenBytes: rm.FrozenBytes}
 	for _, by := range rm.Kept {
 		e.KeptFor = append(e.KeptFor, by.String())
 	}
@@ -140,7 +142,11 @@ func (e rmEntry) words() string {
 	default:
 		kept = fmt.Sprintf("; %d others need the rest", n)
 	}
-	return fmt.Sprintf("removed, %s of flash and %s of NVRAM freed%s", human(e.FlashBytes), human(e.NVRAMBytes), kept)
+	disks := ""
+	if e.FrozenBytes > 0 {
+		disks = fmt.Sprintf(", disks of %s removed", human(e.FrozenBytes))
+	}
+	return fmt.Sprintf("removed, %s of flash and %s of NVRAM freed%s%s", human(e.FlashBytes), human(e.NVRAMBytes), disks, kept)
 }
 
 // removals finds all that is to be removed before anything is: a misspelt name

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -53,6 +54,8 @@ type showDoc struct {
 	Group   string            `json:"group,omitempty"`   // the group that it is in, NAME@N
 	Reads   *checkpoint.Reads `json:"reads,omitempty"`   // of a restore; missing if the page map can't tell
 	Sharing *store.Sharing    `json:"sharing,omitempty"` // with others; missing if it can't be told
+	// KeptDisks are the disks that the store keeps with it, as they are now.
+	KeptDisks []store.KeptDisk `json:"kept_disks,omitempty"`
 }
 
 func (a *app) show(ctx context.Context, name string, asJSON bool) error {
@@ -91,16 +94,17 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 			group = g.String()
 		}
 	}
+	kept := st.KeptDisks(ctx, d.Meta)
 	if asJSON {
 		if m := d.Meta; m.Digests != nil {
 			m.Digests.Key = digest.Key{} // whoever reads this need not know it
 		}
-		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, label.Tags, label.Note, armed, group, reads, sharing})
+		return printJSON(a.stdout, showDoc{d.Ref.String(), d.Ref.N, d.ImageBytes, d.Meta, label.Tags, label.Note, armed, group, reads, sharing, kept})
 	}
-	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, label, armed, group, reads, sharing)
+	return printShow(a.stdout, d.Ref, d.ImageBytes, d.Meta, label, armed, group, reads, sharing, kept)
 }
 
-func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label store.Label, armed bool, group string, reads *checkpoint.Reads, sharing *store.Sharing) error {
+func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label store.Label, armed bool, group string, reads *checkpoint.Reads, sharing *store.Sharing, kept []store.KeptDisk) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
 	r := &m.Report
@@ -177,7 +181,11 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label
 		where = "copied from disk"
 	}
 	for _, d := range r.Disks {
-		line(where, "%s: %d pages, %s", d.Path, d.Pages, human(d.Bytes))
+		of := ""
+		if d.Kept && m.DiskSlots == 0 {
+			of = "kept copy of "
+		}
+		line(where, "%s%s: %d pages, %s", of, d.Path, d.Pages, human(d.Bytes))
 	}
 	if reads != nil {
 		line("a restore reads", "%d places, %.1f for each MB", reads.Places, reads.PerMB)
@@ -204,8 +212,13 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label
 	for _, d := range m.VMDisks {
 		if len(d.Layers) > 0 {
 			how := "as it was then"
-			if d.Frozen {
+			switch i := slices.IndexFunc(kept, func(k store.KeptDisk) bool { return k.UUID == d.Kept }); {
+			case d.Frozen:
 				how = "frozen; needs an overlay to resume"
+			case i >= 0 && kept[i].Wrong != "":
+				how += "; the copy that was kept is of no use: " + kept[i].Wrong
+			case i >= 0:
+				how += fmt.Sprintf("; kept in %s, %s (disk thaw makes a file of it)", kept[i].File, human(kept[i].Bytes))
 			}
 			line("goes with", "%s, %s", d.Layers[0].Path, how)
 		}

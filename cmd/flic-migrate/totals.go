@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"text/tabwriter"
 
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -51,14 +52,22 @@ func (a *app) listTotals(ctx context.Context, vm string, asJSON bool) error {
 
 func printTotals(w io.Writer, list []store.Total) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(t, "VM\tDOMAIN\tCHECKPOINTS\tFLASH\tNVRAM\tKEPT\tLENT\tBORROWED")
+	// This column is for those who use it.
+	disks := slices.ContainsFunc(list, func(e store.Total) bool { return e.Frozen > 0 })
+	column := func(s string) string {
+		if disks {
+			return "\t" + s
+		}
+		return ""
+	}
+	fmt.Fprintln(t, "VM\tDOMAIN\tCHECKPOINTS\tFLASH\tNVRAM\tKEPT\tLENT\tBORROWED"+column("DISKS"))
 	for _, e := range list {
 		lent, borrowed := human(e.Lent), human(e.Borrowed)
 		if e.VM == "" {
 			lent, borrowed = "", ""
 		}
-		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", dash(e.VM), dash(e.TrustDomain), e.Checkpoints,
-			human(e.Flash), human(e.NVRAM), human(e.Kept), lent, borrowed)
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s%s\n", dash(e.VM), dash(e.TrustDomain), e.Checkpoints,
+			human(e.Flash), human(e.NVRAM), human(e.Kept), lent, borrowed, column(human(e.Frozen)))
 	}
 	return t.Flush()
 }

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/disk"
@@ -24,12 +26,13 @@ import (
 
 // Record describes the disks for a checkpoint, as their files are now. The guest stands
 // still, and QEMU has written all that it had to. Files that can't be looked at are left
-// out; frozen says that a snapshot of those that the guest writes to has been taken.
-func Record(list []Disk, frozen bool) (out []checkpoint.VMDisk) {
+// out; frozen says that a snapshot of those that the guest writes to has been taken, and
+// kept which copies of them the store keeps, by the disks' names.
+func Record(list []Disk, frozen bool, kept map[string]uuid.UUID) (out []checkpoint.VMDisk) {
 	for _, d := range list {
-		v := checkpoint.VMDisk{Name: d.Name, ReadOnly: d.ReadOnly, Frozen: frozen && !d.ReadOnly}
+		v := checkpoint.VMDisk{Name: d.Name, ReadOnly: d.ReadOnly, Frozen: frozen && !d.ReadOnly, Kept: kept[d.Name]}
 		for _, l := range d.Layers {
-			id, err := identify(l)
+			id, err := Identify(l)
 			if err != nil {
 				break
 			}
@@ -40,7 +43,8 @@ func Record(list []Disk, frozen bool) (out []checkpoint.VMDisk) {
 	return out
 }
 
-func identify(l Layer) (disk.Identity, error) {
+// Identify says what the file of a layer is now.
+func Identify(l Layer) (disk.Identity, error) {
 	i, err := open(l)
 	if err != nil {
 		return disk.Identity{}, err
@@ -147,7 +151,7 @@ func below(now []Layer, was checkpoint.VMDisk) string {
 		if k >= len(now) {
 			break
 		}
-		id, err := identify(now[k])
+		id, err := Identify(now[k])
 		if err != nil {
 			break // it could be looked at when it was saved, but nobody writes to it as a rule
 		}
@@ -232,19 +236,52 @@ func RemoveOverlays(overlays []Snapshot) {
 
 // Overlays names an overlay for each disk that the guest can write to.
 func Overlays(list []Disk, at time.Time) (overlays []Snapshot, err error) {
+	writable, err := Writable(list)
+	if err != nil {
+		return nil, fmt.Errorf("no snapshot of %w", err)
+	}
+	for _, d := range writable {
+		overlays = append(overlays, Snapshot{d.Name, d.Layers[0].Path, overlayOn(d.Layers[0].Path, at)})
+	}
+	return overlays, nil
+}
+
+// Writable are the disks that the guest can write to, each of which must be in a file that
+// can be looked at.
+func Writable(list []Disk) (writable []Disk, err error) {
 	for _, d := range list {
 		if d.ReadOnly {
 			continue
 		}
-		if len(d.Layers) == 0 {
-			return nil, fmt.Errorf("no snapshot of the disk %s: %w", d.Name, errNoFile)
+		err := errNoFile
+		if len(d.Layers) > 0 {
+			_, err = Identify(d.Layers[0])
 		}
-		if _, err := identify(d.Layers[0]); err != nil {
-			return nil, fmt.Errorf("no snapshot of the disk %s: %w", d.Name, err)
+		if err != nil {
+			return nil, fmt.Errorf("the disk %s: %w", d.Name, err)
 		}
-		overlays = append(overlays, Snapshot{d.Name, d.Layers[0].Path, overlayOn(d.Layers[0].Path, at)})
+		writable = append(writable, d)
 	}
-	return overlays, nil
+	return writable, nil
+}
+
+// ErrJobs: QEMU writes to a VM's disks, or will, though the guest stands still.
+var ErrJobs = errors.New("QEMU has block jobs at work on the VM's disks")
+
+// Idle fails if QEMU has block jobs (ErrJobs): a mirror, a backup, or the commit or streaming
+// of an image goes on while the guest stands still.
+func Idle(ctx context.Context, x qmp.Executor) error {
+	var jobs []struct {
+		Type   string `json:"type"`
+		Device string `json:"device"`
+	}
+	if err := x.Execute(ctx, "query-block-jobs", nil, &jobs); err != nil {
+		return fmt.Errorf("QEMU's block jobs: %w", err)
+	}
+	if len(jobs) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: %.60q of %.60q, and perhaps others", ErrJobs, jobs[0].Type, jobs[0].Device)
 }
 
 // TakeSnapshots makes the overlays, which are Overlays of the list, all of them in one step

@@ -1,6 +1,7 @@
 package disks
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -29,7 +30,7 @@ func TestCompare(t *testing.T) {
 		{Name: "/m/gone", Layers: []Layer{{filepath.Join(dir, "gone"), "raw"}}},
 		{Name: "/m/vmdk", Layers: []Layer{{a, "vmdk"}}},
 	}
-	was := Record(list, false)
+	was := Record(list, false, nil)
 	if len(was) != 5 || len(was[0].Layers) != 1 || was[0].Layers[0].Path != a || !was[1].ReadOnly || was[2].Layers != nil || was[3].Layers != nil || was[4].Layers != nil {
 		t.Fatalf("%+v", was)
 	}
@@ -56,7 +57,7 @@ func TestCompare(t *testing.T) {
 	if got, err := Compare(t.Context(), AsSaved(was), was); err != nil || len(got) != 0 {
 		t.Error(got, err)
 	}
-	frozen := Record(list, true)
+	frozen := Record(list, true, nil)
 	if !frozen[0].Frozen || frozen[1].Frozen {
 		t.Errorf("%+v", frozen)
 	}
@@ -118,5 +119,19 @@ func TestTakeSnapshots(t *testing.T) {
 	list[0].Layers = nil
 	if _, err := Overlays(list, at); err == nil {
 		t.Error("a disk of which nothing is known has a snapshot")
+	}
+}
+
+// TestIdle: a disk that QEMU itself writes to is not one that stands still.
+func TestIdle(t *testing.T) {
+	if err := Idle(t.Context(), &fake{answers: map[string]string{"query-block-jobs": "[]"}}); err != nil {
+		t.Error(err)
+	}
+	busy := &fake{answers: map[string]string{"query-block-jobs": `[{"type":"commit","device":"d0","len":1}]`}}
+	if err := Idle(t.Context(), busy); !errors.Is(err, ErrJobs) || !strings.Contains(err.Error(), "commit") {
+		t.Error(err)
+	}
+	if err := Idle(t.Context(), &fake{}); err == nil || errors.Is(err, ErrJobs) {
+		t.Errorf("a QEMU that does not say: %v", err)
 	}
 }

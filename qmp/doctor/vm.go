@@ -94,7 +94,7 @@ func (r *report) disks(ctx context.Context, x qmp.Executor, indexed []disk.Entry
 		r.failed(err, "", "its disks can't be asked for")
 		return
 	}
-	for i, v := range disks.Record(list, false) {
+	for i, v := range disks.Record(list, false, nil) {
 		switch {
 		case len(v.Layers) > 0:
 			r.ok("the disk %s is %s: a checkpoint records what it was", v.Name, v.Layers[0].Path)

@@ -255,8 +255,21 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x 
 	if err != nil {
 		return rep, err
 	}
-	if o.Snapshot {
+	if err := o.canKeep(ctx, st, x, found); err != nil {
+		return rep, err
+	}
+	var copies *keeping
+	defer func() { copies.release(ctx, rep.Saved, &o) }()
+	switch {
+	case o.Snapshot:
 		o.Guest.Stopped = func(ctx context.Context) error { return o.snapshot(ctx, t, x, found, &rep) }
+	case o.Keep != KeepNone:
+		o.Guest.Stopped = func(ctx context.Context) (err error) {
+			limited, cancel := context.WithTimeoutCause(ctx, freezeTime, errKeepTime)
+			defer cancel()
+			copies, err = o.keep(limited, st, x, found, &rep)
+			return err
+		}
 	}
 	var made *armedReport
 	o.Guest.Save = func(ctx context.Context, _ *os.File, before qmp.RunState) error {
@@ -264,7 +277,7 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x 
 		if before.Running {
 			state = before.Status
 		}
-		err := p.ask(armedAsk{Ask: "go", RunState: state, Disks: found, Frozen: o.Snapshot, Libvirt: o.Save.Libvirt})
+		err := p.ask(armedAsk{Ask: "go", RunState: state, Disks: found, Frozen: o.Snapshot, KeptDisks: copies.names(), Libvirt: o.Save.Libvirt})
 		if err == nil {
 			made, err = p.report(ctx)
 		}

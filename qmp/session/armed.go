@@ -53,11 +53,13 @@ import (
 // With go the process is told what it can't ask for itself: the VM's disks, to record what
 // their files are, and how libvirt describes the domain now.
 type armedAsk struct {
-	Ask      string              `json:"ask"`
-	RunState string              `json:"run_state,omitempty"`
-	Disks    []disks.Disk        `json:"disks,omitempty"`
-	Frozen   bool                `json:"frozen,omitempty"` // as of disks.Record
-	Libvirt  *checkpoint.Libvirt `json:"libvirt,omitempty"`
+	Ask      string       `json:"ask"`
+	RunState string       `json:"run_state,omitempty"`
+	Disks    []disks.Disk `json:"disks,omitempty"`
+	Frozen   bool         `json:"frozen,omitempty"` // as of disks.Record
+	// KeptDisks likewise; the process holds these copies too.
+	KeptDisks map[string]uuid.UUID `json:"kept_disks,omitempty"`
+	Libvirt   *checkpoint.Libvirt  `json:"libvirt,omitempty"`
 }
 
 type armedSay struct {
@@ -111,11 +113,12 @@ type armedEncoding struct {
 	Share         string       `json:"share,omitempty"`
 	Disks         string       `json:"disks"` // CheckpointOptions.Disks, as a search path
 	NoDisks       bool         `json:"no_disks"`
+	Keeps         bool         `json:"keeps,omitempty"` // copies of the disks are kept with it
 }
 
 func (o *CheckpointOptions) encoding() (e armedEncoding, err error) {
 	s := &o.Save
-	e = armedEncoding{s.NVRAM, s.NVRAMSize, s.VolatileNVRAM, s.SampleSize, s.Energy, s.Battery, s.Codec, s.SegmentPages, s.Workers, s.Parent, s.TrustDomain, s.Share, "", o.NoDisks}
+	e = armedEncoding{s.NVRAM, s.NVRAMSize, s.VolatileNVRAM, s.SampleSize, s.Energy, s.Battery, s.Codec, s.SegmentPages, s.Workers, s.Parent, s.TrustDomain, s.Share, "", o.NoDisks, o.Keep != KeepNone}
 	if e.Parent == "" {
 		e.Parent = save.ParentAuto
 	}
@@ -138,7 +141,7 @@ func (o *CheckpointOptions) encoding() (e armedEncoding, err error) {
 
 func (e armedEncoding) options() save.Options {
 	return save.Options{NVRAM: e.NVRAM, NVRAMSize: e.NVRAMSize, VolatileNVRAM: e.VolatileNVRAM, SampleSize: e.SampleSize,
-		Energy: e.Energy, Battery: e.Battery, Codec: e.Codec, SegmentPages: e.SegmentPages, Workers: e.Workers, Parent: e.Parent, TrustDomain: e.TrustDomain, Share: e.Share}
+		Energy: e.Energy, Battery: e.Battery, Codec: e.Codec, SegmentPages: e.SegmentPages, Workers: e.Workers, Parent: e.Parent, TrustDomain: e.TrustDomain, Share: e.Share, Keeps: e.Keeps}
 }
 
 // armedConfig is all that the process is told by who starts it.
@@ -244,9 +247,10 @@ type armedServer struct {
 	// opened are the disks that pages are looked for in; they are there when begun is
 	// closed.
 	opened *save.OpenedDisks
-	went   armedAsk   // what goOn has brought; the save's
-	putM   sync.Mutex // one puts QEMU right at a time
-	put    bool       // and it has been done, or is somebody else's to do
+	went   armedAsk    // what goOn has brought; the save's
+	copies []io.Closer // of disks, that nobody removes; the save's
+	putM   sync.Mutex  // one puts QEMU right at a time
+	put    bool        // and it has been done, or is somebody else's to do
 
 	mu      sync.Mutex
 	driven  bool // a command has let it go on
@@ -323,10 +327,15 @@ func (s *armedServer) save(ctx context.Context, f *os.File) (ref store.Ref, meta
 		return ref, nil, err
 	}
 	s.opened = save.OpenDisks(ctx, catalog, s.c.Disks)
+	defer func() {
+		for _, c := range s.copies {
+			c.Close()
+		}
+	}()
 	o := s.c.Encoding.options()
 	o.VM, o.Libvirt, o.ReturnPath, o.Log = s.c.VM, s.c.Libvirt, out, s.p.Log
 	o.Disks, o.UnusedDisks = s.opened.Disks, s.opened.Unused
-	o.VMDisks = func() []checkpoint.VMDisk { return disks.Record(s.went.Disks, s.went.Frozen) }
+	o.VMDisks = func() []checkpoint.VMDisk { return disks.Record(s.went.Disks, s.went.Frozen, s.went.KeptDisks) }
 	// Nearly all of its pages are as in the one that was made just now.
 	if o.Since, err = store.ParseRef(s.c.Parent); err != nil {
 		return ref, nil, err
@@ -351,13 +360,13 @@ func (s *armedServer) save(ctx context.Context, f *os.File) (ref store.Ref, meta
 			close(s.begun)
 			return nil
 		},
-		Wait: func(ctx context.Context) (string, error) { return s.wait(ctx, f) },
+		Wait: func(ctx context.Context) (string, error) { return s.wait(ctx, st, f) },
 	}
 	return save.Run(ctx, s.p.FS, st, in, o)
 }
 
 // wait is Hold.Wait.
-func (s *armedServer) wait(ctx context.Context, f *os.File) (string, error) {
+func (s *armedServer) wait(ctx context.Context, st *store.Store, f *os.File) (string, error) {
 	close(s.held)
 	debug.FreeOSMemory() // it may be for hours
 	unwatch, err := watchEnd(f, func() { s.stop(errStreamEnded) })
@@ -370,6 +379,14 @@ func (s *armedServer) wait(ctx context.Context, f *os.File) (string, error) {
 		if s.went.Libvirt != nil && s.c.Libvirt != nil {
 			// The save has the address, and writes what is there at its end.
 			*s.c.Libvirt = *s.went.Libvirt
+		}
+		for _, id := range s.went.KeptDisks {
+			// The command holds it too, but may be killed.
+			c, err := st.HoldFrozen(ctx, id)
+			if err != nil {
+				return "", fmt.Errorf("copy of a disk: %w", err)
+			}
+			s.copies = append(s.copies, c)
 		}
 		return s.went.RunState, nil
 	case <-ctx.Done():

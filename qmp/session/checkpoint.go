@@ -38,9 +38,13 @@ type CheckpointOptions struct {
 	// still, so that the files that it wrote to stay as they belong to the checkpoint. It
 	// needs ModeStop.
 	Snapshot bool
-	// Freeze, with Snapshot, makes indexes of these files while the guest stands still, and
-	// looks for pages in them too. The guest stands still for longer, by as long as it takes
-	// to read them.
+	// Keep has the store keep a copy of each disk that the guest can write to, as it is
+	// while the guest stands still. The guest goes on to write to its own. It needs ModeStop,
+	// and fails the checkpoint if it can't be done.
+	Keep KeepMode
+	// Freeze, with Snapshot or Keep, makes indexes of these files while the guest stands
+	// still, and looks for pages in them too. The guest stands still for longer, by as long
+	// as it takes to read them.
 	Freeze bool
 
 	// Sync makes the guest write to its disks first; nil: it does when it likes.
@@ -81,6 +85,10 @@ type CheckpointReport struct {
 	Demoted *store.Demoted `json:"demoted,omitempty"`
 	// Snapshots are what disks go on in; also after a failure, if they were taken.
 	Snapshots []disks.Snapshot `json:"snapshots,omitempty"`
+	// Kept are the copies of disks that the store keeps with it, and KeptTime is how long
+	// the guest stood still for them to be made.
+	Kept     []Kept        `json:"kept,omitempty"`
+	KeptTime time.Duration `json:"kept_ns,omitempty"`
 	// Armed: it was made by a process that had it ready.
 	Armed bool `json:"armed"`
 	// ArmedProcess is the process that has the next one ready; 0: there is none.
@@ -232,6 +240,9 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		return rep, err
 	}
 	defer func() { opened.Close() }()
+	if err := o.canKeep(ctx, st, x, found); err != nil {
+		return rep, err
+	}
 	if o.PutRight != nil && o.Guest.Mode != migration.ModeBackground {
 		release, err := o.PutRight(t)
 		if err != nil {
@@ -239,11 +250,13 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		}
 		defer release()
 	}
+	var copies *keeping
+	defer func() { copies.release(ctx, rep.Saved, o) }()
 	var ref store.Ref
 	saveHeld := func(ctx context.Context, f *os.File, before qmp.RunState, hold *save.Hold) error {
 		var meta *checkpoint.Meta
 		var err error
-		if ref, meta, err = o.save(ctx, fs, st, f, found, before, hold); err == nil {
+		if ref, meta, err = o.save(ctx, fs, st, f, found, copies, before, hold); err == nil {
 			rep.Checkpoint, rep.Save = ref.String(), &meta.Report
 		}
 		return err
@@ -267,6 +280,19 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 			if err == nil && o.Freeze {
 				opened.Close()
 				opened, err = o.openFrozen(ctx, st, found)
+			}
+			return err
+		}
+	}
+	if o.Keep != KeepNone {
+		o.Save.Keeps = true
+		o.Guest.Stopped = func(ctx context.Context) error {
+			limited, cancel := context.WithTimeoutCause(ctx, freezeTime, errKeepTime)
+			defer cancel()
+			var err error
+			if copies, err = o.keep(limited, st, x, found, &rep); err == nil && o.Freeze {
+				opened.Close()
+				opened, err = o.openKept(ctx, limited, st, found, copies)
 			}
 			return err
 		}
@@ -317,7 +343,7 @@ func (o *CheckpointOptions) watch(ctx context.Context, x qmp.Executor, redial mi
 }
 
 // save is the consumer of the migration's stream. hold may be nil.
-func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store, f *os.File, found []disks.Disk, before qmp.RunState, hold *save.Hold) (store.Ref, *checkpoint.Meta, error) {
+func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store, f *os.File, found []disks.Disk, copies *keeping, before qmp.RunState, hold *save.Hold) (store.Ref, *checkpoint.Meta, error) {
 	if o.Guest.Mode == migration.ModeBackground && before.Running {
 		release, err := o.Guard(f)
 		if err != nil {
@@ -341,7 +367,7 @@ func (o *CheckpointOptions) save(ctx context.Context, fs vfs.FS, st *store.Store
 	so.ReturnPath, so.Hold = out, hold
 	// In background mode the guest goes on writing.
 	if len(found) > 0 && !(o.Guest.Mode == migration.ModeBackground && before.Running) {
-		so.VMDisks = func() []checkpoint.VMDisk { return disks.Record(found, o.Snapshot) }
+		so.VMDisks = func() []checkpoint.VMDisk { return disks.Record(found, o.Snapshot, copies.names()) }
 	}
 	if before.Running {
 		so.RunState = before.Status

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -91,13 +92,13 @@ func (o *CheckpointOptions) images(found []disks.Disk) []save.DiskFile {
 }
 
 // find asks for the VM's disks. A QEMU that does not say can be saved all the same, but
-// for snapshots.
+// for snapshots and copies of them.
 func (o *CheckpointOptions) find(ctx context.Context, x qmp.Executor) ([]disks.Disk, error) {
 	if o.NoDisks {
 		return nil, nil
 	}
 	found, err := disks.Find(ctx, x)
-	if err != nil && !o.Snapshot {
+	if err != nil && !o.Snapshot && o.Keep == KeepNone {
 		o.Log.Warn("which disks the VM has is not known, and not recorded", "cause", err)
 		return nil, nil
 	}
@@ -122,6 +123,31 @@ func (o *CheckpointOptions) snapshot(ctx context.Context, t Target, x qmp.Execut
 	return err
 }
 
+// keptOnes fails if the guest would write to a copy that a store keeps.
+func keptOnes(list []disks.Disk, kept []store.KeptDisk) error {
+	for _, d := range list {
+		if d.ReadOnly || len(d.Layers) == 0 {
+			continue
+		}
+		for _, k := range kept {
+			if sameFile(d.Layers[0].Path, k.File) {
+				return fmt.Errorf("%w: %s is kept with the checkpoint, and would be written to: flic-migrate disk thaw makes a file of it that is yours", disks.ErrOtherDisks, k.File)
+			}
+		}
+	}
+	return nil
+}
+
+// sameFile tells whether two paths lead to one file.
+func sameFile(a, b string) bool {
+	x, err := os.Stat(a)
+	if err != nil {
+		return false
+	}
+	y, err := os.Stat(b)
+	return err == nil && os.SameFile(x, y)
+}
+
 // compareDisks tells whether the disks of the QEMU that c is to be resumed into are c's.
 // now gives that QEMU's disks.
 func (o *ResumeOptions) compareDisks(ctx context.Context, c *store.Checkpoint, now func() ([]disks.Disk, error)) (warnings []string, err error) {
@@ -133,9 +159,17 @@ func (o *ResumeOptions) compareDisks(ctx context.Context, c *store.Checkpoint, n
 	if err != nil {
 		return nil, err
 	}
+	kept := c.KeptDisks(ctx)
+	if err := keptOnes(list, kept); err != nil {
+		return nil, err
+	}
 	differ, err := disks.Compare(ctx, list, was)
 	if err != nil || len(differ) == 0 {
 		return nil, err
+	}
+	if len(kept) > 0 && !o.Force {
+		return nil, fmt.Errorf("%w: %s (the guest would damage its file systems; flic-migrate disk thaw %v makes files of the disks that are kept with the checkpoint; --force resumes it all the same)",
+			disks.ErrOtherDisks, strings.Join(differ, "; "), c.Ref)
 	}
 	if !o.Force {
 		return nil, fmt.Errorf("%w: %s (the guest would damage its file systems; --force resumes it all the same)", disks.ErrOtherDisks, strings.Join(differ, "; "))

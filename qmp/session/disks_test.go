@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/disks"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -64,4 +65,77 @@ func TestOpenFrozen(t *testing.T) {
 		t.Errorf("%+v, %v", opened.Disks, err)
 	}
 	opened.Close()
+}
+
+// noJobs is a QEMU without block jobs.
+type noJobs struct{ qmp.Executor }
+
+func (noJobs) Execute(_ context.Context, command string, _, result any) error {
+	if command != "query-block-jobs" {
+		return errors.New(command)
+	}
+	return nil
+}
+
+// TestKeep: copies are of the disks that the guest can write to, each with its UUID; what
+// takes longer than a guest may stand still, or can't be looked at, fails, and leaves nothing.
+func TestKeep(t *testing.T) {
+	dir := t.TempDir()
+	st, err := store.Open(t.Context(), vfs.OS, filepath.Join(dir, "store"), true)
+	ok(t, err)
+	file := filepath.Join(dir, "disk")
+	b := make([]byte, 1<<20)
+	rand.NewChaCha8([32]byte{1}).Read(b)
+	ok(t, os.WriteFile(file, b, 0o600))
+	found := []disks.Disk{
+		{Name: "/m/a", Layers: []disks.Layer{{Path: file, Format: "raw"}}},
+		{Name: "/m/cd", ReadOnly: true, Layers: []disks.Layer{{Format: "raw"}}},
+	}
+	var log bytes.Buffer
+	o := &CheckpointOptions{Keep: KeepCopy, Freeze: true, Log: slog.New(slog.NewTextHandler(&log, nil))}
+	left := func() int {
+		list, err := os.ReadDir(filepath.Join(dir, "store", "frozen"))
+		ok(t, err)
+		return len(list)
+	}
+	ok(t, o.canKeep(t.Context(), st, noJobs{}, found))
+	if n := left(); n != 0 {
+		t.Errorf("trying has left %d files", n)
+	}
+	var rep CheckpointReport
+	k, err := o.keep(t.Context(), st, noJobs{}, found, &rep)
+	if err != nil || len(k.copies) != 1 || k.names()["/m/a"] != k.copies[0].UUID || len(rep.Kept) != 1 || rep.Kept[0].Image != file || rep.KeptTime <= 0 || left() != 1 {
+		t.Fatalf("%+v, %+v, %v", k, rep.Kept, err)
+	}
+	opened, err := o.openKept(t.Context(), t.Context(), st, found, k)
+	if err != nil || len(opened.Disks) != 1 || opened.Disks[0].Path != file || opened.Disks[0].Kept != k.copies[0].UUID || log.Len() > 0 {
+		t.Errorf("%+v, %v: %s", opened.Disks, err, log.String())
+	}
+	opened.Close()
+	k.release(t.Context(), false, o)
+	catalog, err := st.Disks()
+	ok(t, err)
+	if list, err := catalog.List(t.Context()); err != nil || len(list) != 0 || left() != 0 || log.Len() > 0 {
+		t.Errorf("left: %d copies, %+v; %v: %s", left(), list, err, log.String())
+	}
+
+	why := errors.New("it takes too long")
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 0, why)
+	defer cancel()
+	k, err = o.keep(ctx, st, noJobs{}, found, &rep)
+	if err == nil {
+		t.Error("it is kept")
+	}
+	k.release(t.Context(), false, o)
+	found[1].ReadOnly = false
+	if err := o.canKeep(t.Context(), st, noJobs{}, found); err == nil || !strings.Contains(err.Error(), "/m/cd") {
+		t.Errorf("a disk that is no file: %v", err)
+	}
+	if k, err = o.keep(t.Context(), st, noJobs{}, found, &rep); err == nil {
+		t.Error("a disk that is no file is kept")
+	}
+	k.release(t.Context(), false, o)
+	if n := left(); n != 0 {
+		t.Errorf("%d copies are left", n)
+	}
 }

@@ -101,6 +101,9 @@ func (c *Checkpoint) load(ctx context.Context, fsys vfs.FS, o *Options) error {
 	if c.Meta.TailChunk < 0 || c.Meta.TailChunk > im.Chunks(image.Skeleton) {
 		return im.Corrupt(image.Meta, 0, fmt.Errorf("device tail in skeleton chunk %d of %d", c.Meta.TailChunk, im.Chunks(image.Skeleton)))
 	}
+	if len(c.Meta.Kept) > 0 && im.Features.Incompat&image.HasKept == 0 {
+		return im.Tail.Corrupt(image.Identity, errors.New("disks are kept with it, and its header does not say so"))
+	}
 	refs, err := c.Meta.references(im)
 	if err != nil {
 		return err

@@ -20,6 +20,7 @@ import (
 //	page size; RAM bytes; disks; disk slots
 //	1 and path, UUID, slots, bytes, 1 if it is volatile; or 0: no NVRAM
 //	1 and algorithm, key, root; or 0: no digests
+//	number of disks that are kept, and their UUIDs
 //	number of references, and their UUIDs
 func (id *Identity) AppendCompact(dst []byte) ([]byte, error) {
 	created, err := id.Created.MarshalBinary()
@@ -47,6 +48,10 @@ func (id *Identity) AppendCompact(dst []byte) ([]byte, error) {
 		dst = append(appendText(dst, string(d.Algorithm)), d.Key[:]...)
 		dst = append(dst, d.Root[:]...)
 	}
+	dst = binary.AppendUvarint(dst, uint64(len(id.Kept)))
+	for _, k := range id.Kept {
+		dst = append(dst, k[:]...)
+	}
 	dst = binary.AppendUvarint(dst, uint64(len(id.References)))
 	for _, r := range id.References {
 		dst = append(dst, r[:]...)
@@ -55,7 +60,7 @@ func (id *Identity) AppendCompact(dst []byte) ([]byte, error) {
 }
 
 // CompactVersion is that of AppendCompact's form.
-const CompactVersion = 2
+const CompactVersion = 3
 
 func appendText(dst []byte, s string) []byte {
 	return append(binary.AppendUvarint(dst, uint64(len(s))), s...)
@@ -92,6 +97,12 @@ func ParseCompact(b []byte) (*Identity, error) {
 		p.fixed(d.Key[:])
 		p.fixed(d.Root[:])
 		id.Digests = d
+	}
+	if n := p.number(maxVMDisks); n > 0 && !p.bad {
+		id.Kept = make(keptList, n)
+		for i := range id.Kept {
+			p.fixed(id.Kept[i][:])
+		}
 	}
 	n := p.number(maxRefs)
 	p.bad = p.bad || uint64(len(p.b)) != n*uint64(len(uuid.Nil))

@@ -7,6 +7,8 @@ import (
 	"io"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/image"
@@ -52,6 +54,8 @@ type DiskOptions struct {
 	// Missing lets disks be missing: then their pages can't be read.
 	Missing  bool
 	Progress func(progress.State) // of a comparison of all; may be nil
+	// Kept finds the file of a disk that the store keeps; nil: there is no store.
+	Kept func(id uuid.UUID) (path string, err error)
 	// Open opens a disk's file; nil: disk.OpenLayer.
 	Open func(path string, f disk.Format) (DiskFile, error)
 }
@@ -65,6 +69,21 @@ func (o *DiskOptions) open(path string, f disk.Format) (DiskFile, error) {
 		return nil, err
 	}
 	return i, nil
+}
+
+var errNoKept = errors.New("it is kept in the store that the checkpoint was made in")
+
+// kept finds the file of a disk that a store keeps, and which is a copy of the image at
+// path. Of one that can't be found it returns the image's name.
+func (o *DiskOptions) kept(id uuid.UUID, path string) (string, error) {
+	if o.Kept == nil {
+		return path, errNoKept
+	}
+	file, err := o.Kept(id)
+	if err != nil {
+		return path, fmt.Errorf("the copy of it that was kept: %w", err)
+	}
+	return file, nil
 }
 
 // openDisks are the disks that a checkpoint has pages on, opened.
@@ -104,10 +123,14 @@ func (c *Checkpoint) openDisks(ctx context.Context, d *disks, cache *digest.Cach
 	for i := range d.list {
 		was := &d.list[i].Identity
 		f := diskFile{path: was.Path}
-		if to := o.Moved[f.path]; to != "" {
+		if kept := d.list[i].Kept; kept != uuid.Nil {
+			f.path, f.err = o.kept(kept, f.path)
+		} else if to := o.Moved[f.path]; to != "" {
 			f.path = to
 		}
-		f.DiskFile, f.err = o.open(f.path, was.Format)
+		if f.err == nil {
+			f.DiskFile, f.err = o.open(f.path, was.Format)
+		}
 		if f.err != nil {
 			f.DiskFile = nil // whatever it is
 			if !o.Missing {

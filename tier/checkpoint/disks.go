@@ -5,7 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
+
+	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/disk"
@@ -16,8 +19,12 @@ import (
 // Disk is a disk image that has bytes of a checkpoint's pages: one layer, which is one
 // file. JSON field names are part of the format.
 type Disk struct {
-	disk.Identity             // when the checkpoint was saved
-	Content       digest.Root `json:"content,omitzero"` // what its index said that it holds
+	disk.Identity // when the checkpoint was saved
+	// Kept, unless it is zero, names the file that the image is in: one that the store
+	// keeps with the checkpoint. Identity is that file's, and its Path that of the image
+	// which it is a copy of.
+	Kept    uuid.UUID   `json:"kept,omitzero"`
+	Content digest.Root `json:"content,omitzero"` // what its index said that it holds
 }
 
 // DiskSlot is where a page of disk slots is: the number of a disk in the list, and the
@@ -125,6 +132,13 @@ func (m *Meta) disks(im *image.Image) (*disks, error) {
 		err = fmt.Errorf("%d pages, and IDENTITY says %d", t.Slots, m.DiskSlots)
 	case m.Digests == nil:
 		return nil, im.Tail.Corrupt(image.Identity, errors.New("it has pages on disks, and no key to check them with"))
+	}
+	if err == nil && m.DiskSlots == 0 {
+		for i := range t.Disks {
+			if k := t.Disks[i].Kept; k != uuid.Nil && !slices.Contains(m.Kept, k) {
+				err = fmt.Errorf("disk %d is kept as %v, which IDENTITY does not list", i, k)
+			}
+		}
 	}
 	if err != nil {
 		return nil, im.Corrupt(image.Disks, 0, err)

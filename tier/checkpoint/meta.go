@@ -53,6 +53,10 @@ type Identity struct {
 	// DiskSlots is how many pages DISKS lists, if they were copied from the disks: they are
 	// in .moved pieces, numbered behind the slots of the NVRAM part, and no disk is needed.
 	DiskSlots int `json:"disk_slots,omitempty"`
+	// Kept are the disk images that the store keeps with the checkpoint, by the UUIDs that
+	// name their files: VMDisks says what they are, and pages may be on them. They are this
+	// checkpoint's alone, and go with it.
+	Kept keptList `json:"kept,omitempty"`
 	// Digests tells how to check the image's pages by its DIGESTS; nil: it has none,
 	// and nobody can refer to it.
 	Digests *Digests `json:"digests,omitempty"`
@@ -104,6 +108,7 @@ type (
 	startList []pagemap.Start
 	refList   []uuid.UUID
 	diskUses  []DiskUse
+	keptList  []uuid.UUID
 
 	unusedDisks []DiskUnused
 	vmDisks     []VMDisk
@@ -128,6 +133,7 @@ func (l *nameList) UnmarshalJSON(b []byte) error  { return integrity.DecodeList(
 func (l *runList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, MaxTableRuns) }
 func (l *startList) UnmarshalJSON(b []byte) error { return integrity.DecodeList(l, b, maxMapChunks) }
 func (l *refList) UnmarshalJSON(b []byte) error   { return integrity.DecodeList(l, b, maxRefs) }
+func (l *keptList) UnmarshalJSON(b []byte) error  { return integrity.DecodeList(l, b, maxVMDisks) }
 func (l *unusedDisks) UnmarshalJSON(b []byte) error {
 	return integrity.DecodeList(l, b, maxUnused)
 }
@@ -215,8 +221,9 @@ type Report struct {
 // DiskUse is what a checkpoint has on one disk image.
 type DiskUse struct {
 	Path  string `json:"path"`
-	Pages int64  `json:"pages"` // that equal a block of it
-	Bytes int64  `json:"bytes"` // what they hold, each different one once
+	Kept  bool   `json:"kept,omitempty"` // it is the copy of it that the store keeps
+	Pages int64  `json:"pages"`          // that equal a block of it
+	Bytes int64  `json:"bytes"`          // what they hold, each different one once
 }
 
 // VMDisk is a disk of the VM, when the checkpoint was made.
@@ -225,6 +232,8 @@ type VMDisk struct {
 	ReadOnly bool   `json:"read_only,omitempty"`
 	// Frozen: a snapshot was taken. The guest writes to an overlay on the first layer.
 	Frozen bool `json:"frozen,omitempty"`
+	// Kept is the copy of the first layer that the store keeps, if IDENTITY lists it.
+	Kept uuid.UUID `json:"kept,omitzero"`
 	// Layers are the files that could be looked at, from the one that the guest wrote to
 	// down; none if that can't be.
 	Layers layerList `json:"layers"`

@@ -162,6 +162,14 @@ func (i *Image) Size() int64 { return i.id.Size }
 // was opened alone. It is closed with this one.
 func (i *Image) Backing() *Image { return i.backing }
 
+// BackingName is what the layer itself calls the file that it stands on; "" if there is none.
+func (i *Image) BackingName() string {
+	if i.qcow2 == nil {
+		return ""
+	}
+	return i.qcow2.backing
+}
+
 // Identity is what the layer was when it was opened.
 func (i *Image) Identity() Identity { return i.id }
 

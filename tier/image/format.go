@@ -180,11 +180,14 @@ const (
 	HasDisks
 	// HasPieces: pages in DELTAS segments may be pieces of their base.
 	HasPieces
+	// HasKept: the store may keep copies of disk images with the checkpoint, which
+	// IDENTITY lists, and pages may be on them.
+	HasKept
 
-	knownIncompat = HasDeltas | HasReferences | HasDisks | HasPieces
+	knownIncompat = HasDeltas | HasReferences | HasDisks | HasPieces | HasKept
 )
 
-var incompatNames = []string{"deltas", "references", "disks", "pieces"}
+var incompatNames = []string{"deltas", "references", "disks", "pieces", "kept disks"}
 
 // HasDigests is a bit of Compat: there are DIGESTS, so that other checkpoints can
 // refer to this one.

@@ -17,6 +17,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -47,6 +48,8 @@ func (u unsupported) Allocate(int64, int64) error              { return u.fail("
 func (u unsupported) Restrict() error                          { return u.fail("chmod") }
 func (u unsupported) GiveTo(fs.FileInfo) error                 { return u.fail("chown") }
 func (u unsupported) Punch(int64, int64) error                 { return u.fail("punch") }
+func (u unsupported) Clone(string) error                       { return u.fail("clone") }
+func (u unsupported) SetModified(time.Time) error              { return u.fail("utimens") }
 func (u unsupported) Data(off int64) (int64, error)            { return off, nil }
 func (u unsupported) Allocated() (int64, error)                { return 0, u.fail("stat") }
 func (u unsupported) Links() (int, error)                      { return 0, u.fail("stat") }

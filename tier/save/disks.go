@@ -10,6 +10,8 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/disk"
@@ -85,9 +87,10 @@ func (d *disks) damaged(err error) {
 func (d *disks) carry(theirs []checkpoint.DiskState) []int {
 	carried := make([]int, len(theirs))
 	for i, t := range theirs {
-		carried[i] = slices.IndexFunc(d.list, func(o Disk) bool { return o.Path == t.Path })
+		carried[i] = slices.IndexFunc(d.list, func(o Disk) bool { return o.Path == t.Path && o.Kept == t.Kept })
 		switch {
-		case t.Changed != "" || t.Missing != "" || t.Here:
+		case t.Changed != "" || t.Missing != "" || t.Here || t.Kept != uuid.Nil:
+			// What is kept goes with the checkpoint that it is kept with.
 			carried[i] = -1
 		case carried[i] >= 0:
 			if o := &d.list[carried[i]]; o.Differs(t.Identity) != "" || o.Identity.Touched(t.Identity) {
@@ -308,7 +311,7 @@ func (p *placer) number(n *referred) (*numbered, error) {
 			now[k] = len(numbers)
 			numbers = append(numbers, k)
 			out.disks = append(out.disks, d.list[k].Disk)
-			out.uses = append(out.uses, checkpoint.DiskUse{Path: d.list[k].Path, Pages: pages[k]})
+			out.uses = append(out.uses, checkpoint.DiskUse{Path: d.list[k].Path, Kept: d.list[k].Kept != uuid.Nil, Pages: pages[k]})
 		}
 	}
 	if err := d.check(numbers); err != nil {

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/disk"
 )
@@ -13,6 +15,10 @@ import (
 type DiskFile struct {
 	Path   string      `json:"path"`
 	Format disk.Format `json:"format,omitempty"` // "": what the file looks like
+	// Kept, unless it is zero, is what the store calls the file, which it keeps with the
+	// checkpoint, and Of the path of the image that it is a copy of.
+	Kept uuid.UUID `json:"kept,omitzero"`
+	Of   string    `json:"of,omitempty"`
 }
 
 // OpenedDisks are the layers of some disk images that a save can look in.
@@ -31,6 +37,10 @@ func OpenDisks(ctx context.Context, catalog *disk.Catalog, files []DiskFile) *Op
 	o := new(OpenedDisks)
 	seen := make(map[string]bool)
 	for _, f := range files {
+		if f.Kept != uuid.Nil {
+			o.addKept(ctx, catalog, f)
+			continue
+		}
 		top, err := disk.Open(ctx, f.Path, f.Format)
 		if err != nil {
 			o.unused(f.Path, err)
@@ -48,6 +58,22 @@ func OpenDisks(ctx context.Context, catalog *disk.Catalog, files []DiskFile) *Op
 		}
 	}
 	return o
+}
+
+// addKept opens a copy that the store keeps, and its index. What the image stands on is not
+// looked for: from where the copy is it may have no name.
+func (o *OpenedDisks) addKept(ctx context.Context, catalog *disk.Catalog, f DiskFile) {
+	i, err := disk.OpenLayer(f.Path, f.Format)
+	if err == nil {
+		o.images = append(o.images, i)
+		err = o.add(ctx, catalog, i)
+	}
+	if err != nil {
+		o.unused(f.Of, err)
+		return
+	}
+	d := &o.Disks[len(o.Disks)-1]
+	d.Kept, d.Path = f.Kept, f.Of
 }
 
 func (o *OpenedDisks) unused(path string, why error) {

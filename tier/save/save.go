@@ -88,6 +88,9 @@ type Options struct {
 	// the stream has ended: the guest stands still, and QEMU has written all to them. It
 	// may be nil, and is for a source that does so.
 	VMDisks func() []checkpoint.VMDisk
+	// Keeps: VMDisks may tell of disks that the store keeps with the checkpoint. They must
+	// be there, durably, and stay until the save has ended.
+	Keeps bool
 
 	Hold *Hold // the save waits near the end of the first pass; nil: it does not
 
@@ -456,6 +459,9 @@ func (s *saver) openParent() (err error) {
 	if len(s.o.Disks) > 0 {
 		s.out.features.Incompat = image.HasDisks
 	}
+	if s.o.Keeps {
+		s.out.features.Incompat |= image.HasKept
+	}
 	switch {
 	case s.par != nil:
 		s.out.hash, s.meta.TrustDomain = s.par.sums.Hasher, s.par.c.Meta.TrustDomain
@@ -643,9 +649,6 @@ func (s *saver) tail() error {
 	if s.meta.RunState = t.RunState; s.o.RunState != "" {
 		s.meta.RunState = s.o.RunState
 	}
-	if s.o.VMDisks != nil {
-		s.meta.VMDisks = s.o.VMDisks()
-	}
 	if err := s.findTables(b, &t); err != nil {
 		return err
 	}
@@ -661,6 +664,7 @@ func (s *saver) commit() (store.Ref, error) {
 	if err := s.parse.skel.Flush(); err != nil {
 		return store.Ref{}, err
 	}
+	s.recordDisks()
 	refers, err := s.refer()
 	if err != nil {
 		return store.Ref{}, err
@@ -722,6 +726,20 @@ func (s *saver) commit() (store.Ref, error) {
 	s.rep.Seconds.Total = s.since(s.begin)
 	s.meta.Report = s.rep
 	return ref, nil
+}
+
+// recordDisks takes down what the VM's disks are. It is done whether the device tail was
+// understood or not: pages may be on those that are kept.
+func (s *saver) recordDisks() {
+	if s.o.VMDisks == nil {
+		return
+	}
+	s.meta.VMDisks = s.o.VMDisks()
+	for _, d := range s.meta.VMDisks {
+		if d.Kept != uuid.Nil && s.o.Keeps {
+			s.meta.Kept = append(s.meta.Kept, d.Kept)
+		}
+	}
 }
 
 func (s *saver) since(t time.Time) float64 { return time.Since(t).Seconds() }

@@ -65,6 +65,7 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 	}
 	c := &Checkpoint{Ref: r, store: s}
 	o.Name = r.String()
+	o.Disks.Kept = func(id uuid.UUID) (string, error) { return s.frozenPath(ctx, id) }
 	o.Images = func(ctx context.Context, ref *checkpoint.Reference) (checkpoint.Source, []moved.Source, error) {
 		f, at, err := s.openReferred(ctx, Ref{ref.VM, ref.Number}, ref.UUID)
 		if err != nil || len(ref.NeedSlots) == 0 {
@@ -194,6 +195,7 @@ func (c *Checkpoint) Verify(ctx context.Context, found func(error)) error {
 	if err := c.Checkpoint.Verify(ctx, found); err != nil {
 		return err
 	}
+	c.verifyKept(ctx, found)
 	// Without these a guest is as whole, and only slower to resume. But what
 	// is damaged here may be the disk's first sign.
 	_, err := c.store.Touched(ctx, c.Ref)

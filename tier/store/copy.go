@@ -3,7 +3,10 @@ package store
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -75,10 +78,12 @@ func (t *Tx) fill(ctx context.Context, c *checkpoint.Checkpoint, o CopyOptions) 
 	if k.hash, err = hasherOf(c.Meta); err != nil {
 		return nil, err
 	}
-	im := c.Image
+	im, features := c.Image, image.Features{Compat: image.HasDigests}
+	if t.again && len(c.Meta.Kept) > 0 {
+		features.Incompat = image.HasKept
+	}
 	k.w, err = image.NewWriter(t.Image(), image.Header{
-		PageSize: im.PageSize, SegmentPages: im.SegmentPages, UUID: t.UUID(), Created: c.Meta.Created,
-		Features: image.Features{Compat: image.HasDigests},
+		PageSize: im.PageSize, SegmentPages: im.SegmentPages, UUID: t.UUID(), Created: c.Meta.Created, Features: features,
 	}, o.Codec, o.Workers)
 	if err != nil {
 		return nil, err
@@ -277,6 +282,13 @@ func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 	m := *k.c.Meta
 	m.VM, m.Number, m.UUID = tx.Ref().VM, tx.Ref().N, tx.UUID()
 	m.NVRAM, m.References, m.Disks, m.DiskSlots, m.Digests, m.MapChunks, m.Bases = nil, nil, 0, 0, nil, nil, nil
+	if !tx.again {
+		// They are the original's alone.
+		m.Kept, m.VMDisks = nil, slices.Clone(m.VMDisks)
+		for i := range m.VMDisks {
+			m.VMDisks[i].Kept = uuid.Nil
+		}
+	}
 	err := k.table.Encode(copyChunk, func(at pagemap.Start, b []byte) error {
 		m.MapChunks = append(m.MapChunks, at)
 		return k.chunk(image.PageMap, b)

@@ -69,7 +69,7 @@ func (s *Store) Flatten(ctx context.Context, r Ref, o CopyOptions) (Removed, *ch
 
 // beginAgain starts another image of a checkpoint that there is.
 func (s *Store) beginAgain(ctx context.Context, r Ref) (*Tx, error) {
-	t := &Tx{s: s, uuid: uuid.New(), ref: r, known: true}
+	t := &Tx{s: s, uuid: uuid.New(), ref: r, known: true, again: true}
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return nil, err

@@ -25,6 +25,8 @@ type GCReport struct {
 	NVRAMExtents int      `json:"nvram_extents"`      // extents freed
 	NVRAMBytes   int64    `json:"nvram_bytes"`        // their size
 	Indexes      int      `json:"unfinished_indexes"` // of disk images, that nobody builds any more
+	FrozenDisks  int      `json:"frozen_disks"`       // copies of disk images that no checkpoint has
+	FrozenBytes  int64    `json:"frozen_bytes"`       // what their disk blocks held
 	GoneFiles    int      `json:"gone_files"`         // images outside of the store whose file is gone, their NVRAM kept for now
 	Warnings     []string `json:"warnings,omitempty"` // what could not be looked at
 }
@@ -70,6 +72,9 @@ func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport,
 		return rep, err
 	}
 	if err := g.groups(ctx); err != nil {
+		return rep, err
+	}
+	if err := g.frozen(ctx); err != nil {
 		return rep, err
 	}
 	if err := g.shares(ctx); err != nil {

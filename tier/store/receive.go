@@ -544,6 +544,7 @@ func (r *receiving) prepare(ctx context.Context, n int, i *received) error {
 	if i.id.UUID != i.UUID || im.UUID != i.UUID || i.id.PageSize != i.PageSize || im.PageSize != i.PageSize {
 		return im.Tail.Corrupt(image.Identity, fmt.Errorf("it is not image %v of pages of %d bytes", i.UUID, i.PageSize))
 	}
+	i.id.Kept = nil // they are the other store's, and stay there
 	var part *checkpoint.NVRAMPart
 	if i.id.NVRAM != nil {
 		if part, err = checkpoint.ReadPart(im, i.id); err != nil {
@@ -675,6 +676,7 @@ func (r *receiving) merge(ctx context.Context, im *image.Image, i *received, par
 	if err := i.keepNVRAM(im, part, old, was); err != nil {
 		return err
 	}
+	i.id.Kept = was.Kept
 	if err := i.fill(old, need.Minus(i.Segments)); err != nil {
 		return err
 	}

@@ -25,6 +25,8 @@ type Removed struct {
 	As         uuid.UUID // of its image; Nil if that can't be read
 	FlashBytes int64
 	NVRAMBytes int64
+	// FrozenBytes is what the disk blocks held of the disk images that were kept with it.
+	FrozenBytes int64
 	// Kept names the checkpoints that need bytes of its image, which is not free
 	// before they are removed too.
 	Kept []Ref
@@ -155,6 +157,8 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		left = nil
 	}
 	rm.Left = errors.Join(rm.Left, left, err)
+	kept, err := s.freeFrozen(ctx, m.look, id.Kept)
+	rm.FrozenBytes, rm.Left = kept.bytes, errors.Join(rm.Left, err)
 	return rm, nil
 }
 

@@ -11,6 +11,7 @@
 //	├── armed/NAME.json            a checkpoint that is armed (armed.go)
 //	├── groups/NAME@N.json         checkpoints that were made as one (group.go)
 //	├── disks/                     indexes of disk images (package disk)
+//	├── frozen/UUID                a disk image that is kept with a checkpoint (frozen.go)
 //	├── share/DOMAIN/              a trust domain's key (trust.go)
 //	├── summaries/NAME             who a VM's images say they are, a cache (summary.go)
 //	└── vms/NAME/
@@ -42,7 +43,8 @@
 //  2. Each image is locked as long as it is in use: exclusively by the save that
 //     writes it, shared by those who read it, or refer to it in a checkpoint that
 //     is not committed yet. rm and gc touch no image and no .part that they cannot
-//     lock exclusively. Readers take this lock while they hold the store lock, so
+//     lock exclusively. So it is with disk images that are kept: who makes the checkpoint
+//     locks them, shared, until it is committed. Readers take this lock while they hold the store lock, so
 //     no image is removed between being found and being locked; list and show take
 //     none, because what they read of an image is checked, and an image that goes
 //     away meanwhile is not there. Summaries are read and written without any. What an open checkpoint refers to is opened without
@@ -257,7 +259,7 @@ func (s *Store) unused(ctx context.Context) (all []string, empty bool, err error
 		switch e.Name {
 		case storeFile, lockName:
 			continue
-		case tmpFolder, nvramFolder, vmsFolder, shareFolder:
+		case tmpFolder, nvramFolder, vmsFolder, shareFolder, frozenFolder:
 			if list, err = s.dir.List(ctx, e.Name); err != nil {
 				return nil, false, err
 			}

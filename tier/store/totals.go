@@ -21,6 +21,9 @@ type Total struct {
 	Checkpoints int    `json:"checkpoints"`
 	Flash       int64  `json:"flash_bytes"`
 	NVRAM       int64  `json:"nvram_bytes"`
+	// Frozen is what the disk blocks hold of the disk images that are kept with checkpoints:
+	// those too that are shared with other files.
+	Frozen int64 `json:"frozen_bytes"`
 	// Kept are images of removed checkpoints, or what is left of them.
 	Kept int64 `json:"kept_bytes"`
 	// Lent is what checkpoints of others need of these images, Borrowed what these
@@ -88,6 +91,7 @@ func (s *Store) Totals(ctx context.Context) (list []Total, left, err error) {
 			domains[of.TrustDomain] = d
 		}
 		d.Checkpoints, d.Flash, d.NVRAM, d.Kept = d.Checkpoints+of.Checkpoints, d.Flash+of.Flash, d.NVRAM+of.NVRAM, d.Kept+of.Kept
+		d.Frozen += of.Frozen
 	}
 	slices.SortFunc(list, func(a, b Total) int { return strings.Compare(a.VM, b.VM) })
 	n := len(list)
@@ -131,6 +135,13 @@ func (t *totals) image(ctx context.Context, of *Total, st stored) error {
 		return nil
 	}
 	of.TrustDomain = id.TrustDomain
+	for _, k := range id.Kept {
+		n, err := t.s.frozenBytes(ctx, k)
+		if err != nil && !gone(err) {
+			return err
+		}
+		of.Frozen += n
+	}
 	if len(id.References) == 0 {
 		return nil
 	}

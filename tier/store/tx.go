@@ -50,6 +50,7 @@ type Tx struct {
 	// then stays, and its NVRAM.
 	stays bool
 
+	again bool   // it is another image of a checkpoint that there is
 	loose *Loose // BeginLoose
 	entry Object // its entry, exclusively locked
 }

@@ -70,7 +70,8 @@ type United struct {
 // and whenever it is cut off the checkpoint is there, as the old image or as the new one.
 // What it refers to is locked from before the look until the new image is there (Borrow). An
 // image that somebody has open, or needs, stays as it is, so that no page is moved away from
-// under anybody; nor is one replaced that has pages in NVRAM, because these are its own.
+// under anybody; nor is one replaced that has pages in NVRAM, or disks that are kept with it, because these
+// are its own.
 //
 // One process of a domain unites at a time, and looks at what is there by then: of two
 // checkpoints that have a page the first gives it up, the second finds that it alone has it.
@@ -87,6 +88,8 @@ func (s *Store) Unite(ctx context.Context, r Ref, o UniteOptions) (u United, err
 		u.Why = "it has pages in NVRAM"
 	case id.DiskSlots > 0:
 		u.Why = "it has pages that were copied from disks"
+	case len(id.Kept) > 0:
+		u.Why = "disks are kept with it"
 	}
 	if u.Why != "" {
 		return u, nil

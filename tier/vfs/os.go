@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"sync"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -213,6 +214,30 @@ func (f *osFile) Punch(off, n int64) error {
 		err = fmt.Errorf("%w (%w)", errors.ErrUnsupported, err)
 	}
 	return f.pathError("punch", err)
+}
+
+func (f *osFile) Clone(name string) error {
+	src, err := osFS{}.openFile(name, os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	// The descriptor is used while src is open: it is closed behind this.
+	err = f.control(func(fd int) error { return unix.IoctlFileClone(fd, int(src.Fd())) })
+	switch err {
+	case unix.EOPNOTSUPP, unix.ENOSYS, unix.ENOTTY, unix.EXDEV, unix.EINVAL:
+		err = fmt.Errorf("%w (%w)", errors.ErrUnsupported, err)
+	}
+	return f.pathError("clone", err)
+}
+
+func (f *osFile) SetModified(at time.Time) error {
+	ts := unix.NsecToTimespec(at.UnixNano())
+	times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, ts}
+	return f.pathError("utimens", f.control(func(fd int) error {
+		// The descriptor's own file, whatever has its name: no path is looked up.
+		return unix.UtimesNanoAt(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", fd), times, 0)
+	}))
 }
 
 func (f *osFile) Allocated() (int64, error) {

@@ -24,6 +24,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"time"
 )
 
 // ErrLocked is returned by TryLock when another open file holds a conflicting
@@ -201,6 +202,15 @@ type File interface {
 	// happened, or in a part of its blocks, as a write: only after Sync.
 	// errors.ErrUnsupported if the file system can't.
 	Punch(off, n int64) error
+
+	// Clone gives the file, which is empty, the content of the regular file name: both
+	// have the same disk blocks until one of them is written to. What name has in memory
+	// only is written to its blocks first. Durable after Sync. errors.ErrUnsupported if
+	// the file system can't, or name is on another one.
+	Clone(name string) error
+
+	// SetModified sets the time of the last change of the content.
+	SetModified(at time.Time) error
 
 	// Allocated is the number of bytes that the file's disk blocks hold. It can
 	// be less than Size, if the file has holes, or more.

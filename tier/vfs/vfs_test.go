@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
@@ -649,5 +650,69 @@ func TestPunch(t *testing.T) {
 		must(t, err)
 		defer ro.Close()
 		wantErr(t, "punch of a file opened for reading", ro.Punch(0, block), syscall.EBADF)
+	})
+}
+
+// TestClone: a clone has the content, shares its blocks where it can be seen, and neither
+// file changes with the other. Where that can't be it says so, and the file is as it was.
+func TestClone(t *testing.T) {
+	test := func(t *testing.T, fsys vfs.FS, dir string, can bool) {
+		src, dst := filepath.Join(dir, "src"), filepath.Join(dir, "dst")
+		content := bytes.Repeat([]byte("0123456789abcdef"), 300<<10/16)
+		write(t, fsys, src, string(content))
+		f, err := fsys.Create(dst)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		err = f.Clone(src)
+		if !can {
+			wantErr(t, "clone", err, errors.ErrUnsupported)
+			if size, err := f.Size(); size != 0 || err != nil {
+				t.Errorf("%d bytes, %v", size, err)
+			}
+		} else if err != nil {
+			t.Fatal(err)
+		} else if err := f.Sync(); err != nil || read(t, fsys, dst) != string(content) {
+			t.Errorf("another content; %v", err)
+		}
+		at := time.Unix(1234567890, 987654321)
+		if err := f.SetModified(at); err != nil {
+			t.Error(err)
+		}
+		if fi, err := fsys.Stat(dst); err != nil || !fi.ModTime().Equal(at) {
+			t.Errorf("changed at %v, %v", fi.ModTime(), err)
+		}
+		if can {
+			w, err := fsys.OpenRW(src)
+			if err == nil {
+				_, err = w.WriteAt([]byte("XX"), 100)
+				w.Close()
+			}
+			if err != nil || read(t, fsys, dst) != string(content) {
+				t.Errorf("the clone changes with the file; %v", err)
+			}
+		}
+		wantErr(t, "clone of nothing", f.Clone(filepath.Join(dir, "none")), fs.ErrNotExist)
+	}
+	for _, can := range []bool{true, false} {
+		t.Run(fmt.Sprint("crashfs ", can), func(t *testing.T) {
+			fsys := crashfs.New(0)
+			fsys.SetNoClones(!can)
+			test(t, fsys, "/", can)
+		})
+	}
+	t.Run("tmpfs", func(t *testing.T) {
+		dir, err := os.MkdirTemp("/dev/shm", "flic-test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer os.RemoveAll(dir)
+		test(t, vfs.OS, dir, false)
+	})
+	t.Run("reflink", func(t *testing.T) {
+		if dir := tiertest.ReflinkDir(t); dir != "" {
+			test(t, vfs.OS, dir, true)
+		}
 	})
 }

@@ -61,6 +61,7 @@ type disk struct {
 	capacity int64 // bytes; 0 is no limit
 	used     int64
 	volatile bool
+	noClones bool
 	root     *inode
 	pending  []dirOp    // name changes not synced, oldest first
 	rnd      *rand.Rand // the kernel's mood: write-back, how far a killed write got
@@ -112,6 +113,13 @@ func (f *FS) SetVolatile(v bool) {
 	f.d.volatile = v
 }
 
+// SetNoClones makes it a file system whose files share no blocks.
+func (f *FS) SetNoClones(v bool) {
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	f.d.noClones = v
+}
+
 // CrashClone returns a new disk as a power cut would leave this one, which is
 // not changed. What survives of the unsynced is decided by seed.
 func (f *FS) CrashClone(seed uint64) *FS {
@@ -149,7 +157,7 @@ func (f *FS) CrashClone(seed uint64) *FS {
 	}
 
 	clone := New(f.d.capacity)
-	clone.d.volatile = f.d.volatile
+	clone.d.volatile, clone.d.noClones = f.d.volatile, f.d.noClones
 	clone.d.root.number = f.d.root.number
 	clone.d.rnd = rand.New(rand.NewPCG(seed, 4))
 	files := map[*inode]*inode{} // a file that has two names is one
@@ -684,7 +692,7 @@ func (h *file) begin(kind Kind) error {
 	if h.closed && !h.fs.faults.killed {
 		return fs.ErrClosed
 	}
-	if !h.writable && (kind == Write || kind == Truncate || kind == Allocate || kind == Punch) {
+	if !h.writable && (kind == Write || kind == Truncate || kind == Allocate || kind == Punch || kind == Clone || kind == SetTime) {
 		return syscall.EBADF
 	}
 	return h.fs.begin(kind, h.name)
@@ -878,6 +886,43 @@ func (h *file) Punch(off, n int64) error {
 	h.fs.d.used -= before - h.i.blocks.bytes()
 	h.i.modTime = time.Now()
 	h.i.writeBack(h.fs.d.rnd)
+	return nil
+}
+
+// Clone copies the content. The blocks count twice, which is more than they take.
+func (h *file) Clone(name string) error {
+	h.fs.d.mu.Lock()
+	defer h.fs.d.mu.Unlock()
+	err := h.begin(Clone)
+	var src *inode
+	if err == nil {
+		if _, _, src, err = h.fs.lookup(name); err == nil && src == nil {
+			err = syscall.ENOENT
+		}
+	}
+	if err == nil && h.fs.d.noClones {
+		err = errors.ErrUnsupported
+	}
+	if err == nil {
+		_, err = h.fs.d.allocate(h.i, 0, src.size())
+	}
+	if err != nil {
+		return pathErr("clone", h.name, err)
+	}
+	h.i.resize(src.size())
+	copy(h.i.data, src.data)
+	h.i.redirty(0, src.size())
+	h.i.modTime = time.Now()
+	return nil
+}
+
+func (h *file) SetModified(at time.Time) error {
+	h.fs.d.mu.Lock()
+	defer h.fs.d.mu.Unlock()
+	if err := h.begin(SetTime); err != nil {
+		return pathErr("utimens", h.name, err)
+	}
+	h.i.modTime = at
 	return nil
 }
 

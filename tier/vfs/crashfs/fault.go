@@ -28,12 +28,14 @@ const (
 	MapSync // Mapping.Sync
 	Lock    // of a lock file or an open file, each try
 	Map
+	Clone
+	SetTime // of an open file
 	Open
 	Read
 )
 
 var kindNames = [...]string{"create", "mkdir", "rename", "link", "remove", "fsync of directory", "write", "truncate",
-	"fallocate", "punch", "fsync", "msync", "lock", "mmap", "open", "read"}
+	"fallocate", "punch", "fsync", "msync", "lock", "mmap", "clone", "utimens", "open", "read"}
 
 func (k Kind) String() string { return kindNames[k] }
 
@@ -154,7 +156,7 @@ func needs(kind Kind, err error) bool {
 		return true
 	}
 	switch kind {
-	case Remove, SyncDir, Lock, Map:
+	case Remove, SyncDir, Lock, Map, SetTime:
 		return false
 	}
 	return true

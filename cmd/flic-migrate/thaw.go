@@ -1,0 +1,108 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier/disk"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+)
+
+func newDiskThaw(a *app) *cobra.Command {
+	var to string
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "thaw [flags] NAME[@N]",
+		Short: "Make files of the disks that are kept with a checkpoint",
+		Long: `Thaw makes a new file of each disk that the store keeps with a checkpoint (checkpoint
+--disks keep): the disk as it was when the guest was saved, to start a QEMU with and resume
+the checkpoint. The file is yours, and needs neither the store nor the checkpoint. It shares
+its disk blocks with the store's where the file system can do that.
+
+It stands beside the image that it is a copy of, as IMAGE.NAME@N, or in the directory --to
+under the image's own name. No file is overwritten.`,
+		Example: `  flic-migrate disk thaw --store /srv/vms web1@3
+  flic-migrate disk thaw --store /srv/vms --to /srv/again web1@3`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return a.diskThaw(cmd.Context(), args[0], to, asJSON) },
+	}
+	c.Flags().StringVar(&to, "to", "", "directory for the files (default: where each image is)")
+	setKey(c.Flags(), "to", "disk-thaw-to")
+	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	return c
+}
+
+// thawed is an element of disk thaw's JSON document.
+type thawed struct {
+	Disk   string      `json:"disk"`  // the path of its device in QEMU's object tree
+	Image  string      `json:"image"` // the path of what it was
+	Format disk.Format `json:"format"`
+	Path   string      `json:"path"` // the new file
+}
+
+var errNothingKept = errors.New("the store keeps no disks with it (checkpoint --disks keep)")
+
+func (a *app) diskThaw(ctx context.Context, name, to string, asJSON bool) error {
+	st, ref, err := a.storeOf(ctx, name)
+	if err != nil {
+		return err
+	}
+	d, err := st.Describe(ctx, ref)
+	if err != nil {
+		return err
+	}
+	kept := st.KeptDisks(ctx, d.Meta)
+	if len(kept) == 0 {
+		return fmt.Errorf("checkpoint %v: %w", d.Ref, errNothingKept)
+	}
+	// All that can be known to be wrong is before a file is made.
+	files := make([]thawed, len(kept))
+	for i, k := range kept {
+		if files[i], err = thawTo(k, d.Ref, to); err != nil {
+			return err
+		}
+	}
+	for i, k := range kept {
+		if err := st.Thaw(ctx, k, files[i].Path); err != nil {
+			return err
+		}
+		if !asJSON {
+			fmt.Fprintf(a.stdout, "%s: %s, %s, as it was\n", files[i].Disk, files[i].Path, files[i].Format)
+		}
+	}
+	if asJSON {
+		return printJSON(a.stdout, files)
+	}
+	return nil
+}
+
+// thawTo says which file a kept disk becomes.
+func thawTo(k store.KeptDisk, ref store.Ref, to string) (thawed, error) {
+	t := thawed{Disk: k.Disk, Image: k.Image, Format: k.Format, Path: fmt.Sprintf("%s.%v", k.Image, ref)}
+	if k.Wrong != "" {
+		return t, fmt.Errorf("disk %s, which is kept with the checkpoint: %s", k.Image, k.Wrong)
+	}
+	if to == "" {
+		return t, nil
+	}
+	dir, err := filepath.Abs(to)
+	if err != nil {
+		return t, err
+	}
+	t.Path = filepath.Join(dir, filepath.Base(k.Image))
+	i, err := disk.OpenLayer(k.File, k.Format)
+	if err != nil {
+		return t, err
+	}
+	defer i.Close()
+	// QEMU looks for it from where the new file is.
+	if on := i.BackingName(); on != "" && !filepath.IsAbs(on) && !strings.Contains(on, ":") && dir != filepath.Dir(k.Image) {
+		return t, fmt.Errorf("disk %s stands on %s, which it names from its own directory: leave --to out", k.Image, on)
+	}
+	return t, nil
+}
