@@ -438,7 +438,7 @@ func (a *app) rmGroups(ctx context.Context, names []string, o rmOptions) error {
 		}
 	}
 	entries := []rmEntry{}
-	remover := o.remover(st)
+	remover := a.remover(st, o)
 	for _, l := range groups {
 		var failed error
 		for _, m := range l.Members {

@@ -144,7 +144,7 @@ func (a *app) prune(ctx context.Context, vms []string, policy retention.Policy, 
 		return err
 	}
 	if !dryRun {
-		err = errors.Join(a.removeUnkept(ctx, rm.remover(st), st, entries)...)
+		err = errors.Join(a.removeUnkept(ctx, a.remover(st, rm), st, entries)...)
 	}
 	a.measurePrune(entries)
 	if asJSON {

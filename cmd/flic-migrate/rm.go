@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -59,9 +60,15 @@ type rmOptions struct {
 }
 
 // remover is what removes as the flags say.
-func (o rmOptions) remover(st *store.Store) *store.Remover {
+func (a *app) remover(st *store.Store, o rmOptions) *store.Remover {
 	r := st.Remover()
 	r.Wait, r.Force = o.wait, o.force
+	r.Waiting = func(ref store.Ref, who []string) {
+		if len(who) == 0 {
+			who = []string{"another process"}
+		}
+		a.log().Info("it is in use, and waited for", "checkpoint", ref.String(), "by", strings.Join(who, ", "), "limit", o.wait)
+	}
 	return r
 }
 
@@ -89,7 +96,7 @@ func (a *app) rm(ctx context.Context, names []string, o rmOptions) error {
 		return err
 	}
 	entries := []rmEntry{}
-	remover := o.remover(st)
+	remover := a.remover(st, o)
 	for _, ref := range refs {
 		e, rerr := a.removeOne(ctx, st, remover, ref)
 		if rerr != nil {

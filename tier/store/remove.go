@@ -41,6 +41,9 @@ type Remover struct {
 	// Wait is how long it still waits for checkpoints that are in use, all told: a save that
 	// borrows pages has an image open for as long as it takes. 0: it does not.
 	Wait time.Duration
+	// Waiting is called, if not nil, when a checkpoint has been waited for for a moment, with
+	// the processes that have it, as far as that can be told.
+	Waiting func(r Ref, who []string)
 	// Force removes an image also if it is another checkpoint's, whose own place lacks it.
 	Force bool
 
@@ -165,7 +168,8 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 // open opens a checkpoint's image, and locks it for its removal, as soon as nobody else has
 // it.
 func (m *Remover) open(ctx context.Context, r Ref) (Object, Ref, error) {
-	pause := time.Millisecond
+	pause, begun := time.Millisecond, time.Now()
+	told := m.Waiting == nil
 	for {
 		f, at, err := m.s.open(ctx, r, Exclusive)
 		if !errors.Is(err, ErrInUse) {
@@ -179,6 +183,10 @@ func (m *Remover) open(ctx context.Context, r Ref) (Object, Ref, error) {
 			}
 			return nil, at, err
 		}
+		if !told && time.Since(begun) > waitingTold {
+			told = true
+			m.Waiting(at, m.s.dir.Holders(ctx, at.object(imageSuffix)))
+		}
 		pause = min(2*pause, 5*vfs.LockPause, m.Wait)
 		select {
 		case <-time.After(pause):
@@ -188,6 +196,9 @@ func (m *Remover) open(ctx context.Context, r Ref) (Object, Ref, error) {
 		}
 	}
 }
+
+// waitingTold is how long nobody is told that there is a wait.
+const waitingTold = 500 * time.Millisecond
 
 // ErrOnlyCopy: an image that is to be removed is another checkpoint's, and its only one.
 var ErrOnlyCopy = errors.New("its own place lacks it")
