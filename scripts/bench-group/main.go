@@ -1,7 +1,7 @@
 // Command bench-group saves eight real guests of two disk images at one moment and prints
 // Markdown tables of what that costs beside eight saves of one guest each.
 //
-//	go run ./scripts/bench-group [-only saves,skew,restores,base] [-guests 8] [-memory 256M] [-runs 3] [-skew 5] [-codec minlz]
+//	go run ./scripts/bench-group [-only saves,atonce,skew,restores,base] [-guests 8] [-memory 256M] [-runs 3] [-skew 5] [-codec minlz]
 //
 // The guests have done four kinds of work on each of the images, and stand still. In turn they
 // are saved: by lz4 through exec:, one after the other and all at once, into files that are
@@ -13,6 +13,8 @@
 // Then what is stored is restored into nothing, one after the other, with files in the host's
 // page cache, and resumed into new QEMUs, all at once: by one resume --group, and by a
 // resume of each.
+//
+// atonce: they are saved by commands of their own, at the same time, into one store.
 //
 // -skew is how many groups are made of guests that run, stopped and live: for how far apart
 // QEMU's STOP events are, and the guests' pauses as they have them themselves (skew.go).
@@ -59,7 +61,7 @@ var images = []string{"debian", "workloads"}
 
 func main() {
 	b := &bench{}
-	only := flag.String("only", "saves,skew,restores,base", "what to measure; restores need saves")
+	only := flag.String("only", "saves,atonce,skew,restores,base", "what to measure; restores need saves")
 	flag.IntVar(&b.n, "guests", 8, "how many")
 	flag.IntVar(&b.runs, "runs", 3, "of each way, after one that warms up")
 	flag.IntVar(&b.skews, "skew", 5, "groups of running guests in each mode")
@@ -113,7 +115,7 @@ func (b *bench) run(ctx context.Context) (err error) {
 			return fmt.Errorf("base: %w", err)
 		}
 	}
-	if !b.wants("saves") && !b.wants("skew") {
+	if !b.wants("saves") && !b.wants("skew") && !b.wants("atonce") {
 		return nil
 	}
 	disks, err := b.boot(ctx)
@@ -127,6 +129,11 @@ func (b *bench) run(ctx context.Context) (err error) {
 	if b.wants("saves") {
 		if err := b.saves(ctx); err != nil {
 			return err
+		}
+	}
+	if b.wants("atonce") {
+		if err := b.atOnce(ctx); err != nil {
+			return fmt.Errorf("at once: %w", err)
 		}
 	}
 	if b.wants("skew") {
