@@ -1,12 +1,15 @@
 // Command bench compares flic-migrate with what people pipe QEMU's migration
 // streams through today, and prints Markdown tables.
 //
-//	go run ./scripts/bench [-runs 5] [-qemu=false] [-streams GLOB]
+//	go run ./scripts/bench [-runs 5] [-qemu=false] [-streams GLOB] [-increments] [-disk FILE]
 //
 // First recorded streams: each tool reads the stream from a pipe that is
 // fed from memory, as QEMU does, and writes a file that is synced; then each
 // gives it back into a pipe. Then a real, paused QEMU of 512 MB with a warm page
 // cache saves through exec: of each tool, and a new one restores.
+//
+// With -increments flic-migrate is also measured with the checkpoint before as the parent,
+// of which nothing has changed, and with -disk with pages on disk images that it looks in.
 //
 // Tools take turns (A B C A B C …), so that a machine whose speed drifts slows
 // all of them; the figures are medians, and ratios are of medians.
@@ -18,6 +21,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -38,6 +42,7 @@ import (
 type tool struct {
 	name, save, restore string
 	clean               string // removes what save has made, if it is more than a file
+	prepare             string // is run before the first save; may be empty
 }
 
 // fresh removes what the last run has written. A store stays, as it does with
@@ -47,9 +52,14 @@ func (t tool) fresh(f string) error {
 		return os.RemoveAll(f)
 	}
 	if _, err := os.Stat(f); err != nil {
-		return nil
+		return shell(t.prepare, f)
 	}
-	cmd := exec.Command("/bin/sh", "-c", t.clean)
+	return shell(t.clean, f)
+}
+
+// shell runs a command of a tool's.
+func shell(command, f string) error {
+	cmd := exec.Command("/bin/sh", "-c", command)
 	cmd.Env = append(os.Environ(), "F="+f)
 	cmd.Stderr = os.Stderr
 	return cmd.Run()
@@ -68,13 +78,13 @@ func (t tool) size(f string) int64 {
 }
 
 // tools are ours in binary, with each of its codecs, another build of ours if there
-// is one, and what else people use.
-func tools(binary, other string) []tool {
+// is one, and what else people use. Increments and disks are of both builds.
+func tools(binary, other string, increments bool, disks string) []tool {
 	ours := func(name, binary, flags string) tool {
 		return tool{
-			name, "exec " + binary + " save --quiet --store $F --vm vm" + flags,
-			"exec " + binary + " restore --quiet --store $F vm",
-			"exec " + binary + " rm --all --store $F vm > /dev/null",
+			name: name, save: "exec " + binary + " save --quiet --store $F --vm vm" + flags,
+			restore: "exec " + binary + " restore --quiet --store $F vm",
+			clean:   "exec " + binary + " rm --all --store $F vm > /dev/null",
 		}
 	}
 	list := []tool{
@@ -82,8 +92,22 @@ func tools(binary, other string) []tool {
 		ours("flic-migrate zstd", binary, " --codec zstd"),
 		ours("flic-migrate lz4", binary, " --codec lz4"),
 	}
+	builds := map[string]string{"flic-migrate": binary}
 	if other != "" {
+		builds["other"] = other
 		list = append(list, ours("other", other, ""))
+	}
+	for _, name := range slices.Sorted(maps.Keys(builds)) {
+		if increments {
+			t := ours(name+", increment", builds[name], " --share none")
+			t.clean = ":"
+			list = append(list, t)
+		}
+		if disks != "" {
+			t := ours(name+", disk", builds[name], " --share none --disk "+disks)
+			t.prepare = "exec " + builds[name] + " disk index --quiet --store $F " + strings.ReplaceAll(disks, ":", " ") + " > /dev/null"
+			list = append(list, t)
+		}
 	}
 	for _, c := range [][3]string{
 		{"cat", "cat", "cat"},
@@ -93,7 +117,7 @@ func tools(binary, other string) []tool {
 		{"zstd -1 -T2", "zstd -q -1 -T2 -c", "zstd -q -dc"},
 		{"zstd -3 -T2", "zstd -q -3 -T2 -c", "zstd -q -dc"},
 	} {
-		list = append(list, tool{c[0], c[1] + " > $F && sync $F", "exec " + c[2] + " < $F", ""})
+		list = append(list, tool{name: c[0], save: c[1] + " > $F && sync $F", restore: "exec " + c[2] + " < $F"})
 	}
 	return list
 }
@@ -144,14 +168,17 @@ func main() {
 	streams := flag.String("streams", "", "recorded streams, as a glob (default: those in testdata and one of a 512 MB guest)")
 	other := flag.String("other", "", "another build of flic-migrate, to compare with")
 	only := flag.String("only", "", "compare with these tools only, separated by commas")
+	increments := flag.Bool("increments", false, "also increments in which nothing has changed")
+	disks := flag.String("disk", "", "also with pages looked for in these disk images, separated by colons")
 	flag.Parse()
-	if err := run(*runs, *withQEMU, *streams, *only, *other); err != nil {
+	tools := func(binary string) []tool { return tools(binary, *other, *increments, *disks) }
+	if err := run(*runs, *withQEMU, *streams, *only, tools); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(runs int, withQEMU bool, glob, only, other string) error {
+func run(runs int, withQEMU bool, glob, only string, tools func(binary string) []tool) error {
 	root, err := qemutest.ModuleRoot()
 	if err != nil {
 		return err
@@ -165,10 +192,13 @@ func run(runs int, withQEMU bool, glob, only, other string) error {
 	if err := qemutest.Build(context.Background(), binary); err != nil {
 		return err
 	}
-	list := tools(binary, other)
+	list := tools(binary)
 	if only != "" {
 		names := append(strings.Split(only, ","), "flic-migrate", "other", "lz4")
-		list = slices.DeleteFunc(list, func(t tool) bool { return !slices.Contains(names, t.name) })
+		list = slices.DeleteFunc(list, func(t tool) bool {
+			name, _, _ := strings.Cut(t.name, ", ")
+			return !slices.Contains(names, name)
+		})
 	}
 	b := &bench{dir: dir, runs: runs, tools: list}
 	if withQEMU {
