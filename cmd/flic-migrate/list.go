@@ -124,7 +124,7 @@ func (a *app) list(ctx context.Context, vm string, asJSON bool) error {
 		entries = append(entries, newListEntry(l))
 	}
 	markArmed(ctx, st, entries)
-	markGroups(ctx, st, entries)
+	a.markGroups(ctx, st, entries)
 	switch {
 	case asJSON:
 		err = printJSON(a.stdout, entries)
@@ -202,12 +202,22 @@ func markArmed(ctx context.Context, st *store.Store, entries []listEntry) {
 	}
 }
 
-// markGroups says of each checkpoint which group it is in. A record that can't be read is
-// list --group's, and no reason to list nothing.
-func markGroups(ctx context.Context, st *store.Store, entries []listEntry) {
-	of, err := st.GroupOf(ctx)
+// markGroups says of each checkpoint which group it is in. A record that can't be read is a
+// warning: which checkpoints it is of is not known.
+func (a *app) markGroups(ctx context.Context, st *store.Store, entries []listEntry) {
+	list, err := st.Groups(ctx, "")
 	if err != nil {
+		a.log().Warn("which groups there are is not known", "cause", oneLine(err))
 		return
+	}
+	of := make(map[store.Ref]store.Ref)
+	for _, l := range list {
+		if l.Err != nil {
+			a.log().Warn("the record of a group can't be read; rm --group removes it", "group", l.Ref().String(), "cause", oneLine(l.Err))
+		}
+		for _, m := range l.Members {
+			of[m.Ref()] = l.Ref()
+		}
 	}
 	for i := range entries {
 		e := &entries[i]
