@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -502,5 +503,82 @@ func TestTransferElsewhereDamage(t *testing.T) {
 	}
 	if c, err := b.st.OpenCheckpoint(context.Background(), list[0].Ref, checkpoint.Options{}); !integrity.IsCorrupt(err) {
 		t.Errorf("opened without its pieces: %v, %v", c, err)
+	}
+}
+
+// TestTransferElsewhere copies checkpoints with pages on disks and in NVRAM, in any order, into
+// a store that puts hot ones into NVRAM or not, while there some are removed, moved, flattened
+// and saved, and the disks are gone in the end. Each restores as it was saved, and when all is
+// removed all is free.
+func TestTransferElsewhere(t *testing.T) {
+	for seed := range uint64(10) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			rnd := rand.New(rand.NewPCG(seed, 2))
+			a, b := newLab(t, crashfs.New(0), "/"), newLab(t, crashfs.New(0), "/")
+			list := chain.Build(t, a.st, chain.Options{Seed: seed, Streams: generations(seed, 4, chainBlocks), Codec: image.LZ4,
+				NVRAM: a.nvram, Deltas: 0.5, Scattered: 0.1, Disk: filepath.Join(t.TempDir(), "disk")})
+			model := map[store.Ref]*tiertest.Stream{}
+			flat := map[store.Ref]bool{}
+			for step := range 30 {
+				one := list[rnd.IntN(len(list))]
+				_, there := model[one.Ref]
+				what := ""
+				switch op := rnd.IntN(8); {
+				case op < 4:
+					if flat[one.Ref] {
+						break // another image has its name
+					}
+					var o store.ReceiveOptions
+					if what = "received"; rnd.IntN(3) > 0 {
+						o, what = b.hot(), "received into NVRAM"
+					}
+					whole, _, err := a.sent(b.has(t), one.Ref)
+					if err != nil {
+						t.Fatalf("step %d: %v", step, err)
+					}
+					if got, err := b.takesWith(whole, o); err != nil || got[0].Already != there {
+						t.Fatalf("step %d: %v %s: %+v, %v", step, one.Ref, what, got, err)
+					}
+					model[one.Ref] = one.Stream
+				case op == 4 && there:
+					what = "removed"
+					if err := b.remove(one.Ref); err != nil {
+						t.Fatalf("step %d: %v", step, err)
+					}
+					delete(model, one.Ref)
+					delete(flat, one.Ref)
+				case op == 5:
+					what = "moved"
+					b.demote(t, rnd.IntN(3))
+				case op == 6:
+					what = "gc"
+					if rep, err := b.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+						t.Fatalf("step %d: gc: %+v, %v", step, rep, err)
+					}
+				case op == 7 && there && rnd.IntN(3) == 0:
+					what = "flattened"
+					if _, _, err := b.st.Flatten(t.Context(), one.Ref, store.CopyOptions{}); err != nil {
+						t.Fatalf("step %d: %v", step, err)
+					}
+					flat[one.Ref] = true
+				}
+				for ref, s := range model {
+					b.holds(t, ref, s)
+				}
+				if t.Failed() {
+					t.Fatalf("after step %d: %v %s", step, one.Ref, what)
+				}
+			}
+			for ref := range model {
+				if err := b.remove(ref); err != nil {
+					t.Error(err)
+				}
+			}
+			b.noLeaks(t)
+			b.empty(t)
+			if left, err := leftIn(t, b); err != nil && !errors.Is(err, fs.ErrNotExist) || left > 0 {
+				t.Errorf("%d extents are left, %v", left, err)
+			}
+		})
 	}
 }
