@@ -79,7 +79,7 @@ func run(ctx context.Context, o options) (f figures, err error) {
 	defer func() {
 		cleared := d.clear()
 		if err != nil && ctx.Err() != nil {
-			err = fmt.Errorf("interrupted: %w", err)
+			err = errors.New("interrupted") // what was being done is not to blame
 		}
 		err = errors.Join(err, cleared)
 	}()
