@@ -47,8 +47,8 @@ func (a *app) unite(ctx context.Context, st *store.Store, name string, rep *chec
 	switch {
 	case err != nil && ctx.Err() == nil:
 		a.log().Warn("pages may be stored twice that another checkpoint has, made at the same time", "checkpoint", name, "cause", oneLine(err))
-	case err == nil && u.Why == "" && !quiet:
-		fmt.Fprintf(a.stderr, "flic-migrate: %s: %d pages are in checkpoints that were made at the same time, too, and stored there alone now: %s freed\n", name, u.Pages, human(u.Bytes))
+	case err == nil && u.Pages > 0 && !quiet:
+		fmt.Fprintf(a.stderr, "flic-migrate: %s: %d pages of it, and of checkpoints that were made at the same time, were stored twice, and are stored once now: %s freed\n", name, u.Pages, human(u.Bytes))
 	}
 }
 

@@ -192,6 +192,8 @@ type Report struct {
 	PageTables      int64 `json:"page_tables"` // that hold the guest's page tables
 
 	Peers int64 `json:"peers"` // in another checkpoint that was made with this one
+	// ShareVM: pages were looked for in checkpoints of its own VM alone.
+	ShareVM bool `json:"share_vm,omitempty"`
 	// Beside is how many other checkpoints there were in the end that it could have had pages
 	// in common with, and that were not there, or not known, when it began.
 	Beside int64 `json:"beside"`

@@ -281,7 +281,7 @@ func (s *saver) openShared() error {
 	if err != nil {
 		why = err.Error()
 	}
-	s.rep.NotShared = why
+	s.rep.NotShared, s.rep.ShareVM = why, s.o.Share == ShareVM
 	if s.shared != nil || s.peer() != nil {
 		s.out.features.Incompat |= image.HasReferences
 	}

@@ -50,11 +50,12 @@ type UniteOptions struct {
 
 // United says what Unite has done.
 type United struct {
-	// Why nothing was done; empty: a new image is in the place of the old one.
-	Why   string
-	UUID  uuid.UUID // of the new image
-	Pages int64     // stored pages that others have, each different one once
-	Bytes int64     // of flash that are free now
+	// Why the checkpoint is as it was; empty: a new image is in the place of the old one.
+	Why  string
+	UUID uuid.UUID // of the new image
+	// Of it, and of those that were united with it:
+	Pages int64 // stored pages that others have, each different one once
+	Bytes int64 // of flash that are free now
 }
 
 // Unite gives back the space of pages that a checkpoint has stored and that other images of
@@ -73,9 +74,11 @@ type United struct {
 // under anybody; nor is one replaced that has pages in NVRAM, or disks that are kept with it, because these
 // are its own.
 //
-// One process of a domain unites at a time, and looks at what is there by then: of two
-// checkpoints that have a page the first gives it up, the second finds that it alone has it.
-// Nothing refers to what refers on: each entry names where the bytes are. r has a number.
+// One process of a domain unites at a time, and with the checkpoint those that have pages in
+// common with it, in the order in which they were made: each gives up what one before it has.
+// Were it otherwise, the first would refer to all others, which then are needed and can give up
+// nothing. Nothing refers to what refers on: each entry names where the bytes are. r has a
+// number.
 func (s *Store) Unite(ctx context.Context, r Ref, o UniteOptions) (u United, err error) {
 	id, _, err := s.identity(ctx, r)
 	if err != nil {
@@ -111,22 +114,151 @@ func (s *Store) Unite(ctx context.Context, r Ref, o UniteOptions) (u United, err
 		return u, err
 	}
 	defer lock.Close()
-	if _, err := s.TendShare(ctx, id.TrustDomain, hash, ShareOptions{Scan: true, Wait: true}); err != nil {
+	d := &uniteDomain{s: s, name: id.TrustDomain, hash: hash, catalog: catalog, ages: make(map[uuid.UUID]age)}
+	related, err := d.related(ctx, r)
+	if err != nil {
 		return u, err
 	}
-	n := &uniting{s: s, hash: hash, o: o, lenders: make(map[uuid.UUID]*lender)}
+	u.Why = few
+	for _, a := range related {
+		one, err := d.unite(ctx, a, o)
+		if a.ref == r {
+			u.Why, u.UUID = one.Why, one.UUID
+		} else if err != nil && (gone(err) || errors.Is(err, ErrNotFound) || errors.Is(err, ErrInUse)) {
+			err = nil // another one, that goes away or is read
+		}
+		if err != nil {
+			return u, err
+		}
+		if one.Why == "" {
+			u.Pages, u.Bytes = u.Pages+one.Pages, u.Bytes+one.Bytes
+		}
+	}
+	return u, nil
+}
+
+// few is why most are left as they are.
+const few = "others have too few of its pages"
+
+// uniteDomain is a trust domain while its images are united.
+type uniteDomain struct {
+	s       *Store
+	name    string
+	hash    *digest.Hasher
+	catalog *share.Catalog
+	ages    map[uuid.UUID]age
+}
+
+// age is where an image stands among the others: those refer to it that were made later. It
+// is the same for one that has taken its place.
+type age struct {
+	ref  Ref
+	made time.Time // its save had ended
+	// may: it can be replaced, and looked for in others, as far as its save was told to.
+	may, sameVM bool
+}
+
+func (a age) compare(b age) int {
+	return cmp.Or(a.made.Compare(b.made), cmp.Compare(a.ref.VM, b.ref.VM), cmp.Compare(a.ref.N, b.ref.N))
+}
+
+// age reads how old an image is; not ok: it is not there.
+func (d *uniteDomain) age(ctx context.Context, im share.Image) (a age, ok bool, err error) {
+	if a, ok = d.ages[im.UUID]; ok {
+		return a, true, nil
+	}
+	st, ok := d.s.placed(ctx, Ref{im.VM, im.Number}, im.UUID)
+	if !ok {
+		return a, false, nil
+	}
+	f, err := d.s.dir.Open(ctx, st.name, Unlocked)
+	if err != nil {
+		return a, false, nil // it goes away
+	}
+	defer f.Close()
+	m, err := checkpoint.ReadMeta(f)
+	if err = d.s.unlessGone(ctx, st.name, err); err != nil {
+		return a, false, nil // what can't say who it is is verify's
+	}
+	rep := &m.Report
+	a = age{ref: st.ref, made: m.Created.Add(time.Duration(rep.Seconds.Total * float64(time.Second))),
+		may: !st.gone && rep.NotShared == "" && rep.ChunkSize <= m.PageSize, sameVM: rep.ShareVM}
+	d.ages[im.UUID] = a
+	return a, true, nil
+}
+
+// related are a checkpoint and the listed ones that have pages in common with it, in the order
+// in which they were made: each can then be united with those before it, none of which is
+// needed by it yet.
+func (d *uniteDomain) related(ctx context.Context, r Ref) (list []age, err error) {
+	n, err := d.open(ctx, r)
+	if err != nil {
+		return nil, err
+	}
 	defer n.close()
-	if n.index, err = catalog.Open(ctx, share.NewKeyID(hash)); err != nil {
+	self, _, err := d.age(ctx, share.Image{UUID: n.c.Meta.UUID, VM: r.VM, Number: r.N})
+	if err != nil {
+		return nil, err
+	}
+	if some, err := n.sample(ctx); err != nil || !some {
+		return nil, err
+	}
+	list = append(list, self)
+	for _, l := range n.lenders {
+		if a, ok, err := d.age(ctx, l.Image); err != nil {
+			return nil, err
+		} else if ok && a.may {
+			list = append(list, a)
+		}
+	}
+	slices.SortFunc(list, age.compare)
+	return list, nil
+}
+
+// open brings the index up to date, and opens it and a checkpoint.
+func (d *uniteDomain) open(ctx context.Context, r Ref) (n *uniting, err error) {
+	if _, err := d.s.TendShare(ctx, d.name, d.hash, ShareOptions{Scan: true, Wait: true}); err != nil {
+		return nil, err
+	}
+	n = &uniting{s: d.s, hash: d.hash, lenders: make(map[uuid.UUID]*lender)}
+	if n.index, err = d.catalog.Open(ctx, share.NewKeyID(d.hash)); err == nil {
+		n.c, err = d.s.OpenCheckpoint(ctx, r, checkpoint.Options{})
+	}
+	if err == nil {
+		n.sums, err = n.c.Digester(uniteChunks)
+	}
+	if err == nil {
+		err = n.use()
+	}
+	if err != nil {
+		n.close()
+		return nil, err
+	}
+	return n, nil
+}
+
+// unite unites one checkpoint with those that are older.
+func (d *uniteDomain) unite(ctx context.Context, a age, o UniteOptions) (u United, err error) {
+	n, err := d.open(ctx, a.ref)
+	if err != nil {
 		return u, err
 	}
-	if n.c, err = s.OpenCheckpoint(ctx, r, checkpoint.Options{}); err != nil {
-		return u, err
+	defer n.close()
+	if id := &n.c.Meta.Identity; id.NVRAM != nil || id.DiskSlots > 0 {
+		u.Why = few
+		return u, nil
+	}
+	n.o = o
+	n.o.SameVM = o.SameVM || a.sameVM
+	n.older = func(im share.Image) (bool, error) {
+		b, ok, err := d.age(ctx, im)
+		return ok && b.compare(a) < 0, err
 	}
 	if u.Why, err = n.run(ctx, &u); err != nil || u.Why != "" {
 		return u, err
 	}
 	// The index finds what is left of it.
-	return u, catalog.Note(share.Image{UUID: u.UUID, VM: r.VM, Number: r.N})
+	return u, d.catalog.Note(share.Image{UUID: u.UUID, VM: a.ref.VM, Number: a.ref.N})
 }
 
 // lockUniting waits until nobody else unites images of a domain, for as long as ctx lets it.
@@ -150,6 +282,8 @@ type uniting struct {
 	hash  *digest.Hasher
 	o     UniteOptions
 	index *share.Index
+	// older tells which images may be referred to; nil: any.
+	older func(share.Image) (bool, error)
 	c     *Checkpoint // nil once it is closed
 	sums  *checkpoint.Digester
 	tx    *Tx // nil: it has not begun
@@ -196,13 +330,6 @@ func (n *uniting) run(ctx context.Context, u *United) (why string, err error) {
 	if v.needed(was.UUID) {
 		return errNeeded.Error(), nil
 	}
-	if n.sums, err = n.c.Digester(uniteChunks); err != nil {
-		return "", err
-	}
-	if err := n.use(); err != nil {
-		return "", err
-	}
-	const few = "others have too few of its pages"
 	if some, err := n.sample(ctx); err != nil || !some {
 		return few, err
 	}
@@ -305,12 +432,13 @@ func (n *uniting) sample(ctx context.Context) (worth bool, err error) {
 	}
 	all := n.index.Images()
 	asked, found := int64(0), int64(0)
+	var pages [][]*lender
 	err = n.each(ctx, func(_ uint64, sum digest.Sum) error {
 		if sum[digest.Size-1]%every != 0 { // the index is by the first bytes
 			return nil
 		}
 		asked++
-		some := false
+		var by []*lender
 		n.index.Each(sum, func(number int, _ uint64) bool {
 			im := all[number]
 			if im.UUID == n.c.Meta.UUID || n.o.SameVM && im.VM != n.c.Meta.VM {
@@ -322,14 +450,27 @@ func (n *uniting) sample(ctx context.Context) (worth bool, err error) {
 				n.lenders[im.UUID] = l
 			}
 			l.pages++
-			some = true
+			by = append(by, l)
 			return true
 		})
-		if some {
-			found++
+		if len(by) > 0 {
+			pages = append(pages, by)
 		}
 		return nil
 	})
+	for id, l := range n.lenders {
+		if err == nil && n.older != nil {
+			var ok bool
+			if ok, err = n.older(l.Image); !ok {
+				delete(n.lenders, id)
+			}
+		}
+	}
+	for _, by := range pages {
+		if slices.ContainsFunc(by, func(l *lender) bool { return n.lenders[l.UUID] != nil }) {
+			found++
+		}
+	}
 	if err != nil || found == 0 || found*uniteShare < asked {
 		return false, err
 	}
