@@ -499,13 +499,33 @@ func TestGCWhileFlattened(t *testing.T) {
 }
 
 // TestSharingLost loses the note that there are references, as a backup of the images alone
-// does: what others need stays all the same.
+// does, or finds it damaged: what others need stays all the same, and nothing else fails.
 func TestSharingLost(t *testing.T) {
+	name := func(l *lab) string { return filepath.Join(l.dir, "sharing.json") }
+	t.Run("lost", func(t *testing.T) {
+		testSharingLost(t, func(l *lab) error { return l.fs.Remove(name(l)) })
+	})
+	t.Run("damaged", func(t *testing.T) {
+		testSharingLost(t, func(l *lab) error {
+			if err := l.fs.Remove(name(l)); err != nil {
+				return err
+			}
+			f, err := l.fs.Create(name(l))
+			if err != nil {
+				return err
+			}
+			_, err = f.WriteAt([]byte("garbage"), 0)
+			return errors.Join(err, f.Close())
+		})
+	})
+}
+
+func testSharingLost(t *testing.T, loseIt func(*lab) error) {
 	_, l, list := smallChain(t)
 	model := chainModel(list)
 	lose := func() {
 		t.Helper()
-		if err := l.fs.Remove(filepath.Join(l.dir, "sharing.json")); err != nil {
+		if err := loseIt(l); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -80,6 +80,9 @@ func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport,
 	if err := g.shares(ctx); err != nil {
 		return rep, err
 	}
+	if err := g.renoteSharing(ctx); err != nil {
+		return rep, err
+	}
 	return rep, g.sweep(ctx)
 }
 

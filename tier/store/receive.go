@@ -1029,24 +1029,6 @@ func (r *receiving) reserve(ctx context.Context, i *received) (name string, err 
 	return name, nil
 }
 
-// noteSharing notes, durably, that from now on there are references to look for.
-func (s *Store) noteSharing(ctx context.Context) error {
-	if doc, _, err := s.noted(ctx); err != nil || doc.References {
-		return err
-	}
-	unlock, err := s.lock(ctx)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	// Another process may have been first, and have noted more.
-	doc, _, err := s.noted(ctx)
-	if err != nil || doc.References {
-		return err
-	}
-	return s.writeSealed(ctx, sharingFile, sharing{References: true})
-}
-
 // commit gives all of it its names.
 func (r *receiving) commit(ctx context.Context) error {
 	s := r.s

@@ -28,21 +28,51 @@ type sharing struct {
 	United bool `json:"united,omitempty"`
 }
 
-// noted is what is noted of references; there is false if there is no note.
-func (s *Store) noted(ctx context.Context) (doc sharing, there bool, err error) {
+// noted is what is noted of references; whole is false if there is no note, or a damaged
+// one, which counts as if it said all that it can: that costs looks, and loses nothing.
+func (s *Store) noted(ctx context.Context) (doc sharing, whole bool, err error) {
 	err = s.readSealed(ctx, sharingFile, "note of references", maxSealed, &doc)
-	if gone(err) {
-		return doc, false, nil
+	switch {
+	case gone(err):
+		return sharing{}, false, nil
+	case integrity.IsCorrupt(err):
+		return sharing{References: true, United: true}, false, nil
 	}
-	return doc, true, err
+	return doc, err == nil, err
+}
+
+// noteSharing notes, durably, that there are references.
+func (s *Store) noteSharing(ctx context.Context) error {
+	if doc, whole, err := s.noted(ctx); err != nil || whole && doc.References {
+		return err
+	}
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	// Another process may have been first, and have noted more.
+	doc, whole, err := s.noted(ctx)
+	if err != nil || whole && doc.References {
+		return err
+	}
+	return s.writeSealed(ctx, sharingFile, sharing{References: true, United: doc.United})
+}
+
+// renoteSharing replaces a note that is damaged.
+func (s *Store) renoteSharing(ctx context.Context) error {
+	if doc, whole, err := s.noted(ctx); err != nil || whole || !doc.References {
+		return err
+	}
+	return s.noteSharing(ctx)
 }
 
 // noteUnited notes, durably, that there may be images that need more of others than those
 // had whose places they took. The caller holds the store lock, and has noted that there are
 // references.
 func (s *Store) noteUnited(ctx context.Context) error {
-	doc, _, err := s.noted(ctx)
-	if err != nil || doc.United {
+	doc, whole, err := s.noted(ctx)
+	if err != nil || whole && doc.United {
 		return err
 	}
 	return s.writeSealed(ctx, sharingFile, sharing{References: true, United: true})
@@ -52,8 +82,8 @@ func (s *Store) noteUnited(ctx context.Context) error {
 // name's did at the last look. It is what is noted, or what there is all the same: a backup
 // can have left the note out, and what is freed for want of it is lost.
 func (l *lookup) shares(ctx context.Context) (some, more bool, err error) {
-	doc, there, err := l.s.noted(ctx)
-	if more = doc.United || !there; err != nil || doc.References {
+	doc, whole, err := l.s.noted(ctx)
+	if more = doc.United || !whole; err != nil || doc.References {
 		return doc.References, more, err
 	}
 	err = l.eachVM(ctx, "", func(vm string, o vmObjects) error {
