@@ -27,6 +27,7 @@ type budget struct {
 	// numbered from first up to next.
 	wait        []waiting
 	first, next int
+	room        [][]byte       // for pages that wait: what others have left
 	by          map[uint64]int // by cell, the number of its last
 	at          map[pageAt]int // numbers
 	stored      int64          // pages that were stored anew
@@ -93,10 +94,15 @@ func (b *budget) put(it *item, s spot, fn func(it *item) error) error {
 		}
 	}
 	if len(b.wait) < b.most() {
-		b.wait = append(b.wait, waiting{item: item{data: make([]byte, b.pageSize)}})
+		b.wait = append(b.wait, waiting{})
 	}
 	w := b.number(b.next)
-	data := w.data[:b.pageSize]
+	var data []byte
+	if n := len(b.room); n > 0 {
+		data, b.room = b.room[n-1], b.room[:n-1]
+	} else {
+		data = make([]byte, b.pageSize)
+	}
 	copy(data, it.data)
 	*w = waiting{item: *it, spot: s, waits: true, before: -1}
 	w.data, w.marks = data, nil
@@ -126,9 +132,10 @@ func (b *budget) release(n int, fn func(it *item) error) error {
 	return fn(&w.item)
 }
 
-// done says that a page waits no more.
+// done says that a page waits no more. Its bytes are good until the next one waits.
 func (b *budget) done(w *waiting) {
 	w.waits = false
+	b.room = append(b.room, w.data)
 	delete(b.at, pageAt{w.block, w.page})
 }
 

@@ -230,6 +230,9 @@ func (p *diskPages) add(at checkpoint.DiskSlot, sum digest.Sum) {
 	if p.by != nil {
 		p.by[at] = len(p.list)
 	}
+	if len(p.list) == cap(p.list) {
+		p.list = slices.Grow(p.list, max(len(p.list), 4096)) // not by a quarter, of which there would be many
+	}
 	p.list = append(p.list, diskPage{at, sum})
 }
 
@@ -276,7 +279,7 @@ func (p *placer) number(n *referred) (*numbered, error) {
 	if d == nil || len(p.disk.list) == 0 {
 		return nil, nil
 	}
-	var used []checkpoint.DiskSlot
+	used := make([]checkpoint.DiskSlot, 0, len(p.disk.list))
 	pages := make([]int64, len(d.list))
 	err := p.to.pages.Runs(func(r pagemap.Run) error {
 		if r.Kind != pagemap.Disk {
@@ -303,7 +306,7 @@ func (p *placer) number(n *referred) (*numbered, error) {
 		return nil, nil
 	}
 	// Disks of which nothing is left are not listed.
-	out := &numbered{}
+	out := &numbered{slots: make([]checkpoint.DiskSlot, 0, len(used)), sums: make([]digest.Sum, 0, len(used))}
 	var numbers []int // in d.list, by number in out
 	now := make([]int, len(d.list))
 	for _, at := range used {
