@@ -182,14 +182,15 @@ func (d *lab) saveAgain(ctx context.Context, f *figures) (err error) {
 	if f.lz4AgainSave, f.lz4AgainBytes, err = d.saveLZ4(ctx); err != nil {
 		return err
 	}
-	d.chapter("Save it again: that costs what has changed")
+	// The resume has left a note of the pages that it had to wait for, which are hot from now on.
+	d.chapter("Save it again: what has changed, and to NVRAM what the resume waited for")
 	rep, err := d.checkpoint(ctx, "--disks", "snapshot", "--then", "pause")
 	if err != nil {
 		return err
 	}
 	f.second, f.secondBytes = time.Duration(rep.Save.Seconds.Total*1e9), rep.Save.NVRAMBytes+rep.Save.FlashBytes
 	d.frozen = append(d.frozen, rep.Snapshots[0].Frozen)
-	d.figure(fmt.Sprintf("%s in %s, of it %s in NVRAM", megabytes(f.secondBytes), seconds(f.second), megabytes(rep.Save.NVRAMBytes)),
+	d.figure(fmt.Sprintf("%s to flash, %s to NVRAM, %s", megabytes(rep.Save.FlashBytes), megabytes(rep.Save.NVRAMBytes), seconds(f.second)),
 		fmt.Sprintf("exec:lz4  %s in %s", megabytes(f.lz4AgainBytes), seconds(f.lz4AgainSave)))
 	return nil
 }
