@@ -52,15 +52,20 @@ func Run(ctx context.Context, a Agent, path string, args ...string) error {
 	for {
 		var s struct {
 			Exited   bool `json:"exited"`
-			ExitCode int  `json:"exitcode"`
-			Signal   int  `json:"signal"`
+			ExitCode *int `json:"exitcode"` // nil if a signal ended it
+			Signal   *int `json:"signal"`
 		}
 		if err := a.Execute(ctx, "guest-exec-status", map[string]any{"pid": started.PID}, &s); err != nil {
 			return err
 		}
 		if s.Exited {
-			if s.ExitCode != 0 || s.Signal != 0 {
-				return fmt.Errorf("it ended with code %d, signal %d", s.ExitCode, s.Signal)
+			switch {
+			case s.Signal != nil:
+				return fmt.Errorf("signal %d ended it", *s.Signal)
+			case s.ExitCode == nil:
+				return errors.New("it ended, and the agent does not say how")
+			case *s.ExitCode != 0:
+				return fmt.Errorf("it ended with code %d", *s.ExitCode)
 			}
 			return nil
 		}

@@ -144,6 +144,7 @@ func TestSyncFails(t *testing.T) {
 		"disabled": {`{"error": {"class": "CommandNotFound", "desc": "Command guest-exec has been disabled"}}`, "", "has been disabled"},
 		"failed":   {`{"return": {"pid": 1}}`, `{"return": {"exited": true, "exitcode": 3}}`, "code 3"},
 		"killed":   {`{"return": {"pid": 1}}`, `{"return": {"exited": true, "signal": 9}}`, "signal 9"},
+		"unsaid":   {`{"return": {"pid": 1}}`, `{"return": {"exited": true}}`, "does not say"},
 		"nonsense": {`{"return": `, "", "its answer"},
 		"for ever": {`{"return": {"pid": 1}}`, `{"return": {"exited": false}}`, "deadline"},
 		"silent":   {"", "", "deadline"},

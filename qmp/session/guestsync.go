@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync/atomic"
 	"time"
 
@@ -71,7 +72,7 @@ var (
 
 // take does what there is to do.
 func (g *GuestCare) take(ctx context.Context, t Target) error {
-	ctx, cancel := context.WithTimeout(ctx, g.Limit)
+	ctx, cancel := context.WithTimeoutCause(ctx, g.Limit, fmt.Errorf("not within %v", g.Limit))
 	defer cancel()
 	a, err := guestAgent(ctx, t, g.Socket)
 	if err != nil {
@@ -93,6 +94,21 @@ func (g *GuestCare) take(ctx context.Context, t Target) error {
 		if err := agent.Run(ctx, a, "/bin/sh", "-c", g.Command); err != nil {
 			return fmt.Errorf("%.100q in the guest: %w", g.Command, err)
 		}
+	}
+	return nil
+}
+
+// check finds out, before the guest is sent anything, that its agent has no socket.
+func (g *GuestCare) check() error {
+	if g == nil || g.Socket == "" {
+		return nil
+	}
+	fi, err := os.Stat(g.Socket)
+	if err == nil && fi.Mode().Type() != os.ModeSocket {
+		err = fmt.Errorf("%s is no socket", g.Socket)
+	}
+	if err != nil {
+		return fmt.Errorf("the guest's agent: %w", err)
 	}
 	return nil
 }

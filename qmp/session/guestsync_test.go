@@ -72,7 +72,7 @@ func TestGuestCare(t *testing.T) {
 	}{
 		"done":    {exit: `"exitcode": 0`, server: serves, asked: "guest-set-time guest-exec guest-exec-status"},
 		"fails":   {exit: `"exitcode": 3`, server: serves, asked: "guest-set-time guest-exec guest-exec-status", want: ErrGuestCare, says: `"make it" in the guest: it ended with code 3`},
-		"silent":  {server: serves, want: ErrGuestCare, says: "deadline"},
+		"silent":  {server: serves, want: ErrGuestCare, says: "not within 300ms"},
 		"paused":  {exit: `"exitcode": 0`, server: serves, paused: true, want: ErrGuestPaused},
 		"no page": {exit: `"exitcode": 0`, server: "exit 3", want: migration.ErrServer},
 	} {

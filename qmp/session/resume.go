@@ -91,6 +91,9 @@ func Resume(ctx context.Context, t Target, st *store.Store, c *store.Checkpoint,
 	if err := t.Check(); err != nil {
 		return ResumeReport{}, err
 	}
+	if err := o.Guest.check(); err != nil {
+		return ResumeReport{}, err
+	}
 	cared := o.care(ctx, t)
 	rep, err := resumeTarget(ctx, t, st, c, o)
 	return rep, errors.Join(err, cared(&rep, err))
