@@ -1,9 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -65,6 +68,9 @@ func (a *app) diskThaw(ctx context.Context, name, to string, asJSON bool) error 
 	for i, k := range kept {
 		if files[i], err = thawTo(k, d.Ref, to); err != nil {
 			return err
+		}
+		if _, err := os.Lstat(files[i].Path); !errors.Is(err, fs.ErrNotExist) {
+			return cmp.Or(err, error(&fs.PathError{Op: "create", Path: files[i].Path, Err: fs.ErrExist}))
 		}
 	}
 	for i, k := range kept {
