@@ -17,6 +17,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/disk"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -572,4 +573,14 @@ func TestThaw(t *testing.T) {
 		t.Errorf("over a file that is there: %v", err)
 	}
 	k.noLeaks(t)
+	if list, err := k.st.Listing(t.Context(), ""); err != nil || len(list) != 1 || list[0].Lacks != nil {
+		t.Errorf("%+v, %v", list, err)
+	}
+	if err := os.Remove(kept[0].File); err != nil {
+		t.Fatal(err)
+	}
+	list, err := k.st.Listing(t.Context(), "")
+	if err != nil || len(list) != 1 || !integrity.IsCorrupt(list[0].Lacks) || !strings.Contains(list[0].Lacks.Error(), kept[0].File) {
+		t.Errorf("%+v, %v", list, err)
+	}
 }

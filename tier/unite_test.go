@@ -106,6 +106,12 @@ func TestUnite(t *testing.T) {
 					}
 					pages += u.Pages
 				}
+				for i, m := range metas {
+					d, err := l.st.Describe(t.Context(), store.Ref{VM: fmt.Sprint("vm", i), N: 1})
+					if err != nil || d.Meta.First() != m.UUID {
+						t.Errorf("vm%d was %v at first, and says %v, %v", i, m.UUID, d.Meta.First(), err)
+					}
+				}
 				after := l.flash(t)
 				// As much as if they had been saved one after the other.
 				ideal := newLab(t, crashfs.New(0), "/")

@@ -90,6 +90,9 @@ func (p *flattenCmd) show(done string, old store.Removed, meta *checkpoint.Meta)
 		}
 		return printJSON(p.stdout, rep)
 	}
+	if p.quiet {
+		return nil
+	}
 	if done == "" {
 		_, err := fmt.Fprintf(p.stdout, "%v stays as it is: there is nothing of it elsewhere\n", old.Ref)
 		return err

@@ -95,6 +95,9 @@ func (a *app) gc(ctx context.Context, o gcOptions) error {
 	if err == nil && rep.FrozenDisks > 0 {
 		_, err = fmt.Fprintf(a.stdout, "%d copies of disks that no checkpoint has removed, %s\n", rep.FrozenDisks, human(rep.FrozenBytes))
 	}
+	if err == nil && rep.Staged > 0 {
+		_, err = fmt.Fprintf(a.stdout, "%d images that were received in part are kept for %d days, %s: what is sent again goes on there\n", rep.Staged, int(store.StagedFor.Hours()/24), human(rep.StagedBytes))
+	}
 	if d := rep.Demoted; err == nil && d.Images > 0 {
 		_, err = fmt.Fprintf(a.stdout, "%s of %d older checkpoints moved from NVRAM to flash\n", human(d.Bytes), d.Images)
 	}

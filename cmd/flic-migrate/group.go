@@ -404,6 +404,9 @@ func printGroup(w io.Writer, e groupEntry) error {
 
 // rmGroups is rm --group: it removes the members, and then what names them.
 func (a *app) rmGroups(ctx context.Context, names []string, o rmOptions) error {
+	if err := o.check(); err != nil {
+		return err
+	}
 	for _, name := range names {
 		ref, err := store.ParseGroup(name)
 		switch {

@@ -102,6 +102,9 @@ func (m *importCmd) run(ctx context.Context, name string) error {
 	if m.json {
 		return printJSON(m.stdout, saveReport{Checkpoint: ref.String(), UUID: meta.UUID.String(), Report: &meta.Report})
 	}
+	if m.quiet {
+		return nil
+	}
 	_, err = fmt.Fprintln(m.stdout, summary(ref, &meta.Report))
 	return err
 }

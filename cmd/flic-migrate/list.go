@@ -28,8 +28,8 @@ func newList(a *app) *cobra.Command {
 the size of the guest's memory; FLASH and NVRAM are what the checkpoint takes, pages
 that have been moved from NVRAM to flash counted where they are.
 STATE is the guest's when it was saved, or "damaged" if the checkpoint can't say, or
-"incomplete" if an image that it refers to is not there, or its version if it is in
-another one of the format; "needs 2 disks" stands with one that
+"incomplete" if an image that it refers to, or a disk that is kept with it, is not there,
+or its version if it is in another one of the format; "needs 2 disks" stands with one that
 has pages on disk images (save --disk; show names them) and not copied from there (copy,
 receive), "next armed" with the newest
 checkpoint of a VM whose next one is (checkpoint --arm), "in shop@1" with one of a group.

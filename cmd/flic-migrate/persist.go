@@ -65,6 +65,9 @@ func (p *persistCmd) run(ctx context.Context, name string) error {
 	if p.json {
 		return printJSON(p.stdout, saveReport{Checkpoint: newRef.String(), UUID: meta.UUID.String(), Report: &meta.Report})
 	}
+	if p.quiet {
+		return nil
+	}
 	_, err = fmt.Fprintln(p.stdout, summary(newRef, &meta.Report))
 	return err
 }

@@ -132,6 +132,9 @@ type pruneEntry struct {
 }
 
 func (a *app) prune(ctx context.Context, vms []string, policy retention.Policy, rm rmOptions, dryRun, asJSON bool) error {
+	if err := rm.check(); err != nil {
+		return err
+	}
 	if err := policy.Check(); err != nil {
 		return usageError{fmt.Errorf("prune: %w: see --keep-last, --keep-daily, --keep-within, --keep-tag", err)}
 	}

@@ -59,6 +59,13 @@ type rmOptions struct {
 	wait                    time.Duration
 }
 
+func (o rmOptions) check() error {
+	if o.wait < 0 {
+		return usageError{fmt.Errorf("--wait %v: nobody waits for less than nothing", o.wait)}
+	}
+	return nil
+}
+
 // remover is what removes as the flags say.
 func (a *app) remover(st *store.Store, o rmOptions) *store.Remover {
 	r := st.Remover()
@@ -91,6 +98,9 @@ type rmEntry struct {
 }
 
 func (a *app) rm(ctx context.Context, names []string, o rmOptions) error {
+	if err := o.check(); err != nil {
+		return err
+	}
 	st, refs, err := a.removals(ctx, names, o.all)
 	if err != nil {
 		return err

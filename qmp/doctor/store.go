@@ -103,7 +103,7 @@ func (r *report) checkpoints(ctx context.Context, st *store.Store) (largest int6
 			needed[l.Identity.NVRAM.Path] = true
 		}
 		if l.Lacks != nil {
-			r.failed(l.Lacks, "bring that image back from a copy of the store; if it is lost: flic-migrate rm "+l.Ref.String(), l.Ref.String()+" can't be restored")
+			r.failed(l.Lacks, "bring that file back from a copy of the store; if it is lost: flic-migrate rm "+l.Ref.String(), l.Ref.String()+" is not whole")
 		}
 	}
 	r.ok("%d checkpoints of %d VMs", len(list), len(vms))

@@ -15,7 +15,8 @@ import (
 // by another version is not what ParseCompact expects, and both must be told apart by
 // CompactVersion. Lengths and numbers are uvarints:
 //
-//	VM, machine, run state, trust domain, each with its length; number; UUID, 16 B
+//	VM, machine, run state, trust domain, each with its length; number; UUID and origin, 16 B
+//	each
 //	when it was made, as time.Time's binary form, with its length
 //	page size; RAM bytes; disks; disk slots
 //	1 and path, UUID, slots, bytes, 1 if it is volatile; or 0: no NVRAM
@@ -31,7 +32,7 @@ func (id *Identity) AppendCompact(dst []byte) ([]byte, error) {
 		dst = appendText(dst, s)
 	}
 	dst = binary.AppendUvarint(dst, uint64(id.Number))
-	dst = append(dst, id.UUID[:]...)
+	dst = append(append(dst, id.UUID[:]...), id.Origin[:]...)
 	dst = appendText(dst, string(created))
 	for _, n := range []uint64{uint64(id.PageSize), id.RAMBytes, uint64(id.Disks), uint64(id.DiskSlots)} {
 		dst = binary.AppendUvarint(dst, n)
@@ -60,7 +61,7 @@ func (id *Identity) AppendCompact(dst []byte) ([]byte, error) {
 }
 
 // CompactVersion is that of AppendCompact's form.
-const CompactVersion = 3
+const CompactVersion = 4
 
 func appendText(dst []byte, s string) []byte {
 	return append(binary.AppendUvarint(dst, uint64(len(s))), s...)
@@ -81,6 +82,7 @@ func ParseCompact(b []byte) (*Identity, error) {
 	p := compact{b: b}
 	id := &Identity{VM: p.text(), Machine: p.text(), RunState: p.text(), TrustDomain: p.text(), Number: int(p.number(1 << 31))}
 	p.fixed(id.UUID[:])
+	p.fixed(id.Origin[:])
 	if id.Created.UnmarshalBinary([]byte(p.text())) != nil {
 		p.bad = true
 	}

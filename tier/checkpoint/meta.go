@@ -32,9 +32,12 @@ type Meta struct {
 // Identity is the JSON document in a flash image's IDENTITY frame: what a store must
 // know to list the checkpoint, to remove it and to tell what belongs to it.
 type Identity struct {
-	VM       string    `json:"vm"`
-	Number   int       `json:"number,omitempty"` // in its store; of an image outside of one, 0
-	UUID     uuid.UUID `json:"uuid"`
+	VM     string    `json:"vm"`
+	Number int       `json:"number,omitempty"` // in its store; of an image outside of one, 0
+	UUID   uuid.UUID `json:"uuid"`
+	// Origin is the UUID of the image that was there first, if this one has taken the place
+	// of another of the same checkpoint (flatten, absorb, unite); zero: it is the first.
+	Origin   uuid.UUID `json:"origin,omitzero"`
 	Created  time.Time `json:"created"`
 	Machine  string    `json:"machine,omitempty"`   // QEMU's machine type
 	RunState string    `json:"run_state,omitempty"` // what the guest did when it was saved, or stopped for that
@@ -60,6 +63,15 @@ type Identity struct {
 	// Digests tells how to check the image's pages by its DIGESTS; nil: it has none,
 	// and nobody can refer to it.
 	Digests *Digests `json:"digests,omitempty"`
+}
+
+// First is the UUID of the checkpoint's first image, by which two images can be known to be
+// of one checkpoint. Their bytes need not be in the same places.
+func (id *Identity) First() uuid.UUID {
+	if id.Origin != uuid.Nil {
+		return id.Origin
+	}
+	return id.UUID
 }
 
 // Digests is what must be known to check a page by its digest (package digest).

@@ -282,7 +282,10 @@ func (k *copier) finish(tx *Tx) (*checkpoint.Meta, error) {
 	m := *k.c.Meta
 	m.VM, m.Number, m.UUID = tx.Ref().VM, tx.Ref().N, tx.UUID()
 	m.NVRAM, m.References, m.Disks, m.DiskSlots, m.Digests, m.MapChunks, m.Bases = nil, nil, 0, 0, nil, nil, nil
-	if !tx.again {
+	m.Origin = uuid.Nil
+	if tx.again {
+		m.Origin = k.c.Meta.First()
+	} else {
 		// They are the original's alone.
 		m.Kept, m.VMDisks = nil, slices.Clone(m.VMDisks)
 		for i := range m.VMDisks {

@@ -28,6 +28,8 @@ type GCReport struct {
 	FrozenDisks  int      `json:"frozen_disks"`       // copies of disk images that no checkpoint has
 	FrozenBytes  int64    `json:"frozen_bytes"`       // what their disk blocks held
 	GoneFiles    int      `json:"gone_files"`         // images outside of the store whose file is gone, their NVRAM kept for now
+	Staged       int      `json:"unfinished_copies"`  // images that were received in part, kept for now
+	StagedBytes  int64    `json:"staged_bytes"`       // their size
 	Warnings     []string `json:"warnings,omitempty"` // what could not be looked at
 }
 
@@ -185,6 +187,10 @@ func (g *gc) tmp(ctx context.Context) error {
 			continue
 		}
 		if suffix == stagedSuffix && time.Since(time.Unix(0, e.Stamp.Mtime)) < StagedFor {
+			if size, err := f.Size(); err == nil {
+				g.rep.Staged++
+				g.rep.StagedBytes += size
+			}
 			f.Close() // a transfer that was cut off may go on
 			continue
 		}

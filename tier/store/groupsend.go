@@ -36,7 +36,7 @@ func (s *Store) SendGroup(ctx context.Context, r Ref, w *transfer.Writer, have *
 		if err != nil {
 			return nil, fmt.Errorf("checkpoint %v of group %v: %w", m.Ref(), g.Ref(), err)
 		}
-		head.Members = append(head.Members, transfer.Member{VM: m.VM, Number: m.Number, UUID: id.UUID})
+		head.Members = append(head.Members, transfer.Member{VM: m.VM, Number: m.Number, UUID: id.UUID, Origin: id.Origin})
 	}
 	if err := w.Group(head); err != nil {
 		return nil, err
@@ -83,7 +83,8 @@ func (s *Store) beginGroup(ctx context.Context, head *transfer.GroupHead, as Ref
 		return nil, err
 	}
 	for _, m := range head.Members {
-		if rg.left[m.UUID] = true; there[m.UUID] != (Ref{}) {
+		rg.left[m.UUID] = true
+		if _, ok := ofImage(there, m.UUID, m.Origin); ok {
 			continue
 		}
 		r := Ref{m.VM, m.Number}
@@ -127,24 +128,39 @@ func (s *Store) groupThere(ctx context.Context, rg *receivedGroup, as Ref) (at R
 	return at, nil
 }
 
-// allListed are the listed checkpoints by the UUIDs of their images. What can't say who it is
-// is none.
+// allListed are the listed checkpoints by the UUIDs of their images, and by those of the
+// first images that they had. What can't say who it is, is not among them.
 func (s *Store) allListed(ctx context.Context) (map[uuid.UUID]Ref, error) {
 	there := make(map[uuid.UUID]Ref)
 	look := s.lookup()
 	err := look.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, n := range o.images {
-			id, err := look.owner(ctx, Ref{vm, n}.object(imageSuffix))
+			r := Ref{vm, n}
+			id, err := look.whoIs(ctx, r.object(imageSuffix))
 			switch {
-			case err == nil:
-				there[id] = Ref{vm, n}
-			case !gone(err) && !cannotTell(err) && !errors.Is(err, errNotObject):
+			case err == nil && id != nil:
+				there[id.First()] = r
+				there[id.UUID] = r
+			case cannotTell(err):
+				if id, err := look.owner(ctx, r.object(imageSuffix)); err == nil {
+					there[id] = r // its header says that
+				}
+			case err != nil && !gone(err) && !errors.Is(err, errNotObject):
 				return err
 			}
 		}
 		return nil
 	})
 	return there, err
+}
+
+// ofImage finds, among all that are listed, the checkpoint that an image is of; origin is
+// what it is of that (checkpoint.Identity).
+func ofImage(all map[uuid.UUID]Ref, id, origin uuid.UUID) (at Ref, there bool) {
+	if at, there = all[id]; !there && origin != uuid.Nil {
+		at, there = all[origin]
+	}
+	return at, there
 }
 
 // member notes that a checkpoint of the group has come, and tells whether it was the last.
@@ -167,8 +183,8 @@ func (s *Store) endGroup(ctx context.Context, rg *receivedGroup, as Ref) (got Re
 	}
 	g := Group{UUID: h.UUID, Created: h.Created, Mode: h.Mode}
 	for _, m := range h.Members {
-		at := there[m.UUID]
-		if at == (Ref{}) {
+		at, ok := ofImage(there, m.UUID, m.Origin)
+		if !ok {
 			return got, fmt.Errorf("checkpoint %s@%d of group %v was removed meanwhile: %w", m.VM, m.Number, rg.ref, ErrNotFound)
 		}
 		g.Members = append(g.Members, GroupMember{at.VM, at.N, m.UUID})

@@ -231,8 +231,8 @@ type Listed struct {
 	// Err is what is wrong with the checkpoint, if it can't say who it is, or is
 	// another one than its place says; Identity is then nil.
 	Err error
-	// Lacks is damage of another kind: images that it refers to are not there. Listing and
-	// MembersOf look for it.
+	// Lacks is damage of another kind: images that it refers to are not there, or disks that
+	// are kept with it. Listing looks for both, MembersOf for images.
 	Lacks error
 }
 
@@ -243,13 +243,17 @@ func (s *Store) Identities(ctx context.Context, vm string) ([]Listed, error) {
 	return s.identities(ctx, s.lookup(), vm, func(string, vmObjects) {})
 }
 
-// Listing is Identities, and finds out whether the images are there that each refers to. It
+// Listing is Identities, and finds out whether the images are there that each refers to, and
+// the disks that are kept with it. It
 // reads no more, unless one seems to lack some or the others' are of another VM.
 func (s *Store) Listing(ctx context.Context, vm string) ([]Listed, error) {
 	p := s.presence()
 	list, err := s.identities(ctx, p.look, vm, p.add)
 	if err == nil {
 		err = p.lacks(ctx, list)
+	}
+	if err == nil {
+		err = p.lacksDisks(ctx, list)
 	}
 	return list, err
 }

@@ -47,6 +47,38 @@ func (p *presence) add(vm string, o vmObjects) {
 // presencePause is how long a change of names takes at most, as a rule.
 const presencePause = 50 * time.Millisecond
 
+// lacksDisks sets Lacks of the checkpoints that the store keeps disks with which are not there.
+func (p *presence) lacksDisks(ctx context.Context, list []Listed) error {
+	var there map[string]bool
+	for i := range list {
+		l := &list[i]
+		if l.Identity == nil || len(l.Identity.Kept) == 0 || l.Lacks != nil {
+			continue
+		}
+		if there == nil {
+			there = make(map[string]bool)
+			names, err := p.s.dir.List(ctx, frozenFolder)
+			if err != nil && !gone(err) {
+				return err
+			}
+			for _, e := range names {
+				there[e.Name] = true
+			}
+		}
+		for _, id := range l.Identity.Kept {
+			if there[id.String()] {
+				continue
+			}
+			// One that was removed meanwhile lacks nothing any more.
+			if now, err := p.s.owner(ctx, l.Ref.object(imageSuffix)); err == nil && now == l.Identity.UUID {
+				l.Lacks = &integrity.CorruptError{File: p.s.dir.Path(frozenObject(id)), What: "disk that is kept with it", Err: ErrNotFound}
+			}
+			break
+		}
+	}
+	return nil
+}
+
 // lacks sets Lacks of the checkpoints that refer to what is not there.
 func (p *presence) lacks(ctx context.Context, list []Listed) error {
 	for i := range list {

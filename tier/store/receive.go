@@ -228,7 +228,7 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 	if r.ref = r.got.Sent; r.o.As.VM != "" {
 		r.ref = r.o.As
 	}
-	at, there, err := r.s.listed(ctx, h.UUID)
+	at, there, err := r.there(ctx)
 	if err != nil {
 		return r.got, err
 	}
@@ -265,6 +265,13 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 		}
 	}
 	return r.got, err
+}
+
+// there finds the checkpoint in this store, whatever image it has now.
+func (r *receiving) there(ctx context.Context) (at Ref, there bool, err error) {
+	all, err := r.s.allListed(ctx)
+	at, there = ofImage(all, r.head.UUID, r.head.Origin)
+	return at, there, err
 }
 
 // listed finds the listed checkpoint whose image has a UUID.

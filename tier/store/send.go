@@ -55,7 +55,7 @@ func (s *Store) Send(ctx context.Context, r Ref, w *transfer.Writer, have *trans
 		return Sent{}, err
 	}
 	disks := checkpoint.DiskOptions{Moved: opt.Disks, Progress: opt.Progress}
-	if have.Whole[d.Meta.UUID] {
+	if have.Checkpoint(d.Meta.UUID, d.Meta.First()) {
 		disks.Missing, disks.Check = true, checkpoint.CheckRead // none is read
 	}
 	c, err := s.OpenCheckpoint(ctx, d.Ref, checkpoint.Options{NVRAM: opt.NVRAM, Disks: disks})
@@ -107,9 +107,9 @@ func (o *sending) close() {
 // plan finds out what is to be sent.
 func (o *sending) plan(ctx context.Context) error {
 	m := o.c.Meta
-	o.head = transfer.Checkpoint{VM: o.c.Ref.VM, Number: o.c.Ref.N, UUID: m.UUID}
+	o.head = transfer.Checkpoint{VM: o.c.Ref.VM, Number: o.c.Ref.N, UUID: m.UUID, Origin: m.Origin}
 	o.sent = Sent{Ref: o.c.Ref, UUID: m.UUID}
-	if err := o.beside(ctx); err != nil || o.have.Whole[m.UUID] {
+	if err := o.beside(ctx); err != nil || o.have.Checkpoint(m.UUID, m.First()) {
 		return err
 	}
 	// Another that it was sent with, or before, can need some of it.
@@ -281,11 +281,17 @@ func (o *sending) run(ctx context.Context) (Sent, error) {
 		return o.sent, err
 	}
 	o.sent.Images = len(o.images)
+	if len(o.images) == 0 {
+		return o.sent, nil
+	}
 	o.have.Whole[o.sent.UUID] = true
+	if origin := o.c.Meta.Origin; origin != uuid.Nil {
+		o.have.First[origin] = true
+	}
 	if o.c.DiskSlots() > 0 {
 		o.have.Disks[o.sent.UUID] = true
 	}
-	for _, i := range o.images[min(1, len(o.images)):] {
+	for _, i := range o.images[1:] {
 		had := o.have.Parts[i.what.UUID]
 		o.have.Parts[i.what.UUID] = transfer.Part{Segments: had.Segments.Union(i.what.Segments), Slots: had.Slots.Union(i.what.Slots)}
 	}
@@ -370,6 +376,9 @@ func (s *Store) Have(ctx context.Context) (*transfer.Have, error) {
 			switch {
 			case err == nil:
 				h.Whole[id.UUID] = true
+				if id.Origin != uuid.Nil {
+					h.First[id.Origin] = true
+				}
 				if id.DiskSlots > 0 {
 					h.Disks[id.UUID] = true
 				}

@@ -732,7 +732,7 @@ func (n *uniting) entry(e pagemap.Entry) pagemap.Entry {
 func (n *uniting) finish(ctx context.Context, k *copier) error {
 	old := n.c.Meta
 	m := *old
-	m.UUID = n.tx.UUID()
+	m.UUID, m.Origin = n.tx.UUID(), old.First()
 	m.References, m.Digests, m.MapChunks, m.Bases = nil, nil, nil, nil
 	// It may fail only for what is not there, and all of it is in the old image.
 	im := n.c.Image

@@ -16,6 +16,7 @@ import (
 // Have is what a store has, so that it is not sent again.
 type Have struct {
 	Whole  map[uuid.UUID]bool  // images of checkpoints that are listed
+	First  map[uuid.UUID]bool  // first images of listed checkpoints that have others now
 	Disks  map[uuid.UUID]bool  // those of them whose pages of disks it has, too
 	Parts  map[uuid.UUID]Part  // images of which it has what others need
 	Staged map[uuid.UUID]int64 // by Sent.Key: up to which position it has what was cut off
@@ -26,13 +27,20 @@ type Part struct{ Segments, Slots source.Ranges }
 
 // NewHave is that of an empty store.
 func NewHave() *Have {
-	return &Have{make(map[uuid.UUID]bool), make(map[uuid.UUID]bool), make(map[uuid.UUID]Part), make(map[uuid.UUID]int64)}
+	return &Have{make(map[uuid.UUID]bool), make(map[uuid.UUID]bool), make(map[uuid.UUID]bool), make(map[uuid.UUID]Part), make(map[uuid.UUID]int64)}
+}
+
+// Checkpoint tells whether the store has the checkpoint with an image, whose first image was
+// the other, in whatever form.
+func (h *Have) Checkpoint(id, first uuid.UUID) bool {
+	return h.Whole[id] || h.Whole[first] || h.First[first]
 }
 
 // The text of a Have: a line for each thing.
 //
 //	flic-migrate have 1
 //	whole UUID
+//	first UUID                   of a checkpoint whose image was replaced: the first one
 //	disks UUID                   of a whole one: the pages that it has on disks, too
 //	part UUID SEGMENTS SLOTS     ranges as 0-5,7; - for none
 //	staged KEY POSITION
@@ -51,6 +59,9 @@ func (h *Have) Write(w io.Writer) error {
 	fmt.Fprintln(b, haveHead)
 	for id := range h.Whole {
 		fmt.Fprintf(b, "whole %v\n", id)
+	}
+	for id := range h.First {
+		fmt.Fprintf(b, "first %v\n", id)
 	}
 	for id := range h.Disks {
 		fmt.Fprintf(b, "disks %v\n", id)
@@ -119,6 +130,8 @@ func (h *Have) parse(f []string) error {
 	switch {
 	case f[0] == "whole" && len(f) == 2:
 		h.Whole[id] = true
+	case f[0] == "first" && len(f) == 2:
+		h.First[id] = true
 	case f[0] == "disks" && len(f) == 2:
 		h.Disks[id] = true
 	case f[0] == "part" && len(f) == 4:

@@ -101,6 +101,7 @@ type Checkpoint struct {
 	VM     string    `json:"vm"`
 	Number int       `json:"number"`
 	UUID   uuid.UUID `json:"uuid"`
+	Origin uuid.UUID `json:"origin,omitzero"` // of the image, see checkpoint.Identity
 	// Images are what is sent: the checkpoint's own first, then those that it refers to and
 	// that the receiver lacks, or lacks a part of.
 	Images sentList `json:"images,omitempty"`
@@ -136,6 +137,7 @@ type Member struct {
 	VM     string    `json:"vm"`
 	Number int       `json:"number"`
 	UUID   uuid.UUID `json:"uuid"`
+	Origin uuid.UUID `json:"origin,omitzero"` // of the image, see checkpoint.Identity
 }
 
 type memberList []Member

@@ -33,7 +33,7 @@ func stream(t testing.TB) []byte {
 	var b bytes.Buffer
 	w, err := NewWriter(&b)
 	if err == nil {
-		err = errors.Join(w.Group(&GroupHead{Name: "g", Number: 7, UUID: uuid.UUID{4}, Members: memberList{{"vm", 3, uuid.UUID{1}}}}), w.Begin(example()), w.Image(0), w.Data(100, make([]byte, MaxData+5)), w.Image(1), w.Data(7, []byte("seven")), w.End(), w.Close())
+		err = errors.Join(w.Group(&GroupHead{Name: "g", Number: 7, UUID: uuid.UUID{4}, Members: memberList{{VM: "vm", Number: 3, UUID: uuid.UUID{1}, Origin: uuid.UUID{2}}}}), w.Begin(example()), w.Image(0), w.Data(100, make([]byte, MaxData+5)), w.Image(1), w.Data(7, []byte("seven")), w.End(), w.Close())
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -231,7 +231,7 @@ func FuzzReader(f *testing.F) {
 
 // FuzzHave: what is read is written as it was understood.
 func FuzzHave(f *testing.F) {
-	f.Add("flic-migrate have 1\nwhole 00000000-0000-0000-0000-000000000001\npart 00000000-0000-0000-0000-000000000002 0-5,7 -\nstaged 00000000-0000-0000-0000-000000000003 77\nend\n")
+	f.Add("flic-migrate have 1\nwhole 00000000-0000-0000-0000-000000000001\nfirst 00000000-0000-0000-0000-000000000004\npart 00000000-0000-0000-0000-000000000002 0-5,7 -\nstaged 00000000-0000-0000-0000-000000000003 77\nend\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		h, err := ReadHave(bufio.NewReader(strings.NewReader(text)))
 		if err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
 	"strings"
 	"syscall"
 	"time"
@@ -60,8 +61,10 @@ func Holders(fi fs.FileInfo) (who []string) {
 		if len(f) < 6 || f[1] != "FLOCK" || f[5] != id || f[4] == "0" || f[4] == "-1" {
 			continue
 		}
-		if comm, err := os.ReadFile("/proc/" + f[4] + "/comm"); err == nil {
-			who = append(who, fmt.Sprintf("process %s (%s)", f[4], strings.TrimSpace(string(comm))))
+		// What it calls itself: those that began as /proc/self/exe are "exe" to the kernel.
+		if line, err := os.ReadFile("/proc/" + f[4] + "/cmdline"); err == nil {
+			name, _, _ := strings.Cut(string(line), "\x00")
+			who = append(who, fmt.Sprintf("process %s (%s)", f[4], strings.Trim(fmt.Sprintf("%.64q", path.Base(name)), `"`)))
 		}
 	}
 	return who
