@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -39,6 +40,9 @@ type Group struct {
 	Created time.Time     `json:"created"`
 	Mode    string        `json:"mode"` // how the guests were saved: stop or live
 	Members []GroupMember `json:"members"`
+	// Removed: all members have been, and the record stands for its number only. A member that
+	// comes back from another store does not bring the group back.
+	Removed bool `json:"removed,omitempty"`
 }
 
 // GroupMember names a checkpoint of a group.
@@ -379,7 +383,7 @@ func (s *Store) Groups(ctx context.Context, name string) ([]ListedGroup, error) 
 			if l.Missing, err = here.missing(ctx, l.Group); err != nil {
 				return nil, err
 			}
-			if len(l.Missing) == len(l.Members) {
+			if l.Removed || len(l.Missing) == len(l.Members) {
 				continue
 			}
 		}
@@ -490,12 +494,14 @@ func (s *Store) forgetGroup(ctx context.Context, r Ref) error {
 	if err != nil && !integrity.IsCorrupt(err) {
 		return err
 	}
-	if err == nil {
+	if err == nil && !g.Removed {
 		here := numbers{s: s, of: make(map[string][]int)}
 		missing, err := here.missing(ctx, g)
 		if err != nil || len(missing) < len(g.Members) {
 			return err
 		}
+	}
+	if err == nil {
 		done, committing, err := s.groupNames(ctx)
 		if err != nil {
 			return err
@@ -504,8 +510,16 @@ func (s *Store) forgetGroup(ctx context.Context, r Ref) error {
 		for _, other := range append(done, committing...) {
 			highest = highest && (other.VM != r.VM || other.N <= r.N)
 		}
-		if highest {
+		if highest && g.Removed {
 			return nil
+		}
+		if highest {
+			g.Removed = true
+			err := s.writeSealed(ctx, groupObject(r, suffix), g)
+			if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+				return nil // a removal needs no space
+			}
+			return err
 		}
 	}
 	if err := s.dir.Remove(ctx, groupObject(r, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -108,9 +109,14 @@ func (s *Store) groupThere(ctx context.Context, rg *receivedGroup, as Ref) (at R
 	if err != nil {
 		return at, err
 	}
+	var again []Ref // that the same group may have again
 	for _, r := range done {
 		g, err := s.readGroup(ctx, r, groupSuffix)
 		switch {
+		case err == nil && g.Removed:
+			if g.UUID == rg.head.UUID {
+				again = append(again, r)
+			}
 		case err == nil && g.UUID == rg.head.UUID:
 			if as.VM != "" && (r.VM != as.VM || as.N > 0 && r.N != as.N) {
 				return at, fmt.Errorf("group %v@%d is in this store already, as %v", rg.head.Name, rg.head.Number, r)
@@ -121,7 +127,7 @@ func (s *Store) groupThere(ctx context.Context, rg *receivedGroup, as Ref) (at R
 		}
 	}
 	for _, r := range append(done, committing...) {
-		if r == rg.ref {
+		if r == rg.ref && !slices.Contains(again, r) {
 			return at, fmt.Errorf("group %v: %w in store %s; --as %s gives it the next number there", r, ErrTaken, s.root, r.VM)
 		}
 	}

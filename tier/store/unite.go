@@ -244,7 +244,7 @@ func (d *uniteDomain) unite(ctx context.Context, a age, o UniteOptions) (u Unite
 		return u, err
 	}
 	defer n.close()
-	if id := &n.c.Meta.Identity; id.NVRAM != nil || id.DiskSlots > 0 {
+	if id := &n.c.Meta.Identity; id.NVRAM != nil || id.DiskSlots > 0 || len(id.Kept) > 0 {
 		u.Why = few
 		return u, nil
 	}
