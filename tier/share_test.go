@@ -143,6 +143,45 @@ func TestShareIndexLost(t *testing.T) {
 	}
 }
 
+// TestShareLeafDropped damages a leaf of a run that is written again because half of its images
+// are gone: it is made again from those that are there, and nobody need be told.
+func TestShareLeafDropped(t *testing.T) {
+	l := newLab(t, vfs.OS, t.TempDir())
+	s := tiertest.New(tiertest.Options{Seed: 1})
+	l.save(t, s, save.Options{VM: "a"})
+	gone, _ := l.save(t, tiertest.New(tiertest.Options{Seed: 2}), save.Options{VM: "b"})
+	l.save(t, s, save.Options{VM: "c"})
+	if _, err := l.st.GC(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	_, meta := l.save(t, s, save.Options{VM: "d"})
+	want := meta.Report.Shared
+	if err := l.remove(gone); err != nil {
+		t.Fatal(err)
+	}
+	for _, vm := range []string{"c", "d"} {
+		if err := l.remove(store.Ref{VM: vm, N: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	runs, err := filepath.Glob(filepath.Join(l.dir, "share", "default", "*.run"))
+	if err != nil || len(runs) == 0 || want == 0 {
+		t.Fatal(runs, want, err)
+	}
+	for _, run := range runs {
+		edit(t, run, func(b []byte) []byte { b[8200] ^= 1; return b })
+	}
+	if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	ref, meta := l.save(t, s, save.Options{VM: "e"})
+	l.holds(t, ref, s)
+	if meta.Report.Shared != want {
+		t.Errorf("after gc %d pages are shared, want %d", meta.Report.Shared, want)
+	}
+	l.noLeaks(t)
+}
+
 // TestShareForged gives a save an index that says of every page that it is where it is not:
 // nothing is believed.
 func TestShareForged(t *testing.T) {

@@ -554,6 +554,36 @@ func testSharingLost(t *testing.T, loseIt func(*lab) error) {
 	}
 }
 
+// TestReferredBesideRemains has, where an image that others refer to once was, what a power
+// cut leaves of another one that was being emptied: the one that is referred to is found.
+func TestReferredBesideRemains(t *testing.T) {
+	_, l, list := smallChain(t)
+	if _, _, err := l.flatten(list[0].Ref); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(l.dir, "vms", list[0].Ref.VM, fmt.Sprintf("%08d.gone", list[0].Ref.N))
+	f, err := l.fs.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.WriteAt(make([]byte, 8<<10), 0)
+	if err := errors.Join(err, f.Sync(), f.Close(), l.fs.SyncDir(filepath.Dir(name))); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range list {
+		for _, err := range l.verify(c.Ref) {
+			t.Errorf("%v: %v", c.Ref, err)
+		}
+	}
+	if err := l.remove(list[0].Ref); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+		t.Errorf("gc: %+v, %v", rep, err)
+	}
+	l.listed(t, chainModel(list), list[1].Ref, list[2].Ref)
+}
+
 // TestBorrowFlattened borrows an image of which something was freed that a replaced image
 // needed. That somebody has that one open brings nothing back.
 func TestBorrowFlattened(t *testing.T) {

@@ -413,6 +413,8 @@ const (
 
 // Merge merges runs until none is small enough to be merged with the smaller ones, or limit
 // records would have to be written at a time. It leaves out images that alive does not know.
+// After an integrity.CorruptError the damaged runs are gone, and what they had is to be added
+// again.
 func (c *Locked) Merge(ctx context.Context, key KeyID, limit int64, alive func(Image) bool) error {
 	for {
 		again, err := c.mergeSome(ctx, key, limit, alive)
@@ -449,9 +451,19 @@ func (c *Locked) mergeSome(ctx context.Context, key KeyID, limit int64, alive fu
 				lives[r] = append(lives[r], alive(r.images[i]))
 			}
 		}
-		return true, c.merge(ctx, key, some, lives)
+		return true, c.mergeWhole(ctx, key, x, some, lives)
 	}
 	return false, nil
+}
+
+// mergeWhole is merge of some runs of x; those that are damaged it removes, and fails with
+// what is wrong with them.
+func (c *Locked) mergeWhole(ctx context.Context, key KeyID, x *Index, some []*run, lives map[*run][]bool) error {
+	err := c.merge(ctx, key, some, lives)
+	if integrity.IsCorrupt(err) {
+		err = errors.Join(err, c.Discard(x))
+	}
+	return err
 }
 
 // Drop writes the runs again of which half or more of the images are gone.
@@ -472,7 +484,7 @@ func (c *Locked) Drop(ctx context.Context, key KeyID, alive func(Image) bool) er
 		if 2*n > len(lives) {
 			continue
 		}
-		if err := c.merge(ctx, key, []*run{r}, map[*run][]bool{r: lives}); err != nil {
+		if err := c.mergeWhole(ctx, key, x, []*run{r}, map[*run][]bool{r: lives}); err != nil {
 			return err
 		}
 	}
@@ -545,6 +557,7 @@ func eachMerged(ctx context.Context, runs []*run, fn func(r *run, rec record) er
 			}
 			var err error
 			if h.rest, err = h.r.table.Leaf(h.leaf); err != nil {
+				h.r.damage.CompareAndSwap(nil, &err)
 				return false, err
 			}
 			h.leaf++

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -97,13 +98,22 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 // closed; at is where it is. Where it was when it was referred to is looked at first,
 // because to look everywhere takes a read of each image. That there is none is damage.
 func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (found Object, at Ref, err error) {
+	var damage error
 	if CheckVM(was.VM) == nil && was.N >= 1 && was.N <= MaxNumber {
 		// In this order: it can go from the first name to one of the others meanwhile.
 		for _, name := range []string{was.object(imageSuffix), was.object(removedSuffix), was.keptObject(id)} {
 			f, err := s.openWith(ctx, name, id)
+			if integrity.IsCorrupt(err) {
+				// What a power cut has left of another one that was emptied, perhaps.
+				damage = cmp.Or(damage, err)
+				continue
+			}
 			if f != nil || err != nil {
 				return f, was, err
 			}
+		}
+		if damage != nil {
+			return nil, was, damage
 		}
 	}
 	err = s.images(ctx, func(st stored) (err error) {

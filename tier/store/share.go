@@ -62,6 +62,17 @@ type ShareReport struct {
 // TendShare brings the index of a trust domain up to date, of the digests that h makes. All
 // of it is a cache.
 func (s *Store) TendShare(ctx context.Context, domain string, h *digest.Hasher, o ShareOptions) (rep ShareReport, err error) {
+	rep, err = s.tendShare(ctx, domain, h, o, false)
+	if damage := err; integrity.IsCorrupt(damage) {
+		// A power cut can have left it. It is gone now, and made again.
+		rep, err = s.tendShare(ctx, domain, h, o, true)
+		rep.Broken = errors.Join(damage, rep.Broken)
+	}
+	return rep, err
+}
+
+// tendShare is TendShare once; again: some of the index was damaged, and nobody else knows.
+func (s *Store) tendShare(ctx context.Context, domain string, h *digest.Hasher, o ShareOptions, again bool) (rep ShareReport, err error) {
 	c, err := s.Share(domain)
 	if err != nil {
 		return rep, err
@@ -86,6 +97,9 @@ func (s *Store) TendShare(ctx context.Context, domain string, h *digest.Hasher, 
 	state, err := c.State(x, key)
 	if err != nil {
 		return rep, err
+	}
+	if again {
+		state = share.Broken
 	}
 	rep.Broken = x.Broken
 	if state == share.Broken || o.Clean {
