@@ -293,7 +293,7 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x 
 			}
 		}
 		if err == nil {
-			rep.Checkpoint, rep.Save = made.Checkpoint, made.Save
+			rep.Checkpoint, rep.Save, rep.Durable = made.Checkpoint, made.Save, time.Now()
 		}
 		return err
 	}

@@ -81,6 +81,8 @@ type CheckpointReport struct {
 	// Tracking is missing if the guest was not watched.
 	Tracking *rounds.Report     `json:"tracking,omitempty"`
 	Save     *checkpoint.Report `json:"save"`
+	// Durable is when all of it was, by our clock; zero if nothing was saved.
+	Durable time.Time `json:"durable,omitzero"`
 	// Demoted is what went from NVRAM to flash afterwards; missing if nothing did.
 	Demoted *store.Demoted `json:"demoted,omitempty"`
 	// Snapshots are what disks go on in; also after a failure, if they were taken.
@@ -257,7 +259,7 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		var meta *checkpoint.Meta
 		var err error
 		if ref, meta, err = o.save(ctx, fs, st, f, found, copies, before, hold); err == nil {
-			rep.Checkpoint, rep.Save = ref.String(), &meta.Report
+			rep.Checkpoint, rep.Save, rep.Durable = ref.String(), &meta.Report, time.Now()
 		}
 		return err
 	}

@@ -15,25 +15,25 @@ import (
 
 // armedHead is the head of the table of armed checkpoints.
 const armedHead = `
-%d armed checkpoints of each running guest, by turns with full ones that stop it; armed %v before they are asked for. Medians; from the command's start to its end, when all is durable.
+%d rounds of checkpoints of each running guest: a full one; %v later an increment that arms the next; %v later that. Medians, times from the command's start until all is durable.
 
-| guest | memory | full, s | armed, s | to full | full: guest stood still, s | armed | to full | full, MB | armed, MB | pages sent again |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| guest | memory | full, s | increment, s | to full | armed, s | to full | full: guest stood still, s | increment, to full | armed, to full | full, MB | increment, MB | armed, MB | pages sent again |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 `
 
 // kind is what the checkpoints of one kind took.
 type kind struct {
-	walls, pauses []time.Duration
-	bytes, resent []int64 // bytes to flash; pages that were dirty
+	times, pauses []time.Duration // until durable; of the guest
+	bytes, resent []int64         // bytes to flash; pages that were dirty
 }
 
-func (k *kind) add(r session.CheckpointReport, wall time.Duration) {
-	k.walls, k.pauses = append(k.walls, wall), append(k.pauses, r.Downtime)
+func (k *kind) add(r session.CheckpointReport, start time.Time) {
+	k.times, k.pauses = append(k.times, r.Durable.Sub(start)), append(k.pauses, r.Downtime)
 	k.bytes, k.resent = append(k.bytes, r.Save.FlashBytes), append(k.resent, r.Save.Resent)
 }
 
-// armed compares, of one running guest, full checkpoints with armed ones. The armed
-// process has read the guest's memory long before armedFor is over.
+// armed compares, of one running guest, full checkpoints with increments and armed ones. The
+// armed process has read the guest's memory long before armedFor is over.
 func (b *bench) armed(ctx context.Context, w workload) (string, error) {
 	dir := filepath.Join(b.dir, w.name)
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -44,52 +44,56 @@ func (b *bench) armed(ctx context.Context, w workload) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if c.Memory, err = live(b.memory); err != nil {
-		return "", err
+	if !b.round {
+		if c.Memory, err = live(b.memory); err != nil {
+			return "", err
+		}
 	}
 	vm, err := measure.Boot(ctx, c, w.start, w.warm)
 	if err != nil {
 		return "", err
 	}
 	defer vm.Kill()
-	checkpoint := func(flags ...string) (r session.CheckpointReport, wall time.Duration, err error) {
+	checkpoint := func(flags ...string) (r session.CheckpointReport, start time.Time, err error) {
 		cmd := exec.CommandContext(ctx, b.binary, append([]string{"checkpoint", "--store", filepath.Join(dir, "store"), "--qmp", vm.Socket, "--codec", b.codec, "--json", "--quiet", "vm"}, flags...)...)
-		start := time.Now()
+		start = time.Now()
 		out, err := cmd.Output()
-		wall = time.Since(start)
 		if err != nil {
-			return r, wall, fmt.Errorf("%w: %s", err, out)
+			return r, start, fmt.Errorf("%w: %s", err, out)
 		}
-		return r, wall, json.Unmarshal(out, &r)
+		return r, start, json.Unmarshal(out, &r)
 	}
-	var full, armed kind
+	var full, increment, armed kind
 	for i := range b.n + 1 {
-		f, fullWall, err := checkpoint("--parent", "none")
+		f, fullStart, err := checkpoint("--parent", "none")
 		if err != nil {
 			return "", err
 		}
-		again, _, err := checkpoint("--arm")
+		time.Sleep(b.every)
+		inc, incStart, err := checkpoint("--arm")
 		if err != nil {
 			return "", err
 		}
 		time.Sleep(armedFor)
-		a, wall, err := checkpoint()
+		a, armedStart, err := checkpoint()
 		if err != nil {
 			return "", err
 		}
-		if again.ArmedProcess == 0 || !a.Armed {
+		if inc.ArmedProcess == 0 || !a.Armed {
 			return "", fmt.Errorf("it was not armed: %+v", a)
 		}
 		if i > 0 { // the first round warms up
-			full.add(f, fullWall)
-			armed.add(a, wall)
+			full.add(f, fullStart)
+			increment.add(inc, incStart)
+			armed.add(a, armedStart)
 		}
 	}
 	s := func(v []time.Duration) float64 { return measure.Median(v).Seconds() }
 	mb := func(v []int64) float64 { return float64(measure.Median(v)) / 1e6 }
-	return fmt.Sprintf("| %s | %s | %.3f | %.3f | %.2f | %.3f | %.3f | %.2f | %.1f | %.2f | %d |", w.name, b.memory,
-		s(full.walls), s(armed.walls), s(armed.walls)/s(full.walls), s(full.pauses), s(armed.pauses), s(armed.pauses)/s(full.pauses),
-		mb(full.bytes), mb(armed.bytes), measure.Median(armed.resent)), nil
+	return fmt.Sprintf("| %s | %s | %.3f | %.3f | %.2f | %.3f | %.2f | %.3f | %.2f | %.2f | %.1f | %.2f | %.2f | %d |", w.name, b.memory,
+		s(full.times), s(increment.times), s(increment.times)/s(full.times), s(armed.times), s(armed.times)/s(full.times),
+		s(full.pauses), s(increment.pauses)/s(full.pauses), s(armed.pauses)/s(full.pauses),
+		mb(full.bytes), mb(increment.bytes), mb(armed.bytes), measure.Median(armed.resent)), nil
 }
 
 // live is a memory size, in M or G, and 8 KiB more: the dirty log of QEMU 7.2 under TCG
