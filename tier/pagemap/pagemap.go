@@ -236,30 +236,36 @@ func (t *Builder) Runs(fn func(Run) error) error {
 	return nil
 }
 
+// runAt is the run that begins at a page. It goes over a leaf at a time: a save does this for
+// every page of the guest while that stands still.
 func (t *Builder) runAt(b int, page uint64) Run {
 	blk := &t.blocks[b]
 	first := t.Get(b, page)
 	r := Run{Block: b, Page: page, Count: 1, Kind: first.Kind(), First: first.Value()}
-	for next := page + 1; next < blk.pages; {
+	for next := page + 1; next < blk.pages; next = page + r.Count {
+		in := next % leafPages
+		n := min(leafPages-in, blk.pages-next)
 		l := blk.leaves[next/leafPages]
 		if l == nil {
 			if r.Kind != Absent {
 				return r
 			}
-			n := min(leafPages-next%leafPages, blk.pages-next)
 			r.Count += n
-			next += n
 			continue
 		}
-		e := l[next%leafPages]
-		if r.Count == 1 && r.Kind.hasSlots() && e == first+1 {
+		rest := l[in : in+n]
+		if r.Count == 1 && r.Kind.hasSlots() && rest[0] == first+1 {
 			r.Step = 1
 		}
-		if e != r.Entry(r.Count) {
-			return r
+		want, step := r.Entry(r.Count), Entry(r.Step)
+		for i, e := range rest {
+			if e != want {
+				r.Count += uint64(i)
+				return r
+			}
+			want += step
 		}
-		r.Count++
-		next++
+		r.Count += n
 	}
 	return r
 }
