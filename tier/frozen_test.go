@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -81,12 +82,15 @@ func (l *lab) saveKept(s *tiertest.Stream, o save.Options, name string) (ref sto
 	return l.trySave(s, o)
 }
 
-// frozen are the copies that there are in the store.
+// frozen are the copies that there are in the store; their digests are among them if no copy
+// belongs to them.
 func (l *lab) frozen(t testing.TB) map[string]bool {
 	t.Helper()
 	names := make(map[string]bool)
-	for _, name := range l.tree(t) {
-		if rest, ok := strings.CutPrefix(name, "frozen/"); ok {
+	tree := l.tree(t)
+	for _, name := range tree {
+		rest, ok := strings.CutPrefix(name, "frozen/")
+		if copied, is := strings.CutSuffix(name, ".digests"); ok && !(is && slices.Contains(tree, copied)) {
 			names[rest] = true
 		}
 	}
@@ -113,6 +117,9 @@ func (l *lab) checkKept(t testing.TB) (n int) {
 		for _, k := range l.st.KeptDisks(t.Context(), d.Meta) {
 			n++
 			want[k.UUID.String()] = true
+			if err := l.checkDigests(t, ref); err != nil {
+				t.Errorf("%v: %v", ref, err)
+			}
 			if b, err := vfs.ReadFile(l.fs, k.File, 8<<20); err != nil || !bytes.Equal(b, imageBytes()) {
 				t.Errorf("%v: the copy has %d bytes, or is another; %v", ref, len(b), err)
 			}
@@ -130,6 +137,177 @@ func (l *lab) checkKept(t testing.TB) (n int) {
 	}
 	l.noLeaks(t)
 	return n
+}
+
+// checkDigests compares the copies of a checkpoint with their digests, of those that have some,
+// as verify does. It returns what is found.
+func (l *lab) checkDigests(t testing.TB, ref store.Ref) (found error) {
+	t.Helper()
+	c, err := l.st.OpenCheckpoint(t.Context(), ref, checkpoint.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.VerifyKept(t.Context(), func(err error) { found = errors.Join(found, err) }); err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+// digests are how many files of digests there are in the store.
+func (l *lab) digests(t testing.TB) (n int) {
+	t.Helper()
+	for _, name := range l.tree(t) {
+		if strings.HasSuffix(name, ".digests") {
+			n++
+		}
+	}
+	return n
+}
+
+// TestKeptDigests: bits of a copy that have gone bad, with its times as they were, are found by
+// verify, and no file is made of it.
+func TestKeptDigests(t *testing.T) {
+	k := newKeptPages(t)
+	at := func() store.KeptDisk {
+		t.Helper()
+		d, err := k.st.Describe(t.Context(), k.ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k.st.KeptDisks(t.Context(), d.Meta)[0]
+	}
+	to := filepath.Join(t.TempDir(), "thawed")
+	thaw := func(o store.ThawOptions) error {
+		t.Helper()
+		err := k.st.Thaw(t.Context(), at(), to, o)
+		if rerr := os.Remove(to); (rerr == nil) != (err == nil) {
+			t.Errorf("thawed: %v, and the file: %v", err, rerr)
+		}
+		return err
+	}
+	if !at().NotChecked {
+		t.Error("it has digests, and nobody has made them")
+	}
+	c, err := k.st.OpenCheckpoint(t.Context(), k.ref, checkpoint.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	left, err := c.VerifyKept(t.Context(), func(err error) { t.Error(err) })
+	if c.Close(); err != nil || len(left) != 1 || left[0].File != k.file() {
+		t.Errorf("not checked: %+v, %v", left, err)
+	}
+	if err := thaw(store.ThawOptions{}); err != nil {
+		t.Error(err)
+	}
+	done, bad, err := k.st.DigestAllKept(t.Context())
+	if err != nil || len(bad) > 0 || done.Disks != 1 || done.Read == 0 || at().NotChecked || k.digests(t) != 1 {
+		t.Fatalf("%+v, %v, %v", done, bad, err)
+	}
+	if done, err := k.st.DigestKept(t.Context(), k.ref); err != nil || done.Disks != 0 {
+		t.Errorf("again: %+v, %v", done, err)
+	}
+	if err := errors.Join(k.checkDigests(t, k.ref), thaw(store.ThawOptions{})); err != nil {
+		t.Error(err)
+	}
+	// A bit of the copy that no page of the guest's is on.
+	was, err := os.Stat(k.file())
+	if err != nil {
+		t.Fatal(err)
+	}
+	flip := func(name string, at int64) {
+		t.Helper()
+		edit(t, name, func(b []byte) []byte { b[at] ^= 1; return b })
+		if err := os.Chtimes(name, was.ModTime(), was.ModTime()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	last := was.Size() - 1
+	flip(k.file(), last)
+	where := fmt.Sprintf("%s: offset %d", k.file(), last>>20<<20)
+	if err := k.checkDigests(t, k.ref); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), where) {
+		t.Errorf("verify: %v", err)
+	}
+	if err := thaw(store.ThawOptions{}); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), where) {
+		t.Errorf("thaw: %v", err)
+	}
+	if err := thaw(store.ThawOptions{SkipCheck: true}); err != nil {
+		t.Error(err)
+	}
+	flip(k.file(), last)
+	if err := errors.Join(k.checkDigests(t, k.ref), thaw(store.ThawOptions{})); err != nil {
+		t.Error(err)
+	}
+	// Digests that are damaged are damage too, and of no other copy.
+	flip(k.file()+".digests", 5000)
+	if err := k.checkDigests(t, k.ref); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), ".digests: offset 4096") {
+		t.Errorf("verify: %v", err)
+	}
+	if err := thaw(store.ThawOptions{}); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), ".digests: offset 4096") {
+		t.Errorf("thaw: %v", err)
+	}
+	// What was written to gets none.
+	if err := errors.Join(os.Remove(k.file()+".digests"), os.Truncate(k.file(), last)); err != nil {
+		t.Fatal(err)
+	}
+	if done, bad, err := k.st.DigestAllKept(t.Context()); err != nil || len(bad) != 1 || done.Disks != 0 || k.digests(t) != 0 || at().NotChecked {
+		t.Errorf("%+v, %v, %v", done, bad, err)
+	}
+	if err := k.remove(k.ref); err != nil || len(k.frozen(t)) != 0 {
+		t.Errorf("%v, %v", err, k.frozen(t))
+	}
+	k.noLeaks(t)
+}
+
+// TestKillDigests ends the process at every operation of making digests, and lets each fail:
+// they are there, whole, or the copy has none.
+func TestKillDigests(t *testing.T) {
+	disk, l := newFrozenLab(t, true)
+	ref, _, err := l.saveKept(small(1), save.Options{}, diskImage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(l *lab, made error) {
+		t.Helper()
+		if n := l.digests(t); made == nil && n != 1 || n > 1 {
+			t.Errorf("made with %v, and there are %d digests", made, n)
+		}
+		if n := l.checkKept(t); n != 1 {
+			t.Errorf("%d copies", n)
+		}
+		if _, left, err := l.st.DigestAllKept(t.Context()); err != nil || len(left) > 0 || l.digests(t) != 1 {
+			t.Errorf("afterwards: %v, %v", left, err)
+		}
+		if err := l.checkDigests(t, ref); err != nil {
+			t.Error(err)
+		}
+	}
+	everyOp(t, func(t *testing.T, n int) bool {
+		disk := disk.CrashClone(3)
+		l := l.on(t, disk)
+		disk.KillAt(n)
+		_, err := l.st.DigestKept(context.Background(), ref)
+		l.after(t, disk, func(l *lab) { check(l, err) })
+		return disk.Killed()
+	})
+	for kind, fault := range faultsAt {
+		t.Run(kind, func(t *testing.T) {
+			everyOp(t, func(t *testing.T, n int) bool {
+				disk := disk.CrashClone(3)
+				l := l.on(t, disk)
+				before := len(disk.Ops())
+				fault.arm(disk, n)
+				_, err := l.st.DigestKept(context.Background(), ref)
+				hit := len(disk.Ops())-before > n
+				disk.Heal()
+				if err != nil && !errors.Is(err, fault.err) {
+					t.Errorf("failed with %v", err)
+				}
+				l.after(t, disk, func(l *lab) { check(l, err) })
+				return hit
+			})
+		})
+	}
 }
 
 // after checks what the next process finds, and what is there after a power cut.
@@ -215,7 +393,11 @@ func TestFailFreeze(t *testing.T) {
 func TestKillRemoveKept(t *testing.T) {
 	disk, l := newFrozenLab(t, true)
 	for i := range 2 {
-		if _, _, err := l.saveKept(small(uint64(i)), save.Options{}, diskImage); err != nil {
+		ref, _, err := l.saveKept(small(uint64(i)), save.Options{}, diskImage)
+		if err == nil {
+			_, err = l.st.DigestKept(t.Context(), ref)
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -528,7 +710,7 @@ func TestKeptChanged(t *testing.T) {
 				t.Errorf("%+v", kept)
 			}
 			to := filepath.Join(t.TempDir(), "thawed")
-			if err := k.st.Thaw(t.Context(), kept[0], to); err == nil {
+			if err := k.st.Thaw(t.Context(), kept[0], to, store.ThawOptions{}); err == nil {
 				t.Error("a file was made of it")
 			}
 			if _, err := os.Stat(to); !errors.Is(err, os.ErrNotExist) {
@@ -561,7 +743,7 @@ func TestThaw(t *testing.T) {
 	}
 	c.Close()
 	to := filepath.Join(t.TempDir(), "thawed")
-	if err := k.st.Thaw(t.Context(), kept[0], to); err != nil {
+	if err := k.st.Thaw(t.Context(), kept[0], to, store.ThawOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	b, err := os.ReadFile(to)
@@ -569,7 +751,7 @@ func TestThaw(t *testing.T) {
 	if err != nil || serr != nil || !bytes.Equal(b, want) || !fi.ModTime().Equal(was.ModTime()) || fi.Mode().Perm() != 0o600 {
 		t.Errorf("%d bytes, %v; %v, %v", len(b), fi, err, serr)
 	}
-	if err := k.st.Thaw(t.Context(), kept[0], to); !errors.Is(err, os.ErrExist) {
+	if err := k.st.Thaw(t.Context(), kept[0], to, store.ThawOptions{}); !errors.Is(err, os.ErrExist) {
 		t.Errorf("over a file that is there: %v", err)
 	}
 	k.noLeaks(t)

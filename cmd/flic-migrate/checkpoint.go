@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
@@ -28,6 +29,7 @@ type checkpointCmd struct {
 	noDisks   bool
 	snapshot  choice
 	freeze    bool
+	skip      bool // digests of kept disks
 	sync      bool
 	agent     string
 	mode      choice
@@ -80,7 +82,9 @@ With --disks keep the store keeps a copy of each disk that the guest can write t
 while the guest stands still; the guest goes on with its own. The copy shares disk blocks
 with the image (reflink); --disks copy copies it where that can't be. It goes with the
 checkpoint, disk thaw makes a file of it, to resume with, and with --freeze pages are looked
-for in it.
+for in it. When the guest runs again and the checkpoint is durable, the copy is read from end
+to end for digests of it, which verify and disk thaw compare it with; --skip-digests leaves
+that to gc.
 
 With --arm a process stays behind that has the next checkpoint ready: it reads the
 guest's memory at --arm-rate while the guest runs, and then waits. The next checkpoint
@@ -131,6 +135,7 @@ killed (SIGKILL), a second process lets the guest run.`,
 	c.disks.add(fs)
 	fs.BoolVar(&c.freeze, "freeze", false, "index what is frozen or kept of the disks while the guest stands still, and look for pages in it too; alone: with --disks keep")
 	fs.Var(&c.snapshot, "disks", "snapshot: freeze the disks with the checkpoint, and let the guest go on in overlays on them; keep: let the store keep copies of them, which share their disk blocks (reflink); copy: likewise, as whole copies where that can't be")
+	addSkipDigests(fs, &c.skip)
 	fs.BoolVar(&c.sync, "guest-sync", false, "first let the guest write to its disks what it has not yet, through its agent (sync)")
 	fs.StringVar(&c.agent, "guest-agent", "", "with --qmp: the socket of the guest's agent")
 	fs.BoolVar(&c.noDisks, "no-disks", false, "do not ask QEMU for the VM's disks to look for pages on them")
@@ -199,6 +204,7 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		return explainHuman(err, "migrate_set_capability return-path on", "migrate", "save", "--store", st.Dir(), "--vm", vm)
 	}
 	c.measureCheckpoint(&doc)
+	c.digest(ctx, st, doc)
 	err = errors.Join(err, c.show(doc))
 	for _, line := range removed {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s\n", line)
@@ -377,6 +383,36 @@ func (c *checkpointCmd) show(doc checkpointReport) error {
 	}
 	return nil
 }
+
+// addSkipDigests adds the flag of who makes digests of kept disks.
+func addSkipDigests(fs *pflag.FlagSet, skip *bool) {
+	fs.BoolVar(skip, "skip-digests", false, "make no digests of the disks that are kept with checkpoints, for which they are read")
+}
+
+// digest has the disks that are kept with a checkpoint checked later on. The checkpoint is
+// there, whatever becomes of that, and the guest does what it is to do.
+func (c *checkpointCmd) digest(ctx context.Context, st *store.Store, doc checkpointReport) {
+	if len(doc.Kept) == 0 || c.skip {
+		return
+	}
+	var took int64
+	for _, k := range doc.Kept {
+		took += k.Bytes
+	}
+	if !c.quiet && took >= worthSaying {
+		fmt.Fprintf(c.stderr, "flic-migrate: %s is saved; %s of disks that are kept with it are read for their digests\n", doc.Checkpoint, human(took))
+	}
+	ref, err := store.ParseRef(doc.Checkpoint)
+	if err == nil {
+		_, err = st.DigestKept(ctx, ref)
+	}
+	if err != nil && !errors.Is(err, store.ErrNotFound) { // removed meanwhile
+		c.log().Warn("a disk that is kept has no digests, and is not checked until gc makes them", "checkpoint", doc.Checkpoint, "cause", oneLine(err))
+	}
+}
+
+// worthSaying is how much is read before it is said that this takes a while: some seconds.
+const worthSaying = 4 << 30
 
 // saySnapshots says in which files the disks of a checkpoint are, and those of the guest.
 func (c *checkpointCmd) saySnapshots(doc checkpointReport) {

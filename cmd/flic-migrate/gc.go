@@ -11,7 +11,7 @@ import (
 )
 
 func newGC(a *app) *cobra.Command {
-	var asJSON, adopt bool
+	var asJSON, adopt, skip bool
 	var forget string
 	var keep count
 	var grace time.Duration
@@ -23,7 +23,8 @@ in the store and in the NVRAM files it has used. It can run at any time, beside
 saves and restores; nothing needs it to run, but that NVRAM of libvirt's save files
 that are gone is free only after it. Of removed checkpoints that others refer to it
 frees what nobody needs. NVRAM is for the newest: what only older checkpoints need it
-moves to flash.
+moves to flash. Disks that are kept with checkpoints, and have no digests yet, are read
+and get them.
 
 What lies among the checkpoints and is none, by its name or kind, may be one that
 somebody has renamed: gc names it, and frees no NVRAM as long as it is there.
@@ -32,19 +33,21 @@ A store that is a copy of another one leaves NVRAM alone, because it is that one
 		Example: `  flic-migrate gc --store /srv/vms`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.gc(cmd.Context(), gcOptions{asJSON, adopt, forget, grace, keep.n})
+			return a.gc(cmd.Context(), gcOptions{asJSON, adopt, skip, forget, grace, keep.n})
 		},
 	}
 	c.Flags().DurationVar(&grace, "grace", store.DefaultGrace, "how long the NVRAM of a libvirt save file is kept after the file was found to be gone without having been restored")
 	addKeep(c.Flags(), &keep)
 	c.Flags().BoolVar(&adopt, "adopt", false, "first take over the NVRAM of the store that this one is a copy of, which must be gone for good")
 	c.Flags().StringVar(&forget, "forget-nvram", "", "first forget an NVRAM `FILE` that is gone for good, as one on a tmpfs is after a reboot, and that no checkpoint needs any more")
+	addSkipDigests(c.Flags(), &skip)
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 
 type gcOptions struct {
 	json, adopt bool
+	skip        bool   // make no digests of kept disks
 	forget      string // an NVRAM file; empty: none
 	grace       time.Duration
 	keep        int
@@ -54,6 +57,7 @@ type gcOptions struct {
 type gcReport struct {
 	store.GCReport
 	Demoted store.Demoted `json:"demoted"` // what went from NVRAM to flash
+	store.Digested
 }
 
 func (a *app) gc(ctx context.Context, o gcOptions) error {
@@ -85,6 +89,15 @@ func (a *app) gc(ctx context.Context, o gcOptions) error {
 	if left := rep.Demoted.Left; left != nil {
 		rep.Warnings = append(rep.Warnings, oneLine(left))
 	}
+	if !o.skip {
+		var left []error
+		if rep.Digested, left, err = st.DigestAllKept(ctx); err != nil {
+			return err
+		}
+		for _, err := range left {
+			rep.Warnings = append(rep.Warnings, oneLine(err))
+		}
+	}
 	for _, warning := range rep.Warnings {
 		a.log().Warn(warning)
 	}
@@ -94,6 +107,13 @@ func (a *app) gc(ctx context.Context, o gcOptions) error {
 	_, err = fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes+rep.TrimmedBytes), human(rep.NVRAMBytes+rep.Demoted.NVRAMBytes))
 	if err == nil && rep.FrozenDisks > 0 {
 		_, err = fmt.Fprintf(a.stdout, "%d copies of disks that no checkpoint has removed, %s\n", rep.FrozenDisks, human(rep.FrozenBytes))
+	}
+	if err == nil && rep.Digested.Disks > 0 {
+		which := "1 disk that is kept has"
+		if rep.Digested.Disks > 1 {
+			which = fmt.Sprintf("%d disks that are kept have", rep.Digested.Disks)
+		}
+		_, err = fmt.Fprintf(a.stdout, "%s digests now, %s read\n", which, human(rep.Digested.Read))
 	}
 	if err == nil && rep.Staged > 0 {
 		_, err = fmt.Fprintf(a.stdout, "%d images that were received in part are kept for %d days, %s: what is sent again goes on there\n", rep.Staged, int(store.StagedFor.Hours()/24), human(rep.StagedBytes))

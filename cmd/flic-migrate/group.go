@@ -142,6 +142,11 @@ func (c *checkpointCmd) runGroup(ctx context.Context, args []string, timed bool)
 		},
 		NVRAMKeep: c.nvramKeep.n, Log: c.log(),
 	})
+	if rep.Saved {
+		for _, m := range rep.Members {
+			c.digest(ctx, st, m.CheckpointReport)
+		}
+	}
 	err = errors.Join(explainNVRAM(err), c.showGroup(rep, err))
 	if !rep.Saved {
 		return err

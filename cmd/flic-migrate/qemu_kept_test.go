@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -88,7 +90,7 @@ func (k *keptLab) kept(t *testing.T) []string {
 	t.Helper()
 	list, err := filepath.Glob(filepath.Join(k.store, "frozen", "*"))
 	ok(t, err)
-	return list
+	return slices.DeleteFunc(list, func(name string) bool { return strings.HasSuffix(name, ".digests") })
 }
 
 // TestKept: the store keeps the disk as it is while the guest stands still, and pages that are
@@ -182,6 +184,62 @@ func TestKept(t *testing.T) {
 				t.Errorf("%+v; %v", removed, k.kept(t))
 			}
 			k.run(t, "verify", "--all")
+			// A bit of it has gone bad, and its times are as they were.
+			bad := k.kept(t)[0]
+			fi, err := os.Stat(bad)
+			ok(t, err)
+			flip := func() {
+				t.Helper()
+				b, err := os.ReadFile(bad)
+				ok(t, err)
+				b[len(b)-1] ^= 1
+				ok(t, os.WriteFile(bad, b, 0o600))
+				ok(t, os.Chtimes(bad, fi.ModTime(), fi.ModTime()))
+			}
+			flip()
+			where := fmt.Sprintf("%s: offset %d: ", bad, (fi.Size()-1)>>20<<20)
+			for _, args := range [][]string{{"verify", "vm@3"}, {"disk", "thaw", "vm@3"}} {
+				cmd := exec.Command("flic-migrate", append(args, "--store", k.store)...)
+				out, _ := cmd.CombinedOutput()
+				if cmd.ProcessState.ExitCode() != 4 || !strings.Contains(string(out), where) {
+					t.Errorf("%v: %v: %s", args, cmd.ProcessState, out)
+				}
+			}
+			if _, err := os.Lstat(k.file + ".vm@3"); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the file that is not what it was: %v", err)
+			}
+			if out := k.run(t, "verify", "--skip-disks", "vm@3"); !strings.Contains(out, bad+", which is a disk that is kept with it, is not checked: --skip-disks") {
+				t.Errorf("verify --skip-disks: %s", out)
+			}
+			if out := k.run(t, "disk", "thaw", "--skip-check", "vm@3"); !strings.Contains(out, "; not checked") {
+				t.Errorf("disk thaw --skip-check: %s", out)
+			}
+			ok(t, os.Remove(k.file+".vm@3"))
+			flip()
+			k.run(t, "verify", "vm@3")
+			// Without digests nobody can tell, until gc makes them.
+			ok(t, os.Remove(bad+".digests"))
+			var verified []struct {
+				OK         bool
+				NotChecked []string `json:"not_checked"`
+			}
+			ok(t, json.Unmarshal([]byte(k.run(t, "verify", "--json", "vm@3")), &verified))
+			if len(verified) != 1 || !verified[0].OK || !slices.Equal(verified[0].NotChecked, []string{bad}) {
+				t.Errorf("verify: %+v", verified)
+			}
+			if out := k.run(t, "show", "vm@3"); !strings.Contains(out, "not checked") {
+				t.Errorf("show: %s", out)
+			}
+			k.run(t, "gc", "--skip-digests")
+			if out := k.run(t, "verify", "vm@3"); !strings.Contains(out, bad+", which is a disk that is kept with it, is not checked: it has no digests yet") {
+				t.Errorf("verify: %s", out)
+			}
+			if out := k.run(t, "gc"); !strings.Contains(out, "1 disk that is kept has digests now") {
+				t.Errorf("gc: %s", out)
+			}
+			if out := k.run(t, "verify", "vm@3"); strings.Contains(out, "not checked") {
+				t.Errorf("verify: %s", out)
+			}
 			// A copy that is not what it was.
 			ok(t, os.Truncate(k.kept(t)[0], 100))
 			for _, args := range [][]string{{"verify", "vm@3"}, {"disk", "thaw", "vm@3"}} {

@@ -219,6 +219,9 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label
 				how += "; the copy that was kept is of no use: " + kept[i].Wrong
 			case i >= 0:
 				how += fmt.Sprintf("; kept in %s, %s (disk thaw makes a file of it)", kept[i].File, human(kept[i].Bytes))
+				if kept[i].NotChecked {
+					how += "; not checked: it has no digests yet (gc makes them)"
+				}
 			}
 			line("goes with", "%s, %s", d.Layers[0].Path, how)
 		}

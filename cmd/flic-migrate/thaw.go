@@ -18,24 +18,30 @@ import (
 
 func newDiskThaw(a *app) *cobra.Command {
 	var to string
-	var asJSON bool
+	var skip, asJSON bool
 	c := &cobra.Command{
 		Use:   "thaw [flags] NAME[@N]",
 		Short: "Make files of the disks that are kept with a checkpoint",
 		Long: `Thaw makes a new file of each disk that the store keeps with a checkpoint (checkpoint
 --disks keep): the disk as it was when the guest was saved, to start a QEMU with and resume
 the checkpoint. The file is yours, and needs neither the store nor the checkpoint. It shares
-its disk blocks with the store's where the file system can do that.
+its disk blocks with the store's where the file system can do that. All of it is read and
+compared with the digests that the store has of it, and there is no file if it is not what
+it was.
 
 It stands beside the image that it is a copy of, as IMAGE.NAME@N, or in the directory --to
 under the image's own name. No file is overwritten.`,
 		Example: `  flic-migrate disk thaw --store /srv/vms web1@3
   flic-migrate disk thaw --store /srv/vms --to /srv/again web1@3`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error { return a.diskThaw(cmd.Context(), args[0], to, asJSON) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.diskThaw(cmd.Context(), args[0], to, store.ThawOptions{SkipCheck: skip}, asJSON)
+		},
 	}
 	c.Flags().StringVar(&to, "to", "", "directory for the files (default: where each image is)")
 	setKey(c.Flags(), "to", "disk-thaw-to")
+	c.Flags().BoolVar(&skip, "skip-check", false, "do not read the disks to compare them with their digests")
+	setKey(c.Flags(), "skip-check", "disk-thaw-skip-check")
 	c.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
 	return c
 }
@@ -46,11 +52,13 @@ type thawed struct {
 	Image  string      `json:"image"` // the path of what it was
 	Format disk.Format `json:"format"`
 	Path   string      `json:"path"` // the new file
+	// NotChecked: it was compared with no digests.
+	NotChecked bool `json:"not_checked,omitempty"`
 }
 
 var errNothingKept = errors.New("the store keeps no disks with it (checkpoint --disks keep)")
 
-func (a *app) diskThaw(ctx context.Context, name, to string, asJSON bool) error {
+func (a *app) diskThaw(ctx context.Context, name, to string, o store.ThawOptions, asJSON bool) error {
 	st, ref, err := a.storeOf(ctx, name)
 	if err != nil {
 		return err
@@ -74,11 +82,19 @@ func (a *app) diskThaw(ctx context.Context, name, to string, asJSON bool) error 
 		}
 	}
 	for i, k := range kept {
-		if err := st.Thaw(ctx, k, files[i].Path); err != nil {
+		if err := st.Thaw(ctx, k, files[i].Path, o); err != nil {
 			return err
 		}
+		files[i].NotChecked = k.NotChecked || o.SkipCheck
+		was := "as it was"
+		switch {
+		case o.SkipCheck:
+			was += "; not checked"
+		case k.NotChecked:
+			was += "; not checked: the store has no digests of it (gc makes them)"
+		}
 		if !asJSON {
-			fmt.Fprintf(a.stdout, "%s: %s, %s, as it was\n", files[i].Disk, files[i].Path, files[i].Format)
+			fmt.Fprintf(a.stdout, "%s: %s, %s, %s\n", files[i].Disk, files[i].Path, files[i].Format, was)
 		}
 	}
 	if asJSON {

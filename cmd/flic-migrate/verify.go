@@ -23,6 +23,7 @@ type verifyCmd struct {
 	all   bool
 	nvram string
 	disks disksFlags
+	skip  bool // the disks that are kept
 	json  bool
 }
 
@@ -35,7 +36,9 @@ func newVerify(a *app) *cobra.Command {
 each damage with file and offset, and exits with 4 if there is any. An NVRAM file
 that is missing, or another one than the checkpoint was saved to, is damage too:
 such a checkpoint can't be restored. So is a disk image that has pages of it (save
---disk) and is missing, or no longer has them. With --all so is what lies among the
+--disk) and is missing, or no longer has them. Disks that are kept with a checkpoint
+(checkpoint --disks keep) are read from end to end, at the speed of reading a disk, unless
+--skip-disks leaves that out; one without digests is not checked. With --all so is what lies among the
 checkpoints and has no name of one. A checkpoint in another version of the format
 is none: if there is nothing worse, the exit code is 1.`,
 		Example: `  flic-migrate verify --store /srv/vms web1@3
@@ -48,6 +51,8 @@ is none: if there is nothing worse, the exit code is 1.`,
 	setKey(fs, "all", "verify-all")
 	fs.StringVar(&v.nvram, "nvram-from", "", "the NVRAM file, if it is no longer where the checkpoint says")
 	v.disks.addMoved(fs)
+	fs.BoolVar(&v.skip, "skip-disks", false, "do not read the disks that are kept with checkpoints")
+	setKey(fs, "skip-disks", "verify-skip-disks")
 	addMetrics(fs, "verify")
 	fs.BoolVar(&v.json, "json", false, "print JSON on standard output")
 	return c
@@ -58,6 +63,8 @@ type verifyEntry struct {
 	Checkpoint string   `json:"checkpoint"` // NAME@N
 	OK         bool     `json:"ok"`
 	Damage     []string `json:"damage"`
+	// NotChecked are the files of kept disks that were not read, or have no digests.
+	NotChecked []string `json:"not_checked,omitempty"`
 	// Unsupported: it may be whole, and this program can't read it, for what Damage says.
 	Unsupported bool `json:"unsupported,omitempty"`
 }
@@ -104,6 +111,13 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 					result = "UNSUPPORTED"
 				}
 				fmt.Fprintf(v.stdout, "%s: %s\n", e.Checkpoint, d)
+			}
+			why := "it has no digests yet (gc makes them)"
+			if v.skip {
+				why = "--skip-disks"
+			}
+			for _, file := range e.NotChecked {
+				fmt.Fprintf(v.stdout, "%s: %s, which is a disk that is kept with it, is not checked: %s\n", e.Checkpoint, file, why)
 			}
 			fmt.Fprintf(v.stdout, "%s: %s\n", e.Checkpoint, result)
 		}
@@ -220,7 +234,17 @@ func (v *verifyCmd) verify(ctx context.Context, st *store.Store, ref store.Ref) 
 	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{NVRAM: v.nvram, Disks: v.disks.reading()})
 	switch {
 	case err == nil:
-		err = c.Verify(ctx, found)
+		var left []store.KeptDisk
+		if err = c.Verify(ctx, found); err == nil && v.skip {
+			left = c.KeptDisks(ctx)
+		} else if err == nil {
+			left, err = c.VerifyKept(ctx, found)
+		}
+		for _, k := range left {
+			if k.Wrong == "" {
+				e.NotChecked = append(e.NotChecked, k.File)
+			}
+		}
 		c.Close()
 		if err != nil {
 			return e, err

@@ -1,22 +1,18 @@
 package store
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"path/filepath"
-	"slices"
 	"syscall"
-	"time"
 
 	"github.com/google/uuid"
 
-	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/disk"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/sums"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -89,7 +85,7 @@ func (s *Store) Freeze(ctx context.Context, path string, o FreezeOptions) (_ *Fr
 	err = f.file.Clone(path)
 	switch f.Shared = err == nil; {
 	case errors.Is(err, errors.ErrUnsupported) && o.Copy:
-		err = s.copyFile(ctx, f.file, path)
+		err = s.copyFile(ctx, f.file, path, nil)
 	case errors.Is(err, errors.ErrUnsupported):
 		err = fmt.Errorf("disk image %s is not kept: %w", path, ErrNoReflink)
 	}
@@ -134,16 +130,13 @@ func (s *Store) createFrozen(ctx context.Context, id uuid.UUID) (vfs.File, error
 	return f, nil
 }
 
-const (
-	// copyPiece is how much of an image is copied at a time, in bytes.
-	copyPiece = 1 << 20
-	// copySync is how much is left at most for one sync, which nothing interrupts: a
-	// second of a slow disk.
-	copySync = 128 << 20
-)
+// copySync is how much of an image that is copied is left at most for one sync, which nothing
+// interrupts, in bytes: a second of a slow disk.
+const copySync = 128 << 20
 
-// copyFile copies the content of the file path, and leaves out what is zero.
-func (s *Store) copyFile(ctx context.Context, to vfs.File, path string) error {
+// copyFile copies the content of the file path, and leaves out what is zero. was are the
+// digests that it has to have; nil: there are none.
+func (s *Store) copyFile(ctx context.Context, to vfs.File, path string, was *sums.Digests) error {
 	from, err := s.fs.Open(path)
 	if err != nil {
 		return err
@@ -156,42 +149,30 @@ func (s *Store) copyFile(ctx context.Context, to vfs.File, path string) error {
 	if err != nil {
 		return err
 	}
-	piece, zeros := make([]byte, min(copyPiece, size)), make([]byte, min(copyPiece, size))
 	dirty := 0
-	for off := int64(0); off < size; {
-		if err := context.Cause(ctx); err != nil {
+	write := func(off int64, b []byte) error {
+		if _, err := to.WriteAt(b, off); err != nil {
 			return err
 		}
-		off, err = from.Data(off)
-		if err == io.EOF {
-			break
+		if dirty += len(b); dirty < copySync {
+			return nil
 		}
-		if err != nil {
-			return err
-		}
-		b := piece[:max(0, min(int64(len(piece)), size-off))]
-		if n, err := from.ReadAt(b, off); n < len(b) {
-			if err == nil || err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			}
-			return fmt.Errorf("%s: %w", path, err)
-		}
-		if !bytes.Equal(b, zeros[:len(b)]) {
-			if _, err := to.WriteAt(b, off); err != nil {
-				return err
-			}
-			dirty += len(b)
-		}
-		off += int64(len(b))
-		if dirty >= copySync {
-			if err := to.Sync(); err != nil {
-				return err
-			}
-			dirty = 0
-		}
+		dirty = 0
+		return to.Sync()
 	}
-	return nil
+	if was != nil {
+		_, err := was.Check(ctx, from, path, refuse, write)
+		return err
+	}
+	_, err = sums.Each(ctx, from, write)
+	if unread := (*sums.ReadError)(nil); errors.As(err, &unread) {
+		err = fmt.Errorf("%s: %w", path, err)
+	}
+	return err
 }
+
+// refuse ends a check at the first damage.
+func refuse(err error) error { return err }
 
 // TryFreeze finds out, while the guest runs, whether Freeze can keep these files. Where
 // disk blocks can be shared that has the kernel write what it has of the files in memory,
@@ -359,6 +340,11 @@ func (s *Store) dropFrozen(ctx context.Context, look *lookup, ids []uuid.UUID) (
 		if err == nil {
 			err = s.dir.Remove(ctx, frozenObject(id))
 		}
+		if err == nil {
+			if err = s.dir.Remove(ctx, digestsObject(id)); gone(err) {
+				err = nil
+			}
+		}
 		f.Close()
 		if err != nil {
 			return removed, fr, err
@@ -429,6 +415,9 @@ func (g *gc) frozen(ctx context.Context) error {
 			ids = append(ids, id)
 		}
 	}
+	if err := g.strayDigests(ctx, list); err != nil {
+		return err
+	}
 	// Something that may be a checkpoint may list one.
 	if g.keep {
 		return nil
@@ -440,115 +429,5 @@ func (g *gc) frozen(ctx context.Context) error {
 		g.rep.warn(err)
 		err = nil
 	}
-	return err
-}
-
-// KeptDisk is a disk image that a store keeps with a checkpoint.
-type KeptDisk struct {
-	Disk   string      `json:"disk"`  // the path of its device in QEMU's object tree
-	Image  string      `json:"image"` // the path of what it is a copy of
-	Format disk.Format `json:"format"`
-	UUID   uuid.UUID   `json:"uuid"`
-	File   string      `json:"file"`  // where it is
-	Bytes  int64       `json:"bytes"` // that its disk blocks hold, those too that it shares
-	// Wrong says what has become of it, or why it can't be looked at; empty: it is as it was.
-	Wrong string `json:"wrong,omitempty"`
-
-	was disk.File
-}
-
-// KeptDisks looks at the disk images that the store keeps with a checkpoint.
-func (s *Store) KeptDisks(ctx context.Context, m *checkpoint.Meta) (list []KeptDisk) {
-	for _, id := range m.Kept {
-		k := KeptDisk{UUID: id, File: s.dir.Path(frozenObject(id))}
-		if i := slices.IndexFunc(m.VMDisks, func(d checkpoint.VMDisk) bool { return d.Kept == id }); i >= 0 {
-			k.Disk = m.VMDisks[i].Name
-			if l := m.VMDisks[i].Layers; len(l) > 0 {
-				k.Image, k.Format, k.was = l[0].Path, l[0].Format, l[0].File
-			}
-		}
-		if err := s.lookAt(ctx, &k); err != nil {
-			k.Wrong = err.Error()
-		}
-		list = append(list, k)
-	}
-	return list
-}
-
-// KeptDisks is Store.KeptDisks.
-func (c *Checkpoint) KeptDisks(ctx context.Context) []KeptDisk { return c.store.KeptDisks(ctx, c.Meta) }
-
-// lookAt finds out what a copy takes, and whether it is as it was.
-func (s *Store) lookAt(ctx context.Context, k *KeptDisk) error {
-	f, err := s.dir.Open(ctx, frozenObject(k.UUID), Unlocked)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if k.Bytes, err = f.Allocated(); err != nil {
-		return err
-	}
-	size, err := f.Size()
-	if err != nil || k.Image == "" {
-		return err
-	}
-	fi, err := s.fs.Stat(k.File)
-	switch {
-	case err != nil:
-		return err
-	case size < k.was.Size:
-		return &integrity.CorruptError{File: k.File, What: "disk that is kept", Err: fmt.Errorf("it was cut: it has %d bytes, and had %d", size, k.was.Size)}
-	case size != k.was.Size || fi.ModTime().UnixNano() != k.was.Mtime:
-		return &integrity.CorruptError{File: k.File, What: "disk that is kept", Err: fmt.Errorf("it was written to, last at %s", fi.ModTime().UTC().Format(time.RFC3339Nano))}
-	}
-	return nil
-}
-
-// verifyKept finds what is wrong with the disks that are kept with a checkpoint.
-func (c *Checkpoint) verifyKept(ctx context.Context, found func(error)) {
-	for _, k := range c.KeptDisks(ctx) {
-		if k.Wrong != "" {
-			found(fmt.Errorf("disk %s, which is kept with the checkpoint: %s", k.Image, k.Wrong))
-		}
-	}
-}
-
-// Thaw makes a new file of a disk image that is kept, which is the caller's: of the same
-// content, and changed last when the image was, so that resume knows it again. Disk blocks
-// are shared where that can be. A file that is there is not touched (fs.ErrExist).
-func (s *Store) Thaw(ctx context.Context, k KeptDisk, to string) (err error) {
-	if k.Wrong != "" {
-		return fmt.Errorf("disk %s, which is kept with the checkpoint: %s", k.Image, k.Wrong)
-	}
-	held, err := s.HoldFrozen(ctx, k.UUID)
-	if err != nil {
-		return err
-	}
-	defer held.Close()
-	f, err := s.fs.Create(to)
-	if err != nil {
-		return err
-	}
-	done := false
-	defer func() {
-		err = errors.Join(err, f.Close())
-		if !done { // also while panicking
-			s.fs.Remove(to)
-		}
-	}()
-	err = f.Clone(k.File)
-	if errors.Is(err, errors.ErrUnsupported) {
-		err = s.copyFile(ctx, f, k.File)
-	}
-	if err == nil {
-		err = f.SetModified(time.Unix(0, k.was.Mtime))
-	}
-	if err == nil {
-		err = f.Sync()
-	}
-	if err == nil {
-		err = s.fs.SyncDir(filepath.Dir(to))
-	}
-	done = err == nil
 	return err
 }
