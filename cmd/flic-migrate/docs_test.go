@@ -50,6 +50,8 @@ func flagRows(c *cobra.Command, fs *pflag.FlagSet) (rows []flagRow) {
 		switch {
 		case f.Name == "store" && c.Name() == "flic-migrate":
 			def = "`/var/lib/flic-migrate` for root, else `$XDG_DATA_HOME/flic-migrate`" // differs by user
+		case f.Name == "spool":
+			def = "`$TMPDIR`, or `/var/tmp`" // likewise
 		case def != "" && def != "false":
 			def = "`" + def + "`"
 		default:
@@ -163,6 +165,10 @@ func TestDocsFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	doc := string(raw)
+	// The environment of who runs the test says nothing of what others have.
+	for _, name := range []string{"TMPDIR", "HOME", "XDG_DATA_HOME"} {
+		t.Setenv(name, t.TempDir())
+	}
 	root := newRoot(&app{stdout: &output{File: os.Stdout}, stdin: os.Stdin, stderr: os.Stderr})
 	check := func(name, text string) {
 		start := "<!-- " + name + " -->\n"
