@@ -412,8 +412,8 @@ func (h *hookedFS) Lock(ctx context.Context, name string, mode vfs.LockMode) (vf
 	return h.FS.Lock(ctx, name, mode)
 }
 
-func (h *hookedFS) ReadStamps(dir string) ([]vfs.Stamped, error) {
-	list, err := h.FS.ReadStamps(dir)
+func (h *hookedFS) ReadStamps(dir string, look func(string) bool) ([]vfs.Stamped, error) {
+	list, err := h.FS.ReadStamps(dir, look)
 	if h.listed != nil && strings.Contains(dir, "/vms/") {
 		h.listed()
 	}

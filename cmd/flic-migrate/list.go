@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -228,7 +229,9 @@ func (a *app) markGroups(ctx context.Context, st *store.Store, entries []listEnt
 }
 
 func printList(w io.Writer, entries []listEntry) error {
-	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	// A tabwriter writes each cell by itself.
+	b := bufio.NewWriter(w)
+	t := tabwriter.NewWriter(b, 0, 8, 2, ' ', 0)
 	// These columns are for those who use them.
 	tags := slices.ContainsFunc(entries, func(e listEntry) bool { return len(e.Tags) > 0 })
 	notes := slices.ContainsFunc(entries, func(e listEntry) bool { return e.Note != "" })
@@ -264,7 +267,10 @@ func printList(w io.Writer, entries []listEntry) error {
 		}
 		fmt.Fprintln(t)
 	}
-	return t.Flush()
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	return b.Flush()
 }
 
 // firstWords is the beginning of a note, in one line.

@@ -15,24 +15,28 @@ import (
 // by another version is not what ParseCompact expects, and both must be told apart by
 // CompactVersion. Lengths and numbers are uvarints:
 //
-//	VM, machine, run state, trust domain, each with its length; number; UUID and origin, 16 B
-//	each
+//	UUID, 16 B; number of references, and their UUIDs
+//	VM, machine, run state, trust domain, each with its length; number; origin, 16 B
 //	when it was made, as time.Time's binary form, with its length
 //	page size; RAM bytes; disks; disk slots
 //	1 and path, UUID, slots, bytes, 1 if it is volatile; or 0: no NVRAM
 //	1 and algorithm, key, root; or 0: no digests
 //	number of disks that are kept, and their UUIDs
-//	number of references, and their UUIDs
 func (id *Identity) AppendCompact(dst []byte) ([]byte, error) {
 	created, err := id.Created.MarshalBinary()
 	if err != nil {
 		return dst, err
 	}
+	dst = append(dst, id.UUID[:]...)
+	dst = binary.AppendUvarint(dst, uint64(len(id.References)))
+	for _, r := range id.References {
+		dst = append(dst, r[:]...)
+	}
 	for _, s := range []string{id.VM, id.Machine, id.RunState, id.TrustDomain} {
 		dst = appendText(dst, s)
 	}
 	dst = binary.AppendUvarint(dst, uint64(id.Number))
-	dst = append(append(dst, id.UUID[:]...), id.Origin[:]...)
+	dst = append(dst, id.Origin[:]...)
 	dst = appendText(dst, string(created))
 	for _, n := range []uint64{uint64(id.PageSize), id.RAMBytes, uint64(id.Disks), uint64(id.DiskSlots)} {
 		dst = binary.AppendUvarint(dst, n)
@@ -53,15 +57,11 @@ func (id *Identity) AppendCompact(dst []byte) ([]byte, error) {
 	for _, k := range id.Kept {
 		dst = append(dst, k[:]...)
 	}
-	dst = binary.AppendUvarint(dst, uint64(len(id.References)))
-	for _, r := range id.References {
-		dst = append(dst, r[:]...)
-	}
 	return dst, nil
 }
 
 // CompactVersion is that of AppendCompact's form.
-const CompactVersion = 4
+const CompactVersion = 5
 
 func appendText(dst []byte, s string) []byte {
 	return append(binary.AppendUvarint(dst, uint64(len(s))), s...)
@@ -80,8 +80,15 @@ var errCompact = errors.New("not a compact identity")
 // multiple of b, and the Identity keeps nothing of b.
 func ParseCompact(b []byte) (*Identity, error) {
 	p := compact{b: b}
-	id := &Identity{VM: p.text(), Machine: p.text(), RunState: p.text(), TrustDomain: p.text(), Number: int(p.number(1 << 31))}
+	id := new(Identity)
 	p.fixed(id.UUID[:])
+	if refs := p.uuids(maxRefs); len(refs) > 0 {
+		id.References = make(refList, len(refs)/len(uuid.Nil))
+		for i := range id.References {
+			copy(id.References[i][:], refs[i*len(uuid.Nil):])
+		}
+	}
+	id.VM, id.Machine, id.RunState, id.TrustDomain, id.Number = p.text(), p.text(), p.text(), p.text(), int(p.number(1<<31))
 	p.fixed(id.Origin[:])
 	if id.Created.UnmarshalBinary([]byte(p.text())) != nil {
 		p.bad = true
@@ -100,24 +107,38 @@ func ParseCompact(b []byte) (*Identity, error) {
 		p.fixed(d.Root[:])
 		id.Digests = d
 	}
-	if n := p.number(maxVMDisks); n > 0 && !p.bad {
-		id.Kept = make(keptList, n)
+	if kept := p.uuids(maxVMDisks); len(kept) > 0 {
+		id.Kept = make(keptList, len(kept)/len(uuid.Nil))
 		for i := range id.Kept {
-			p.fixed(id.Kept[i][:])
+			copy(id.Kept[i][:], kept[i*len(uuid.Nil):])
 		}
 	}
-	n := p.number(maxRefs)
-	p.bad = p.bad || uint64(len(p.b)) != n*uint64(len(uuid.Nil))
-	if n > 0 && !p.bad {
-		id.References = make(refList, n)
-		for i := range id.References {
-			p.fixed(id.References[i][:])
-		}
-	}
-	if p.bad {
+	if p.bad || len(p.b) > 0 {
 		return nil, errCompact
 	}
 	return id, id.check()
+}
+
+// Compact is an Identity in its compact form of which little is asked for.
+type Compact []byte
+
+// UUID is the image's; Nil if this is no compact form.
+func (c Compact) UUID() (id uuid.UUID) {
+	copy(id[:], c)
+	return id
+}
+
+// Refers tells whether it refers to one of those that asked tells of. What is no compact form
+// does.
+func (c Compact) Refers(asked func(uuid.UUID) bool) bool {
+	p := compact{b: c}
+	p.fixed(make([]byte, len(uuid.Nil)))
+	for refs := p.uuids(maxRefs); len(refs) > 0; refs = refs[len(uuid.Nil):] {
+		if asked(uuid.UUID(refs[:len(uuid.Nil)])) {
+			return true
+		}
+	}
+	return p.bad
 }
 
 // compact takes values from the front of b; bad is set when there is none.
@@ -148,6 +169,18 @@ func (p *compact) text() string {
 	s := string(p.b[:n])
 	p.b = p.b[n:]
 	return s
+}
+
+// uuids are as many as the number before them says, at most most: a part of b.
+func (p *compact) uuids(most uint64) []byte {
+	n := p.number(most) * uint64(len(uuid.Nil))
+	if p.bad || n > uint64(len(p.b)) {
+		p.bad = true
+		return nil
+	}
+	list := p.b[:n]
+	p.b = p.b[n:]
+	return list
 }
 
 func (p *compact) fixed(dst []byte) {

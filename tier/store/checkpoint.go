@@ -46,11 +46,14 @@ func (s *Store) open(ctx context.Context, r Ref, lock Locking) (Object, Ref, err
 		return nil, r, err
 	}
 	defer unlock()
-	if r, err = s.Resolve(ctx, r); err != nil {
+	if r, err = s.newest(ctx, r); err != nil {
 		return nil, r, err
 	}
 	f, err := s.dir.Open(ctx, r.object(imageSuffix), lock)
-	if errors.Is(err, vfs.ErrLocked) {
+	switch {
+	case gone(err):
+		err = s.notThere(r)
+	case errors.Is(err, vfs.ErrLocked):
 		err = fmt.Errorf("checkpoint %v: %w", r, ErrInUse)
 	}
 	return f, r, err

@@ -393,16 +393,16 @@ func (s *Store) movedSlots(ctx context.Context, r Ref, id uuid.UUID) (slots sour
 }
 
 // dropMoved removes what was moved of an image that is durably no more, or that nobody
-// needs. The caller holds the store lock.
-func (s *Store) dropMoved(ctx context.Context, r Ref, id uuid.UUID) (bytes int64, err error) {
-	o, err := s.objects(ctx, r.VM)
-	if err != nil {
-		return 0, err
-	}
+// needs. The caller holds the store lock, and o is what is in the VM's folder, or was when
+// there were more of these.
+func (s *Store) dropMoved(ctx context.Context, r Ref, id uuid.UUID, o vmObjects) (bytes int64, err error) {
 	// The last one first: as long as there is one, it is found.
 	for _, m := range slices.Backward(o.pieces(r.N, id)) {
 		name := m.object(r.VM)
 		f, err := s.dir.Open(ctx, name, Unlocked)
+		if gone(err) {
+			continue
+		}
 		if err != nil {
 			return bytes, err
 		}

@@ -40,8 +40,9 @@ type Dir interface {
 	// in the list or not.
 	List(ctx context.Context, folder string) ([]Entry, error)
 
-	// Look is List with the Stamp of each entry.
-	Look(ctx context.Context, folder string) ([]Entry, error)
+	// Look is List with the Stamp of each entry whose name look wants, or of all if it is
+	// nil.
+	Look(ctx context.Context, folder string, look func(name string) bool) ([]Entry, error)
 
 	// Sync makes durable what List shows of a folder now, removals too.
 	Sync(ctx context.Context, folder string) error
@@ -117,7 +118,8 @@ type Entry struct {
 	Name   string // without the folder's
 	Folder bool
 	Odd    bool // neither folder nor object: a link, a FIFO, a device
-	// Stamp tells an object from what it was before, and from every other (Look).
+	// Stamp tells an object from what it was before, and from every other (Look); zero if
+	// it was not looked at.
 	Stamp vfs.Stamp
 }
 
@@ -185,8 +187,8 @@ func (d *posixDir) List(_ context.Context, folder string) ([]Entry, error) {
 	return entries, err
 }
 
-func (d *posixDir) Look(_ context.Context, folder string) ([]Entry, error) {
-	list, err := d.fs.ReadStamps(d.Path(folder))
+func (d *posixDir) Look(_ context.Context, folder string, look func(string) bool) ([]Entry, error) {
+	list, err := d.fs.ReadStamps(d.Path(folder), look)
 	entries := make([]Entry, len(list))
 	for i, e := range list {
 		entries[i] = Entry{Name: e.Name, Folder: e.Type.IsDir(), Odd: !e.Type.IsDir() && !e.Type.IsRegular(), Stamp: e.Stamp}

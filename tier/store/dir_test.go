@@ -117,7 +117,7 @@ func testDir(t *testing.T, make func(t *testing.T) Dir) {
 		d := begin(t)
 		stamp := func(name string) vfs.Stamp {
 			t.Helper()
-			list, err := d.Look(ctx, "vms/a")
+			list, err := d.Look(ctx, "vms/a", nil)
 			plain, lerr := d.List(ctx, "vms/a")
 			if err != nil || lerr != nil || len(list) != len(plain) {
 				t.Fatalf("%v, %v; %v, %v", list, err, plain, lerr)
@@ -129,6 +129,18 @@ func testDir(t *testing.T, make func(t *testing.T) Dir) {
 				}
 				if e.Name == name {
 					found = e.Stamp
+				}
+			}
+			some, err := d.Look(ctx, "vms/a", func(n string) bool { return n == name })
+			if err != nil || len(some) != len(list) {
+				t.Fatalf("a look at one: %v, %v", some, err)
+			}
+			for i, e := range some {
+				if want := list[i]; e.Name != name {
+					want.Stamp = vfs.Stamp{}
+					if e != want {
+						t.Errorf("a look at %s has %v, and at all %v", name, e, want)
+					}
 				}
 			}
 			return found
@@ -154,7 +166,7 @@ func testDir(t *testing.T, make func(t *testing.T) Dir) {
 		if e := stamp("2"); e.Size != 0 {
 			t.Errorf("an empty one: %+v", e)
 		}
-		_, err := d.Look(ctx, "vms/b")
+		_, err := d.Look(ctx, "vms/b", nil)
 		check(t, "look at no folder", err, fs.ErrNotExist)
 		check(t, "cache in no folder", d.Cache(ctx, "vms/b/1", "tmp/s", nil), fs.ErrNotExist)
 	})
@@ -408,8 +420,14 @@ func (d *memDir) List(_ context.Context, folder string) (list []Entry, err error
 	return list, nil
 }
 
-func (d *memDir) Look(ctx context.Context, folder string) ([]Entry, error) {
-	return d.List(ctx, folder)
+func (d *memDir) Look(ctx context.Context, folder string, look func(string) bool) ([]Entry, error) {
+	list, err := d.List(ctx, folder)
+	for i := range list {
+		if look != nil && !look(list[i].Name) {
+			list[i].Stamp = vfs.Stamp{}
+		}
+	}
+	return list, err
 }
 
 func (d *memDir) Read(_ context.Context, name string, limit int64) ([]byte, error) {

@@ -110,6 +110,12 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 		old.NVRAMBytes, left = s.freeNVRAM(ctx, was, nil)
 		old.Left = errors.Join(old.Left, left)
 	}
+	unlock, err := look.lock(ctx)
+	if err != nil {
+		old.Left = errors.Join(old.Left, err)
+		return nil
+	}
+	defer unlock()
 	fr, left, err := s.freeUnlisted(ctx, v, theirs)
 	old.FlashBytes += fr.flash
 	old.NVRAMBytes += fr.nvram
@@ -185,7 +191,12 @@ func (t *Tx) swap(ctx context.Context, was *checkpoint.Identity, v *survey, old 
 	if err := s.dir.Replace(ctx, t.name, name); err != nil || kept {
 		return kept, err
 	}
-	moved, err := s.dropMoved(ctx, t.ref, was.UUID)
+	o, err := s.objects(ctx, t.ref.VM)
+	if err != nil {
+		old.Left = err
+		return false, nil
+	}
+	moved, err := s.dropMoved(ctx, t.ref, was.UUID, o)
 	old.FlashBytes += moved
 	old.Left = err // gc will
 	return false, nil

@@ -40,7 +40,7 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 			return fr, nil, err
 		}
 		fr.removed = true
-		if fr.flash, err = s.dropMoved(ctx, st.ref, st.uuid); err != nil {
+		if fr.flash, err = s.dropMoved(ctx, st.ref, st.uuid, o); err != nil {
 			return fr, nil, err
 		}
 		fr.flash += size
@@ -184,10 +184,12 @@ func idleExtents(f *nvram.File, id *checkpoint.Identity, need source.Ranges) fun
 	return func(index int) bool { return !need.Meets(uint64(index)*per, uint64(index+1)*per-1) }
 }
 
-// unlistedAmong are those of some images that are there and not listed. It takes no lock.
+// unlistedAmong are those of some images that are there and not listed. It takes no lock, and
+// looks at all folders: a survey that begins now need not.
 func (l *lookup) unlistedAmong(ctx context.Context, ids []uuid.UUID) (there []uuid.UUID, err error) {
-	if len(ids) == 0 {
-		return nil, nil
+	some, _, err := l.shares(ctx)
+	if err != nil || !some {
+		return nil, err
 	}
 	err = l.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
@@ -202,19 +204,14 @@ func (l *lookup) unlistedAmong(ctx context.Context, ids []uuid.UUID) (there []uu
 }
 
 // freeUnlisted frees what nobody needs of the unlisted images with these UUIDs. v is of
-// them.
+// them, and its lookup has the store lock.
 func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (all freed, left error, err error) {
 	some, _, err := v.look.shares(ctx)
 	if err != nil || !some || len(ids) == 0 {
 		return all, nil, err
 	}
-	unlock, err := s.lock(ctx)
-	if err != nil {
-		return all, nil, err
-	}
-	defer unlock()
 	settled := false
-	err = v.look.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	err = v.look.eachVMAgain(ctx, func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
 			empty, err := v.look.unlistedIs(ctx, &st)
 			if err != nil || empty || !slices.Contains(ids, st.uuid) {

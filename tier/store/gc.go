@@ -162,7 +162,7 @@ func (g *gc) tmp(ctx context.Context) error {
 	if unplaced != nil {
 		g.rep.warn(fmt.Errorf("saves that may belong to a group are kept: %w", unplaced))
 	}
-	list, err := g.dir.Look(ctx, tmpFolder)
+	list, err := g.dir.Look(ctx, tmpFolder, nil)
 	if err != nil {
 		return err
 	}
@@ -424,12 +424,12 @@ func (s *Store) owner(ctx context.Context, name string) (uuid.UUID, error) {
 // gone, images of removed ones that nobody needs and what nobody needs of the others,
 // and what stands for any number but the highest.
 func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
-	unlock, err := g.lock(ctx)
+	unlock, err := g.look.lock(ctx)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	o, err := g.look.objects(ctx, vm)
+	o, err := g.look.again(ctx, vm)
 	if err != nil {
 		return err
 	}
@@ -494,6 +494,9 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 			return err
 		}
 	}
+	if len(o.moved) == 0 {
+		return nil
+	}
 	return g.orphans(ctx, vm)
 }
 
@@ -537,7 +540,7 @@ func (g *gc) orphans(ctx context.Context, vm string) error {
 			}
 			settled = true
 		}
-		bytes, err := g.dropMoved(ctx, Ref{vm, m.n}, m.id)
+		bytes, err := g.dropMoved(ctx, Ref{vm, m.n}, m.id, o)
 		if g.rep.Bytes += bytes; err != nil {
 			return err
 		}
@@ -550,28 +553,30 @@ func (g *gc) missing(ctx context.Context, v *survey) (bool, error) {
 	if err := v.update(ctx); err != nil || v.unclear != nil {
 		return true, err
 	}
-	there := make(map[uuid.UUID]bool)
-	err := g.look.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	there, wanted := make(map[uuid.UUID]bool), make(map[uuid.UUID]bool)
+	err := g.look.eachVMSeen(ctx, func(vm string, o vmObjects) error {
 		for _, st := range o.unlisted(vm) {
 			g.look.unlistedIs(ctx, &st)
 			there[st.uuid] = true
 		}
-		return nil
-	})
-	if err != nil {
-		return true, err
-	}
-	for _, id := range v.known {
-		there[id.UUID] = true
-	}
-	for _, id := range v.known {
-		for _, to := range id.References {
-			if !there[to] {
-				return true, nil
+		for _, n := range o.images {
+			id, err := g.look.whoIs(ctx, Ref{vm, n}.object(imageSuffix))
+			if err != nil || id == nil {
+				continue // it is not there any more, or v is unclear
+			}
+			there[id.UUID] = true
+			for _, to := range id.References {
+				wanted[to] = true
 			}
 		}
+		return nil
+	})
+	for to := range wanted {
+		if !there[to] {
+			return true, err
+		}
 	}
-	return false, nil
+	return err != nil, err
 }
 
 // leftover frees one unlisted image, which is locked, or what nobody needs of it.

@@ -37,6 +37,18 @@ func (o vmObjects) last() (n int) {
 	return n
 }
 
+// without is what is in the folder when a checkpoint is not listed any more, and its image kept
+// as that of a removed one if keep is set. What is beside it may be gone.
+func (o vmObjects) without(n int, keep bool) vmObjects {
+	if i, ok := slices.BinarySearch(o.images, n); ok {
+		o.images = slices.Delete(slices.Clone(o.images), i, i+1)
+	}
+	if i, ok := slices.BinarySearch(o.removed, n); keep && !ok {
+		o.removed = slices.Insert(slices.Clone(o.removed), i, n)
+	}
+	return o
+}
+
 // objects lists a VM's folder; nothing if there is none.
 func (s *Store) objects(ctx context.Context, vm string) (vmObjects, error) {
 	list, err := s.dir.List(ctx, vmFolder(vm))
@@ -199,23 +211,39 @@ func (s *Store) List(ctx context.Context, vm string) ([]Ref, error) {
 // Resolve gives the number of the newest checkpoint to a Ref without one, and
 // checks that the checkpoint exists.
 func (s *Store) Resolve(ctx context.Context, r Ref) (Ref, error) {
-	if err := CheckVM(r.VM); err != nil {
+	numbered := r.N != 0
+	r, err := s.newest(ctx, r)
+	if err != nil || !numbered {
+		return r, err
+	}
+	// Its name is all that is asked about: no thousand others are listed for that.
+	f, err := s.dir.Open(ctx, r.object(imageSuffix), Unlocked)
+	if err == nil {
+		f.Close()
+	}
+	if gone(err) {
+		return r, s.notThere(r)
+	}
+	return r, nil
+}
+
+// newest gives the number of the newest checkpoint to a Ref without one.
+func (s *Store) newest(ctx context.Context, r Ref) (Ref, error) {
+	if err := CheckVM(r.VM); err != nil || r.N != 0 {
 		return r, err
 	}
 	o, err := s.objects(ctx, r.VM)
-	if err != nil {
-		return r, err
+	if err == nil && len(o.images) == 0 {
+		err = s.notThere(r)
 	}
-	if r.N == 0 {
-		r.N = 0
-		if len(o.images) > 0 {
-			r.N = o.images[len(o.images)-1]
-		}
+	if err == nil {
+		r.N = o.images[len(o.images)-1]
 	}
-	if _, ok := slices.BinarySearch(o.images, r.N); !ok {
-		return r, fmt.Errorf("checkpoint %v in store %s: %w", r, s.root, ErrNotFound)
-	}
-	return r, nil
+	return r, err
+}
+
+func (s *Store) notThere(r Ref) error {
+	return fmt.Errorf("checkpoint %v in store %s: %w", r, s.root, ErrNotFound)
 }
 
 // Listed is a checkpoint as a list shows it.

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"io/fs"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -13,17 +14,39 @@ import (
 type readCounter struct {
 	vfs.FS
 	opens, reads, bytes *atomic.Int64
-	removed             bool // those of removed checkpoints count too
+	listed, looks       *atomic.Int64 // listings of VMs' folders, and files of them that were looked at
+	removed             bool          // those of removed checkpoints count too
 }
 
 func newReadCounter(fsys vfs.FS) readCounter {
-	return readCounter{FS: fsys, opens: new(atomic.Int64), reads: new(atomic.Int64), bytes: new(atomic.Int64)}
+	n := func() *atomic.Int64 { return new(atomic.Int64) }
+	return readCounter{FS: fsys, opens: n(), reads: n(), bytes: n(), listed: n(), looks: n()}
 }
 
 func (c readCounter) reset() {
-	for _, n := range []*atomic.Int64{c.opens, c.reads, c.bytes} {
+	for _, n := range []*atomic.Int64{c.opens, c.reads, c.bytes, c.listed, c.looks} {
 		n.Store(0)
 	}
+}
+
+func (c readCounter) ReadDir(dir string) ([]fs.DirEntry, error) {
+	if strings.Contains(dir, "/vms/") {
+		c.listed.Add(1)
+	}
+	return c.FS.ReadDir(dir)
+}
+
+func (c readCounter) ReadStamps(dir string, look func(string) bool) ([]vfs.Stamped, error) {
+	list, err := c.FS.ReadStamps(dir, look)
+	if strings.Contains(dir, "/vms/") {
+		c.listed.Add(1)
+		for _, e := range list {
+			if e.Stamp != (vfs.Stamp{}) {
+				c.looks.Add(1)
+			}
+		}
+	}
+	return list, err
 }
 
 func (c readCounter) NoLinks(dir string) (vfs.FS, error) {

@@ -114,8 +114,19 @@ const (
 func vmFolder(vm string) string { return vmsFolder + "/" + vm }
 
 // object is the name of one of a checkpoint's objects.
-func (r Ref) object(suffix string) string {
-	return fmt.Sprintf("%s/%08d%s", vmFolder(r.VM), r.N, suffix)
+func (r Ref) object(suffix string) string { return vmFolder(r.VM) + "/" + numbered(r.N, suffix) }
+
+// numbered is the same without the folder's name.
+func numbered(n int, suffix string) string {
+	if n < 0 || n > MaxNumber {
+		return fmt.Sprintf("%0*d%s", numberLen, n, suffix) // of nothing that is there
+	}
+	b := make([]byte, numberLen, 64)
+	for i := range b {
+		b[numberLen-1-i] = '0' + byte(n%10)
+		n /= 10
+	}
+	return string(append(b, suffix...))
 }
 
 // numberLen is how many digits a checkpoint's number has in names: those of MaxNumber.

@@ -86,7 +86,7 @@ func (l *lookup) shares(ctx context.Context) (some, more bool, err error) {
 	if more = doc.United || !whole; err != nil || doc.References {
 		return doc.References, more, err
 	}
-	err = l.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	err = l.eachVMAgain(ctx, func(vm string, o vmObjects) error {
 		for _, n := range o.images {
 			id, err := l.whoIs(ctx, Ref{vm, n}.object(imageSuffix))
 			switch {
@@ -237,34 +237,43 @@ type uses struct {
 // of each listed image, and reads the REFERENCES of those that refer to one of them; no
 // page map.
 //
-// It is brought up to date twice: first without a lock, which may take a while, and then
+// It is brought up to date twice: first without a lock, which may take a while, of what the
+// lookup has seen already or looks at now, and then
 // under the store lock, for what has been committed since. In between a checkpoint can
 // have gone away, and its needs still count: less is freed, until the next look.
+//
+// For that the folders are listed and nothing else: what has a name is nothing else later, or
+// a whole copy of it, which needs less. Where images are united it can need more, and all are
+// looked at again: such a one has another Stamp.
 type survey struct {
 	s    *Store
 	look *lookup
-	// known are who the listed images say they are, by name. What has a name is
-	// nothing else later, or a whole copy of it, which needs less; or else, where images
-	// are united, it has another Stamp.
-	known map[string]*checkpoint.Identity
-	of    map[uuid.UUID]*uses
-	done  map[string]vfs.Stamp // those that are counted in of, as they were then
-	leave Ref                  // this one's needs don't count
-	keep  int                  // so many of each VM are the newest
-	young bool                 // the needs of no others are asked for
-	there bool                 // asked for is what is certain to be there: needs of listed ones alone
+	of   map[uuid.UUID]*uses
+	// first has the first bytes of those in of: most that somebody refers to are none of them.
+	first [256]bool
+	again bool               // it was brought up to date before
+	done  map[Ref]vfs.Stamp  // the listed ones that are counted in of, as they were then
+	open  map[uuid.UUID]bool // and replaced ones
+	leave Ref                // this one's needs don't count
+	keep  int                // so many of each VM are the newest
+	young bool               // the needs of no others are asked for
+	there bool               // asked for is what is certain to be there: needs of listed ones alone
 	// unclear is why it can't be told what is needed, if so: then all is.
 	unclear error
 }
 
 // survey begins one of the images with these UUIDs.
 func (l *lookup) survey(ids ...uuid.UUID) *survey {
-	v := &survey{s: l.s, look: l, known: make(map[string]*checkpoint.Identity), of: make(map[uuid.UUID]*uses), done: make(map[string]vfs.Stamp)}
+	v := &survey{s: l.s, look: l, of: make(map[uuid.UUID]*uses), done: make(map[Ref]vfs.Stamp), open: make(map[uuid.UUID]bool)}
 	for _, id := range ids {
 		v.of[id] = new(uses)
+		v.first[id[0]] = true
 	}
 	return v
 }
+
+// asked tells whether it is of an image.
+func (v *survey) asked(id uuid.UUID) bool { return v.first[id[0]] && v.of[id] != nil }
 
 // update counts the needs of all listed checkpoints that were not there at the last
 // call.
@@ -273,26 +282,31 @@ func (v *survey) update(ctx context.Context) error {
 	if err != nil || !some {
 		return err
 	}
-	each := v.look.eachVMOnce
-	if more {
+	each := v.look.eachVMSeen
+	switch {
+	case v.again && more:
 		each = func(ctx context.Context, fn func(string, vmObjects) error) error { return v.look.eachVM(ctx, "", fn) }
+	case v.again:
+		each = v.look.eachVMAgain
 	}
+	v.again = true
 	return each(ctx, func(vm string, o vmObjects) error {
 		for i, n := range o.images {
 			r := Ref{vm, n}
-			name := r.object(imageSuffix)
 			young := i >= len(o.images)-v.keep
-			stamp := v.look.stamp(name)
-			was, done := v.done[name]
+			refers, stamp := v.look.refers(vm, numbered(n, imageSuffix), v.asked)
+			was, done := v.done[r]
 			if done && was == stamp || r == v.leave || v.young && !young {
 				continue
 			}
-			if done {
-				delete(v.known, name) // it has been replaced
+			if !refers {
+				v.done[r] = stamp
+				continue
 			}
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
+			name := r.object(imageSuffix)
 			err := v.s.unlessGone(ctx, name, v.count(ctx, r, name, young))
 			switch {
 			case gone(err) || errors.Is(err, errNotObject):
@@ -302,13 +316,13 @@ func (v *survey) update(ctx context.Context) error {
 			case err != nil:
 				return err
 			}
-			v.done[name] = stamp
+			v.done[r] = stamp
 		}
 		for _, k := range o.kept {
 			if v.there {
 				break
 			}
-			if err := v.countOpen(ctx, Ref{vm, k.n}, Ref{vm, k.n}.keptObject(k.id)); err != nil {
+			if err := v.countOpen(ctx, Ref{vm, k.n}, k.id); err != nil {
 				return err
 			}
 		}
@@ -319,10 +333,11 @@ func (v *survey) update(ctx context.Context) error {
 // countOpen counts what an image needs that a flattening has replaced, if somebody has it
 // open: who opened it before has perhaps not opened yet what it refers to. It may have been
 // freed all the same, before somebody opened the image for its own bytes.
-func (v *survey) countOpen(ctx context.Context, r Ref, name string) error {
-	if _, done := v.done[name]; done {
+func (v *survey) countOpen(ctx context.Context, r Ref, id uuid.UUID) error {
+	if v.open[id] {
 		return nil
 	}
+	name := r.keptObject(id)
 	f, err := v.s.dir.Open(ctx, name, Exclusive)
 	switch {
 	case err == nil:
@@ -334,7 +349,7 @@ func (v *survey) countOpen(ctx context.Context, r Ref, name string) error {
 	// those who have it open now have come for its bytes alone.
 	err = v.count(ctx, r, name, false)
 	if err == nil {
-		v.done[name] = vfs.Stamp{}
+		v.open[id] = true
 	}
 	if gone(err) || cannotTell(err) {
 		err = nil
@@ -344,23 +359,9 @@ func (v *survey) countOpen(ctx context.Context, r Ref, name string) error {
 
 // count counts what one checkpoint needs; young tells whether it is among the newest.
 func (v *survey) count(ctx context.Context, r Ref, name string, young bool) error {
-	id := v.known[name]
-	if id == nil {
-		var err error
-		if id, err = v.look.whoIs(ctx, name); err != nil {
-			return err
-		}
-		if id == nil {
-			return nil
-		}
-		v.known[name] = id
-	}
-	asked := false
-	for _, to := range id.References {
-		asked = asked || v.of[to] != nil
-	}
-	if !asked {
-		return nil
+	id, err := v.look.whoIs(ctx, name)
+	if err != nil || id == nil || !slices.ContainsFunc(id.References, v.asked) {
+		return err
 	}
 	f, err := v.s.dir.Open(ctx, name, Unlocked)
 	if err != nil {
@@ -371,7 +372,6 @@ func (v *survey) count(ctx context.Context, r Ref, name string, young bool) erro
 	if id, err = checkpoint.ReadIdentity(f); err != nil {
 		return err
 	}
-	v.known[name] = id
 	refs, err := checkpoint.ReadReferences(f)
 	if err != nil {
 		return err

@@ -136,7 +136,12 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 			rm.Kept, rm.Left = v.of[id.UUID].by, v.unclear
 		}
 	}
-	if err := s.unlist(ctx, r, id.UUID, keep); err != nil {
+	unlock, err := m.look.lock(ctx)
+	if err != nil {
+		return rm, err
+	}
+	defer func() { unlock() }()
+	if err := m.look.unlist(ctx, r, id.UUID, keep); err != nil {
 		return rm, err
 	}
 	if keep {
@@ -145,15 +150,24 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	} else {
 		rm.FlashBytes = size
 		if rm.Left == nil && id.InNVRAM() {
+			// That may take a while.
+			unlock()
 			rm.NVRAMBytes, rm.Left = s.freeNVRAM(ctx, id, nil)
+			if unlock, err = m.look.lock(ctx); err != nil {
+				unlock = func() {}
+				rm.Left = errors.Join(rm.Left, err)
+				return rm, nil
+			}
 		}
-		moved, err := s.tidy(ctx, r, id.UUID)
+		moved, err := m.look.tidy(ctx, r, id.UUID)
 		rm.FlashBytes += moved
 		rm.Left = errors.Join(rm.Left, err)
 	}
 	f.Close()
 	closed = true
 	fr, left, err := s.freeUnlisted(ctx, v, theirs)
+	unlock()
+	unlock = func() {}
 	rm.FlashBytes += fr.flash
 	rm.NVRAMBytes += fr.nvram
 	if left != nil && rm.Left != nil && left.Error() == rm.Left.Error() {
@@ -258,14 +272,10 @@ func isUnsupported(err error) bool {
 }
 
 // unlist takes a checkpoint's name away, durably. Its image, which has this UUID unless that
-// is Nil, is locked.
-func (s *Store) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) error {
-	unlock, err := s.lock(ctx)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	o, err := s.objects(ctx, r.VM)
+// is Nil, is locked, and so is the store, by the lookup.
+func (l *lookup) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) error {
+	s := l.s
+	o, err := l.again(ctx, r.VM)
 	if err != nil {
 		return err
 	}
@@ -287,13 +297,14 @@ func (s *Store) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) erro
 	// The highest number is remembered by what is left of its image. A new name
 	// of the same length fits where the old one was, so that a full disk is no
 	// reason to fail.
-	if keep || r.N == o.last() {
+	if keep = keep || r.N == o.last(); keep {
 		removed := r.object(removedSuffix)
 		if slices.Contains(o.removed, r.N) {
 			// Somebody has put the image back under a number that was gone.
 			if err := s.makeWay(ctx, r); err != nil {
 				return err
 			}
+			defer delete(l.held, r.VM)
 		}
 		err := s.dir.Commit(ctx, old, removed)
 		if errors.Is(err, syscall.ENOSPC) && s.dir.Remove(ctx, r.object(touchedSuffix)) == nil {
@@ -311,6 +322,7 @@ func (s *Store) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) erro
 		}
 	}
 	_ = s.dropBeside(ctx, r, o)
+	l.vms[r.VM].objects = o.without(r.N, keep)
 	return nil
 }
 
@@ -329,15 +341,11 @@ func (s *Store) makeWay(ctx context.Context, r Ref) error {
 }
 
 // tidy frees what is left of a removed image that nobody needs, and what stood for
-// lower numbers. The image, whose UUID is Nil if it is not known, is locked. moved is
-// how many bytes were freed of what had been moved from NVRAM.
-func (s *Store) tidy(ctx context.Context, r Ref, id uuid.UUID) (moved int64, err error) {
-	unlock, err := s.lock(ctx)
-	if err != nil {
-		return 0, err
-	}
-	defer unlock()
-	o, err := s.objects(ctx, r.VM)
+// lower numbers. The image, whose UUID is Nil if it is not known, is locked, and so is the
+// store, by the lookup. moved is how many bytes were freed of what had been moved from NVRAM.
+func (l *lookup) tidy(ctx context.Context, r Ref, id uuid.UUID) (moved int64, err error) {
+	s := l.s
+	o, err := l.again(ctx, r.VM)
 	if err != nil {
 		return 0, err
 	}
@@ -346,14 +354,18 @@ func (s *Store) tidy(ctx context.Context, r Ref, id uuid.UUID) (moved int64, err
 			return 0, err
 		}
 	}
-	if moved, err = s.dropMoved(ctx, r, id); err != nil {
+	if moved, err = s.dropMoved(ctx, r, id, o); err != nil {
 		return moved, err
 	}
 	for _, n := range o.removed {
 		if n == o.last() {
 			break
 		}
-		if err := s.removeEmpty(ctx, Ref{r.VM, n}); err != nil {
+		at := Ref{r.VM, n}
+		if size, ok := l.size(r.VM, numbered(n, removedSuffix)); ok && size > 0 {
+			continue // an image that others may need: gc looks
+		}
+		if err := s.removeEmpty(ctx, at); err != nil {
 			return moved, err
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 
 	"github.com/google/uuid"
 
@@ -197,13 +198,13 @@ func (s *Store) aliveImages(ctx context.Context) func(share.Image) bool {
 			err := CheckVM(im.VM)
 			var list []Entry
 			if err == nil {
-				list, err = s.dir.Look(ctx, vmFolder(im.VM))
+				list, err = s.dir.Look(ctx, vmFolder(im.VM), func(name string) bool { return !strings.HasSuffix(name, imageSuffix) })
 			}
 			if gone(err) {
 				list, err = nil, nil
 			}
 			// What only stands for a number that was used is empty.
-			list = slices.DeleteFunc(list, func(e Entry) bool { return e.Stamp.Size == 0 })
+			list = slices.DeleteFunc(list, func(e Entry) bool { return e.Stamp != vfs.Stamp{} && e.Stamp.Size == 0 })
 			for _, st := range objectsOf(im.VM, list).all(im.VM) {
 				there[st.ref.N] = true
 			}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -26,7 +27,8 @@ import (
 //	        the name; the identity, as Identity.AppendCompact has it
 //	    u32 CRC-32C of all after the first
 //
-// all little-endian. It is a cache. An entry counts only while the file has the Stamp
+// all little-endian, the entries in the order of their names. It is a cache. An entry counts
+// only while the file has the Stamp
 // that it had when it was read, so that it can be old, lost, damaged, torn or another
 // store's at any time, and no lock is needed to write it: of two that are written at a
 // time either is good. Images are never changed but for what is given back of unlisted
@@ -35,10 +37,15 @@ import (
 // list reads it; rm, gc and saves bring it up to date when too many of the VM's images
 // are not in it, so that each does so seldom, and only that often is a thousand's worth
 // of work done.
+//
+// Each of list, rm and gc looks once at all files of a VM, which is most of what they take
+// for each checkpoint there. rm and gc, under the store lock, list the folder once
+// more, for what has come since; of listed images that were looked at before no other can
+// have taken the name, as survey has it.
 
 const (
 	summaryMagic   = "flicsum\n"
-	summaryVersion = 1
+	summaryVersion = 2
 	summaryHead    = 28
 	summaryEntry   = 38
 	// maxSummary caps the object in bytes: an identity takes 1 KB as a rule.
@@ -58,113 +65,184 @@ func summaryObject(vm string) string { return summaryFolder + "/" + vm }
 type lookup struct {
 	s   *Store
 	vms map[string]*summary // by VM, once it was looked at
+	// held is set while the caller holds the store lock, under which names don't change, but
+	// by the caller: the VMs whose folders were listed since.
+	held map[string]bool
 }
 
-// summary is what is known of one VM's images, by the names of the objects in its folder.
+// summary is what is known of one VM's images.
 type summary struct {
-	stamps map[string]vfs.Stamp   // of the files, at the last look
-	stored map[string]storedEntry // what the summary object says
-	fresh  map[string]freshEntry  // what has been read since
+	objects vmObjects // what was in the folder at the last look
+	files   []seen    // and the files, in the order of their names
+	next    int       // the place behind the one found last: who asks does so in order, as a rule
+	entries int       // of the summary object
+	dead    int       // those of them that were no file's at the last look
 }
 
-type storedEntry struct {
-	stamp    vfs.Stamp
-	identity []byte
+// seen is a file in a VM's folder.
+type seen struct {
+	name   string
+	stamp  vfs.Stamp // at the last look; zero: it has not been looked at
+	stored checkpoint.Compact
+	id     *checkpoint.Identity // nil: not read, nor taken from stored
 }
 
-type freshEntry struct {
-	stamp vfs.Stamp
-	id    *checkpoint.Identity
-}
+func (f *seen) looked() bool { return f.stamp != vfs.Stamp{} }
 
-func (s *Store) lookup() *lookup { return &lookup{s, make(map[string]*summary)} }
+func (s *Store) lookup() *lookup { return &lookup{s: s, vms: make(map[string]*summary)} }
+
+// lock takes the store lock. Until unlock is called again lists each folder once at most.
+func (l *lookup) lock(ctx context.Context) (unlock func(), err error) {
+	free, err := l.s.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	l.held = make(map[string]bool)
+	return func() { l.held = nil; free() }, nil
+}
 
 // eachVM is Store.eachVM, which looks at the files too.
 func (l *lookup) eachVM(ctx context.Context, only string, fn func(vm string, o vmObjects) error) error {
 	return l.s.eachVMBy(ctx, only, l.objects, fn)
 }
 
-// eachVMOnce is eachVM of all VMs, which looks at the files of those alone that were not
-// looked at before. What has come since is not known, and has to be read.
-func (l *lookup) eachVMOnce(ctx context.Context, fn func(vm string, o vmObjects) error) error {
+// eachVMAgain is eachVM of all VMs, which lists the folders and looks at few files: see again.
+func (l *lookup) eachVMAgain(ctx context.Context, fn func(vm string, o vmObjects) error) error {
+	return l.s.eachVMBy(ctx, "", l.again, fn)
+}
+
+// eachVMSeen is eachVM of all VMs, of which those are as they were that have been looked at.
+func (l *lookup) eachVMSeen(ctx context.Context, fn func(vm string, o vmObjects) error) error {
 	return l.s.eachVMBy(ctx, "", func(ctx context.Context, vm string) (vmObjects, error) {
-		if l.vms[vm] == nil {
-			return l.objects(ctx, vm)
+		if sum := l.vms[vm]; sum != nil {
+			return sum.objects, nil
 		}
-		return l.s.objects(ctx, vm)
+		return l.objects(ctx, vm)
 	}, fn)
 }
 
 // objects is Store.objects, and from then on what is known counts as far as the files are
 // what they are now.
 func (l *lookup) objects(ctx context.Context, vm string) (vmObjects, error) {
-	list, err := l.s.dir.Look(ctx, vmFolder(vm))
+	return l.look(ctx, vm, nil)
+}
+
+// again is objects for a folder that was looked at not long ago. It asks for the Stamps of
+// unlisted images, which can have been emptied or have taken another's name, and of what has
+// come since. Listed images are what they were: see survey.
+func (l *lookup) again(ctx context.Context, vm string) (vmObjects, error) {
+	sum := l.vms[vm]
+	if sum == nil {
+		return l.objects(ctx, vm)
+	}
+	if l.held[vm] {
+		return sum.objects, nil
+	}
+	return l.look(ctx, vm, func(name string) bool {
+		if !strings.HasSuffix(name, imageSuffix) {
+			return true
+		}
+		f := sum.find(name)
+		return f == nil || !f.looked()
+	})
+}
+
+// look looks at those files of a VM that are wanted, or at all.
+func (l *lookup) look(ctx context.Context, vm string, want func(name string) bool) (vmObjects, error) {
+	list, err := l.s.dir.Look(ctx, vmFolder(vm), want)
 	if err != nil && !gone(err) {
 		return vmObjects{}, err
 	}
 	sum := l.vms[vm]
 	if sum == nil {
-		sum = &summary{stored: l.s.readSummary(ctx, vm), fresh: make(map[string]freshEntry)}
+		sum = &summary{files: l.s.readSummary(ctx, vm)}
+		sum.entries = len(sum.files)
 		l.vms[vm] = sum
 	}
-	sum.stamps = make(map[string]vfs.Stamp, len(list))
+	sum.dead = sum.entries
+	files := make([]seen, 0, len(list))
+	was := sum.files // both are in the order of names
 	for _, e := range list {
-		if !e.Folder && !e.Odd {
-			sum.stamps[e.Name] = e.Stamp
+		if e.Folder || e.Odd {
+			continue
 		}
+		for len(was) > 0 && was[0].name < e.Name {
+			was = was[1:]
+		}
+		f := seen{name: e.Name, stamp: e.Stamp}
+		if len(was) > 0 && was[0].name == e.Name && (!f.looked() || was[0].stamp == f.stamp) {
+			f = was[0]
+		}
+		if f.stored != nil {
+			sum.dead--
+		}
+		files = append(files, f)
 	}
-	return objectsOf(vm, list), nil
+	sum.objects, sum.files, sum.next = objectsOf(vm, list), files, 0
+	if l.held != nil {
+		l.held[vm] = true
+	}
+	return sum.objects, nil
+}
+
+// find finds a file; nil if it was not there at the last look.
+func (sum *summary) find(name string) *seen {
+	if sum == nil {
+		return nil
+	}
+	if sum.next >= len(sum.files) || sum.files[sum.next].name != name {
+		i, ok := slices.BinarySearchFunc(sum.files, name, func(f seen, name string) int { return strings.Compare(f.name, name) })
+		if !ok {
+			return nil
+		}
+		sum.next = i
+	}
+	sum.next++
+	return &sum.files[sum.next-1]
 }
 
 // known is who an image said it is when its file was as at the last look, without a read;
 // nil if that is not known.
 func (l *lookup) known(vm, object string) *checkpoint.Identity {
-	sum := l.vms[vm]
-	if sum == nil {
+	f := l.vms[vm].find(object)
+	if f == nil || !f.looked() {
 		return nil
 	}
-	stamp, ok := sum.stamps[object]
-	if !ok {
-		return nil
+	if f.id == nil && f.stored != nil {
+		if id, err := checkpoint.ParseCompact(f.stored); err == nil {
+			f.id = id
+		}
 	}
-	if f, ok := sum.fresh[object]; ok && f.stamp == stamp {
-		return f.id
+	return f.id
+}
+
+// refers tells whether an image may refer to one of those that asked tells of: of one that is
+// not known it may be so. stamp is the image's at the last look, zero if there was none.
+func (l *lookup) refers(vm, object string, asked func(uuid.UUID) bool) (maybe bool, stamp vfs.Stamp) {
+	f := l.vms[vm].find(object)
+	switch {
+	case f == nil || !f.looked():
+		return true, stamp
+	case f.id != nil:
+		maybe = slices.ContainsFunc(f.id.References, asked)
+	default:
+		maybe = f.stored == nil || f.stored.Refers(asked)
 	}
-	e, ok := sum.stored[object]
-	if !ok || e.stamp != stamp {
-		return nil
-	}
-	id, err := checkpoint.ParseCompact(e.identity)
-	if err != nil {
-		return nil
-	}
-	return id
+	return maybe, f.stamp
 }
 
 // size is that of an object at the last look.
 func (l *lookup) size(vm, object string) (int64, bool) {
-	if sum := l.vms[vm]; sum != nil {
-		stamp, ok := sum.stamps[object]
-		return stamp.Size, ok
+	if f := l.vms[vm].find(object); f != nil && f.looked() {
+		return f.stamp.Size, true
 	}
 	return 0, false
 }
 
-// stamp is that of an image at the last look; zero if it has not been looked at.
-func (l *lookup) stamp(name string) (stamp vfs.Stamp) {
-	vm, object := split(name)
-	if sum := l.vms[vm]; sum != nil {
-		stamp = sum.stamps[object]
-	}
-	return stamp
-}
-
 // read keeps what an image has said, if its file was looked at before.
 func (l *lookup) read(vm, object string, id *checkpoint.Identity) {
-	if sum := l.vms[vm]; sum != nil && id != nil {
-		if stamp, ok := sum.stamps[object]; ok {
-			sum.fresh[object] = freshEntry{stamp, id}
-		}
+	if f := l.vms[vm].find(object); f != nil && f.looked() {
+		f.id = id
 	}
 }
 
@@ -186,12 +264,12 @@ func (l *lookup) whoIs(ctx context.Context, name string) (*checkpoint.Identity, 
 
 // identity is Store.identity.
 func (l *lookup) identity(ctx context.Context, r Ref) (*checkpoint.Identity, int64, error) {
-	vm, object := split(r.object(imageSuffix))
-	id := l.known(vm, object)
+	object := numbered(r.N, imageSuffix)
+	id := l.known(r.VM, object)
 	if id == nil || checkPlace("", r, id) != nil {
 		return l.s.identity(ctx, r)
 	}
-	size, _ := l.size(vm, object)
+	size, _ := l.size(r.VM, object)
 	return id, size, nil
 }
 
@@ -223,19 +301,14 @@ func (l *lookup) owner(ctx context.Context, name string) (uuid.UUID, error) {
 // That one can't be written does no harm.
 func (l *lookup) keep(ctx context.Context) {
 	for vm, sum := range l.vms {
-		missing, dead := 0, 0
-		for object := range sum.fresh {
-			if sum.stamps[object] == sum.fresh[object].stamp {
+		missing := 0
+		for i := range sum.files {
+			if f := &sum.files[i]; f.stored == nil && f.id != nil {
 				missing++
 			}
 		}
-		for object, e := range sum.stored {
-			if sum.stamps[object] != e.stamp {
-				dead++
-			}
-		}
-		if lag := summaryLag + len(sum.stamps)/summaryLag; missing >= lag || dead >= lag {
-			l.s.writeSummary(ctx, vm, sum)
+		if lag := summaryLag + len(sum.files)/summaryLag; missing >= lag || sum.dead >= lag {
+			l.s.writeSummary(ctx, vm, sum.files)
 		}
 	}
 }
@@ -270,7 +343,7 @@ func (s *Store) summarize(ctx context.Context, vm string) {
 		}
 		l.whoIs(ctx, st.name) // what can't say who it is is not in it
 	}
-	s.writeSummary(ctx, vm, l.vms[vm])
+	s.writeSummary(ctx, vm, l.vms[vm].files)
 }
 
 // split is an object's name in two: the VM, and the name in its folder.
@@ -280,9 +353,9 @@ func split(name string) (vm, object string) {
 	return vm, object
 }
 
-// readSummary reads what a VM's summary says: nothing if there is none, or none that can
-// be read.
-func (s *Store) readSummary(ctx context.Context, vm string) map[string]storedEntry {
+// readSummary reads what a VM's summary says, in the order of names: nothing if there is
+// none, or none that can be read.
+func (s *Store) readSummary(ctx context.Context, vm string) []seen {
 	b, err := s.dir.Read(ctx, summaryObject(vm), maxSummary)
 	if err != nil {
 		return nil
@@ -305,7 +378,7 @@ func parseSummaryHead(b []byte) (entries, highest int, err error) {
 	return int(le.Uint32(b[16:])), int(le.Uint32(b[20:])), nil
 }
 
-func parseSummary(b []byte) (map[string]storedEntry, error) {
+func parseSummary(b []byte) ([]seen, error) {
 	le := binary.LittleEndian
 	n, _, err := parseSummaryHead(b)
 	if err != nil {
@@ -315,19 +388,21 @@ func parseSummary(b []byte) (map[string]storedEntry, error) {
 		return nil, errSummary
 	}
 	b = b[:len(b)-4]
-	entries := make(map[string]storedEntry, n)
-	for range n {
+	entries := make([]seen, n)
+	for i := range entries {
 		if len(b) < summaryEntry {
 			return nil, errSummary
 		}
 		name, identity := int(le.Uint16(b)), int(le.Uint32(b[2:]))
-		e := storedEntry{stamp: vfs.Stamp{Size: int64(le.Uint64(b[6:])), Mtime: int64(le.Uint64(b[14:])), Ctime: int64(le.Uint64(b[22:])), Inode: le.Uint64(b[30:])}}
+		e := &entries[i]
+		e.stamp = vfs.Stamp{Size: int64(le.Uint64(b[6:])), Mtime: int64(le.Uint64(b[14:])), Ctime: int64(le.Uint64(b[22:])), Inode: le.Uint64(b[30:])}
 		if b = b[summaryEntry:]; len(b) < name || len(b)-name < identity {
 			return nil, errSummary
 		}
-		e.identity = b[name : name+identity]
-		entries[string(b[:name])] = e
-		b = b[name+identity:]
+		e.name, e.stored = string(b[:name]), checkpoint.Compact(b[name:name+identity])
+		if b = b[name+identity:]; !e.looked() || i > 0 && e.name <= entries[i-1].name {
+			return nil, errSummary
+		}
 	}
 	if len(b) > 0 {
 		return nil, errSummary
@@ -336,7 +411,7 @@ func parseSummary(b []byte) (map[string]storedEntry, error) {
 }
 
 // writeSummary writes what is known of a VM's images.
-func (s *Store) writeSummary(ctx context.Context, vm string, sum *summary) {
+func (s *Store) writeSummary(ctx context.Context, vm string, files []seen) {
 	le := binary.LittleEndian
 	b := append(make([]byte, 0, 64<<10), summaryMagic...)
 	b = le.AppendUint32(b, summaryVersion)
@@ -344,30 +419,29 @@ func (s *Store) writeSummary(ctx context.Context, vm string, sum *summary) {
 	b = append(b, make([]byte, summaryHead-len(b))...)
 	entries, highest := 0, 0
 	old := time.Now().Add(-youngFile).UnixNano()
-	for object, stamp := range sum.stamps {
-		if n, suffix, ok := parseNumber(object); ok && suffix == imageSuffix {
+	for i := range files {
+		f := &files[i]
+		stamp := f.stamp
+		if n, suffix, ok := parseNumber(f.name); ok && suffix == imageSuffix {
 			highest = max(highest, n)
 		}
-		if stamp.Ctime > old {
+		if !f.looked() || stamp.Ctime > old || f.id == nil && f.stored == nil {
 			continue
 		}
 		at := len(b)
 		b = append(b, make([]byte, summaryEntry)...)
-		b = append(b, object...)
+		b = append(b, f.name...)
 		start := len(b)
-		if f, ok := sum.fresh[object]; ok && f.stamp == stamp {
+		if f.stored != nil {
+			b = append(b, f.stored...)
+		} else {
 			var err error
 			if b, err = f.id.AppendCompact(b); err != nil {
 				b = b[:at]
 				continue
 			}
-		} else if e, ok := sum.stored[object]; ok && e.stamp == stamp {
-			b = append(b, e.identity...)
-		} else {
-			b = b[:at]
-			continue
 		}
-		le.PutUint16(b[at:], uint16(len(object)))
+		le.PutUint16(b[at:], uint16(len(f.name)))
 		le.PutUint32(b[at+2:], uint32(len(b)-start))
 		for i, n := range []uint64{uint64(stamp.Size), uint64(stamp.Mtime), uint64(stamp.Ctime), stamp.Inode} {
 			le.PutUint64(b[at+6+8*i:], n)

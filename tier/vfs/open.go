@@ -248,20 +248,25 @@ func (o osFS) ReadDir(dir string) ([]fs.DirEntry, error) {
 	return list, err
 }
 
-func (o osFS) ReadStamps(dir string) ([]Stamped, error) {
+func (o osFS) ReadStamps(dir string, look func(name string) bool) ([]Stamped, error) {
 	d, err := o.openDir(dir)
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
-	names, err := d.Readdirnames(-1)
+	entries, err := d.ReadDir(-1)
 	if err != nil {
 		return nil, err
 	}
-	slices.Sort(names)
-	list := make([]Stamped, 0, len(names))
+	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return cmp.Compare(a.Name(), b.Name()) })
+	list := make([]Stamped, 0, len(entries))
 	fd := int(d.Fd())
-	for _, name := range names {
+	for _, e := range entries {
+		name := e.Name()
+		if look != nil && !look(name) {
+			list = append(list, Stamped{Name: name, Type: e.Type()})
+			continue
+		}
 		var st unix.Stat_t
 		err := ignoringEINTR(func() error { return unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW) })
 		if err == unix.ENOENT {

@@ -510,7 +510,7 @@ func (f *FS) ReadDir(name string) ([]fs.DirEntry, error) {
 }
 
 // ReadStamps implements vfs.FS.
-func (f *FS) ReadStamps(name string) ([]vfs.Stamped, error) {
+func (f *FS) ReadStamps(name string, look func(string) bool) ([]vfs.Stamped, error) {
 	f.d.mu.Lock()
 	defer f.d.mu.Unlock()
 	i, err := f.find(name)
@@ -523,8 +523,12 @@ func (f *FS) ReadStamps(name string) ([]vfs.Stamped, error) {
 	var list []vfs.Stamped
 	for _, n := range sortedNames(i.entries) {
 		e := i.entries[n]
-		at := e.modTime.UnixNano()
-		list = append(list, vfs.Stamped{Name: n, Type: e.mode.Type(), Stamp: vfs.Stamp{Size: e.size(), Mtime: at, Ctime: at, Inode: e.number}})
+		s := vfs.Stamped{Name: n, Type: e.mode.Type()}
+		if look == nil || look(n) {
+			at := e.modTime.UnixNano()
+			s.Stamp = vfs.Stamp{Size: e.size(), Mtime: at, Ctime: at, Inode: e.number}
+		}
+		list = append(list, s)
 	}
 	return list, nil
 }
