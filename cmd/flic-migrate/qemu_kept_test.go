@@ -344,3 +344,79 @@ func TestKeptFails(t *testing.T) {
 	}
 	ok(t, k.vm.Quit(ctx))
 }
+
+// TestDomainKept: the store keeps the disk of a domain with its checkpoints, ordinary and armed
+// ones. libvirt hears nothing of it: the domain goes on with its own file, and is started again
+// with what was kept in its place.
+func TestDomainKept(t *testing.T) {
+	t.Parallel()
+	dir, how := tiertest.ReflinkDir(t), "keep"
+	if dir == "" {
+		dir, how = t.TempDir(), "copy"
+	}
+	file := filepath.Join(dir, "disk.qcow2")
+	img(t, "qemu-img", "create", "-q", "-f", "qcow2", file, "4M")
+	img(t, "qemu-io", "-f", "qcow2", "-c", "write -P 5 0 64k", file)
+	d := newDomainLab(t, "web1", qemutest.Linux, "flic.fill=8 flic.dirty=10", 0, func(c *qemutest.Domain) { c.Disk = file })
+	d.store = filepath.Join(dir, "store")
+	vm := d.attach(t)
+	vm.WaitFor(t, `flic ready`)
+	before, described := settings(t, vm), d.Do(t, "dumpxml", "--inactive", d.name)
+	has := func(path string, pattern int) {
+		t.Helper()
+		img(t, "qemu-io", "-r", "-U", "-f", "qcow2", "-c", fmt.Sprintf("read -P %d 0 64k", pattern), path)
+	}
+	var kept []string // with each checkpoint
+	for _, arm := range [][]string{nil, {"--arm"}, {"--then", "pause"}} {
+		var rep checkpointReport
+		ok(t, json.Unmarshal([]byte(d.on(t, "checkpoint", append([]string{"--disks", how, "--json", "vm"}, arm...)...)), &rep))
+		if len(rep.Kept) != 1 || rep.Kept[0].Image != file || rep.Kept[0].Shared != (how == "keep") || len(rep.Snapshots)+len(rep.Warnings) > 0 || rep.Armed != (len(kept) == 2) {
+			t.Fatalf("%v: %+v", arm, rep)
+		}
+		kept = append(kept, rep.Kept[0].File)
+		if m := d.show(t, rep.Checkpoint); len(m.Kept) != 1 || m.VMDisks[0].Kept != m.Kept[0] || m.Libvirt == nil || !strings.Contains(m.Libvirt.XML, file) {
+			t.Errorf("%v: %+v", arm, m.Identity)
+		}
+		if rep.ArmedProcess > 0 {
+			d.isArmed(t, vm)
+		}
+		if len(kept) < 3 {
+			runsOn(t, vm)
+			d.Do(t, "qemu-monitor-command", d.name, "--hmp", fmt.Sprintf(`qemu-io -d virtio-disk0/virtio-backend "write -P %d 0 64k"`, 5+len(kept)))
+		}
+	}
+	if now := d.Do(t, "dumpxml", "--inactive", d.name); now != described {
+		t.Errorf("the domain was\n%s\nand is\n%s", described, now)
+	}
+	if after := settings(t, vm); after != before {
+		t.Errorf("settings were\n%s\nand are\n%s", before, after)
+	}
+	d.gone(t)
+	if out := d.run(t, "verify", "--all"); strings.Contains(out, "not checked") {
+		t.Errorf("verify: %s", out)
+	}
+	for n, path := range kept {
+		name := fmt.Sprintf("vm@%d", n+1)
+		has(path, 5+n)
+		if n < len(kept)-1 {
+			out, err := d.command("resume", name).CombinedOutput()
+			if err == nil || !strings.Contains(string(out), file+" was written to") || !strings.Contains(string(out), "disk thaw "+name) {
+				t.Errorf("%s: %v: %s", name, err, out)
+			}
+		}
+		ok(t, os.Remove(file))
+		d.run(t, "disk", "thaw", "--to", dir, name)
+		d.on(t, "resume", name)
+		vm = d.attach(t)
+		runsOn(t, vm)
+		checks(t, vm)
+		has(file, 5+n)
+		d.Do(t, "qemu-monitor-command", d.name, "--hmp", `qemu-io -d virtio-disk0/virtio-backend "write -P 1 0 64k"`)
+		d.gone(t)
+		has(file, 1)
+		has(path, 5+n)
+	}
+	if out := d.run(t, "verify", "--all"); strings.Contains(out, "not checked") {
+		t.Errorf("verify: %s", out)
+	}
+}
