@@ -441,12 +441,20 @@ func (f memFile) ReadAt(b []byte, off int64) (int, error) {
 	return bytes.NewReader(f.b).ReadAt(b, off)
 }
 
-// TestFailedReserve fails each operation of a reservation: nothing may be taken,
-// and the same checkpoint can try again.
+// TestFailedReserve fails each operation of a reservation: nothing may be taken, neither
+// extents nor disk blocks nor length, whether the file grows or has free extents with
+// holes; and the same checkpoint can try again.
 func TestFailedReserve(t *testing.T) {
 	for n := range 12 {
 		fsys := newDisk()
 		f := must(open(ctx, fsys, "/dir/nvram", Options{Create: true}, small))
+		if n%2 == 1 {
+			first := must(f.Reserve(ctx, owner(2), storeA, 3*small.extentSize, page))
+			last := must(f.Reserve(ctx, owner(3), storeA, small.extentSize, page))
+			check(first.Release(ctx))
+			defer last.Close()
+		}
+		before, length := must(f.f.Allocated()), must(f.f.Size())
 		fsys.FailAt(n, syscall.EIO)
 		r, err := f.Reserve(ctx, owner(1), storeA, 20*small.extentSize, page)
 		fsys.Heal()
@@ -456,9 +464,13 @@ func TestFailedReserve(t *testing.T) {
 			}
 			check(r.Release(ctx))
 		}
-		if owners := must(f.Owners(ctx, storeA)); len(owners) != 0 {
+		if owners := must(f.Owners(ctx, storeA)); len(owners) != n%2 {
 			t.Errorf("operation %d failed: %+v is left", n, owners)
 		}
+		if now, size := must(f.f.Allocated()), must(f.f.Size()); now != before || size != length {
+			t.Errorf("operation %d failed: the file has %d bytes in %d of disk blocks, and had %d in %d", n, size, now, length, before)
+		}
+		must(f.FreeOwner(ctx, owner(3)))
 		m := model{}
 		check(m.save(f, owner(1), storeA, 20, 80, true))
 		check(f.Close())

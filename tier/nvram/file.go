@@ -681,37 +681,37 @@ func (f *File) clearEntries(list []uint32) error {
 }
 
 // back makes sure that the extents in list have disk blocks, with the table of
-// each group that begins among them. The file is locked.
-func (f *File) back(list []uint32, now int64) (err error) {
+// each group that begins among them. After an error nothing has been taken from the
+// disk, and until the extents have an owner, undo gives back what was. The file is locked.
+func (f *File) back(list []uint32, now int64) (undo func() error, err error) {
+	size, err := f.f.Size()
+	if err != nil {
+		return nil, err
+	}
 	inFile := list
 	for len(inFile) > 0 && int64(inFile[len(inFile)-1]) >= now {
 		inFile = inFile[:len(inFile)-1]
 	}
+	grows := len(inFile) < len(list)
+	undo = func() (err error) {
+		if grows {
+			err = f.f.Truncate(size)
+		}
+		if !f.keeps() {
+			err = errors.Join(err, f.h.runs(inFile, func(i, j int) error { return f.punch(int64(list[i]), int64(list[j-1])+1) }))
+		}
+		return err
+	}
 	err = f.h.runs(inFile, func(i, j int) error {
 		return f.allocate(f.h.offset(list[i]), f.h.offset(list[j-1])+f.h.extentSize, now*f.h.extentSize)
 	})
-	defer func() {
-		// What was got so far would be taken from the disk for nothing.
-		if err != nil && !f.keeps() {
-			err = errors.Join(err, f.h.runs(inFile, func(i, j int) error { return f.punch(int64(list[i]), int64(list[j-1])+1) }))
-		}
-	}()
-	if err != nil || len(list) == 0 {
-		return err
+	if err == nil && grows {
+		err = f.allocate(now*f.h.extentSize, f.h.offset(list[len(list)-1])+f.h.extentSize, size)
 	}
-	end := int64(list[len(list)-1]) + 1
-	if end <= now {
-		return nil
-	}
-	size, err := f.f.Size()
 	if err != nil {
-		return err
+		return nil, errors.Join(err, undo())
 	}
-	err = f.allocate(now*f.h.extentSize, end*f.h.extentSize, size)
-	if err != nil {
-		err = errors.Join(err, f.f.Truncate(size))
-	}
-	return err
+	return undo, nil
 }
 
 // Reserve takes extents for bytes of page slots of pageSize (a power of two,
@@ -742,7 +742,8 @@ func (f *File) Reserve(ctx context.Context, owner, store uuid.UUID, bytes int64,
 		if err != nil {
 			return err
 		}
-		if err := f.back(list, now); err != nil {
+		undo, err := f.back(list, now)
+		if err != nil {
 			return err
 		}
 		since := time.Now()
@@ -754,8 +755,12 @@ func (f *File) Reserve(ctx context.Context, owner, store uuid.UUID, bytes int64,
 			err = r.mapExtents(list)
 		}
 		if err != nil {
-			// If this fails too, Sweep will find them.
-			err = errors.Join(err, f.clearEntries(list))
+			// If this fails too, Sweep will find them: they have an owner, and are left alone.
+			if cerr := f.clearEntries(list); cerr != nil {
+				err = errors.Join(err, cerr)
+			} else {
+				err = errors.Join(err, undo())
+			}
 		}
 		return err
 	})
