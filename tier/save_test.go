@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -709,6 +710,9 @@ func TestVolatile(t *testing.T) {
 	s := tiertest.New(tiertest.Options{})
 	if _, _, err := l.trySave(s, save.Options{WorkingSet: hotSet(t, s, every(2))}); !errors.Is(err, store.ErrVolatile) {
 		t.Fatalf("save to volatile NVRAM: %v", err)
+	}
+	if _, err := fsys.Stat(l.nvram); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the file was refused, and has been made: %v", err)
 	}
 	nothingLeft(t, l)
 	ref, meta := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, every(2)), VolatileNVRAM: true})

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"slices"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -356,6 +358,8 @@ func TestFailedFormat(t *testing.T) {
 				t.Errorf("operation %d of Open failed without an error", n)
 			}
 			check(f.Close())
+		} else if _, err := fsys.Stat("/dir/nvram"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("operation %d of Open failed, and the file is there: %v", n, err)
 		}
 		m := model{}
 		f = must(open(ctx, fsys, "/dir/nvram", Options{Create: true}, small))
@@ -366,6 +370,39 @@ func TestFailedFormat(t *testing.T) {
 				t.Fatalf("operation %d of Open failed, seed %d: %v", n, seed, err)
 			}
 		}
+	}
+}
+
+// TestUnmade has whoever has made a file, and could not format it, remove it while another
+// process waits for its lock: that one must not put checkpoints into a file that is gone.
+func TestUnmade(t *testing.T) {
+	fsys := newDisk()
+	made := must(fsys.Create("/dir/nvram"))
+	check(made.Lock(ctx, vfs.Exclusive))
+	opened := make(chan *File)
+	go func() {
+		f, err := open(ctx, fsys.Fork(), "/dir/nvram", Options{Create: true}, small)
+		if err != nil {
+			t.Error(err)
+		}
+		opened <- f
+	}()
+	time.Sleep(50 * time.Millisecond) // it has the file open
+	check(fsys.Remove("/dir/nvram"))
+	check(made.Unlock())
+	check(made.Close())
+	f := <-opened
+	if f == nil {
+		return
+	}
+	defer f.Close()
+	there, err := open(ctx, fsys, "/dir/nvram", Options{ReadOnly: true}, small)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer there.Close()
+	if there.UUID() != f.UUID() {
+		t.Errorf("it has opened file %v, and there is %v", f.UUID(), there.UUID())
 	}
 }
 

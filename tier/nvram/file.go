@@ -70,24 +70,40 @@ type File struct {
 	capacity atomic.Int64 // the header's when the file was last locked
 }
 
-// Open opens the NVRAM file at path. If it had to be made, it is durable. ctx ends
+// Open opens the NVRAM file at path. If it had to be made, it is durable, and after an
+// error it is not there. ctx ends
 // the wait for the file's lock, here and in every method that has one.
 func Open(ctx context.Context, fsys vfs.FS, path string, o Options) (*File, error) {
 	return open(ctx, fsys, path, o, geometry{ExtentSize, groupExtents})
 }
 
 // open is Open with the geometry for new files; tests use a smaller one.
-func open(ctx context.Context, fsys vfs.FS, path string, o Options, g geometry) (_ *File, err error) {
+func open(ctx context.Context, fsys vfs.FS, path string, o Options, g geometry) (f *File, err error) {
+	for range 3 {
+		if f, err = tryOpen(ctx, fsys, path, o, g); !errors.Is(err, errUnmade) {
+			break
+		}
+	}
+	return f, err
+}
+
+// errUnmade: the file that was opened is there no more, because whoever had made it could
+// not format it.
+var errUnmade = errors.New("it has been removed while it was opened")
+
+func tryOpen(ctx context.Context, fsys vfs.FS, path string, o Options, g geometry) (_ *File, err error) {
 	if o.Capacity < 0 || o.Capacity > 0 && o.Capacity < 2*g.extentSize {
 		return nil, fmt.Errorf("%s: an NVRAM file has at least %d bytes, not %d", path, 2*g.extentSize, o.Capacity)
 	}
 	f := &File{fs: fsys, path: path, turn: make(chan struct{}, 1)}
+	made := false
 	if o.ReadOnly {
 		f.f, err = fsys.Open(path)
 	} else {
 		f.f, err = fsys.OpenRW(path)
 		if o.Create && errors.Is(err, fs.ErrNotExist) {
 			f.f, err = create(fsys, path, o.Beside)
+			made = err == nil
 			if errors.Is(err, fs.ErrExist) { // another process was faster
 				f.f, err = fsys.OpenRW(path)
 			}
@@ -104,9 +120,13 @@ func open(ctx context.Context, fsys vfs.FS, path string, o Options, g geometry) 
 	}
 	opened := false
 	defer func() {
-		if !opened { // also while panicking
-			f.f.Close()
+		if opened {
+			return
 		}
+		if made { // also while panicking
+			f.unmake()
+		}
+		f.f.Close()
 	}()
 	info, err := fsys.StatFS(path)
 	if err != nil {
@@ -158,6 +178,18 @@ func create(fsys vfs.FS, path, beside string) (_ vfs.File, err error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// unmake removes the file, which this Open has made, if it has no header. Another process
+// may have found it, and may be waiting for its lock: that one sees that it is gone.
+func (f *File) unmake() {
+	if f.f.TryLock(vfs.Exclusive) != nil {
+		return // it is the other's now
+	}
+	defer f.f.Unlock()
+	if _, _, err := f.readHeader(); integrity.IsCorrupt(err) {
+		f.fs.Remove(f.path)
+	}
 }
 
 // character tells whether path is a character device.
@@ -279,6 +311,9 @@ func (f *File) loadOrFormat(ctx context.Context, o Options, g geometry) error {
 		}
 	}
 	if format {
+		if links, err := f.f.Links(); err != nil || links == 0 {
+			return errors.Join(err, fmt.Errorf("%s: %w", f.path, errUnmade))
+		}
 		both = true
 		h, err = f.format(o, g)
 		if err != nil {

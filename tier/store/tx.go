@@ -210,6 +210,12 @@ func (s *Store) useNVRAM(ctx context.Context, r Reservation) (*nvram.File, error
 	if err := CheckNVRAM(s.fs, s.root, path); err != nil {
 		return nil, err
 	}
+	if !r.Volatile {
+		// Before the file is made, which nobody would remove.
+		if err := CheckLasting(s.fs, path); err != nil {
+			return nil, err
+		}
+	}
 	f, err := nvram.Open(ctx, s.fs, path, nvram.Options{Capacity: r.Capacity, Create: true, Format: r.Format, Beside: s.root})
 	if err != nil {
 		return nil, err
