@@ -15,6 +15,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -153,7 +154,9 @@ func (m *importCmd) sparse(f *os.File, h *saveimage.Header) (io.ReadCloser, erro
 		return nil, err
 	}
 	r, w := io.Pipe()
-	go func() { w.CloseWithError(saveimage.CopySparse(w, f, start, fi.Size(), h)) }()
+	go func() {
+		w.CloseWithError(rescue.Call(func() error { return saveimage.CopySparse(w, f, start, fi.Size(), h) }))
+	}()
 	return r, nil
 }
 
@@ -169,7 +172,10 @@ func (m *importCmd) image(ctx context.Context, f *os.File) (io.ReadCloser, error
 	}
 	r, w := io.Pipe()
 	go func() {
-		_, err := restore.Run(ctx, c, w, restore.Options{Workers: m.worker.n})
+		err := rescue.Call(func() error {
+			_, err := restore.Run(ctx, c, w, restore.Options{Workers: m.worker.n})
+			return err
+		})
 		c.Close()
 		w.CloseWithError(err)
 	}()

@@ -20,6 +20,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -321,7 +322,7 @@ func (r *libvirtRestoreCmd) run(ctx context.Context) error {
 	}
 	var doc restoreReport
 	done := make(chan error, 1)
-	go func() { done <- r.restore(ctx, &doc) }()
+	go func() { done <- rescue.Call(func() error { return r.restore(ctx, &doc) }) }()
 	var err error
 	select {
 	case err = <-done:

@@ -17,6 +17,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -182,12 +183,14 @@ func (w *serving) restore(ctx context.Context, name string) (doc restoreReport, 
 	}
 	done := make(chan outcome, 1)
 	go func(doc restoreReport) {
-		var err error
-		if doc.Lazy {
-			doc.LazyReport, err = w.lazily(ctx, st, c)
-		} else {
-			doc.Report, err = w.eagerly(ctx, c)
-		}
+		err := rescue.Call(func() (err error) {
+			if doc.Lazy {
+				doc.LazyReport, err = w.lazily(ctx, st, c)
+			} else {
+				doc.Report, err = w.eagerly(ctx, c)
+			}
+			return err
+		})
 		done <- outcome{doc, err}
 	}(doc)
 	select {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 // An armed checkpoint is a migration whose beginning and end are of two commands, and
@@ -218,7 +219,7 @@ func (d *drive) attach(ctx context.Context, consume func(context.Context) error,
 	}
 	go func() {
 		defer close(d.done)
-		d.err = consume(ctx)
+		d.err = rescue.Call(func() error { return consume(ctx) })
 	}()
 	return nil
 }

@@ -47,6 +47,7 @@ func TestCheckpointArmed(t *testing.T) {
 	for name, save := range map[string]func(x *simulated) error{
 		"saved":       func(x *simulated) error { completes(x); return nil },
 		"fails":       func(*simulated) error { return broken },
+		"panics":      func(*simulated) error { panic(broken) },
 		"QEMU fails":  func(x *simulated) error { x.ends(StatusFailed, "device X", "running"); return io.ErrUnexpectedEOF },
 		"was stopped": func(x *simulated) error { completes(x); return nil },
 	} {

@@ -259,6 +259,7 @@ func TestCheckpointThen(t *testing.T) {
 func TestCheckpointFails(t *testing.T) {
 	broken := errors.New("no space")
 	fails := func(context.Context, *os.File, qmp.RunState) error { return broken }
+	panics := func(context.Context, *os.File, qmp.RunState) error { panic("a bug") }
 	waits := func(_ context.Context, f *os.File, _ qmp.RunState) error {
 		_, err := io.Copy(io.Discard, f)
 		return errors.Join(err, io.ErrUnexpectedEOF)
@@ -270,6 +271,7 @@ func TestCheckpointFails(t *testing.T) {
 		want    []string
 	}{
 		"save fails":          {ModeStop, func(s *simulated) { s.onMigrate = func(*simulated) {} }, fails, []string{"no space"}},
+		"save panics":         {ModeStop, func(s *simulated) { s.onMigrate = func(*simulated) {} }, panics, []string{"internal error", "a bug"}},
 		"QEMU hears of it":    {ModeLive, func(s *simulated) { s.onMigrate = func(s *simulated) { s.ends(StatusFailed, "Sibling", "running") } }, fails, []string{"no space"}},
 		"QEMU fails":          {ModeLive, func(s *simulated) { s.onMigrate = func(s *simulated) { s.ends(StatusFailed, "device X", "running") } }, waits, []string{"failed", "device X"}},
 		"QEMU fails, stopped": {ModeStop, func(s *simulated) { s.onMigrate = func(s *simulated) { s.ends(StatusFailed, "device X", "running") } }, waits, []string{"device X"}},

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 // Consumer reads the stream of a migration into this process. When ctx ends it
@@ -164,7 +165,8 @@ func (d *drive) start(ctx context.Context, dir Direction, consume Consumer) (err
 	go func() {
 		defer close(d.done)
 		if d.stream, d.err = d.channel.Accept(ctx); d.err == nil {
-			d.err = consume(ctx, d.stream)
+			// Whatever happens to it, settings are put back and the guest runs.
+			d.err = rescue.Call(func() error { return consume(ctx, d.stream) })
 		}
 	}()
 	return nil

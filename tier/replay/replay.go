@@ -24,6 +24,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
@@ -247,8 +248,10 @@ func (p *Replayer) memory(ctx context.Context, path string, c *checkpoint.Checkp
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_, err := restore.Run(ctx, c, w, restore.Options{Workers: p.Options.Workers})
-		w.CloseWithError(err)
+		w.CloseWithError(rescue.Call(func() error {
+			_, err := restore.Run(ctx, c, w, restore.Options{Workers: p.Options.Workers})
+			return err
+		}))
 	}()
 	err = m.compare(r)
 	r.CloseWithError(context.Canceled)

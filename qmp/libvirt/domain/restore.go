@@ -17,6 +17,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 // A domain is started again by being migrated here. libvirt's own restore reads a
@@ -339,7 +340,8 @@ func (r *restore) feed(ctx context.Context, lazy bool) *feed {
 	}
 	go func() {
 		defer close(f.done)
-		f.err = r.o.Feed(ctx, connect, lazy, func() { close(f.opened) })
+		// A panic is this domain's failure, and not that of all that are resumed with it.
+		f.err = rescue.Call(func() error { return r.o.Feed(ctx, connect, lazy, func() { close(f.opened) }) })
 		switch {
 		case f.conn == nil:
 		case f.err == nil:

@@ -341,6 +341,12 @@ func TestRestore(t *testing.T) {
 		"always":      {o: RestoreOptions{Lazy: migration.LazyAlways, Feed: lazily}, prepared: "0x8009", want: "Postcopy is not supported"},
 		"always, but": {o: RestoreOptions{Lazy: migration.LazyAlways, NotPossible: broken, Feed: lazily}, want: broken.Error()},
 		"the feed":    {o: RestoreOptions{Lazy: migration.LazyNever, Feed: fails}, prepared: "0x9", finished: "1", want: broken.Error()},
+		"the feed, panicking": {o: RestoreOptions{Lazy: migration.LazyNever, Feed: func(_ context.Context, connect func() (*net.UnixConn, error), _ bool, _ func()) error {
+			if _, err := connect(); err != nil {
+				return err
+			}
+			panic("a bug")
+		}}, prepared: "0x9", finished: "1", want: "internal error: a bug"},
 		"in the middle": {d: middle, o: RestoreOptions{Lazy: migration.LazyAlways, Feed: func(ctx context.Context, connect func() (*net.UnixConn, error), lazy bool, opened func()) error {
 			if _, err := connect(); err != nil {
 				return err
