@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -89,31 +90,48 @@ func (a *app) gc(ctx context.Context, o gcOptions) error {
 	if left := rep.Demoted.Left; left != nil {
 		rep.Warnings = append(rep.Warnings, oneLine(left))
 	}
-	if !o.skip {
-		var left []error
-		if rep.Digested, left, err = st.DigestAllKept(ctx); err != nil {
-			return err
-		}
-		for _, err := range left {
-			rep.Warnings = append(rep.Warnings, oneLine(err))
-		}
-	}
 	for _, warning := range rep.Warnings {
 		a.log().Warn(warning)
 	}
-	if o.json {
-		return printJSON(a.stdout, rep)
+	if !o.json {
+		if err := a.printGC(&rep); err != nil {
+			return err
+		}
 	}
-	_, err = fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes+rep.TrimmedBytes), human(rep.NVRAMBytes+rep.Demoted.NVRAMBytes))
+	// What is freed is freed, and said: this may take as long as it takes to read disks.
+	if !o.skip {
+		err = a.digestAll(ctx, st, &rep, o.json)
+	}
+	if o.json {
+		err = errors.Join(err, printJSON(a.stdout, rep))
+	}
+	return err
+}
+
+// digestAll makes the digests of kept disks that have none, and says so.
+func (a *app) digestAll(ctx context.Context, st *store.Store, rep *gcReport, quiet bool) error {
+	done, left, err := st.DigestAllKept(ctx)
+	rep.Digested = done
+	for _, err := range left {
+		rep.Warnings = append(rep.Warnings, oneLine(err))
+		a.log().Warn(oneLine(err))
+	}
+	if quiet || done.Disks == 0 {
+		return err
+	}
+	which := "1 disk that is kept has"
+	if done.Disks > 1 {
+		which = fmt.Sprintf("%d disks that are kept have", done.Disks)
+	}
+	_, perr := fmt.Fprintf(a.stdout, "%s digests now, %s read\n", which, human(done.Read))
+	return errors.Join(err, perr)
+}
+
+// printGC says what was freed.
+func (a *app) printGC(rep *gcReport) error {
+	_, err := fmt.Fprintf(a.stdout, "%d unfinished saves, %s of flash and %s of NVRAM freed\n", rep.Parts, human(rep.Bytes+rep.TrimmedBytes), human(rep.NVRAMBytes+rep.Demoted.NVRAMBytes))
 	if err == nil && rep.FrozenDisks > 0 {
 		_, err = fmt.Fprintf(a.stdout, "%d copies of disks that no checkpoint has removed, %s\n", rep.FrozenDisks, human(rep.FrozenBytes))
-	}
-	if err == nil && rep.Digested.Disks > 0 {
-		which := "1 disk that is kept has"
-		if rep.Digested.Disks > 1 {
-			which = fmt.Sprintf("%d disks that are kept have", rep.Digested.Disks)
-		}
-		_, err = fmt.Fprintf(a.stdout, "%s digests now, %s read\n", which, human(rep.Digested.Read))
 	}
 	if err == nil && rep.Staged > 0 {
 		_, err = fmt.Fprintf(a.stdout, "%d images that were received in part are kept for %d days, %s: what is sent again goes on there\n", rep.Staged, int(store.StagedFor.Hours()/24), human(rep.StagedBytes))

@@ -89,9 +89,9 @@ func (a *app) diskThaw(ctx context.Context, name, to string, o store.ThawOptions
 		was := "as it was"
 		switch {
 		case o.SkipCheck:
-			was += "; not checked"
+			was = "of the size and time that it had; not checked: --skip-check"
 		case k.NotChecked:
-			was += "; not checked: the store has no digests of it (gc makes them)"
+			was = "of the size and time that it had; not checked: it has no digests yet (gc makes them)"
 		}
 		if !asJSON {
 			fmt.Fprintf(a.stdout, "%s: %s, %s, %s\n", files[i].Disk, files[i].Path, files[i].Format, was)
