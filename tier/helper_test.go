@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -242,8 +243,9 @@ func every(n uint64) func(int, uint64) uint8 {
 // countingFS knows which files, mappings and locks are open.
 type countingFS struct {
 	vfs.FS
-	mu   sync.Mutex
-	open map[any]string
+	mu    sync.Mutex
+	open  map[any]string
+	reads atomic.Int64 // of files
 }
 
 func (c *countingFS) NoLinks(dir string) (_ vfs.FS, err error) {
@@ -292,6 +294,11 @@ func (c *countingFS) file(f vfs.File, err error) (vfs.File, error) {
 func (c *countingFS) Create(name string) (vfs.File, error) { return c.file(c.FS.Create(name)) }
 func (c *countingFS) Open(name string) (vfs.File, error)   { return c.file(c.FS.Open(name)) }
 func (c *countingFS) OpenRW(name string) (vfs.File, error) { return c.file(c.FS.OpenRW(name)) }
+
+func (f *countedFile) ReadAt(b []byte, off int64) (int, error) {
+	f.c.reads.Add(1)
+	return f.File.ReadAt(b, off)
+}
 
 func (f *countedFile) Close() error { f.c.remove(f); return f.File.Close() }
 

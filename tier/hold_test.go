@@ -88,6 +88,49 @@ func TestHold(t *testing.T) {
 	}
 }
 
+// TestHoldPrepares holds an increment. As long as it waits it reads what it will need, and looks
+// for pages that it has; what comes then is the same whether there was time for that or not.
+func TestHoldPrepares(t *testing.T) {
+	at := func(passes int) *tiertest.Stream {
+		return tiertest.New(tiertest.Options{
+			Passes: passes, Resend: 0.3, Slide: 8 * (passes / 3), XBZRLE: true, ReturnPath: true,
+			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 64 << 20}, {Name: "rom", Size: 256 << 10}},
+			Mix:    tiertest.Mix{tiertest.Zero: 12, tiertest.Text: 2, tiertest.Duplicate: 1, tiertest.Random: 1},
+		})
+	}
+	var reads [2]int64
+	for i := range reads {
+		synctest.Test(t, func(t *testing.T) {
+			l := newLab(t, crashfs.New(0), "/")
+			l.save(t, at(1), save.Options{})
+			l.save(t, at(2), save.Options{})
+			s := at(4)
+			var before int64
+			ref, meta, err := l.run(t.Context(), bytes.NewReader(s.Bytes()), save.Options{VM: "vm", ReturnPath: io.Discard, Hold: &save.Hold{
+				Wait: func(context.Context) (string, error) {
+					if i == 1 {
+						synctest.Wait()
+					}
+					before = l.fs.reads.Load()
+					return "running", nil
+				},
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			reads[i] = l.fs.reads.Load() - before
+			if r := meta.Report; r.Delta == 0 || r.Similar == 0 || r.Resent == 0 {
+				t.Errorf("%d deltas, %d similar, %d pages came again", r.Delta, r.Similar, r.Resent)
+			}
+			l.holds(t, ref, s)
+			l.noLeaks(t)
+		})
+	}
+	if reads[1] >= reads[0]*4/5 {
+		t.Errorf("after the hold it has read %d times, and %d times without it", reads[1], reads[0])
+	}
+}
+
 // TestHoldAbsent holds a save of a guest half of whose pages never come, as is known
 // beforehand and not told by the stream.
 func TestHoldAbsent(t *testing.T) {

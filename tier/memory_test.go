@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -38,6 +39,7 @@ type job struct {
 	// Then is what the guest has become, which is saved a second time, with the first
 	// as its parent; nil: it is not.
 	Then *tiertest.Options
+	Held bool // it is held, for as long as it has something to prepare
 }
 
 // done is what a child tells.
@@ -69,6 +71,9 @@ func runChild(doc string) error {
 				return err
 			}
 		}
+		if j.Held {
+			o.Hold = &save.Hold{Wait: func(context.Context) (string, error) { return "running", idle() }}
+		}
 		r := s.Reader()
 		defer r.Close()
 		_, meta, err := save.Run(context.Background(), vfs.OS, st, r, o)
@@ -97,6 +102,21 @@ func runChild(doc string) error {
 		return err
 	}
 	return json.NewEncoder(os.Stdout).Encode(d)
+}
+
+// idle waits until this process has nothing to do any more.
+func idle() error {
+	var u syscall.Rusage
+	for last := time.Duration(-1); ; time.Sleep(300 * time.Millisecond) {
+		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+			return err
+		}
+		cpu := time.Duration(u.Utime.Nano() + u.Stime.Nano())
+		if cpu-last < 10*time.Millisecond {
+			return nil
+		}
+		last = cpu
+	}
 }
 
 // peak is the most memory that this process has had resident, in bytes. Pages
@@ -181,14 +201,16 @@ func TestMemory(t *testing.T) {
 		o    tiertest.Options
 		hot  uint64
 		then *tiertest.Options
+		held bool
 	}{
-		"increment":         {data, 0, later(data)},
-		"increment, hot":    {data, 4, later(data)},
-		"zero and repeated": {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 90, tiertest.ZeroData: 2, tiertest.Duplicate: 8}, Pool: 1000}, 4<<30), 0, nil},
-		"half different":    {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Sparse: 1}}, 512<<20), 0, nil},
-		"live":              {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 6, tiertest.Sparse: 3, tiertest.Duplicate: 1}, Passes: 3, Resend: 0.1, XBZRLE: true}, 512<<20), 10, nil},
-		"all hot":           {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 3, tiertest.Sparse: 1}}, 1<<30), 1, nil},
-		"pairs":             {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Duplicate: 1}, Pool: 30000}, 512<<20), 0, nil},
+		"increment":         {data, 0, later(data), false},
+		"increment, held":   {data, 0, later(data), true},
+		"increment, hot":    {data, 4, later(data), false},
+		"zero and repeated": {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 90, tiertest.ZeroData: 2, tiertest.Duplicate: 8}, Pool: 1000}, 4<<30), 0, nil, false},
+		"half different":    {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Sparse: 1}}, 512<<20), 0, nil, false},
+		"live":              {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 6, tiertest.Sparse: 3, tiertest.Duplicate: 1}, Passes: 3, Resend: 0.1, XBZRLE: true}, 512<<20), 10, nil, false},
+		"all hot":           {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 3, tiertest.Sparse: 1}}, 1<<30), 1, nil, false},
+		"pairs":             {withRAM(tiertest.Options{Mix: tiertest.Mix{tiertest.Zero: 1, tiertest.Duplicate: 1}, Pool: 30000}, 512<<20), 0, nil, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			j := job{Verb: "save", Dir: t.TempDir(), Options: c.o, Hot: c.hot}
@@ -196,6 +218,11 @@ func TestMemory(t *testing.T) {
 			if j.Then = c.then; j.Then != nil {
 				child(t, j)
 				j.Options, j.Verb = *j.Then, "save"
+			}
+			if j.Held = c.held; j.Held {
+				// What has changed in its parent is what is kept.
+				child(t, job{Verb: j.Verb, Dir: j.Dir, Options: j.Options})
+				j.Options.Passes++
 			}
 			for _, j.Verb = range verbs {
 				d := child(t, j)

@@ -130,6 +130,7 @@ func BenchmarkHeld(b *testing.B) {
 		ref, meta, err := l.run(b.Context(), in, save.Options{VM: "vm", Parent: parent, Codec: image.DefaultCodec, Hold: &save.Hold{
 			Buffer: 64 << 10,
 			Wait: func(context.Context) (string, error) {
+				time.Sleep(time.Second / 2) // as a guest runs for a while
 				start, before = time.Now(), cpuTime(b)
 				return "", nil
 			},

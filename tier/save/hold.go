@@ -197,7 +197,11 @@ func (s *saver) hold() error {
 		return err
 	}
 	s.tick("held", true)
-	state, err := h.Wait(s.ctx)
+	var state string
+	err := s.prepareWhile(func() (err error) {
+		state, err = h.Wait(s.ctx)
+		return err
+	})
 	if err != nil {
 		return err
 	}

@@ -86,6 +86,7 @@ type item struct {
 	base      source.Location
 	marks     []uint64
 	resembles bool
+	searched  bool // it has been looked for elsewhere in the parent
 	// spotAt is where it is in another image that is not the parent's.
 	spotAt spot
 	// baseSum is the digest of what a delta is against, if that is on a disk.
@@ -113,7 +114,7 @@ func newMatcher(ctx context.Context, next *placer, par *parent, workers, enough 
 	if !m.beside {
 		workers = 0
 	}
-	m.later.at = make(map[pageAt]int)
+	m.later.at, m.later.most = make(map[pageAt]int), laterBytes
 	pages := uint64(0)
 	for b := range next.to.pages.Blocks() {
 		pages += next.to.pages.Pages(b)
@@ -414,7 +415,7 @@ func (r *parentReader) compare(it *item, b *batch) {
 		r.damaged(err)
 		return
 	}
-	if b.marked {
+	if _, known := r.kept[at]; b.marked && !known {
 		head := len(b.marks)
 		b.marks = appendMarks(b.marks, base)
 		it.base, it.marks = at, b.marks[head:len(b.marks):len(b.marks)]

@@ -65,6 +65,9 @@ type parent struct {
 	carried []int
 	// blocks are the parent's, by this save's: -1 for those that it does not have.
 	blocks []int
+	// kept are pages that have been read ahead, whose marks are known; nil: none have.
+	// Nobody compares while they are put here.
+	kept map[source.Location][]byte
 
 	log    *slog.Logger
 	warned sync.Once
@@ -86,7 +89,11 @@ func openParent(ctx context.Context, st *store.Store, tx *store.Tx, o Options, w
 			return nil, err
 		}
 	}
-	p, err := newParent(ctx, st, tx, ref, o.Log, workers)
+	bases := baseBytes
+	if o.Hold != nil {
+		bases = heldBaseBytes
+	}
+	p, err := newParent(ctx, st, tx, ref, o.Log, workers, bases)
 	if err == nil && asked && o.TrustDomain == "" {
 		err = o.stays(ctx, st)
 	}
@@ -134,7 +141,7 @@ func (o *Options) trusts(domain string) error {
 // errNoDigests: a checkpoint says nothing by which its pages can be known.
 var errNoDigests = errors.New("it has no digests of its pages, so nothing can refer to it")
 
-func newParent(ctx context.Context, st *store.Store, tx *store.Tx, ref store.Ref, log *slog.Logger, workers int) (*parent, error) {
+func newParent(ctx context.Context, st *store.Store, tx *store.Tx, ref store.Ref, log *slog.Logger, workers, bases int) (*parent, error) {
 	c, err := st.OpenCheckpoint(ctx, ref, checkpoint.Options{Disks: checkpoint.DiskOptions{Missing: true, Check: checkpoint.CheckRead}})
 	if err != nil {
 		return nil, err
@@ -148,7 +155,7 @@ func newParent(ctx context.Context, st *store.Store, tx *store.Tx, ref store.Ref
 		return nil, errNoDigests
 	}
 	p.set = c.Sources()
-	p.cache = c.NewCache(p.set.InOrder(baseBytes) + workers*source.MaxNeeds)
+	p.cache = c.NewCache(p.set.InOrder(bases) + workers*source.MaxNeeds)
 	return p, p.choose()
 }
 
@@ -365,6 +372,9 @@ func (r *parentReader) find(block int, page uint64) (at source.Location, ok bool
 // content is what is at a place, checked; valid until the next call. The page, by this
 // save's numbers, is the one it is wanted for.
 func (r *parentReader) content(at source.Location, block int, page uint64) ([]byte, error) {
+	if page := r.kept[at]; page != nil {
+		return page, nil
+	}
 	block = max(0, r.blocks[block]) // a page of a block that it does not have may resemble one of its pages
 	err := r.rd.Copy(r.ctx, r.page, source.Page{Block: block, Number: page}, at.Entry())
 	if err != nil {

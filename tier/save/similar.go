@@ -22,8 +22,10 @@ import (
 type later struct {
 	items []item
 	at    map[pageAt]int // in items; what has come again is gone from here
+	gone  []int          // items that are, whose room is free
 	slabs [][]byte       // that the items' pages are copied to
 	bytes int            // of the items' pages and deltas
+	most  int            // of these
 	marks marks
 
 	// What does not pay is not tried again.
@@ -55,54 +57,105 @@ func (l *later) wants(it *item, pageSize int) bool {
 // put copies an item.
 func (l *later) put(it *item) {
 	size := len(it.data)
-	per := max(1, slabBytes/size)
 	n := len(l.items)
+	if last := len(l.gone) - 1; last >= 0 {
+		n, l.gone = l.gone[last], l.gone[:last]
+		l.bytes -= size + len(l.items[n].delta)
+	} else {
+		l.items = append(l.items, item{})
+	}
+	per := max(1, slabBytes/size)
 	if n/per == len(l.slabs) {
 		l.slabs = append(l.slabs, make([]byte, per*size))
 	}
 	room := l.slabs[n/per][n%per*size:][:size]
 	copy(room, it.data)
-	kept := *it
-	kept.data, kept.delta = room, slices.Clone(it.delta)
-	l.items = append(l.items, kept)
+	kept := &l.items[n]
+	*kept = *it
+	kept.data, kept.delta, kept.marks = room, slices.Clone(it.delta), nil
 	l.bytes += size + len(it.delta)
 	l.at[pageAt{it.block, it.page}] = n
 }
 
+// spare gives away slabs that nothing is in, for pages of so many bytes.
+func (l *later) spare(pageSize int) (slabs [][]byte) {
+	per := max(1, slabBytes/pageSize)
+	n := (len(l.items) + per - 1) / per
+	slabs = slices.Clone(l.slabs[n:])
+	clear(l.slabs[n:])
+	l.slabs = l.slabs[:n]
+	return slabs
+}
+
 // full tells whether no more can wait.
-func (l *later) full() bool { return l.bytes >= laterBytes }
+func (l *later) full() bool { return l.bytes >= l.most }
 
 // empty forgets all items.
 func (l *later) empty() {
-	l.items, l.bytes = l.items[:0], 0
+	l.items, l.gone, l.bytes = l.items[:0], l.gone[:0], 0
 	clear(l.at)
 }
 
-// take is a page that waits, which does so no more; nil: it does not.
+// take is a page that waits, which does so no more; nil: it does not. It is valid until the
+// next one waits.
 func (l *later) take(block int, page uint64) *item {
 	i, ok := l.at[pageAt{block, page}]
 	if !ok {
 		return nil
 	}
 	delete(l.at, pageAt{block, page})
+	l.gone = append(l.gone, i)
 	return &l.items[i]
 }
 
-// settleLater looks for the pages that wait, and places them.
-func (m *matcher) settleLater() error {
-	l := &m.later
-	var items []*item
+// open are the pages that wait.
+func (l *later) open() (items []*item) {
 	for i := range l.items {
 		if j, ok := l.at[pageAt{l.items[i].block, l.items[i].page}]; ok && i == j {
 			items = append(items, &l.items[i])
 		}
 	}
+	return items
+}
+
+// settleLater looks for the pages that wait, and places them.
+func (m *matcher) settleLater() error {
+	l := &m.later
+	items := l.open()
 	if len(items) == 0 {
 		l.empty()
 		return nil
 	}
+	if err := m.search(items, m.each); err != nil {
+		return err
+	}
+	moved, similar := 0, 0
+	for _, it := range items {
+		switch {
+		case it.moved:
+			moved++
+		case it.pieces:
+			similar++
+		}
+	}
+	l.noMoved = l.noMoved || moved*pays < len(items)
+	l.noSimilar = l.noSimilar || similar*pays < len(items)-moved
+	for _, it := range items {
+		if err := m.next.matched(it); err != nil {
+			return err
+		}
+	}
+	l.empty()
+	return nil
+}
+
+// search looks for those pages that have not been looked for. What is done for each each does,
+// which may leave some out; they are looked for again.
+func (m *matcher) search(items []*item, each func([]*item, func(r *parentReader, it *item)) error) error {
+	l := &m.later
+	items = slices.DeleteFunc(slices.Clone(items), func(it *item) bool { return it.searched })
 	// What they are, and what they may resemble.
-	err := m.each(items, func(r *parentReader, it *item) {
+	err := each(items, func(r *parentReader, it *item) {
 		if it.sum == (digest.Sum{}) {
 			r.sums.Hasher.Put(&it.sum, it.data)
 		}
@@ -114,40 +167,29 @@ func (m *matcher) settleLater() error {
 	if err != nil {
 		return err
 	}
-	moved := 0
 	if !l.noMoved {
-		moved = m.par.findMoved(items)
-		l.noMoved = moved*pays < len(items)
+		m.par.findMoved(items)
 	}
-	if !l.noSimilar {
-		// Each segment that bases are in is decoded once.
-		order := slices.Clone(items)
-		slices.SortFunc(order, func(a, b *item) int {
-			return cmp.Or(cmp.Compare(a.base.Space, b.base.Space), cmp.Compare(a.base.Slot, b.base.Slot))
-		})
-		if err := m.each(order, (*parentReader).compareSimilar); err != nil {
-			return err
+	// Each segment that bases are in is decoded once.
+	slices.SortFunc(items, func(a, b *item) int { return compareLocations(a.base, b.base) })
+	return each(items, func(r *parentReader, it *item) {
+		if !l.noSimilar {
+			r.compareSimilar(it)
 		}
-		similar := 0
-		for _, it := range items {
-			if it.pieces {
-				similar++
-			}
-		}
-		l.noSimilar = similar*pays < len(items)-moved
-	}
-	for _, it := range items {
-		if err := m.next.matched(it); err != nil {
-			return err
-		}
-	}
-	l.empty()
-	return nil
+		it.searched = true
+	})
 }
+
+// compareLocations orders places as they follow each other in images.
+func compareLocations(a, b source.Location) int {
+	return cmp.Or(cmp.Compare(a.Space, b.Space), cmp.Compare(a.Slot, b.Slot))
+}
+
+// inTask is how many items a worker has in hand at a time.
+const inTask = 32
 
 // each has the workers do something for each item.
 func (m *matcher) each(items []*item, fn func(r *parentReader, it *item)) error {
-	const inTask = 32
 	var done []chan error
 	for some := range slices.Chunk(items, inTask) {
 		t := task{func(r *parentReader) {
