@@ -158,7 +158,8 @@ goes with it: the copy needs no disk. A disk that is not as it was is refused by
 and the original stays as it is.
 
 Each byte is checked when it is read, and the whole checkpoint again in the other store,
-before it is one. A copy that is cut off leaves the other store as it was; the next one
+before it is one. A checkpoint that somebody removes or replaces at the moment is waited
+for, 30 s at most. A copy that is cut off leaves the other store as it was; the next one
 goes on where it was (gc forgets that after three days).
 
 With --group the names are those of groups (checkpoint --group): all of a group's members

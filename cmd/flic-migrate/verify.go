@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"regexp"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -15,7 +14,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 type verifyCmd struct {
@@ -90,7 +88,7 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 	entries := []verifyEntry{}
 	damaged, unsupported := 0, 0
 	for _, ref := range refs {
-		e, err := v.verifySoon(ctx, st, ref)
+		e, err := v.verify(ctx, st, ref)
 		if v.all && errors.Is(err, store.ErrNotFound) {
 			continue // it was removed after it had been listed
 		}
@@ -198,23 +196,6 @@ func resolve(ctx context.Context, st *store.Store, names []string) ([]store.Ref,
 // maxDamage is how many damages of one checkpoint are listed: a lost device
 // has as many as it had pages.
 const maxDamage = 1000
-
-// inUseTime is how long a checkpoint is waited for that somebody is removing, or replacing.
-const inUseTime = 30 * time.Second
-
-// verifySoon is verify, as soon as nobody has the checkpoint for himself.
-func (v *verifyCmd) verifySoon(ctx context.Context, st *store.Store, ref store.Ref) (e verifyEntry, err error) {
-	for end := time.Now().Add(inUseTime); ; {
-		if e, err = v.verify(ctx, st, ref); !errors.Is(err, store.ErrInUse) || time.Now().After(end) {
-			return e, err
-		}
-		select {
-		case <-time.After(vfs.LockPause):
-		case <-ctx.Done():
-			return e, context.Cause(ctx)
-		}
-	}
-}
 
 // verify checks one checkpoint, which exists. The error is for a check that
 // could not be done.

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/google/uuid"
 
@@ -61,9 +60,14 @@ func (s *Store) open(ctx context.Context, r Ref, lock Locking) (Object, Ref, err
 
 // OpenCheckpoint opens a checkpoint as checkpoint.Open does, and what it refers to; r
 // without a number is the VM's newest. An error that wraps ErrNotFound says what is
-// missing.
+// missing. Who has it for himself, to remove or replace it, is waited for.
 func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options) (_ *Checkpoint, err error) {
-	f, r, err := s.open(ctx, r, Shared)
+	var f Object
+	asked := r
+	_, err = soon(ctx, openLimit, func() (again bool, err error) {
+		f, r, err = s.open(ctx, asked, Shared)
+		return errors.Is(err, ErrInUse), err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -164,33 +168,26 @@ func sources(pieces []Object) (list []moved.Source) {
 	return list
 }
 
-// openLimit is how long who opens an image that others need waits for a removal or gc,
-// which locks it for a moment to free what nobody needs of it.
-const openLimit = 10 * time.Second
+// openLimit is how long who opens a checkpoint, or an image that others need, waits for a
+// removal, a flattening or gc, which lock one for a moment to free what nobody needs of it.
+// It is a variable for tests.
+var openLimit = vfs.LockLimit
 
 // openWith opens an image that has a UUID, and locks it: nil if what is there is
 // another's, or nothing.
 func (s *Store) openWith(ctx context.Context, name string, id uuid.UUID) (Object, error) {
 	var f Object
-	for begin := time.Now(); ; {
-		var err error
+	_, err := soon(ctx, openLimit, func() (again bool, err error) {
 		f, err = s.dir.Open(ctx, name, Shared)
-		if err == nil {
-			break
-		}
-		switch {
-		case gone(err):
-			return nil, nil
-		case !errors.Is(err, vfs.ErrLocked):
-			return nil, err
-		case time.Since(begin) > openLimit:
-			return nil, fmt.Errorf("%s, which is going away: %w", s.dir.Path(name), ErrInUse)
-		}
-		select {
-		case <-time.After(vfs.LockPause):
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
+		return errors.Is(err, vfs.ErrLocked), err
+	})
+	switch {
+	case gone(err):
+		return nil, nil
+	case errors.Is(err, vfs.ErrLocked):
+		return nil, fmt.Errorf("%s, which is going away: %w", s.dir.Path(name), ErrInUse)
+	case err != nil:
+		return nil, err
 	}
 	size, err := f.Size()
 	if err == nil && size > 0 {

@@ -16,7 +16,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // Removed says what a removal has freed.
@@ -182,33 +181,29 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 // open opens a checkpoint's image, and locks it for its removal, as soon as nobody else has
 // it.
 func (m *Remover) open(ctx context.Context, r Ref) (Object, Ref, error) {
-	pause, begun := time.Millisecond, time.Now()
+	var f Object
+	begun := time.Now()
 	told := m.Waiting == nil
-	for {
-		f, at, err := m.s.open(ctx, r, Exclusive)
-		if !errors.Is(err, ErrInUse) {
-			return f, at, err
-		}
-		// One that is armed keeps what it refers to for as long as it likes.
-		_, armed, aerr := m.s.ArmedFor(ctx, at.VM)
-		if m.Wait <= 0 || armed && aerr == nil {
-			if who := m.s.dir.Holders(ctx, at.object(imageSuffix)); len(who) > 0 {
-				err = fmt.Errorf("%w: %s", err, strings.Join(who, ", "))
-			}
-			return nil, at, err
+	waited, err := soon(ctx, m.Wait, func() (again bool, err error) {
+		if f, r, err = m.s.open(ctx, r, Exclusive); !errors.Is(err, ErrInUse) {
+			return false, err
 		}
 		if !told && time.Since(begun) > waitingTold {
 			told = true
-			m.Waiting(at, m.s.dir.Holders(ctx, at.object(imageSuffix)))
+			told = true
+			m.Waiting(r, m.s.dir.Holders(ctx, r.object(imageSuffix)))
 		}
-		pause = min(2*pause, 5*vfs.LockPause, m.Wait)
-		select {
-		case <-time.After(pause):
-			m.Wait -= pause
-		case <-ctx.Done():
-			return nil, at, context.Cause(ctx)
+		// One that is armed keeps what it refers to for as long as it likes.
+		_, armed, aerr := m.s.ArmedFor(ctx, r.VM)
+		return !armed || aerr != nil, err
+	})
+	m.Wait -= waited
+	if errors.Is(err, ErrInUse) {
+		if who := m.s.dir.Holders(ctx, r.object(imageSuffix)); len(who) > 0 {
+			err = fmt.Errorf("%w: %s", err, strings.Join(who, ", "))
 		}
 	}
+	return f, r, err
 }
 
 // waitingTold is how long nobody is told that there is a wait.

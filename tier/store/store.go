@@ -56,7 +56,8 @@
 // never waited for with one of these held.
 //
 // Locks end with their process, so whatever can be locked has no owner any more.
-// Every wait for one ends with the context, and after vfs.LockLimit.
+// Every wait for one ends with the context, and after vfs.LockLimit; the one for another
+// Unite after uniteWait.
 //
 // # Numbers
 //

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -25,6 +26,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
+	"github.com/flic-migrate/flic-migrate/tier/transfer"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -429,6 +431,83 @@ func TestRemoveInUse(t *testing.T) {
 	}
 	if _, _, err := s.open(context.Background(), ref, Shared); !errors.Is(err, ErrInUse) {
 		t.Errorf("open of a locked image: %v", err)
+	}
+}
+
+// TestOpenWaits: who opens a checkpoint waits for somebody who has it for himself, as a
+// removal or a flattening has for a moment, and no longer than he may. So does a copy.
+func TestOpenWaits(t *testing.T) {
+	s, disk := newStore(t)
+	other, _ := newStore(t)
+	ref := mustCommit(t, s, "vm")
+	taken := func() vfs.File {
+		t.Helper()
+		f, err := disk.Open("/store/vms/vm/00000001.flic")
+		if err == nil {
+			err = f.TryLock(vfs.Exclusive)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	defer func(was time.Duration) { openLimit = was }(openLimit)
+	for what, open := range map[string]func() error{
+		"open": func() error {
+			c, err := s.OpenCheckpoint(t.Context(), ref, checkpoint.Options{})
+			if err == nil {
+				err = c.Close()
+			}
+			return err
+		},
+		"send": func() error {
+			w, err := transfer.NewWriter(io.Discard)
+			if err != nil {
+				return err
+			}
+			have, err := other.Have(t.Context())
+			if err == nil {
+				_, err = s.Send(t.Context(), ref, w, have, SendOptions{})
+			}
+			return err
+		},
+	} {
+		openLimit = time.Minute
+		f := taken()
+		time.AfterFunc(20*time.Millisecond, func() { f.Close() })
+		if err := open(); errors.Is(err, ErrInUse) {
+			t.Errorf("%s has not waited: %v", what, err)
+		}
+		openLimit = 20 * time.Millisecond
+		f = taken()
+		if err := open(); !errors.Is(err, ErrInUse) {
+			t.Errorf("%s of what stays in use: %v", what, err)
+		}
+		f.Close()
+	}
+}
+
+// TestSoon: it is tried until it need not be, until the time is up, or nobody waits any more.
+func TestSoon(t *testing.T) {
+	in := errors.New("in use")
+	tries := 0
+	waited, err := soon(t.Context(), time.Minute, func() (bool, error) { tries++; return tries < 4, nil })
+	if err != nil || tries != 4 || waited < 7*time.Millisecond {
+		t.Errorf("%d tries in %v, %v", tries, waited, err)
+	}
+	if waited, err := soon(t.Context(), time.Minute, func() (bool, error) { return false, in }); waited != 0 || err != in {
+		t.Errorf("one that need not wait has waited %v, %v", waited, err)
+	}
+	if waited, err := soon(t.Context(), 30*time.Millisecond, func() (bool, error) { return true, in }); waited < 30*time.Millisecond || err != in {
+		t.Errorf("after %v: %v", waited, err)
+	}
+	if waited, err := soon(t.Context(), 0, func() (bool, error) { return true, in }); waited != 0 || err != in {
+		t.Errorf("without a limit to wait for: %v, %v", waited, err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	time.AfterFunc(10*time.Millisecond, stop)
+	if _, err := soon(ctx, time.Hour, func() (bool, error) { return true, in }); !errors.Is(err, context.Canceled) {
+		t.Error(err)
 	}
 }
 

@@ -37,9 +37,9 @@ const (
 	uniteSparse = 8
 	// uniteChunks is how many chunks of digests are kept, of 256 KiB each.
 	uniteChunks = 32
-	// unitePause is how long the wait is between two looks at whether another uniting has
-	// ended. That takes seconds, as long as it takes to write an image.
-	unitePause = 50 * time.Millisecond
+	// uniteWait is how long another uniting is waited for. It takes seconds, as long as it
+	// takes to write an image.
+	uniteWait = 2 * time.Minute
 )
 
 // UniteOptions of Unite.
@@ -261,19 +261,13 @@ func (d *uniteDomain) unite(ctx context.Context, a age, o UniteOptions) (u Unite
 	return u, d.catalog.Note(share.Image{UUID: u.UUID, VM: a.ref.VM, Number: a.ref.N})
 }
 
-// lockUniting waits until nobody else unites images of a domain, for as long as ctx lets it.
-func lockUniting(ctx context.Context, c *share.Catalog) (vfs.Locked, error) {
-	for {
-		l, err := c.TryLockUniting()
-		if !errors.Is(err, vfs.ErrLocked) {
-			return l, err
-		}
-		select {
-		case <-time.After(unitePause):
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
+// lockUniting waits until nobody else unites images of a domain.
+func lockUniting(ctx context.Context, c *share.Catalog) (l vfs.Locked, err error) {
+	_, err = soon(ctx, uniteWait, func() (again bool, err error) {
+		l, err = c.TryLockUniting()
+		return errors.Is(err, vfs.ErrLocked), err
+	})
+	return l, err
 }
 
 // uniting is one Unite.
