@@ -5,12 +5,12 @@ package ramparse
 const ShortestPage = 9
 
 const (
-	// sourceBuffer is QEMU's own buffer in bytes (IO_BUF_SIZE, migration/qemu-file.c);
-	// beside it QEMU holds up to sourcePages pages by reference.
-	sourceBuffer = 32 << 10
-	sourcePages  = 64
+	// SourceBuffer is QEMU's own buffer in bytes (IO_BUF_SIZE, migration/qemu-file.c);
+	// beside it QEMU holds up to SourcePages pages by reference.
+	SourceBuffer = 32 << 10
+	SourcePages  = 64
 )
 
 // Underway is how many pages of RAM a source can have sent though nobody has read them,
 // at most, if the transport takes buffer bytes.
-func Underway(buffer int) uint64 { return uint64((buffer+sourceBuffer)/ShortestPage + sourcePages) }
+func Underway(buffer int) uint64 { return uint64((buffer+SourceBuffer)/ShortestPage + SourcePages) }

@@ -289,3 +289,88 @@ func TestHoldWide(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestHoldLater has a save ask, from where it would be held, how much more it can read, and
+// never read more than that. It is told which of the pages to come had content in the parent.
+func TestHoldLater(t *testing.T) {
+	s := heldStream(2)
+	pass1 := heldStream(1).Layout().Tail
+	// stored is, by i, how many of the last i pages have content.
+	stored := []uint64{0}
+	for b := len(s.Blocks()) - 1; b >= 0; b-- {
+		for page, content := s.Pages(b), make([]byte, s.PageSize()); page > 0; page-- {
+			n := stored[len(stored)-1]
+			if s.Page(content, b, page-1); len(bytes.Trim(content, "\x00")) > 0 {
+				n++
+			}
+			stored = append(stored, n)
+		}
+	}
+	given := errors.New("given up")
+	run := func(t *testing.T, parent bool, later func(in *counter, r save.Rest) (int, error)) (held, first int64, err error) {
+		l := newLab(t, crashfs.New(0), "/")
+		if parent {
+			l.save(t, s, save.Options{})
+		}
+		in := &counter{Reader: bytes.NewReader(s.Bytes())}
+		most := int64(0)
+		ref, meta, err := l.run(t.Context(), in, save.Options{VM: "vm", ReturnPath: io.Discard, Hold: &save.Hold{
+			Rate: 100 << 20,
+			Later: func(_ context.Context, r save.Rest) (int, error) {
+				if first == 0 {
+					first = in.n
+				} else if in.n > most || most-in.n >= int64(r.Need) {
+					t.Errorf("%d bytes were read, %d could be", in.n, most)
+				}
+				for _, part := range [][2]uint64{{r.Unseen, 0}, {r.Unseen, 70}, {r.Unseen - 100, r.Unseen - 200}, {10, 10}, {10, 20}, {0, 0}} {
+					want := stored[part[0]] - stored[min(part[0], part[1])]
+					if have := r.Stored(part[0], part[1]); have != want {
+						t.Errorf("%d of the last %d pages without the last %d had content, want %d", have, part[0], part[1], want)
+					}
+				}
+				n, err := later(in, r)
+				most = in.n + int64(n)
+				return n, err
+			},
+			Wait: func(context.Context) (string, error) {
+				if held = in.n; first > 0 && held > most {
+					t.Errorf("%d bytes were read, %d could be", held, most)
+				}
+				return "running", nil
+			},
+		}})
+		if err == nil {
+			if meta.Report.Resent == 0 {
+				t.Errorf("%+v", meta.Report)
+			}
+			l.holds(t, ref, s)
+		}
+		return held, first, err
+	}
+	// The nearer to the end, the shorter the steps; up to the last page that can be read.
+	steps := 0
+	held, first, err := run(t, true, func(in *counter, r save.Rest) (int, error) {
+		steps++
+		if n := int(pass1-in.n) / 4; n >= r.Need {
+			return n, nil
+		}
+		return 0, nil
+	})
+	if err != nil || steps < 3 || held < first+(pass1-first)/2 || held >= pass1 {
+		t.Errorf("held after %d of %d bytes, %d at first, %d steps, %v", held, pass1, first, steps, err)
+	}
+	// Not for a part of a page.
+	held, first, err = run(t, true, func(_ *counter, r save.Rest) (int, error) { return r.Need - 1, nil })
+	if err != nil || held != first || first == 0 {
+		t.Errorf("held after %d bytes, %d at first, %v", held, first, err)
+	}
+	_, _, err = run(t, true, func(*counter, save.Rest) (int, error) { return 0, given })
+	if !errors.Is(err, given) {
+		t.Error(err)
+	}
+	// Nobody knows what comes.
+	_, first, err = run(t, false, func(*counter, save.Rest) (int, error) { return 0, given })
+	if err != nil || first > 0 {
+		t.Errorf("it was asked after %d bytes, %v", first, err)
+	}
+}

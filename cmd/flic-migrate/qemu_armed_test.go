@@ -587,3 +587,101 @@ func TestDomainArmed(t *testing.T) {
 	runsOn(t, vm)
 	checks(t, vm)
 }
+
+// A process that can have the monitor holds the first pass near its end, but not where the guest
+// has zeroed what is under way. If the guest has zeroed what comes after that, QEMU may come to
+// the end of its pass: the guest runs, and nothing is armed. So it is if the process is killed on
+// its way.
+func TestArmedLater(t *testing.T) {
+	t.Parallel()
+	ctx := limit(t)
+	const size = 98312 << 10 // qemutest.LiveMemory
+	for name, c := range map[string]struct {
+		args   []string
+		zeroed int64 // so many of the last pages, after the parent was made
+		left   int64 // at most
+		gone   bool  // nothing may be armed in the end
+	}{
+		"full":        {left: 1200},
+		"vga":         {args: []string{"-device", "VGA"}, left: 6000}, // its memory is all zeros, and behind the guest's
+		"zeroed":      {zeroed: 9000, left: 7500},
+		"end zeroed":  {zeroed: 1500, left: 7500, gone: true},
+		"killed then": {left: 7500, gone: true},
+	} {
+		l := newLab(t)
+		config := q35.tiny(t, qemutest.LiveMemory, varied((size-contentAt)/4096), 60)
+		config.Args = append(config.Args, c.args...)
+		vm := qemutest.Start(t, config)
+		vm.WaitFor(t, `tick 00000002\r`)
+		before := settings(t, vm)
+		log := filepath.Join(l.dir, "log")
+		rate := "100M"
+		if c.zeroed > 0 {
+			rate = "40M"
+		}
+		rep := l.checkpoint(t, vm, "--arm", "--arm-log", log, "--arm-rate", rate)
+		note, lives := l.armedNote(t)
+		if rep.ArmedProcess == 0 || !lives {
+			t.Fatalf("%s: %+v", name, rep)
+		}
+		if c.zeroed > 0 {
+			zero(t, ctx, vm, size-c.zeroed*4096, (c.zeroed-10)*4096)
+		}
+		if name == "killed then" {
+			until(t, "the last part of the way", func() bool {
+				info, err := migration.Query(ctx, vm.QMP)
+				ok(t, err)
+				return info.RAM != nil && info.RAM.Remaining/4096 < 7000
+			})
+			ok(t, syscall.Kill(note.PID, syscall.SIGKILL))
+		}
+		held := false
+		until(t, "the hold", func() bool {
+			text, err := os.ReadFile(log)
+			ok(t, err)
+			held = strings.Contains(string(text), "held in the first pass")
+			return held || !alive(note.PID)
+		})
+		text, err := os.ReadFile(log)
+		ok(t, err)
+		info, err := migration.Query(ctx, vm.QMP)
+		ok(t, err)
+		t.Logf("%s: held is %v, %s", name, held, text)
+		runsOn(t, vm)
+		if held {
+			if left := info.RAM.Remaining / 4096; info.Status != migration.StatusActive || info.RAM.DirtySyncCount != 1 || left < 128 || left > c.left {
+				t.Errorf("%s: %s, %+v", name, info.Status, info.RAM)
+			}
+		} else if !c.gone {
+			t.Errorf("%s: nothing is armed", name)
+		}
+		rep = l.checkpoint(t, vm, "--then", "pause")
+		if rep.Armed != held || len(rep.Warnings) > 0 {
+			t.Errorf("%s: %+v", name, rep)
+		}
+		l.gc(t)
+		l.notArmed(t, name, note)
+		if c.zeroed == 0 || !held { // it was zeroed behind QEMU's back
+			l.shadow(t, ctx, vm, rep.Checkpoint)
+		}
+		if after := settings(t, vm); after != before {
+			t.Errorf("%s: settings were\n%s\nand are\n%s", name, before, after)
+		}
+		vm.Kill()
+	}
+}
+
+// zero overwrites guest memory from outside.
+func zero(t *testing.T, ctx context.Context, vm *qemutest.VM, at, size int64) {
+	t.Helper()
+	text, err := qmp.HumanMonitor(ctx, vm.QMP, fmt.Sprintf("gpa2hva %#x", at))
+	ok(t, err)
+	var host int64
+	_, err = fmt.Sscanf(text[strings.LastIndex(text, "0x"):], "%v", &host)
+	ok(t, err)
+	mem, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", vm.Pid()), os.O_WRONLY, 0)
+	ok(t, err)
+	defer mem.Close()
+	_, err = mem.WriteAt(make([]byte, size), host)
+	ok(t, err)
+}

@@ -35,6 +35,9 @@ var (
 	ErrArmed = errors.New("the guest is armed for a checkpoint, and QEMU has one migration at a time; disarm it first")
 	// ErrNotArmed: it is not, or not any more.
 	ErrNotArmed = errors.New("QEMU is not armed for a checkpoint any more")
+	// ErrOutrun: the first pass was to be held, and QEMU has come to its end. It may have
+	// stopped the guest to finish.
+	ErrOutrun = errors.New("QEMU has come to the end of its first pass over memory, near which it was to be held")
 	// ErrPausedGuest: a guest that does not run has nothing to be armed for.
 	ErrPausedGuest = errors.New("the guest does not run, so nothing changes until its next checkpoint")
 )
@@ -133,6 +136,41 @@ func Unplugged(ctx context.Context, x qmp.Executor) (n uint64, err error) {
 	return n, err
 }
 
+// FirstPass is how far QEMU is with the first pass over memory, of a migration that is held.
+type FirstPass struct {
+	// Passes is how many passes QEMU has begun, by its own count.
+	Passes int64
+	// Left is how many pages of the pass QEMU has not put into its buffers yet.
+	Left uint64
+	// Spare is how many must be left for QEMU not to look whether it could finish, with as
+	// many again and spareLeast for what it may measure next.
+	Spare uint64
+}
+
+// spareLeast is FirstPass.Spare where QEMU has sent next to nothing lately: 100 MB in the 100 ms
+// that come next.
+const spareLeast = 256
+
+// QueryFirstPass asks QEMU. ErrNotArmed: the migration has ended, or is on its way to that.
+// ErrOutrun: it has come further than to its passes over memory.
+func QueryFirstPass(ctx context.Context, x qmp.Executor) (p FirstPass, err error) {
+	info, err := Query(ctx, x)
+	switch {
+	case err != nil:
+		return p, err
+	case info.Status == StatusDevice || info.Status == StatusPreSwitchover || info.Status == StatusCompleted:
+		return p, fmt.Errorf("%w (it is %s)", ErrOutrun, info.Status)
+	case info.Status != StatusActive || info.RAM == nil || info.RAM.PageSize <= 0 || info.RAM.Remaining < 0:
+		return p, fmt.Errorf("%w (it is %s)", ErrNotArmed, info.Status)
+	}
+	p.Passes, p.Left = info.RAM.DirtySyncCount, uint64(info.RAM.Remaining/info.RAM.PageSize)
+	// It looks when what is left could be sent in downtime-limit, 1 ms, at the rate that it has
+	// measured last, for which it waits 100 ms at least.
+	perMs := max(info.RAM.Mbps, 0) * 1e6 / 8 / 1000
+	p.Spare = spareLeast + 2*uint64(perMs)/uint64(info.RAM.PageSize)
+	return p, nil
+}
+
 // armNeeds is what a checkpoint that stops the guest needs, but that the guest, which
 // runs for a long time meanwhile, is not slowed down.
 func armNeeds(name string, is bool) bool {
@@ -228,7 +266,9 @@ func (d *drive) attach(ctx context.Context, consume func(context.Context) error,
 type DisarmOptions struct {
 	Kept Kept
 	// Ended: the migration is known to have ended. One that runs is not ours then.
-	Ended  bool
+	Ended bool
+	// Ran: QEMU may have stopped the guest, which ran, to finish the migration (ErrOutrun).
+	Ran    bool
 	Redial Redialer // may be nil
 }
 
@@ -242,6 +282,7 @@ func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 	d := &drive{x: x, redial: o.Redial, started: !o.Ended}
 	switch leftIn(p) {
 	case LeftArmed:
+		d.was.Running = o.Ran
 	case LeftStopped:
 		d.was.Running = true // and so it is to be again
 	default:

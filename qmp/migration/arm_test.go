@@ -196,3 +196,50 @@ func TestUnplugged(t *testing.T) {
 		}
 	}
 }
+
+// QEMU says how far it is with the first pass, also where it is not in it any more.
+func TestQueryFirstPass(t *testing.T) {
+	for _, test := range []struct {
+		answer string
+		want   FirstPass
+		err    error
+	}{
+		{`{"status": "active", "ram": {"remaining": 8192, "page-size": 4096, "dirty-sync-count": 1, "mbps": 0}}`, FirstPass{1, 2, 256}, nil},
+		// 100 MB/s are 24 pages in a millisecond.
+		{`{"status": "active", "ram": {"remaining": 4096000, "page-size": 4096, "dirty-sync-count": 3, "mbps": 800}}`, FirstPass{3, 1000, 256 + 48}, nil},
+		{`{"status": "active", "ram": {"remaining": 4096000, "page-size": 4096, "dirty-sync-count": 1, "mbps": -1}}`, FirstPass{1, 1000, 256}, nil},
+		{`{"status": "device"}`, FirstPass{}, ErrOutrun},
+		{`{"status": "pre-switchover"}`, FirstPass{}, ErrOutrun},
+		{`{"status": "completed"}`, FirstPass{}, ErrOutrun},
+		{`{"status": "cancelled"}`, FirstPass{}, ErrNotArmed},
+		{`{"status": "failing"}`, FirstPass{}, ErrNotArmed},
+		{`{}`, FirstPass{}, ErrNotArmed},
+		{`{"status": "active"}`, FirstPass{}, ErrNotArmed},
+		{`{"status": "active", "ram": {"remaining": 8192, "page-size": 0}}`, FirstPass{}, ErrNotArmed},
+	} {
+		p, err := QueryFirstPass(t.Context(), says(test.answer))
+		if p != test.want || !errors.Is(err, test.err) {
+			t.Errorf("%s: %+v, %v", test.answer, p, err)
+		}
+	}
+}
+
+// says answers each command with the same.
+type says string
+
+func (s says) Events(context.Context) (<-chan qmp.Event, error) { return nil, nil }
+
+func (s says) Execute(_ context.Context, _ string, _, result any) error {
+	return json.Unmarshal([]byte(s), result)
+}
+
+// A guest that QEMU has stopped to finish is let run by who disarms, who knows that it ran.
+func TestDisarmOutrun(t *testing.T) {
+	for _, ran := range []bool{true, false} {
+		x, kept, was := armedGuest(t)
+		x.ends(StatusCancelled, "", "finish-migrate")
+		if err := Disarm(t.Context(), x, DisarmOptions{Kept: kept, Ran: ran}); err != nil || (x.run == "running") != ran || x.settings() != was {
+			t.Errorf("%v; the guest is %s, settings %s", err, x.run, x.settings())
+		}
+	}
+}

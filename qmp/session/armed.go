@@ -33,8 +33,8 @@ import (
 )
 
 // A checkpoint can leave the next one armed: a process of its own has the stream of a
-// migration that has begun, and holds it (package save, Hold). It holds no monitor,
-// which takes one client. Commands talk to it over a Unix socket in a directory that
+// migration that has begun, and holds it (package save, Hold). It has the monitor, which
+// takes one client, for moments before that, if it can be had (later.go). Commands talk to it over a Unix socket in a directory that
 // only its user can enter: lines of JSON, a message each.
 //
 //	command                         armed process
@@ -231,7 +231,7 @@ type armedServer struct {
 	c armedConfig
 
 	stop  context.CancelCauseFunc // ends the save
-	hurry chan struct{}           // closed: Hold.Hurry
+	hurry chan struct{}           // closed: Hold.Hurry, and the monitor is somebody else's
 	once  sync.Once               // of hurry
 	goOn  chan armedAsk           // go, once
 	begun chan struct{}           // closed: the note is there
@@ -345,8 +345,10 @@ func (s *armedServer) save(ctx context.Context, f *os.File) (ref store.Ref, meta
 			return ref, nil, err
 		}
 	}
+	later := &later{s: s, fd: int(f.Fd())}
+	defer later.end()
 	o.Hold = &save.Hold{
-		Rate: s.c.Rate, Buffer: s.c.Buffer, Absent: s.c.Absent, Hurry: s.hurry,
+		Rate: s.c.Rate, Buffer: s.c.Buffer, Absent: s.c.Absent, Hurry: s.hurry, Later: later.further,
 		Begun: func(r store.Ref, id uuid.UUID) error {
 			state, err := json.Marshal(armedState{s.c.Target, s.c.Kept})
 			if err != nil {
@@ -443,6 +445,7 @@ func (s *armedServer) forget() {
 // disarm cancels the migration while it is still wanted by QEMU, so that QEMU calls it
 // cancelled, and no failure.
 func (s *armedServer) disarm() {
+	s.hurried()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	if err := s.putBackOnce(ctx, false); err != nil {
@@ -468,6 +471,9 @@ func (s *armedServer) putBack(ended bool) {
 		}
 	}
 }
+
+// hurried has the save be held soon, without the monitor.
+func (s *armedServer) hurried() { s.once.Do(func() { close(s.hurry) }) }
 
 // leave says whether somebody else puts QEMU right.
 func (s *armedServer) leave(to bool) {
@@ -588,7 +594,7 @@ func (s *armedServer) talk(conn net.Conn) {
 				report = s.saved
 			case a.Ask == "ready":
 				s.leave(true)
-				s.once.Do(func() { close(s.hurry) })
+				s.hurried()
 				held, report = s.held, s.saved
 			case a.Ask == "go" && !driver:
 				s.mu.Lock()

@@ -106,6 +106,7 @@ func (f *feed) Read(p []byte) (int, error) {
 		more, err = f.in.Read(p[n:])
 		n += more
 	}
+	f.hold.took(n)
 	return n, err
 }
 

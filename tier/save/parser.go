@@ -246,7 +246,7 @@ func (p *parser) start() error {
 	case p.walk.Uncertain:
 		return ErrUncounted
 	}
-	return p.hold.start(p.unseen)
+	return p.hold.start(p.unseen, p.meta.PageSize)
 }
 
 // left is how many pages are certain to come.
