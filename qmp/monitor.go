@@ -138,8 +138,8 @@ type reply struct {
 	} `json:"error"`
 }
 
-// outgoing is one command on its way. The writer owns the file, which travels
-// with the command's first byte, and closes it.
+// outgoing is commands on their way. The writer owns the file, which travels
+// with the first byte, and closes it.
 type outgoing struct {
 	line []byte
 	file *os.File // nil but for getfd
@@ -357,50 +357,111 @@ func (m *Monitor) ExecuteOOB(ctx context.Context, command string, args, result a
 
 // execute owns the file, which goes with the command.
 func (m *Monitor) execute(ctx context.Context, how, command string, args, result any, file *os.File) error {
-	sent := false
-	defer func() {
-		if !sent {
-			file.Close() // of nil is an error that nobody wants to know
+	ctx, cancel := m.bounded(ctx)
+	defer cancel()
+	q, err := m.question(how, command, args)
+	if err == nil {
+		defer m.forget(q.id)
+		err = m.post(ctx, outgoing{q.line, file})
+	} else {
+		file.Close() // of nil is an error that nobody wants to know
+	}
+	if err != nil {
+		return &OpError{Op: command, Addr: m.addr, Err: err}
+	}
+	return m.hear(ctx, q, result)
+}
+
+// together is Together's.
+func (m *Monitor) together(ctx context.Context, calls []Call) []error {
+	ctx, cancel := m.bounded(ctx)
+	defer cancel()
+	errs := make([]error, len(calls))
+	questions := make([]question, len(calls))
+	var lines []byte
+	for i, c := range calls {
+		if questions[i], errs[i] = m.question("execute", c.Command, c.Args); errs[i] == nil {
+			defer m.forget(questions[i].id)
+			lines = append(lines, questions[i].line...)
 		}
-	}()
-	fail := func(err error) error { return &OpError{Op: command, Addr: m.addr, Err: err} }
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, m.options.Timeout)
-		defer cancel()
 	}
-	if ctx.Err() != nil {
-		return fail(ctx.Err()) // the select below would not always see it
+	unsent := m.post(ctx, outgoing{line: lines})
+	for i, c := range calls {
+		if errs[i] == nil {
+			errs[i] = unsent
+		}
+		if errs[i] != nil {
+			errs[i] = &OpError{Op: c.Command, Addr: m.addr, Err: errs[i]}
+			continue
+		}
+		errs[i] = m.hear(ctx, questions[i], c.Result)
 	}
+	return errs
+}
+
+// bounded is a context with a deadline.
+func (m *Monitor) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, m.options.Timeout)
+}
+
+// question is a command for which there is a place for the answer.
+type question struct {
+	command string
+	id      uint64
+	line    []byte
+	answer  <-chan reply
+}
+
+// question makes one. Its id is to be forgotten.
+func (m *Monitor) question(how, command string, args any) (q question, err error) {
 	message := map[string]any{how: command}
 	if args != nil {
 		message["arguments"] = args
 	}
-	id, answer, err := m.expect()
-	if err != nil {
-		return fail(err)
+	q.command = command
+	if q.id, q.answer, err = m.expect(); err != nil {
+		return q, err
 	}
-	defer m.forget(id)
-	message["id"] = id
+	message["id"] = q.id
 	line, err := json.Marshal(message)
 	if err != nil {
-		return fail(err)
+		m.forget(q.id)
+		return q, err
 	}
-	select {
-	case m.out <- outgoing{append(line, '\n'), file}:
-		sent = true
-	case <-m.done:
-		return fail(m.Err())
-	case <-ctx.Done():
-		return fail(unanswered(ctx, "not sent, the ones before it are not taken"))
+	q.line = append(line, '\n')
+	return q, nil
+}
+
+// post hands commands to the writer, with the file, which is closed in any case.
+func (m *Monitor) post(ctx context.Context, o outgoing) error {
+	err := ctx.Err() // the select below would not always see it
+	if err == nil {
+		select {
+		case m.out <- o:
+			return nil
+		case <-m.done:
+			err = m.Err()
+		case <-ctx.Done():
+			err = unanswered(ctx, "not sent, the ones before it are not taken")
+		}
 	}
+	o.file.Close() // of nil is an error that nobody wants to know
+	return err
+}
+
+// hear waits for the answer to a question.
+func (m *Monitor) hear(ctx context.Context, q question, result any) error {
+	fail := func(err error) error { return &OpError{Op: q.command, Addr: m.addr, Err: err} }
 	var r reply
 	select {
-	case r = <-answer:
+	case r = <-q.answer:
 	case <-m.done:
 		// An answer that came just before the end still counts: quit's does.
 		select {
-		case r = <-answer:
+		case r = <-q.answer:
 		default:
 			return fail(m.Err())
 		}
@@ -408,7 +469,7 @@ func (m *Monitor) execute(ctx context.Context, how, command string, args, result
 		return fail(unanswered(ctx, "no answer; QEMU leaves its monitor unserved while an exec: child is slow to end"))
 	}
 	if r.Error != nil {
-		return &Error{Command: command, Class: r.Error.Class, Desc: r.Error.Desc}
+		return &Error{Command: q.command, Class: r.Error.Class, Desc: r.Error.Desc}
 	}
 	if result == nil {
 		return nil

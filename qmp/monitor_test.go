@@ -738,3 +738,90 @@ func FuzzMonitor(f *testing.F) {
 		<-ended
 	})
 }
+
+// Commands that are sent together are all there before the first is answered, in their order,
+// and each has its own answer.
+func TestTogether(t *testing.T) {
+	var came []qmptest.Command
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+		if came = append(came, cmd); len(came) < 3 {
+			return
+		}
+		c.Reply(came[2], `{"status": "paused", "running": false}`)
+		c.Refuse(came[1], "GenericError", "not now")
+		c.Reply(came[0], `"first"`)
+		came = nil
+	}))
+	m := dial(t, f, Options{Timeout: 10 * time.Second})
+	for range 2 {
+		var first string
+		var status RunState
+		errs := Together(t.Context(), m, Call{"one", nil, &first}, Call{"two", map[string]any{"x": 1}, nil}, Call{"query-status", nil, &status})
+		var refused *Error
+		if len(errs) != 3 || errs[0] != nil || errs[2] != nil || !errors.As(errs[1], &refused) || refused.Command != "two" || refused.Desc != "not now" {
+			t.Fatalf("errors %v", errs)
+		}
+		if first != "first" || status.Status != "paused" {
+			t.Errorf("answers %q, %+v", first, status)
+		}
+	}
+	// What can't be written does not keep the others from being asked.
+	errs := Together(t.Context(), m, Call{"one", nil, nil}, Call{"bad", func() {}, nil}, Call{"two", nil, nil}, Call{"three", nil, nil})
+	var refused *Error
+	if errs[0] != nil || errs[1] == nil || !errors.As(errs[2], &refused) || errs[3] != nil {
+		t.Errorf("errors %v", errs)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.waiting) != 0 {
+		t.Errorf("%d answers are still waited for", len(m.waiting))
+	}
+}
+
+// The end of the connection, and of the context, is the end of all that are under way.
+func TestTogetherEnds(t *testing.T) {
+	calls := []Call{{"one", nil, nil}, {"two", nil, nil}}
+	f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+		if cmd.Execute == "two" {
+			c.Close()
+		}
+	}))
+	for i, err := range Together(t.Context(), dial(t, f, Options{}), calls...) {
+		var op *OpError
+		if !errors.Is(err, ErrLost) || !errors.As(err, &op) || op.Op != calls[i].Command {
+			t.Errorf("%s: %v", calls[i].Command, err)
+		}
+	}
+	silent := qmptest.New(t, qmptest.Negotiated(func(*qmptest.Conn, qmptest.Command) {}))
+	m := dial(t, silent, Options{})
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	for range 2 {
+		for _, err := range Together(ctx, m, calls...) {
+			if !errors.Is(err, context.DeadlineExceeded) {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// single is an Executor that is no Monitor.
+type single struct{ sent []string }
+
+func (s *single) Execute(_ context.Context, command string, _, result any) error {
+	s.sent = append(s.sent, command)
+	if command == "two" {
+		return &Error{Command: command}
+	}
+	return nil
+}
+
+func (s *single) Events(context.Context) (<-chan Event, error) { return nil, ErrClosed }
+
+func TestTogetherElsewhere(t *testing.T) {
+	var s single
+	errs := Together(t.Context(), &s, Call{"one", nil, nil}, Call{"two", nil, nil}, Call{"three", nil, nil})
+	if errs[0] != nil || errs[1] == nil || errs[2] != nil || strings.Join(s.sent, " ") != "one two three" {
+		t.Errorf("%v, sent %v", errs, s.sent)
+	}
+}

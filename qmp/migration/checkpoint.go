@@ -232,6 +232,10 @@ type checkpointer struct {
 	o       CheckpointOptions
 	rep     CheckpointReport
 	overdue bool // all was saved, and QEMU's migration did not end
+	// completed: it has ended well, and ended is what the guest did just then; the zero
+	// RunState: that is not known, or some time ago.
+	completed bool
+	ended     qmp.RunState
 
 	stoppedAt, savedAt, ranAt time.Time // about when we stopped the guest, QEMU was done, and it ran again
 }
@@ -279,11 +283,10 @@ func (c *checkpointer) check(ctx context.Context) error {
 	if c.settings.left != LeftNothing {
 		c.warn("an earlier run was killed: the migration settings will be QEMU's defaults")
 	}
-	info, err := Query(ctx, c.x)
-	if err == nil && len(info.BlockedReasons) > 0 {
-		err = fmt.Errorf("%w: %s", ErrBlocked, strings.Join(info.BlockedReasons, "; "))
+	if len(c.blocked) > 0 {
+		return fmt.Errorf("%w: %s", ErrBlocked, strings.Join(c.blocked, "; "))
 	}
-	return err
+	return nil
 }
 
 // harmless are capabilities that may be as the user has set them. All others are
@@ -318,6 +321,10 @@ func (c *checkpointer) save(ctx context.Context) error {
 		if c.rep.Mode == ModeBackground && errors.As(err, &refused) {
 			err = fmt.Errorf("%w: %w", ErrBackground, err)
 		}
+		return err
+	}
+	// The guest need not stand still for that.
+	if err := c.openChannel(ctx, TwoWay); err != nil {
 		return err
 	}
 	if c.rep.Mode == ModeStop && c.o.Together != nil {
@@ -398,7 +405,7 @@ func (c *checkpointer) wait(ctx context.Context) error {
 		}
 		stop()
 	}()
-	info, err := c.waitPatiently(waiting)
+	info, guest, err := c.waitPatiently(waiting)
 	c.savedAt = time.Now()
 	c.rep.QEMUDowntime = time.Duration(info.Downtime) * time.Millisecond
 	if info.RAM != nil {
@@ -408,6 +415,10 @@ func (c *checkpointer) wait(ctx context.Context) error {
 	switch {
 	case err == nil:
 		<-c.done // without a return path QEMU is ready before Save is
+		c.completed = true
+		if c.rep.Mode != ModeBackground && c.o.Together == nil {
+			c.ended = guest
+		}
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
 		_ = c.cancel(ctx)
@@ -456,31 +467,37 @@ func (c *checkpointer) waitEnded(ctx context.Context) error {
 }
 
 // waitPatiently is Wait with a bound on convergence.
-func (c *checkpointer) waitPatiently(ctx context.Context) (Info, error) {
+func (c *checkpointer) waitPatiently(ctx context.Context) (Info, qmp.RunState, error) {
 	if c.rep.Mode != ModeLive || c.o.Patience <= 0 || c.precopies() {
-		return Wait(ctx, c.x)
+		return c.waitOnce(ctx)
 	}
 	patient, stop := context.WithTimeout(ctx, c.o.Patience)
 	defer stop()
-	info, err := Wait(patient, c.x)
+	info, guest, err := c.waitOnce(patient)
 	if err == nil || ctx.Err() != nil || patient.Err() == nil {
-		return info, err
+		return info, guest, err
 	}
 	s, err := qmp.QueryStatus(ctx, c.x)
 	if err != nil {
-		return info, err
+		return info, guest, err
 	}
 	if s.Running { // else QEMU has just found that it can stop it
 		c.rep.Converged = false
 		if c.o.GiveUp {
-			return info, fmt.Errorf("%w: not done within %v", ErrNoConvergence, c.o.Patience)
+			return info, guest, fmt.Errorf("%w: not done within %v", ErrNoConvergence, c.o.Patience)
 		}
 		c.warn("%v: after %v it was stopped for the rest", ErrNoConvergence, c.o.Patience)
 		if err := SetParameters(ctx, c.x, map[string]any{"downtime-limit": maxDowntime}); err != nil {
-			return info, err
+			return info, guest, err
 		}
 	}
-	return Wait(ctx, c.x)
+	return c.waitOnce(ctx)
+}
+
+// waitOnce is Wait, and says what the guest did when it ended.
+func (c *checkpointer) waitOnce(ctx context.Context) (info Info, guest qmp.RunState, err error) {
+	info, err = waitAnd(ctx, c.x, []qmp.Call{{Command: "query-status", Result: &guest}})
+	return info, guest, err
 }
 
 func (c *checkpointer) warn(format string, args ...any) {
@@ -492,6 +509,9 @@ func (c *checkpointer) warn(format string, args ...any) {
 // were asked to end, was saved as a whole. If it is not known, the error is that of
 // the connection.
 func (c *checkpointer) confirm(ctx context.Context) error {
+	if c.completed {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), confirmTime)
 	defer cancel()
 	return c.again(ctx, func(ctx context.Context) error {
@@ -535,12 +555,25 @@ func (c *checkpointer) finish(ctx context.Context) error {
 	return c.again(ctx, c.then)
 }
 
+// cont lets the guest run, for which it stands still: what it does is not asked again if
+// QEMU has just said it.
+func (c *checkpointer) cont(ctx context.Context) error {
+	ended := c.ended
+	c.ended = qmp.RunState{}
+	if ended.Status == "" {
+		return cont(ctx, c.x)
+	}
+	return contFrom(ctx, c.x, ended)
+}
+
 func (c *checkpointer) then(ctx context.Context) (err error) {
 	switch c.o.Then {
 	case ThenAsBefore:
-		err = c.guestAsBefore(ctx)
+		if c.was.Running {
+			err = c.cont(ctx)
+		}
 	case ThenRun:
-		err = cont(ctx, c.x)
+		err = c.cont(ctx)
 	case ThenPause:
 		err = qmp.Stop(ctx, c.x) // does nothing to one that does not run
 	case ThenQuit:
@@ -551,10 +584,8 @@ func (c *checkpointer) then(ctx context.Context) (err error) {
 		return err
 	}
 	c.ranAt = time.Now()
-	if err := c.settings.restore(ctx, c.x); err != nil {
-		return err
-	}
-	s, err := qmp.QueryStatus(ctx, c.x)
+	var s qmp.RunState
+	err = c.settings.restore(ctx, c.x, qmp.Call{Command: "query-status", Result: &s})
 	c.rep.State = s.Status
 	return err
 }

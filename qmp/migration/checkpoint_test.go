@@ -30,6 +30,7 @@ type simulated struct {
 	refuse       map[string]string // what is refused, and why
 	lost         bool
 	sent         []string
+	asked        []string // what was sent, and questions
 	stream       *os.File // QEMU's end
 	events       []chan qmp.Event
 	clock        int64 // of the events, ms
@@ -59,6 +60,7 @@ func (s *simulated) Execute(ctx context.Context, name string, args, result any) 
 	if why, ok := s.refuse[name]; ok {
 		return &qmp.Error{Command: name, Class: "GenericError", Desc: why}
 	}
+	s.asked = append(s.asked, name)
 	if !strings.HasPrefix(name, "query-") {
 		s.sent = append(s.sent, name)
 	}
@@ -251,6 +253,42 @@ func TestCheckpointThen(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// Nothing is asked twice, all that can be is done before the guest stops or when it runs
+// again, and it runs as soon as the end of the migration is known.
+func TestCheckpointAsksLittle(t *testing.T) {
+	x := simulate("running")
+	x.onMigrate = func(s *simulated) {
+		for range 3 {
+			time.Sleep(pollInterval)
+		}
+		completes(s)
+	}
+	opened := 0
+	_, err := Checkpoint(t.Context(), x, CheckpointOptions{Mode: ModeStop, Save: savesAll,
+		Open: func(ctx context.Context, q qmp.Executor, d Direction) (*Channel, error) {
+			opened = len(x.asked)
+			return x.open(ctx, q, d)
+		}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := []string{
+		"query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-status",
+		"query-yank", "migrate-set-parameters", "migrate-set-capabilities", "stop", "migrate",
+	}
+	after := []string{
+		"query-migrate", "query-status", "cont",
+		"query-yank", "migrate-set-capabilities", "migrate-set-parameters", "query-status",
+	}
+	n, m := len(before), len(x.asked)-len(after)
+	if m < n || !slices.Equal(x.asked[:n], before) || !slices.Equal(x.asked[m:], after) {
+		t.Errorf("asked %v, want %v, some questions, and %v", x.asked, before, after)
+	}
+	if opened == 0 || opened > slices.Index(x.asked, "stop") {
+		t.Errorf("the channel was opened after %v", x.asked[:opened])
 	}
 }
 

@@ -50,6 +50,7 @@ type drive struct {
 
 	settings settings
 	was      qmp.RunState // what the guest did before
+	blocked  []string     // why this VM can't be migrated
 	started  bool         // QEMU may be migrating
 	// drain makes hangUp read the stream to its end. QEMU 7.2 does not stop
 	// write-protecting memory when a background snapshot fails or is
@@ -70,15 +71,20 @@ func (d *drive) prepare(ctx context.Context, need func(string, bool) bool, durin
 	if d.open == nil {
 		d.open = OpenChannel
 	}
-	if d.settings, err = planSettings(ctx, d.x, need, during); err != nil {
-		return err
-	}
-	info, err := Query(ctx, d.x)
+	now, err := look(ctx, d.x)
 	if err != nil {
 		return err
 	}
+	if d.settings, err = now.settings.plan(need, during); err != nil {
+		return err
+	}
+	info := now.info
+	d.blocked, d.was = info.BlockedReasons, now.guest
 	if d.settings.left != LeftNothing && info.Status == StatusPreSwitchover {
 		if info, err = d.cancelLeft(ctx); err != nil {
+			return err
+		}
+		if d.was, err = qmp.QueryStatus(ctx, d.x); err != nil {
 			return err
 		}
 	}
@@ -87,9 +93,6 @@ func (d *drive) prepare(ctx context.Context, need func(string, bool) bool, durin
 			return ErrArmed
 		}
 		return fmt.Errorf("%w (it is %s)", ErrMigrating, info.Status)
-	}
-	if d.was, err = qmp.QueryStatus(ctx, d.x); err != nil {
-		return err
 	}
 	if d.settings.left == LeftStopped && !d.was.Running {
 		return d.runLeft(ctx)
@@ -148,9 +151,17 @@ func (d *drive) stays(ctx context.Context, s Status) (info Info, err error) {
 	return info, nil
 }
 
+// openChannel opens the channel, unless that has been done.
+func (d *drive) openChannel(ctx context.Context, dir Direction) (err error) {
+	if d.channel == nil {
+		d.channel, err = d.open(ctx, d.x, dir)
+	}
+	return err
+}
+
 // start begins the migration and the consumer.
 func (d *drive) start(ctx context.Context, dir Direction, consume Consumer) (err error) {
-	if d.channel, err = d.open(ctx, d.x, dir); err != nil {
+	if err := d.openChannel(ctx, dir); err != nil {
 		return err
 	}
 	// Also if the answer is not waited for: QEMU may have begun.
@@ -277,10 +288,18 @@ func (d *drive) guestAsBefore(ctx context.Context) error {
 // cont lets a guest run that we or its migration have stopped.
 func cont(ctx context.Context, x qmp.Executor) error {
 	s, err := qmp.QueryStatus(ctx, x)
-	if err == nil && !s.Running && slices.Contains(stoppedByMigration, s.Status) {
-		err = qmp.Cont(ctx, x)
+	if err == nil {
+		err = contFrom(ctx, x, s)
 	}
 	return err
+}
+
+// contFrom is cont for who knows what the guest does.
+func contFrom(ctx context.Context, x qmp.Executor, s qmp.RunState) error {
+	if s.Running || !slices.Contains(stoppedByMigration, s.Status) {
+		return nil
+	}
+	return qmp.Cont(ctx, x)
 }
 
 // pauses adds up the times between STOP and RESUME among the events so far, by

@@ -30,12 +30,20 @@ var errHeld = errors.New("QEMU goes on to have the migration in use that it says
 // So this comes before any SetCapabilities after a migration. The last thing that QEMU
 // does is to take the migration out of what query-yank lists. A QEMU that has no such
 // command (before 6.0), or whose user keeps it from us, is not waited for.
-func letGo(ctx context.Context, x qmp.Executor) error {
+//
+// also is asked with the first question; its errors come after letGo's own.
+func letGo(ctx context.Context, x qmp.Executor, also ...qmp.Call) error {
+	var list []yank
+	errs := qmp.Together(ctx, x, append([]qmp.Call{{Command: "query-yank", Result: &list}}, also...)...)
+	errs[0] = untilLetGo(ctx, x, list, errs[0])
+	return errors.Join(errs...)
+}
+
+// untilLetGo is letGo when it has asked once.
+func untilLetGo(ctx context.Context, x qmp.Executor, list []yank, err error) error {
 	limit := time.NewTimer(letGoTime)
 	defer limit.Stop()
 	for {
-		var list []yank
-		err := x.Execute(ctx, "query-yank", nil, &list)
 		var refused *qmp.Error
 		switch {
 		case errors.As(err, &refused):
@@ -52,6 +60,8 @@ func letGo(ctx context.Context, x qmp.Executor) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
+		list = nil
+		err = x.Execute(ctx, "query-yank", nil, &list)
 	}
 }
 

@@ -46,14 +46,21 @@ func Origin(ctx context.Context, x qmp.Executor) string {
 // NoteOrigin notes a checkpoint in QEMU, in place of what was noted before. It is a hint:
 // a QEMU that can't be told does without.
 func NoteOrigin(ctx context.Context, x qmp.Executor, id string) {
+	NoteNext(ctx, x, Origin(ctx, x), id)
+}
+
+// NoteNext is NoteOrigin for who has asked for what was noted before.
+func NoteNext(ctx context.Context, x qmp.Executor, was, id string) {
+	if was == id {
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, noteTime)
 	defer cancel()
-	if was := Origin(ctx, x); was == id {
-		return
-	} else if was != "" {
-		_ = x.Execute(ctx, "object-del", map[string]any{"id": originPrefix + was}, nil)
+	var calls []qmp.Call
+	if was != "" {
+		calls = append(calls, qmp.Call{Command: "object-del", Args: map[string]any{"id": originPrefix + was}})
 	}
-	_ = x.Execute(ctx, "object-add", map[string]any{"qom-type": "secret", "id": originPrefix + id, "data": "-"}, nil)
+	qmp.Together(ctx, x, append(calls, qmp.Call{Command: "object-add", Args: map[string]any{"qom-type": "secret", "id": originPrefix + id, "data": "-"}})...)
 }
 
 // noteTime is how long a QEMU may take to say what is noted in it.

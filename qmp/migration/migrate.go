@@ -15,6 +15,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -103,54 +104,103 @@ type RAMStats struct {
 func Query(ctx context.Context, x qmp.Executor) (Info, error) {
 	var info Info
 	err := x.Execute(ctx, "query-migrate", nil, &info)
-	if err == nil && info.Status == "" {
-		info.Status = StatusNone
+	if err == nil {
+		info.complete()
 	}
 	return info, err
+}
+
+// complete names the status of a QEMU that never had a migration.
+func (i *Info) complete() {
+	if i.Status == "" {
+		i.Status = StatusNone
+	}
+}
+
+// state is what a QEMU says of itself.
+type state struct {
+	settings asIs
+	info     Info
+	guest    qmp.RunState
+}
+
+// asIs are the migration settings of a QEMU.
+type asIs struct {
+	capabilities map[string]bool
+	parameters   map[string]json.RawMessage
+}
+
+// look asks for all of it at once.
+func look(ctx context.Context, x qmp.Executor) (s state, err error) {
+	var list capabilityList
+	for _, err := range qmp.Together(ctx, x,
+		qmp.Call{Command: "query-migrate-capabilities", Result: &list},
+		qmp.Call{Command: "query-migrate-parameters", Result: &s.settings.parameters},
+		qmp.Call{Command: "query-migrate", Result: &s.info},
+		qmp.Call{Command: "query-status", Result: &s.guest},
+	) {
+		if err != nil {
+			return s, err
+		}
+	}
+	s.settings.capabilities = list.byName()
+	s.info.complete()
+	return s, nil
 }
 
 // SetCapabilities turns migration capabilities on and off. QEMU refuses while a
 // migration runs, and names one that it does not know.
 func SetCapabilities(ctx context.Context, x qmp.Executor, capabilities map[string]bool) error {
-	type state struct {
-		Capability string `json:"capability"`
-		State      bool   `json:"state"`
-	}
-	list := make([]state, 0, len(capabilities))
-	for name, on := range capabilities {
-		list = append(list, state{name, on})
-	}
+	c := capabilitiesCall(capabilities)
+	return x.Execute(ctx, c.Command, c.Args, nil)
+}
+
+// capabilitiesCall is what SetCapabilities executes.
+func capabilitiesCall(capabilities map[string]bool) qmp.Call {
+	list := make(capabilityList, 0, len(capabilities))
 	// In a fixed order, so that the one QEMU complains about is always the same.
-	slices.SortFunc(list, func(a, b state) int {
-		if a.Capability < b.Capability {
-			return -1
-		}
-		return 1
-	})
-	return x.Execute(ctx, "migrate-set-capabilities", map[string]any{"capabilities": list}, nil)
+	for _, name := range slices.Sorted(maps.Keys(capabilities)) {
+		list = append(list, capability{name, capabilities[name]})
+	}
+	return qmp.Call{Command: "migrate-set-capabilities", Args: map[string]any{"capabilities": list}}
+}
+
+// capability is one as QEMU writes it.
+type capability struct {
+	Capability string `json:"capability"`
+	State      bool   `json:"state"`
+}
+
+type capabilityList []capability
+
+func (l capabilityList) byName() map[string]bool {
+	on := make(map[string]bool, len(l))
+	for _, c := range l {
+		on[c.Capability] = c.State
+	}
+	return on
 }
 
 // Capabilities returns every migration capability this QEMU knows and whether
 // it is on.
 func Capabilities(ctx context.Context, x qmp.Executor) (map[string]bool, error) {
-	var list []struct {
-		Capability string `json:"capability"`
-		State      bool   `json:"state"`
-	}
+	var list capabilityList
 	if err := x.Execute(ctx, "query-migrate-capabilities", nil, &list); err != nil {
 		return nil, err
 	}
-	capabilities := make(map[string]bool, len(list))
-	for _, c := range list {
-		capabilities[c.Capability] = c.State
-	}
-	return capabilities, nil
+	return list.byName(), nil
 }
 
 // SetParameters sets migration parameters, such as max-bandwidth (bytes a
 // second) and downtime-limit (ms).
 func SetParameters(ctx context.Context, x qmp.Executor, parameters map[string]any) error {
-	return x.Execute(ctx, "migrate-set-parameters", parameters, nil)
+	c := parametersCall(parameters)
+	return x.Execute(ctx, c.Command, c.Args, nil)
+}
+
+// parametersCall is what SetParameters executes.
+func parametersCall(parameters map[string]any) qmp.Call {
+	return qmp.Call{Command: "migrate-set-parameters", Args: parameters}
 }
 
 // Parameters returns the migration parameters, each as QEMU wrote it, so that
@@ -212,6 +262,11 @@ const pollInterval = 20 * time.Millisecond
 // long as ctx lets it: an exec: child that is slow to end keeps QEMU from
 // answering, and that alone is no failure.
 func Wait(ctx context.Context, x qmp.Executor, until ...Status) (Info, error) {
+	return waitAnd(ctx, x, nil, until...)
+}
+
+// waitAnd is Wait, and also asks something each time, at no more cost.
+func waitAnd(ctx context.Context, x qmp.Executor, also []qmp.Call, until ...Status) (info Info, err error) {
 	listening, stop := context.WithCancel(ctx)
 	defer stop()
 	events, err := x.Events(listening)
@@ -219,7 +274,9 @@ func Wait(ctx context.Context, x qmp.Executor, until ...Status) (Info, error) {
 		events = nil // blocks for ever: polling is enough
 	}
 	for {
-		info, err := Query(ctx, x)
+		info = Info{}
+		err := qmp.Together(ctx, x, append([]qmp.Call{{Command: "query-migrate", Result: &info}}, also...)...)[0]
+		info.complete()
 		unanswered := errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil
 		switch {
 		case unanswered: // only this question; ask again

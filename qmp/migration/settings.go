@@ -70,16 +70,18 @@ const (
 // QEMU knows what it must be, given what it is. A parameter QEMU does not know
 // is an error.
 func planSettings(ctx context.Context, x qmp.Executor, need func(name string, is bool) bool, during map[string]any) (settings, error) {
-	s := settings{on: map[string]bool{}, off: map[string]bool{}, during: maps.Clone(during), formerly: map[string]any{}}
-	s.during["max-bandwidth"] = ourBandwidth
-	var err error
-	if s.have, err = Capabilities(ctx, x); err != nil {
-		return s, err
-	}
-	parameters, err := Parameters(ctx, x)
+	now, err := look(ctx, x)
 	if err != nil {
-		return s, err
+		return settings{}, err
 	}
+	return now.settings.plan(need, during)
+}
+
+// plan is planSettings for who has asked already.
+func (now asIs) plan(need func(name string, is bool) bool, during map[string]any) (settings, error) {
+	parameters := now.parameters
+	s := settings{have: now.capabilities, on: map[string]bool{}, off: map[string]bool{}, during: maps.Clone(during), formerly: map[string]any{}}
+	s.during["max-bandwidth"] = ourBandwidth
 	// With credentials set, QEMU would talk TLS to us.
 	if was, ok := parameters["tls-creds"]; ok && string(was) != `""` && string(was) != "null" {
 		s.during["tls-creds"] = ""
@@ -112,12 +114,9 @@ func planSettings(ctx context.Context, x qmp.Executor, need func(name string, is
 var ourCapabilities = []string{"events", "pause-before-switchover", "return-path", "background-snapshot"}
 
 // set sets the mark first, so that whatever is changed can be known as ours. A migration
-// of somebody else's may just have ended.
+// of somebody else's may just have ended; parameters do it no harm.
 func (s settings) set(ctx context.Context, x qmp.Executor) error {
-	if err := letGo(ctx, x); err != nil {
-		return err
-	}
-	if err := SetParameters(ctx, x, s.during); err != nil {
+	if err := letGo(ctx, x, parametersCall(s.during)); err != nil {
 		return err
 	}
 	return SetCapabilities(ctx, x, s.on)
@@ -125,10 +124,13 @@ func (s settings) set(ctx context.Context, x qmp.Executor) error {
 
 // restore is refused by QEMU while a migration runs. Parameters do no harm to one that
 // QEMU has not let go of.
-func (s settings) restore(ctx context.Context, x qmp.Executor) error {
+//
+// The mark goes last, and what is also asked comes after it.
+func (s settings) restore(ctx context.Context, x qmp.Executor, also ...qmp.Call) error {
+	calls := []qmp.Call{parametersCall(s.formerly)}
 	err := letGo(ctx, x)
 	if err == nil {
-		err = SetCapabilities(ctx, x, s.off)
+		calls = append([]qmp.Call{capabilitiesCall(s.off)}, calls...)
 	}
-	return errors.Join(err, SetParameters(ctx, x, s.formerly))
+	return errors.Join(append([]error{err}, qmp.Together(ctx, x, append(calls, also...)...)...)...)
 }

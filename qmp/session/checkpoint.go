@@ -15,6 +15,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/migration/rounds"
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/track"
@@ -132,7 +133,7 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	}
 	if ref, perr := store.ParseRef(rep.Checkpoint); rep.Saved && origin != "" && perr == nil {
 		if d, derr := st.Describe(ctx, ref); derr == nil {
-			migration.NoteOrigin(ctx, x, d.UUID.String())
+			migration.NoteNext(ctx, x, origin, d.UUID.String())
 		}
 	}
 	// Before the next one is armed, which keeps what this one refers to open.
@@ -237,6 +238,8 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		}
 		o.guestSync(ctx, t)
 	}
+	guarded := o.guard(t)
+	defer guarded.release()
 	found, opened, err := o.openDisks(ctx, st, x)
 	if err != nil {
 		return rep, err
@@ -245,12 +248,8 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 	if err := o.canKeep(ctx, st, x, found); err != nil {
 		return rep, err
 	}
-	if o.PutRight != nil && o.Guest.Mode != migration.ModeBackground {
-		release, err := o.PutRight(t)
-		if err != nil {
-			return rep, err
-		}
-		defer release()
+	if err := guarded.wait(); err != nil {
+		return rep, err
 	}
 	var copies *keeping
 	defer func() { copies.release(ctx, rep.Saved, o) }()
@@ -301,6 +300,46 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 	}
 	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
 	return rep, rep.tellSnapshots(err)
+}
+
+// guarding is a process of PutRight's that is being started.
+type guarding struct {
+	started chan struct{} // closed when the rest is known; nil: there is none
+	end     func()
+	err     error
+}
+
+// guard begins to start one, if there is to be one: that takes about as long as asking for
+// the disks does. Release must be called.
+func (o *CheckpointOptions) guard(t Target) *guarding {
+	g := new(guarding)
+	if o.PutRight == nil || o.Guest.Mode == migration.ModeBackground {
+		return g
+	}
+	g.started = make(chan struct{})
+	go func() {
+		defer close(g.started)
+		g.err = rescue.Call(func() (err error) {
+			g.end, err = o.PutRight(t)
+			return err
+		})
+	}()
+	return g
+}
+
+// wait returns when it has been started.
+func (g *guarding) wait() error {
+	if g.started == nil {
+		return nil
+	}
+	<-g.started
+	return g.err
+}
+
+func (g *guarding) release() {
+	if g.started != nil && g.wait() == nil {
+		g.end()
+	}
 }
 
 // tellSnapshots adds to the failure of a checkpoint that the VM's disks are others now.

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
@@ -171,5 +172,46 @@ func TestTwoTargets(t *testing.T) {
 	}
 	if !both.Given() || (Target{Connect: "x"}).Given() {
 		t.Error("what is given")
+	}
+}
+
+// Nothing is changed in QEMU before there is a process that puts it right, which ends with
+// the checkpoint; without one there is no checkpoint.
+func TestCheckpointIsGuarded(t *testing.T) {
+	broken := errors.New("no process")
+	for _, starts := range []error{nil, broken} {
+		s := tiertest.New(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}}, ReturnPath: true})
+		q := &machine{stream: s.Bytes(), running: true, status: "none"}
+		l, err := net.Listen("unix", t.TempDir()+"/qmp")
+		ok(t, err)
+		m := qmptest.Serve(t, l, q.serve(t))
+		st, err := store.Open(t.Context(), vfs.OS, t.TempDir()+"/store", true)
+		ok(t, err)
+		var sent []string
+		released := 0
+		rep, err := Checkpoint(t.Context(), vfs.OS, st, Target{QMP: m.Addr}, CheckpointOptions{
+			Guest: migration.CheckpointOptions{Mode: migration.ModeStop},
+			Save:  save.Options{VM: "vm"},
+			PutRight: func(Target) (func(), error) {
+				time.Sleep(100 * time.Millisecond) // until the disks are known
+				q.mu.Lock()
+				defer q.mu.Unlock()
+				sent = slices.Clone(q.sent)
+				return func() { released++ }, starts
+			},
+			Log: slog.New(slog.DiscardHandler),
+		})
+		q.writing.Wait()
+		if !errors.Is(err, starts) || rep.Saved != (starts == nil) || (released == 1) != (starts == nil) {
+			t.Errorf("%v: %v, saved %v, released %d times", starts, err, rep.Saved, released)
+		}
+		for _, changes := range []string{"stop", "migrate", "migrate-set-parameters", "migrate-set-capabilities"} {
+			if slices.Contains(sent, changes) || starts != nil && slices.Contains(q.sent, changes) {
+				t.Errorf("%v: %v before there was a guard, %v in all", starts, sent, q.sent)
+			}
+		}
+		if !slices.Contains(sent, "query-block") {
+			t.Errorf("%v: the disks were not asked for meanwhile, but %v", starts, sent)
+		}
 	}
 }
