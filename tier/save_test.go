@@ -626,6 +626,41 @@ func TestHoldBack(t *testing.T) {
 	}
 }
 
+// TestSyncs counts how often an image is made durable: once for the RAM of a source whose
+// device tail is held back until then, and once in the end. One that waits for an answer, and
+// one that is held, waits for the end alone.
+func TestSyncs(t *testing.T) {
+	for name, c := range map[string]struct {
+		o    tiertest.Options
+		want int
+	}{
+		"no return path": {tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 4 << 20}}}, 2},
+		"return path":    {tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 4 << 20}}, ReturnPath: true}, 1},
+		"held":           {tiertest.Options{Blocks: []tiertest.Block{{Name: "m", Size: 64 << 20}}, Mix: tiertest.Mix{tiertest.Zero: 60, tiertest.Text: 1}}, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := tiertest.New(c.o)
+			synced := 0
+			l := newLab(t, &syncWatch{FS: crashfs.New(0), fn: func() { synced++ }}, "/")
+			o := save.Options{VM: "vm", ReturnPath: io.Discard}
+			if name == "held" {
+				o.Hold = &save.Hold{Wait: func(context.Context) (string, error) {
+					synced = 0 // what came before the guest stands still
+					return "running", nil
+				}}
+			}
+			ref, _, err := l.run(t.Context(), s.Reader(), o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if synced != c.want {
+				t.Errorf("it was synced %d times, want %d", synced, c.want)
+			}
+			l.holds(t, ref, s)
+		})
+	}
+}
+
 // TestCancel cancels a save in the middle: nothing stays, and a source that
 // waits is told.
 func TestCancel(t *testing.T) {

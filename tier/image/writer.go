@@ -397,6 +397,19 @@ func (w *Writer) Sync() error {
 	return w.fail(w.f.Sync())
 }
 
+// Start drains, and asks for everything appended so far to be written out soon. It is durable
+// after Sync or Finish.
+func (w *Writer) Start() error {
+	if err := w.Drain(); err != nil {
+		return err
+	}
+	w.mu.Lock()
+	off, n := w.flushed, w.off-w.flushed
+	w.flushed = w.off
+	w.mu.Unlock()
+	return w.fail(rescue.Call(func() error { w.f.StartWriteback(off, n); return nil }))
+}
+
 func (w *Writer) fail(err error) error {
 	if err != nil {
 		w.mu.Lock()

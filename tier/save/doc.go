@@ -17,8 +17,9 @@
 //
 // # What QEMU is told
 //
-// The order of things makes a failure heard. All of RAM is durable before the device
-// tail is read (feed), then the image is finished and gets its name, and then only
-// does a source with a return path hear that all is well. A save has failed until
+// The order of things makes a failure heard. Of a source that hears nothing all of RAM is
+// durable before the device tail is read (feed). Then the image is finished, durable with
+// all that is in it, and gets its name, and then only does a source with a return path, or
+// who has let a held save go on, hear that all is well. A save has failed until
 // its commit has returned nil, and a panic anywhere is a failure like any other.
 package save

@@ -92,6 +92,15 @@ func (o *output) sync() error {
 	return o.img.Sync()
 }
 
+// start is sync for what is made durable later, with the image's end: that begins to be written
+// out. NVRAM has no such end, and is durable.
+func (o *output) start() error {
+	if err := o.syncNVRAM(); err != nil {
+		return err
+	}
+	return o.img.Start()
+}
+
 func (o *output) syncNVRAM() error {
 	if o.region == nil {
 		return nil
