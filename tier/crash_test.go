@@ -493,3 +493,50 @@ func TestKillGC(t *testing.T) {
 		})
 	}
 }
+
+// TestReferToUnsynced has a save of one VM refer to a checkpoint of another's that a killed
+// process has left, visible and not durable: after a power cut that the second one survives
+// what it refers to is there, too.
+func TestReferToUnsynced(t *testing.T) {
+	begin := func() (*crashfs.FS, *lab) {
+		disk := crashfs.New(0)
+		l := newLab(t, disk, "/")
+		l.save(t, small(3), save.Options{VM: "a"}) // the folder is there, and durable
+		return disk, l
+	}
+	parent := save.Options{VM: "a", Parent: save.ParentNone}
+	disk, l := begin()
+	ops := len(disk.Ops())
+	l.save(t, small(1), parent)
+	rename := slices.IndexFunc(disk.Ops()[ops:], func(op crashfs.Op) bool {
+		return op.Kind == crashfs.Rename && strings.HasSuffix(op.Name, ".flic")
+	})
+	disk, l = begin()
+	disk.KillAt(rename + 1)
+	if _, _, err := l.trySave(small(1), parent); !errors.Is(err, crashfs.ErrKilled) {
+		t.Fatal(err)
+	}
+	disk = disk.Fork()
+	l = l.on(t, disk)
+	s := grown(1)
+	ops = len(disk.Ops())
+	ref, meta := l.save(t, s, save.Options{VM: "b", Parent: "a@2"})
+	if len(meta.References) == 0 {
+		t.Fatal("it refers to nothing")
+	}
+	// Of two names that went from the same folder to others a file system keeps the first, as
+	// a rule, if it keeps the second. None has to.
+	done := disk.Ops()[ops:]
+	synced := slices.IndexFunc(done, func(op crashfs.Op) bool { return op.Kind == crashfs.SyncDir && op.Name == "/store/vms/a" })
+	commit := slices.IndexFunc(done, func(op crashfs.Op) bool {
+		return op.Kind == crashfs.Rename && op.Name == "/store/vms/b/00000001.flic"
+	})
+	if synced < 0 || synced > commit {
+		t.Errorf("the name of what it refers to is not durable when it gets its own: %v", done)
+	}
+	for seed := range uint64(32) {
+		l := l.on(t, disk.CrashClone(seed))
+		l.holds(t, ref, s)
+		l.noLeaks(t)
+	}
+}

@@ -48,7 +48,8 @@ func TestSequences(t *testing.T) {
 	var total struct{ refers, trimmed, flattened, crashes, kept, onDisk, demoted, served, united int }
 	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 8)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{}}
+			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 8)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{},
+				unsure: map[store.Ref]bool{}, removed: map[store.Ref]bool{}}
 			q.l = newLab(t, q.disk, "/")
 			// Disks with pages of each of the two kinds of guest, when it was young.
 			for seed := range uint64(2) {
@@ -93,6 +94,12 @@ type sequence struct {
 	// may is what a checkpoint that is not in the model holds, if what was cut off can
 	// have made it, or not have removed it.
 	may func(store.Ref) *tiertest.Stream
+	// Since the last power cut: what killed processes can have made, or not have removed, and
+	// which of the checkpoints may go with the next one, because nobody has made the names
+	// durable that killed processes have left. Those of removed are gone for good.
+	since   []func(store.Ref) *tiertest.Stream
+	unsure  map[store.Ref]bool
+	removed map[store.Ref]bool
 
 	refers, trimmed, flattened, crashes, kept, onDisk, demoted, served, united int
 
@@ -133,17 +140,21 @@ func (q *sequence) step() {
 		if err != nil {
 			q.t.Errorf("%s: %v", name, err)
 		}
-		q.look()
+		q.look(false)
 		return
 	}
 	q.crashes++
-	if q.rng.IntN(2) == 0 {
+	cut := q.rng.IntN(2) == 0
+	if cut {
 		q.disk = q.disk.CrashClone(q.rng.Uint64())
 	} else {
 		q.disk = q.disk.Fork()
 	}
 	q.l = q.l.on(q.t, q.disk)
-	q.look()
+	if q.may != nil {
+		q.since = append(q.since, q.may)
+	}
+	q.look(cut)
 }
 
 // act does it. After it the model has what must be there, and may knows what can be.
@@ -203,6 +214,8 @@ func (q *sequence) act() (string, error) {
 				}
 				return nil
 			}
+		} else {
+			q.removed[ref] = true
 		}
 		if len(rm.Kept) > 0 {
 			q.kept++
@@ -259,19 +272,27 @@ func (q *sequence) act() (string, error) {
 	}
 }
 
-// look compares what is there with the model.
-func (q *sequence) look() {
+// look compares what is there with the model, after a power cut if cut is set.
+func (q *sequence) look(cut bool) {
 	t := q.t
 	t.Helper()
 	refs, err := q.l.st.List(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
+	var may []func(store.Ref) *tiertest.Stream
+	if cut {
+		may = q.since
+	} else if q.may != nil {
+		may = append(may, q.may)
+	}
 	for _, ref := range refs {
 		s := q.model[ref]
-		if s == nil && q.may != nil {
-			if s = q.may(ref); s != nil {
-				q.model[ref] = s
+		for _, fn := range may {
+			if s == nil && !q.removed[ref] {
+				if s = fn(ref); s != nil {
+					q.model[ref], q.unsure[ref] = s, true
+				}
 			}
 		}
 		if s == nil {
@@ -286,11 +307,18 @@ func (q *sequence) look() {
 		q.lazily(ref, q.model[ref])
 	}
 	for ref := range q.model {
-		if !slices.Contains(refs, ref) {
+		switch {
+		case slices.Contains(refs, ref):
+		case cut && q.unsure[ref]:
+			delete(q.model, ref)
+		default:
 			t.Errorf("%v is gone", ref)
 		}
 	}
-	q.may = nil
+	if q.may = nil; cut {
+		q.since = nil
+		clear(q.unsure)
+	}
 	q.l.noLeaks(t)
 }
 
@@ -433,7 +461,7 @@ func (q *sequence) end() {
 			t.Fatalf("%v: %v", ref, err)
 		}
 		delete(q.model, ref)
-		q.look()
+		q.look(false)
 	}
 	if rep, err := q.l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
 		t.Errorf("gc: %+v, %v", rep, err)

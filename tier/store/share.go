@@ -291,6 +291,7 @@ func (t *Tx) Borrow(ctx context.Context, was Ref, id uuid.UUID) (*Borrowed, erro
 		return nil, err
 	}
 	t.holds = append(t.holds, b.Object)
+	t.lends(st.ref.VM)
 	if b.Whole {
 		return b, nil
 	}

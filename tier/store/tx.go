@@ -43,6 +43,8 @@ type Tx struct {
 	region *nvram.Region
 	holds  []Object      // what it refers to, locked
 	opened []*Checkpoint // likewise
+	// lenders are the VMs whose images those are.
+	lenders map[string]bool
 	// keep is set when the checkpoint may become visible in spite of an error:
 	// its NVRAM is then not given back.
 	keep bool
@@ -149,12 +151,30 @@ func (t *Tx) HasNVRAM() bool { return t.s != nil }
 
 // Hold keeps an open checkpoint, and what it refers to, from going away until the
 // transaction has ended, and closes it then.
-func (t *Tx) Hold(c *Checkpoint) { t.opened = append(t.opened, c) }
+func (t *Tx) Hold(c *Checkpoint) {
+	t.opened = append(t.opened, c)
+	t.lends(c.Ref.VM)
+	for _, ref := range c.References() {
+		t.lends(ref.VM)
+	}
+}
+
+// lends notes that an image of a VM's is referred to.
+func (t *Tx) lends(vm string) {
+	if t.lenders == nil {
+		t.lenders = make(map[string]bool)
+	}
+	t.lenders[vm] = true
+}
 
 // Refer is called before the commit of a checkpoint that refers to others: from then on
 // a store has to look for references. It keeps the images with these UUIDs, if Hold does
 // not, from going away until the transaction has ended; the committed checkpoint's
 // IDENTITY does so after that.
+//
+// A killed process can have left a name that is seen and not durable. What is referred to
+// must not go with a power cut that this checkpoint survives: the names of others' images are
+// made durable here, and of its own VM's when it gets its own.
 func (t *Tx) Refer(ctx context.Context, ids ...uuid.UUID) error {
 	if t.ref == (Ref{}) {
 		return errors.New("an image outside of a store can't refer to others")
@@ -164,6 +184,14 @@ func (t *Tx) Refer(ctx context.Context, ids ...uuid.UUID) error {
 		return err
 	}
 	t.holds = append(t.holds, held...)
+	for vm := range t.lenders {
+		if vm == t.ref.VM || CheckVM(vm) != nil {
+			continue
+		}
+		if err := t.s.dir.Sync(ctx, vmFolder(vm)); err != nil && !gone(err) {
+			return err
+		}
+	}
 	return t.s.noteSharing(ctx)
 }
 
