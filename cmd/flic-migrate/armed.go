@@ -14,7 +14,7 @@ import (
 )
 
 // armedName is what this program is called while it has a checkpoint ready.
-const armedName = "flic-migrate-armed"
+const armedName = session.ArmedName
 
 // startArmed returns what starts the armed process: of a session of its own, with
 // nothing of this one's but the files, and with its messages in a log if there is one.

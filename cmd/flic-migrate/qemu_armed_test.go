@@ -429,6 +429,17 @@ func TestArmedFails(t *testing.T) {
 	l.gc(t)
 	unchanged("the process killed", note, l.list(t)...)
 
+	// The process is stopped: it is killed, and an ordinary checkpoint is made.
+	f = stalled()
+	note = arm(f)
+	a = atGo(f)
+	ok(t, syscall.Kill(note.PID, syscall.SIGSTOP))
+	if err := a.cmd.Wait(); err != nil || !strings.Contains(a.stderr.String(), "ordinary") || !strings.Contains(a.stderr.String(), "was killed") {
+		t.Errorf("the process stopped: %v, %s", err, a.stderr.String())
+	}
+	l.gc(t)
+	unchanged("the process stopped", note, l.list(t)...)
+
 	// Both are killed: the next checkpoint lets the guest run.
 	f = stalled()
 	note = arm(f)

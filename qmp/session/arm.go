@@ -42,8 +42,12 @@ type ArmedError struct {
 
 func (e *ArmedError) Error() string { return e.Text }
 
-// errArmedDied: an armed process has ended without its last word.
-var errArmedDied = errors.New("the process that had the checkpoint ready has died")
+var (
+	// errArmedDied: an armed process has ended without its last word.
+	errArmedDied = errors.New("the process that had the checkpoint ready has died")
+	// errArmedHangs: it has been stopped, or hangs.
+	errArmedHangs = fmt.Errorf("the process that had the checkpoint ready has not run for %v", beatless)
+)
 
 // armedFor is an armed process as a command knows it.
 type armedFor struct {
@@ -52,6 +56,7 @@ type armedFor struct {
 	conn  net.Conn // nil: it is dead
 	hello armedHello
 	said  chan armedSay // closed at its end
+	beats chan struct{} // something has come
 }
 
 // findArmed returns the armed process of a VM, also if it has died; nil if there is
@@ -81,8 +86,8 @@ func findArmed(ctx context.Context, st *store.Store, vm string) (*armedFor, erro
 // greet waits for the process's hello. That it has died, or has failed, is told by conn
 // being nil.
 func (p *armedFor) greet(ctx context.Context) error {
-	p.said = make(chan armedSay, 8)
-	go listenArmed(p.conn, p.said)
+	p.said, p.beats = make(chan armedSay, 8), make(chan struct{}, 1)
+	go listenArmed(p.conn, p.said, p.beats)
 	m, err := p.hear(ctx)
 	switch {
 	case err == nil && m.Hello != nil:
@@ -104,7 +109,7 @@ func (p *armedFor) greet(ctx context.Context) error {
 
 // listenArmed hears a process until its end, or until it says more than anybody waits
 // for.
-func listenArmed(conn net.Conn, said chan<- armedSay) {
+func listenArmed(conn net.Conn, said chan<- armedSay, beats chan<- struct{}) {
 	defer close(said)
 	lines := bufio.NewScanner(conn)
 	lines.Buffer(nil, maxArmed)
@@ -114,6 +119,13 @@ func listenArmed(conn net.Conn, said chan<- armedSay) {
 			return
 		}
 		select {
+		case beats <- struct{}{}:
+		default:
+		}
+		if m.Beat {
+			continue
+		}
+		select {
 		case said <- m:
 		default:
 			return
@@ -121,20 +133,52 @@ func listenArmed(conn net.Conn, said chan<- armedSay) {
 	}
 }
 
-// hear returns the next message.
+// hear returns the next message that is no beat. A process that sends none, though it can, is
+// killed: QEMU may wait for its end of the stream before it lets the guest run.
 func (p *armedFor) hear(ctx context.Context) (armedSay, error) {
-	select {
-	case m, ok := <-p.said:
-		if !ok {
-			return m, errArmedDied
+	silence := time.NewTimer(beatless)
+	defer silence.Stop()
+	for {
+		select {
+		case m, ok := <-p.said:
+			if !ok {
+				return m, errArmedDied
+			}
+			return m, nil
+		case <-p.beats:
+			silence.Reset(beatless)
+		case <-silence.C:
+			if p.hello.Beats {
+				return armedSay{}, p.kill()
+			}
+		case <-ctx.Done():
+			return armedSay{}, context.Cause(ctx)
 		}
-		return m, nil
-	case <-ctx.Done():
-		return armedSay{}, context.Cause(ctx)
 	}
 }
 
+// ArmedName begins the command line of an armed process.
+const ArmedName = "flic-migrate-armed"
+
+// kill kills a process that hangs, and returns what it is then: an errArmedDied. It has its end of
+// the connection, so its number is no other's; unless it is in another container, which its name
+// tells.
+func (p *armedFor) kill() error {
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.hello.PID))
+	if err == nil && !bytes.HasPrefix(line, []byte(ArmedName)) {
+		err = errors.New("it runs elsewhere")
+	}
+	if err == nil {
+		err = unix.Kill(p.hello.PID, unix.SIGKILL)
+	}
+	if err != nil {
+		return fmt.Errorf("%w, and can't be killed: %w", errArmedHangs, err)
+	}
+	return fmt.Errorf("%w: %w, and was killed", errArmedDied, errArmedHangs)
+}
+
 func (p *armedFor) ask(a armedAsk) error {
+	a.Beats = true
 	_ = p.conn.SetWriteDeadline(time.Now().Add(5 * time.Second))
 	if err := json.NewEncoder(p.conn).Encode(a); err != nil {
 		return fmt.Errorf("%w: %w", errArmedDied, err)

@@ -45,6 +45,9 @@ import (
 //	     ◄─ {"report":{…}}          its last word, also after a failure
 //	{"ask":"done"} ─►               QEMU is as it should be: the process may end
 //
+// A command that asks for beats is sent one a second as long as the process lives and runs: the
+// guest is not to stand still for one that does not.
+//
 // {"ask":"disarm"} ends it: it cancels the migration, puts settings back, and reports.
 // {"ask":"leave"} says that the command has the monitor, and does that itself. So it is
 // from ready on; {"ask":"abort"} then ends it. A command that lets it go on, and is gone
@@ -54,6 +57,7 @@ import (
 // their files are, and how libvirt describes the domain now.
 type armedAsk struct {
 	Ask      string       `json:"ask"`
+	Beats    bool         `json:"beats,omitempty"` // from now on
 	RunState string       `json:"run_state,omitempty"`
 	Disks    []disks.Disk `json:"disks,omitempty"`
 	Frozen   bool         `json:"frozen,omitempty"` // as of disks.Record
@@ -65,6 +69,7 @@ type armedAsk struct {
 type armedSay struct {
 	Hello  *armedHello  `json:"hello,omitempty"`
 	Held   bool         `json:"held,omitempty"`
+	Beat   bool         `json:"beat,omitempty"`
 	Report *armedReport `json:"report,omitempty"`
 }
 
@@ -76,6 +81,7 @@ type armedHello struct {
 	Encoding   armedEncoding  `json:"encoding"`
 	WorkingSet []byte         `json:"working_set,omitempty"`
 	Kept       migration.Kept `json:"kept"`
+	Beats      bool           `json:"beats,omitempty"` // it sends them
 	// Changed says which disk image that pages were found on is not what it was, and in
 	// what: what is ready can't be stored any more.
 	Changed string `json:"changed,omitempty"`
@@ -175,6 +181,8 @@ const (
 	// putBackTime is how long the process tries to put QEMU right itself; its monitor
 	// may be somebody's.
 	putBackTime = 30 * time.Second
+	// beatTime is the time between two beats, and beatless how long a command waits for one.
+	beatTime, beatless = time.Second, 20 * time.Second
 )
 
 var (
@@ -568,7 +576,7 @@ func (s *armedServer) talk(conn net.Conn) {
 	select {
 	case <-s.begun:
 		say(armedSay{Hello: &armedHello{os.Getpid(), store.Ref{VM: s.note.VM, N: s.note.Number}.String(), s.note.Target,
-			s.c.Encoding, s.c.WorkingSet, s.c.Kept, s.opened.Changed()}})
+			s.c.Encoding, s.c.WorkingSet, s.c.Kept, true, s.opened.Changed()}})
 	case <-s.saved:
 		// Whoever arms has the monitor, and puts QEMU right.
 		say(armedSay{Report: &s.report})
@@ -577,9 +585,17 @@ func (s *armedServer) talk(conn net.Conn) {
 	// What it waits for. Who has the monitor must not wait until QEMU is put right.
 	var held, report <-chan struct{}
 	driver := false
+	beat := time.NewTicker(beatTime)
+	defer beat.Stop()
+	beats := false
 	for {
 		select {
+		case <-beat.C:
+			if beats {
+				say(armedSay{Beat: true})
+			}
 		case a, open := <-asks:
+			beats = beats || a.Beats
 			switch {
 			case !open:
 				s.leave(false)
