@@ -205,10 +205,8 @@ func (f *feed) adjust(unseen uint64) {
 	pages := int(min(unseen, maxBudget))
 	// What is certainly RAM of what comes, until the next call.
 	sure := (pages - min(pages, adjustEvery, pages/2+1)) * ramparse.ShortestPage
-	// Twice, because both the cursor and the pipe can hold so much; and twice
-	// again, so that there is time to make the pipe smaller before it must be.
 	f.want = minPipe
-	for f.want < maxPipe && sure >= 8*f.want {
+	for f.want < maxPipe && sure >= enough(2*f.want) {
 		f.want *= 2
 	}
 	if f.want > f.have {
@@ -217,20 +215,40 @@ func (f *feed) adjust(unseen uint64) {
 	f.readAhead(sure)
 }
 
+// enough is how much must be certain to come for the pipe to hold n bytes: as much, half of
+// that for the cursor, and what it takes to make the pipe smaller. A pipe of no more than
+// that is left earlier: four times as much lets the source prevent it twice.
+func enough(n int) int { return min(4*n, n+n/2+spare(n)) }
+
+// spare is how much more than it holds must be certain to come before a pipe of n bytes is
+// made smaller. Each time that this is tried the source may have written once more, and the
+// pipe has to become smaller by half some times. This much was right for guests of all sizes
+// (TestFeedHoldsBack), and one write less for each half was not.
+func spare(n int) int { return sourceWrite * (1 + 3*bits.Len(uint(n/defaultPipe))) }
+
+// sourceWrite is what QEMU writes at once.
+const sourceWrite = 32 << 10
+
 // readAhead sets how far the cursor reads ahead of need: never over the end of
 // RAM. A pipe can be made smaller only when it is almost empty and only by a
-// Read, so as long as it is to shrink the cursor takes all there is, but leaves
-// as much again to come.
+// Read. So as long as it is to shrink the cursor takes what there is too much of, and one
+// write that comes meanwhile; more would be missed when the next half has to go.
 func (f *feed) readAhead(sure int) {
 	ahead := sure
 	if f.have > minPipe {
 		ahead /= 2
 	}
 	f.sudden = f.sudden && f.have > f.want
-	if f.have > f.want && (f.have >= defaultPipe || f.sudden) {
+	switch {
+	case f.sudden:
 		// A pipe that can hold a small machine's devices is worse than a
 		// cursor that has some of them.
 		ahead = max(ahead, f.have)
+	case f.have < defaultPipe:
+	case f.have > f.want:
+		ahead = min(f.have, f.have-f.want+sourceWrite)
+	default:
+		ahead = max(0, min(ahead, sure-f.have-spare(f.have)))
 	}
 	f.cur.SetReadAhead(min(ahead, max(f.have, maxAhead)))
 }

@@ -46,7 +46,7 @@ func (b *busySource) SetCapacity(n int) int {
 // The pipe must be small when RAM ends, also if the source prevents that every
 // other time, and next to nothing of what follows RAM may have been taken then.
 func TestFeedHoldsBack(t *testing.T) {
-	for _, pages := range []int{16 << 10, 32 << 10, 128 << 10, 1 << 20} {
+	for _, pages := range guestSizes() {
 		for _, n := range []int{1, 2} {
 			ram := int64(pages * ramparse.ShortestPage)
 			source := &busySource{in: io.LimitReader(zeros{}, ram+1<<20), capacity: defaultPipe, n: n}
@@ -77,6 +77,45 @@ func TestFeedHoldsBack(t *testing.T) {
 				t.Errorf("%d pages: the pipe was never larger than %d", pages, largest)
 			}
 		}
+	}
+}
+
+// guestSizes are numbers of pages from where the pipe's first size is no matter. What is
+// left when the pipe is to become smaller is another in each.
+func guestSizes() (sizes []int) {
+	for n := 13 << 10; n < 1<<20; n += n/29 + 13 {
+		sizes = append(sizes, n)
+	}
+	return append(sizes, 16<<10, 32<<10, 128<<10, 1<<20)
+}
+
+// The pipe is as large as it can be: what it holds QEMU needs not wait for. So many pages of a
+// guest of 512 MB go through pipes of less than 256 KiB, and so many of less than 64.
+func TestFeedIsLarge(t *testing.T) {
+	const pages = 128 << 10
+	source := &busySource{in: zeros{}, capacity: defaultPipe, n: 1}
+	f, cur := newFeed(t.Context(), source, 0)
+	through := map[int]int{}
+	for unseen := pages; unseen > 0; unseen-- {
+		if adjustAt(uint64(unseen)) {
+			f.adjust(uint64(unseen))
+		}
+		if _, err := cur.Next(ramparse.ShortestPage); err != nil {
+			t.Fatal(err)
+		}
+		through[source.capacity]++
+	}
+	small, less := 0, 0
+	for n, pages := range through {
+		if n < 256<<10 {
+			less += pages
+		}
+		if n < 64<<10 {
+			small += pages
+		}
+	}
+	if less > 80<<10 || small > 28<<10 {
+		t.Errorf("%d pages came through a pipe of less than 256 KiB, %d of less than 64: %v", less, small, through)
 	}
 }
 
