@@ -74,12 +74,8 @@ func Arm(ctx context.Context, x qmp.Executor, o ArmOptions) (err error) {
 	if !d.was.Running {
 		return fmt.Errorf("%w (it is %s)", ErrPausedGuest, d.was.Status)
 	}
-	info, err := Query(ctx, x)
-	if err != nil {
-		return err
-	}
-	if len(info.BlockedReasons) > 0 {
-		return fmt.Errorf("%w: %s", ErrBlocked, strings.Join(info.BlockedReasons, "; "))
+	if len(d.blocked) > 0 {
+		return fmt.Errorf("%w: %s", ErrBlocked, strings.Join(d.blocked, "; "))
 	}
 	d.settings.during["max-bandwidth"] = armedBandwidth
 	kept := Kept{d.settings.off, d.settings.formerly}
@@ -192,44 +188,36 @@ func CheckpointArmed(ctx context.Context, x qmp.Executor, kept Kept, o Checkpoin
 	c := &checkpointer{drive: drive{x: x, redial: o.Redial}, o: o}
 	c.rep.Mode, c.rep.Converged = ModeStop, true
 	c.settings = settings{off: kept.Capabilities, formerly: kept.Parameters}
-	armed, _, err := isArmed(ctx, x)
+	armed, _, guest, err := isArmed(ctx, x)
 	if err == nil && !armed {
 		err = ErrNotArmed
 	}
 	if err != nil {
 		return c.rep, err
 	}
-	if c.was, err = qmp.QueryStatus(ctx, x); err != nil {
-		return c.rep, err
-	}
+	c.was = guest
 	return c.run(ctx, c.saveArmed)
 }
 
-// isArmed tells whether a migration runs that an Arm has begun, and whether its
-// settings are there, which can be without it.
-func isArmed(ctx context.Context, x qmp.Executor) (running, marked bool, err error) {
-	p, err := Parameters(ctx, x)
-	if err != nil {
-		return false, false, err
+// isArmed tells whether a migration runs that an Arm has begun, whether its
+// settings are there, which can be without it, and what the guest does.
+func isArmed(ctx context.Context, x qmp.Executor) (running, marked bool, guest qmp.RunState, err error) {
+	now, err := look(ctx, x)
+	if err != nil || leftIn(now.settings.parameters) != LeftArmed {
+		return false, false, guest, err
 	}
-	if leftIn(p) != LeftArmed {
-		return false, false, nil
-	}
-	info, err := Query(ctx, x)
-	return err == nil && info.Status.goesOn(), true, err
+	return now.info.Status.goesOn(), true, now.guest, nil
 }
 
 // saveArmed is save for a migration that is there.
 func (c *checkpointer) saveArmed(ctx context.Context) error {
 	err := c.attach(ctx, func(ctx context.Context) error { return c.o.Save(ctx, nil, c.was) }, func() error {
 		if c.was.Running {
-			// Before the guest stops, so that whoever comes after a killed process
-			// knows who has stopped it.
-			if err := SetParameters(ctx, c.x, map[string]any{"max-bandwidth": stoppedBandwidth}); err != nil {
-				return err
-			}
+			// The mark is there before the guest stops, so that whoever comes after a
+			// killed process knows who has stopped it.
 			c.stoppedAt = time.Now()
-			if err := qmp.Stop(ctx, c.x); err != nil {
+			mark := parametersCall(map[string]any{"max-bandwidth": stoppedBandwidth})
+			if err := errors.Join(qmp.Together(ctx, c.x, mark, qmp.Call{Command: "stop"})...); err != nil {
 				return err
 			}
 		}
@@ -312,7 +300,7 @@ func (d *drive) untilEnded(ctx context.Context) (Info, error) {
 // Forgotten is the Kept of an Arm whose process has died: QEMU's defaults, for what
 // nobody knows any more. It is nil if QEMU is not armed.
 func Forgotten(ctx context.Context, x qmp.Executor) (*Kept, error) {
-	_, marked, err := isArmed(ctx, x)
+	_, marked, _, err := isArmed(ctx, x)
 	if err != nil || !marked {
 		return nil, err
 	}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -83,6 +85,30 @@ func TestCheckpointArmed(t *testing.T) {
 				t.Errorf("the guest is %s, settings were\n%s\nare\n%s", x.run, was, x.settings())
 			}
 		})
+	}
+}
+
+// What an armed checkpoint asks of QEMU is asked once, and the guest, of which it can't be said
+// who has stopped it, runs again.
+func TestCheckpointArmedAsksLittle(t *testing.T) {
+	x, kept, _ := armedGuest(t)
+	n := len(x.asked)
+	saves := func(context.Context, *os.File, qmp.RunState) error { completes(x); return nil }
+	if _, err := CheckpointArmed(t.Context(), x, kept, CheckpointOptions{Save: saves}); err != nil {
+		t.Fatal(err)
+	}
+	before := []string{"query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-status", "migrate-set-parameters", "stop"}
+	after := []string{"query-migrate", "query-status", "cont", "query-yank", "migrate-set-capabilities", "migrate-set-parameters", "query-status"}
+	asked := x.asked[n:]
+	if m := len(asked) - len(after); m < len(before) || !slices.Equal(asked[:len(before)], before) || !slices.Equal(asked[m:], after) {
+		t.Errorf("asked %v, want %v, some questions, and %v", asked, before, after)
+	}
+
+	x, kept, _ = armedGuest(t)
+	x.refuse["migrate-set-parameters"] = "not now"
+	rep, err := CheckpointArmed(t.Context(), x, kept, CheckpointOptions{Save: saves})
+	if err == nil || !strings.Contains(err.Error(), "not now") || rep.Saved || x.run != "running" {
+		t.Errorf("%v, %+v, the guest is %s", err, rep, x.run)
 	}
 }
 
