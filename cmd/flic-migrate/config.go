@@ -23,14 +23,14 @@ import (
 // everything.
 const keyAnnotation = "flic-migrate/key"
 
-// flagKey is a flag's key in the configuration file, and "" for the flags that
-// have none: help, the one that names the file, what one process tells another, and what is
-// done once.
+// flagKey is a flag's key in the configuration file. It is "" for the flags that have none:
+// the one that names the file, what one process tells another, and what is done once, on
+// purpose. They say so with setKey, but for help, which cobra adds.
 func flagKey(f *pflag.Flag) string {
 	if k := f.Annotations[keyAnnotation]; len(k) == 1 {
 		return k[0]
 	}
-	if f.Name == "help" || f.Name == "config" || f.Name == "control" || f.Name == "forget-nvram" {
+	if f.Name == "help" {
 		return ""
 	}
 	return f.Name
@@ -41,7 +41,7 @@ func envName(key string) string {
 	return "FLIC_" + strings.ToUpper(strings.ReplaceAll(key, "-", "_"))
 }
 
-// setKey gives a flag a key of its own.
+// setKey gives a flag a key of its own, or none: "".
 func setKey(fs *pflag.FlagSet, flag, key string) {
 	if err := fs.SetAnnotation(flag, keyAnnotation, []string{key}); err != nil {
 		panic(err) // the flag does not exist: a mistake in this package
@@ -57,8 +57,9 @@ func (a *app) configure(cmd *cobra.Command) error {
 		a.config = os.Getenv("FLIC_CONFIG")
 	}
 	flags := knownFlags(cmd.Root())
-	a.warnOfVariables(flags)
-	file, err := readConfig(a.config, flags)
+	only := onlyFlags(cmd.Root(), flags)
+	a.warnOfVariables(flags, only)
+	file, err := readConfig(a.config, flags, only)
 	if err != nil {
 		// Nobody remembers a variable that was set long ago.
 		if unread := (*fs.PathError)(nil); fromEnv && errors.As(err, &unread) {
@@ -107,8 +108,13 @@ func (a *app) configure(cmd *cobra.Command) error {
 }
 
 // warnOfVariables names variables whose names are almost those of settings: in the
-// configuration file a misspelt key is an error, but the environment is not ours alone.
-func (a *app) warnOfVariables(known map[string]*pflag.Flag) {
+// configuration file a misspelt key is an error, but the environment is not ours alone. only
+// are the flags that can't be set there.
+func (a *app) warnOfVariables(known map[string]*pflag.Flag, only map[string]bool) {
+	plain := make(map[string]string)
+	for flag := range only {
+		plain[envName(flag)] = flag
+	}
 	names := []string{"FLIC_CONFIG"}
 	for key := range known {
 		names = append(names, envName(key))
@@ -117,6 +123,10 @@ func (a *app) warnOfVariables(known map[string]*pflag.Flag) {
 	for _, line := range os.Environ() {
 		name, value, _ := strings.Cut(line, "=")
 		if !strings.HasPrefix(name, "FLIC_") || value == "" || slices.Contains(names, name) {
+			continue
+		}
+		if flag := plain[name]; flag != "" {
+			a.log().Warn("it has no effect, because this flag is given on the command line alone", "variable", name, "flag", "--"+flag)
 			continue
 		}
 		if near := nearest(name, names); near != "" {
@@ -189,6 +199,20 @@ func knownFlags(root *cobra.Command) map[string]*pflag.Flag {
 	return keys
 }
 
+// onlyFlags are the names of the flags that can be given on the command line alone, unless
+// known has a setting of that name: another verb's.
+func onlyFlags(root *cobra.Command, known map[string]*pflag.Flag) map[string]bool {
+	only := make(map[string]bool)
+	for _, c := range append(commands(root), root) {
+		c.LocalFlags().VisitAll(func(f *pflag.Flag) {
+			if flagKey(f) == "" && f.Name != "help" && f.Name != "config" && known[f.Name] == nil {
+				only[f.Name] = true
+			}
+		})
+	}
+	return only
+}
+
 type configFile struct {
 	path   string
 	values map[string]any
@@ -199,9 +223,9 @@ type configFile struct {
 const maxConfig = 1 << 20
 
 // readConfig reads the named file, which must exist, or else the first of
-// configPaths that does. A key it does not know is an error: a misspelt one
-// would otherwise be a setting that silently has no effect.
-func readConfig(path string, known map[string]*pflag.Flag) (configFile, error) {
+// configPaths that does. A key it does not know is an error: a misspelt one, or that of a
+// flag which is none (only), would otherwise be a setting that silently has no effect.
+func readConfig(path string, known map[string]*pflag.Flag, only map[string]bool) (configFile, error) {
 	paths := []string{path}
 	if path == "" {
 		paths = configPaths()
@@ -222,6 +246,9 @@ func readConfig(path string, known map[string]*pflag.Flag) (configFile, error) {
 			return f, fmt.Errorf("%s: %w", p, err)
 		}
 		for k, v := range f.values {
+			if only[k] {
+				return f, fmt.Errorf("%s: unknown key %q: --%s is given on the command line alone", p, k, k)
+			}
 			if known[k] == nil {
 				return f, fmt.Errorf("%s: unknown key %q", p, k)
 			}

@@ -490,8 +490,8 @@ flash.
 	r.hot.add(fs, "receive", "this host")
 	fs.BoolVar(&r.json, "json", false, "print JSON on standard output")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
-	setKey(fs, "list", "receive-list")
-	setKey(fs, "answer", "receive-answer")
+	setKey(fs, "list", "") // it is of one run
+	setKey(fs, "answer", "")
 	return cmd
 }
 

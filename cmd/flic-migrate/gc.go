@@ -41,6 +41,9 @@ A store that is a copy of another one leaves NVRAM alone, because it is that one
 	addKeep(c.Flags(), &keep)
 	c.Flags().BoolVar(&adopt, "adopt", false, "first take over the NVRAM of the store that this one is a copy of, which must be gone for good")
 	c.Flags().StringVar(&forget, "forget-nvram", "", "first forget an NVRAM `FILE` that is gone for good, as one on a tmpfs is after a reboot, and that no checkpoint needs any more")
+	// What is dangerous a second time is done once, by hand.
+	setKey(c.Flags(), "adopt", "")
+	setKey(c.Flags(), "forget-nvram", "")
 	addSkipDigests(c.Flags(), &skip)
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c

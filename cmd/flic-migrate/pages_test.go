@@ -195,7 +195,7 @@ func TestPages(t *testing.T) {
 	if err := os.WriteFile(file, []byte(set), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	read, err := readConfig(file, knownFlags(root))
+	read, err := readConfig(file, knownFlags(root), nil)
 	if err != nil {
 		t.Fatalf("%v, of\n%s", err, set)
 	}

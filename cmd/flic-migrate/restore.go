@@ -89,6 +89,7 @@ PATH of its exec: shell does not have the program: name it by its whole path.`,
 	fs.BoolVar(&r.json, "json", false, "end with the report as one line of JSON on standard error")
 	fs.BoolVar(&r.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
 	setKey(fs, "recover", "restore-recover")
+	setKey(fs, "control", "")
 	return c
 }
 

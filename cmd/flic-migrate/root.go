@@ -265,6 +265,7 @@ Alone, with a migration stream on its standard input, it is "flic-migrate save".
 	root.SetErr(a.stderr)
 	root.PersistentFlags().StringVar(&a.store, "store", defaultStore(), "directory that holds the checkpoints")
 	root.PersistentFlags().StringVar(&a.config, "config", "", "configuration file (default: $XDG_CONFIG_HOME/flic-migrate/config.toml, then /etc/flic-migrate.toml)")
+	setKey(root.PersistentFlags(), "config", "")
 	root.AddCommand(newSave(a), newCheckpoint(a), newDisarm(a), newRestore(a), newResume(a), newList(a), newShow(a), newVerify(a), newRm(a), newPrune(a), newTag(a), newNote(a), newCopy(a), newSend(a), newReceive(a), newGC(a), newDoctor(a), newPersist(a), newFlatten(a), newAbsorb(a), newMemory(a), newDiff(a), newTrack(a), newReplay(a), newDump(a), newDisk(a), newImport(a), newExport(a), newLibvirt(a), newVersion())
 	groupVerbs(root)
 	for _, c := range append(commands(root), root) {
