@@ -1,11 +1,13 @@
 package tier_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -15,6 +17,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
 
@@ -235,6 +238,138 @@ func TestDemoteCopy(t *testing.T) {
 	}
 	for ref, s := range model {
 		l.holds(t, ref, s)
+	}
+}
+
+// lockWatch is a file system on which the store lock is looked at whenever something is done
+// with the NVRAM file.
+type lockWatch struct {
+	*crashfs.FS
+	nvram, lock string
+	looks, held atomic.Int64
+}
+
+func (w *lockWatch) NoLinks(string) (vfs.FS, error) { return w, nil }
+
+func (w *lockWatch) Open(name string) (vfs.File, error)   { return w.file(name)(w.FS.Open(name)) }
+func (w *lockWatch) OpenRW(name string) (vfs.File, error) { return w.file(name)(w.FS.OpenRW(name)) }
+
+func (w *lockWatch) file(name string) func(vfs.File, error) (vfs.File, error) {
+	return func(f vfs.File, err error) (vfs.File, error) {
+		if err == nil && name == w.nvram {
+			f = watchedNVRAM{f, w}
+		}
+		return f, err
+	}
+}
+
+func (w *lockWatch) look() {
+	w.looks.Add(1)
+	l, err := w.Fork().TryLock(w.lock, vfs.Exclusive)
+	if err != nil {
+		w.held.Add(1)
+		return
+	}
+	l.Close()
+}
+
+type watchedNVRAM struct {
+	vfs.File
+	w *lockWatch
+}
+
+func (f watchedNVRAM) ReadAt(b []byte, off int64) (int, error) {
+	f.w.look()
+	return f.File.ReadAt(b, off)
+}
+
+func (f watchedNVRAM) WriteAt(b []byte, off int64) (int, error) {
+	f.w.look()
+	return f.File.WriteAt(b, off)
+}
+
+func (f watchedNVRAM) Lock(ctx context.Context, mode vfs.LockMode) error {
+	f.w.look()
+	return f.File.Lock(ctx, mode)
+}
+
+func (f watchedNVRAM) Punch(off, n int64) error {
+	f.w.look()
+	return f.File.Punch(off, n)
+}
+
+func (f watchedNVRAM) Truncate(size int64) error {
+	f.w.look()
+	return f.File.Truncate(size)
+}
+
+// TestNVRAMWithoutStoreLock: the store lock is free while an NVRAM file is searched and
+// extents are freed, whatever frees them: a commit with a stopped guest waits for that lock.
+func TestNVRAMWithoutStoreLock(t *testing.T) {
+	disk := crashfs.New(0)
+	l := newLab(t, disk, "/")
+	all := l.hotGenerations(t, "vm", 5, 2<<20, 0.7)
+	remove := func(l *lab, numbers ...int) error {
+		for _, n := range numbers {
+			if err := l.remove(store.Ref{VM: "vm", N: n}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	type step struct {
+		name  string
+		do    func(l *lab) error
+		frees bool
+	}
+	demote := step{"demote", func(l *lab) error {
+		d, err := l.st.Demote(t.Context(), 1)
+		return errors.Join(err, d.Left)
+	}, true}
+	gc := step{"gc", func(l *lab) error {
+		rep, err := l.st.GC(t.Context())
+		if len(rep.Warnings) > 0 {
+			t.Error(rep.Warnings)
+		}
+		return err
+	}, false}
+	some := step{"rm of what others need", func(l *lab) error { return remove(l, 1, 2) }, false}
+	for name, steps := range map[string][]step{
+		"listed":          {demote, some, gc},
+		"kept for others": {some, demote, gc},
+		"flattened": {some, {"flatten", func(l *lab) error {
+			_, _, err := l.flatten(store.Ref{VM: "vm", N: 3})
+			return err
+		}, false}, gc},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := &lockWatch{FS: disk.CrashClone(1), nvram: "/nvram.img", lock: "/store/lock"}
+			l := l.on(t, w)
+			for _, step := range append(steps, step{"rm", func(l *lab) error { return remove(l, 4, 3, 5) }, true}) {
+				w.looks.Store(0)
+				w.held.Store(0)
+				_, before := l.taken(t)
+				if err := step.do(l); err != nil {
+					t.Fatalf("%s: %v", step.name, err)
+				}
+				if looks, held := w.looks.Load(), w.held.Load(); looks == 0 || held > 0 {
+					t.Errorf("%s: something is done with NVRAM %d times, %d times with the store lock taken", step.name, looks, held)
+				}
+				if _, after := l.taken(t); step.frees && after >= before {
+					t.Errorf("%s has freed nothing", step.name)
+				}
+				refs, err := l.st.List(t.Context(), "")
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, ref := range refs {
+					l.holds(t, ref, all[ref])
+				}
+			}
+			if flash, hot := l.taken(t); flash != 0 || hot != 0 {
+				t.Errorf("%d bytes of flash and %d of NVRAM are not free: %v", flash, hot, l.tree(t))
+			}
+		})
 	}
 }
 

@@ -1014,16 +1014,22 @@ func (f *File) release(ctx context.Context, match func(entry, entryState) bool) 
 // a number is one of giving disk blocks back, which Sweep tries again. Call it only
 // when the checkpoint's removal is durable, and no reader has it open.
 func (f *File) FreeOwner(ctx context.Context, owner uuid.UUID) (freed int, err error) {
-	return f.FreeSome(ctx, owner, func(int) bool { return true })
+	return f.freeIf(ctx, owner, func(entry) bool { return true })
 }
 
 // FreeSome is FreeOwner of those extents only whose numbers among the owner's which is
-// true for. Nobody may need what is in them any more, nor have them open.
-func (f *File) FreeSome(ctx context.Context, owner uuid.UUID, which func(index int) bool) (freed int, err error) {
+// true for, and which he has since the time that Owned gave, or for longer: meanwhile they
+// can have been freed, and others reserved for him. Nobody may need what is in them any more,
+// nor have them open.
+func (f *File) FreeSome(ctx context.Context, owner uuid.UUID, since time.Time, which func(index int) bool) (freed int, err error) {
+	return f.freeIf(ctx, owner, func(e entry) bool { return !e.since.After(since) && which(int(e.index)) })
+}
+
+func (f *File) freeIf(ctx context.Context, owner uuid.UUID, which func(entry) bool) (freed int, err error) {
 	if owner == uuid.Nil {
 		return 0, nil
 	}
-	list, err := f.release(ctx, func(e entry, s entryState) bool { return e.owner == owner && which(int(e.index)) })
+	list, err := f.release(ctx, func(e entry, s entryState) bool { return e.owner == owner && which(e) })
 	if err != nil || len(list) == 0 {
 		return 0, err
 	}
@@ -1033,17 +1039,18 @@ func (f *File) FreeSome(ctx context.Context, owner uuid.UUID, which func(index i
 // PerExtent is how many slots of a page size an extent has.
 func (f *File) PerExtent(pageSize int) int { return int(f.h.extentSize) / pageSize }
 
-// Owned lists the numbers, among the owner's, of the extents that an owner has now.
-func (f *File) Owned(ctx context.Context, owner uuid.UUID) (indexes []int, err error) {
+// Owned lists the numbers, among the owner's, of the extents that an owner has now, and tells
+// since when, to the second.
+func (f *File) Owned(ctx context.Context, owner uuid.UUID) (indexes []int, since time.Time, err error) {
 	err = f.locked(ctx, vfs.Shared, func() error {
 		return f.forEach(func(_ uint32, _ []byte, e entry, s entryState) error {
 			if s == taken && e.owner == owner {
-				indexes = append(indexes, int(e.index))
+				indexes, since = append(indexes, int(e.index)), e.since
 			}
 			return nil
 		})
 	})
-	return indexes, err
+	return indexes, since, err
 }
 
 // Sweep frees, durably, the extents of store whose owner is not live, and those

@@ -1338,17 +1338,24 @@ func TestFreeSome(t *testing.T) {
 	check(w.Close())
 	free := must(f.Free(ctx))
 	gone := func(index int) bool { return index < 2 || index == 4 }
-	if n := must(f.FreeSome(ctx, owner(1), gone)); n != 3 {
+	owned, since, err := f.Owned(ctx, owner(1))
+	if fmt.Sprint(owned) != "[0 1 2 3 4 5]" || err != nil {
+		t.Errorf("owned: %v, %v", owned, err)
+	}
+	if n := must(f.FreeSome(ctx, owner(1), since.Add(-time.Second), gone)); n != 0 {
+		t.Errorf("%d extents freed that are reserved for less long", n)
+	}
+	if n := must(f.FreeSome(ctx, owner(1), since, gone)); n != 3 {
 		t.Errorf("%d extents freed", n)
 	}
-	if n := must(f.FreeSome(ctx, owner(1), gone)); n != 0 {
+	if n := must(f.FreeSome(ctx, owner(1), since, gone)); n != 0 {
 		t.Errorf("%d extents freed again", n)
 	}
 	if now := must(f.Free(ctx)); now != free+3*small.extentSize {
 		t.Errorf("%d bytes free, were %d", now, free)
 	}
-	if owned := must(f.Owned(ctx, owner(1))); fmt.Sprint(owned) != "[2 3 5]" {
-		t.Errorf("owned: %v", owned)
+	if owned, _, err := f.Owned(ctx, owner(1)); fmt.Sprint(owned) != "[2 3 5]" || err != nil {
+		t.Errorf("owned: %v, %v", owned, err)
 	}
 	r := must(f.OpenSome(owner(1), extents, page, func(index int) bool { return index == 3 || index == 5 }))
 	for _, slot := range []int{3 * per, 4*per - 1, 5 * per, 6*per - 1} {

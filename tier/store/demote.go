@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -157,6 +158,7 @@ type demotion struct {
 	pieces int
 	done   source.Ranges // slots that have been moved
 	per    uint64        // slots in an extent
+	since  time.Time     // of the reservation
 }
 
 // errOutdated: an image, or what was moved of it, is not what it was.
@@ -254,10 +256,11 @@ func (m *demotion) need() source.Ranges {
 // plan chooses the slots of the next piece. more tells whether there will be another; not
 // ok, that it is not worthwhile.
 func (m *demotion) plan(ctx context.Context) (want source.Ranges, more, ok bool, err error) {
-	owned, err := m.nv.Owned(ctx, m.uuid)
+	owned, since, err := m.nv.Owned(ctx, m.uuid)
 	if err != nil {
 		return nil, false, false, err
 	}
+	m.since = since
 	slices.Sort(owned)
 	need, young := m.need(), m.v.of[m.uuid].young
 	leave := 0
@@ -332,30 +335,46 @@ func (m *demotion) changed(ctx context.Context) bool {
 // free gives back the extents of which nothing is needed that has not been moved, unless
 // somebody has the image open.
 func (m *demotion) free(ctx context.Context) error {
+	i, err := m.idle(ctx)
+	if err != nil || i == nil {
+		return err
+	}
+	n, err := m.s.freeNVRAM(ctx, *i)
+	m.d.NVRAMBytes += n
+	return err
+}
+
+// idle decides under the store lock what can be freed: nil is nothing now.
+func (m *demotion) idle(ctx context.Context) (_ *idle, err error) {
 	s := m.s
 	unlock, err := s.lock(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer unlock()
 	f, err := s.dir.Open(ctx, m.name, Exclusive)
 	if errors.Is(err, vfs.ErrLocked) || gone(err) {
-		return nil
+		return nil, nil
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer f.Close()
+	i := &idle{id: m.id, had: reservation{since: m.since}}
+	defer func() {
+		if i.image == nil {
+			f.Close()
+		}
+	}()
 	if h, err := image.ReadHeader(f); err != nil || h.UUID != m.uuid || m.gone && m.s.isTwin(ctx, m.stored) {
-		return errors.Join(err, errOutdated)
+		return nil, errors.Join(err, errOutdated)
 	}
 	// What has been committed since may need more of it. Pieces, and that who needed it is
 	// not there, are durable after this.
 	if err := m.v.update(ctx); err != nil {
-		return err
+		return nil, err
 	}
 	if m.v.unclear != nil {
-		return m.v.unclear
+		return nil, m.v.unclear
 	}
 	// One that was removed can have come back meanwhile, from another store.
 	there, err := s.movedSlots(ctx, m.ref, m.uuid)
@@ -363,7 +382,7 @@ func (m *demotion) free(ctx context.Context) error {
 		err = errOutdated
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if m.gone {
 		err = s.settle(ctx)
@@ -371,11 +390,14 @@ func (m *demotion) free(ctx context.Context) error {
 		err = s.dir.Sync(ctx, vmFolder(m.ref.VM))
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
-	n, err := s.freeNVRAM(ctx, m.id, m.need().Minus(m.done))
-	m.d.NVRAMBytes += n
-	return err
+	// Nobody has it open, and who opens one that is listed from now on finds the pieces
+	// first. Of one that is not he may ask for slots that are in none.
+	if i.need = m.need().Minus(m.done); m.gone {
+		i.image = f
+	}
+	return i, nil
 }
 
 // movedSlots are the slots of an image's NVRAM part that have been moved.

@@ -94,6 +94,10 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 	if err := v.update(ctx); err != nil {
 		return err
 	}
+	had, err := look.reservedBy(ctx, was, theirs)
+	if err != nil {
+		return err
+	}
 	kept, err := t.swap(ctx, was, v, old, true)
 	if err != nil {
 		return err
@@ -102,24 +106,24 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 	if err := t.close(); err != nil {
 		return err
 	}
+	var own []idle
 	switch {
 	case kept:
 		theirs = append(theirs, was.UUID)
 	case was.InNVRAM():
-		var left error
-		old.NVRAMBytes, left = s.freeNVRAM(ctx, was, nil)
-		old.Left = errors.Join(old.Left, left)
+		own = []idle{{id: was, had: had[was.UUID]}}
 	}
+	var fr freed
+	var left error
 	unlock, err := look.lock(ctx)
-	if err != nil {
-		old.Left = errors.Join(old.Left, err)
-		return nil
+	if err == nil {
+		fr, left, err = s.freeUnlisted(ctx, v, theirs, had)
+		unlock()
 	}
-	defer unlock()
-	fr, left, err := s.freeUnlisted(ctx, v, theirs)
 	old.FlashBytes += fr.flash
-	old.NVRAMBytes += fr.nvram
 	old.Left = errors.Join(old.Left, left, err)
+	old.NVRAMBytes, err = s.freeNVRAM(ctx, append(own, fr.idle...)...)
+	old.Left = errors.Join(old.Left, err)
 	return nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -17,15 +18,45 @@ import (
 
 // freed is what was given back, in bytes.
 type freed struct {
-	flash, nvram int64
-	removed      bool // the image is no more
+	flash   int64
+	idle    []idle // what is to be given back of NVRAM, without the store lock (freeNVRAM)
+	removed bool   // the image is no more
+}
+
+// reservations tell since when images have their extents in NVRAM. Who is going to free some
+// looks before he takes the store lock, under which no table is searched. What an owner has
+// reserved after that look is not what was decided about: a checkpoint that was removed can
+// have come back, from another store.
+type reservations map[uuid.UUID]reservation
+
+// reservation is one of them: zero is none.
+type reservation struct {
+	since time.Time
+	err   error // why it is not known, if so
+}
+
+// idle is NVRAM of an image that nobody needs.
+type idle struct {
+	id   *checkpoint.Identity
+	had  reservation
+	need source.Ranges // slots of it that others need
+	// image is locked exclusively until its extents are free, so that nobody begins to need
+	// them; nil if nobody can.
+	image Object
 }
 
 // free frees what nobody needs of an image that is not listed: all of it, or the
-// segments and the extents in NVRAM that no listed checkpoint names. The caller holds
-// the store lock, and the image exclusively as f; v is up to date, and what is not there
-// is durably so. left is what could not be freed and does no harm.
-func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *survey) (fr freed, left, err error) {
+// segments that no listed checkpoint names, and decides which extents in NVRAM are idle. The
+// caller holds the store lock, and the image exclusively as f, which is closed, or belongs to
+// what is idle; v is up to date, and what is not there is durably so. had is from before the
+// lock. left is what could not be freed and does no harm.
+func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *survey, had reservations) (fr freed, left, err error) {
+	keep := false
+	defer func() {
+		if !keep {
+			f.Close()
+		}
+	}()
 	id := st.id
 	// What a copy in another place says is in NVRAM, or in pieces, is the original's; sweep
 	// knows whether that one is there.
@@ -45,9 +76,9 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 		}
 		fr.flash += size
 		if owner {
-			fr.nvram, left = s.freeNVRAM(ctx, id, nil)
+			fr.idle = []idle{{id: id, had: had[st.uuid]}}
 		}
-		return fr, left, nil
+		return fr, nil, nil
 	}
 	if v.unclear != nil || v.of[st.uuid] == nil {
 		return fr, v.unclear, nil
@@ -78,8 +109,8 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 	if err != nil || !owner {
 		return fr, nil, err
 	}
-	fr.nvram, left = s.freeNVRAM(ctx, id, u.slots.Minus(there))
-	return fr, left, nil
+	fr.idle, keep = []idle{{id, had[st.uuid], u.slots.Minus(there), f}}, true
+	return fr, nil, nil
 }
 
 // isTwin tells whether an unlisted image may be one that is listed under its number, of
@@ -154,26 +185,88 @@ func unused(src image.Source, segments source.Ranges) (list []byteRange, err err
 	return list, err
 }
 
-// freeNVRAM gives an image's NVRAM back, but for the extents with slots that others
-// need.
-func (s *Store) freeNVRAM(ctx context.Context, id *checkpoint.Identity, need source.Ranges) (bytes int64, err error) {
+// reserved is an image's reservation.
+func (s *Store) reserved(ctx context.Context, id *checkpoint.Identity) (r reservation) {
+	if !id.InNVRAM() {
+		return r
+	}
+	f, err := nvram.Open(ctx, s.fs, id.NVRAM.Path, nvram.Options{ReadOnly: true})
+	if err != nil {
+		return reservation{err: err}
+	}
+	defer f.Close()
+	if f.UUID() == id.NVRAM.UUID { // or else freeNVRAM says that it is another
+		_, r.since, r.err = f.Owned(ctx, id.UUID)
+	}
+	return r
+}
+
+// reservedBy are the reservations of an image, and of the unlisted ones with these UUIDs.
+func (l *lookup) reservedBy(ctx context.Context, id *checkpoint.Identity, unlisted []uuid.UUID) (reservations, error) {
+	had := reservations{id.UUID: l.s.reserved(ctx, id)}
+	if len(unlisted) == 0 {
+		return had, nil
+	}
+	err := l.eachVMSeen(ctx, func(vm string, o vmObjects) error {
+		for _, st := range o.unlisted(vm) {
+			empty, err := l.unlistedIs(ctx, &st)
+			if err == nil && !empty && st.id != nil && slices.Contains(unlisted, st.uuid) {
+				had[st.uuid] = l.s.reserved(ctx, st.id)
+			}
+		}
+		return nil
+	})
+	return had, err
+}
+
+// freeNVRAM gives idle extents back, and closes their images. Nobody waits for it: the caller
+// does not hold the store lock.
+func (s *Store) freeNVRAM(ctx context.Context, list ...idle) (bytes int64, left error) {
+	defer func() {
+		for _, i := range list {
+			if i.image != nil {
+				i.image.Close()
+			}
+		}
+	}()
+	said := make(map[string]bool)
+	for n := range list {
+		i := &list[n]
+		freed, err := s.freeIdle(ctx, i)
+		bytes += freed
+		if err != nil && !said[err.Error()] { // of one file it is the same for all
+			said[err.Error()] = true
+			left = errors.Join(left, err)
+		}
+		if i.image != nil {
+			i.image.Close()
+			i.image = nil
+		}
+	}
+	return bytes, left
+}
+
+func (s *Store) freeIdle(ctx context.Context, i *idle) (bytes int64, err error) {
 	if err := s.CheckHome(ctx); err != nil {
 		return 0, err
 	}
-	f, err := s.openNVRAM(ctx, nvramFile{id.NVRAM.Path, id.NVRAM.UUID})
+	f, err := s.openNVRAM(ctx, nvramFile{i.id.NVRAM.Path, i.id.NVRAM.UUID})
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
-	idle := idleExtents(f, id, need)
-	if len(need) > 0 {
+	if i.had.err != nil || i.had.since.IsZero() {
+		return 0, i.had.err
+	}
+	idle := idleExtents(f, i.id, i.need)
+	if len(i.need) > 0 {
 		// Most looks find nothing, and need not keep others from the file.
-		owned, err := f.Owned(ctx, id.UUID)
+		owned, _, err := f.Owned(ctx, i.id.UUID)
 		if err != nil || !slices.ContainsFunc(owned, idle) {
 			return 0, err
 		}
 	}
-	n, err := f.FreeSome(ctx, id.UUID, idle)
+	n, err := f.FreeSome(ctx, i.id.UUID, i.had.since, idle)
 	return int64(n) * nvram.ExtentSize, err
 }
 
@@ -204,8 +297,9 @@ func (l *lookup) unlistedAmong(ctx context.Context, ids []uuid.UUID) (there []uu
 }
 
 // freeUnlisted frees what nobody needs of the unlisted images with these UUIDs. v is of
-// them, and its lookup has the store lock.
-func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (all freed, left error, err error) {
+// them, and its lookup has the store lock; had is from before. What is idle of NVRAM is the
+// caller's to free, also after an error.
+func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID, had reservations) (all freed, left error, err error) {
 	some, _, err := v.look.shares(ctx)
 	if err != nil || !some || len(ids) == 0 {
 		return all, nil, err
@@ -240,9 +334,8 @@ func (s *Store) freeUnlisted(ctx context.Context, v *survey, ids []uuid.UUID) (a
 			if err != nil {
 				return err
 			}
-			fr, why, err := s.free(ctx, st, f, o, v)
-			f.Close()
-			all.flash, all.nvram = all.flash+fr.flash, all.nvram+fr.nvram
+			fr, why, err := s.free(ctx, st, f, o, v, had)
+			all.flash, all.idle = all.flash+fr.flash, append(all.idle, fr.idle...)
 			left = errors.Join(left, why)
 			if err != nil {
 				return err

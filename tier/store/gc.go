@@ -51,7 +51,7 @@ func (s *Store) GC(ctx context.Context) (GCReport, error) { return s.GCAfter(ctx
 // goes from tmp to its VM's folder in one step. So an owner of the first look that
 // none of the later ones sees has been removed in between, or is dead.
 func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport, err error) {
-	g := gc{Store: s, look: s.lookup(), rep: &rep, live: make(map[uuid.UUID]bool)}
+	g := gc{Store: s, look: s.lookup(), rep: &rep, live: make(map[uuid.UUID]bool), had: make(reservations)}
 	if err := s.CheckHome(ctx); err != nil {
 		rep.warn(err) // and NVRAM stays as it is
 	} else if err := g.openNVRAM(ctx); err != nil {
@@ -95,6 +95,7 @@ type gc struct {
 	rep   *GCReport
 	live  map[uuid.UUID]bool
 	files []*nvramOwners
+	had   reservations // of those in files
 	// keep: there is something that may be a checkpoint, and can't say which. No
 	// NVRAM is given back then, and no removed image that another may refer to.
 	keep bool
@@ -134,6 +135,9 @@ func (g *gc) openNVRAM(ctx context.Context) error {
 		g.files = append(g.files, o)
 		if o.owners, err = f.Owners(ctx, g.doc.UUID); err != nil {
 			g.rep.warn(err)
+		}
+		for _, owner := range o.owners {
+			g.had[owner.UUID] = reservation{since: owner.Since}
 		}
 	}
 	return nil
@@ -424,14 +428,26 @@ func (s *Store) owner(ctx context.Context, name string) (uuid.UUID, error) {
 // gone, images of removed ones that nobody needs and what nobody needs of the others,
 // and what stands for any number but the highest.
 func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
+	idle, err := g.withoutNVRAM(ctx, vm, v)
+	bytes, left := g.freeNVRAM(ctx, idle...)
+	g.rep.NVRAMExtents += int(bytes / nvram.ExtentSize)
+	g.rep.NVRAMBytes += bytes
+	if left != nil && !errors.Is(left, ErrCopied) { // of that GCAfter has warned
+		g.rep.warn(left)
+	}
+	return err
+}
+
+// withoutNVRAM is leftovers, but for the NVRAM that is idle.
+func (g *gc) withoutNVRAM(ctx context.Context, vm string, v *survey) (free []idle, err error) {
 	unlock, err := g.look.lock(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer unlock()
 	o, err := g.look.again(ctx, vm)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, numbers := range o.beside {
 		for _, n := range numbers {
@@ -439,7 +455,7 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 				continue
 			}
 			if err := g.dropBeside(ctx, Ref{vm, n}, o); err != nil {
-				return err
+				return free, err
 			}
 		}
 	}
@@ -453,7 +469,7 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 			// As a rule it is what a power cut has left of one that was emptied.
 			missing, merr := g.missing(ctx, v)
 			if merr != nil {
-				return merr
+				return free, merr
 			}
 			if missing {
 				g.unknown(fmt.Errorf("what is left of a removed checkpoint can't be read, and is kept, because others refer to one that is not there: %w", err))
@@ -462,11 +478,11 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 			err = nil
 		}
 		if err != nil {
-			return err
+			return free, err
 		}
 		done, err := g.untwin(ctx, st)
 		if err != nil {
-			return err
+			return free, err
 		}
 		if done {
 			continue
@@ -478,7 +494,7 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 			continue
 		}
 		if err != nil {
-			return err
+			return free, err
 		}
 		if !settled && !empty {
 			if err = v.update(ctx); err == nil {
@@ -487,17 +503,18 @@ func (g *gc) leftovers(ctx context.Context, vm string, v *survey) error {
 			settled = true
 		}
 		if err == nil {
-			err = g.leftover(ctx, st, empty, f, o, v)
+			err = g.leftover(ctx, st, empty, f, o, v, &free)
+		} else {
+			f.Close()
 		}
-		f.Close()
 		if err != nil {
-			return err
+			return free, err
 		}
 	}
 	if len(o.moved) == 0 {
-		return nil
+		return free, nil
 	}
-	return g.orphans(ctx, vm)
+	return free, g.orphans(ctx, vm)
 }
 
 // orphans removes what was moved from NVRAM of images of a VM that are not there any more.
@@ -579,9 +596,11 @@ func (g *gc) missing(ctx context.Context, v *survey) (bool, error) {
 	return err != nil, err
 }
 
-// leftover frees one unlisted image, which is locked, or what nobody needs of it.
-func (g *gc) leftover(ctx context.Context, st stored, empty bool, f Object, o vmObjects, v *survey) error {
+// leftover frees one unlisted image, which is locked as f, or what nobody needs of it; the
+// NVRAM that is idle is added to a list. It closes f, unless that belongs to the list now.
+func (g *gc) leftover(ctx context.Context, st stored, empty bool, f Object, o vmObjects, v *survey, list *[]idle) error {
 	if empty {
+		defer f.Close()
 		if st.ref.N == o.last() {
 			return nil
 		}
@@ -590,10 +609,12 @@ func (g *gc) leftover(ctx context.Context, st stored, empty bool, f Object, o vm
 	// It can have come since the look, and a stray may need it.
 	if _, known := v.of[st.uuid]; g.keep || !known && st.uuid != uuid.Nil {
 		g.live[st.uuid] = true
+		f.Close()
 		return nil
 	}
-	fr, left, err := g.free(ctx, st, f, o, v)
-	if left != nil && !errors.Is(left, ErrCopied) { // of that GCAfter has warned
+	fr, left, err := g.free(ctx, st, f, o, v, g.had)
+	*list = append(*list, fr.idle...)
+	if left != nil {
 		g.rep.warn(left)
 	}
 	if !fr.removed {
@@ -607,8 +628,6 @@ func (g *gc) leftover(ctx context.Context, st stored, empty bool, f Object, o vm
 		g.rep.Trimmed++
 		g.rep.TrimmedBytes += fr.flash
 	}
-	g.rep.NVRAMExtents += int(fr.nvram / nvram.ExtentSize)
-	g.rep.NVRAMBytes += fr.nvram
 	return err
 }
 

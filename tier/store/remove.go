@@ -135,6 +135,10 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 			rm.Kept, rm.Left = v.of[id.UUID].by, v.unclear
 		}
 	}
+	had, err := m.look.reservedBy(ctx, id, theirs)
+	if err != nil {
+		return rm, err
+	}
 	unlock, err := m.look.lock(ctx)
 	if err != nil {
 		return rm, err
@@ -143,20 +147,14 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	if err := m.look.unlist(ctx, r, id.UUID, keep); err != nil {
 		return rm, err
 	}
+	var own []idle
 	if keep {
 		// It is an unlisted image now, as those that it refers to may be.
 		theirs = append(theirs, id.UUID)
 	} else {
 		rm.FlashBytes = size
 		if rm.Left == nil && id.InNVRAM() {
-			// That may take a while.
-			unlock()
-			rm.NVRAMBytes, rm.Left = s.freeNVRAM(ctx, id, nil)
-			if unlock, err = m.look.lock(ctx); err != nil {
-				unlock = func() {}
-				rm.Left = errors.Join(rm.Left, err)
-				return rm, nil
-			}
+			own = []idle{{id: id, had: had[id.UUID]}}
 		}
 		moved, err := m.look.tidy(ctx, r, id.UUID)
 		rm.FlashBytes += moved
@@ -164,15 +162,16 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 	}
 	f.Close()
 	closed = true
-	fr, left, err := s.freeUnlisted(ctx, v, theirs)
+	fr, left, err := s.freeUnlisted(ctx, v, theirs, had)
 	unlock()
 	unlock = func() {}
 	rm.FlashBytes += fr.flash
-	rm.NVRAMBytes += fr.nvram
 	if left != nil && rm.Left != nil && left.Error() == rm.Left.Error() {
 		left = nil
 	}
 	rm.Left = errors.Join(rm.Left, left, err)
+	rm.NVRAMBytes, err = s.freeNVRAM(ctx, append(own, fr.idle...)...)
+	rm.Left = errors.Join(rm.Left, err)
 	kept, err := s.freeFrozen(ctx, m.look, id.Kept)
 	rm.FrozenBytes, rm.Left = kept.bytes, errors.Join(rm.Left, err)
 	return rm, nil

@@ -248,7 +248,7 @@ func (s *Store) frees(ctx context.Context, f Object, r Ref, id *checkpoint.Ident
 	if nv.UUID() != id.NVRAM.UUID {
 		return free, nil
 	}
-	owned, err := nv.Owned(ctx, id.UUID)
+	owned, _, err := nv.Owned(ctx, id.UUID)
 	if err != nil {
 		return free, fmt.Errorf("NVRAM of %v: %w", Ref{id.VM, id.Number}, err)
 	}
