@@ -10,16 +10,28 @@ import (
 const (
 	// askingPages and restingPages are how many pages go out in one write while the
 	// guest asks for pages and when it does not. A demand waits for at most one
-	// such write.
-	askingPages, restingPages = 1, 8
+	// such write. crowdedPages are those of a write while QEMU waits for a CPU.
+	askingPages, restingPages, crowdedPages = 1, 8, 32
 	// askingPipe and restingPipe are the capacities of the pipe while the
 	// guest asks for pages and when it does not. With the smaller one there are
 	// more changes of context, and it takes half as long again until all memory is
-	// there; with more than the larger one nothing is gained.
-	askingPipe, restingPipe = 16 << 10, 64 << 10
+	// there; with more than the larger one nothing is gained if there are CPUs.
+	//
+	// If there are none, as for eight guests that run and are resumed on two, QEMU gets its
+	// turn after some milliseconds, and reads in a fraction of it what the pipe has. Then
+	// crowdedPipe is its capacity: all of the memory is there in half of the time, and guests
+	// ask for a tenth of the pages, each of which waits for a turn anyway.
+	askingPipe, restingPipe, crowdedPipe = 16 << 10, 64 << 10, 1 << 20
 	// asking is how long after a demand the guest is taken to be asking. Each time
 	// that it begins again, a request waits for a full pipe.
 	asking = 500 * time.Millisecond
+	// turn is from how long on a write that waits for QEMU waits for a CPU of QEMU's, and not
+	// for what QEMU does with the pages, some 20 µs each; paused is from how long on it waits
+	// at all.
+	turn, paused = 1500 * time.Microsecond, 100 * time.Microsecond
+	// crowdedTurns is how many more of the last writes that waited must have waited for a
+	// CPU than not; of them, mostTurns are remembered.
+	crowdedTurns, mostTurns = 4, 8
 	// drainStep is the time between two looks whether QEMU has read as much as
 	// must be out of a pipe before it can be made smaller, and drainSteps how
 	// many there are at the most: it reads on in less if it reads at all.
@@ -31,13 +43,19 @@ const (
 // asking tells whether the guest is taken to be asking for pages.
 func (p *pump) asking() bool { return time.Since(p.faulted) < asking }
 
+// crowded tells whether QEMU waits for a CPU after each pipeful.
+func (p *pump) crowded() bool { return p.turns >= crowdedTurns }
+
 // resize makes the pipe fit for what the guest does.
 func (p *pump) resize() {
 	if p.o.Resize == nil {
 		return
 	}
 	want := restingPipe
-	if p.asking() {
+	switch {
+	case p.crowded():
+		want = crowdedPipe
+	case p.asking():
 		want = askingPipe
 	}
 	if want == p.wanted && p.pipe <= want {
@@ -83,7 +101,10 @@ func (p *pump) append(block int, page uint64, data []byte) error {
 
 func (p *pump) full() bool {
 	n := restingPages
-	if p.asking() {
+	switch {
+	case p.crowded():
+		n = crowdedPages
+	case p.asking():
 		n = askingPages
 	}
 	return len(p.buf) >= n*p.c.Meta.PageSize
@@ -104,7 +125,17 @@ func (p *pump) flush() error {
 }
 
 func (p *pump) write(b []byte) error {
+	begin := time.Now()
 	n, err := p.out.Write(b)
+	// Before, QEMU may be busy with its devices.
+	if took := time.Since(begin); p.devicesLoaded() {
+		switch {
+		case took >= turn:
+			p.turns = min(p.turns+1, mostTurns)
+		case took >= paused:
+			p.turns = max(p.turns-1, 0)
+		}
+	}
 	p.rep.BytesOut += int64(n)
 	return err
 }

@@ -41,6 +41,7 @@ type pump struct {
 	recent  [4]demand
 	faulted time.Time
 	holding bool // hold is under way, so what is sent is what is learned
+	turns   int  // of the last writes that waited, how many more have waited for a CPU than not
 	wanted  int  // capacity of the pipe that was asked for last
 	pipe    int  // and the one in force
 

@@ -465,6 +465,53 @@ func TestResize(t *testing.T) {
 	}
 }
 
+// TestCrowded: a QEMU that waits for a CPU after each write, as it does beside other guests that
+// run, finds more in the pipe when it has got one, also if its guest is asking; and one that
+// is only slow, or waits once, does not.
+func TestCrowded(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 31, Blocks: []tiertest.Block{{Name: "m", Size: 16 << 20}}}, 0, save.Options{})
+	for name, c := range map[string]struct {
+		wait func(part int) time.Duration
+		want []int
+	}{
+		"crowded": {func(part int) time.Duration { return 4 * time.Millisecond }, []int{64 << 10, 1 << 20}},
+		"for a while": {func(part int) time.Duration {
+			if part < 40 {
+				return 4 * time.Millisecond
+			}
+			return 300 * time.Microsecond
+		}, []int{64 << 10, 1 << 20, 64 << 10}},
+		"slow": {func(part int) time.Duration { return time.Millisecond }, []int{64 << 10}},
+		"now and then": {func(part int) time.Duration {
+			if part%4 == 0 {
+				return 40 * time.Millisecond
+			}
+			return 300 * time.Microsecond
+		}, []int{64 << 10}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var asked []int
+				d := newFakeQEMU(s)
+				most := 0
+				d.afterPart = func(n int) {
+					most = n
+					time.Sleep(c.wait(n))
+				}
+				d.run(t, t.Context(), lazy.Serve, lazy.Options{Resize: func(n int) int {
+					if len(asked) == 0 || asked[len(asked)-1] != n {
+						asked = append(asked, n)
+					}
+					return n
+				}}).ok(t)
+				if !slices.Equal(asked, c.want) {
+					t.Errorf("asked for %v, want %v; %d parts", asked, c.want, most)
+				}
+			})
+		})
+	}
+}
+
 // TestHold: nothing cold comes as long as the guest keeps asking, at most for
 // MaxHold.
 func TestHold(t *testing.T) {
@@ -1235,7 +1282,7 @@ func TestProgress(t *testing.T) {
 		d := newFakeQEMU(s)
 		d.loading = true
 		d.onRun = func() { time.Sleep(time.Millisecond); d.pong() }
-		d.afterPart = func(int) { time.Sleep(4 * time.Millisecond) }
+		d.afterPart = func(int) { time.Sleep(20 * time.Millisecond) }
 		rep := d.run(t, t.Context(), lazy.Serve, lazy.Options{
 			Begin:    func() error { time.Sleep(time.Millisecond); return nil },
 			Progress: func(p lazy.Progress) { seen = append(seen, p) },
