@@ -17,9 +17,12 @@
 //	foreign delta   words there, likewise                            digest of the page
 //
 // Eager and lazy restore, verify, copies and a save that reads back what it has
-// stored all go through it, and nothing else looks at an entry's kind. So a new
-// source of page bytes is one row more. A kind without a row refuses the pages that
-// are of it when their bytes are asked for, and nothing else.
+// stored all get bytes through it, and for that nothing else looks at an entry's kind. So a
+// new source of page bytes is one row more to all who read. Who makes a page map decides by
+// kind what is stored where: tier/save, and of tier/store flatten (copy.go) and unite
+// (unite.go), which has a new slot for each page of its own. A kind without a row refuses the
+// pages that are of it when their bytes are asked for, and to be written into another page map
+// (Row.Known).
 //
 // A restore is planned and then executed: [Set.Stretch] tells what any stretch of
 // pages needs without reading anything, so that a planner can have it decoded ahead,

@@ -711,15 +711,19 @@ func (n *uniting) segments(ctx context.Context, k *copier) error {
 	return k.w.Submit(k.buf)
 }
 
-// entry is an entry of the old page map in the new one.
-func (n *uniting) entry(e pagemap.Entry) pagemap.Entry {
+// entry is an entry of the old page map in the new one. One of a kind that is not known may
+// name a slot, which is another page's now.
+func (n *uniting) entry(e pagemap.Entry) (pagemap.Entry, error) {
 	switch e.Kind() {
 	case pagemap.Flash:
-		return n.to.Get(0, e.Value())
+		return n.to.Get(0, e.Value()), nil
 	case pagemap.Delta:
-		return pagemap.Make(pagemap.Delta, n.to.Get(0, e.Value()).Value())
+		return pagemap.Make(pagemap.Delta, n.to.Get(0, e.Value()).Value()), nil
 	}
-	return e
+	if !source.Default.Row(e.Kind()).Known() {
+		return e, &source.UnknownError{Kind: e.Kind()}
+	}
+	return e, nil
 }
 
 // finish writes where all pages are, and what the checkpoint says of itself: what it said.
@@ -745,9 +749,14 @@ func (n *uniting) finish(ctx context.Context, k *copier) error {
 	}
 	err = n.c.PageMap.Runs(func(r pagemap.Run) error {
 		for i := range r.Count {
-			if r.Kind != pagemap.Absent {
-				table.Set(r.Block, r.Page+i, n.entry(r.Entry(i)))
+			if r.Kind == pagemap.Absent {
+				continue
 			}
+			e, err := n.entry(r.Entry(i))
+			if err != nil {
+				return err
+			}
+			table.Set(r.Block, r.Page+i, e)
 		}
 		return context.Cause(ctx)
 	})
@@ -836,7 +845,11 @@ func (n *uniting) bases(k *copier, m *checkpoint.Meta) error {
 				}
 				page = e.Value()
 			}
-			table.Set(r.Block, page, n.entry(r.Entry(i)))
+			e, err := n.entry(r.Entry(i))
+			if err != nil {
+				return err
+			}
+			table.Set(r.Block, page, e)
 		}
 		return nil
 	})
