@@ -426,3 +426,29 @@ func TestDocsMessages(t *testing.T) {
 		}
 	}
 }
+
+// TestDocsArchitecture: each package has its word in docs/architecture.md, by the last part
+// of its path.
+func TestDocsArchitecture(t *testing.T) {
+	text, err := os.ReadFile("../../docs/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, root := range []string{"qmp", "ramparse", "stream", "tier"} {
+		err := filepath.WalkDir("../../"+root, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.IsDir() {
+				return err
+			}
+			if d.Name() == "testdata" {
+				return fs.SkipDir
+			}
+			if files, _ := filepath.Glob(path + "/*.go"); len(files) > 0 && !regexp.MustCompile(`\b`+d.Name()+`\b`).Match(text) {
+				t.Errorf("%s is not named", path)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+}
