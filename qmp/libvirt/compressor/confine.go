@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // Debian, Ubuntu and openSUSE confine libvirt's daemons with AppArmor. Their
@@ -94,7 +96,7 @@ func (s Setup) rule(file, name string, profile []byte) (Step, error) {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
 		}
-		if err := replaceFile(path, next, 0o644); err != nil {
+		if err := vfs.ReplaceFile(path, next, 0o644); err != nil {
 			return err
 		}
 		err := s.reload(file, name)
@@ -106,7 +108,7 @@ func (s Setup) rule(file, name string, profile []byte) (Step, error) {
 		if missing {
 			return errors.Join(err, os.Remove(path))
 		}
-		return errors.Join(err, replaceFile(path, have, 0o644))
+		return errors.Join(err, vfs.ReplaceFile(path, have, 0o644))
 	}
 	step.undo = func() (err error) {
 		switch {
@@ -115,7 +117,7 @@ func (s Setup) rule(file, name string, profile []byte) (Step, error) {
 		case bytes.Equal(old, have):
 			return nil
 		default:
-			err = replaceFile(path, old, 0o644)
+			err = vfs.ReplaceFile(path, old, 0o644)
 		}
 		if err != nil {
 			return err

@@ -10,7 +10,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
+
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // Where things go, below Setup.Root.
@@ -176,10 +177,8 @@ func (s Setup) drop(unit string) (Step, error) {
 		step.Conflict = fmt.Errorf("%s has been changed by somebody: %w", path, ErrConflict)
 	}
 	step.do = func() error {
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return err
-		}
-		return os.WriteFile(path, []byte(text), 0o644)
+		// Whole or not at all: what is cut off would be taken for somebody's change.
+		return vfs.ReplaceFile(path, []byte(text), 0o644)
 	}
 	step.undo = func() error {
 		err := os.Remove(path)
@@ -211,7 +210,7 @@ func (s Setup) conf() (Step, error) {
 		return step, err
 	}
 	const private = 0o600 // libvirt's own choice for qemu.conf
-	step.do = func() error { return replaceFile(path, next, private) }
+	step.do = func() error { return vfs.ReplaceFile(path, next, private) }
 	step.undo = func() error {
 		switch {
 		case remove:
@@ -219,49 +218,9 @@ func (s Setup) conf() (Step, error) {
 		case bytes.Equal(old, have):
 			return nil
 		}
-		return replaceFile(path, old, private)
+		return vfs.ReplaceFile(path, old, private)
 	}
 	return step, nil
-}
-
-// replaceFile gives a file new content, with its mode and owner, in one step. mode
-// is for one that is new.
-func replaceFile(path string, b []byte, mode fs.FileMode) error {
-	if real, err := filepath.EvalSymlinks(path); err == nil {
-		path = real
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".flic-migrate-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(tmp.Name())
-	fi, err := os.Stat(path)
-	if err == nil {
-		mode = fi.Mode().Perm()
-		st := fi.Sys().(*syscall.Stat_t)
-		err = tmp.Chown(int(st.Uid), int(st.Gid))
-	} else if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	if err == nil {
-		err = tmp.Chmod(mode)
-	}
-	if err == nil {
-		_, err = tmp.Write(b)
-	}
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if cerr := tmp.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(tmp.Name(), path)
-	}
-	return err
 }
 
 // Install does the steps that are not done. It changes nothing if one of them

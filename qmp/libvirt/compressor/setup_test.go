@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -151,6 +152,23 @@ func TestInstall(t *testing.T) {
 			}
 			differ(t, name+", uninstalled", tree(t, s.Root), before)
 		}
+	}
+}
+
+// TestInstallWhole: what is made is written like what is replaced: whole, with its own mode
+// whatever the umask is, and nothing is left beside it.
+func TestInstallWhole(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	s := host(t, true, someConf)
+	if err := s.Install(); err != nil {
+		t.Fatal(err)
+	}
+	list, err := os.ReadDir(s.path(systemdEtc + "/libvirtd.service.d"))
+	if err != nil || len(list) != 1 {
+		t.Fatalf("%v, %v", list, err)
+	}
+	if fi, err := list[0].Info(); err != nil || fi.Mode() != 0o644 {
+		t.Errorf("%v, %v", fi.Mode(), err)
 	}
 }
 
