@@ -318,6 +318,13 @@ func TestTransferStale(t *testing.T) {
 		if rep, err := b.st.GC(t.Context()); err != nil || rep.Parts == 0 || len(staged()) > 0 {
 			t.Errorf("gc afterwards: %+v, %v; left %q", rep, err, staged())
 		}
+		// Who knows that none goes on need not wait.
+		if _, err := b.takes(whole[:len(whole)/2], store.Ref{}); err == nil {
+			t.Fatal("half of a stream was taken")
+		}
+		if rep, err := b.st.GCAfter(t.Context(), store.DefaultGrace, 0); err != nil || rep.Parts == 0 || len(staged()) > 0 {
+			t.Errorf("gc at once: %+v, %v; left %q", rep, err, staged())
+		}
 	})
 }
 

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
@@ -319,6 +320,45 @@ func TestKillUnite(t *testing.T) {
 	})
 	if n < 20 || united == 0 {
 		t.Errorf("%d operations, %d times united", n, united)
+	}
+}
+
+// TestUniteLeft ends the process that is to unite two checkpoints at one operation after the
+// other: what it has not done is done later, once, and then nobody looks again.
+func TestUniteLeft(t *testing.T) {
+	s := tiertest.New(tiertest.Options{Seed: 5, Fill: true, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 256 << 10}}})
+	domain := store.DefaultDomain
+	for kill, killed := 0, true; killed; kill += 9 {
+		disk := crashfs.New(0)
+		l := newLab(t, disk, "/")
+		together(t, disk, l, []*tiertest.Stream{s, s}, func(int) save.Options { return save.Options{Energy: dedup.EnergyFull, Workers: 1} })
+		before := l.flash(t)
+		disk.KillAt(kill)
+		for i := range 2 {
+			l.st.Unite(t.Context(), store.Ref{VM: fmt.Sprint("vm", i), N: 1}, store.UniteOptions{Workers: 1})
+		}
+		killed = disk.Killed()
+		l = l.on(t, disk.Fork())
+		if _, n, err := l.st.UniteLeft(t.Context(), time.Minute, store.UniteOptions{Workers: 1}); err != nil || n > 0 && !killed || n == 0 && kill == 0 {
+			t.Errorf("killed at %d: %d were left, %v", kill, n, err)
+		}
+		if now := l.flash(t); now > before*3/4 {
+			t.Errorf("killed at %d: %d bytes of %d are left", kill, now, before)
+		}
+		if _, n, err := l.st.UniteLeft(t.Context(), time.Minute, store.UniteOptions{Workers: 1}); err != nil || n > 0 {
+			t.Errorf("killed at %d: %d are left again, %v", kill, n, err)
+		}
+		c, err := l.st.Share(domain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if left, err := c.Beside(); err != nil || len(left) > 0 {
+			t.Errorf("killed at %d: notes of %v, %v", kill, left, err)
+		}
+		for i := range 2 {
+			l.holds(t, store.Ref{VM: fmt.Sprint("vm", i), N: 1}, s)
+		}
+		l.noLeaks(t)
 	}
 }
 

@@ -160,7 +160,7 @@ and the original stays as it is.
 Each byte is checked when it is read, and the whole checkpoint again in the other store,
 before it is one. A checkpoint that somebody removes or replaces at the moment is waited
 for, 30 s at most. A copy that is cut off leaves the other store as it was; the next one
-goes on where it was (gc forgets that after three days).
+goes on where it was (gc forgets that after three days, or gc --copy-grace).
 
 With --group the names are those of groups (checkpoint --group): all of a group's members
 are copied, and then it is a group there, which --as names; without @N the newest of its

@@ -15,7 +15,7 @@ func newGC(a *app) *cobra.Command {
 	var asJSON, adopt, skip bool
 	var forget string
 	var keep count
-	var grace time.Duration
+	var grace, copies time.Duration
 	c := &cobra.Command{
 		Use:   "gc [flags]",
 		Short: "Free the space that killed saves have left",
@@ -25,7 +25,8 @@ saves and restores; nothing needs it to run, but that NVRAM of libvirt's save fi
 that are gone is free only after it. Of removed checkpoints that others refer to it
 frees what nobody needs. NVRAM is for the newest: what only older checkpoints need it
 moves to flash. Disks that are kept with checkpoints, and have no digests yet, are read
-and get them.
+and get them. Of checkpoints that were made at the same time it gives back pages that are
+stored twice, if the process that was to do so was killed.
 
 What lies among the checkpoints and is none, by its name or kind, may be one that
 somebody has renamed: gc names it, and frees no NVRAM as long as it is there.
@@ -34,10 +35,11 @@ A store that is a copy of another one leaves NVRAM alone, because it is that one
 		Example: `  flic-migrate gc --store /srv/vms`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.gc(cmd.Context(), gcOptions{asJSON, adopt, skip, forget, grace, keep.n})
+			return a.gc(cmd.Context(), gcOptions{asJSON, adopt, skip, forget, grace, copies, keep.n})
 		},
 	}
 	c.Flags().DurationVar(&grace, "grace", store.DefaultGrace, "how long the NVRAM of a libvirt save file is kept after the file was found to be gone without having been restored")
+	c.Flags().DurationVar(&copies, "copy-grace", store.StagedFor, "how long what a copy that was cut off has sent is kept, so that the next one goes on there; 0s: not at all")
 	addKeep(c.Flags(), &keep)
 	c.Flags().BoolVar(&adopt, "adopt", false, "first take over the NVRAM of the store that this one is a copy of, which must be gone for good")
 	c.Flags().StringVar(&forget, "forget-nvram", "", "first forget an NVRAM `FILE` that is gone for good, as one on a tmpfs is after a reboot, and that no checkpoint needs any more")
@@ -54,6 +56,7 @@ type gcOptions struct {
 	skip        bool   // make no digests of kept disks
 	forget      string // an NVRAM file; empty: none
 	grace       time.Duration
+	copies      time.Duration // grace for what was received in part
 	keep        int
 }
 
@@ -61,6 +64,10 @@ type gcOptions struct {
 type gcReport struct {
 	store.GCReport
 	Demoted store.Demoted `json:"demoted"` // what went from NVRAM to flash
+	// United are checkpoints that were to be united with those that were made beside them, by
+	// processes that have not come to it, and UnitedBytes what that has freed.
+	United      int   `json:"united_checkpoints"`
+	UnitedBytes int64 `json:"united_bytes"`
 	store.Digested
 }
 
@@ -84,8 +91,15 @@ func (a *app) gc(ctx context.Context, o gcOptions) error {
 		}
 	}
 	var rep gcReport
-	if rep.GCReport, err = st.GCAfter(ctx, o.grace); err != nil {
+	if rep.GCReport, err = st.GCAfter(ctx, o.grace, o.copies); err != nil {
 		return err
+	}
+	u, n, err := st.UniteLeft(ctx, uniteLimit, store.UniteOptions{Workers: 1})
+	if rep.United, rep.UnitedBytes = n, u.Bytes; err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		rep.Warnings = append(rep.Warnings, oneLine(err))
 	}
 	if rep.Demoted, err = st.Demote(ctx, o.keep); err != nil {
 		return err
@@ -137,7 +151,10 @@ func (a *app) printGC(rep *gcReport) error {
 		_, err = fmt.Fprintf(a.stdout, "%d copies of disks that no checkpoint has removed, %s\n", rep.FrozenDisks, human(rep.FrozenBytes))
 	}
 	if err == nil && rep.Staged > 0 {
-		_, err = fmt.Fprintf(a.stdout, "%d images that were received in part are kept for %d days, %s: what is sent again goes on there\n", rep.Staged, int(store.StagedFor.Hours()/24), human(rep.StagedBytes))
+		_, err = fmt.Fprintf(a.stdout, "%d images that were received in part are kept, %s: what is sent again goes on there (gc --copy-grace 0s removes them)\n", rep.Staged, human(rep.StagedBytes))
+	}
+	if err == nil && rep.United > 0 {
+		_, err = fmt.Fprintf(a.stdout, "%s looked at again that were made beside others, %s freed of pages that were stored twice\n", plural(rep.United, "checkpoint"), human(rep.UnitedBytes))
 	}
 	if d := rep.Demoted; err == nil && d.Images > 0 {
 		_, err = fmt.Fprintf(a.stdout, "%s of %d older checkpoints moved from NVRAM to flash\n", human(d.Bytes), d.Images)

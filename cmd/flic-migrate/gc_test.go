@@ -72,7 +72,7 @@ func TestGCDigests(t *testing.T) {
 		defer out.Close()
 		a := newApp(fsys)
 		a.store, a.stdout = root, &output{File: out}
-		o.grace = store.DefaultGrace
+		o.grace, o.copies = store.DefaultGrace, store.StagedFor
 		gcErr := a.gc(ctx, o)
 		said, err := os.ReadFile(out.Name())
 		ok(t, err)

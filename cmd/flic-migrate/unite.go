@@ -25,7 +25,7 @@ import (
 const uniteName = "flic-migrate-unite"
 
 // uniteLimit is how long that may take for one checkpoint, the wait for others that do so
-// included. What is not done then is never done.
+// included. What is not done then is gc's.
 const uniteLimit = 2 * time.Minute
 
 // unite unites a checkpoint with those that came while it was saved, if there are any. The

@@ -218,14 +218,18 @@ func (s *saver) note() error {
 		return nil
 	}
 	c, err := s.st.Share(s.meta.TrustDomain)
+	im := share.Image{UUID: s.meta.UUID, VM: s.meta.VM, Number: s.meta.Number}
 	if err == nil {
-		err = c.Note(share.Image{UUID: s.meta.UUID, VM: s.meta.VM, Number: s.meta.Number})
+		err = c.Note(im)
 	}
 	// Who saves energy does not look twice.
 	if err != nil || s.rep.NotShared != "" || s.rep.ChunkSize > s.meta.PageSize {
 		return err
 	}
 	s.meta.Report.Beside, err = s.beside(c, known)
+	if err == nil && s.meta.Report.Beside > 0 {
+		err = c.NoteBeside(im) // whoever is to unite them may be killed
+	}
 	return err
 }
 

@@ -28,7 +28,8 @@ import (
 //	├── runs.json      sealed {"key":…,"runs":[…]}: the numbers of all runs that there are
 //	├── NNNNNNNN.run   a run, by rising numbers
 //	├── UUID.part      one that is being made, under the lock
-//	└── UUID.N.VM.new  a note that the image with that UUID, VM@N, is new, and in no run yet
+//	├── UUID.N.VM.new  a note that the image with that UUID, VM@N, is new, and in no run yet
+//	└── UUID.N.VM.beside  one that others were made beside it, and it is not united with them yet
 //
 // What is in no run that runs.json lists has a note. If a run is missing, or the list is, all
 // images have to be looked at.
@@ -46,7 +47,9 @@ const (
 	runSuffix  = ".run"
 	partSuffix = ".part"
 	newSuffix  = ".new"
-	sealName   = "runs.json"
+	// besideSuffix is that of NoteBeside's notes.
+	besideSuffix = ".beside"
+	sealName     = "runs.json"
 )
 
 // NewCatalog is the catalog in a directory, which need not be there.
@@ -58,10 +61,11 @@ func runName(n int) string { return fmt.Sprintf("%08d%s", n, runSuffix) }
 
 // listing is what is in the directory.
 type listing struct {
-	runs  []int // rising
-	last  int   // the highest number that is taken
-	news  []Image
-	parts []string
+	runs   []int // rising
+	last   int   // the highest number that is taken
+	news   []Image
+	beside []Image
+	parts  []string
 }
 
 func (c *Catalog) list() (l listing, err error) {
@@ -88,6 +92,10 @@ func (c *Catalog) list() (l listing, err error) {
 			if im, ok := parseNote(s); ok {
 				l.news = append(l.news, im)
 			}
+		} else if s, ok := strings.CutSuffix(e.Name(), besideSuffix); ok {
+			if im, ok := parseNote(s); ok {
+				l.beside = append(l.beside, im)
+			}
 		}
 	}
 	slices.Sort(l.runs)
@@ -96,9 +104,10 @@ func (c *Catalog) list() (l listing, err error) {
 
 // noteName is the name of the note that an image is new: the image is told by the name
 // alone, so that a note needs no content.
-func noteName(im Image) string {
-	return fmt.Sprintf("%v.%d.%s%s", im.UUID, im.Number, im.VM, newSuffix)
-}
+func noteName(im Image) string { return im.note() + newSuffix }
+
+// note is the name of a note about the image, without its suffix.
+func (im Image) note() string { return fmt.Sprintf("%v.%d.%s", im.UUID, im.Number, im.VM) }
 
 func parseNote(s string) (im Image, ok bool) {
 	id, rest, ok := strings.Cut(s, ".")
@@ -113,8 +122,29 @@ func parseNote(s string) (im Image, ok bool) {
 
 // Note notes that there is an image that is in no run. It is a hint, and not synced: it
 // spares whoever looks next a look at all images.
-func (c *Catalog) Note(im Image) error {
-	f, err := c.fs.Create(c.path(noteName(im)))
+func (c *Catalog) Note(im Image) error { return c.note(noteName(im)) }
+
+// NoteBeside notes, as Note does, that pages of an image may be in others too that were made
+// beside it, until ForgetBeside.
+func (c *Catalog) NoteBeside(im Image) error { return c.note(im.note() + besideSuffix) }
+
+// Beside are the images that NoteBeside has noted.
+func (c *Catalog) Beside() ([]Image, error) {
+	l, err := c.list()
+	return l.beside, err
+}
+
+// ForgetBeside removes the note.
+func (c *Catalog) ForgetBeside(im Image) error {
+	err := c.fs.Remove(c.path(im.note() + besideSuffix))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return err
+}
+
+func (c *Catalog) note(name string) error {
+	f, err := c.fs.Create(c.path(name))
 	if errors.Is(err, fs.ErrExist) {
 		return nil
 	}

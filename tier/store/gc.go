@@ -38,10 +38,12 @@ func (rep *GCReport) warn(err error) { rep.Warnings = append(rep.Warnings, err.E
 // GC frees what ended or killed saves and interrupted removals have left: their
 // objects, and their extents in the NVRAM files this store has used. It can run
 // at any time beside saves and restores, and holds the store lock for moments only.
-func (s *Store) GC(ctx context.Context) (GCReport, error) { return s.GCAfter(ctx, DefaultGrace) }
+func (s *Store) GC(ctx context.Context) (GCReport, error) {
+	return s.GCAfter(ctx, DefaultGrace, StagedFor)
+}
 
-// GCAfter is GC with another grace period for the hot pages of images outside of
-// the store whose file is gone.
+// GCAfter is GC with other grace periods: for the hot pages of images outside of
+// the store whose file is gone, and for what transfers that were cut off have left.
 //
 // Who is live is found out without a lock, by the order of the looks:
 //
@@ -50,8 +52,8 @@ func (s *Store) GC(ctx context.Context) (GCReport, error) { return s.GCAfter(ctx
 // An owner was announced before it took NVRAM, as an object in tmp or loose, and
 // goes from tmp to its VM's folder in one step. So an owner of the first look that
 // none of the later ones sees has been removed in between, or is dead.
-func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport, err error) {
-	g := gc{Store: s, look: s.lookup(), rep: &rep, live: make(map[uuid.UUID]bool), had: make(reservations)}
+func (s *Store) GCAfter(ctx context.Context, grace, staged time.Duration) (rep GCReport, err error) {
+	g := gc{Store: s, look: s.lookup(), rep: &rep, staged: staged, live: make(map[uuid.UUID]bool), had: make(reservations)}
 	if err := s.CheckHome(ctx); err != nil {
 		rep.warn(err) // and NVRAM stays as it is
 	} else if err := g.openNVRAM(ctx); err != nil {
@@ -91,11 +93,12 @@ func (s *Store) GCAfter(ctx context.Context, grace time.Duration) (rep GCReport,
 // gc is one run of GC.
 type gc struct {
 	*Store
-	look  *lookup
-	rep   *GCReport
-	live  map[uuid.UUID]bool
-	files []*nvramOwners
-	had   reservations // of those in files
+	look   *lookup
+	rep    *GCReport
+	staged time.Duration // how long what was received in part is kept
+	live   map[uuid.UUID]bool
+	files  []*nvramOwners
+	had    reservations // of those in files
 	// keep: there is something that may be a checkpoint, and can't say which. No
 	// NVRAM is given back then, and no removed image that another may refer to.
 	keep bool
@@ -190,7 +193,7 @@ func (g *gc) tmp(ctx context.Context) error {
 			g.rep.warn(err)
 			continue
 		}
-		if suffix == stagedSuffix && time.Since(time.Unix(0, e.Stamp.Mtime)) < StagedFor {
+		if suffix == stagedSuffix && time.Since(time.Unix(0, e.Stamp.Mtime)) < g.staged {
 			if size, err := f.Size(); err == nil {
 				g.rep.Staged++
 				g.rep.StagedBytes += size

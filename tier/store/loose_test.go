@@ -117,7 +117,7 @@ func (l *looseLab) owns(t *testing.T, id uuid.UUID) bool {
 
 func (l *looseLab) gc(t *testing.T, grace time.Duration) store.GCReport {
 	t.Helper()
-	rep, err := l.st.GCAfter(context.Background(), grace)
+	rep, err := l.st.GCAfter(context.Background(), grace, store.StagedFor)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,7 +36,7 @@ import (
 // Until the last step nobody takes notice of any of it, and what a power cut leaves of the
 // others belongs to nobody: gc frees it.
 
-// StagedFor is how long gc keeps what a transfer that was cut off has left.
+// StagedFor is how long gc keeps what a transfer that was cut off has left, as a rule.
 const StagedFor = 72 * time.Hour
 
 var (

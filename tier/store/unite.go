@@ -79,11 +79,78 @@ type United struct {
 // Were it otherwise, the first would refer to all others, which then are needed and can give up
 // nothing. Nothing refers to what refers on: each entry names where the bytes are. r has a
 // number.
+//
+// The note that a save has left of it is gone when it is done, and stays if it is cut off:
+// UniteLeft does it then.
 func (s *Store) Unite(ctx context.Context, r Ref, o UniteOptions) (u United, err error) {
 	id, _, err := s.identity(ctx, r)
 	if err != nil {
 		return u, err
 	}
+	if u, err = s.unite(ctx, r, id, o); err != nil || id.TrustDomain == "" {
+		return u, err
+	}
+	if c, err := s.Share(id.TrustDomain); err == nil {
+		_ = c.ForgetBeside(share.Image{UUID: id.UUID, VM: r.VM, Number: r.N}) // or UniteLeft finds that it is done
+	}
+	return u, nil
+}
+
+// UniteLeft unites the checkpoints of all trust domains that were to be united, by processes
+// that have not come to it, each for as long as limit lets it; n is how many those were. A
+// domain whose images another process unites at the moment is left to that one.
+func (s *Store) UniteLeft(ctx context.Context, limit time.Duration, o UniteOptions) (all United, n int, err error) {
+	domains, err := s.dir.List(ctx, shareFolder)
+	if err != nil && !gone(err) {
+		return all, 0, err
+	}
+	for _, e := range domains {
+		if !e.Folder || CheckDomain(e.Name) != nil {
+			continue
+		}
+		c, err := s.Share(e.Name)
+		if err != nil {
+			return all, n, err
+		}
+		list, err := c.Beside()
+		if err != nil {
+			return all, n, err
+		}
+		for _, im := range list {
+			l, err := c.TryLockUniting()
+			if errors.Is(err, vfs.ErrLocked) {
+				break
+			}
+			if err != nil {
+				return all, n, err
+			}
+			l.Close() // Unite takes it itself
+			var one United
+			st, ok := s.placed(ctx, Ref{im.VM, im.Number}, im.UUID)
+			if ok && !st.gone {
+				one, err = s.uniteOne(ctx, st.ref, limit, o)
+				n++
+			} else {
+				err = c.ForgetBeside(im) // it has been removed, or replaced
+			}
+			if err != nil {
+				return all, n, fmt.Errorf("uniting of %v: %w", Ref{im.VM, im.Number}, err)
+			}
+			all.Pages, all.Bytes = all.Pages+one.Pages, all.Bytes+one.Bytes
+		}
+	}
+	return all, n, nil
+}
+
+// uniteOne is Unite with a limit.
+func (s *Store) uniteOne(ctx context.Context, r Ref, limit time.Duration, o UniteOptions) (United, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	return s.Unite(ctx, r, o)
+}
+
+// unite is Unite of the checkpoint that says it is id.
+func (s *Store) unite(ctx context.Context, r Ref, id *checkpoint.Identity, o UniteOptions) (u United, err error) {
 	switch {
 	case id.TrustDomain == "" || id.Digests == nil:
 		u.Why = "it is in no trust domain"
