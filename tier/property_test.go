@@ -49,7 +49,7 @@ func TestSequences(t *testing.T) {
 	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 8)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{},
-				unsure: map[store.Ref]bool{}, removed: map[store.Ref]bool{}}
+				unsure: map[store.Ref]bool{}, undone: map[store.Ref]*tiertest.Stream{}}
 			q.l = newLab(t, q.disk, "/")
 			// Disks with pages of each of the two kinds of guest, when it was young.
 			for seed := range uint64(2) {
@@ -94,12 +94,11 @@ type sequence struct {
 	// may is what a checkpoint that is not in the model holds, if what was cut off can
 	// have made it, or not have removed it.
 	may func(store.Ref) *tiertest.Stream
-	// Since the last power cut: what killed processes can have made, or not have removed, and
-	// which of the checkpoints may go with the next one, because nobody has made the names
-	// durable that killed processes have left. Those of removed are gone for good.
-	since   []func(store.Ref) *tiertest.Stream
-	unsure  map[store.Ref]bool
-	removed map[store.Ref]bool
+	// A killed process can leave a name, or its absence, that the next power cut takes back,
+	// because nobody has made it durable: unsure are the checkpoints that may go with it, and
+	// undone those that may come back.
+	unsure map[store.Ref]bool
+	undone map[store.Ref]*tiertest.Stream
 
 	refers, trimmed, flattened, crashes, kept, onDisk, demoted, served, united int
 
@@ -151,9 +150,6 @@ func (q *sequence) step() {
 		q.disk = q.disk.Fork()
 	}
 	q.l = q.l.on(q.t, q.disk)
-	if q.may != nil {
-		q.since = append(q.since, q.may)
-	}
 	q.look(cut)
 }
 
@@ -214,8 +210,9 @@ func (q *sequence) act() (string, error) {
 				}
 				return nil
 			}
+			q.undone[ref] = s
 		} else {
-			q.removed[ref] = true
+			delete(q.undone, ref)
 		}
 		if len(rm.Kept) > 0 {
 			q.kept++
@@ -280,20 +277,16 @@ func (q *sequence) look(cut bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var may []func(store.Ref) *tiertest.Stream
-	if cut {
-		may = q.since
-	} else if q.may != nil {
-		may = append(may, q.may)
-	}
 	for _, ref := range refs {
 		s := q.model[ref]
-		for _, fn := range may {
-			if s == nil && !q.removed[ref] {
-				if s = fn(ref); s != nil {
-					q.model[ref], q.unsure[ref] = s, true
-				}
-			}
+		if s == nil && cut {
+			s = q.undone[ref]
+		}
+		if s == nil && q.may != nil {
+			s = q.may(ref)
+		}
+		if s != nil && q.model[ref] == nil {
+			q.model[ref], q.unsure[ref] = s, true
 		}
 		if s == nil {
 			t.Errorf("%v came from nowhere", ref)
@@ -316,7 +309,7 @@ func (q *sequence) look(cut bool) {
 		}
 	}
 	if q.may = nil; cut {
-		q.since = nil
+		clear(q.undone)
 		clear(q.unsure)
 	}
 	q.l.noLeaks(t)
