@@ -259,16 +259,13 @@ func (c *copyCmd) send(ctx context.Context, st *store.Store, refs []store.Ref, w
 		return err
 	}
 	for _, ref := range refs {
-		what := "checkpoint"
 		o := store.SendOptions{NVRAM: c.from, Disks: c.disks.moved, Progress: show}
 		if c.group {
-			what = "group"
-			_, err = st.SendGroup(ctx, ref, tw, have, o)
-		} else {
-			_, err = st.Send(ctx, ref, tw, have, o)
-		}
-		if err != nil {
-			return fmt.Errorf("%s %v was not sent: %w", what, ref, err)
+			if _, err = st.SendGroup(ctx, ref, tw, have, o); err != nil {
+				return fmt.Errorf("group %v was not sent: %w", ref, err)
+			}
+		} else if _, err = st.Send(ctx, ref, tw, have, o); err != nil {
+			return about(ref, "was not sent", err)
 		}
 	}
 	if err := tw.Close(); err != nil {

@@ -136,7 +136,7 @@ func (a *app) removeOne(ctx context.Context, st *store.Store, remover *store.Rem
 		if note, lives, aerr := st.ArmedFor(ctx, ref.VM); errors.Is(err, store.ErrInUse) && aerr == nil && lives {
 			err = fmt.Errorf("%w (the VM's next checkpoint is armed, by process %d, and refers to others; flic-migrate disarm %s ends that)", err, note.PID, ref.VM)
 		}
-		return rmEntry{}, fmt.Errorf("checkpoint %v was not removed: %w", ref, err)
+		return rmEntry{}, about(ref, "was not removed", err)
 	}
 	e := rmEntry{Checkpoint: ref.String(), FlashBytes: rm.FlashBytes, NVRAMBytes: rm.NVRAMBytes, FrozenBytes: rm.FrozenBytes}
 	for _, by := range rm.Kept {
@@ -147,6 +147,22 @@ func (a *app) removeOne(ctx context.Context, st *store.Store, remover *store.Rem
 		a.log().Warn("not all that a removed checkpoint took was freed; gc frees what belongs to nobody", "checkpoint", e.Checkpoint, "cause", e.Warning)
 	}
 	return e, nil
+}
+
+// aboutError is an error of a checkpoint, which is named once.
+type aboutError struct {
+	text string
+	error
+}
+
+func (e *aboutError) Error() string { return e.text }
+func (e *aboutError) Unwrap() error { return e.error }
+
+// about says of an error which checkpoint it is about, and what was not done with it. Errors
+// of a store often begin with that name.
+func about(ref store.Ref, what string, err error) error {
+	name := fmt.Sprintf("checkpoint %v", ref)
+	return &aboutError{strings.TrimSpace(name+" "+what) + ": " + strings.TrimPrefix(err.Error(), name+": "), err}
 }
 
 // words says what the removal has freed.

@@ -93,7 +93,7 @@ func (v *verifyCmd) run(ctx context.Context, args []string) error {
 			continue // it was removed after it had been listed
 		}
 		if err != nil {
-			return fmt.Errorf("checkpoint %v: %w", ref, err)
+			return about(ref, "", err)
 		}
 		switch {
 		case e.Unsupported:

@@ -132,13 +132,22 @@ func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (found 
 	})
 	if err == nil && found == nil {
 		// The checkpoint that refers to it is there, and not whole.
-		err = &integrity.CorruptError{File: s.root, What: "its image", Err: ErrNotFound}
+		err = s.noImage(was, id)
 	}
 	if err != nil && found != nil {
 		found.Close()
 		found = nil
 	}
 	return found, at, err
+}
+
+// noImage says that an image is missing which another checkpoint refers to, and where it was.
+func (s *Store) noImage(was Ref, id uuid.UUID) error {
+	at := s.root
+	if CheckVM(was.VM) == nil {
+		at = s.dir.Path(was.object(imageSuffix))
+	}
+	return &integrity.CorruptError{File: at, What: "image", Err: fmt.Errorf("%v, which was %v: %w", id, was, ErrNotFound)}
 }
 
 // openMoved opens the pieces of what was moved from NVRAM of the image with a UUID in r's

@@ -10,7 +10,6 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/moved"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -164,7 +163,7 @@ func (s *Store) find(ctx context.Context, was Ref, id uuid.UUID) (found stored, 
 		return nil
 	})
 	if err == nil && found.id == nil {
-		err = &integrity.CorruptError{File: s.root, What: "its image", Err: ErrNotFound}
+		err = s.noImage(was, id)
 	}
 	return found, err
 }
