@@ -154,3 +154,25 @@ func (t *DiskTwins) Find(slot uint64) (twin uint64, ok bool, err error) {
 	b, err := t.other.sums.DiskSlot(uint64(n))
 	return uint64(n), err == nil && a == b, err
 }
+
+// DiskSums tells by their digests which pages an image's disk slots have.
+type DiskSums struct {
+	sums *digest.Table
+	hash *digest.Hasher
+}
+
+// OpenDiskSums returns an image's; nil if it has nothing on disks.
+func OpenDiskSums(src image.Source) (*DiskSums, error) {
+	d, of, err := openDiskTable(src)
+	if err != nil || d == nil {
+		return nil, err
+	}
+	hash, err := of.Hasher()
+	return &DiskSums{d.sums, hash}, err
+}
+
+// Is tells whether a page is that of a slot.
+func (d *DiskSums) Is(slot uint64, page []byte) (bool, error) {
+	want, err := d.sums.DiskSlot(slot)
+	return err == nil && d.hash.Sum(page) == want, err
+}

@@ -1,10 +1,12 @@
 package image
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -369,6 +371,40 @@ func (im *Image) Raw(want func(k Kind, number uint32) bool, fn func(off int64, b
 		return err
 	}
 	return fn(off, end)
+}
+
+// Remains calls fn for the frames that are wanted and are there as they were written, as Raw
+// does. An image of which others need a part can have lost all else.
+func (im *Image) Remains(want func(k Kind, number uint32) bool, fn func(k Kind, number uint32, off int64, b []byte) error) error {
+	var st Stored
+	for _, e := range im.frames {
+		if !want(e.kind, e.number) {
+			continue
+		}
+		err := st.fetch(im.src, im.Header, e)
+		if integrity.IsCorrupt(err) {
+			continue
+		}
+		if err == nil {
+			err = fn(e.kind, e.number, e.off, st.b)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Alike tells whether two images can be copies of one, each with a part of it perhaps: they
+// have the same frames in the same places, and META, which vouches for the pages, is the same.
+// Who they say they are in IDENTITY may differ.
+func (im *Image) Alike(other *Image) (bool, error) {
+	a, err := im.Tail.Meta()
+	if err != nil {
+		return false, err
+	}
+	b, err := other.Tail.Meta()
+	return bytes.Equal(im.Header.append(nil), other.Header.append(nil)) && slices.Equal(im.frames, other.frames) && bytes.Equal(a, b), err
 }
 
 // Rewritten calls fn with the frames of a kind of chunk, each as it is stored and where, as

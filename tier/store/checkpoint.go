@@ -119,17 +119,15 @@ func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (found 
 				return f, was, err
 			}
 		}
-		if damage != nil {
-			return nil, was, damage
-		}
 	}
-	err = s.images(ctx, func(st stored) (err error) {
-		if found == nil && st.id.UUID == id {
-			found, err = s.openWith(ctx, st.name, id)
-			at = st.ref
-		}
-		return err
+	err = s.images(ctx, map[uuid.UUID]bool{id: true}, func(st stored) (done bool, err error) {
+		found, err = s.openWith(ctx, st.name, id)
+		at = st.ref
+		return found != nil, err
 	})
+	if found == nil && damage != nil && ctx.Err() == nil {
+		return nil, was, damage
+	}
 	if err == nil && found == nil {
 		// The checkpoint that refers to it is there, and not whole.
 		err = s.noImage(was, id)

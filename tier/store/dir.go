@@ -66,6 +66,9 @@ type Dir interface {
 	// is locked exclusively (vfs.ErrLocked).
 	Stage(ctx context.Context, name string) (Stage, error)
 
+	// Reopen is Stage of an object that there must be.
+	Reopen(ctx context.Context, name string) (Stage, error)
+
 	// Open opens an object for reading, and locks it unless lock is Unlocked:
 	// without waiting, until it is closed or the process ends. What stands there
 	// and is no object, as a folder, is damage (errNotObject).
@@ -229,14 +232,27 @@ func (d *posixDir) Create(_ context.Context, name string) (_ Object, err error) 
 	return f, nil
 }
 
-func (d *posixDir) Stage(_ context.Context, name string) (Stage, error) {
-	f, err := d.fs.OpenRW(d.Path(name))
+func (d *posixDir) Stage(ctx context.Context, name string) (Stage, error) {
+	f, err := d.Reopen(ctx, name)
 	if gone(err) {
-		f, err = d.fs.Create(d.Path(name))
+		var made vfs.File
+		if made, err = d.fs.Create(d.Path(name)); err == nil {
+			return staged(made)
+		}
 	}
+	return f, err
+}
+
+func (d *posixDir) Reopen(_ context.Context, name string) (Stage, error) {
+	f, err := d.fs.OpenRW(d.Path(name))
 	if err != nil {
 		return nil, err
 	}
+	return staged(f)
+}
+
+// staged locks what is to be written to.
+func staged(f vfs.File) (Stage, error) {
 	if err := f.TryLock(vfs.Exclusive); err != nil {
 		f.Close()
 		return nil, err

@@ -252,6 +252,25 @@ func testDir(t *testing.T, make func(t *testing.T) Dir) {
 			t.Errorf("%d have got the name", n)
 		}
 	})
+	t.Run("stage", func(t *testing.T) {
+		d := begin(t)
+		_, err := d.Reopen(ctx, "tmp/x")
+		check(t, "reopen of nothing", err, fs.ErrNotExist)
+		names(t, d, "tmp")
+		f, err := d.Stage(ctx, "tmp/x")
+		check(t, "stage", err, nil)
+		_, err = f.WriteAt([]byte("staged"), 0)
+		check(t, "write", err, nil)
+		_, err = d.Reopen(ctx, "tmp/x")
+		check(t, "reopen of one that is locked", err, vfs.ErrLocked)
+		f.Close()
+		f, err = d.Reopen(ctx, "tmp/x")
+		check(t, "reopen", err, nil)
+		_, err = f.WriteAt([]byte("S"), 0)
+		check(t, "write", err, nil)
+		f.Close()
+		content(t, d, "tmp/x", "Staged")
+	})
 	t.Run("replace", func(t *testing.T) {
 		d := begin(t)
 		object(t, d, "vms/a/1", "old")
@@ -472,9 +491,20 @@ func (d *memDir) Create(_ context.Context, name string) (Object, error) {
 }
 
 func (d *memDir) Stage(_ context.Context, name string) (Stage, error) {
+	return d.stage(name, true)
+}
+
+func (d *memDir) Reopen(_ context.Context, name string) (Stage, error) {
+	return d.stage(name, false)
+}
+
+func (d *memDir) stage(name string, create bool) (Stage, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	o := d.objects[name]
+	if o == nil && !create {
+		return nil, memError("reopen", name, fs.ErrNotExist)
+	}
 	if o == nil {
 		o = &memObject{serial: memSerial.Add(1)}
 		d.objects[name] = o

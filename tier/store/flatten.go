@@ -90,7 +90,7 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 		return err
 	}
 	v := look.survey(append(slices.Clone(theirs), was.UUID)...)
-	v.leave = t.ref
+	v.leave = was.UUID
 	if err := v.update(ctx); err != nil {
 		return err
 	}

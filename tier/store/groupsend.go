@@ -85,7 +85,7 @@ func (s *Store) beginGroup(ctx context.Context, head *transfer.GroupHead, as Ref
 	}
 	for _, m := range head.Members {
 		rg.left[m.UUID] = true
-		if _, ok := ofImage(there, m.UUID, m.Origin); ok {
+		if _, ok := there.checkpoint(m.UUID, m.Origin); ok {
 			continue
 		}
 		r := Ref{m.VM, m.Number}
@@ -134,10 +134,13 @@ func (s *Store) groupThere(ctx context.Context, rg *receivedGroup, as Ref) (at R
 	return at, nil
 }
 
-// allListed are the listed checkpoints by the UUIDs of their images, and by those of the
-// first images that they had. What can't say who it is, is not among them.
-func (s *Store) allListed(ctx context.Context) (map[uuid.UUID]Ref, error) {
-	there := make(map[uuid.UUID]Ref)
+// listedImages are the listed checkpoints by the UUIDs of their images, and by those of the
+// first images that they had.
+type listedImages struct{ image, first map[uuid.UUID]Ref }
+
+// allListed are all. What can't say who it is, is not among them.
+func (s *Store) allListed(ctx context.Context) (listedImages, error) {
+	all := listedImages{make(map[uuid.UUID]Ref), make(map[uuid.UUID]Ref)}
 	look := s.lookup()
 	err := look.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, n := range o.images {
@@ -145,11 +148,10 @@ func (s *Store) allListed(ctx context.Context) (map[uuid.UUID]Ref, error) {
 			id, err := look.whoIs(ctx, r.object(imageSuffix))
 			switch {
 			case err == nil && id != nil:
-				there[id.First()] = r
-				there[id.UUID] = r
+				all.image[id.UUID], all.first[id.First()] = r, r
 			case cannotTell(err):
 				if id, err := look.owner(ctx, r.object(imageSuffix)); err == nil {
-					there[id] = r // its header says that
+					all.image[id] = r // its header says that
 				}
 			case err != nil && !gone(err) && !errors.Is(err, errNotObject):
 				return err
@@ -157,16 +159,20 @@ func (s *Store) allListed(ctx context.Context) (map[uuid.UUID]Ref, error) {
 		}
 		return nil
 	})
-	return there, err
+	return all, err
 }
 
-// ofImage finds, among all that are listed, the checkpoint that an image is of; origin is
-// what it is of that (checkpoint.Identity).
-func ofImage(all map[uuid.UUID]Ref, id, origin uuid.UUID) (at Ref, there bool) {
-	if at, there = all[id]; !there && origin != uuid.Nil {
-		at, there = all[origin]
+// checkpoint finds the checkpoint that an image is of; origin is what it is of that
+// (checkpoint.Identity).
+func (all listedImages) checkpoint(id, origin uuid.UUID) (at Ref, there bool) {
+	for _, id := range []uuid.UUID{id, origin} {
+		for _, by := range []map[uuid.UUID]Ref{all.image, all.first} {
+			if at, there = by[id]; there && id != uuid.Nil {
+				return at, true
+			}
+		}
 	}
-	return at, there
+	return Ref{}, false
 }
 
 // member notes that a checkpoint of the group has come, and tells whether it was the last.
@@ -189,7 +195,7 @@ func (s *Store) endGroup(ctx context.Context, rg *receivedGroup, as Ref) (got Re
 	}
 	g := Group{UUID: h.UUID, Created: h.Created, Mode: h.Mode}
 	for _, m := range h.Members {
-		at, ok := ofImage(there, m.UUID, m.Origin)
+		at, ok := there.checkpoint(m.UUID, m.Origin)
 		if !ok {
 			return got, fmt.Errorf("checkpoint %s@%d of group %v was removed meanwhile: %w", m.VM, m.Number, rg.ref, ErrNotFound)
 		}

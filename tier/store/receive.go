@@ -1,7 +1,6 @@
 package store
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,6 +27,9 @@ import (
 // stream, until all of the checkpoint is there: the name is of what is sent, so that a
 // transfer that is cut off goes on. Then
 //
+//	claim                          of each image: nobody else puts it together (receiveclaim.go)
+//	what the store has             of it, as far as it is whole, in the place of what has come:
+//	                               a copy that takes the place of another never has less
 //	moved pieces ─► tmp/….new      from the pages at the end of the staged images
 //	verify                         each byte, with the IDENTITY that it is to have
 //	tmp/VM@N.UUID.part             its end rewritten, synced
@@ -164,9 +166,11 @@ type receiving struct {
 	head *transfer.Checkpoint
 	o    *ReceiveOptions
 
-	ref    Ref // what it is to be called; without a number, the VM's next
+	ref    Ref          // what it is to be called; without a number, the VM's next
+	all    listedImages // when it began
 	images []*received
 	holds  []Object
+	claims []claim // from when all has come
 	got    Received
 	tick   time.Time
 }
@@ -177,7 +181,8 @@ type received struct {
 	name string // of the object, which changes when it is whole
 	f    Stage
 	pos  int64 // what has come
-	drop bool  // it is there already
+	drop bool  // it is there already, listed, and held
+	once bool  // what has come of it is of no use to another transfer
 	part bool  // it has the name of an image in the making
 
 	id     *checkpoint.Identity // as it is to be
@@ -189,6 +194,7 @@ type received struct {
 	// from has those pages of disks that were not sent; nil: all were.
 	from      *Checkpoint
 	fromPages *checkpoint.DiskPages
+	sums      *checkpoint.DiskSums // of its pages on disks; nil: it has none
 	twins     *checkpoint.DiskTwins
 
 	hot *hotPart // nil: nothing of it goes to NVRAM
@@ -203,11 +209,11 @@ func (r *receiving) close(ctx context.Context) {
 		if i.from != nil {
 			i.from.Close()
 		}
-		i.hot.close(ctx, r.s)
+		i.hot.close(ctx)
 		for _, name := range i.pieces {
 			r.s.dir.Remove(ctx, name) // nothing once it has its name
 		}
-		if i.part {
+		if i.part || i.once {
 			r.s.dir.Remove(ctx, i.name) // likewise
 		}
 		if i.f != nil {
@@ -216,6 +222,9 @@ func (r *receiving) close(ctx context.Context) {
 	}
 	for _, f := range r.holds {
 		f.Close()
+	}
+	for _, c := range r.claims {
+		c.close(ctx, r.s)
 	}
 }
 
@@ -257,46 +266,45 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 		return r.got, err
 	}
 	err = r.finish(ctx)
-	if integrity.IsCorrupt(err) {
+	if integrity.IsCorrupt(err) && !r.isStaged(err) {
+		err = fmt.Errorf("checkpoint %v was received, and what this store has of others for it is damaged, or was freed meanwhile: %w", r.got.Sent, err)
+	} else if integrity.IsCorrupt(err) {
 		// With what is wrong in it none could go on.
 		err = fmt.Errorf("checkpoint %v was received, and is not whole: %w", r.got.Sent, err)
 		for _, i := range r.images {
-			r.s.dir.Remove(context.WithoutCancel(ctx), i.name)
+			if i.f != nil {
+				r.s.dir.Remove(context.WithoutCancel(ctx), i.name)
+			}
 		}
 	}
 	return r.got, err
 }
 
-// there finds the checkpoint in this store, whatever image it has now.
-func (r *receiving) there(ctx context.Context) (at Ref, there bool, err error) {
-	all, err := r.s.allListed(ctx)
-	at, there = ofImage(all, r.head.UUID, r.head.Origin)
-	return at, there, err
+// isStaged tells whether what an error says is damaged has been received: what this store had
+// before can be damaged, too.
+func (r *receiving) isStaged(err error) bool {
+	var damage *integrity.CorruptError
+	if !errors.As(err, &damage) {
+		return false
+	}
+	return slices.ContainsFunc(r.images, func(i *received) bool {
+		return i.f != nil && i.f.Name() == damage.File ||
+			slices.ContainsFunc(i.files[min(i.first, len(i.files)):], func(f Object) bool { return f.Name() == damage.File })
+	})
 }
 
-// listed finds the listed checkpoint whose image has a UUID.
-func (s *Store) listed(ctx context.Context, id uuid.UUID) (at Ref, there bool, err error) {
-	err = s.eachVM(ctx, "", func(vm string, o vmObjects) error {
-		for _, n := range o.images {
-			// A header is enough: who can't say it is not the one.
-			have, err := s.owner(ctx, Ref{vm, n}.object(imageSuffix))
-			if err == nil && have == id {
-				at, there = Ref{vm, n}, true
-			}
-			if err != nil && !gone(err) && !cannotTell(err) && !errors.Is(err, errNotObject) {
-				return err
-			}
-		}
-		return nil
-	})
+// there finds the checkpoint in this store, whatever image it has now.
+func (r *receiving) there(ctx context.Context) (at Ref, there bool, err error) {
+	r.all, err = r.s.allListed(ctx)
+	at, there = r.all.checkpoint(r.head.UUID, r.head.Origin)
 	return at, there, err
 }
 
 // already passes over a checkpoint that is there.
 func (r *receiving) already(at Ref) (Received, error) {
-	r.got.Ref, r.got.Already = at, true
-	if r.o.As.VM != "" && (at.VM != r.o.As.VM || r.o.As.N > 0 && at.N != r.o.As.N) {
-		return r.got, fmt.Errorf("checkpoint %v is in this store already, as %v", r.got.Sent, at)
+	r.got.Already = true
+	if err := r.mayBe(at); err != nil {
+		return r.got, err
 	}
 	for {
 		k, _, err := r.rd.Next()
@@ -309,6 +317,15 @@ func (r *receiving) already(at Ref) (Received, error) {
 			return r.got, r.rd.Damaged("a checkpoint begins amid another")
 		}
 	}
+}
+
+// mayBe accepts that the checkpoint is there, unless it was to have another name.
+func (r *receiving) mayBe(at Ref) error {
+	r.got.Ref = at
+	if r.o.As.VM != "" && (at.VM != r.o.As.VM || r.o.As.N > 0 && at.N != r.o.As.N) {
+		return fmt.Errorf("checkpoint %v is in this store already, as %v", r.got.Sent, at)
+	}
+	return nil
 }
 
 // free finds out that nobody has the name, if it is known: also before all is received. One
@@ -345,8 +362,7 @@ func (r *receiving) stage(ctx context.Context) error {
 			if _, err := ParseRef(Ref{i.VM, i.Number}.String()); err != nil || i.Number < 1 {
 				return r.rd.Damaged("an image is of %q, which can't be", Ref{i.VM, i.Number})
 			}
-			var err error
-			if _, i.drop, err = r.s.listed(ctx, i.UUID); err != nil {
+			if err := r.holdListed(ctx, i); err != nil {
 				return err
 			}
 		}
@@ -354,15 +370,10 @@ func (r *receiving) stage(ctx context.Context) error {
 		if i.pos = i.Start; i.drop {
 			continue
 		}
-		f, err := r.s.dir.Stage(ctx, i.name)
-		if errors.Is(err, vfs.ErrLocked) {
-			err = fmt.Errorf("checkpoint %v is being received already: %w", r.got.Sent, ErrInUse)
-		}
-		if err != nil {
+		if err := r.open(ctx, i); err != nil {
 			return err
 		}
-		i.f = f
-		size, err := f.Size()
+		size, err := i.f.Size()
 		if err == nil && size < i.Start {
 			err = fmt.Errorf("checkpoint %v: %w: %d bytes of image %v, of which it has %d", r.got.Sent, ErrLacks, i.Start, i.UUID, size)
 		}
@@ -377,6 +388,59 @@ func (r *receiving) stage(ctx context.Context) error {
 	info, err := r.s.fs.StatFS(r.s.root)
 	if err == nil && info.Free < lacks {
 		err = fmt.Errorf("checkpoint %v takes %d MB, and there are %d MB free in %s: %w", r.got.Sent, lacks>>20, info.Free>>20, r.s.root, syscall.ENOSPC)
+	}
+	return err
+}
+
+// holdListed finds out whether an image is there already, listed, and keeps it so.
+func (r *receiving) holdListed(ctx context.Context, i *received) error {
+	at, listed := r.all.image[i.UUID]
+	if !listed {
+		return nil
+	}
+	f, err := r.s.openWith(ctx, at.object(imageSuffix), i.UUID)
+	if f != nil {
+		r.holds = append(r.holds, f)
+		i.drop = true
+	}
+	return err // nil without one: it has been removed since
+}
+
+// stageLimit is how long a staged image is waited for that somebody else has: who says what
+// the store has looks at it for a moment.
+const stageLimit = time.Second
+
+// open opens what an image is received into. Another transfer can be receiving the same: if
+// the image is the checkpoint's own that is an error, and else it comes twice.
+func (r *receiving) open(ctx context.Context, i *received) error {
+	for begun := time.Now(); ; {
+		f, err := r.s.dir.Stage(ctx, i.name)
+		if err == nil {
+			i.f = f
+			return nil
+		}
+		if !errors.Is(err, vfs.ErrLocked) {
+			return err
+		}
+		if time.Since(begun) > stageLimit {
+			break
+		}
+		select {
+		case <-time.After(vfs.LockPause):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	switch {
+	case i.UUID == r.head.UUID:
+		return fmt.Errorf("checkpoint %v is being received already: %w", r.got.Sent, ErrInUse)
+	case i.Start > 0:
+		return fmt.Errorf("checkpoint %v: what a transfer has left of image %v, %v, is being gone on with by another one: %w", r.got.Sent, i.UUID, Ref{i.VM, i.Number}, ErrInUse)
+	}
+	i.name, i.once = tmpFolder+"/"+uuid.NewString()+stagedSuffix, true
+	f, err := r.s.dir.Stage(ctx, i.name)
+	if err == nil {
+		i.f = f
 	}
 	return err
 }
@@ -510,7 +574,28 @@ func (f limited) ReadAt(b []byte, off int64) (int, error) {
 // finish makes a checkpoint of what has come.
 func (r *receiving) finish(ctx context.Context) error {
 	s := r.s
+	if err := r.claim(ctx); err != nil {
+		return err
+	}
+	// Others may have come to their end meanwhile.
+	at, there, err := r.there(ctx)
+	if err != nil {
+		return err
+	}
+	if there {
+		for _, i := range r.images {
+			i.once = true
+		}
+		r.got.Already = true
+		return r.mayBe(at)
+	}
 	for n, i := range r.images {
+		if n > 0 && !i.drop {
+			if err := r.holdListed(ctx, i); err != nil {
+				return err
+			}
+			i.once = i.drop
+		}
 		if i.drop {
 			continue
 		}
@@ -576,24 +661,19 @@ func (r *receiving) prepare(ctx context.Context, n int, i *received) error {
 			return err
 		}
 		i.id.DiskSlots = int(slots)
+		if i.sums, err = checkpoint.OpenDiskSums(src); err != nil {
+			return err
+		}
 	}
 	if n == 0 {
 		// Without a number it gets one when nobody can take it any more.
 		i.id.VM, i.id.Number = r.ref.VM, r.ref.N
-		if i.files, err = r.s.openMoved(ctx, r.ref, i.UUID); err != nil {
-			return err
-		}
-		i.first = len(i.files)
-		if err := r.had(ctx, im, i); err != nil {
-			return err
-		}
 		// It was removed here, and others need some of it: what is in NVRAM stays its own.
-		for _, name := range []string{r.ref.object(removedSuffix), r.ref.keptObject(i.UUID)} {
-			if old, err := r.s.whoIs(ctx, name); err == nil && old != nil && old.UUID == i.UUID {
-				if err := r.keepOld(ctx, im, i, part, name); err != nil {
-					return err
-				}
-			}
+		if err := r.resume(ctx, im, i, part); err != nil {
+			return err
+		}
+		if err := r.had(ctx, im, i, part); err != nil {
+			return err
 		}
 	} else {
 		i.id.VM, i.id.Number = i.VM, i.Number
@@ -608,21 +688,83 @@ func (r *receiving) prepare(ctx context.Context, n int, i *received) error {
 	return i.rename(im.Tail)
 }
 
-// keepOld is keepNVRAM of what is left of the image under a name.
-func (r *receiving) keepOld(ctx context.Context, im *image.Image, i *received, part *checkpoint.NVRAMPart, name string) error {
-	f, err := r.s.dir.Open(ctx, name, Unlocked)
+// resume takes over what is left of the checkpoint's own image under the number that it is to
+// have, and holds it.
+func (r *receiving) resume(ctx context.Context, im *image.Image, i *received, part *checkpoint.NVRAMPart) error {
+	if r.ref.N == 0 {
+		return nil
+	}
+	for _, name := range []string{r.ref.object(removedSuffix), r.ref.keptObject(i.UUID)} {
+		have, err := r.s.openWith(ctx, name, i.UUID)
+		if integrity.IsCorrupt(err) {
+			continue // a power cut has left a part of one that was emptied
+		}
+		if err != nil {
+			return err
+		}
+		if have == nil {
+			continue
+		}
+		old, was, err := r.part(im, i, part, have)
+		if err == nil {
+			err = i.keepNVRAM(im, part, old, was)
+		}
+		if err != nil {
+			return err
+		}
+		return r.moved(ctx, i, r.ref)
+	}
+	return r.s.dropOrphans(ctx, r.ref, i.UUID)
+}
+
+// moved finds the pieces that the store has of an image, which is held.
+func (r *receiving) moved(ctx context.Context, i *received, at Ref) (err error) {
+	i.files, err = r.s.openMoved(ctx, at, i.UUID)
+	i.first = len(i.files)
+	return err
+}
+
+// dropOrphans removes the moved pieces of an image that is not there: a receiver that was
+// killed may have left them. The caller has the image's claim.
+func (s *Store) dropOrphans(ctx context.Context, r Ref, id uuid.UUID) error {
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	old, err := image.Open(f)
-	if err != nil {
+	defer unlock()
+	return s.dropOrphansLocked(ctx, r, id)
+}
+
+// dropOrphansLocked is dropOrphans for who holds the store lock.
+func (s *Store) dropOrphansLocked(ctx context.Context, r Ref, id uuid.UUID) error {
+	o, err := s.objects(ctx, r.VM)
+	if err != nil || len(o.pieces(r.N, id)) == 0 {
 		return err
 	}
-	was, err := checkpoint.ReadIdentity(f)
-	if err == nil {
-		err = i.keepNVRAM(im, part, old, was)
+	for _, st := range o.all(r.VM) {
+		if st.ref != r {
+			continue
+		}
+		f, err := s.dir.Open(ctx, st.name, Unlocked)
+		if err != nil {
+			return err
+		}
+		size, err := f.Size()
+		if err == nil && size > 0 {
+			var h image.Header
+			if h, err = image.ReadHeader(f); err == nil && h.UUID == id {
+				err = errOutdated
+			}
+		}
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("whose the moved pieces of %v are: %w", r, err)
+		}
 	}
+	if err := s.settle(ctx); err != nil {
+		return err
+	}
+	_, err = s.dropMoved(ctx, r, id, o)
 	return err
 }
 
@@ -663,68 +805,65 @@ func (i *received) rename(t *image.Tail) error {
 func (r *receiving) merge(ctx context.Context, im *image.Image, i *received, part *checkpoint.NVRAMPart) error {
 	have, at, err := r.s.openReferred(ctx, Ref{i.VM, i.Number}, i.UUID)
 	if integrity.IsCorrupt(err) && errors.Is(err, ErrNotFound) {
-		// A receiver that was killed may have left pieces of it.
-		i.files, err = r.s.openMoved(ctx, Ref{i.VM, i.Number}, i.UUID)
-		i.first = len(i.files)
-		return err
+		return r.s.dropOrphans(ctx, Ref{i.VM, i.Number}, i.UUID)
 	}
 	if err != nil {
 		return err
 	}
-	old, need, err := r.part(ctx, im, i, have)
+	old, was, err := r.part(im, i, part, have)
 	if err != nil {
 		return err
 	}
 	i.id.VM, i.id.Number = at.VM, at.N
-	was, err := checkpoint.ReadIdentity(have)
-	if err != nil {
-		return err
-	}
 	if err := i.keepNVRAM(im, part, old, was); err != nil {
 		return err
 	}
 	i.id.Kept = was.Kept
-	if err := i.fill(old, need.Minus(i.Segments)); err != nil {
+	// All of it, also what has come: who refers to the image now, or is about to, needs what
+	// is here, and nobody has compared what has come with anything yet.
+	if _, err := i.fill(old, source.Below(uint32(old.Segments()))); err != nil {
 		return err
 	}
-	list, err := r.s.openMoved(ctx, at, i.UUID)
-	i.files, i.first = list, len(list)
-	return err
+	return r.moved(ctx, i, at)
 }
 
-// part opens what this store has of an image that is received, and finds out which segments
-// are certain to be there: those that listed checkpoints need. have is closed when all is done:
-// it must not go before the other is in its place.
-func (r *receiving) part(ctx context.Context, im *image.Image, i *received, have Object) (old *image.Image, need source.Ranges, err error) {
+// part opens what this store has of an image that is received, and refuses another image with
+// its UUID. have is closed when all is done: it must not go before the other is in its place.
+func (r *receiving) part(im *image.Image, i *received, part *checkpoint.NVRAMPart, have Object) (old *image.Image, was *checkpoint.Identity, err error) {
 	r.holds = append(r.holds, have)
 	if old, err = image.Open(have); err != nil {
 		return nil, nil, err
 	}
-	if old.Segments() != im.Segments() || old.SegmentPages != im.SegmentPages {
-		return nil, nil, im.Tail.Corrupt(image.Identity, errors.New("this store has another image with its UUID"))
-	}
-	v := r.s.lookup().survey(i.UUID)
-	if err := v.update(ctx); err != nil {
+	if was, err = checkpoint.ReadIdentity(have); err != nil {
 		return nil, nil, err
 	}
-	return old, v.of[i.UUID].segments, v.unclear
+	same, err := im.Alike(old)
+	if err == nil && same && part != nil && was.NVRAM != nil {
+		var here *checkpoint.NVRAMPart
+		if here, err = checkpoint.ReadPart(old, was); err == nil {
+			same = slices.Equal(here.Slots, part.Slots)
+		}
+	}
+	if err == nil && !same {
+		err = im.Tail.Corrupt(image.Identity, errors.New("this store has another image with its UUID"))
+	}
+	return old, was, err
 }
 
-// fill copies segments from what this store has of the image.
-func (i *received) fill(old *image.Image, segments source.Ranges) error {
-	return old.Raw(func(k image.Kind, n uint32) bool {
+// fill copies segments from what this store has of the image, those that are whole there.
+func (i *received) fill(old *image.Image, segments source.Ranges) (there source.Ranges, err error) {
+	err = old.Remains(func(k image.Kind, n uint32) bool {
 		return k.IsSegment() && segments.Has(uint64(n), uint64(n))
-	}, func(off int64, b []byte) error {
-		if off == 0 || off+int64(len(b)) == old.Len() {
-			return nil // header and end have come
-		}
+	}, func(k image.Kind, n uint32, off int64, b []byte) error {
+		there = there.Union(source.Ranges{{First: n, Count: 1}})
 		_, err := i.f.WriteAt(b, off)
 		return err
 	})
+	return there, err
 }
 
 // had adds to the checkpoint's own image what was not sent of it.
-func (r *receiving) had(ctx context.Context, im *image.Image, i *received) error {
+func (r *receiving) had(ctx context.Context, im *image.Image, i *received, part *checkpoint.NVRAMPart) error {
 	if len(i.Had) == 0 {
 		return nil
 	}
@@ -735,14 +874,18 @@ func (r *receiving) had(ctx context.Context, im *image.Image, i *received) error
 	if err != nil {
 		return err
 	}
-	old, need, err := r.part(ctx, im, i, have)
+	old, _, err := r.part(im, i, part, have)
 	if err != nil {
 		return err
 	}
-	if lacks := i.Had.Minus(need); len(lacks) > 0 {
+	there, err := i.fill(old, i.Had)
+	if err != nil {
+		return err
+	}
+	if lacks := i.Had.Minus(there); len(lacks) > 0 {
 		return fmt.Errorf("checkpoint %v: %w: %d segments of image %v", r.got.Sent, ErrLacks, lacks.Count(), i.UUID)
 	}
-	return i.fill(old, i.Had)
+	return nil
 }
 
 // disks finds out where the pages of an image's n disk slots are, now that it needs no disk.
@@ -759,12 +902,9 @@ func (r *receiving) disks(ctx context.Context, i *received, src image.Source, n 
 		}
 		return nil
 	}
-	at, there, err := r.s.listed(ctx, i.DiskFrom)
-	if err == nil && !there {
-		err = fmt.Errorf("checkpoint %v: %w: pages of disks of checkpoint %v", r.got.Sent, ErrLacks, i.DiskFrom)
-	}
-	if err != nil {
-		return err
+	at, there := r.all.image[i.DiskFrom]
+	if !there {
+		return fmt.Errorf("checkpoint %v: %w: pages of disks of checkpoint %v", r.got.Sent, ErrLacks, i.DiskFrom)
 	}
 	c, err := r.s.OpenCheckpoint(ctx, at, checkpoint.Options{Disks: checkpoint.DiskOptions{Missing: true, Check: checkpoint.CheckRead}})
 	if err != nil {
@@ -849,7 +989,7 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 			err = &integrity.CorruptError{File: f.Name(), What: "header", Err: errors.New("it is another image's")}
 		}
 		if err == nil {
-			err = r.refill(ctx, movedName{i.id.Number, i.UUID, k + 1}.object(i.id.VM), p, all, page)
+			err = r.refill(ctx, i, movedName{i.id.Number, i.UUID, k + 1}.object(i.id.VM), p, all, part, page)
 		}
 		if err != nil {
 			return err
@@ -888,28 +1028,46 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 	return nil
 }
 
-// refill puts pages back into a piece that is there: the same bytes that it once had.
-func (r *receiving) refill(ctx context.Context, name string, p *moved.Piece, slots source.Ranges, page func(uint32, []byte) error) error {
-	f, err := r.s.dir.Stage(ctx, name)
+// refill puts pages back into a piece that is there, of an image that is held: where the piece
+// has not the page that it had once, because nobody needed it, and only that page.
+func (r *receiving) refill(ctx context.Context, i *received, name string, p *moved.Piece, slots source.Ranges, part *checkpoint.NVRAMPart, page func(uint32, []byte) error) error {
+	f, err := r.s.dir.Reopen(ctx, name)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	b, want := make([]byte, p.PageSize), make([]byte, p.PageSize)
+	first := uint32(i.id.FirstDiskSlot())
+	is := func(slot uint32, b []byte) (bool, error) {
+		if slot < first {
+			return integrity.Checksum(b) == part.Slots[slot].CRC, nil
+		}
+		return i.sums.Is(uint64(slot-first), b)
+	}
+	b := make([]byte, p.PageSize)
 	changed := false
 	err = p.Slots.Each(func(slot uint32) error {
 		if !slots.Has(uint64(slot), uint64(slot)) {
 			return nil
 		}
 		_, err := f.ReadAt(b, p.Offset(slot))
-		if err == nil {
-			err = page(slot, want)
+		if err != nil {
+			return err
 		}
-		if err != nil || bytes.Equal(b, want) {
+		if there, err := is(slot, b); err != nil || there {
+			return err
+		}
+		if err := page(slot, b); err != nil {
+			return err
+		}
+		right, err := is(slot, b)
+		if err == nil && !right {
+			err = &integrity.CorruptError{File: i.f.Name(), Offset: i.Base(), What: fmt.Sprintf("page of slot %d", slot), Err: integrity.ErrChecksum}
+		}
+		if err != nil {
 			return err
 		}
 		changed = true
-		_, err = f.WriteAt(want, p.Offset(slot))
+		_, err = f.WriteAt(b, p.Offset(slot))
 		return err
 	})
 	if err == nil && changed {
@@ -1004,6 +1162,9 @@ func (r *receiving) reserve(ctx context.Context, i *received) (name string, err 
 				err = r.s.taken(ctx, &r.ref)
 				r.ref.N++
 			}
+			if err == nil {
+				err = r.s.dropOrphansLocked(ctx, r.ref, i.UUID)
+			}
 		}
 		if err == nil && r.ref.N > MaxNumber {
 			err = fmt.Errorf("VM %q has used up its checkpoint numbers", r.ref.VM)
@@ -1051,6 +1212,12 @@ func (r *receiving) commit(ctx context.Context) error {
 	}
 	if slices.Contains(o.images, r.ref.N) {
 		return fmt.Errorf("checkpoint %v: %w", r.ref, ErrTaken)
+	}
+	if r.ref.N <= o.last() && (len(r.images) > 1 || len(r.head.Has) > 0) {
+		// What had the number before may be known by it to who is looking for references.
+		if err := s.noteUnited(ctx); err != nil {
+			return err
+		}
 	}
 	for _, i := range slices.Concat(r.images[1:], r.images[:1]) {
 		if i.drop {

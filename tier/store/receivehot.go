@@ -12,12 +12,12 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/source"
-	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // Hot pages of a received checkpoint go to an NVRAM file of this store's if one is named:
 //
-//	tmp/UUID.new    says that extents of this owner are live, as the part of a save does
+//	tmp/UUID.new    the claim on the image (receiveclaim.go) says that extents of this owner
+//	                are live, as the part of a save does
 //	reserve         as many extents as there are, in the name of the checkpoint
 //	write, sync     the hottest pages that have room; the others become moved pieces
 //	NVRAM frames    of the image: the same slots in other extents, and so of the same length
@@ -34,12 +34,10 @@ var ErrOtherOwner = errors.New("the NVRAM file has its pages already, for anothe
 
 // hotPart is what an image that is received takes of an NVRAM file.
 type hotPart struct {
-	announced Object // tmp/UUID.new
-	name      string // of that
-	file      *nvram.File
-	region    *nvram.Region // nil: it has no room
-	slots     uint32        // the first so many are in it
-	keep      bool          // the image may have got its name: it owns them
+	file   *nvram.File
+	region *nvram.Region // nil: it has no room
+	slots  uint32        // the first so many are in it
+	keep   bool          // the image may have got its name: it owns them
 }
 
 // mayOwn refuses an NVRAM file in which the checkpoint can't have pages, before anything of
@@ -93,9 +91,9 @@ func (r *receiving) owns(ctx context.Context, f *nvram.File) (bool, error) {
 // isImage tells whether there is an image with a UUID, listed or not, or outside of the
 // store.
 func (s *Store) isImage(ctx context.Context, id uuid.UUID) (is bool, err error) {
-	err = s.images(ctx, func(st stored) error {
-		is = is || st.id.UUID == id
-		return nil
+	err = s.images(ctx, map[uuid.UUID]bool{id: true}, func(stored) (bool, error) {
+		is = true
+		return true, nil
 	})
 	if err != nil || is {
 		return is, err
@@ -117,11 +115,8 @@ func (r *receiving) hot(ctx context.Context, im *image.Image, i *received, part 
 	if r.o.NVRAM.Path == "" || len(i.Slots) == 0 || i.id.InNVRAM() {
 		return nil
 	}
-	h := &hotPart{name: tmpFolder + "/" + i.UUID.String() + newSuffix}
+	h := new(hotPart)
 	i.hot = h
-	if err := r.announce(ctx, h); err != nil {
-		return err
-	}
 	want := r.o.NVRAM
 	want.Bytes, want.PageSize = int64(len(part.Slots))*int64(i.PageSize), i.PageSize
 	var err error
@@ -194,33 +189,8 @@ func (r *receiving) stays(ctx context.Context, h *hotPart, id uuid.UUID) error {
 	return err
 }
 
-// announce makes the checkpoint's extents live for gc.
-func (r *receiving) announce(ctx context.Context, h *hotPart) (err error) {
-	for range 2 {
-		if h.announced, err = r.s.dir.Create(ctx, h.name); !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		// What a receiver that was killed has left is gc's, and in the way.
-		f, oerr := r.s.dir.Open(ctx, h.name, Exclusive)
-		switch {
-		case errors.Is(oerr, vfs.ErrLocked):
-			return fmt.Errorf("checkpoint %v is being received already: %w", r.got.Sent, ErrInUse)
-		case gone(oerr):
-			continue
-		case oerr != nil:
-			return oerr
-		}
-		rerr := r.s.dir.Remove(ctx, h.name)
-		f.Close()
-		if rerr != nil {
-			return rerr
-		}
-	}
-	return err
-}
-
 // close gives back what no image owns. nil was never taken.
-func (h *hotPart) close(ctx context.Context, s *Store) {
+func (h *hotPart) close(ctx context.Context) {
 	if h == nil {
 		return
 	}
@@ -233,9 +203,5 @@ func (h *hotPart) close(ctx context.Context, s *Store) {
 	}
 	if h.file != nil {
 		h.file.Close()
-	}
-	if h.announced != nil {
-		s.dir.Remove(ctx, h.name)
-		h.announced.Close()
 	}
 }

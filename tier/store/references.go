@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -68,7 +69,8 @@ func (s *Store) renoteSharing(ctx context.Context) error {
 }
 
 // noteUnited notes, durably, that there may be images that need more of others than those
-// had whose places they took. The caller holds the store lock, and has noted that there are
+// did whose places they took: united ones, and those that were received under a number that
+// another had. The caller holds the store lock, and has noted that there are
 // references.
 func (s *Store) noteUnited(ctx context.Context) error {
 	doc, whole, err := s.noted(ctx)
@@ -201,29 +203,55 @@ func (s *Store) unlistedIs(ctx context.Context, st *stored) (empty bool, err err
 	return false, err
 }
 
-// images calls fn for each image that has content. A listed one that can't say who
-// it is ends it.
-func (s *Store) images(ctx context.Context, fn func(stored) error) error {
+// images calls fn for each image with one of these UUIDs that has content, until fn has said
+// of each UUID that it is done, which takes it out of want. The header of one that is damaged
+// can still say which it is; its id is then nil. If some are left that may be the listed one
+// that can't say which it is, that is an error.
+func (s *Store) images(ctx context.Context, want map[uuid.UUID]bool, fn func(stored) (done bool, err error)) error {
 	look := s.lookup()
-	return look.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	var unclear error
+	err := look.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.all(vm) {
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
-			var err error
-			st.id, err = look.whoIs(ctx, st.name)
-			if gone(err) || err == nil && st.id == nil || st.gone && cannotTell(err) {
+			who, err := look.whoIs(ctx, st.name)
+			switch {
+			case err == nil && who != nil:
+				st.id, st.uuid = who, who.UUID
+			case err == nil || gone(err) || st.gone && cannotTell(err):
 				continue
-			}
-			if err != nil {
+			case cannotTell(err):
+				var herr error
+				if st.uuid, herr = look.owner(ctx, st.name); herr != nil && !gone(herr) {
+					unclear = cmp.Or(unclear, fmt.Errorf("it can't be told what refers to what: %w", err))
+				}
+			default:
 				return fmt.Errorf("it can't be told what refers to what: %w", err)
 			}
-			if err := fn(st); err != nil {
+			if !want[st.uuid] {
+				continue
+			}
+			done, err := fn(st)
+			if err != nil {
 				return err
+			}
+			if done {
+				delete(want, st.uuid)
+			}
+			if len(want) == 0 {
+				return errFound
 			}
 		}
 		return nil
 	})
+	if errors.Is(err, errFound) {
+		return nil
+	}
+	if err == nil {
+		err = unclear
+	}
+	return err
 }
 
 // uses is what listed checkpoints need of an image.
@@ -243,8 +271,8 @@ type uses struct {
 // have gone away, and its needs still count: less is freed, until the next look.
 //
 // For that the folders are listed and nothing else: what has a name is nothing else later, or
-// a whole copy of it, which needs less. Where images are united it can need more, and all are
-// looked at again: such a one has another Stamp.
+// a whole copy of it, which needs less. Where it is noted that it can need more (noteUnited),
+// all are looked at again: such a one has another Stamp.
 type survey struct {
 	s    *Store
 	look *lookup
@@ -254,7 +282,7 @@ type survey struct {
 	again bool               // it was brought up to date before
 	done  map[Ref]vfs.Stamp  // the listed ones that are counted in of, as they were then
 	open  map[uuid.UUID]bool // and replaced ones
-	leave Ref                // this one's needs don't count
+	leave uuid.UUID          // this image's needs don't count
 	keep  int                // so many of each VM are the newest
 	young bool               // the needs of no others are asked for
 	there bool               // asked for is what is certain to be there: needs of listed ones alone
@@ -296,7 +324,7 @@ func (v *survey) update(ctx context.Context) error {
 			young := i >= len(o.images)-v.keep
 			refers, stamp := v.look.refers(vm, numbered(n, imageSuffix), v.asked)
 			was, done := v.done[r]
-			if done && was == stamp || r == v.leave || v.young && !young {
+			if done && was == stamp || v.young && !young {
 				continue
 			}
 			if !refers {
@@ -360,7 +388,7 @@ func (v *survey) countOpen(ctx context.Context, r Ref, id uuid.UUID) error {
 // count counts what one checkpoint needs; young tells whether it is among the newest.
 func (v *survey) count(ctx context.Context, r Ref, name string, young bool) error {
 	id, err := v.look.whoIs(ctx, name)
-	if err != nil || id == nil || !slices.ContainsFunc(id.References, v.asked) {
+	if err != nil || id == nil || id.UUID == v.leave || !slices.ContainsFunc(id.References, v.asked) {
 		return err
 	}
 	f, err := v.s.dir.Open(ctx, name, Unlocked)
@@ -433,10 +461,11 @@ func (s *Store) References(ctx context.Context, r Ref) (to []uuid.UUID, by []Ref
 
 // hold locks the images with these UUIDs, removed ones too, so that they stay as
 // long as they are open.
-func (s *Store) hold(ctx context.Context, ids []uuid.UUID) (held []Object, err error) {
+func (s *Store) hold(ctx context.Context, ids []uuid.UUID) ([]Object, error) {
 	if len(ids) == 0 {
 		return nil, nil
 	}
+	var held []Object
 	want := make(map[uuid.UUID]bool)
 	for _, id := range ids {
 		want[id] = true
@@ -449,25 +478,26 @@ func (s *Store) hold(ctx context.Context, ids []uuid.UUID) (held []Object, err e
 			}
 		}
 	}()
-	err = s.images(ctx, func(st stored) error {
-		if !want[st.id.UUID] {
-			return nil
-		}
-		f, err := s.openWith(ctx, st.name, st.id.UUID)
+	going := make(map[uuid.UUID]bool)
+	err := s.images(ctx, want, func(st stored) (bool, error) {
+		f, err := s.openWith(ctx, st.name, st.uuid)
 		if err != nil {
-			return err
+			return false, err
 		}
-		if f == nil { // between the look and the lock it was freed
-			return fmt.Errorf("image %v, which it refers to, is going away: %w", st.id.UUID, ErrInUse)
+		if f == nil { // between the look and the lock it was freed, or got another name
+			going[st.uuid] = true
+			return false, nil
 		}
 		held = append(held, f)
-		delete(want, st.id.UUID)
-		return nil
+		return true, nil
 	})
 	if err != nil {
 		return nil, err
 	}
 	for id := range want {
+		if going[id] {
+			return nil, fmt.Errorf("image %v, which it refers to, is going away: %w", id, ErrInUse)
+		}
 		return nil, fmt.Errorf("image %v, which it refers to: %w", id, ErrNotFound)
 	}
 	done = true

@@ -123,7 +123,7 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		return rm, err
 	}
 	v := m.look.survey(append(slices.Clone(theirs), id.UUID)...)
-	v.leave = r
+	v.leave = id.UUID
 	keep := false
 	// Nobody can begin to refer to it while it is locked; who does so already holds
 	// a lock on it, or is committed.

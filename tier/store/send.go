@@ -421,9 +421,9 @@ func (s *Store) staged(ctx context.Context, h *transfer.Have) error {
 		if !ok || suffix != stagedSuffix || e.Folder || e.Odd {
 			continue
 		}
-		f, err := s.dir.Open(ctx, tmpFolder+"/"+e.Name, Exclusive)
+		f, err := s.dir.Open(ctx, tmpFolder+"/"+e.Name, Shared)
 		if errors.Is(err, vfs.ErrLocked) || gone(err) {
-			continue // another one receives it now
+			continue // it is being received; who begins to meanwhile tries again
 		}
 		if err != nil {
 			return err

@@ -72,7 +72,7 @@ func (s *Store) Sharing(ctx context.Context, r Ref) (sh Sharing, err error) {
 	ids := append(slices.Clone([]uuid.UUID(id.References)), id.UUID)
 	look := s.lookup()
 	with, without := look.survey(ids...), look.survey(ids...)
-	without.leave = r
+	without.leave = id.UUID
 	for _, v := range []*survey{with, without} {
 		if err := v.update(ctx); err != nil {
 			return sh, err
@@ -156,11 +156,11 @@ func (s *Store) find(ctx context.Context, was Ref, id uuid.UUID) (found stored, 
 			}
 		}
 	}
-	err = s.images(ctx, func(st stored) error {
-		if st.id.UUID == id {
+	err = s.images(ctx, map[uuid.UUID]bool{id: true}, func(st stored) (bool, error) {
+		if st.id != nil {
 			found = st
 		}
-		return nil
+		return st.id != nil, nil
 	})
 	if err == nil && found.id == nil {
 		err = s.noImage(was, id)

@@ -53,7 +53,9 @@
 //  3. The NVRAM file's own lock (package nvram), for allocation only.
 //
 // Before all of them Unite takes one of its own, and those of the index of shared pages are
-// never waited for with one of these held.
+// never waited for with one of these held. A receiver takes one of each image that it puts
+// together (receiveclaim.go), while it has others locked: who waits for those has none of
+// these, and waits for an hour at most.
 //
 // Locks end with their process, so whatever can be locked has no owner any more.
 // Every wait for one ends with the context, and after vfs.LockLimit; the one for another
@@ -62,8 +64,10 @@
 // # Numbers
 //
 // A checkpoint's number is taken when its save begins, and stands in its image,
-// which so can be told from a copy in another place. Numbers rise, and none is used
-// again once it was visible; one of a save that failed is.
+// which so can be told from a copy in another place. Numbers rise, and no save is given one
+// again that was visible; one of a save that failed is. A checkpoint that is received has the
+// number that it had, if nobody has it now: so one that was removed comes back, and another
+// can have taken its number. UUIDs tell them apart.
 package store
 
 import (

@@ -384,7 +384,7 @@ func (n *uniting) close() {
 func (n *uniting) run(ctx context.Context, u *United) (why string, err error) {
 	was := &n.c.Meta.Identity
 	v := n.s.lookup().survey(was.UUID)
-	v.leave = n.c.Ref
+	v.leave = was.UUID
 	if err := v.update(ctx); err != nil {
 		return "", err
 	}
