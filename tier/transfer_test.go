@@ -780,6 +780,41 @@ func TestTransferGroup(t *testing.T) {
 		t.Errorf("%+v, %v", got, err)
 	}
 	all(third)
+	// The group whose members were removed is none of those that have their numbers now.
+	if got := groups(third); !slices.Equal(got, []string{"g@2 [] <nil>"}) {
+		t.Errorf("%v", got)
+	}
+	of, err := third.st.GroupOf(t.Context())
+	if err != nil || of[refs[0]] != (store.Ref{VM: "g", N: 2}) {
+		t.Errorf("%v, %v", of, err)
+	}
+	// The same of one member, which was removed and is another's number now.
+	fifth := newLab(t, crashfs.New(0), "/")
+	if _, _, errs := newGroup(t, fifth, n).save(streams, func(int) save.Options { return save.Options{Parent: save.ParentNone, Share: save.ShareNone} }); errors.Join(errs...) != nil {
+		t.Fatal(errs)
+	}
+	if err := fifth.remove(refs[2]); err != nil {
+		t.Fatal(err)
+	}
+	l.ships(t, fifth, refs[2])
+	g5, err := fifth.st.FindGroup(t.Context(), store.Ref{VM: "g"})
+	if err != nil || !slices.Equal(g5.Missing, refs[2:3]) {
+		t.Errorf("%+v, %v", g5, err)
+	}
+	members, err := fifth.st.MembersOf(t.Context(), g5.Group)
+	if err != nil || !errors.Is(members[2].Err, store.ErrNotFound) || members[1].Err != nil {
+		t.Errorf("%+v, %v", members, err)
+	}
+	if b, err := send(fifth, newLab(t, crashfs.New(0), "/")); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+	// One that was flattened is the same as before.
+	if _, _, err := fifth.flatten(refs[1]); err != nil {
+		t.Fatal(err)
+	}
+	if g5, err = fifth.st.FindGroup(t.Context(), store.Ref{VM: "g"}); err != nil || len(g5.Missing) != 1 {
+		t.Errorf("%+v, %v", g5, err)
+	}
 
 	// What is none of its members comes amid it; and what lacks a member is not sent.
 	h := &transfer.GroupHead{Name: "x", Number: 1, UUID: was.UUID, Members: []transfer.Member{{VM: "vm0", Number: 1, UUID: was.UUID}}}

@@ -325,7 +325,9 @@ func (c *copyCmd) remote(ctx context.Context, st *store.Store, refs []store.Ref,
 	}
 	words = append(words, c.hot.words()...)
 	ssh := append(strings.Fields(c.ssh), host, migration.ShellWords(words))
-	cmd := exec.CommandContext(ctx, ssh[0], ssh[1:]...)
+	running, kill := context.WithCancelCause(ctx)
+	defer kill(nil)
+	cmd := exec.CommandContext(running, ssh[0], ssh[1:]...)
 	cmd.Stderr = os.Stderr
 	cmd.WaitDelay = 5 * time.Second
 	in, err := cmd.StdinPipe()
@@ -342,14 +344,29 @@ func (c *copyCmd) remote(ctx context.Context, st *store.Store, refs []store.Ref,
 	answers := bufio.NewReader(out)
 	have, err := transfer.ReadHave(answers)
 	if err == nil {
+		// From when all is sent on.
+		silent := time.AfterFunc(silentLimit, func() { kill(errSilent) })
+		silent.Stop()
+		defer silent.Stop()
 		sent := make(chan error, 1)
 		go func() {
-			err := rescue.Call(func() error { return c.send(ctx, st, refs, in, have, show.callback()) })
+			err := rescue.Call(func() error { return c.send(running, st, refs, in, have, show.callback()) })
 			in.Close()
+			silent.Reset(silentLimit)
 			sent <- err
 		}()
-		err = c.answers(host, answers, done)
-		if serr := <-sent; serr != nil && (err == nil || !isBroken(serr)) {
+		err = c.answers(host, answers, func(e copiedEntry) error {
+			if silent.Stop() {
+				silent.Reset(silentLimit)
+			}
+			return done(e)
+		})
+		if err != nil {
+			// Nobody may read what is still sent.
+			kill(errNotTaken)
+			in.Close()
+		}
+		if serr := <-sent; serr != nil && (err == nil || !isBroken(serr) && !errors.Is(serr, errNotTaken)) {
 			err = serr // a broken pipe is the other's failure
 		}
 	}
@@ -358,6 +375,8 @@ func (c *copyCmd) remote(ctx context.Context, st *store.Store, refs []store.Ref,
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
+	case errors.Is(context.Cause(running), errSilent):
+		err = fmt.Errorf("%s: %w", host, errSilent)
 	case err == nil && werr != nil:
 		err = fmt.Errorf("%s: %w", ssh[0], werr)
 	case errors.Is(err, io.ErrUnexpectedEOF) && werr != nil:
@@ -368,6 +387,14 @@ func (c *copyCmd) remote(ctx context.Context, st *store.Store, refs []store.Ref,
 
 // isBroken tells whether nobody reads any more.
 func isBroken(err error) bool { return errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) }
+
+// silentLimit is how long the other end of a transfer may say nothing: a sender reads a whole
+// disk before it sends a checkpoint, or what need not be sent again, and a receiver checks all
+// that has come.
+const silentLimit = 2 * time.Hour
+
+// errSilent: the other end of a transfer says nothing, and may be gone.
+var errSilent = fmt.Errorf("nothing has come for %v", silentLimit)
 
 // maxAnswer is the longest line of an answer.
 const maxAnswer = 1 << 20
@@ -565,10 +592,15 @@ func (r *receiveCmd) receive(ctx context.Context, done func(copiedEntry) error) 
 		return err
 	}
 	defer in.Close()
+	in.SetReadTimeout(silentLimit)
 	show := newProgress(r.stderr, r.quiet || r.answer)
 	defer show.finish()
-	return explainNVRAM(st.Receive(ctx, bufio.NewReaderSize(in, 1<<20), store.ReceiveOptions{
+	err = explainNVRAM(st.Receive(ctx, bufio.NewReaderSize(in, 1<<20), store.ReceiveOptions{
 		As: r.as.ref, NVRAM: r.hot.reservation(), Progress: show.callback(),
 		Done: func(got store.Received) error { return done(newCopiedEntry(got)) },
 	}))
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = errSilent
+	}
+	return err
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -450,6 +451,9 @@ func (a *app) rmGroups(ctx context.Context, names []string, o rmOptions) error {
 	for _, l := range groups {
 		var failed error
 		for _, m := range l.Members {
+			if slices.Contains(l.Missing, m.Ref()) {
+				continue // removed before; another checkpoint can have the number now
+			}
 			e, rerr := a.removeOne(ctx, st, remover, m.Ref())
 			if errors.Is(rerr, store.ErrNotFound) {
 				continue // removed before

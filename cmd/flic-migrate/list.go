@@ -217,7 +217,9 @@ func (a *app) markGroups(ctx context.Context, st *store.Store, entries []listEnt
 			a.log().Warn("the record of a group can't be read; rm --group removes it", "group", l.Ref().String(), "cause", oneLine(l.Err))
 		}
 		for _, m := range l.Members {
-			of[m.Ref()] = l.Ref()
+			if !slices.Contains(l.Missing, m.Ref()) {
+				of[m.Ref()] = l.Ref()
+			}
 		}
 	}
 	for i := range entries {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 )
 
@@ -339,7 +340,7 @@ func (s *Store) settleGroups(ctx context.Context) {
 // ListedGroup is a group as a list shows it.
 type ListedGroup struct {
 	Group
-	// Missing are members that have been removed.
+	// Missing are members that have been removed; another checkpoint can have the number now.
 	Missing []Ref
 	// Err is what is wrong with the record, if it can't be read; only Name and Number are
 	// then known.
@@ -358,7 +359,7 @@ func (s *Store) Groups(ctx context.Context, name string) ([]ListedGroup, error) 
 	if err != nil {
 		return nil, err
 	}
-	here := numbers{s: s, of: make(map[string][]int)}
+	here := present{look: s.lookup(), of: make(map[string]vmObjects)}
 	list := []ListedGroup{}
 	// One whose commit was cut off is finished when the store is opened, unless it is damaged.
 	for _, r := range committing {
@@ -392,28 +393,41 @@ func (s *Store) Groups(ctx context.Context, name string) ([]ListedGroup, error) 
 	return list, nil
 }
 
-// numbers tells which checkpoints are there, and looks into each folder once.
-type numbers struct {
-	s  *Store
-	of map[string][]int // by VM, in order
+// present tells which members of groups are there, and looks into each folder once.
+type present struct {
+	look *lookup
+	of   map[string]vmObjects // by VM
 }
 
-func (p *numbers) missing(ctx context.Context, g Group) (refs []Ref, err error) {
+func (p *present) missing(ctx context.Context, g Group) (refs []Ref, err error) {
 	for _, m := range g.Members {
-		numbers, known := p.of[m.VM]
+		o, known := p.of[m.VM]
 		if !known {
-			o, err := p.s.objects(ctx, m.VM)
-			if err != nil && !gone(err) {
+			if o, err = p.look.objects(ctx, m.VM); err != nil && !gone(err) {
 				return nil, err
 			}
-			numbers = o.images
-			p.of[m.VM] = numbers
+			p.of[m.VM] = o
 		}
-		if _, ok := slices.BinarySearch(numbers, m.Number); !ok {
+		there := false
+		if _, listed := slices.BinarySearch(o.images, m.Number); listed {
+			id, err := p.look.whoIs(ctx, m.Ref().object(imageSuffix))
+			if err != nil && !gone(err) && !cannotTell(err) && !errors.Is(err, errNotObject) {
+				return nil, err
+			}
+			// One that can't say who it is is taken for the member, which is damaged.
+			there = !gone(err) && (id == nil || m.is(id))
+		}
+		if !there {
 			refs = append(refs, m.Ref())
 		}
 	}
 	return refs, nil
+}
+
+// is tells whether an image in the member's place is the member's, whatever has become of it
+// since, and none of another checkpoint that has come under its number.
+func (m GroupMember) is(id *checkpoint.Identity) bool {
+	return id.UUID == m.UUID || id.First() == m.UUID
 }
 
 // FindGroup returns a group, the newest of its name without a number, of which at least
@@ -431,8 +445,8 @@ func (s *Store) FindGroup(ctx context.Context, r Ref) (ListedGroup, error) {
 	return ListedGroup{}, fmt.Errorf("group %v in store %s: %w", r, s.root, ErrNotFound)
 }
 
-// MembersOf describes a group's members as Listing does. One that has been removed has
-// ErrNotFound.
+// MembersOf describes a group's members as Listing does. One that has been removed, whoever
+// has its number now, has ErrNotFound.
 func (s *Store) MembersOf(ctx context.Context, g Group) ([]Listed, error) {
 	list := make([]Listed, len(g.Members))
 	p := s.presence()
@@ -445,7 +459,7 @@ func (s *Store) MembersOf(ctx context.Context, g Group) ([]Listed, error) {
 			p.add(m.VM, o)
 			list[i], err = p.look.listed(ctx, m.Ref(), o)
 		}
-		if gone(err) {
+		if gone(err) || err == nil && list[i].Identity != nil && !m.is(list[i].Identity) {
 			list[i], err = Listed{Ref: m.Ref(), Err: ErrNotFound}, nil
 		}
 		if err != nil {
@@ -461,7 +475,9 @@ func (s *Store) GroupOf(ctx context.Context) (map[Ref]Ref, error) {
 	of := make(map[Ref]Ref)
 	for _, l := range list {
 		for _, m := range l.Members {
-			of[m.Ref()] = l.Ref()
+			if !slices.Contains(l.Missing, m.Ref()) {
+				of[m.Ref()] = l.Ref()
+			}
 		}
 	}
 	return of, err
@@ -495,7 +511,7 @@ func (s *Store) forgetGroup(ctx context.Context, r Ref) error {
 		return err
 	}
 	if err == nil && !g.Removed {
-		here := numbers{s: s, of: make(map[string][]int)}
+		here := present{look: s.lookup(), of: make(map[string]vmObjects)}
 		missing, err := here.missing(ctx, g)
 		if err != nil || len(missing) < len(g.Members) {
 			return err

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -199,7 +200,7 @@ func (s *Store) endGroup(ctx context.Context, rg *receivedGroup, as Ref) (got Re
 		if !ok {
 			return got, fmt.Errorf("checkpoint %s@%d of group %v was removed meanwhile: %w", m.VM, m.Number, rg.ref, ErrNotFound)
 		}
-		g.Members = append(g.Members, GroupMember{at.VM, at.N, m.UUID})
+		g.Members = append(g.Members, GroupMember{at.VM, at.N, cmp.Or(m.Origin, m.UUID)})
 	}
 	unlock, err := s.lock(ctx)
 	if err != nil {

@@ -618,6 +618,10 @@ func (r *receiving) finish(ctx context.Context) error {
 		if err := s.noteSharing(ctx); err != nil {
 			return err
 		}
+		// As with a save (Tx.Refer): what is referred to must not go with a power cut.
+		if err := s.settle(ctx); err != nil {
+			return err
+		}
 	}
 	return r.commit(ctx)
 }

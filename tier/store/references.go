@@ -428,7 +428,7 @@ func (v *survey) needed(id uuid.UUID) bool {
 }
 
 // settle makes durable that what is not there is not there. Nothing is freed before,
-// or a power cut could bring back who needs it. The caller holds the store lock.
+// or a power cut could bring back who needs it: then the caller holds the store lock.
 func (s *Store) settle(ctx context.Context) error {
 	vms, err := s.folders(ctx)
 	if err != nil {

@@ -1267,7 +1267,11 @@ func testListing(t *testing.T) {
 	if err := disk.Rename(gone, away); err != nil {
 		t.Fatal(err)
 	}
-	with := Group{Name: "g", Members: append(slices.Clone(g.Members), GroupMember{VM: two.VM, Number: two.N})}
+	member, _, err := s.identity(t.Context(), two)
+	if err != nil {
+		t.Fatal(err)
+	}
+	with := Group{Name: "g", Members: append(slices.Clone(g.Members), GroupMember{VM: two.VM, Number: two.N, UUID: member.UUID})}
 	if got := lacking(s.MembersOf(t.Context(), with)); !slices.Equal(got, []Ref{two}) {
 		t.Errorf("of the group's members %v are said to be incomplete", got)
 	}
