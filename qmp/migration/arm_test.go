@@ -36,7 +36,7 @@ func armedGuest(t *testing.T) (x *simulated, kept Kept, was string) {
 		t.Fatalf("armed: the guest is %s, the migration %s", x.run, x.status)
 	}
 	if x.parameters["max-bandwidth"] != float64(armedBandwidth) || x.parameters["downtime-limit"] != float64(1) ||
-		!x.capabilities["return-path"] || !x.capabilities["events"] || x.capabilities["xbzrle"] || x.capabilities["auto-converge"] {
+		x.parameters["avail-switchover-bandwidth"] != float64(0) || !x.capabilities["return-path"] || !x.capabilities["events"] || x.capabilities["xbzrle"] || x.capabilities["auto-converge"] {
 		t.Errorf("armed: %s", x.settings())
 	}
 	return x, kept, was

@@ -42,9 +42,10 @@ func simulate(run string) *simulated {
 		run: run, status: StatusNone,
 		capabilities: map[string]bool{"events": false, "return-path": false, "background-snapshot": false,
 			"pause-before-switchover": false, "xbzrle": true, "auto-converge": true},
-		parameters: map[string]any{"max-bandwidth": float64(33 << 20), "downtime-limit": float64(250), "tls-creds": "secret"},
-		refuse:     map[string]string{},
-		onMigrate:  func(*simulated) {},
+		parameters: map[string]any{"max-bandwidth": float64(33 << 20), "downtime-limit": float64(250), "tls-creds": "secret",
+			"avail-switchover-bandwidth": float64(100 << 30)},
+		refuse:    map[string]string{},
+		onMigrate: func(*simulated) {},
 	}
 }
 

@@ -86,6 +86,11 @@ func (now asIs) plan(need func(name string, is bool) bool, during map[string]any
 	if was, ok := parameters["tls-creds"]; ok && string(was) != `""` && string(was) != "null" {
 		s.during["tls-creds"] = ""
 	}
+	// QEMU (8.2) would go by what the user has of his network rather than by what it has measured
+	// of us, and take a pass for finished that is to be held.
+	if was, ok := parameters["avail-switchover-bandwidth"]; ok && string(was) != "0" {
+		s.during["avail-switchover-bandwidth"] = 0
+	}
 	for name := range s.during {
 		was, ok := parameters[name]
 		if !ok {

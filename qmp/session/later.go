@@ -35,9 +35,9 @@ import (
 
 const (
 	// laterTime is how long the process has the monitor, which takes one client, and waits for
-	// it before. Some thirty steps of one to two milliseconds are to be taken; a busy host
+	// it before. Some twenty steps of one to two milliseconds are to be taken; a busy host
 	// stops somewhere on the way.
-	laterTime = 2 * time.Second
+	laterTime = 3 * time.Second
 	// answerTime is how long QEMU may take to answer, and to fill its buffers. One that takes
 	// longer may be writing the devices, with its monitor locked.
 	answerTime = 5 * time.Second
@@ -47,8 +47,6 @@ const (
 	// share is which part of the rest QEMU can put into its buffers by one step, 1/share, if
 	// the parent tells what comes.
 	share = 4
-	// longestStep is how many bytes one step has, at most.
-	longestStep = 1 << 20
 )
 
 // later is the way of an armed process from where it first stops to the hold. One
@@ -127,7 +125,7 @@ func stepBytes(p migration.FirstPass, r save.Rest) int {
 	if bytes < ramparse.SourceBuffer+uint64(r.Need) {
 		return 0
 	}
-	return int(min(bytes-ramparse.SourceBuffer, longestStep))
+	return int(bytes - ramparse.SourceBuffer)
 }
 
 // hurries tells whether somebody waits for the hold.

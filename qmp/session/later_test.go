@@ -358,7 +358,7 @@ func TestArmedOnItsWay(t *testing.T) {
 			s := newSource(t, 20000, 0)
 			there, going := make(chan struct{}), make(chan struct{})
 			s.at = func(n int) {
-				if n == 20 {
+				if n == 7 {
 					close(there)
 					<-going
 				}
