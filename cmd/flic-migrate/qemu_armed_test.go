@@ -440,6 +440,16 @@ func TestArmedFails(t *testing.T) {
 	l.gc(t)
 	unchanged("the process stopped", note, l.list(t)...)
 
+	// Likewise if it does not even say hello.
+	note = arm(stalled())
+	ok(t, syscall.Kill(note.PID, syscall.SIGSTOP))
+	a = l.attempts(t, nil, vm.Socket)
+	if err := a.cmd.Wait(); err != nil || !strings.Contains(a.stderr.String(), "ordinary") {
+		t.Errorf("stopped before: %v, %s", err, a.stderr.String())
+	}
+	l.gc(t)
+	unchanged("stopped before", note, l.list(t)...)
+
 	// Both are killed: the next checkpoint lets the guest run.
 	f = stalled()
 	note = arm(f)

@@ -66,7 +66,8 @@ func findArmed(ctx context.Context, st *store.Store, vm string) (*armedFor, erro
 	if err != nil || note == nil {
 		return nil, err
 	}
-	p := &armedFor{note: *note}
+	// It is there to say hello at once: who does not hangs.
+	p := &armedFor{note: *note, hello: armedHello{PID: note.PID, Beats: true}}
 	if err := json.Unmarshal(note.State, &p.state); err != nil {
 		return nil, fmt.Errorf("note of the armed process %d: %w", note.PID, err)
 	}

@@ -40,6 +40,12 @@ func TestArmedHangs(t *testing.T) {
 				}()
 				p := &armedFor{conn: ours}
 				ok(t, p.greet(t.Context()))
+				silent, other := net.Pipe()
+				found := &armedFor{conn: silent, hello: armedHello{Beats: true}}
+				if err := found.greet(t.Context()); !errors.Is(err, errArmedHangs) {
+					t.Errorf("one that says no hello: %v", err)
+				}
+				other.Close()
 				start := time.Now()
 				r, err := p.report(t.Context())
 				took := time.Since(start)
