@@ -92,11 +92,6 @@ func PMemSave(ctx context.Context, x Executor, addr, size uint64, file string) e
 	return x.Execute(ctx, "pmemsave", map[string]any{"val": addr, "size": size, "filename": file}, nil)
 }
 
-// MemSave is PMemSave by virtual address, as the given virtual CPU sees it.
-func MemSave(ctx context.Context, x Executor, cpu int, addr, size uint64, file string) error {
-	return x.Execute(ctx, "memsave", map[string]any{"val": addr, "size": size, "filename": file, "cpu-index": cpu}, nil)
-}
-
 // HumanMonitor runs a command of the human monitor and returns what it prints.
 // That text changes between versions of QEMU.
 func HumanMonitor(ctx context.Context, x Executor, line string) (string, error) {

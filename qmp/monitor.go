@@ -527,9 +527,6 @@ func (m *Monitor) removeReader(r *eventReader) {
 	}
 }
 
-// LostEvents counts the events that slow readers have missed.
-func (m *Monitor) LostEvents() uint64 { return m.lostEvents.Load() }
-
 // Done is closed when the connection has ended; Err then says why.
 func (m *Monitor) Done() <-chan struct{} { return m.done }
 

@@ -271,7 +271,7 @@ func TestEventFlood(t *testing.T) {
 	if err := m.Execute(t.Context(), "x", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	if n := m.LostEvents(); n != flood-eventBuffer {
+	if n := m.lostEvents.Load(); n != flood-eventBuffer {
 		t.Errorf("%d events lost, want %d", n, flood-eventBuffer)
 	}
 	// The newest are there, in order.

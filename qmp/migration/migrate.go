@@ -243,12 +243,6 @@ func Cancel(ctx context.Context, x qmp.Executor) error {
 	return x.Execute(ctx, "migrate_cancel", nil, nil)
 }
 
-// Continue lets a migration go on that waits in the given state, which
-// is StatusPreSwitchover with the capability pause-before-switchover.
-func Continue(ctx context.Context, x qmp.Executor, state Status) error {
-	return x.Execute(ctx, "migrate-continue", map[string]any{"state": state}, nil)
-}
-
 // pollInterval is how often Wait asks: often enough that a save is not
 // measurably longer for it, rarely enough that QEMU's main loop does not notice.
 const pollInterval = 20 * time.Millisecond

@@ -36,7 +36,7 @@ const writebackEvery = 4 << 20
 
 // Writer appends frames to an image. Compression and checksums run on worker
 // goroutines; frames reach the file in the order of Submit, written by one
-// goroutine. All methods but ReadSegment are for one caller at a time.
+// goroutine. All methods but FetchSegment are for one caller at a time.
 //
 //	NewBuffer ─► caller fills ─► Submit ─┬─► worker: compress, checksum ─┐
 //	    ▲                                └─► order ─────────────────► appender ─► file
@@ -421,20 +421,10 @@ func (w *Writer) fail(err error) error {
 	return err
 }
 
-// ReadSegment decodes segment n, which must have been submitted, while the image
-// is still being written: XBZRLE
-// needs a page's last content, and deduplication confirms candidates by
-// comparing. It waits for a segment in flight. Safe for several goroutines,
-// each with a SegmentReader of its own.
-func (w *Writer) ReadSegment(sr *SegmentReader, n uint32) (*Segment, error) {
-	if err := w.FetchSegment(&sr.Stored, n); err != nil {
-		return nil, err
-	}
-	return sr.Decode(&sr.Stored)
-}
-
-// FetchSegment is the first half of ReadSegment: it reads the segment as it is
-// stored, and checks it.
+// FetchSegment reads segment n, which must have been submitted, as it is stored, and checks
+// it, while the image is still being written: XBZRLE needs a page's last content, and
+// deduplication confirms candidates by comparing. It waits for a segment in flight. Safe for
+// several goroutines.
 func (w *Writer) FetchSegment(st *Stored, n uint32) error {
 	w.mu.Lock()
 	for w.err == nil && (int(n) >= len(w.segments) || w.segments[n].off == 0) && w.pending > 0 {

@@ -47,7 +47,7 @@ type Options struct {
 	// Beside is a directory whose owner gets a file that root has Create make: he
 	// could open it for nothing otherwise. Empty: it stays root's.
 	Beside string
-	// ReadOnly opens for OpenRegion, Owners, Free and Check only.
+	// ReadOnly opens for OpenSome, Owners, Free and Check only.
 	ReadOnly bool
 }
 
@@ -805,17 +805,12 @@ func (f *File) Reserve(ctx context.Context, owner, store uuid.UUID, bytes int64,
 	return r, nil
 }
 
-// OpenRegion opens the extents of a committed checkpoint for reading. It checks
-// that each of them has been taken by this owner as that number, with that page
-// size, and lies within the file; an integrity.CorruptError otherwise. The content of the
-// pages is covered by the caller's own checksums.
-func (f *File) OpenRegion(owner uuid.UUID, extents []uint32, pageSize int) (*Region, error) {
-	return f.OpenSome(owner, extents, pageSize, nil)
-}
-
-// OpenSome is OpenRegion of those extents only whose numbers among the owner's need is
-// true for (nil: of all): the others may have been given back by FreeSome, and their
-// slots can't be read.
+// OpenSome opens the extents of a committed checkpoint for reading, of those the ones whose
+// numbers among the owner's need is true for (nil: all): the others may have been given back
+// by FreeSome, and their slots can't be read. It checks that each of them has been taken by
+// this owner as that number, with that page size, and lies within the file; an
+// integrity.CorruptError otherwise. The content of the pages is covered by the caller's own
+// checksums.
 func (f *File) OpenSome(owner uuid.UUID, extents []uint32, pageSize int, need func(index int) bool) (*Region, error) {
 	if !f.h.validPageSize(pageSize) {
 		return nil, fmt.Errorf("nvram: no page can have %d bytes", pageSize)

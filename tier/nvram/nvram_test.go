@@ -180,7 +180,6 @@ func TestRoundTrip(t *testing.T) {
 			t.Error(err)
 		}
 		rr := must(ro.OpenRegion(id, r.Extents(), size))
-		rr.ReadAhead(0, rr.Slots())
 		rr.DontNeed(5, slots)
 		check(rr.ReadPage(7, buf))
 		if !bytes.Equal(buf, content(id, 7, size)) || !bytes.Equal(rr.Page(7), buf) {
@@ -251,7 +250,6 @@ func TestMisuse(t *testing.T) {
 	check(none.Trim(ctx, 0))
 	check(none.Close())
 	none = must(f.OpenRegion(owner(2), nil, page))
-	none.ReadAhead(0, 1)
 	check(none.Guard(func() error { return nil }))
 	check(none.Close())
 	if n := must(f.FreeOwner(ctx, uuid.Nil)); n != 0 {
@@ -1270,7 +1268,6 @@ func TestMemory(t *testing.T) {
 	peak = before
 	for s := range rr.Slots() {
 		if s%1024 == 0 {
-			rr.ReadAhead(s, 1024)
 			rr.DontNeed(s-1024, 1024)
 			peak = max(peak, rss())
 		}

@@ -21,7 +21,7 @@ const maxBuffers = 16
 var errClosed = errors.New("nvram: region is closed")
 
 // Region is the page slots of one checkpoint: from Reserve for writing, from
-// OpenRegion for reading. Slot s of n slots an extent is in Extents()[s/n].
+// OpenSome for reading. Slot s of n slots an extent is in Extents()[s/n].
 //
 // Pages are collected to whole extents and then written with one system call,
 // not stored through the mapping. On DAX the kernel copies them with
@@ -287,11 +287,6 @@ func (r *Region) Guard(fn func() error) error {
 		}
 	}
 	return err
-}
-
-// ReadAhead starts reading slots [first, first+n) from the medium.
-func (r *Region) ReadAhead(first, n int) {
-	r.eachRange(first, n, func(off, n int64) error { r.m.WillNeed(off, n); return nil })
 }
 
 // DontNeed takes slots [first, first+n) out of the process's resident memory.

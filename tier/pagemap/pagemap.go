@@ -98,9 +98,7 @@ const (
 	refBits  = 16
 	slotBits = 40
 
-	// MaxRefs is how many references there is room for, and MaxSlots how many slots
-	// in each.
-	MaxRefs  = 1 << refBits
+	// MaxSlots is how many slots of a reference there is room for.
 	MaxSlots = 1 << slotBits
 )
 

@@ -499,7 +499,7 @@ func TestMapMemory(t *testing.T) {
 // TestForeign: a reference and a slot there, as large as they may be, make an entry.
 func TestForeign(t *testing.T) {
 	for _, k := range []Kind{Foreign, ForeignNVRAM, ForeignDelta} {
-		for _, ref := range []int{0, 1, MaxRefs - 1} {
+		for _, ref := range []int{0, 1, 1<<refBits - 1} {
 			for _, slot := range []uint64{0, 77, MaxSlots - 1} {
 				e := MakeForeign(k, ref, slot)
 				if r, s := SplitForeign(e.Value()); e.Kind() != k || r != ref || s != slot {
