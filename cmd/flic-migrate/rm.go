@@ -156,6 +156,7 @@ type aboutError struct {
 }
 
 func (e *aboutError) Error() string { return e.text }
+
 func (e *aboutError) Unwrap() error { return e.error }
 
 // about says of an error which checkpoint it is about, and what was not done with it. Errors
@@ -218,4 +219,79 @@ func (a *app) removals(ctx context.Context, names []string, all bool) (*store.St
 		refs = append(refs, more...)
 	}
 	return st, refs, nil
+}
+
+// rmGroups is rm --group: it removes the members, and then what names them.
+func (a *app) rmGroups(ctx context.Context, names []string, o rmOptions) error {
+	if err := o.check(); err != nil {
+		return err
+	}
+	for _, name := range names {
+		ref, err := store.ParseGroup(name)
+		switch {
+		case err != nil:
+			return err
+		case o.all && ref.N != 0:
+			return usageError{fmt.Errorf("%s is one group, and --all goes with names", name)}
+		case !o.all && ref.N == 0:
+			return usageError{fmt.Errorf("which group %s? Give it as %s@N, or remove all of them with --all", name, name)}
+		}
+	}
+	st, err := a.openStore(ctx, false)
+	if err != nil {
+		return err
+	}
+	// All are found before anything is removed.
+	var groups []store.ListedGroup
+	for _, name := range names {
+		ref, _ := store.ParseGroup(name)
+		list, err := st.Groups(ctx, ref.VM)
+		if err != nil {
+			return err
+		}
+		found := len(groups)
+		for _, l := range list {
+			if o.all || l.Number == ref.N {
+				groups = append(groups, l)
+			}
+		}
+		if len(groups) == found {
+			return fmt.Errorf("group %v in store %s: %w", ref, st.Dir(), store.ErrNotFound)
+		}
+	}
+	entries := []rmEntry{}
+	remover := a.remover(st, o)
+	for _, l := range groups {
+		var failed error
+		for _, m := range l.Members {
+			if slices.Contains(l.Missing, m.Ref()) {
+				continue // removed before; another checkpoint can have the number now
+			}
+			e, rerr := a.removeOne(ctx, st, remover, m.Ref())
+			if errors.Is(rerr, store.ErrNotFound) {
+				continue // removed before
+			}
+			if rerr != nil {
+				failed = errors.Join(failed, rerr)
+				continue
+			}
+			entries = append(entries, e)
+			if !o.json {
+				fmt.Fprintf(a.stdout, "%s: %s\n", e.Checkpoint, e.words())
+			}
+		}
+		if failed == nil {
+			failed = st.ForgetGroup(ctx, l.Ref())
+		}
+		if failed == nil && l.Err != nil {
+			a.log().Warn("the record of the group was damaged, and is removed; its members, if any, are checkpoints of their own now", "group", l.Ref().String())
+		}
+		if err = errors.Join(err, failed); ctx.Err() != nil {
+			break
+		}
+	}
+	if o.json {
+		err = errors.Join(err, printJSON(a.stdout, entries))
+	}
+	return err
 }

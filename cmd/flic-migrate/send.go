@@ -1,0 +1,71 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/flic-migrate/flic-migrate/tier/transfer"
+)
+
+func newSend(a *app) *cobra.Command {
+	c := &copyCmd{app: a}
+	var have string
+	cmd := &cobra.Command{
+		Use:   "send [flags] NAME[@N]... > STREAM",
+		Short: "Write checkpoints to standard output, for receive",
+		Long: `Send writes checkpoints to standard output, for a "flic-migrate receive" at the other
+end of a pipe or a file; with --group groups, each with all of its members. With --have it
+leaves out what the other store has, which
+"receive --list" there says, and goes on with what was cut off; without, each comes with
+all that it needs. What is on disk images goes with it. copy does both in one go, and is
+told how it went.`,
+		Example: `  flic-migrate send --store /srv/vms web1@3 | ssh backup flic-migrate receive --store /srv/vms
+  ssh backup flic-migrate receive --list --store /srv/vms |
+      flic-migrate send --store /srv/vms --have - web1@4 |
+      ssh backup flic-migrate receive --store /srv/vms`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return c.sendAll(cmd.Context(), args, have) },
+	}
+	fs := cmd.Flags()
+	groupFlag(fs, &c.group)
+	fs.StringVar(&have, "have", "", "`FILE` with what receive --list says; -: standard input")
+	c.addSource(fs)
+	fs.BoolVar(&c.quiet, "quiet", false, "no progress and no summary, only warnings and errors")
+	setKey(fs, "have", "send-have")
+	return cmd
+}
+
+func (c *copyCmd) sendAll(ctx context.Context, names []string, have string) error {
+	collector.tight()
+	if isTerminal(c.stdout.File) {
+		return usageError{errors.New("send writes a stream to its standard output, which is a terminal; see flic-migrate send --help")}
+	}
+	st, err := c.openStore(ctx, false)
+	if err != nil {
+		return err
+	}
+	refs, err := c.resolve(ctx, st, names)
+	if err != nil {
+		return err
+	}
+	h := transfer.NewHave()
+	if have != "" {
+		f := c.stdin
+		if have != "-" {
+			if f, err = os.Open(have); err != nil {
+				return err
+			}
+			defer f.Close()
+		}
+		if h, err = transfer.ReadHave(bufio.NewReader(f)); err != nil {
+			return err
+		}
+	}
+	show := newProgress(c.stderr, c.quiet)
+	defer show.finish()
+	return c.send(ctx, st, refs, c.stdout, h, show.callback())
+}
