@@ -239,11 +239,11 @@ func TestHoldBack(t *testing.T) {
 	}
 }
 
-// With the return path QEMU's "completed" means committed: not before the last
-// sync, and at once after it the checkpoint is whole. QEMU's monitor answers
+// With the return path QEMU's "completed" means committed: not before the
+// sync, which is one then, and at once after it the checkpoint is whole. QEMU's monitor answers
 // meanwhile.
 func TestCompletedMeansCommitted(t *testing.T) {
-	for _, f := range []fault{{op: "sync", n: 1}, {op: "sync", n: 2}, {op: "rename", n: 1}, {op: "syncdir", n: 1}} {
+	for _, f := range []fault{{op: "sync", n: 1}, {op: "rename", n: 1}, {op: "syncdir", n: 1}} {
 		t.Run(fmt.Sprint(f.op, f.n), func(t *testing.T) {
 			t.Parallel()
 			ctx, l := limit(t), newLab(t)

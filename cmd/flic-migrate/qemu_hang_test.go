@@ -150,14 +150,18 @@ func TestSavesDoNotHang(t *testing.T) {
 			w := newWatch(t, ctx, vm)
 			events, err := vm.QMP.Events(ctx)
 			ok(t, err)
-			for _, f := range []fault{
+			faults := []fault{
 				{}, // none
 				{op: "write", n: 2, errno: unix.ENOSPC},
 				{op: "msync", n: 1, errno: unix.EIO},
 				{op: "sync", n: 1, errno: unix.EIO},
-				{op: "sync", n: 2, errno: unix.EIO},
 				{op: "rename", n: 1, errno: unix.EIO},
-			} {
+			}
+			if !returnPath {
+				// What has come is durable before the device tail is read, too.
+				faults = append(faults, fault{op: "sync", n: 2, errno: unix.EIO})
+			}
+			for _, f := range faults {
 				uri, what := l.save(flags...), "done"
 				if f.op != "" {
 					f.mark = filepath.Join(l.dir, "mark")
