@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
@@ -23,6 +24,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest/chain"
 	"github.com/flic-migrate/flic-migrate/tier/transfer"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
 )
 
@@ -579,6 +581,84 @@ func TestTransferElsewhere(t *testing.T) {
 			if left, err := leftIn(t, b); err != nil && !errors.Is(err, fs.ErrNotExist) || left > 0 {
 				t.Errorf("%d extents are left, %v", left, err)
 			}
+		})
+	}
+}
+
+// TestTransferTwins: of what has come with another, in part, nothing is left once it has come
+// as a whole under another name, or from when nobody has it open any more: a part in the place
+// where one that comes later looks is not enough for that one.
+func TestTransferTwins(t *testing.T) {
+	for _, how := range []string{"at once", "when one comes", "gc"} {
+		t.Run(how, func(t *testing.T) {
+			a, b := newLab(t, crashfs.New(0), "/"), newLab(t, crashfs.New(0), "/")
+			model := a.hotGenerations(t, "vm", 4, 1<<20, 0.4)
+			needs, twice, last := store.Ref{VM: "vm", N: 3}, store.Ref{VM: "vm", N: 2}, store.Ref{VM: "vm", N: 4}
+			a.ships(t, b, last)
+			parts := func() (list []string) {
+				for _, name := range b.tree(t) {
+					if strings.HasPrefix(name, "vms/vm/00000002.") {
+						list = append(list, name)
+					}
+				}
+				return list
+			}
+			if len(parts()) < 2 {
+				t.Fatalf("%v: not a part with pieces", parts())
+			}
+			var open io.Closer
+			if how != "at once" {
+				for _, name := range parts() {
+					if strings.HasSuffix(name, ".gone") {
+						f, err := b.fs.Open(filepath.Join(b.dir, name))
+						if err == nil {
+							err = f.TryLock(vfs.Shared)
+						}
+						if err != nil {
+							t.Fatal(err)
+						}
+						open = f
+					}
+				}
+			}
+			whole, _, err := a.sent(b.has(t), twice)
+			if err == nil {
+				_, err = b.takes(whole, store.Ref{VM: "other"})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if open != nil {
+				if len(parts()) == 0 {
+					t.Error("what somebody has open is gone")
+				}
+				open.Close()
+			}
+			if how == "gc" {
+				if rep, err := b.st.GC(t.Context()); err != nil || rep.Removed != 1 || len(rep.Warnings) > 0 {
+					t.Errorf("%+v, %v", rep, err)
+				}
+			}
+			if how != "when one comes" && len(parts()) > 0 {
+				t.Errorf("left: %v", parts())
+			}
+			a.ships(t, b, needs)
+			if left := parts(); len(left) > 0 {
+				t.Errorf("left: %v", left)
+			}
+			other := store.Ref{VM: "other", N: 1}
+			b.holds(t, other, model[twice])
+			if err := b.remove(other); err != nil {
+				t.Fatal(err)
+			}
+			for _, ref := range []store.Ref{needs, last} {
+				b.holds(t, ref, model[ref])
+				if err := b.remove(ref); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.empty(t)
+			b.noLeaks(t)
 		})
 	}
 }

@@ -66,7 +66,15 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 	if err != nil {
 		return fr, nil, err
 	}
-	if !v.needed(st.uuid) {
+	needed := v.needed(st.uuid)
+	if needed && v.unclear == nil {
+		elsewhere, err := s.isElsewhere(ctx, st, v.listed[st.uuid])
+		if err != nil {
+			return fr, nil, err
+		}
+		needed = !elsewhere
+	}
+	if !needed {
 		if err := s.drop(ctx, st, o); err != nil {
 			return fr, nil, err
 		}
@@ -135,6 +143,52 @@ func (s *Store) untwin(ctx context.Context, st stored) (bool, error) {
 		err = s.dir.Remove(ctx, st.name)
 	}
 	return true, err
+}
+
+// isElsewhere tells whether all of an unlisted image is listed at r, as one that was removed
+// is once it has been received again under another name. Who refers to it finds that one when
+// this is gone, and not before: of this one perhaps a part is left, which is not enough for
+// who comes to refer to the whole. What both may own in NVRAM can't be told apart, and is a
+// reason to let them be. The caller holds the store lock.
+func (s *Store) isElsewhere(ctx context.Context, st stored, r Ref) (bool, error) {
+	if r.VM == "" {
+		return false, nil
+	}
+	id, err := s.whoIs(ctx, r.object(imageSuffix))
+	if gone(err) || cannotTell(err) || errors.Is(err, errNotObject) {
+		return false, nil
+	}
+	return err == nil && id != nil && id.UUID == st.uuid && checkPlace("", r, id) == nil &&
+		!(id.InNVRAM() && st.id != nil && st.id.InNVRAM()), err
+}
+
+// freeTwins frees the unlisted ones of the images with these UUIDs that are listed elsewhere
+// (isElsewhere), unless they are in use: then gc does.
+func (s *Store) freeTwins(ctx context.Context, ids []uuid.UUID) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	look := s.lookup()
+	there, err := look.unlistedAmong(ctx, ids)
+	if err != nil || len(there) == 0 {
+		return err
+	}
+	v := look.survey(there...)
+	if err := v.update(ctx); err != nil {
+		return err
+	}
+	had, err := look.reservedBy(ctx, new(checkpoint.Identity), there)
+	if err != nil {
+		return err
+	}
+	unlock, err := look.lock(ctx)
+	if err != nil {
+		return err
+	}
+	all, _, err := s.freeUnlisted(ctx, v, there, had) // gc says what is left
+	unlock()
+	_, _ = s.freeNVRAM(ctx, all.idle...)
+	return err
 }
 
 // taken is what an image takes: its length, less the holes in it.

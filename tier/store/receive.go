@@ -140,6 +140,10 @@ func (s *Store) Receive(ctx context.Context, r io.Reader, o ReceiveOptions) erro
 		in := &receiving{s: s, rd: rd, head: head, o: &its}
 		got, err := in.run(ctx)
 		in.close(ctx)
+		if err == nil && !got.Already {
+			// It is durable, and what is left of an earlier one under another name is gc's too.
+			_ = s.freeTwins(ctx, []uuid.UUID{got.UUID})
+		}
 		if err = done(got, err); err != nil {
 			return err
 		}
@@ -251,6 +255,21 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 		return r.got, err
 	}
 	if err := r.mayOwn(ctx); err != nil {
+		return r.got, err
+	}
+	// Who sends takes for there what is listed, and a part of it can lie where its name says.
+	var listed []uuid.UUID
+	for _, id := range h.Has {
+		if _, ok := r.all.image[id]; ok {
+			listed = append(listed, id)
+		}
+	}
+	for _, i := range h.Images[1:] {
+		if _, ok := r.all.image[i.UUID]; ok {
+			listed = append(listed, i.UUID)
+		}
+	}
+	if err := r.s.freeTwins(ctx, listed); err != nil {
 		return r.got, err
 	}
 	if r.holds, err = r.s.hold(ctx, h.Has); err != nil {

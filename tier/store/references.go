@@ -286,13 +286,15 @@ type survey struct {
 	keep  int                // so many of each VM are the newest
 	young bool               // the needs of no others are asked for
 	there bool               // asked for is what is certain to be there: needs of listed ones alone
+	// listed are those in of that were listed at the last look, and where.
+	listed map[uuid.UUID]Ref
 	// unclear is why it can't be told what is needed, if so: then all is.
 	unclear error
 }
 
 // survey begins one of the images with these UUIDs.
 func (l *lookup) survey(ids ...uuid.UUID) *survey {
-	v := &survey{s: l.s, look: l, of: make(map[uuid.UUID]*uses), done: make(map[Ref]vfs.Stamp), open: make(map[uuid.UUID]bool)}
+	v := &survey{s: l.s, look: l, of: make(map[uuid.UUID]*uses), done: make(map[Ref]vfs.Stamp), open: make(map[uuid.UUID]bool), listed: make(map[uuid.UUID]Ref)}
 	for _, id := range ids {
 		v.of[id] = new(uses)
 		v.first[id[0]] = true
@@ -328,7 +330,7 @@ func (v *survey) update(ctx context.Context) error {
 				continue
 			}
 			if !refers {
-				v.done[r] = stamp
+				v.counted(r, stamp)
 				continue
 			}
 			if err := context.Cause(ctx); err != nil {
@@ -344,7 +346,7 @@ func (v *survey) update(ctx context.Context) error {
 			case err != nil:
 				return err
 			}
-			v.done[r] = stamp
+			v.counted(r, stamp)
 		}
 		for _, k := range o.kept {
 			if v.there {
@@ -356,6 +358,14 @@ func (v *survey) update(ctx context.Context) error {
 		}
 		return nil
 	})
+}
+
+// counted notes that a listed image has been looked at, as it is with this stamp.
+func (v *survey) counted(r Ref, stamp vfs.Stamp) {
+	v.done[r] = stamp
+	if id := v.look.uuid(r.VM, numbered(r.N, imageSuffix)); v.asked(id) {
+		v.listed[id] = r
+	}
 }
 
 // countOpen counts what an image needs that a flattening has replaced, if somebody has it

@@ -231,6 +231,18 @@ func (l *lookup) refers(vm, object string, asked func(uuid.UUID) bool) (maybe bo
 	return maybe, f.stamp
 }
 
+// uuid is that of an image that has been read, or is in the summary; Nil of another.
+func (l *lookup) uuid(vm, object string) (id uuid.UUID) {
+	switch f := l.vms[vm].find(object); {
+	case f == nil || !f.looked():
+	case f.id != nil:
+		id = f.id.UUID
+	case f.stored != nil:
+		id = f.stored.UUID()
+	}
+	return id
+}
+
 // size is that of an object at the last look.
 func (l *lookup) size(vm, object string) (int64, bool) {
 	if f := l.vms[vm].find(object); f != nil && f.looked() {
