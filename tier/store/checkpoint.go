@@ -121,7 +121,9 @@ func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (found 
 		}
 	}
 	err = s.images(ctx, map[uuid.UUID]bool{id: true}, func(st stored) (done bool, err error) {
-		found, err = s.openWith(ctx, st.name, id)
+		if found, err = s.openWith(ctx, st.name, id); found == nil && err == nil {
+			err = errMoved
+		}
 		at = st.ref
 		return found != nil, err
 	})

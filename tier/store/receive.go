@@ -432,23 +432,12 @@ const stageLimit = time.Second
 // open opens what an image is received into. Another transfer can be receiving the same: if
 // the image is the checkpoint's own that is an error, and else it comes twice.
 func (r *receiving) open(ctx context.Context, i *received) error {
-	for begun := time.Now(); ; {
-		f, err := r.s.dir.Stage(ctx, i.name)
-		if err == nil {
-			i.f = f
-			return nil
-		}
-		if !errors.Is(err, vfs.ErrLocked) {
-			return err
-		}
-		if time.Since(begun) > stageLimit {
-			break
-		}
-		select {
-		case <-time.After(vfs.LockPause):
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+	_, err := soon(ctx, stageLimit, func() (again bool, err error) {
+		i.f, err = r.s.dir.Stage(ctx, i.name)
+		return errors.Is(err, vfs.ErrLocked), err
+	})
+	if !errors.Is(err, vfs.ErrLocked) {
+		return err
 	}
 	switch {
 	case i.UUID == r.head.UUID:
@@ -457,10 +446,7 @@ func (r *receiving) open(ctx context.Context, i *received) error {
 		return fmt.Errorf("checkpoint %v: what a transfer has left of image %v, %v, is being gone on with by another one: %w", r.got.Sent, i.UUID, Ref{i.VM, i.Number}, ErrInUse)
 	}
 	i.name, i.once = tmpFolder+"/"+uuid.NewString()+stagedSuffix, true
-	f, err := r.s.dir.Stage(ctx, i.name)
-	if err == nil {
-		i.f = f
-	}
+	i.f, err = r.s.dir.Stage(ctx, i.name)
 	return err
 }
 

@@ -60,22 +60,14 @@ func (r *receiving) claim(ctx context.Context) error {
 
 func (s *Store) claim(ctx context.Context, id uuid.UUID) (claim, error) {
 	c := claim{name: tmpFolder + "/" + id.String() + newSuffix}
-	pause := time.Millisecond
-	for begun := time.Now(); ; {
-		var err error
-		if c.lock, err = s.tryClaim(ctx, c.name); !errors.Is(err, vfs.ErrLocked) {
-			return c, err
-		}
-		if time.Since(begun) > claimLimit {
-			return c, fmt.Errorf("another receiver has it: %w", ErrInUse)
-		}
-		pause = min(2*pause, 5*vfs.LockPause)
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return c, context.Cause(ctx)
-		}
+	_, err := soon(ctx, claimLimit, func() (again bool, err error) {
+		c.lock, err = s.tryClaim(ctx, c.name)
+		return errors.Is(err, vfs.ErrLocked), err
+	})
+	if errors.Is(err, vfs.ErrLocked) {
+		err = fmt.Errorf("another receiver has it: %w", ErrInUse)
 	}
+	return c, err
 }
 
 // tryClaim makes a claim, or finds that another has it (vfs.ErrLocked). The store lock keeps

@@ -203,14 +203,28 @@ func (s *Store) unlistedIs(ctx context.Context, st *stored) (empty bool, err err
 	return false, err
 }
 
+// errMoved is what images is told of an image that has got another name since it was looked at,
+// or is gone.
+var errMoved = errors.New("it has another name by now")
+
 // images calls fn for each image with one of these UUIDs that has content, until fn has said
 // of each UUID that it is done, which takes it out of want. The header of one that is damaged
 // can still say which it is; its id is then nil. If some are left that may be the listed one
-// that can't say which it is, that is an error.
+// that can't say which it is, that is an error. As long as one is left, and something has got
+// another name meanwhile, all are looked at again: it may be that one.
 func (s *Store) images(ctx context.Context, want map[uuid.UUID]bool, fn func(stored) (done bool, err error)) error {
+	_, err := soon(ctx, openLimit, func() (again bool, err error) {
+		moved, err := s.imagesOnce(ctx, want, fn)
+		return err == nil && moved && len(want) > 0, err
+	})
+	return err
+}
+
+// imagesOnce is images, which looks once; moved tells that something got another name.
+func (s *Store) imagesOnce(ctx context.Context, want map[uuid.UUID]bool, fn func(stored) (done bool, err error)) (moved bool, err error) {
 	look := s.lookup()
 	var unclear error
-	err := look.eachVM(ctx, "", func(vm string, o vmObjects) error {
+	err = look.eachVM(ctx, "", func(vm string, o vmObjects) error {
 		for _, st := range o.all(vm) {
 			if err := context.Cause(ctx); err != nil {
 				return err
@@ -219,7 +233,10 @@ func (s *Store) images(ctx context.Context, want map[uuid.UUID]bool, fn func(sto
 			switch {
 			case err == nil && who != nil:
 				st.id, st.uuid = who, who.UUID
-			case err == nil || gone(err) || st.gone && cannotTell(err):
+			case gone(err):
+				moved = true
+				continue
+			case err == nil || st.gone && cannotTell(err):
 				continue
 			case cannotTell(err):
 				var herr error
@@ -233,10 +250,12 @@ func (s *Store) images(ctx context.Context, want map[uuid.UUID]bool, fn func(sto
 				continue
 			}
 			done, err := fn(st)
-			if err != nil {
+			switch {
+			case errors.Is(err, errMoved):
+				moved = true
+			case err != nil:
 				return err
-			}
-			if done {
+			case done:
 				delete(want, st.uuid)
 			}
 			if len(want) == 0 {
@@ -246,12 +265,12 @@ func (s *Store) images(ctx context.Context, want map[uuid.UUID]bool, fn func(sto
 		return nil
 	})
 	if errors.Is(err, errFound) {
-		return nil
+		return moved, nil
 	}
 	if err == nil {
 		err = unclear
 	}
-	return err
+	return moved, err
 }
 
 // uses is what listed checkpoints need of an image.
@@ -494,9 +513,9 @@ func (s *Store) hold(ctx context.Context, ids []uuid.UUID) ([]Object, error) {
 		if err != nil {
 			return false, err
 		}
-		if f == nil { // between the look and the lock it was freed, or got another name
+		if f == nil {
 			going[st.uuid] = true
-			return false, nil
+			return false, errMoved
 		}
 		held = append(held, f)
 		return true, nil

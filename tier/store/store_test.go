@@ -1326,3 +1326,59 @@ func TestSurvey(t *testing.T) {
 		t.Errorf("%d bytes are kept for nobody", fi.Size())
 	}
 }
+
+// openingFS is one on which something happens before a file is opened.
+type openingFS struct {
+	vfs.FS
+	before func(name string)
+}
+
+func (f *openingFS) NoLinks(string) (vfs.FS, error) { return f, nil }
+
+func (f *openingFS) Open(name string) (vfs.File, error) {
+	f.before(name)
+	return f.FS.Open(name)
+}
+
+// TestHoldMoved: an image that gets another name between the look and the lock, or the look and
+// the first byte, is found under that one.
+func TestHoldMoved(t *testing.T) {
+	for nth := 1; nth <= 2; nth++ { // open: who it is, and to lock it
+		s, disk := newStore(t)
+		id, _, err := s.identity(t.Context(), mustCommit(t, s, "vm"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		was, opened := "/store/vms/vm/00000001.flic", 0
+		slow, err := Open(t.Context(), &openingFS{disk, func(name string) {
+			if name != was {
+				return
+			}
+			if opened++; opened == nth {
+				if err := disk.Rename(was, "/store/vms/vm/00000001.gone"); err != nil {
+					t.Error(err)
+				}
+			}
+		}}, "/store", false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		held, err := slow.hold(t.Context(), []uuid.UUID{id.UUID})
+		if err != nil || len(held) != 1 {
+			t.Errorf("opened for the %d. time: %d held, %v", nth, len(held), err)
+		}
+		for _, f := range held {
+			f.Close()
+		}
+		if opened < nth {
+			t.Errorf("opened %d times", opened)
+		}
+		// One that is gone is not waited for.
+		if err := disk.Remove("/store/vms/vm/00000001.gone"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := slow.hold(t.Context(), []uuid.UUID{id.UUID}); !errors.Is(err, ErrNotFound) {
+			t.Error(err)
+		}
+	}
+}
