@@ -297,6 +297,21 @@ func (d *drive) untilEnded(ctx context.Context) (Info, error) {
 	return info, err
 }
 
+// CancelArmed cancels the migration that an Arm has begun, and tells whether there was one. It
+// leaves settings, and their mark, to the process that reads the stream and knows what they
+// were: as long as that migration runs there is one.
+func CancelArmed(ctx context.Context, x qmp.Executor) (ran bool, err error) {
+	ran, _, _, err = isArmed(ctx, x)
+	if err != nil || !ran {
+		return false, err
+	}
+	if err := Cancel(ctx, x); err != nil {
+		return true, err
+	}
+	_, err = Wait(ctx, x, StatusCancelled, StatusFailed, StatusNone)
+	return true, err
+}
+
 // Forgotten is the Kept of an Arm whose process has died: QEMU's defaults, for what
 // nobody knows any more. It is nil if QEMU is not armed.
 func Forgotten(ctx context.Context, x qmp.Executor) (*Kept, error) {

@@ -573,20 +573,63 @@ func Disarm(ctx context.Context, st *store.Store, t Target, o DisarmOptions) err
 		return ErrNotArmed
 	}
 	// Another store's, or nobody knows whose.
-	x, err := t.dial(ctx, qmp.Options{})
+	f := forgotten{t: t, log: o.Log, until: time.Now().Add(leftTime)}
+	for {
+		again, err := f.disarm(ctx)
+		if err != nil || !again {
+			return err
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// leftTime is how long an armed process whose migration was cancelled has to put QEMU right.
+// It is a variable for tests.
+var leftTime = 10 * time.Second
+
+// forgotten is a target that is armed, and of which there is no note. The armed process, if it
+// lives, knows what the settings were: it sees the end of its stream, and puts them back once
+// the monitor is free. Only if it does not, they become QEMU's defaults.
+type forgotten struct {
+	t         Target
+	log       *slog.Logger
+	until     time.Time // from then on it is not waited for
+	cancelled bool
+}
+
+// disarm does what there is to do now; again: the armed process has to do the rest.
+func (f *forgotten) disarm(ctx context.Context) (again bool, err error) {
+	waits := f.cancelled && time.Now().Before(f.until)
+	x, err := f.t.dial(ctx, qmp.Options{})
 	if err != nil {
-		return err
+		if waits && errors.Is(err, qmp.ErrBusy) {
+			return true, nil // perhaps that is it
+		}
+		return false, err
 	}
 	defer x.Close()
 	kept, err := migration.Forgotten(ctx, x)
-	if err == nil && kept == nil {
-		err = ErrNotArmed
+	switch {
+	case err != nil:
+		return false, err
+	case kept == nil && f.cancelled:
+		return false, nil
+	case kept == nil:
+		return false, ErrNotArmed
+	case waits:
+		return true, nil
+	case !f.cancelled:
+		f.cancelled = true
+		if again, err = migration.CancelArmed(ctx, x); again || err != nil {
+			return again, err
+		}
 	}
-	if err != nil {
-		return err
-	}
-	o.Log.Warn("this store does not know what the migration settings were; they will be QEMU's defaults")
-	return migration.Disarm(ctx, x, migration.DisarmOptions{Kept: *kept})
+	f.log.Warn("nobody knows any more what the migration settings were; they will be QEMU's defaults")
+	return false, migration.Disarm(ctx, x, migration.DisarmOptions{Kept: *kept})
 }
 
 // bury puts the QEMU of a dead process right, if it is still there.

@@ -1,12 +1,105 @@
 package session
 
 import (
+	"encoding/json"
 	"errors"
+	"log/slog"
+	"maps"
 	"net"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 )
+
+// armedMark is max-bandwidth while a guest is armed (package migration).
+const armedMark = float64(1<<40 + 0xf11c + 2)
+
+// armedMachine is a QEMU that is armed; cancelled is called when its migration is.
+type armedMachine struct {
+	mu         sync.Mutex
+	status     string
+	parameters map[string]any
+	cancelled  func()
+}
+
+func (q *armedMachine) serve(c *qmptest.Conn) {
+	qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		var answer any = map[string]any{}
+		switch cmd.Execute {
+		case "query-status":
+			answer = map[string]any{"running": true, "status": "running"}
+		case "query-migrate":
+			answer = map[string]any{"status": q.status}
+		case "query-yank", "query-migrate-capabilities":
+			answer = []any{}
+		case "query-migrate-parameters":
+			answer = q.parameters
+		case "migrate-set-parameters":
+			_ = json.Unmarshal(cmd.Args, &q.parameters)
+		case "migrate_cancel":
+			if q.status == "active" {
+				q.status = "cancelled"
+				q.cancelled()
+			}
+		}
+		b, _ := json.Marshal(answer)
+		c.Reply(cmd, string(b))
+	})(c)
+}
+
+// A QEMU of which this store has no note, though it is armed, is put right by the process that
+// armed it. If that is dead, or does nothing, its settings are QEMU's defaults.
+func TestDisarmOthers(t *testing.T) {
+	defer func(was time.Duration) { leftTime = was }(leftTime)
+	users := map[string]any{"max-bandwidth": float64(33 << 20), "downtime-limit": float64(250)}
+	defaults := map[string]any{"max-bandwidth": float64(128 << 20), "downtime-limit": float64(300)}
+	for what, c := range map[string]struct {
+		status string
+		lives  bool
+		is     map[string]any // before and after
+		want   map[string]any
+		err    error
+	}{
+		"lives":     {"active", true, map[string]any{"max-bandwidth": armedMark, "downtime-limit": 1.0}, users, nil},
+		"hangs":     {"active", false, map[string]any{"max-bandwidth": armedMark, "downtime-limit": 1.0}, defaults, nil},
+		"dead":      {"failed", false, map[string]any{"max-bandwidth": armedMark, "downtime-limit": 1.0}, defaults, nil},
+		"not armed": {"active", false, users, users, ErrNotArmed},
+	} {
+		t.Run(what, func(t *testing.T) {
+			leftTime = time.Minute
+			if !c.lives {
+				leftTime = 300 * time.Millisecond
+			}
+			var armed sync.WaitGroup
+			defer armed.Wait()
+			q := &armedMachine{status: c.status, parameters: maps.Clone(c.is), cancelled: func() {}}
+			target := Target{QMP: qmptest.New(t, q.serve).Addr}
+			if c.lives {
+				s := &armedServer{p: ArmedProcess{Log: slog.New(slog.DiscardHandler)}, c: armedConfig{Target: target, Kept: migration.Kept{Parameters: users}}}
+				q.cancelled = func() { armed.Go(func() { s.putBack(true) }) }
+			}
+			begun := time.Now()
+			err := Disarm(t.Context(), nil, target, DisarmOptions{Log: slog.New(slog.DiscardHandler)})
+			if !errors.Is(err, c.err) {
+				t.Errorf("%v, want %v", err, c.err)
+			}
+			if what == "hangs" && time.Since(begun) < leftTime {
+				t.Errorf("it had %v", time.Since(begun))
+			}
+			q.mu.Lock()
+			defer q.mu.Unlock()
+			if !maps.Equal(q.parameters, c.want) {
+				t.Errorf("the settings are %v, want %v", q.parameters, c.want)
+			}
+		})
+	}
+}
 
 // A command waits for an armed process for as long as that gives a sign of life, and not much
 // longer; for ever for one of an earlier version, which gives none.
