@@ -662,3 +662,48 @@ func TestTransferTwins(t *testing.T) {
 		})
 	}
 }
+
+// TestTransferMends: when what a store has of an image with another is damaged, one that needs
+// it is refused until the other is removed, and then comes with all that it needs.
+func TestTransferMends(t *testing.T) {
+	a, b := newLab(t, crashfs.New(0), "/"), newLab(t, crashfs.New(0), "/")
+	model := a.hotGenerations(t, "vm", 4, 1<<20, 0.1)
+	one, next := store.Ref{VM: "vm", N: 3}, store.Ref{VM: "vm", N: 4}
+	a.ships(t, b, one)
+	hurt := 0
+	for _, name := range b.tree(t) {
+		if strings.HasSuffix(name, ".gone") {
+			b.rewrite(t, "/"+name, "", func(c []byte) []byte {
+				for i := len(c) / 8; i < len(c)/2; i += 256 {
+					c[i] ^= 1
+				}
+				return c
+			})
+			hurt++
+		}
+	}
+	if hurt == 0 {
+		t.Fatal("nothing came with it")
+	}
+	whole, _, err := a.sent(b.has(t), next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.takes(whole, store.Ref{}); !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), "verify --all") {
+		t.Errorf("%v", err)
+	}
+	if len(b.verify(one)) == 0 {
+		t.Errorf("%v is whole", one)
+	}
+	if err := b.remove(one); err != nil {
+		t.Fatal(err)
+	}
+	if s, _ := a.ships(t, b, next); s.Images < 2 || s.Skipped == 0 {
+		t.Errorf("%+v", s)
+	}
+	a.ships(t, b, one)
+	for _, ref := range []store.Ref{one, next} {
+		b.holds(t, ref, model[ref])
+	}
+	b.noLeaks(t)
+}

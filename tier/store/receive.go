@@ -286,7 +286,7 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 	}
 	err = r.finish(ctx)
 	if integrity.IsCorrupt(err) && !r.isStaged(err) {
-		err = fmt.Errorf("checkpoint %v was received, and what this store has of others for it is damaged, or was freed meanwhile: %w", r.got.Sent, err)
+		err = fmt.Errorf("checkpoint %v was received, and what this store has of others for it is damaged, or was freed meanwhile (what verify --all finds damaged there must be removed before it can come): %w", r.got.Sent, err)
 	} else if integrity.IsCorrupt(err) {
 		// With what is wrong in it none could go on.
 		err = fmt.Errorf("checkpoint %v was received, and is not whole: %w", r.got.Sent, err)
