@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
@@ -273,6 +274,10 @@ func (c *copyCmd) send(ctx context.Context, st *store.Store, refs []store.Ref, w
 	return b.Flush()
 }
 
+// localTries is how often what another store has is asked for: it can be removed there
+// meanwhile, and then more must be sent.
+const localTries = 3
+
 // local copies to a store of this host.
 func (c *copyCmd) local(ctx context.Context, st *store.Store, refs []store.Ref, show *meter, done func(copiedEntry) error) error {
 	to, err := store.Open(ctx, c.fs, c.to, true)
@@ -283,6 +288,24 @@ func (c *copyCmd) local(ctx context.Context, st *store.Store, refs []store.Ref, 
 	if to.UUID() == st.UUID() {
 		return usageError{fmt.Errorf("%s is the store %s, or a copy of it", c.to, st.Dir())}
 	}
+	told := make(map[uuid.UUID]bool)
+	once := func(r store.Received) error {
+		if told[r.UUID] {
+			return nil
+		}
+		told[r.UUID] = true
+		return done(newCopiedEntry(r))
+	}
+	for range localTries {
+		if err = c.across(ctx, st, to, refs, show, once); !errors.Is(err, store.ErrLacks) {
+			break
+		}
+	}
+	return explainNVRAM(err)
+}
+
+// across copies to a store once.
+func (c *copyCmd) across(ctx context.Context, st, to *store.Store, refs []store.Ref, show *meter, done func(store.Received) error) error {
 	have, err := to.Have(ctx)
 	if err != nil {
 		return err
@@ -294,12 +317,12 @@ func (c *copyCmd) local(ctx context.Context, st *store.Store, refs []store.Ref, 
 		w.CloseWithError(err) // nil is the end
 		sent <- err
 	}()
-	err = to.Receive(ctx, r, store.ReceiveOptions{As: c.as.ref, NVRAM: c.hot.reservation(), Done: func(r store.Received) error { return done(newCopiedEntry(r)) }})
+	err = to.Receive(ctx, r, store.ReceiveOptions{As: c.as.ref, NVRAM: c.hot.reservation(), Done: done})
 	r.CloseWithError(errors.Join(errNotTaken, err))
 	if serr := <-sent; serr != nil && !errors.Is(serr, errNotTaken) {
 		err = serr
 	}
-	return explainNVRAM(err)
+	return err
 }
 
 // errNotTaken is what a sender is told whose receiver has ended.

@@ -4,13 +4,72 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
+
+// listingFS is one on which something happens after a directory was listed.
+type listingFS struct {
+	vfs.FS
+	after func(dir string)
+}
+
+func (f listingFS) NoLinks(dir string) (vfs.FS, error) {
+	in, err := f.FS.NoLinks(dir)
+	return listingFS{in, f.after}, err
+}
+
+func (f listingFS) ReadDir(dir string) ([]fs.DirEntry, error) {
+	list, err := f.FS.ReadDir(dir)
+	f.after(dir)
+	return list, err
+}
+
+// TestCopyRemoved: what the other store has is removed after it said that it has it. All the
+// same the copy comes, with what was not to be sent at first.
+func TestCopyRemoved(t *testing.T) {
+	dir := t.TempDir()
+	here, there := filepath.Join(dir, "here"), filepath.Join(dir, "there")
+	stream, err := exec.Command("mkstream", "-size", fmt.Sprint(4<<20)).Output()
+	ok(t, err)
+	run := func(args ...string) {
+		t.Helper()
+		cmd := exec.Command("flic-migrate", args...)
+		cmd.Env, cmd.Stdin = append(os.Environ(), "FLIC_CONFIG=/dev/null"), bytes.NewReader(stream)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v: %s", args, err, out)
+		}
+	}
+	run("save", "--quiet", "--store", here, "--vm", "web1")
+	run("save", "--quiet", "--store", here, "--vm", "web1")
+	run("copy", "--quiet", "--store", here, "web1@1", "--to", there)
+	removed := false
+	c := &copyCmd{app: &app{fs: listingFS{vfs.OS, func(dir string) {
+		if !removed && dir == filepath.Join(there, "tmp") { // Have looks there last
+			removed = true
+			run("rm", "--store", there, "web1@1")
+		}
+	}}}, to: there}
+	st, err := store.Open(t.Context(), vfs.OS, here, false)
+	ok(t, err)
+	var told []string
+	err = c.local(t.Context(), st, []store.Ref{{VM: "web1", N: 2}}, newProgress(os.Stderr, true), func(e copiedEntry) error {
+		told = append(told, e.words())
+		return nil
+	})
+	if err != nil || len(told) != 1 || !removed {
+		t.Errorf("%v, %q; removed: %v", err, told, removed)
+	}
+	run("verify", "--store", there, "web1@2")
+}
 
 // TestCopyAnswer: an answer that is none ends a copy, also when the other end reads no more
 // and stays.

@@ -507,14 +507,12 @@ func (s *Store) hold(ctx context.Context, ids []uuid.UUID) ([]Object, error) {
 			}
 		}
 	}()
-	going := make(map[uuid.UUID]bool)
 	err := s.images(ctx, want, func(st stored) (bool, error) {
 		f, err := s.openWith(ctx, st.name, st.uuid)
 		if err != nil {
 			return false, err
 		}
 		if f == nil {
-			going[st.uuid] = true
 			return false, errMoved
 		}
 		held = append(held, f)
@@ -524,9 +522,6 @@ func (s *Store) hold(ctx context.Context, ids []uuid.UUID) ([]Object, error) {
 		return nil, err
 	}
 	for id := range want {
-		if going[id] {
-			return nil, fmt.Errorf("image %v, which it refers to, is going away: %w", id, ErrInUse)
-		}
 		return nil, fmt.Errorf("image %v, which it refers to: %w", id, ErrNotFound)
 	}
 	done = true
