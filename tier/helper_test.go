@@ -35,7 +35,7 @@ type lab struct {
 // newLab makes a store on fsys in dir, which must be absolute.
 func newLab(t testing.TB, fsys vfs.FS, dir string) *lab {
 	t.Helper()
-	l := &lab{fs: &countingFS{FS: fsys}, dir: filepath.Join(dir, "store"), nvram: filepath.Join(dir, "nvram.img")}
+	l := &lab{fs: newCountingFS(fsys), dir: filepath.Join(dir, "store"), nvram: filepath.Join(dir, "nvram.img")}
 	l.open(t)
 	return l
 }
@@ -53,7 +53,7 @@ func (l *lab) open(t testing.TB) {
 // sees them.
 func (l *lab) on(t testing.TB, fsys vfs.FS) *lab {
 	t.Helper()
-	n := &lab{fs: &countingFS{FS: fsys}, dir: l.dir, nvram: l.nvram}
+	n := &lab{fs: newCountingFS(fsys), dir: l.dir, nvram: l.nvram}
 	n.open(t)
 	return n
 }
@@ -240,20 +240,28 @@ func every(n uint64) func(int, uint64) uint8 {
 	}
 }
 
-// countingFS knows which files, mappings and locks are open.
+// countingFS knows which files, mappings and locks are open, with those of what its NoLinks
+// has returned.
 type countingFS struct {
 	vfs.FS
+	*counts
+}
+
+// counts are a countingFS's, and of all that come from it.
+type counts struct {
 	mu    sync.Mutex
 	open  map[any]string
 	reads atomic.Int64 // of files
 }
 
-func (c *countingFS) NoLinks(dir string) (_ vfs.FS, err error) {
-	c.FS, err = c.FS.NoLinks(dir)
-	return c, err
+func newCountingFS(fsys vfs.FS) *countingFS { return &countingFS{fsys, new(counts)} }
+
+func (c *countingFS) NoLinks(dir string) (vfs.FS, error) {
+	fsys, err := c.FS.NoLinks(dir)
+	return &countingFS{fsys, c.counts}, err
 }
 
-func (c *countingFS) leaks() (names []string) {
+func (c *counts) leaks() (names []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, name := range c.open {
@@ -262,7 +270,7 @@ func (c *countingFS) leaks() (names []string) {
 	return names
 }
 
-func (c *countingFS) add(x any, name string) {
+func (c *counts) add(x any, name string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.open == nil {
@@ -271,7 +279,7 @@ func (c *countingFS) add(x any, name string) {
 	c.open[x] = name
 }
 
-func (c *countingFS) remove(x any) {
+func (c *counts) remove(x any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.open, x)

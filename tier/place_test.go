@@ -119,7 +119,7 @@ func TestCopiedStore(t *testing.T) {
 	if out, err := exec.Command("cp", "-a", l.dir, filepath.Join(dir, "copy")).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	c := &lab{fs: &countingFS{FS: vfs.OS}, dir: filepath.Join(dir, "copy"), nvram: l.nvram}
+	c := &lab{fs: newCountingFS(vfs.OS), dir: filepath.Join(dir, "copy"), nvram: l.nvram}
 	c.open(t)
 	c.holds(t, first, s)
 	if _, _, err := c.trySave(s, o); !errors.Is(err, store.ErrCopied) || !strings.Contains(err.Error(), l.dir) || !strings.Contains(err.Error(), "gc --adopt") {
