@@ -135,6 +135,9 @@ func TestFaults(t *testing.T) {
 				{"rename", 1, unix.ENOSPC, true, exitNoSpace},
 				{"syncdir", 1, unix.EIO, true, exitFailed},
 			} {
+				if returnPath && test.op == "sync" && test.n == 2 {
+					continue // with one it has one, when it is finished
+				}
 				t.Logf("%s %d: %v", test.op, test.n, test.errno)
 				f := fault{op: test.op, n: test.n, errno: test.errno, mark: filepath.Join(l.dir, "mark")}
 				ok(t, migration.Start(ctx, vm.QMP, f.uri(l, flags...)))

@@ -238,7 +238,9 @@ func TestGroupFailures(t *testing.T) {
 		ok(t, a.cmd.Process.Kill())
 		_ = a.cmd.Wait()
 		for i, vm := range g.vms {
-			ended(t, ctx, vm, migration.StatusFailed)
+			// QEMU sees the end of its stream, or is told by who guards the process; who is first.
+			_, err := migration.Wait(ctx, vm.QMP, migration.StatusFailed, migration.StatusCancelled)
+			ok(t, err)
 			runsOn(t, vm)
 			until(t, "the settings", func() bool { return settings(t, vm) == before[i] })
 		}
@@ -258,7 +260,8 @@ func TestGroupFailures(t *testing.T) {
 	ok(t, a.cmd.Process.Kill())
 	_ = a.cmd.Wait()
 	for _, vm := range g.vms {
-		ended(t, ctx, vm, migration.StatusFailed)
+		_, err := migration.Wait(ctx, vm.QMP, migration.StatusFailed, migration.StatusCancelled)
+		ok(t, err)
 		runsOn(t, vm)
 	}
 	l.holds(t, "db@1", "web@1", "www@1")

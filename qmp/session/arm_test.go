@@ -1,6 +1,7 @@
 package session
 
 import (
+	"bufio"
 	"encoding/json"
 	"errors"
 	"log/slog"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 )
 
 // armedMark is max-bandwidth while a guest is armed (package migration).
@@ -151,5 +153,49 @@ func TestArmedHangs(t *testing.T) {
 				p.close()
 			})
 		})
+	}
+}
+
+// TestArmedLeaves: that a command has the monitor is that command's to take back, and not that
+// of another one which has looked and gone.
+func TestArmedLeaves(t *testing.T) {
+	s := &armedServer{begun: make(chan struct{}), saved: make(chan struct{}), ended: make(chan struct{}), opened: new(save.OpenedDisks)}
+	close(s.begun)
+	defer close(s.ended)
+	left := func() bool {
+		s.putM.Lock()
+		defer s.putM.Unlock()
+		return s.put
+	}
+	// connect returns a connection that has had its hello, and what is closed when it is over.
+	connect := func() (net.Conn, chan struct{}) {
+		ours, theirs := net.Pipe()
+		over := make(chan struct{})
+		go func() {
+			defer close(over)
+			s.talk(theirs)
+		}()
+		if _, err := bufio.NewReader(ours).ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+		return ours, over
+	}
+	looks, gone := connect()
+	has, done := connect()
+	if _, err := has.Write([]byte("{\"ask\":\"leave\"}\n")); err != nil {
+		t.Fatal(err)
+	}
+	for !left() {
+		time.Sleep(time.Millisecond)
+	}
+	looks.Close()
+	<-gone
+	if !left() {
+		t.Error("the monitor was taken from who has it")
+	}
+	has.Close()
+	<-done
+	if left() {
+		t.Error("nobody puts QEMU right")
 	}
 }

@@ -584,7 +584,7 @@ func (s *armedServer) talk(conn net.Conn) {
 	}
 	// What it waits for. Who has the monitor must not wait until QEMU is put right.
 	var held, report <-chan struct{}
-	driver := false
+	driver, left := false, false // it lets the process go on; it has the monitor
 	beat := time.NewTicker(beatTime)
 	defer beat.Stop()
 	beats := false
@@ -598,7 +598,9 @@ func (s *armedServer) talk(conn net.Conn) {
 			beats = beats || a.Beats
 			switch {
 			case !open:
-				s.leave(false)
+				if left { // else it is another connection's to say
+					s.leave(false)
+				}
 				if driver {
 					s.setOrphan()
 					s.stop(errOrphaned)
@@ -606,9 +608,11 @@ func (s *armedServer) talk(conn net.Conn) {
 				}
 				return
 			case a.Ask == "leave":
+				left = true
 				s.leave(true)
 				report = s.saved
 			case a.Ask == "ready":
+				left = true
 				s.leave(true)
 				s.hurried()
 				held, report = s.held, s.saved
