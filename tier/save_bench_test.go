@@ -38,34 +38,40 @@ func BenchmarkSave(b *testing.B) {
 	var cpu time.Duration
 	for b.Loop() {
 		l := newLab(b, vfs.OS, b.TempDir())
-		r, w, err := os.Pipe()
-		if err != nil {
-			b.Fatal(err)
-		}
-		go func() {
-			for rest := data; len(rest) > 0; {
-				n, err := w.Write(rest[:min(len(rest), 32<<10)])
-				if err != nil {
-					break
-				}
-				rest = rest[n:]
-			}
-			w.Close()
-		}()
-		in, err := pipe.New(b.Context(), int(r.Fd()))
-		if err != nil {
-			b.Fatal(err)
-		}
+		in, closeIn := piped(b, data)
 		before := cpuTime(b)
 		if _, _, err := l.run(b.Context(), in, save.Options{VM: "vm", Codec: image.DefaultCodec}); err != nil {
 			b.Fatal(err)
 		}
 		cpu += cpuTime(b) - before
-		in.Close()
-		r.Close()
+		closeIn()
 		os.RemoveAll(l.dir)
 	}
 	b.ReportMetric(float64(cpu.Milliseconds())/float64(b.N), "cpu-ms")
+}
+
+// piped is a pipe that a stream comes through as QEMU sends it.
+func piped(b *testing.B, data []byte) (in *pipe.Reader, closeIn func()) {
+	b.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	go func() {
+		defer w.Close()
+		for some := range slices.Chunk(data, 32<<10) {
+			if _, err := w.Write(some); err != nil {
+				return
+			}
+		}
+	}()
+	if in, err = pipe.New(b.Context(), int(r.Fd())); err != nil {
+		b.Fatal(err)
+	}
+	return in, func() {
+		in.Close()
+		r.Close()
+	}
 }
 
 // cpuTime is what this process has used so far.
@@ -107,24 +113,7 @@ func BenchmarkHeld(b *testing.B) {
 	var wall, cpu time.Duration
 	var size int64
 	for b.Loop() {
-		r, w, err := os.Pipe()
-		if err != nil {
-			b.Fatal(err)
-		}
-		go func() {
-			for rest := held; len(rest) > 0; {
-				n, err := w.Write(rest[:min(len(rest), 32<<10)])
-				if err != nil {
-					break
-				}
-				rest = rest[n:]
-			}
-			w.Close()
-		}()
-		in, err := pipe.New(b.Context(), int(r.Fd()))
-		if err != nil {
-			b.Fatal(err)
-		}
+		in, closeIn := piped(b, held)
 		var start time.Time
 		var before time.Duration
 		ref, meta, err := l.run(b.Context(), in, save.Options{VM: "vm", Parent: parent, Codec: image.DefaultCodec, Hold: &save.Hold{
@@ -140,8 +129,7 @@ func BenchmarkHeld(b *testing.B) {
 		}
 		wall, cpu = wall+time.Since(start), cpu+cpuTime(b)-before
 		size += meta.Report.FlashBytes
-		in.Close()
-		r.Close()
+		closeIn()
 		if err := l.remove(ref); err != nil {
 			b.Fatal(err)
 		}

@@ -1,13 +1,11 @@
 package session
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -16,14 +14,11 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/save"
-	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
@@ -164,80 +159,25 @@ func (s *source) serve(c *qmptest.Conn) {
 	})(c)
 }
 
-// armedTest is an armed process of a source, and a command that talks to it.
-type armedTest struct {
-	t     *testing.T
-	st    *store.Store
-	conn  net.Conn
-	lines *bufio.Scanner
-	ended chan error
-}
-
 // arms starts the process with the monitor at addr.
 func (s *source) arms(t *testing.T, addr string) *armedTest {
 	t.Helper()
-	st, err := store.Open(t.Context(), vfs.OS, filepath.Join(t.TempDir(), "store"), true)
+	a := newArmedTest(t)
+	_, _, err := save.Run(t.Context(), vfs.OS, a.st, bytes.NewReader(s.parent), save.Options{VM: "vm"})
 	ok(t, err)
-	_, _, err = save.Run(t.Context(), vfs.OS, st, bytes.NewReader(s.parent), save.Options{VM: "vm"})
-	ok(t, err)
-	dir, err := os.MkdirTemp("", armedDir)
-	ok(t, err)
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "s"), Net: "unix"})
-	ok(t, err)
-	l.SetUnlinkOnClose(false)
-	listener, err := l.File()
-	ok(t, err)
-	l.Close()
-	e, err := new(CheckpointOptions).encoding()
-	ok(t, err)
-	b, err := json.Marshal(armedConfig{Store: st.Dir(), VM: "vm", Parent: "vm@1", Encoding: e, Buffer: 24 << 10, Target: Target{QMP: addr},
-		Kept:    migration.Kept{Parameters: map[string]any{"max-bandwidth": 7, "downtime-limit": 300}},
-		Control: filepath.Join(dir, "s")})
-	ok(t, err)
-	config := filepath.Join(t.TempDir(), "config")
-	ok(t, os.WriteFile(config, b, 0o600))
-	configuration, err := os.Open(config)
-	ok(t, err)
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	ok(t, err)
-	theirs, ours := os.NewFile(uintptr(fds[0]), "stream"), os.NewFile(uintptr(fds[1]), "stream")
-	ok(t, unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, 8<<10))
+	a.run(context.WithoutCancel(t.Context()), armedConfig{Buffer: 24 << 10, Target: Target{QMP: addr},
+		Kept: migration.Kept{Parameters: map[string]any{"max-bandwidth": 7, "downtime-limit": 300}}}, 8<<10)
 	var writing sync.WaitGroup
-	writing.Go(func() { s.write(theirs) })
-	a := &armedTest{t: t, st: st, ended: make(chan error, 1)}
-	p := ArmedProcess{FS: vfs.OS, ExitCode: func(error) int { return 7 }, Log: slog.New(slog.DiscardHandler),
-		Open: func(ctx context.Context, dir string) (*store.Store, error) {
-			return store.Open(ctx, vfs.OS, dir, false)
-		}}
-	go func() {
-		a.ended <- p.Run(context.WithoutCancel(t.Context()), []*os.File{ours, listener, configuration})
-	}()
-	a.conn, err = net.Dial("unix", filepath.Join(dir, "s"))
-	ok(t, err)
-	a.lines = bufio.NewScanner(a.conn)
+	writing.Go(func() { s.write(a.stream) })
 	t.Cleanup(func() {
 		a.conn.Close()
-		theirs.Close()
+		a.stream.Close()
 		writing.Wait()
 	})
 	if a.hear().Hello == nil {
 		t.Fatal("no hello")
 	}
 	return a
-}
-
-func (a *armedTest) hear() (m armedSay) {
-	a.t.Helper()
-	if !a.lines.Scan() {
-		a.t.Fatal("the process says nothing")
-	}
-	ok(a.t, json.Unmarshal(a.lines.Bytes(), &m))
-	return m
-}
-
-func (a *armedTest) ask(what string) {
-	a.t.Helper()
-	ok(a.t, json.NewEncoder(a.conn).Encode(armedAsk{Ask: what, RunState: "running"}))
 }
 
 // goes has the checkpoint made, which must succeed.

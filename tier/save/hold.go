@@ -194,12 +194,12 @@ func (h *hold) reached(unseen uint64) bool {
 // further tells whether more is to be read before the hold.
 func (s *saver) further() (bool, error) {
 	h := s.parse.hold
-	if h.Later == nil || s.match == nil || s.match.next.to.par == nil || h.Absent > 0 || s.parse.walk.Absent > 0 {
+	if h.Later == nil || s.par == nil || h.Absent > 0 || s.parse.walk.Absent > 0 {
 		return false, nil
 	}
 	h.rest.Unseen = s.parse.unseen
 	if h.rest.stored == nil {
-		h.rest.stored = s.match.next.to.par.lastStored(s.meta.BlockPages(), s.parse.unseen)
+		h.rest.stored = s.par.lastStored(s.meta.BlockPages(), s.parse.unseen)
 	}
 	n, err := h.Later(s.ctx, h.rest)
 	h.most = h.taken + int64(n)

@@ -276,31 +276,22 @@ func (l *lookup) reservedBy(ctx context.Context, id *checkpoint.Identity, unlist
 // freeNVRAM gives idle extents back, and closes their images. Nobody waits for it: the caller
 // does not hold the store lock.
 func (s *Store) freeNVRAM(ctx context.Context, list ...idle) (bytes int64, left error) {
-	defer func() {
-		for _, i := range list {
-			if i.image != nil {
-				i.image.Close()
-			}
-		}
-	}()
 	said := make(map[string]bool)
-	for n := range list {
-		i := &list[n]
+	for _, i := range list {
 		freed, err := s.freeIdle(ctx, i)
 		bytes += freed
 		if err != nil && !said[err.Error()] { // of one file it is the same for all
 			said[err.Error()] = true
 			left = errors.Join(left, err)
 		}
-		if i.image != nil {
-			i.image.Close()
-			i.image = nil
-		}
 	}
 	return bytes, left
 }
 
-func (s *Store) freeIdle(ctx context.Context, i *idle) (bytes int64, err error) {
+func (s *Store) freeIdle(ctx context.Context, i idle) (bytes int64, err error) {
+	if i.image != nil {
+		defer i.image.Close()
+	}
 	if err := s.CheckHome(ctx); err != nil {
 		return 0, err
 	}

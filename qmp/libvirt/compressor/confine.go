@@ -93,9 +93,6 @@ func (s Setup) rule(file, name string, profile []byte) (Step, error) {
 		return step, err
 	}
 	step.do = func() error {
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return err
-		}
 		if err := vfs.ReplaceFile(path, next, 0o644); err != nil {
 			return err
 		}
