@@ -428,7 +428,7 @@ func (s *Store) dropMoved(ctx context.Context, r Ref, id uuid.UUID, o vmObjects)
 		if err != nil {
 			return bytes, err
 		}
-		n, err := taken(f)
+		n, err := occupied(f)
 		f.Close()
 		if err == nil {
 			err = s.dir.Remove(ctx, name)

@@ -185,7 +185,7 @@ func (t *Tx) swap(ctx context.Context, was *checkpoint.Identity, v *survey, old 
 		if errors.Is(err, errors.ErrUnsupported) {
 			err = fmt.Errorf("others need the old image, which can't be kept beside the new one: %w", err)
 		}
-	} else if old.FlashBytes, err = taken(f); err == nil {
+	} else if old.FlashBytes, err = occupied(f); err == nil {
 		// Who needed it and is not there must not come back.
 		err = s.settle(ctx)
 	}

@@ -62,7 +62,7 @@ func (s *Store) free(ctx context.Context, st stored, f Object, o vmObjects, v *s
 	// knows whether that one is there.
 	home := id != nil && checkPlace(f.Name(), st.ref, id) == nil
 	owner := home && id.InNVRAM()
-	size, err := taken(f)
+	size, err := occupied(f)
 	if err != nil {
 		return fr, nil, err
 	}
@@ -191,8 +191,8 @@ func (s *Store) freeTwins(ctx context.Context, ids []uuid.UUID) error {
 	return err
 }
 
-// taken is what an image takes: its length, less the holes in it.
-func taken(f Object) (int64, error) {
+// occupied is what an image takes: its length, less the holes in it.
+func occupied(f Object) (int64, error) {
 	size, err := f.Size()
 	if err != nil {
 		return 0, err

@@ -196,7 +196,7 @@ func storedBytes(im *image.Image, segments source.Ranges) (bytes int64) {
 func (s *Store) frees(ctx context.Context, f Object, r Ref, id *checkpoint.Identity, u *uses) (free Space, err error) {
 	need := source.Ranges(nil)
 	if len(u.by) == 0 {
-		free.Flash, err = taken(f)
+		free.Flash, err = occupied(f)
 	} else {
 		need = u.slots
 		var ranges []byteRange
@@ -220,7 +220,7 @@ func (s *Store) frees(ctx context.Context, f Object, r Ref, id *checkpoint.Ident
 		case rerr != nil:
 			err = errors.Join(err, rerr)
 		case len(u.by) == 0:
-			n, terr := taken(src)
+			n, terr := occupied(src)
 			free.Flash, err = free.Flash+n, errors.Join(err, terr)
 		default:
 			p.Unneeded(need, func(off, end int64) {

@@ -109,7 +109,7 @@ func (t *totals) image(ctx context.Context, of *Total, st stored) error {
 		return err
 	}
 	defer f.Close()
-	bytes, err := taken(f)
+	bytes, err := occupied(f)
 	if err != nil {
 		return err
 	}

@@ -88,7 +88,7 @@ func (s *Store) begin(ctx context.Context, vm string) (*Tx, error) {
 		return nil, err
 	}
 	t.ref = Ref{vm, max(o.last(), 0)}
-	if err := s.taken(ctx, &t.ref); err != nil {
+	if err := s.skipNumbers(ctx, &t.ref); err != nil {
 		return nil, err
 	}
 	if t.ref.N++; t.ref.N > MaxNumber {
@@ -107,9 +107,9 @@ func (s *Store) begin(ctx context.Context, vm string) (*Tx, error) {
 	return t, nil
 }
 
-// taken raises r's number to the highest that a save under way has. The caller
+// skipNumbers raises r's number to the highest that a save under way has. The caller
 // holds the store lock.
-func (s *Store) taken(ctx context.Context, r *Ref) error {
+func (s *Store) skipNumbers(ctx context.Context, r *Ref) error {
 	list, err := s.dir.List(ctx, tmpFolder)
 	if err != nil {
 		return err
