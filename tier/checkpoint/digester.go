@@ -25,7 +25,7 @@ func WriteDigests(w *image.Writer, h *digest.Hasher, nvram, disk []digest.Sum) (
 }
 
 // Digester tells by its digest what a checkpoint has, without reading it. It is safe for
-// concurrent use.
+// concurrent use, but for one that One has made.
 type Digester struct {
 	Hasher *digest.Hasher
 	tables []*digest.Table // by space
@@ -51,6 +51,15 @@ func (c *Checkpoint) Digester(chunks int) (*Digester, error) {
 		tables = append(tables, r.digests.Keep(own))
 	}
 	return &Digester{h, tables}, nil
+}
+
+// One is the same for one goroutine: see digest.Table.One.
+func (d *Digester) One() *Digester {
+	n, near := &Digester{Hasher: d.Hasher}, new(digest.Near)
+	for _, t := range d.tables {
+		n.tables = append(n.tables, t.One(near))
+	}
+	return n
 }
 
 // Sum is the digest of the page that is at a location.

@@ -27,6 +27,9 @@ const (
 	seedStep = 8
 	// minCopy is the shortest copy that is made: a piece takes 3 to 5 bytes.
 	minCopy = 12
+	// maxBehind is how far a copy may begin before the seed that it was found by, for a page
+	// that may be too long.
+	maxBehind = 64
 )
 
 // Differ finds the pieces of pages. One goroutine uses it; the zero value is ready.
@@ -53,7 +56,13 @@ func (d *Differ) Encode(dst, page, base []byte, most int) ([]byte, bool) {
 	}
 	count, end, done := 0, 0, 0 // pieces; where the last ended in base; bytes of page that are coded
 	d.pieces, d.own = d.pieces[:0], d.own[:0]
+	// Behind limit it would be too long, unless a copy began far before its first seed: that
+	// is rare, and most pages that are given up are so before half of them has been looked at.
+	limit := most + maxBehind
 	for i := 0; i+seed <= n; {
+		if i > limit {
+			return dst, false
+		}
 		v := at(page, i)
 		// What stands where it stood needs no search.
 		from := i
@@ -82,9 +91,7 @@ func (d *Differ) Encode(dst, page, base []byte, most int) ([]byte, bool) {
 		d.pieces = binary.AppendVarint(d.pieces, int64(from-end))
 		d.own = append(d.own, page[done:first]...)
 		count, end, done, i = count+1, from+to-first, to, to
-		if len(d.pieces)+len(d.own) > most {
-			return dst, false
-		}
+		limit = done + most + maxBehind - len(d.pieces) - len(d.own)
 	}
 	d.own = append(d.own, page[done:]...)
 	head := len(dst)

@@ -165,7 +165,8 @@ func (b *Builder) list(first uint64, sums []Sum) {
 // chunks is how many hold so many digests.
 func chunks(n uint64) uint64 { return n/PerChunk + min(1, n%PerChunk) }
 
-// Table is what an image's digests are found by. It is safe for concurrent use.
+// Table is what an image's digests are found by. It is safe for concurrent use, but for one
+// that One has made.
 type Table struct {
 	// Flash, NVRAM and Disk are how many slots have digests, Segments how many segments
 	// have.
@@ -175,6 +176,15 @@ type Table struct {
 	read func(frame int) ([]byte, error)
 	bad  func(frame int, err error) error
 	keep *Cache
+	of   *Table // by which keep knows the chunks
+	near *Near  // of a table that One has made
+}
+
+// Near is the chunk that one goroutine has found a digest in last, in whatever table. The zero
+// value is none.
+type Near struct {
+	key  chunkKey
+	data []byte
 }
 
 // Open reads the table of an image's digests, which must have the given root. read
@@ -201,6 +211,7 @@ func Open(root Root, keep *Cache, read func(frame int) ([]byte, error), bad func
 		return nil, bad(0, errors.New("too short"))
 	}
 	t := &Table{Flash: le.Uint64(b[8:]), NVRAM: le.Uint64(b[16:]), hash: b[head:], read: read, bad: bad, keep: keep}
+	t.of = t
 	if v >= tableWithDisk {
 		t.Disk = le.Uint64(b[plainHeadLen:])
 	}
@@ -219,7 +230,16 @@ func Open(root Root, keep *Cache, read func(frame int) ([]byte, error), bad func
 // Keep is the same table, which keeps its chunks where another one does.
 func (t *Table) Keep(where *Table) *Table {
 	n := *t
-	n.keep = where.keep
+	n.keep, n.of = where.keep, &n
+	return &n
+}
+
+// One is the same table for the goroutine that has near: digests in the chunk that it found one
+// in last are found without a lock. That chunk, of 256 KiB, is held, whether the Cache still has
+// it or not.
+func (t *Table) One(near *Near) *Table {
+	n := *t
+	n.near = near
 	return &n
 }
 
@@ -244,17 +264,22 @@ func (t *Table) Segment(n uint32) (Sum, error) {
 }
 
 // get finds digest number slot of n, which begin with the given chunk.
-func (t *Table) get(first, slot, n uint64) (s Sum, err error) {
+func (t *Table) get(first, slot, n uint64) (Sum, error) {
 	if slot >= n {
-		return s, t.bad(0, fmt.Errorf("slot %d of %d has no digest", slot, n))
+		return Sum{}, t.bad(0, fmt.Errorf("slot %d of %d has no digest", slot, n))
 	}
-	k := first + slot/PerChunk
-	b, err := t.keep.get(t, k, min(PerChunk, n-slot/PerChunk*PerChunk))
+	key := chunkKey{t.of, first + slot/PerChunk}
+	if t.near != nil && t.near.key == key {
+		return Sum(t.near.data[slot%PerChunk*Size:]), nil
+	}
+	b, err := t.keep.get(key, min(PerChunk, n-slot/PerChunk*PerChunk))
 	if err != nil {
-		return s, err
+		return Sum{}, err
 	}
-	copy(s[:], b[slot%PerChunk*Size:])
-	return s, nil
+	if t.near != nil {
+		*t.near = Near{key, b}
+	}
+	return Sum(b[slot%PerChunk*Size:]), nil
 }
 
 // load reads chunk k, of n digests.
@@ -295,16 +320,16 @@ type keptChunk struct {
 // NewCache returns a Cache of at most so many chunks, of 256 KiB each.
 func NewCache(max int) *Cache { return &Cache{max: max, kept: make(map[chunkKey]*keptChunk)} }
 
-func (c *Cache) get(t *Table, k, n uint64) ([]byte, error) {
+// get is a chunk, of n digests.
+func (c *Cache) get(key chunkKey, n uint64) ([]byte, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.clock++
-	key := chunkKey{t, k}
 	if e := c.kept[key]; e != nil {
 		e.used = c.clock
 		return e.data, nil
 	}
-	b, err := t.load(k, n)
+	b, err := key.t.load(key.k, n)
 	if err != nil {
 		return nil, err
 	}

@@ -109,7 +109,10 @@ const (
 // enough of them are near each other.
 func newMatcher(ctx context.Context, next *placer, par *parent, workers, enough int) *matcher {
 	m := &matcher{next: next, par: par, enough: enough, most: 2*workers + 1, work: make(chan task, 2*workers+1)}
-	m.known = &parentReader{parent: par, ctx: ctx, disks: next.to.disks}
+	m.known = &parentReader{parent: par, ctx: ctx, disks: next.to.disks} // it reads digests only
+	if par != nil {
+		m.known.sums = par.sums.One()
+	}
 	m.beside = par != nil || next.to.shared != nil || next.to.peers != nil
 	if !m.beside {
 		workers = 0

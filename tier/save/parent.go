@@ -318,6 +318,7 @@ func (p *parent) damaged(err error) {
 type parentReader struct {
 	*parent
 	ctx  context.Context
+	sums *checkpoint.Digester // this goroutine's
 	rd   *source.Reader
 	run  pagemap.Run // the one that the last page was in
 	page []byte
@@ -339,7 +340,7 @@ func (p *parent) reader(ctx context.Context) *parentReader {
 	if p == nil {
 		return &parentReader{ctx: ctx}
 	}
-	return &parentReader{parent: p, ctx: ctx, rd: p.set.NewReader(p.cache), page: make([]byte, p.set.PageSize)}
+	return &parentReader{parent: p, ctx: ctx, sums: p.sums.One(), rd: p.set.NewReader(p.cache), page: make([]byte, p.set.PageSize)}
 }
 
 func (r *parentReader) close() {

@@ -216,13 +216,14 @@ func (p *parent) findMoved(items []*item) (found int) {
 	for _, it := range items {
 		wanted[it.sum] = append(wanted[it.sum], it)
 	}
+	sums := p.sums.One()
 	err := p.c.PageMap.Runs(func(r pagemap.Run) error {
 		for i := range r.Count {
 			at, ok := p.set.Locate(r.Entry(i))
 			if !ok {
 				return nil // as all of the run
 			}
-			sum, err := p.sums.Sum(at)
+			sum, err := sums.Sum(at)
 			if err != nil {
 				return err
 			}
