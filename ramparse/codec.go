@@ -2,12 +2,11 @@ package ramparse
 
 import (
 	"bytes"
+	"compress/zlib"
 	"errors"
 	"fmt"
 	"io"
 	"sync"
-
-	"github.com/klauspost/compress/zlib"
 
 	"github.com/flic-migrate/flic-migrate/stream"
 )
