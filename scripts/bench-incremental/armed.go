@@ -99,15 +99,20 @@ func (b *bench) armed(ctx context.Context, w workload) (string, error) {
 // live is a memory size, in M or G, and 8 KiB more: the dirty log of QEMU 7.2 under TCG
 // misses pages of guests whose size 256 KiB divide, see qemutest.
 func live(memory string) (string, error) {
-	var n int
+	n, err := kib(memory)
+	return fmt.Sprintf("%dK", n+8), err
+}
+
+// kib is a memory size, in M or G, in KiB.
+func kib(memory string) (n int, err error) {
 	var unit rune
 	if _, err := fmt.Sscanf(memory, "%d%c", &n, &unit); err != nil || unit != 'M' && unit != 'G' {
-		return "", fmt.Errorf("-memory %s: a number and M or G", memory)
+		return 0, fmt.Errorf("-memory %s: a number and M or G", memory)
 	}
 	if unit == 'G' {
 		n <<= 10
 	}
-	return fmt.Sprintf("%dK", n<<10+8), nil
+	return n << 10, nil
 }
 
 // armedFor is for how long a checkpoint is armed before the next one.

@@ -1,7 +1,7 @@
 // Command bench-incremental makes a checkpoint of real guests every few seconds and
 // prints Markdown tables of what increments cost.
 //
-//	go run ./scripts/bench-incremental [-only idle,files,sqlite,redis] [-n 10] [-memory 512M,1G,2G] [-every 5s] [-restores 7] [-keep DIR] [-armed [-round]]
+//	go run ./scripts/bench-incremental [-only idle,files,sqlite,redis] [-n 10] [-memory 512M,1G,2G] [-every 5s] [-restores 7] [-used 0] [-keep DIR] [-armed [-round]]
 //
 // At each checkpoint the guest stands still and is saved four times through exec:, in
 // turn: into a file; into nothing, by cat, which is as fast as QEMU feeds a pipe; by
@@ -20,6 +20,10 @@
 // until the guest may run (lazily running). Reads are the distinct places, segments of
 // whatever image, that a restore reads for each MB of pages. -keep leaves the streams in a
 // directory, for go test -bench Encodings ./tier/delta.
+//
+// The guests use some 100 MB, whatever memory they have, and most of it is zero. -used has so
+// many percent of the memory filled, beside that, with the mix of package guestmem, which does
+// not change any more: of a guest that has run for long little is zero.
 //
 // -armed prints another table in place of these: checkpoints of running guests by
 // checkpoint, full ones, increments, and those that were armed before. Guests have 8 KiB
@@ -84,6 +88,7 @@ func main() {
 	flag.IntVar(&b.restores, "restores", 7, "restores of each kind, of which the medians are printed")
 	flag.StringVar(&b.keep, "keep", "", "directory that the streams are left in")
 	flag.StringVar(&b.codec, "codec", "minlz", "of flic-migrate")
+	flag.IntVar(&b.used, "used", 0, "percent of the memory that is filled beside what the guests use")
 	armed := flag.Bool("armed", false, "increments and armed checkpoints of running guests against full ones, and nothing else")
 	flag.BoolVar(&b.round, "round", false, "with -armed, memory of just the size that -memory says")
 	flag.Parse()
@@ -101,7 +106,7 @@ const head = `%d checkpoints after the first, %v apart, codec %s. Bytes and time
 `
 
 type bench struct {
-	n, restores         int
+	n, restores, used   int
 	memory, keep, codec string
 	every               time.Duration
 	dir, binary         string
@@ -285,7 +290,12 @@ func (b *bench) boot(ctx context.Context, w workload) (*qemutest.VM, error) {
 
 // config is the guest's machine.
 func (b *bench) config(ctx context.Context, w workload) (qemutest.Config, error) {
-	c := qemutest.Config{Guest: qemutest.Debian, Memory: b.memory, Kernel: "flic.fill=4 flic.read=/usr flic.readmax=100"}
+	memory, err := kib(b.memory)
+	if err != nil {
+		return qemutest.Config{}, err
+	}
+	fill := max(4, memory>>10*b.used/100)
+	c := qemutest.Config{Guest: qemutest.Debian, Memory: b.memory, Kernel: fmt.Sprintf("flic.fill=%d flic.read=/usr flic.readmax=100", fill)}
 	if !w.programs {
 		return c, nil
 	}
