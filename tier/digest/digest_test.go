@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -242,6 +243,94 @@ func TestChunksLeave(t *testing.T) {
 	}
 	if len(f) != 8 {
 		t.Errorf("%d chunks have left", len(f))
+	}
+}
+
+// TestCache has many goroutines look for digests, some of them beside each other and each with
+// a table of its own: of a chunk that is kept none waits for another chunk to be read, and what
+// they all want is read once.
+func TestCache(t *testing.T) {
+	f, root, of, _ := made(t, 32, 1300, 0, 0)
+	var mu sync.Mutex
+	reads := make(map[int]int)
+	slow, goOn := make(chan struct{}), make(chan struct{})
+	tab, err := Open(root, NewCache(2), func(frame int) ([]byte, error) {
+		mu.Lock()
+		reads[frame]++
+		mu.Unlock()
+		if frame == 2 {
+			close(slow)
+			<-goOn
+		}
+		return f.read(frame)
+	}, bad)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(tab *Table, slot uint64) {
+		if s, err := tab.FlashSlot(slot); err != nil || s != of(slot) {
+			t.Errorf("slot %d: %x, %v", slot, s, err)
+		}
+	}
+	var wg sync.WaitGroup
+	for i := range uint64(4) {
+		wg.Go(func() { check(tab, PerChunk+i) })
+	}
+	<-slow
+	for i := range uint64(100) {
+		check(tab, i)
+	}
+	close(goOn)
+	wg.Wait()
+	for range 4 {
+		wg.Go(func() {
+			one := tab.One(new(Near))
+			for i := range uint64(1000) {
+				check(one, i*37%(2*PerChunk))
+			}
+		})
+	}
+	wg.Wait()
+	if reads[1] != 1 || reads[2] != 1 {
+		t.Errorf("chunks were read so often: %v", reads)
+	}
+	// What is held is right, too, when the cache has others.
+	one := tab.One(new(Near))
+	check(one, 5)
+	check(tab, PerChunk)
+	check(tab, 2*PerChunk)
+	check(one, 6)
+	check(one, PerChunk+6)
+}
+
+// TestBrokenOff has reading a chunk end in a panic: it is an error for who waits for it, and is
+// tried again.
+func TestBrokenOff(t *testing.T) {
+	f, root, of, _ := made(t, 32, 1300, 0, 0)
+	broken := true
+	tab, err := Open(root, NewCache(2), func(frame int) ([]byte, error) {
+		if frame == 1 && broken {
+			panic("as the medium has an error")
+		}
+		return f.read(frame)
+	}, bad)
+	if err != nil {
+		t.Fatal(err)
+	}
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("no panic")
+			}
+		}()
+		tab.FlashSlot(0)
+	}()
+	if _, err := tab.FlashSlot(0); !errors.Is(err, errNotLoaded) {
+		t.Error(err)
+	}
+	broken = false
+	if s, err := tab.FlashSlot(0); err != nil || s != of(0) {
+		t.Errorf("%x, %v", s, err)
 	}
 }
 

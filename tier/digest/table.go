@@ -312,39 +312,63 @@ type chunkKey struct {
 	k uint64
 }
 
+// keptChunk is one that is there, or that somebody is loading.
 type keptChunk struct {
+	load sync.Once
 	data []byte
-	used uint64
+	err  error
+	used uint64 // clock
 }
 
 // NewCache returns a Cache of at most so many chunks, of 256 KiB each.
 func NewCache(max int) *Cache { return &Cache{max: max, kept: make(map[chunkKey]*keptChunk)} }
 
-// get is a chunk, of n digests.
+var errNotLoaded = errors.New("reading a chunk of digests was broken off")
+
+// get is a chunk, of n digests. Who wants another one does not wait until it has been read.
 func (c *Cache) get(key chunkKey, n uint64) ([]byte, error) {
+	e := c.entry(key)
+	e.load.Do(func() {
+		e.err = errNotLoaded // if it ends in a panic
+		e.data, e.err = key.t.load(key.k, n)
+	})
+	if e.err != nil {
+		c.forget(key, e)
+	}
+	return e.data, e.err
+}
+
+// entry is that of a chunk, in place of the one that was used least lately if there are enough.
+func (c *Cache) entry(key chunkKey) *keptChunk {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.clock++
-	if e := c.kept[key]; e != nil {
-		e.used = c.clock
-		return e.data, nil
-	}
-	b, err := key.t.load(key.k, n)
-	if err != nil {
-		return nil, err
-	}
-	if len(c.kept) >= c.max {
-		var oldest chunkKey
-		least := c.clock
-		for o, e := range c.kept {
-			if e.used < least {
-				oldest, least = o, e.used
+	e := c.kept[key]
+	if e == nil {
+		if len(c.kept) >= c.max {
+			var oldest chunkKey
+			least := c.clock
+			for o, e := range c.kept {
+				if e.used < least {
+					oldest, least = o, e.used
+				}
 			}
+			delete(c.kept, oldest)
 		}
-		delete(c.kept, oldest)
+		e = new(keptChunk)
+		c.kept[key] = e
 	}
-	c.kept[key] = &keptChunk{b, c.clock}
-	return b, nil
+	e.used = c.clock
+	return e
+}
+
+// forget has a chunk that could not be read be read again.
+func (c *Cache) forget(key chunkKey, e *keptChunk) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.kept[key] == e {
+		delete(c.kept, key)
+	}
 }
 
 func sum256(b []byte) [hashLen]byte { return blake3.Sum256(b) }
