@@ -66,6 +66,9 @@ type home struct {
 
 const formatName = "flic-migrate store"
 
+// notMounted is vfs.NotMounted: a store is not made on what a mount will hide.
+var notMounted = vfs.NotMounted
+
 // Open opens the store in the directory dir; with create it makes one if there is
 // none.
 func Open(ctx context.Context, fsys vfs.FS, dir string, create bool) (*Store, error) {
@@ -75,6 +78,11 @@ func Open(ctx context.Context, fsys vfs.FS, dir string, create bool) (*Store, er
 	}
 	s := &Store{dir: d, fs: fsys, root: dir, makes: create}
 	err = s.readDoc(ctx)
+	if gone(err) {
+		if at := notMounted(dir); at != "" {
+			return nil, fmt.Errorf("no store at %s: %w: nothing is mounted at %s, which is in /etc/fstab", dir, ErrNotFound, at)
+		}
+	}
 	if gone(err) && create {
 		_, serr := fsys.Stat(dir)
 		s.bare = !gone(serr)
