@@ -27,6 +27,7 @@ type Decoder struct {
 	index        map[string]int // block name to index
 	block        int            // of the last page record; -1 before the first
 	sizes        uint64         // OR of the blocks' used sizes
+	ahead        lookedAhead    // in vain, for the page size
 }
 
 // NewDecoder returns a Decoder. A page size that is not a power of two from

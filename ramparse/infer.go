@@ -19,6 +19,9 @@ import (
 // at address 0 has index 0 with any size, so the decision can wait until
 // another address comes.
 //
+// While it waits, the look-ahead goes on where it has stopped before, so that each byte
+// is looked at once however many such records come.
+//
 // The look-ahead stays within the RAM section. It goes over a section's end
 // only if footer and type byte say that the next is a part of RAM too, so the
 // most of the device tail that it can see is the first type byte.
@@ -37,19 +40,29 @@ const (
 	plausibleRecords = 8
 )
 
+// lookedAhead is how far a look-ahead has come over records of address 0 alone.
+type lookedAhead struct {
+	offset int64  // in the stream, where it goes on; 0: nothing was looked at
+	block  int    // that CONTINUE means there
+	prev   header // of the page record before it
+}
+
 // infer returns the page size, or 0 if the record at the cursor is a zero page
 // at address 0 and nothing better is known. A Page record gets a size or an
 // error.
 func (d *Decoder) infer(c *stream.Cursor) (int, error) {
 	var (
-		block  = d.block
+		ahead  = lookedAhead{offset: c.Offset(), block: d.block}
 		mask   = d.sizes // OR of everything that is a multiple of the page size
 		seen   bool      // an address other than 0
-		prev   header
 		step   uint64
 		steady int
 	)
-	at := 0
+	if d.ahead.offset > ahead.offset {
+		ahead = d.ahead // what it passed over changes neither mask nor step
+	}
+	block, prev := ahead.block, ahead.prev
+	at := int(ahead.offset - c.Offset())
 scan:
 	for at < inferWindow {
 		b, err := c.Peek(at + 8)
@@ -110,6 +123,7 @@ scan:
 		at += head + body
 	}
 	if !seen {
+		d.ahead = lookedAhead{c.Offset() + int64(at), block, prev}
 		return 0, nil
 	}
 	if steady >= steadySteps && step > 4096 && step&(step-1) == 0 && step <= MaxPageSize && mask&(step-1) == 0 {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/stream"
 )
@@ -186,6 +187,37 @@ func TestInferImpossible(t *testing.T) {
 		all, err := decode(d, exact(tt.in))
 		if !errors.Is(err, tt.want) || len(all) != 1 || d.PageSize() != 0 {
 			t.Errorf("%s: %v after %d records, pages of %d bytes; want %v", tt.name, err, len(all), d.PageSize(), tt.want)
+		}
+	}
+}
+
+// TestInferLinear: records that never tell the page size are looked at once each. A
+// look-ahead that began anew at every one of them took hundreds of times as long.
+func TestInferLinear(t *testing.T) {
+	for name, add := range map[string]func(*ram){
+		"zero":       func(r *ram) { r.zero("", 0) },
+		"xbzrle":     func(r *ram) { r.b = AppendXBZRLE(r.b, "", 0, []byte{0, 1, 'x'}) },
+		"compressed": func(r *ram) { r.b = AppendCompressed(r.b, "", 0, []byte("no zlib")) },
+		"parts":      func(r *ram) { r.part().zero("", 0) },
+		"flush":      func(r *ram) { r.b = AppendFlush(r.b); r.zero("", 0) },
+	} {
+		n := 100000
+		if name == "compressed" {
+			n /= 10
+		}
+		r := newRAM(4096).zero("ram", 0)
+		for range n {
+			add(r)
+		}
+		in := append(AppendEOS(r.run("", 1, 20).b), 0x7e, 0, 0, 0, 2, 4)
+		d, c := NewDecoder(Options{}), stream.NewCursor(bytes.NewReader(in), 0)
+		start := time.Now()
+		all, err := decodeParts(d, c)
+		if err != nil || len(all) < n || d.PageSize() != 4096 {
+			t.Fatalf("%s: %d records, pages of %d bytes, %v", name, len(all), d.PageSize(), err)
+		}
+		if took := time.Since(start); took > 5*time.Second {
+			t.Errorf("%s: %v for %d records", name, took, n)
 		}
 	}
 }
