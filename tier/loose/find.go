@@ -60,16 +60,17 @@ type Header func(io.Reader) (int64, error)
 // Doubt is Unknown: the caller is about to give the image's hot pages away. So is,
 // without a header (nil), every file that does not begin with an image.
 func (p Place) Find(id uuid.UUID, header Header) State {
-	f, err := os.Open(p.Path)
+	f, err := openImage(unix.Open(p.Path, readOnly, 0))
 	if err == nil {
 		s := holds(f, id, header)
 		f.Close()
 		if s != Gone {
 			return s
 		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	} else if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errNoImage) {
 		return Unknown
 	}
+	odd := errors.Is(err, errNoImage)
 	// Under its name it is not. Is the file system there at all? What of the
 	// path is left must be on it.
 	var st unix.Statfs_t
@@ -80,7 +81,11 @@ func (p Place) Find(id uuid.UUID, header Header) State {
 	if unix.Statfs(dir, &st) != nil || st.Fsid.Val != p.FSID {
 		return Unknown
 	}
-	if len(p.Handle) == 0 {
+	switch {
+	case len(p.Handle) > 0:
+	case odd:
+		return Unknown // it may be what the image was written to
+	default:
 		return Gone
 	}
 	d, err := os.Open(dir)
@@ -88,17 +93,16 @@ func (p Place) Find(id uuid.UUID, header Header) State {
 		return Unknown
 	}
 	defer d.Close()
-	fd, err := unix.OpenByHandleAt(int(d.Fd()), unix.NewFileHandle(p.HandleType, p.Handle), unix.O_RDONLY|unix.O_CLOEXEC)
+	f, err = openImage(unix.OpenByHandleAt(int(d.Fd()), unix.NewFileHandle(p.HandleType, p.Handle), readOnly))
 	switch {
 	case errors.Is(err, unix.ESTALE), errors.Is(err, unix.ENOENT):
 		return Gone
 	case err != nil:
 		return Unknown // such as EPERM: not root
 	}
-	f = os.NewFile(uintptr(fd), p.Path)
 	defer f.Close()
 	fi, err := f.Stat()
-	if err != nil || !fi.Mode().IsRegular() {
+	if err != nil {
 		return Unknown
 	}
 	// A file without a name is gone as soon as those are who have it open.
@@ -108,24 +112,57 @@ func (p Place) Find(id uuid.UUID, header Header) State {
 	return holds(f, id, header)
 }
 
-// holds tells whether f, an image alone or behind somebody's header, holds image
-// id. A file that can't be read, or is being written, is Unknown.
+// readOnly opens what may be anything without waiting for its other end, as a FIFO does, and
+// without taking a terminal.
+const readOnly = unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY
+
+// errNoImage: it is nothing that an image could be found in.
+var errNoImage = errors.New("neither a regular file nor a block device")
+
+// openImage is the file fd, unless err is not nil. Only a regular file is read: a user can put
+// a device, or a link to one, where his file was, and that has no end.
+func openImage(fd int, err error) (*os.File, error) {
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil {
+		switch st.Mode & unix.S_IFMT {
+		case unix.S_IFREG:
+			return os.NewFile(uintptr(fd), ""), nil
+		case unix.S_IFBLK:
+			err = errors.ErrUnsupported // an image may be on it, which is not looked for
+		default:
+			err = errNoImage
+		}
+	}
+	unix.Close(fd)
+	return nil, err
+}
+
+// file is an image in a regular file, from an offset to its end.
+type file struct{ *io.SectionReader }
+
+func (f file) Name() string         { return "" }
+func (f file) Size() (int64, error) { return f.SectionReader.Size(), nil }
+
+// holds tells whether f, a regular file with an image alone or behind somebody's header, holds
+// image id. A file that can't be read, or is being written, is Unknown.
 func holds(f *os.File, id uuid.UUID, header Header) State {
 	other := Unknown // what a file is that holds no image
+	var begin int64
 	if header != nil {
-		n, err := header(f)
-		if err != nil {
-			return Unknown
-		}
-		if _, err := f.Seek(n, io.SeekStart); err != nil {
+		var err error
+		if begin, err = header(f); err != nil {
 			return Unknown
 		}
 		other = Gone
 	}
-	in, err := NewIn(f, nil, "")
+	fi, err := f.Stat()
 	if err != nil {
 		return Unknown
 	}
+	in := file{io.NewSectionReader(f, begin, max(0, fi.Size()-begin))}
 	head := make([]byte, len(image.Magic))
 	if _, err := in.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
 		return Unknown

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
@@ -131,5 +132,73 @@ func TestFind(t *testing.T) {
 	}
 	if _, err := loose.Locate(filepath.Join(t.TempDir(), "missing")); err == nil {
 		t.Error("located what is not there")
+	}
+}
+
+// TestFindOdd: what a user has put where his file was is not read if it is no file: a device
+// has no end, and a FIFO waits for somebody.
+func TestFindOdd(t *testing.T) {
+	dir := t.TempDir()
+	spool := filepath.Join(dir, "spool")
+	if err := os.Mkdir(spool, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TMPDIR", spool)
+	path := filepath.Join(dir, "f.save")
+	device := func() error { return os.Symlink("/dev/zero", path) }
+	fifo := func() error { return unix.Mkfifo(path, 0o600) }
+	look := func(what string, p loose.Place, want loose.State) {
+		t.Helper()
+		found := make(chan loose.State, 1)
+		go func() { found <- p.Find(uuid.New(), skip) }()
+		select {
+		case got := <-found:
+			if got != want {
+				t.Errorf("%s: state %d, want %d", what, got, want)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s: it is still read", what)
+		}
+		if list, err := os.ReadDir(spool); err != nil || len(list) != 0 {
+			t.Errorf("%s: copied to %v, %v", what, list, err)
+		}
+	}
+	for what, odd := range map[string]func() error{"a device": device, "a FIFO": fifo} {
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		p, err := loose.Locate(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		if err := odd(); err != nil {
+			t.Fatal(err)
+		}
+		bare := p
+		bare.Handle = nil
+		look(what+", no handle", bare, loose.Unknown)
+		if os.Geteuid() == 0 && len(p.Handle) > 0 {
+			look(what, p, loose.Gone)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The image went into a FIFO, which has another name now.
+	if err := fifo(); err != nil {
+		t.Fatal(err)
+	}
+	p, err := loose.Locate(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path, path+"2"); err != nil {
+		t.Fatal(err)
+	}
+	if len(p.Handle) > 0 {
+		look("a FIFO under another name", p, loose.Unknown)
 	}
 }

@@ -8,6 +8,7 @@
 //	├── tmp/NAME@N.UUID.part       a save under way, locked by its process
 //	├── nvram/UUID.json            an NVRAM file that saves of this store used
 //	├── loose/UUID.json            an image outside of the store (loose.go)
+//	├── loose/UUID.lock            its lock
 //	├── armed/NAME.json            a checkpoint that is armed (armed.go)
 //	├── groups/NAME@N.json         checkpoints that were made as one (group.go)
 //	├── disks/                     indexes of disk images (package disk)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -11,14 +12,20 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/loose"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // Loose is what the store keeps about an image outside of it whose hot pages are
 // in an NVRAM file: without it nobody could tell when they may be given away.
 //
-//	DIR/loose/UUID.json       locked by the save that writes the image, and by
+//	DIR/loose/UUID.json
+//	DIR/loose/UUID.lock       empty; locked by the save that writes the image, and by
 //	                          those who restore it
+//
+// The lock is a file of its own because it must stay the same file while several restore
+// the image: the entry is replaced when one of them ends. What an earlier flic-migrate has
+// left is an entry without one, and gets it when it is first restored.
 //
 // The pages are given away when the image's file is gone: at once if the save was
 // cut off or if the image was restored since (libvirt removes a managed save that
@@ -42,7 +49,24 @@ const DefaultGrace = 24 * time.Hour
 // whose server does not answer.
 const looseLook = 10 * time.Second
 
-func looseObject(id uuid.UUID) string { return looseFolder + "/" + id.String() + ".json" }
+func looseObject(id uuid.UUID) string { return looseFolder + "/" + id.String() + looseSuffix }
+
+func looseLock(id uuid.UUID) string { return looseFolder + "/" + id.String() + looseLockSuffix }
+
+const (
+	looseSuffix     = ".json"
+	looseLockSuffix = ".lock"
+)
+
+// removeLoose removes an entry, and then its lock, which nobody else has. A lock that is left
+// is gc's.
+func (s *Store) removeLoose(ctx context.Context, id uuid.UUID) error {
+	err := s.dir.Remove(ctx, looseObject(id))
+	if err == nil || gone(err) {
+		_ = s.dir.Remove(ctx, looseLock(id))
+	}
+	return err
+}
 
 // writeLoose stores an entry. The caller holds the store lock.
 func (s *Store) writeLoose(ctx context.Context, l Loose) error {
@@ -68,7 +92,6 @@ func (s *Store) BeginLoose(ctx context.Context, f Sink, path string) (*Tx, error
 	t := BeginFile(f)
 	t.s = s
 	t.loose = &Loose{UUID: t.uuid, Place: place, Created: time.Now()}
-	t.name = looseObject(t.uuid)
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return nil, err
@@ -79,14 +102,17 @@ func (s *Store) BeginLoose(ctx context.Context, f Sink, path string) (*Tx, error
 	}
 	begun := false
 	defer func() {
-		if !begun {
-			s.dir.Remove(ctx, t.name)
+		if !begun { // also while panicking
+			if t.entry != nil {
+				t.entry.Close()
+			}
+			s.removeLoose(ctx, t.uuid)
 		}
 	}()
-	if err := s.writeLoose(ctx, *t.loose); err != nil {
+	if t.entry, err = s.dir.Create(ctx, looseLock(t.uuid)); err != nil {
 		return nil, err
 	}
-	if t.entry, err = s.dir.Open(ctx, t.name, Exclusive); err != nil {
+	if err := s.writeLoose(ctx, *t.loose); err != nil {
 		return nil, err
 	}
 	begun = true
@@ -114,9 +140,15 @@ func (s *Store) UseLoose(ctx context.Context, id uuid.UUID, path string) (done f
 		return nil, err
 	}
 	defer unlock()
-	f, err := s.dir.Open(ctx, looseObject(id), Shared)
-	if gone(err) {
+	if _, err := s.readLoose(ctx, id); gone(err) {
 		return func(bool) error { return nil }, nil
+	}
+	f, err := s.dir.Open(ctx, looseLock(id), Shared)
+	if gone(err) { // an earlier flic-migrate's
+		if f, err = s.dir.Create(ctx, looseLock(id)); err == nil {
+			f.Close()
+			f, err = s.dir.Open(ctx, looseLock(id), Shared)
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -142,20 +174,12 @@ func (s *Store) UseLoose(ctx context.Context, id uuid.UUID, path string) (done f
 
 // Loose lists the images outside of the store that have hot pages in NVRAM.
 func (s *Store) Loose(ctx context.Context) ([]Loose, error) {
-	entries, err := s.dir.List(ctx, looseFolder)
-	if gone(err) {
-		return nil, nil
-	}
+	ids, err := s.looseNamed(ctx, looseSuffix)
 	if err != nil {
 		return nil, err
 	}
 	var list []Loose
-	for _, e := range entries {
-		num, ok := strings.CutSuffix(e.Name, ".json")
-		id, err := uuid.Parse(num)
-		if !ok || err != nil || id.String() != num {
-			continue
-		}
+	for _, id := range ids {
 		l, err := s.readLoose(ctx, id)
 		if gone(err) {
 			continue // given up since
@@ -168,11 +192,35 @@ func (s *Store) Loose(ctx context.Context) ([]Loose, error) {
 	return list, nil
 }
 
+// looseNamed are the images that have an object with this suffix; none if there is no folder.
+func (s *Store) looseNamed(ctx context.Context, suffix string) (ids []uuid.UUID, err error) {
+	entries, err := s.dir.List(ctx, looseFolder)
+	if gone(err) {
+		return nil, nil
+	}
+	for _, e := range entries {
+		stem, ok := strings.CutSuffix(e.Name, suffix)
+		id, err := uuid.Parse(stem)
+		if ok && err == nil && id.String() == stem {
+			ids = append(ids, id)
+		}
+	}
+	return ids, err
+}
+
 // FindLoose tells whether a loose image is still there. A file system that does not
 // answer is as good as none.
 func (s *Store) FindLoose(ctx context.Context, l Loose) loose.State {
 	found := make(chan loose.State, 1)
-	go func() { found <- l.Place.Find(l.UUID, s.LooseHeader) }()
+	go func() {
+		state := loose.Unknown
+		// What is read is a user's.
+		_ = rescue.Call(func() error {
+			state = l.Place.Find(l.UUID, s.LooseHeader)
+			return nil
+		})
+		found <- state
+	}()
 	select {
 	case state := <-found:
 		return state
@@ -203,10 +251,35 @@ func (g *gc) loose(ctx context.Context, grace time.Duration) error {
 			g.live[l.UUID] = true
 		}
 	}
-	if len(list) > 0 {
-		return g.dir.Sync(ctx, looseFolder)
+	left, err := g.looseLocks(ctx)
+	if err == nil && (len(list) > 0 || left) {
+		err = g.dir.Sync(ctx, looseFolder)
 	}
-	return nil
+	return err
+}
+
+// looseLocks removes the locks of entries that there are not: who removes one can be killed
+// in between. It tells whether there were any.
+func (g *gc) looseLocks(ctx context.Context) (left bool, err error) {
+	ids, err := g.looseNamed(ctx, looseLockSuffix)
+	if err != nil || len(ids) == 0 {
+		return false, err
+	}
+	unlock, err := g.lock(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	have, err := g.looseNamed(ctx, looseSuffix)
+	for _, id := range ids {
+		if err == nil && !slices.Contains(have, id) {
+			left = true
+			if err = g.dir.Remove(ctx, looseLock(id)); gone(err) {
+				err = nil
+			}
+		}
+	}
+	return left, err
 }
 
 // judge updates one entry, whose file is in that state, or removes it.
@@ -216,21 +289,24 @@ func (g *gc) judge(ctx context.Context, id uuid.UUID, state loose.State, grace t
 		return false, err
 	}
 	defer unlock()
-	f, err := g.dir.Open(ctx, looseObject(id), Exclusive)
-	if errors.Is(err, vfs.ErrLocked) {
-		return false, nil // being saved or restored
-	}
+	l, err := g.readLoose(ctx, id)
 	if gone(err) {
 		return true, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	defer f.Close()
-	l, err := g.readLoose(ctx, id)
+	f, err := g.dir.Open(ctx, looseLock(id), Exclusive)
+	if gone(err) { // an earlier flic-migrate's, which locked the entry
+		f, err = g.dir.Open(ctx, looseObject(id), Exclusive)
+	}
+	if errors.Is(err, vfs.ErrLocked) {
+		return false, nil // being saved or restored
+	}
 	if err != nil {
 		return false, err
 	}
+	defer f.Close()
 	was := l.Gone
 	switch state {
 	case loose.Unknown:
@@ -243,7 +319,7 @@ func (g *gc) judge(ctx context.Context, id uuid.UUID, state loose.State, grace t
 			l.Gone = time.Now()
 		}
 		if !l.Whole || l.Restored || time.Since(l.Gone) >= grace {
-			return true, g.dir.Remove(ctx, looseObject(id))
+			return true, g.removeLoose(ctx, id)
 		}
 		g.rep.GoneFiles++
 	}

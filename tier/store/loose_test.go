@@ -262,6 +262,66 @@ func TestLooseUnfinished(t *testing.T) {
 	}
 }
 
+// TestLooseTogether: of several restores of one image each keeps its hot pages until it has
+// ended, whichever ends first, and also of one that an earlier flic-migrate has saved.
+func TestLooseTogether(t *testing.T) {
+	l := newLooseLab(t)
+	path := filepath.Join(l.dir, "a.save")
+	locks := func() []string {
+		t.Helper()
+		list, err := filepath.Glob(filepath.Join(l.dir, "store/loose/*.lock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return list
+	}
+	use := func(id uuid.UUID) func(bool) error {
+		t.Helper()
+		done, err := l.st.UseLoose(t.Context(), id, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return done
+	}
+	for _, earlier := range []bool{false, true} {
+		id := l.save(t, path)
+		if earlier {
+			for _, name := range locks() {
+				if err := os.Remove(name); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		a, b := use(id), use(id)
+		if err := a(true); err != nil {
+			t.Error(err)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		if l.gc(t, 0); !l.owns(t, id) {
+			t.Errorf("earlier %v: the second restore has lost its NVRAM when the first ended", earlier)
+		}
+		if err := b(false); err != nil {
+			t.Error(err)
+		}
+		if l.gc(t, time.Hour); l.owns(t, id) {
+			t.Errorf("earlier %v: after both it has its NVRAM", earlier)
+		}
+		if list := locks(); len(list) != 0 {
+			t.Errorf("earlier %v: left: %v", earlier, list)
+		}
+	}
+	// A process was killed when it had removed an entry and not its lock.
+	left := filepath.Join(l.dir, "store/loose", uuid.NewString()+".lock")
+	if err := os.WriteFile(left, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if l.gc(t, 0); len(locks()) != 0 {
+		t.Errorf("left: %v", locks())
+	}
+}
+
 // TestLooseDoubt: where nothing can be known nothing is given away.
 func TestLooseDoubt(t *testing.T) {
 	l := newLooseLab(t)

@@ -35,7 +35,7 @@ type Tx struct {
 	ref   Ref    // zero if the image is no store's
 	uuid  uuid.UUID
 	image Sink
-	name  string // of the image's object, or with loose of its entry
+	name  string // of the image's object; not with loose
 	known bool   // the VM's folder was there, and durable, at the beginning
 	ended bool
 
@@ -54,7 +54,7 @@ type Tx struct {
 
 	again bool   // it is another image of a checkpoint that there is
 	loose *Loose // BeginLoose
-	entry Object // its entry, exclusively locked
+	entry Object // the lock of its entry, exclusively locked
 }
 
 // Begin starts the next checkpoint of VM vm.
@@ -417,7 +417,10 @@ func (t *Tx) Abort() error {
 	if t.stays {
 		return nil
 	}
-	if t.s != nil {
+	switch {
+	case t.loose != nil:
+		defer t.s.removeLoose(ctx, t.uuid)
+	case t.s != nil:
 		defer t.s.dir.Remove(ctx, t.name)
 	}
 	if t.region != nil && !t.keep {
