@@ -76,10 +76,10 @@ func (d *diffDoc) print(a *app) error {
 	var b strings.Builder
 	for _, block := range d.Blocks {
 		if block.Changed == 0 {
-			fmt.Fprintf(&b, "%s: all %d pages are the same\n", block.Name, block.Pages)
+			fmt.Fprintf(&b, "%s: all %d pages are the same\n", printable(block.Name), block.Pages)
 			continue
 		}
-		fmt.Fprintf(&b, "%s: %d of %d pages changed, %d of them to zero;", block.Name, block.Changed, block.Pages, block.Zeroed)
+		fmt.Fprintf(&b, "%s: %d of %d pages changed, %d of them to zero;", printable(block.Name), block.Changed, block.Pages, block.Zeroed)
 		for i, name := range slices.Sorted(maps.Keys(block.Sources)) {
 			fmt.Fprintf(&b, "%s %d %s", map[bool]string{true: ","}[i > 0], block.Sources[name], name)
 		}
@@ -90,7 +90,7 @@ func (d *diffDoc) print(a *app) error {
 		blocks []string
 	}{{d.A, d.OnlyA}, {d.B, d.OnlyB}} {
 		if len(only.blocks) > 0 {
-			fmt.Fprintf(&b, "only in %s: %s\n", only.ref, strings.Join(only.blocks, ", "))
+			fmt.Fprintf(&b, "only in %s: %s\n", only.ref, printable(strings.Join(only.blocks, ", ")))
 		}
 	}
 	fmt.Fprintf(&b, "%s to %s: %s of %s changed, %d pages were read\n", d.A, d.B,

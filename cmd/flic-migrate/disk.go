@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -225,16 +224,16 @@ func (a *app) diskList(ctx context.Context, asJSON bool) error {
 	if asJSON {
 		return printJSON(a.stdout, entries)
 	}
-	t := tabwriter.NewWriter(a.stdout, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(t, "DISK\tFORMAT\tDATA\tINDEX\tBUILT\tSTATE")
+	t := newTable(a.stdout)
+	t.row("DISK", "FORMAT", "DATA", "INDEX", "BUILT", "STATE")
 	for _, e := range entries {
 		path := e.Path
 		if path == "" {
 			path = e.Index
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", path, dash(e.Format), human(e.DataBytes), human(e.IndexBytes), localTime(e.Built), e.State)
+		t.row(path, dash(e.Format), human(e.DataBytes), human(e.IndexBytes), localTime(e.Built), e.State)
 	}
-	return t.Flush()
+	return t.flush()
 }
 
 func newDiskRm(a *app) *cobra.Command {

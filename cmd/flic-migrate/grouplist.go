@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"text/tabwriter"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
@@ -112,8 +111,8 @@ func (a *app) listGroups(ctx context.Context, name string, asJSON bool) error {
 }
 
 func printGroups(w io.Writer, entries []groupEntry) error {
-	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(t, "GROUP\tCREATED\tMEMBERS\tRAM\tFLASH\tNVRAM\tMODE")
+	t := newTable(w)
+	t.row("GROUP", "CREATED", "MEMBERS", "RAM", "FLASH", "NVRAM", "MODE")
 	for _, e := range entries {
 		members, mode := fmt.Sprint(len(e.Members)), dash(e.Mode)
 		if n := e.removed(); n > 0 {
@@ -127,10 +126,10 @@ func printGroups(w io.Writer, entries []groupEntry) error {
 				mode += ", " + m.Checkpoint + " " + m.State
 			}
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Group, localTime(e.Created), members, human(int64(e.RAMBytes)),
+		t.row(e.Group, localTime(e.Created), members, human(int64(e.RAMBytes)),
 			human(e.FlashBytes+e.MovedBytes), human(e.NVRAMBytes), mode)
 	}
-	return t.Flush()
+	return t.flush()
 }
 
 // showGroup is show --group.
@@ -160,15 +159,18 @@ func (a *app) showGroup(ctx context.Context, name string, asJSON bool) error {
 }
 
 func printGroup(w io.Writer, e groupEntry) error {
-	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintf(t, "group\t%s\nuuid\t%s\ncreated\t%s\nmode\t%s\n", e.Group, e.UUID, localTime(e.Created), dash(e.Mode))
+	t := newTable(w)
+	t.row("group", e.Group)
+	t.row("uuid", e.UUID)
+	t.row("created", localTime(e.Created))
+	t.row("mode", dash(e.Mode))
 	for _, m := range e.Members {
 		what := fmt.Sprintf("%s of RAM, %s of flash, %s of NVRAM, %s", human(int64(m.RAMBytes)), human(m.FlashBytes+m.MovedBytes), human(m.NVRAMBytes), m.State)
 		if m.Removed {
 			what = "removed"
 		}
-		fmt.Fprintf(t, "  %s\t%s\n", m.Checkpoint, what)
+		t.row("  "+m.Checkpoint, what)
 	}
-	fmt.Fprintf(t, "in all\t%s of RAM, %s of flash, %s of NVRAM\n", human(int64(e.RAMBytes)), human(e.FlashBytes+e.MovedBytes), human(e.NVRAMBytes))
-	return t.Flush()
+	t.row("in all", fmt.Sprintf("%s of RAM, %s of flash, %s of NVRAM", human(int64(e.RAMBytes)), human(e.FlashBytes+e.MovedBytes), human(e.NVRAMBytes)))
+	return t.flush()
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,7 +8,6 @@ import (
 	"io"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -231,20 +229,18 @@ func (a *app) markGroups(ctx context.Context, st *store.Store, entries []listEnt
 }
 
 func printList(w io.Writer, entries []listEntry) error {
-	// A tabwriter writes each cell by itself.
-	b := bufio.NewWriter(w)
-	t := tabwriter.NewWriter(b, 0, 8, 2, ' ', 0)
+	t := newTable(w)
 	// These columns are for those who use them.
 	tags := slices.ContainsFunc(entries, func(e listEntry) bool { return len(e.Tags) > 0 })
 	notes := slices.ContainsFunc(entries, func(e listEntry) bool { return e.Note != "" })
-	head := "CHECKPOINT\tCREATED\tRAM\tFLASH\tNVRAM\tMACHINE\tSTATE"
+	head := []string{"CHECKPOINT", "CREATED", "RAM", "FLASH", "NVRAM", "MACHINE", "STATE"}
 	if tags {
-		head += "\tTAGS"
+		head = append(head, "TAGS")
 	}
 	if notes {
-		head += "\tNOTE"
+		head = append(head, "NOTE")
 	}
-	fmt.Fprintln(t, head)
+	t.row(head...)
 	for _, e := range entries {
 		state := dash(e.State)
 		if e.Disks > 0 {
@@ -259,20 +255,17 @@ func printList(w io.Writer, entries []listEntry) error {
 		if e.Group != "" {
 			state += ", in " + e.Group
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s", e.Checkpoint, localTime(e.Created), human(int64(e.RAMBytes)),
-			human(e.FlashBytes+e.MovedBytes), human(e.NVRAMBytes), dash(e.Machine), state)
+		cells := []string{e.Checkpoint, localTime(e.Created), human(int64(e.RAMBytes)),
+			human(e.FlashBytes + e.MovedBytes), human(e.NVRAMBytes), dash(e.Machine), state}
 		if tags {
-			fmt.Fprintf(t, "\t%s", dash(strings.Join(e.Tags, ",")))
+			cells = append(cells, dash(strings.Join(e.Tags, ",")))
 		}
 		if notes {
-			fmt.Fprintf(t, "\t%s", dash(firstWords(e.Note)))
+			cells = append(cells, dash(firstWords(e.Note)))
 		}
-		fmt.Fprintln(t)
+		t.row(cells...)
 	}
-	if err := t.Flush(); err != nil {
-		return err
-	}
-	return b.Flush()
+	return t.flush()
 }
 
 // firstWords is the beginning of a note, in one line.

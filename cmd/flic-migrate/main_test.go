@@ -265,6 +265,7 @@ func mkstream() {
 	emptyTail := flag.Bool("empty-tail", false, "")
 	expected := flag.Bool("expected", false, "what a restore gives")
 	disk := flag.Bool("disk", false, "a disk that has every other page of the guest's RAM, in its place")
+	hostile := flag.Bool("hostile", false, "names that play with a terminal, and are formats")
 	badMagic := flag.Bool("bad-magic", false, "")
 	cut := flag.String("cut", "", "ram, tail or eof: end there")
 	flag.Parse()
@@ -272,6 +273,10 @@ func mkstream() {
 		Seed: *seed, Blocks: []tiertest.Block{{Name: "pc.ram", Size: *size}, {Name: "vga.vram", Size: 64 << 10}},
 		Passes: *passes, Resend: 0.3, XBZRLE: *xbzrle, Compress: *compress, ReturnPath: *returnPath,
 		NoConfiguration: *old, DirtyBitmap: *bitmap, EmptyTail: *emptyTail, Early: *early,
+	}
+	if *hostile {
+		o.Machine = "pc-q35-7.2\x1b[31m\r\t\x1b]0;title\a"
+		o.Blocks[1].Name = "ram%d%s\x1b[2J\n"
 	}
 	if *late {
 		o.BlocksFirst, o.BlockMigration = 2, true

@@ -202,7 +202,7 @@ func noVerb(name string) error {
 // oneLine keeps messages to the one line that is promised: joined errors come
 // with newlines, and names from hostile files may have them too.
 func oneLine(err error) string {
-	return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
+	return printable(strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' }), "; "))
 }
 
 func newRoot(a *app) *cobra.Command {

@@ -6,7 +6,6 @@ import (
 	"io"
 	"slices"
 	"strings"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
@@ -105,8 +104,8 @@ func (a *app) show(ctx context.Context, name string, asJSON bool) error {
 }
 
 func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label store.Label, armed bool, group string, reads *checkpoint.Reads, sharing *store.Sharing, kept []store.KeptDisk) error {
-	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
+	t := newTable(w)
+	line := func(name, format string, args ...any) { t.row(name, fmt.Sprintf(format, args...)) }
 	r := &m.Report
 	line("checkpoint", "%v", ref)
 	line("uuid", "%s", m.UUID)
@@ -233,7 +232,7 @@ func printShow(w io.Writer, ref store.Ref, size int64, m *checkpoint.Meta, label
 		human(r.SampledBytes), r.ChunkSize, r.SampleSize)
 	s := r.Seconds
 	line("seconds", "%.3f: ram %.3f, sync %.3f, tail %.3f, commit %.3f", s.Total, s.RAM, s.Sync, s.Tail, s.Commit)
-	if err := t.Flush(); err != nil {
+	if err := t.flush(); err != nil {
 		return err
 	}
 	if m.NVRAM != nil && m.NVRAM.Volatile && (sharing == nil || sharing.Moved < m.NVRAM.Bytes) {
