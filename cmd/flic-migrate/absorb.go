@@ -28,7 +28,6 @@ Of the flags for encoding --codec and --workers count.`,
 }
 
 func (p *flattenCmd) absorb(ctx context.Context, name string) error {
-	collector.tight()
 	st, ref, err := p.storeOf(ctx, name)
 	if err != nil {
 		return err

@@ -48,7 +48,6 @@ func startArmed(log, metrics, vm string) func(files []*os.File) (*os.Process, er
 // armedMain is the armed process's main function.
 func armedMain(fsys vfs.FS) int {
 	signal.Ignore(syscall.SIGPIPE, syscall.SIGHUP)
-	collector.tight()
 	ctx, stop := withSignals(context.Background())
 	defer stop()
 	files := make([]*os.File, session.ArmedFiles)

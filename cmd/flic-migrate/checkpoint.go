@@ -171,7 +171,6 @@ const guestSyncTime = 15 * time.Second
 type checkpointReport = session.CheckpointReport
 
 func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
-	collector.tight()
 	if err := store.CheckVM(vm); err != nil {
 		return err
 	}

@@ -194,7 +194,6 @@ func (c *copyCmd) addSource(fs *pflag.FlagSet) {
 }
 
 func (c *copyCmd) run(ctx context.Context, names []string) error {
-	collector.tight()
 	if c.to == "" {
 		return usageError{errors.New("copy needs the other store: --to, FLIC_COPY_TO or copy-to in the configuration file")}
 	}

@@ -44,7 +44,6 @@ type diffDoc struct {
 }
 
 func (a *app) diff(ctx context.Context, names []string, disks disksFlags, asJSON bool) error {
-	collector.tight()
 	st, err := a.openStore(ctx, false)
 	if err != nil {
 		return err

@@ -49,7 +49,6 @@ FILE.save must not exist. It comes into being whole, or not at all.`,
 }
 
 func (e *exportCmd) run(ctx context.Context, name, file string) (err error) {
-	collector.tight()
 	st, ref, err := e.storeOf(ctx, name)
 	if err != nil {
 		return err

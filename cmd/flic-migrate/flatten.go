@@ -55,7 +55,6 @@ type flattenReport struct {
 }
 
 func (p *flattenCmd) run(ctx context.Context, name string) error {
-	collector.tight()
 	st, ref, err := p.storeOf(ctx, name)
 	if err != nil {
 		return err

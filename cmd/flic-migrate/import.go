@@ -56,7 +56,6 @@ Domain XML, libvirt's cookie and whether the domain ran are kept with it, and
 }
 
 func (m *importCmd) run(ctx context.Context, name string) error {
-	collector.tight()
 	f, err := os.Open(name)
 	if err != nil {
 		return err

@@ -147,7 +147,6 @@ The image needs no store. Removing the file that it was written to removes it.`,
 }
 
 func (s *libvirtSaveCmd) run(ctx context.Context) error {
-	collector.tight()
 	meta, err := s.save(ctx)
 	doc := saveReport{ExitCode: exitCode(err)}
 	if err != nil {
@@ -316,7 +315,6 @@ the --spool directory.`,
 }
 
 func (r *libvirtRestoreCmd) run(ctx context.Context) error {
-	collector.tight()
 	if isTerminal(r.stdout.File) {
 		return usageError{errors.New("libvirt restore writes a migration stream to its standard output, which is a terminal")}
 	}

@@ -14,7 +14,7 @@ import (
 )
 
 func main() {
-	collector.later()
+	collectLater()
 	os.Exit(start(vfs.OS, os.Args))
 }
 

@@ -57,7 +57,6 @@ it. It comes into being whole, or not at all.`,
 }
 
 func (m *memoryCmd) run(ctx context.Context, name string) error {
-	collector.tight()
 	if m.out == "" {
 		return usageError{errors.New("memory needs a file to write: -o FILE")}
 	}

@@ -45,7 +45,6 @@ shorter: of the flags for that --codec and --workers count.`,
 }
 
 func (p *persistCmd) run(ctx context.Context, name string) error {
-	collector.tight()
 	st, ref, err := p.storeOf(ctx, name)
 	if err != nil {
 		return err

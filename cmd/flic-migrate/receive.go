@@ -59,7 +59,6 @@ flash.
 }
 
 func (r *receiveCmd) run(ctx context.Context) error {
-	collector.tight()
 	if r.list {
 		return r.printHave(ctx)
 	}

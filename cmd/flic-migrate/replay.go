@@ -58,7 +58,6 @@ the store of the other commands is never used.`,
 }
 
 func (r *replayCmd) run(ctx context.Context, paths []string) (err error) {
-	collector.tight()
 	tmp, err := os.MkdirTemp("", "flic-replay-")
 	if err != nil {
 		return err

@@ -97,7 +97,6 @@ PATH of its exec: shell does not have the program: name it by its whole path.`,
 type restoreReport = session.ServerReport
 
 func (r *restoreCmd) run(ctx context.Context, name string) error {
-	collector.tight()
 	// Before anything that a store can hold up.
 	control, err := session.Attach(r.control)
 	if err != nil {

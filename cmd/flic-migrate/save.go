@@ -150,7 +150,6 @@ type saveReport struct {
 }
 
 func (s *saveCmd) run(ctx context.Context) error {
-	collector.tight()
 	ref, meta, err := s.save(ctx)
 	doc := saveReport{ExitCode: exitCode(err)}
 	if err != nil {

@@ -40,7 +40,6 @@ told how it went.`,
 }
 
 func (c *copyCmd) sendAll(ctx context.Context, names []string, have string) error {
-	collector.tight()
 	if isTerminal(c.stdout.File) {
 		return usageError{errors.New("send writes a stream to its standard output, which is a terminal; see flic-migrate send --help")}
 	}

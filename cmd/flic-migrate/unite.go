@@ -73,7 +73,6 @@ func startUniting(dir, name, share string) error {
 // uniteMain is that process's main function. Nobody hears of what it does.
 func uniteMain(fsys vfs.FS, args []string) int {
 	signal.Ignore(syscall.SIGPIPE, syscall.SIGHUP)
-	collector.tight()
 	ctx, stop := withSignals(context.Background())
 	defer stop()
 	if len(args) != 3 {

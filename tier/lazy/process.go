@@ -50,8 +50,11 @@ func TuneProcess(c *checkpoint.Checkpoint) {
 	time.AfterFunc(collectAfter, func() {
 		tuned.mu.Lock()
 		defer tuned.mu.Unlock()
-		if tuned.young--; tuned.young == 0 {
-			debug.SetGCPercent(tuned.percent)
+		if tuned.young--; tuned.young > 0 {
+			return
+		}
+		if p := debug.SetGCPercent(tuned.percent); p >= 0 {
+			debug.SetGCPercent(p) // the program has set it meanwhile
 		}
 	})
 }
