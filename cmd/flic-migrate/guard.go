@@ -23,12 +23,16 @@ const guardName = "flic-migrate-guard"
 // The release ends it; the stream must not be closed before. Must be called before
 // the stream is made non-blocking.
 func guard(stream *os.File) (release func(), err error) {
-	return startGuard(nil, stream)
+	g, err := startGuard(nil, stream)
+	if err != nil {
+		return nil, err
+	}
+	return g.Release, nil
 }
 
 // guardQEMU starts a process that lets a guest run and puts settings back if this one is
-// killed meanwhile. The release ends it.
-func guardQEMU(t session.Target) (release func(), err error) {
+// killed meanwhile, or leaves that to it.
+func guardQEMU(t session.Target) (*session.Guard, error) {
 	b, err := json.Marshal(t)
 	if err != nil {
 		return nil, err
@@ -37,7 +41,7 @@ func guardQEMU(t session.Target) (release func(), err error) {
 }
 
 // startGuard starts one with arguments and, from 4 on, files.
-func startGuard(args []string, files ...*os.File) (release func(), err error) {
+func startGuard(args []string, files ...*os.File) (*session.Guard, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -52,10 +56,13 @@ func startGuard(args []string, files ...*os.File) (release func(), err error) {
 		w.Close()
 		return nil, err
 	}
-	return func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		w.Close()
+	return &session.Guard{
+		Release: func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+			w.Close()
+		},
+		Leave: func() { w.Close() },
 	}, nil
 }
 

@@ -114,7 +114,10 @@ type CheckpointReport struct {
 	// Saved tells, beside an error, that Save has succeeded: then the guest is
 	// not as it should be, or the settings are not.
 	Saved bool `json:"-"`
-	Ran   bool `json:"ran"` // the guest, before
+	// Left tells, beside an error, that QEMU is left to PutRight: the guest may stand still,
+	// and settings may not be what they were.
+	Left bool `json:"-"`
+	Ran  bool `json:"ran"` // the guest, before
 	// State is the guest's run state at the end, "ended" if QEMU has.
 	State string `json:"state"`
 	// Stopped is when the guest stood still, by the time of QEMU's event; zero if it did
@@ -191,11 +194,15 @@ func (c *checkpointer) run(ctx context.Context, save func(context.Context) error
 		}
 	}
 	if confirmed {
+		e := c.finish(ctx)
+		// A guest that is to stand still, or to end, is nothing for PutRight.
+		c.rep.Left = e != nil && c.o.Then != ThenPause && c.o.Then != ThenQuit
 		// Of a QEMU that can't be reached both say the same.
-		if e := c.finish(ctx); err == nil {
+		if err == nil {
 			err = e
 		}
 	} else if e := c.end(ctx); e != nil {
+		c.rep.Left = true
 		err = errors.Join(err, fmt.Errorf("after the checkpoint: %w", e))
 	}
 	c.rep.Total, c.rep.Ran, c.rep.Stopped = time.Since(start), c.was.Running, c.stoppedAt

@@ -3,6 +3,7 @@ package migration
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
@@ -16,7 +17,7 @@ const noticeTime = 10 * time.Second
 // settings back, to QEMU's defaults as far as nobody knows any more what they were. What
 // another process does by now is left alone, and so is a QEMU without a mark of ours, or
 // one that is armed. It must not be used for background snapshots, of which a guest hangs
-// that are cancelled.
+// that are cancelled. After an error it may be called again.
 func PutRight(ctx context.Context, x qmp.Executor) error {
 	d := &drive{x: x}
 	p, err := Parameters(ctx, x)
@@ -33,7 +34,14 @@ func PutRight(ctx context.Context, x qmp.Executor) error {
 		_, err = Wait(noticing, x, StatusFailed, StatusCancelled, StatusCompleted)
 		stop()
 		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-			return nil // somebody reads it
+			info, err = Query(ctx, x)
+			switch {
+			case err != nil:
+			case info.Status == StatusCancelling, info.Status == StatusFailing:
+				return fmt.Errorf("QEMU takes long to end its migration (it is %s)", info.Status)
+			case info.Status.goesOn():
+				return nil // somebody reads it
+			}
 		}
 	}
 	if err != nil {

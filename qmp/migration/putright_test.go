@@ -21,6 +21,7 @@ func TestPutRight(t *testing.T) {
 		after time.Duration
 		later *state
 		right bool
+		fails bool
 	}{
 		"stopped":                   {is: state{stoppedBandwidth, StatusFailed, "paused"}, right: true},
 		"QEMU has yet to notice":    {is: state{stoppedBandwidth, StatusActive, "paused"}, after: 3 * time.Second, later: &state{stoppedBandwidth, StatusFailed, "paused"}, right: true},
@@ -29,6 +30,7 @@ func TestPutRight(t *testing.T) {
 		"a user's":                  {is: state{33 << 20, StatusNone, "paused"}},
 		"armed":                     {is: state{armedBandwidth, StatusActive, "running"}},
 		"somebody reads it":         {is: state{stoppedBandwidth, StatusActive, "paused"}},
+		"QEMU takes long to end it": {is: state{stoppedBandwidth, StatusCancelling, "paused"}, fails: true},
 		"somebody has begun anew":   {is: state{stoppedBandwidth, StatusFailed, "paused"}, after: livesTime / 2, later: &state{stoppedBandwidth, StatusActive, "paused"}},
 		"somebody has put it right": {is: state{stoppedBandwidth, StatusFailed, "paused"}, after: livesTime / 2, later: &state{128 << 20, StatusFailed, "paused"}},
 	} {
@@ -47,7 +49,7 @@ func TestPutRight(t *testing.T) {
 				}
 				ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 				defer stop()
-				if err := PutRight(ctx, x); err != nil {
+				if err := PutRight(ctx, x); (err != nil) != c.fails {
 					t.Fatal(err)
 				}
 				put := x.parameters["max-bandwidth"] == float64(defaultBandwidth) && !x.capabilities["return-path"]

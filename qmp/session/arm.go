@@ -351,7 +351,9 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x 
 	}
 	rep.CheckpointReport, err = migration.CheckpointArmed(ctx, x, p.hello.Kept, o.Guest)
 	rep.Armed = rep.Saved
-	_ = p.ask(armedAsk{Ask: "done"})
+	if !rep.Left { // else the process sees that it has QEMU to put right
+		_ = p.ask(armedAsk{Ask: "done"})
+	}
 	return rep, rep.tellSnapshots(err)
 }
 

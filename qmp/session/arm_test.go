@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -15,6 +16,8 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 	"github.com/flic-migrate/flic-migrate/tier/save"
+	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // armedMark is max-bandwidth while a guest is armed (package migration).
@@ -26,6 +29,8 @@ type armedMachine struct {
 	status     string
 	parameters map[string]any
 	cancelled  func()
+	paused     bool // the guest
+	refuses    int  // that often it does not let the guest run
 }
 
 func (q *armedMachine) serve(c *qmptest.Conn) {
@@ -35,7 +40,16 @@ func (q *armedMachine) serve(c *qmptest.Conn) {
 		var answer any = map[string]any{}
 		switch cmd.Execute {
 		case "query-status":
-			answer = map[string]any{"running": true, "status": "running"}
+			answer = map[string]any{"running": !q.paused, "status": map[bool]string{false: "running", true: "paused"}[q.paused]}
+		case "stop":
+			q.paused = true
+		case "cont":
+			if q.refuses > 0 {
+				q.refuses--
+				c.Refuse(cmd, "GenericError", "not now")
+				return
+			}
+			q.paused = false
 		case "query-migrate":
 			answer = map[string]any{"status": q.status}
 		case "query-yank", "query-migrate-capabilities":
@@ -44,6 +58,8 @@ func (q *armedMachine) serve(c *qmptest.Conn) {
 			answer = q.parameters
 		case "migrate-set-parameters":
 			_ = json.Unmarshal(cmd.Args, &q.parameters)
+		case "query-block":
+			answer = []any{}
 		case "migrate_cancel":
 			if q.status == "active" {
 				q.status = "cancelled"
@@ -84,7 +100,7 @@ func TestDisarmOthers(t *testing.T) {
 			target := Target{QMP: qmptest.New(t, q.serve).Addr}
 			if c.lives {
 				s := &armedServer{p: ArmedProcess{Log: slog.New(slog.DiscardHandler)}, c: armedConfig{Target: target, Kept: migration.Kept{Parameters: users}}}
-				q.cancelled = func() { armed.Go(func() { s.putBack(true) }) }
+				q.cancelled = func() { armed.Go(func() { s.putBack(putBackTime, true) }) }
 			}
 			begun := time.Now()
 			err := Disarm(t.Context(), nil, target, DisarmOptions{Log: slog.New(slog.DiscardHandler)})
@@ -197,5 +213,51 @@ func TestArmedLeaves(t *testing.T) {
 	<-done
 	if left() {
 		t.Error("nobody puts QEMU right")
+	}
+}
+
+// TestArmedDone: the process hears that all is done only if QEMU is as it should be; else that its
+// command is gone, and it puts QEMU right itself.
+func TestArmedDone(t *testing.T) {
+	for name, refuses := range map[string]int{"done": 0, "left": 1000} {
+		t.Run(name, func(t *testing.T) {
+			q := &armedMachine{status: "active", refuses: refuses, parameters: map[string]any{"max-bandwidth": armedMark, "downtime-limit": 1.0}}
+			target := Target{QMP: qmptest.New(t, q.serve).Addr}
+			x, err := target.Monitor(t.Context())
+			ok(t, err)
+			defer x.Close()
+			st, err := store.Open(t.Context(), vfs.OS, t.TempDir()+"/store", true)
+			ok(t, err)
+			ours, theirs := net.Pipe()
+			asked := make(chan []string)
+			go func() {
+				var heard []string
+				lines := bufio.NewScanner(theirs)
+				for lines.Scan() {
+					var a armedAsk
+					_ = json.Unmarshal(lines.Bytes(), &a)
+					heard = append(heard, a.Ask)
+					switch a.Ask {
+					case "ready":
+						_, _ = theirs.Write([]byte(`{"held":true}` + "\n"))
+					case "go":
+						q.mu.Lock()
+						q.status = "completed"
+						q.mu.Unlock()
+						_, _ = theirs.Write([]byte(`{"report":{"checkpoint":"vm@1"}}` + "\n"))
+					}
+				}
+				asked <- heard
+			}()
+			p := &armedFor{conn: ours, said: make(chan armedSay, 8), beats: make(chan struct{}, 1)}
+			go listenArmed(p.conn, p.said, p.beats)
+			p.hello.Kept = migration.Kept{Parameters: map[string]any{"max-bandwidth": 1.0}}
+			rep, err := p.checkpoint(t.Context(), st, target, x, CheckpointOptions{Log: slog.New(slog.DiscardHandler)})
+			p.close()
+			heard := <-asked
+			if !rep.Saved || (err == nil) != (name == "done") || q.paused != (name == "left") || slices.Contains(heard, "done") != (name == "done") {
+				t.Errorf("%v, paused %v, the process has heard %v", err, q.paused, heard)
+			}
+		})
 	}
 }

@@ -178,8 +178,8 @@ const (
 	maxArmed = 2 * maxArmedSet
 	// settleTime is how long a command that has its report may take to put QEMU right.
 	settleTime = 2 * time.Minute
-	// putBackTime is how long the process tries to put QEMU right itself; its monitor
-	// may be somebody's.
+	// putBackTime is how long the process tries to put QEMU right itself while the guest
+	// runs; its monitor may be somebody's.
 	putBackTime = 30 * time.Second
 	// beatTime is the time between two beats, and beatless how long a command waits for one.
 	beatTime, beatless = time.Second, 20 * time.Second
@@ -298,10 +298,10 @@ func (s *armedServer) run(ctx context.Context, stream *os.File, l *net.UnixListe
 		s.mu.Unlock()
 		if orphan {
 			s.p.Log.Warn(errOrphaned.Error() + "; the guest is let run")
-			s.putBack(false)
+			s.putBack(putRightLimit, false)
 		}
 	} else if s.hasBegun() {
-		s.putBack(true)
+		s.putBack(putBackTime, true)
 	}
 	s.forget()
 	l.Close()
@@ -461,22 +461,11 @@ func (s *armedServer) disarm() {
 	}
 }
 
-// putBack makes QEMU what it was, however long its monitor is somebody's. A QEMU that
-// is not there any more is as it should be.
-func (s *armedServer) putBack(ended bool) {
-	ctx, cancel := context.WithTimeout(context.Background(), putBackTime)
-	defer cancel()
-	for {
-		err := s.putBackOnce(ctx, ended)
-		if err == nil || unreachable(err) {
-			return
-		}
-		select {
-		case <-time.After(200 * time.Millisecond):
-		case <-ctx.Done():
-			s.p.Log.Warn("the migration settings are not as they were; the next checkpoint will put them back", "error", err)
-			return
-		}
+// putBack makes QEMU what it was, within limit: its monitor may be somebody's.
+func (s *armedServer) putBack(limit time.Duration, ended bool) {
+	err := insist(limit, func(ctx context.Context) error { return s.putBackOnce(ctx, ended) })
+	if err != nil {
+		s.p.Log.Warn("the migration settings are not as they were; the next checkpoint will put them back", "error", err)
 	}
 }
 

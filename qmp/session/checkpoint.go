@@ -60,8 +60,8 @@ type CheckpointOptions struct {
 	// killed, which background mode needs; see the mode.
 	Guard func(stream *os.File) (release func(), err error)
 	// PutRight starts a process that does what the function PutRight does if this one is
-	// killed; the release ends it. nil: the next checkpoint does it.
-	PutRight func(t Target) (release func(), err error)
+	// killed, or can't do it itself; nil: the next checkpoint does it.
+	PutRight func(t Target) (*Guard, error)
 	// Tidy is called, if not nil, when the checkpoint is durable and the guest runs again,
 	// before anything is moved from NVRAM or armed: it removes what is not to stay.
 	Tidy func(context.Context) error
@@ -157,20 +157,51 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	return rep, err
 }
 
-// putRightLimit is how long a QEMU may take that a killed checkpoint has left.
-const putRightLimit = 2 * time.Minute
+// Guard is a process that puts a QEMU right when this one can't. One of the two is called,
+// once.
+type Guard struct {
+	Release func() // ends it: QEMU is as it should be
+	Leave   func() // has it do its work now
+}
+
+// putRightLimit is how long it is tried to let a guest run that stands still because of us:
+// QEMU may not answer for a while, or its monitor may be somebody else's.
+const putRightLimit = 10 * time.Minute
 
 // PutRight does for a target what a checkpoint that was killed can't do any more: see
 // migration.PutRight.
 func PutRight(t Target) error {
-	ctx, cancel := context.WithTimeout(context.Background(), putRightLimit)
+	return insist(putRightLimit, func(ctx context.Context) error {
+		x, err := t.dial(ctx, qmp.Options{})
+		if err != nil {
+			return err
+		}
+		defer x.Close()
+		return migration.PutRight(ctx, x)
+	})
+}
+
+// tryTime bounds a try of insist.
+const tryTime = time.Minute
+
+// insist does something with a QEMU until that succeeds or limit is over. A QEMU that is not
+// there needs nothing.
+func insist(limit time.Duration, do func(context.Context) error) error {
+	all, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	x, err := t.dial(ctx, qmp.Options{})
-	if err != nil {
-		return err
+	for {
+		ctx, stop := context.WithTimeout(all, tryTime)
+		err := do(ctx)
+		stop()
+		if err == nil || unreachable(err) {
+			return nil
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-all.Done():
+			return err
+		}
 	}
-	defer x.Close()
-	return migration.PutRight(ctx, x)
 }
 
 // demoteLimit is how long a checkpoint takes to make room in NVRAM for the next: some
@@ -239,7 +270,8 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		o.guestSync(ctx, t)
 	}
 	guarded := o.guard(t)
-	defer guarded.release()
+	left := false // QEMU may not be as it should be
+	defer func() { guarded.end(left) }()
 	found, opened, err := o.openDisks(ctx, st, x)
 	if err != nil {
 		return rep, err
@@ -298,19 +330,21 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 			return err
 		}
 	}
+	left = true // should it panic
 	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
+	left = rep.Left
 	return rep, rep.tellSnapshots(err)
 }
 
-// guarding is a process of PutRight's that is being started.
+// guarding is a Guard that is being started.
 type guarding struct {
 	started chan struct{} // closed when the rest is known; nil: there is none
-	end     func()
+	process *Guard
 	err     error
 }
 
 // guard begins to start one, if there is to be one: that takes about as long as asking for
-// the disks does. Release must be called.
+// the disks does. Its end must be called.
 func (o *CheckpointOptions) guard(t Target) *guarding {
 	g := new(guarding)
 	if o.PutRight == nil || o.Guest.Mode == migration.ModeBackground {
@@ -320,7 +354,7 @@ func (o *CheckpointOptions) guard(t Target) *guarding {
 	go func() {
 		defer close(g.started)
 		g.err = rescue.Call(func() (err error) {
-			g.end, err = o.PutRight(t)
+			g.process, err = o.PutRight(t)
 			return err
 		})
 	}()
@@ -336,9 +370,14 @@ func (g *guarding) wait() error {
 	return g.err
 }
 
-func (g *guarding) release() {
-	if g.started != nil && g.wait() == nil {
-		g.end()
+// end ends it, or has it do its work for a QEMU that was left.
+func (g *guarding) end(left bool) {
+	switch {
+	case g.started == nil || g.wait() != nil:
+	case left:
+		g.process.Leave()
+	default:
+		g.process.Release()
 	}
 }
 

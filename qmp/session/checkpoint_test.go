@@ -12,7 +12,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
@@ -30,6 +32,7 @@ import (
 type machine struct {
 	stream []byte
 	fails  bool // it says that the migration has failed, whatever it hears
+	stays  bool // it does not let the guest run
 
 	mu      sync.Mutex
 	running bool
@@ -53,6 +56,14 @@ func (q *machine) serve(t *testing.T) func(*qmptest.Conn) {
 			_ = json.Unmarshal(cmd.Args, &args)
 			answer := "{}"
 			switch cmd.Execute {
+			case "cont":
+				if q.stays {
+					c.Refuse(cmd, "GenericError", "not now")
+					return
+				}
+				q.running = true
+			case "stop":
+				q.running = false
 			case "query-status":
 				answer = fmt.Sprintf(`{"running": %v, "status": %q}`, q.running, map[bool]string{true: "running", false: "paused"}[q.running])
 			case "query-migrate":
@@ -63,8 +74,6 @@ func (q *machine) serve(t *testing.T) func(*qmptest.Conn) {
 				answer = `[{"capability": "events", "state": false}, {"capability": "return-path", "state": false}]`
 			case "query-migrate-parameters":
 				answer = `{"max-bandwidth": 1, "downtime-limit": 300}`
-			case "stop", "cont":
-				q.running = cmd.Execute == "cont"
 			case "migrate_cancel":
 				if q.status == "active" {
 					q.status = "cancelled"
@@ -175,43 +184,111 @@ func TestTwoTargets(t *testing.T) {
 	}
 }
 
-// Nothing is changed in QEMU before there is a process that puts it right, which ends with
-// the checkpoint; without one there is no checkpoint.
+// Nothing is changed in QEMU before there is a process that puts it right. It ends with the
+// checkpoint, but goes to work if QEMU is not as it should be. Without it there is no checkpoint.
 func TestCheckpointIsGuarded(t *testing.T) {
 	broken := errors.New("no process")
-	for _, starts := range []error{nil, broken} {
-		s := tiertest.New(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}}, ReturnPath: true})
-		q := &machine{stream: s.Bytes(), running: true, status: "none"}
-		l, err := net.Listen("unix", t.TempDir()+"/qmp")
-		ok(t, err)
-		m := qmptest.Serve(t, l, q.serve(t))
-		st, err := store.Open(t.Context(), vfs.OS, t.TempDir()+"/store", true)
-		ok(t, err)
-		var sent []string
-		released := 0
-		rep, err := Checkpoint(t.Context(), vfs.OS, st, Target{QMP: m.Addr}, CheckpointOptions{
-			Guest: migration.CheckpointOptions{Mode: migration.ModeStop},
-			Save:  save.Options{VM: "vm"},
-			PutRight: func(Target) (func(), error) {
-				time.Sleep(100 * time.Millisecond) // until the disks are known
-				q.mu.Lock()
-				defer q.mu.Unlock()
-				sent = slices.Clone(q.sent)
-				return func() { released++ }, starts
-			},
-			Log: slog.New(slog.DiscardHandler),
-		})
-		q.writing.Wait()
-		if !errors.Is(err, starts) || rep.Saved != (starts == nil) || (released == 1) != (starts == nil) {
-			t.Errorf("%v: %v, saved %v, released %d times", starts, err, rep.Saved, released)
-		}
-		for _, changes := range []string{"stop", "migrate", "migrate-set-parameters", "migrate-set-capabilities"} {
-			if slices.Contains(sent, changes) || starts != nil && slices.Contains(q.sent, changes) {
-				t.Errorf("%v: %v before there was a guard, %v in all", starts, sent, q.sent)
+	for name, c := range map[string]struct {
+		starts       error // of the guard
+		fails, stays bool  // as of machine
+		then         migration.Then
+		ends         string // how the guard does
+		saved        bool
+	}{
+		"saved":                     {ends: "released", saved: true},
+		"not started":               {starts: broken},
+		"fails":                     {fails: true, ends: "released"},
+		"saved, and left":           {stays: true, ends: "left", saved: true},
+		"fails, and left":           {stays: true, fails: true, ends: "left"},
+		"saved, and paused as told": {stays: true, then: migration.ThenPause, ends: "released", saved: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := tiertest.New(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}}, ReturnPath: true})
+			q := &machine{stream: s.Bytes(), running: true, status: "none", fails: c.fails, stays: c.stays}
+			l, err := net.Listen("unix", t.TempDir()+"/qmp")
+			ok(t, err)
+			m := qmptest.Serve(t, l, q.serve(t))
+			st, err := store.Open(t.Context(), vfs.OS, t.TempDir()+"/store", true)
+			ok(t, err)
+			var sent []string
+			ends := ""
+			rep, err := Checkpoint(t.Context(), vfs.OS, st, Target{QMP: m.Addr}, CheckpointOptions{
+				Guest: migration.CheckpointOptions{Mode: migration.ModeStop, Then: c.then},
+				Save:  save.Options{VM: "vm"},
+				PutRight: func(Target) (*Guard, error) {
+					time.Sleep(100 * time.Millisecond) // until the disks are known
+					q.mu.Lock()
+					defer q.mu.Unlock()
+					sent = slices.Clone(q.sent)
+					return &Guard{Release: func() { ends += "released" }, Leave: func() { ends += "left" }}, c.starts
+				},
+				Log: slog.New(slog.DiscardHandler),
+			})
+			q.writing.Wait()
+			if fine := name == "saved" || c.then != ""; (err == nil) != fine || c.starts != nil && !errors.Is(err, c.starts) || rep.Saved != c.saved || ends != c.ends {
+				t.Errorf("%v, saved %v, the guard was %q", err, rep.Saved, ends)
 			}
+			for _, changes := range []string{"stop", "migrate", "migrate-set-parameters", "migrate-set-capabilities"} {
+				if slices.Contains(sent, changes) || c.starts != nil && slices.Contains(q.sent, changes) {
+					t.Errorf("%v before there was a guard, %v in all", sent, q.sent)
+				}
+			}
+			if !slices.Contains(sent, "query-block") {
+				t.Errorf("the disks were not asked for meanwhile, but %v", sent)
+			}
+		})
+	}
+}
+
+// stoppedMark is max-bandwidth while a guest stands still for a checkpoint (package migration).
+const stoppedMark = float64(1<<40 + 0xf11c + 1)
+
+// TestPutRightInsists: what a killed checkpoint has left is put right also if QEMU does not serve
+// its monitor at once, or refuses once.
+func TestPutRightInsists(t *testing.T) {
+	q := &armedMachine{status: "failed", paused: true, refuses: 1, parameters: map[string]any{"max-bandwidth": stoppedMark, "downtime-limit": 300.0}}
+	connected := 0
+	target := Target{QMP: qmptest.New(t, func(c *qmptest.Conn) {
+		if connected++; connected > 1 {
+			q.serve(c)
 		}
-		if !slices.Contains(sent, "query-block") {
-			t.Errorf("%v: the disks were not asked for meanwhile, but %v", starts, sent)
-		}
+	}).Addr}
+	ok(t, PutRight(target))
+	if q.paused || q.parameters["max-bandwidth"] == stoppedMark {
+		t.Errorf("the guest stands still: %v, settings %v", q.paused, q.parameters)
+	}
+}
+
+// TestInsist: a QEMU is tried for as long as there is one, and no longer than the limit.
+func TestInsist(t *testing.T) {
+	busy := &qmp.OpError{Op: "connect", Err: qmp.ErrBusy}
+	gone := &qmp.OpError{Op: "connect", Err: syscall.ECONNREFUSED}
+	for name, c := range map[string]struct {
+		takes time.Duration // until it ends so
+		end   error
+		want  error
+	}{
+		"free after a while":      {putRightLimit / 2, nil, nil},
+		"ends after a while":      {putRightLimit / 2, gone, nil},
+		"somebody's all the time": {2 * putRightLimit, nil, qmp.ErrBusy},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				begun := time.Now()
+				err := insist(putRightLimit, func(ctx context.Context) error {
+					if time.Since(begun) >= c.takes {
+						return c.end
+					}
+					select {
+					case <-time.After(5 * time.Second):
+					case <-ctx.Done():
+					}
+					return busy
+				})
+				if took := time.Since(begun); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) || took > min(c.takes, putRightLimit)+6*time.Second {
+					t.Errorf("%v after %v", err, took)
+				}
+			})
+		})
 	}
 }

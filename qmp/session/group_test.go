@@ -138,7 +138,7 @@ func TestGroupMemberFails(t *testing.T) {
 		"before its guest is stopped": {options: func(m Member) CheckpointOptions {
 			o := CheckpointOptions{}
 			if m.VM == "vm1" {
-				o.PutRight = func(Target) (func(), error) { return nil, full }
+				o.PutRight = func(Target) (*Guard, error) { return nil, full }
 			}
 			return o
 		}, is: full, says: "vm1: "},
@@ -152,7 +152,7 @@ func TestGroupMemberFails(t *testing.T) {
 		"a panic": {options: func(m Member) CheckpointOptions {
 			o := CheckpointOptions{}
 			if m.VM == "vm1" {
-				o.PutRight = func(Target) (func(), error) { panic("unforeseen") }
+				o.PutRight = func(Target) (*Guard, error) { panic("unforeseen") }
 			}
 			return o
 		}, says: "vm1: internal error: unforeseen"},
@@ -217,7 +217,10 @@ func TestGroupStopsTogether(t *testing.T) {
 		_, err := c.checkpoint(t.Context(), GroupOptions{Options: func(m Member) CheckpointOptions {
 			o := CheckpointOptions{Log: slog.New(slog.DiscardHandler)}
 			if m.VM == "vm2" {
-				o.PutRight = func(Target) (func(), error) { <-let; return func() {}, nil }
+				o.PutRight = func(Target) (*Guard, error) {
+					<-let
+					return &Guard{Release: func() {}}, nil
+				}
 			}
 			return o
 		}})
