@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"path/filepath"
+	"regexp"
 	"strings"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
@@ -34,9 +35,33 @@ type Layer struct {
 }
 
 const (
-	maxDisks  = 256
+	// maxDisks is how many a checkpoint can record. Of more than that some would be
+	// compared with nothing, and frozen with no snapshot.
+	maxDisks = 256
+	// maxLayers is how many files of one disk are looked at, and recorded. Nobody writes
+	// to those that lie deeper.
 	maxLayers = 64
 )
+
+// ErrTooMany: a VM has more disks than a checkpoint can record.
+var ErrTooMany = fmt.Errorf("there are more than %d", maxDisks)
+
+// QEMU makes the flash of firmware itself, so that no name that a user chooses is in its
+// place in the object tree: most machines have it as their child (/machine/system.flash0,
+// /machine/virt.flash1), some boards as /machine/unattached/device[N], where the drive's
+// name tells (-drive if=pflash). A user's devices are in /machine/peripheral and
+// /machine/peripheral-anon, or have their id for a path.
+var (
+	flashPath  = regexp.MustCompile(`^/machine/[^/]+\.flash[0-9]+$`)
+	flashDrive = regexp.MustCompile(`^pflash[0-9]+$`)
+)
+
+// firmware tells whether a drive is firmware in flash. qdev is empty for a drive of a
+// machine that does not say where it is.
+func firmware(drive, qdev string) bool {
+	return flashPath.MatchString(qdev) ||
+		flashDrive.MatchString(drive) && (qdev == "" || strings.HasPrefix(qdev, "/machine/unattached/"))
+}
 
 // image is QEMU's ImageInfo, as far as it is of use.
 type image struct {
@@ -45,8 +70,8 @@ type image struct {
 	Backing  *image `json:"backing-image"`
 }
 
-// Find returns the disks that the guest has, in QEMU's order. Firmware in flash and
-// empty drives are none.
+// Find returns the disks that the guest has, all of them (ErrTooMany), in QEMU's order.
+// Firmware in flash and empty drives are none.
 func Find(ctx context.Context, x qmp.Executor) ([]Disk, error) {
 	var list []struct {
 		Device   string `json:"device"`
@@ -61,13 +86,16 @@ func Find(ctx context.Context, x qmp.Executor) ([]Disk, error) {
 		return nil, fmt.Errorf("the VM's disks: %w", err)
 	}
 	var disks []Disk
-	for _, b := range list[:min(len(list), maxDisks)] {
+	for _, b := range list {
 		name := b.QDev
 		if name == "" {
 			name = b.Device
 		}
-		if b.Inserted == nil || name == "" || strings.HasPrefix(b.Device, "pflash") || strings.Contains(b.QDev, "flash") {
+		if b.Inserted == nil || name == "" || firmware(b.Device, b.QDev) {
 			continue
+		}
+		if len(disks) == maxDisks {
+			return nil, fmt.Errorf("the VM's disks: %w", ErrTooMany)
 		}
 		d := Disk{Name: name, Device: b.Device, Node: b.Inserted.Node, ReadOnly: b.Inserted.RO}
 		for i := &b.Inserted.Image; i != nil && len(d.Layers) < maxLayers; i = i.Backing {

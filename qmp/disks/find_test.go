@@ -4,7 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"reflect"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
@@ -70,5 +73,63 @@ func TestFind(t *testing.T) {
 	}
 	if _, err := Find(t.Context(), &fake{}); err == nil {
 		t.Error("a QEMU that does not answer has no disks")
+	}
+}
+
+// TestFlash: what QEMU makes for firmware is no disk, and a disk is one whatever its user
+// calls it: what is left out is neither recorded, nor compared, nor frozen.
+func TestFlash(t *testing.T) {
+	find := func(device, qdev string) []Disk {
+		t.Helper()
+		got, err := Find(t.Context(), &fake{answers: map[string]string{"query-block": fmt.Sprintf(
+			`[{"device":%q,"qdev":%q,"inserted":{"node-name":"n","image":{"filename":"/srv/a.raw","format":"raw"}}}]`, device, qdev)}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	for _, c := range [][2]string{
+		{"pflash0", "/machine/system.flash0"},
+		{"", "/machine/virt.flash1"},
+		{"code", "/machine/system.flash0"},
+		{"pflash1", "/machine/unattached/device[7]"},
+		{"pflash0", ""},
+	} {
+		if got := find(c[0], c[1]); len(got) != 0 {
+			t.Errorf("firmware %q is the disk %+v", c, got)
+		}
+	}
+	for _, c := range [][2]string{
+		{"", "/machine/peripheral/flash1/virtio-backend"},
+		{"", "/machine/peripheral/ua-flash-cache/virtio-backend"},
+		{"", "/machine/peripheral/a.flash0"},
+		{"pflash_data", "/machine/peripheral-anon/device[0]/virtio-backend"},
+		{"pflash1", "/machine/peripheral-anon/device[0]"},
+		{"", "flash-cache"}, // a device that is a disk itself is named by its id
+		{"pflash0", "pflash0"},
+		{"pflash_data", "/machine/unattached/device[3]"},
+	} {
+		want := c[1]
+		if got := find(c[0], c[1]); len(got) != 1 || got[0].Name != want {
+			t.Errorf("the disk %q: %+v", c, got)
+		}
+	}
+}
+
+// TestFindAll: more disks than a checkpoint can record are not some of them. What is no
+// disk does not count.
+func TestFindAll(t *testing.T) {
+	query := func(disks int) *fake {
+		list := slices.Repeat([]string{`{"device":"cd","qdev":"/machine/unattached/device[23]"}`}, maxDisks)
+		for i := range disks {
+			list = append(list, fmt.Sprintf(`{"device":"d%d","qdev":"","inserted":{"node-name":"n","image":{"filename":"/srv/a","format":"raw"}}}`, i))
+		}
+		return &fake{answers: map[string]string{"query-block": "[" + strings.Join(list, ",") + "]"}}
+	}
+	if got, err := Find(t.Context(), query(maxDisks)); err != nil || len(got) != maxDisks {
+		t.Errorf("%d disks, %v", len(got), err)
+	}
+	if got, err := Find(t.Context(), query(maxDisks+1)); !errors.Is(err, ErrTooMany) || got != nil {
+		t.Errorf("%d disks, %v", len(got), err)
 	}
 }
