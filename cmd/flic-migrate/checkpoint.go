@@ -138,7 +138,7 @@ killed (SIGKILL), a second process lets the guest run.`,
 	addSkipDigests(fs, &c.skip)
 	fs.BoolVar(&c.sync, "guest-sync", false, "first let the guest write to its disks what it has not yet, through its agent (sync)")
 	fs.StringVar(&c.agent, "guest-agent", "", "with --qmp: the socket of the guest's agent")
-	fs.BoolVar(&c.noDisks, "no-disks", false, "do not ask QEMU for the VM's disks to look for pages on them")
+	fs.BoolVar(&c.noDisks, "no-disks", false, "look for no pages on the disks that QEMU names; what they are is recorded all the same")
 	addKeep(fs, &c.nvramKeep)
 	fs.StringVar(&c.timer, "timer", "auto", "how long the guest's writes are watched in each round, such as 4s; auto: by equation (1), in all rounds")
 	fs.Var(&c.rounds, "rounds", "how often; pages written in more, and in later, rounds are hotter")
@@ -330,8 +330,8 @@ func (c *checkpointCmd) checkSnapshot() error {
 		}
 	}
 	switch {
-	case c.noDisks:
-		return usageError{fmt.Errorf("%s needs QEMU to be asked for the disks, and --no-disks forbids that", flag)}
+	case c.freeze && c.noDisks:
+		return usageError{errors.New("--freeze looks for pages on the VM's disks, and --no-disks forbids that")}
 	case c.mode.value != "stop":
 		return usageError{fmt.Errorf("%s needs a guest that stands still before anything is saved, and --mode is %s", flag, c.mode.value)}
 	}

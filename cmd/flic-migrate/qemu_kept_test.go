@@ -314,7 +314,7 @@ func TestKeptFails(t *testing.T) {
 		return len(jobs) == 0
 	})
 	try("with --mode live", "--mode is live", "--freeze", "--mode", "live")
-	try("with --no-disks", "--no-disks forbids", "--disks", "keep", "--no-disks")
+	try("with --no-disks", "--no-disks forbids", "--disks", "keep", "--freeze", "--no-disks")
 	// A parent that is not there fails the save, when the copy has been made.
 	k.checkpoint(t, k.vm)
 	try("a save that fails", "vm@7", "--disks", "copy", "--parent", "vm@7")

@@ -1,6 +1,7 @@
 package disks
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,6 +17,7 @@ import (
 // fake answers commands with what the test says.
 type fake struct {
 	answers map[string]string
+	refusal error    // what comes of commands without an answer; nil: some error
 	asked   []string // command and arguments
 }
 
@@ -27,7 +29,7 @@ func (f *fake) Execute(_ context.Context, command string, args, result any) erro
 	f.asked = append(f.asked, command+" "+string(b))
 	answer, ok := f.answers[command]
 	if !ok {
-		return errors.New("refused")
+		return cmp.Or(f.refusal, errors.New("refused"))
 	}
 	if result == nil {
 		return nil

@@ -6,11 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -207,13 +209,15 @@ func MakeOverlays(ctx context.Context, was []checkpoint.VMDisk, at time.Time) (o
 		if was[i].Frozen && len(d.Layers) > 0 {
 			on := d.Layers[0]
 			s := Snapshot{d.Name, on.Path, overlayOn(on.Path, at)}
-			// No option comes before it that a path could be taken for.
-			cmd := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", on.Path, "-F", on.Format, s.Now)
-			out, err := cmd.CombinedOutput()
-			if err != nil {
-				return overlays, nil, fmt.Errorf("an overlay on %s: qemu-img: %w: %s", on.Path, err, bytes.TrimSpace(out))
+			if err := makeLike(s.Now, on.Path); err != nil {
+				return overlays, nil, fmt.Errorf("an overlay on %s: %w", on.Path, err)
 			}
 			overlays = append(overlays, s)
+			// No option comes before it that a path could be taken for.
+			cmd := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", on.Path, "-F", on.Format, s.Now)
+			if out, err := cmd.CombinedOutput(); err != nil {
+				return overlays, nil, fmt.Errorf("an overlay on %s: qemu-img: %w: %s", on.Path, err, bytes.TrimSpace(out))
+			}
 			d.Layers = slices.Insert(d.Layers, 0, Layer{s.Now, string(disk.Qcow2)})
 		}
 		now = append(now, d)
@@ -222,6 +226,49 @@ func MakeOverlays(ctx context.Context, was []checkpoint.VMDisk, at time.Time) (o
 		err = ErrNotFrozen
 	}
 	return overlays, now, err
+}
+
+// makeLike makes an empty file, which must be new, that those can use who can use another
+// one, and nobody else. qemu-img keeps a file's mode and owner, and makes one that everybody
+// can read if there is none.
+func makeLike(path, other string) error {
+	fi, err := os.Stat(other)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	// Who may not give it away has it for himself: his group is another one.
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok && f.Chown(int(st.Uid), int(st.Gid)) == nil {
+		err = f.Chmod(usable(fi.Mode()))
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		os.Remove(path)
+	}
+	return err
+}
+
+// usable is the mode of an overlay on a file of this mode: a frozen one may be protected
+// from its owner, and the overlay is to be written to.
+func usable(frozen fs.FileMode) fs.FileMode { return frozen&0o666 | 0o600 }
+
+// Restrict takes from overlays that QEMU has made what permissions the files that they stand
+// on do not give: QEMU makes files that everybody can read. The guest has not written to them
+// yet. QEMU's user, who has them open and is their owner, can use them all the same.
+func Restrict(overlays []Snapshot) (err error) {
+	for _, s := range overlays {
+		frozen, ferr := os.Stat(s.Frozen)
+		now, nerr := os.Stat(s.Now)
+		if err = errors.Join(err, ferr, nerr); ferr != nil || nerr != nil {
+			continue
+		}
+		if mode := now.Mode().Perm() & usable(frozen.Mode()); mode != now.Mode().Perm() {
+			err = errors.Join(err, os.Chmod(s.Now, mode))
+		}
+	}
+	return err
 }
 
 // ErrNotFrozen: overlays are wanted on disks that the VM has gone on to write to.
@@ -286,7 +333,9 @@ func Idle(ctx context.Context, x qmp.Executor) error {
 
 // TakeSnapshots makes the overlays, which are Overlays of the list, all of them in one step
 // or none (QEMU's transaction). The guest stands still, and all that it has written is in
-// the files when TakeSnapshots returns. The overlays are the VM's disks from then on.
+// the files when TakeSnapshots returns. The overlays are the VM's disks from then on. After
+// an error that is no *qmp.Error, as when QEMU does not answer in time, they may become that
+// yet: see InUse.
 func TakeSnapshots(ctx context.Context, x qmp.Executor, list []Disk, overlays []Snapshot) error {
 	type action struct {
 		Type string         `json:"type"`
@@ -303,8 +352,24 @@ func TakeSnapshots(ctx context.Context, x qmp.Executor, list []Disk, overlays []
 		}
 		actions = append(actions, action{"blockdev-snapshot-sync", data})
 	}
-	if err := x.Execute(ctx, "transaction", map[string]any{"actions": actions}, nil); err != nil {
-		return fmt.Errorf("snapshots of the disks: %w", err)
+	err := x.Execute(ctx, "transaction", map[string]any{"actions": actions}, nil)
+	if err == nil {
+		return nil
 	}
-	return nil
+	var refused *qmp.Error
+	if errors.As(err, &refused) {
+		// QEMU has made the files of those that it could, and leaves them.
+		RemoveOverlays(overlays)
+	}
+	return fmt.Errorf("snapshots of the disks: %w", err)
+}
+
+// InUse are those of the overlays that the guest writes to, of a VM that has these disks.
+func InUse(list []Disk, overlays []Snapshot) (used []Snapshot) {
+	for _, s := range overlays {
+		if slices.ContainsFunc(list, func(d Disk) bool { return d.Name == s.Disk && len(d.Layers) > 0 && d.Layers[0].Path == s.Now }) {
+			used = append(used, s)
+		}
+	}
+	return used
 }

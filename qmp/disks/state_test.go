@@ -5,10 +5,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/disk"
 )
 
 func file(t *testing.T, path string, n int) string {
@@ -101,8 +104,15 @@ func TestTakeSnapshots(t *testing.T) {
 	if len(f.asked) != 1 || f.asked[0] != want {
 		t.Errorf("%q\nwant %q", f.asked, want)
 	}
-	if err := TakeSnapshots(t.Context(), &fake{}, list, got); err == nil {
-		t.Error("a refusal is no error")
+	// QEMU leaves the files that it has made for what it then refuses; those of a QEMU that
+	// does not answer may be in use.
+	for _, refusal := range []error{&qmp.Error{Command: "transaction", Desc: "no"}, qmp.ErrLost} {
+		over := file(t, got[0].Now, 4096)
+		err := TakeSnapshots(t.Context(), &fake{refusal: refusal}, list, got)
+		_, left := os.Stat(over)
+		if !errors.Is(err, refusal) || (left == nil) != (refusal == qmp.ErrLost) {
+			t.Errorf("%v: %v, %v", refusal, err, left)
+		}
 	}
 	if got, err := Overlays(list[1:2], at); err != nil || got != nil {
 		t.Error(got, err)
@@ -133,5 +143,82 @@ func TestIdle(t *testing.T) {
 	}
 	if err := Idle(t.Context(), &fake{}); err == nil || errors.Is(err, ErrJobs) {
 		t.Errorf("a QEMU that does not say: %v", err)
+	}
+}
+
+// TestOverlayModes: what a guest writes to an overlay is for nobody's eyes who can't read
+// the disk that it stands on, and no file is written over.
+func TestOverlayModes(t *testing.T) {
+	dir := t.TempDir()
+	// A qemu-img that makes a file if there is none, and fails for one name.
+	bin := filepath.Join(dir, "bin")
+	if err := os.Mkdir(bin, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	script := "#!/bin/sh\nfor f; do :; done\ncase $f in */bad*) exit 1;; esac\necho overlay >\"$f\"\n"
+	if err := os.WriteFile(filepath.Join(bin, "qemu-img"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	defer syscall.Umask(syscall.Umask(0o022))
+	at := time.UnixMilli(1000)
+	modes := map[string]os.FileMode{"private": 0o600, "group": 0o660, "open": 0o644, "protected": 0o440}
+	var was []checkpoint.VMDisk
+	for name, mode := range modes {
+		path := file(t, filepath.Join(dir, name), 4096)
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		was = append(was, checkpoint.VMDisk{Name: name, Frozen: true, Layers: []disk.Identity{{Path: path, Format: disk.Raw}}})
+	}
+	check := func(overlays []Snapshot, made os.FileMode) {
+		t.Helper()
+		for _, s := range overlays {
+			fi, err := os.Stat(s.Now)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := (modes[s.Disk] | 0o600) & made; fi.Mode().Perm() != want {
+				t.Errorf("the overlay on a file of mode %o has mode %o, not %o", modes[s.Disk], fi.Mode().Perm(), want)
+			}
+		}
+	}
+	overlays, _, err := MakeOverlays(t.Context(), was, at)
+	if err != nil || len(overlays) != len(modes) {
+		t.Fatal(overlays, err)
+	}
+	check(overlays, 0o666)
+
+	if again, _, err := MakeOverlays(t.Context(), was, at); !errors.Is(err, os.ErrExist) || again != nil {
+		t.Errorf("%+v, %v", again, err)
+	}
+	for _, s := range overlays {
+		if b, err := os.ReadFile(s.Now); err != nil || string(b) != "overlay\n" {
+			t.Errorf("the overlay that there was: %q, %v", b, err)
+		}
+	}
+
+	// As QEMU makes them.
+	for _, s := range overlays {
+		if err := os.Chmod(s.Now, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := Restrict(overlays); err != nil {
+		t.Error(err)
+	}
+	check(overlays, 0o644)
+	if err := Restrict([]Snapshot{{Frozen: overlays[0].Frozen, Now: filepath.Join(dir, "none")}}); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+
+	bad := file(t, filepath.Join(dir, "bad"), 4096)
+	was = append(was, checkpoint.VMDisk{Name: "bad", Frozen: true, Layers: []disk.Identity{{Path: bad, Format: disk.Raw}}})
+	RemoveOverlays(overlays)
+	if _, _, err := MakeOverlays(t.Context(), was, at); err == nil {
+		t.Error("an overlay that qemu-img does not make is made")
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "*.flic-*")); err != nil || len(left) != 0 {
+		t.Errorf("left: %v, %v", left, err)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
@@ -31,8 +30,8 @@ type CheckpointOptions struct {
 	// set here, and its WorkingSet is joined with what was seen.
 	Save save.Options
 	// Disks are disk images of the guest's that pages are looked for in, beside those
-	// that QEMU names: of these, what the guest can't write to. NoDisks: QEMU is not
-	// asked. Only what has an index in the store is of use.
+	// that QEMU names: of these, what the guest can't write to. NoDisks: not in those
+	// that QEMU names. Only what has an index in the store is of use.
 	Disks   []save.DiskFile
 	NoDisks bool
 	// Snapshot makes overlays for the disks that the guest can write to while it stands
@@ -386,11 +385,7 @@ func (rep *CheckpointReport) tellSnapshots(err error) error {
 	if err == nil || rep.Saved || len(rep.Snapshots) == 0 {
 		return err
 	}
-	var now []string
-	for _, s := range rep.Snapshots {
-		now = append(now, s.Now)
-	}
-	return fmt.Errorf("%w (the disks' snapshots had been taken: the VM writes to %s now)", err, strings.Join(now, ", "))
+	return fmt.Errorf("%w (the disks' snapshots had been taken: the VM writes to %s now)", err, overlayNames(rep.Snapshots))
 }
 
 // watch adds the pages that the guest writes to the working set.

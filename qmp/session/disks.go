@@ -81,10 +81,13 @@ func index(ctx context.Context, catalog *disk.Catalog, l disks.Layer) error {
 	return err
 }
 
-// images are the disk images that a save looks in: those that it is told of, and of the
-// VM's what the guest can't write to.
+// images are the disk images that a save looks in: those that it is told of, and, but for
+// NoDisks, of the VM's what the guest can't write to.
 func (o *CheckpointOptions) images(found []disks.Disk) []save.DiskFile {
 	files := slices.Clone(o.Disks)
+	if o.NoDisks {
+		return files
+	}
 	for _, l := range disks.ReadOnly(found) {
 		files = append(files, save.DiskFile{Path: l.Path, Format: disk.Format(l.Format)})
 	}
@@ -92,11 +95,9 @@ func (o *CheckpointOptions) images(found []disks.Disk) []save.DiskFile {
 }
 
 // find asks for the VM's disks. A QEMU that does not say can be saved all the same, but
-// for snapshots and copies of them.
+// for snapshots and copies of them. Its disks are recorded whether or not pages are looked
+// for in them: resume compares.
 func (o *CheckpointOptions) find(ctx context.Context, x qmp.Executor) ([]disks.Disk, error) {
-	if o.NoDisks {
-		return nil, nil
-	}
 	found, err := disks.Find(ctx, x)
 	if err != nil && !o.Snapshot && o.Keep == KeepNone {
 		o.Log.Warn("which disks the VM has is not known, and not recorded", "cause", err)
@@ -119,8 +120,48 @@ func (o *CheckpointOptions) snapshot(ctx context.Context, t Target, x qmp.Execut
 	}
 	if err == nil {
 		rep.Snapshots = overlays
+	} else {
+		err = taken(ctx, x, overlays, err, rep)
+	}
+	if rerr := disks.Restrict(rep.Snapshots); rerr != nil {
+		o.Log.Warn("an overlay may be readable for more users than the disk that it stands on", "cause", rerr)
 	}
 	return err
+}
+
+// lateTime is how long QEMU is asked what has become of snapshots of which it has not said
+// in time whether they were taken. The guest stands still, and could not be let run sooner:
+// QEMU, and libvirt for a domain, carries out one command after the other.
+const lateTime = 45 * time.Second
+
+// taken finds out whether overlays whose making has failed are in use all the same, as the
+// report then says: who waits for an answer no longer has not stopped QEMU, which may be slow
+// to write what its disks have in their caches. It returns nil if all is as it was to be.
+func taken(ctx context.Context, x qmp.Executor, overlays []disks.Snapshot, failed error, rep *CheckpointReport) error {
+	var refused *qmp.Error
+	if errors.As(failed, &refused) {
+		return failed // all of them or none
+	}
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), lateTime)
+	defer cancel()
+	list, err := disks.Find(asking, x)
+	if err != nil {
+		return fmt.Errorf("%w; they may have been taken all the same (%w): the VM then writes to %s", failed, err, overlayNames(overlays))
+	}
+	rep.Snapshots = disks.InUse(list, overlays)
+	if len(rep.Snapshots) == len(overlays) && ctx.Err() == nil {
+		return nil
+	}
+	return failed
+}
+
+// overlayNames are the files that a VM goes on in.
+func overlayNames(overlays []disks.Snapshot) string {
+	var names []string
+	for _, s := range overlays {
+		names = append(names, s.Now)
+	}
+	return strings.Join(names, ", ")
 }
 
 // keptOnes fails if the guest would write to a copy that a store keeps.

@@ -3,7 +3,9 @@ package session
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/disks"
+	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
@@ -137,5 +140,97 @@ func TestKeep(t *testing.T) {
 	k.release(t.Context(), false, o)
 	if n := left(); n != 0 {
 		t.Errorf("%d copies are left", n)
+	}
+}
+
+// TestSnapshotIsLate: a QEMU that takes snapshots after nobody waits for it any more has
+// taken them, as is said, whoever else has given up meanwhile.
+func TestSnapshotIsLate(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "a")
+	ok(t, os.WriteFile(file, make([]byte, 4096), 0o600))
+	found := []disks.Disk{{Name: "/m/a", Device: "d", Layers: []disks.Layer{{Path: file, Format: "raw"}}}}
+	late, refused, stopped := &qmp.OpError{Op: "transaction", Err: context.DeadlineExceeded}, &qmp.Error{Command: "transaction", Desc: "no"}, errors.New("interrupted")
+	had := fmt.Sprintf(`[{"qdev":"/m/a","inserted":{"image":{"filename":%q,"format":"raw"}}}]`, file)
+	for name, c := range map[string]struct {
+		err     error
+		disks   string // %s: the overlay
+		stopped bool
+		want    error // nil: the checkpoint goes on
+		taken   bool
+		says    string
+	}{
+		"taken late":             {err: late, disks: `[{"qdev":"/m/a","inserted":{"image":{"filename":"%s","format":"qcow2"}}}]`, taken: true},
+		"taken, and interrupted": {err: stopped, disks: `[{"qdev":"/m/a","inserted":{"image":{"filename":"%s","format":"qcow2"}}}]`, stopped: true, want: stopped, taken: true},
+		"not taken":              {err: late, disks: had, want: late},
+		"refused":                {err: refused, want: refused},
+		"lost":                   {err: late, want: late, says: "may have been taken"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			overlay := ""
+			q := executorFunc(func(ctx context.Context, command string, args, result any) error {
+				if command == "transaction" {
+					b, err := json.Marshal(args)
+					ok(t, err)
+					var a struct {
+						Actions []struct{ Data map[string]string }
+					}
+					ok(t, json.Unmarshal(b, &a))
+					overlay = a.Actions[0].Data["snapshot-file"]
+					if c.stopped {
+						cancel()
+					}
+					return c.err
+				}
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
+				if command != "query-block" || c.disks == "" {
+					return qmp.ErrLost
+				}
+				return json.Unmarshal([]byte(strings.ReplaceAll(c.disks, "%s", overlay)), result)
+			})
+			var rep CheckpointReport
+			err := (&CheckpointOptions{Log: slog.New(slog.DiscardHandler)}).snapshot(ctx, Target{QMP: "x"}, q, found, &rep)
+			if !errors.Is(err, c.want) || (err == nil) != (c.want == nil) || (len(rep.Snapshots) == 1) != c.taken {
+				t.Errorf("%v, %+v", err, rep.Snapshots)
+			}
+			if c.taken && (len(rep.Snapshots) != 1 || rep.Snapshots[0].Now != overlay || rep.Snapshots[0].Frozen != file) {
+				t.Errorf("%+v; the VM writes to %s", rep.Snapshots, overlay)
+			}
+			if err != nil && (!strings.Contains(err.Error(), c.says) || c.says != "" && !strings.Contains(err.Error(), overlay)) {
+				t.Errorf("%v; want %q of %s", err, c.says, overlay)
+			}
+		})
+	}
+}
+
+// executorFunc is a QEMU that answers commands.
+type executorFunc func(ctx context.Context, command string, args, result any) error
+
+func (f executorFunc) Execute(ctx context.Context, command string, args, result any) error {
+	return f(ctx, command, args, result)
+}
+
+func (executorFunc) Events(context.Context) (<-chan qmp.Event, error) { return nil, nil }
+
+// TestNoDisks: in whose disks nothing is looked for, they are known all the same, so that
+// resume can compare.
+func TestNoDisks(t *testing.T) {
+	q := executorFunc(func(_ context.Context, command string, _, result any) error {
+		return json.Unmarshal([]byte(`[{"qdev":"/m/a","inserted":{"ro":true,"image":{"filename":"/srv/a","format":"raw"}}}]`), result)
+	})
+	o := &CheckpointOptions{NoDisks: true, Disks: []save.DiskFile{{Path: "/srv/b"}}}
+	found, err := o.find(t.Context(), q)
+	if err != nil || len(found) != 1 || found[0].Name != "/m/a" {
+		t.Errorf("%+v, %v", found, err)
+	}
+	if got := o.images(found); len(got) != 1 || got[0].Path != "/srv/b" {
+		t.Errorf("it is looked in %+v", got)
+	}
+	o.NoDisks = false
+	if got := o.images(found); len(got) != 2 || got[1].Path != "/srv/a" {
+		t.Errorf("it is looked in %+v", got)
 	}
 }
