@@ -78,10 +78,11 @@ func TestQEMUDisks(t *testing.T) {
 	}
 }
 
-// diskGuest is a tiny guest with a disk that it has for itself.
+// diskGuest is a tiny guest with a disk that it has for itself, and whose device a user calls
+// as a machine calls its flash.
 func diskGuest(t *testing.T, file, format string) qemutest.Config {
 	c := q35.tiny(t, "32M", varied(256), 4)
-	c.Args = append(c.Args, "-drive", "file="+file+",format="+format+",if=none,id=d", "-device", "virtio-blk-pci,drive=d,id=vd")
+	c.Args = append(c.Args, "-drive", "file="+file+",format="+format+",if=none,id=d", "-device", "virtio-blk-pci,drive=d,id=flash1")
 	return c
 }
 
@@ -163,6 +164,7 @@ func TestQEMUDiskSnapshot(t *testing.T) {
 	file := filepath.Join(l.dir, "disk.qcow2")
 	img(t, "qemu-img", "create", "-q", "-f", "qcow2", file, "1M")
 	img(t, "qemu-io", "-f", "qcow2", "-c", "write -P 5 0 64k", file)
+	ok(t, os.Chmod(file, 0o600))
 	vm := qemutest.Start(t, diskGuest(t, file, "qcow2"))
 	vm.WaitFor(t, `tick (\w+)\r`)
 	var rep struct {
@@ -172,10 +174,13 @@ func TestQEMUDiskSnapshot(t *testing.T) {
 	if len(rep.Snapshots) != 1 || rep.Snapshots[0].Frozen != file || !strings.HasPrefix(rep.Snapshots[0].Now, filepath.Join(l.dir, "disk.flic-")) {
 		t.Fatalf("%+v", rep)
 	}
+	if fi, err := os.Stat(rep.Snapshots[0].Now); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("the overlay on a file of mode 0600: %v, %v", fi, err)
+	}
 	runsOn(t, vm)
 	// The guest writes.
 	var answer string
-	ok(t, vm.QMP.Execute(ctx, "human-monitor-command", map[string]string{"command-line": `qemu-io -d vd/virtio-backend "write -P 9 0 64k"`}, &answer))
+	ok(t, vm.QMP.Execute(ctx, "human-monitor-command", map[string]string{"command-line": `qemu-io -d flash1/virtio-backend "write -P 9 0 64k"`}, &answer))
 	l.run(t, "checkpoint", "--disks", "snapshot", "--qmp", vm.Socket, "vm")
 	ok(t, vm.Quit(ctx))
 
