@@ -69,9 +69,7 @@ func (s Status) recovered() bool { return s == StatusPostcopyActive || s == Stat
 type Info struct {
 	Status         Status    `json:"status"`
 	ErrorDesc      string    `json:"error-desc"`
-	TotalTime      int64     `json:"total-time"` // ms
-	SetupTime      int64     `json:"setup-time"` // ms
-	Downtime       int64     `json:"downtime"`   // ms; once completed
+	Downtime       int64     `json:"downtime"` // ms; once completed
 	RAM            *RAMStats `json:"ram"`
 	BlockedReasons []string  `json:"blocked-reasons"`
 
@@ -87,16 +85,9 @@ type RAMStats struct {
 	Total          int64   `json:"total"`
 	Transferred    int64   `json:"transferred"`
 	Remaining      int64   `json:"remaining"`
-	Duplicate      int64   `json:"duplicate"` // zero pages
-	Normal         int64   `json:"normal"`    // pages sent as they are
-	NormalBytes    int64   `json:"normal-bytes"`
 	PageSize       int64   `json:"page-size"`
 	DirtySyncCount int64   `json:"dirty-sync-count"` // passes begun
-	DirtyPagesRate int64   `json:"dirty-pages-rate"` // pages a second
 	Mbps           float64 `json:"mbps"`             // megabits a second
-	PrecopyBytes   int64   `json:"precopy-bytes"`
-	DowntimeBytes  int64   `json:"downtime-bytes"`
-	PostcopyBytes  int64   `json:"postcopy-bytes"`
 }
 
 // Query returns the state of the newest migration, on the source or the
