@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/image"
@@ -51,6 +52,10 @@ type Options struct {
 	// Moved is what has been moved to flash of the checkpoint's NVRAM part. Open closes
 	// it.
 	Moved []moved.Source
+	// Lent are pages of disks that pieces of images have which the checkpoint refers to; nil:
+	// none are. Lenders opens such an image's pieces, while that stays whole.
+	Lent    *moved.Lent
+	Lenders func(ctx context.Context, r *Reference) ([]moved.Source, error)
 	// Images opens the image that a reference names, which then stays whole until it
 	// is closed, and if slots of its NVRAM part are needed what has been moved of that;
 	// nil: there is no place to look.
@@ -122,7 +127,7 @@ func (c *Checkpoint) load(ctx context.Context, fsys vfs.FS, o *Options) error {
 	if err := c.openReferences(ctx, fsys, refs, cache, o); err != nil {
 		return err
 	}
-	if err := c.openMoved(o); err != nil {
+	if err := c.openMoved(ctx, o); err != nil {
 		return err
 	}
 	if err := c.openNVRAM(ctx, fsys, o); err != nil {
@@ -232,8 +237,8 @@ func ReadsOf(src image.Source) (r Reads, err error) {
 	return r, err
 }
 
-// openMoved opens what is in .moved pieces.
-func (c *Checkpoint) openMoved(o *Options) (err error) {
+// openMoved opens what is in .moved pieces, its own and those that others lend.
+func (c *Checkpoint) openMoved(ctx context.Context, o *Options) (err error) {
 	id := &c.Meta.Identity
 	if id.PieceSlots() == 0 {
 		return nil
@@ -241,6 +246,46 @@ func (c *Checkpoint) openMoved(o *Options) (err error) {
 	pieces := o.Moved
 	o.Moved = nil // the set closes them
 	c.moved, err = moved.Open(pieces, id.UUID, id.PageSize, id.PieceSlots())
+	if err == nil && o.Lent != nil {
+		err = c.borrow(ctx, o)
+	}
+	return err
+}
+
+// borrow finds the pages of disks that others lend. Those are images that it refers to, which
+// are open and stay what they are. The pages are checked like others that were on disks.
+func (c *Checkpoint) borrow(ctx context.Context, o *Options) (err error) {
+	l, id := o.Lent, &c.Meta.Identity
+	slots := source.Ranges{{First: uint32(id.FirstDiskSlot()), Count: uint32(id.DiskSlots)}}
+	if l.UUID != id.UUID || id.DiskSlots == 0 || len(l.Slots().Minus(slots)) > 0 {
+		return l.Corrupt("they are of other slots than the checkpoint has on disks")
+	}
+	lenders := make([]*moved.Set, len(l.Images))
+	defer func() {
+		if err != nil {
+			for _, s := range lenders {
+				s.Close() // again, if the set has it
+			}
+		}
+	}()
+	for i, by := range l.Images {
+		k := slices.IndexFunc(c.refs, func(r *reference) bool { return r.UUID == by })
+		if k < 0 {
+			return l.Corrupt("image %v, which the checkpoint does not refer to", by)
+		}
+		theirs, err := identityOf(c.refs[k].im.Tail)
+		if err != nil {
+			return err
+		}
+		pieces, err := o.Lenders(ctx, c.refs[k].Reference)
+		if err != nil {
+			return err
+		}
+		if lenders[i], err = moved.Open(pieces, by, id.PageSize, theirs.PieceSlots()); err != nil {
+			return err
+		}
+	}
+	c.moved, err = moved.Borrow(c.moved, l, id.PageSize, lenders)
 	return err
 }
 

@@ -92,7 +92,8 @@ type openDisks struct {
 	files  []diskFile // in the order of the list
 	hasher *digest.Hasher
 	sums   *digest.Table
-	// here has the pages, that of slot 0 as page base, if no disk is needed; else nil.
+	// here has the pages, that of slot 0 as page base, if no disk is needed; else nil. Some
+	// can be in pieces of other images.
 	here *moved.Set
 	base uint64
 }
@@ -153,7 +154,7 @@ func (c *Checkpoint) openHere(ctx context.Context, o DiskOptions) error {
 	d.here, d.base = c.moved, uint64(c.Meta.FirstDiskSlot())
 	all := source.Ranges{{First: uint32(d.base), Count: uint32(d.slots)}}
 	if lacks := all.Minus(c.moved.Slots()); len(lacks) > 0 {
-		return c.Image.Corrupt(image.Disks, 0, fmt.Errorf("%d of the pages that were copied from disks are in no .moved piece", lacks.Count()))
+		return c.Image.Corrupt(image.Disks, 0, fmt.Errorf("%d of the pages that were copied from disks are in no .moved piece, and no image lends them", lacks.Count()))
 	}
 	for i := range d.list {
 		d.files = append(d.files, diskFile{path: d.list[i].Path})

@@ -3,6 +3,8 @@ package checkpoint
 import (
 	"sort"
 
+	"github.com/google/uuid"
+
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/source"
@@ -59,6 +61,16 @@ func (p *DiskPages) Page(slot uint64) ([]byte, error) {
 		p.segment, p.number = s, n
 	}
 	return p.segment.Page(int(slot % source.DiskSegment))
+}
+
+// DiskPiece tells in which image's pieces the page of a disk slot is, and which slot it is
+// there: the checkpoint's own, or one that lends it. It is in none as long as a disk has it.
+func (c *Checkpoint) DiskPiece(slot uint64) (id uuid.UUID, there uint64, ok bool) {
+	if c.disks == nil || c.disks.here == nil {
+		return id, 0, false
+	}
+	id, there = c.disks.here.Owner(c.disks.base + slot)
+	return id, there, true
 }
 
 // DiskTwins finds the pages of an image's disk slots among those of another: of the same

@@ -20,6 +20,7 @@ type Set struct {
 	slots    source.Ranges
 	files    []*file
 	places   []place // by their slots
+	lenders  []*Set  // whose files places can be in, too
 }
 
 // file is a piece that is mapped.
@@ -31,8 +32,10 @@ type file struct {
 // place is where slots are that follow each other.
 type place struct {
 	source.Range
-	file *file
-	off  int64 // of the first, in the file and in its mapping
+	file  *file
+	off   int64     // of the first, in the file and in its mapping
+	owner uuid.UUID // of the piece
+	there uint32    // the first one's slot in it
 }
 
 // Open opens the pieces of an image whose NVRAM part has so many slots. It closes the
@@ -56,8 +59,12 @@ func Open(sources []Source, id uuid.UUID, pageSize, slots int) (s *Set, err erro
 			return s, err
 		}
 	}
-	slices.SortFunc(s.places, func(a, b place) int { return cmp.Compare(a.First, b.First) })
+	s.sort()
 	return s, nil
+}
+
+func (s *Set) sort() {
+	slices.SortFunc(s.places, func(a, b place) int { return cmp.Compare(a.First, b.First) })
 }
 
 // add maps a piece.
@@ -87,14 +94,14 @@ func (s *Set) add(src Source, id uuid.UUID, slots int) error {
 	s.files = append(s.files, f)
 	off := headerLen(len(p.Slots))
 	for _, r := range p.Slots {
-		s.places = append(s.places, place{r, f, off})
+		s.places = append(s.places, place{r, f, off, id, r.First})
 		off += int64(r.Count) * s.pageSize
 	}
 	s.slots = s.slots.Union(p.Slots)
 	return nil
 }
 
-// Slots are those that have been moved.
+// Slots are those that have been moved, and those that others lend.
 func (s *Set) Slots() source.Ranges {
 	if s == nil {
 		return nil
@@ -133,6 +140,12 @@ func (s *Set) Where(slot uint64) (name string, off int64) {
 	return p.file.name, off
 }
 
+// Owner is the image that has the page of a slot in its pieces, and which slot it is there.
+func (s *Set) Owner(slot uint64) (id uuid.UUID, there uint64) {
+	p, _ := s.find(slot)
+	return p.owner, uint64(p.there) + slot - uint64(p.First)
+}
+
 // Guard runs fn, in which pages may be touched, and turns a fault in a mapping of the
 // set's into an integrity.CorruptError. It covers the calling goroutine only.
 func (s *Set) Guard(fn func() error) error {
@@ -145,6 +158,11 @@ func (s *Set) Guard(fn func() error) error {
 		if i, ok := fault.Within(f.m.Bytes()); ok {
 			return &integrity.CorruptError{File: f.name, Offset: i, What: "moved pages",
 				Err: errors.New("they can't be read: the file has been cut short or the medium has an error")}
+		}
+	}
+	for _, l := range s.lenders {
+		if lerr := l.Guard(func() error { return err }); !errors.Is(lerr, err) {
+			return lerr
 		}
 	}
 	return err
@@ -175,6 +193,9 @@ func (s *Set) Close() error {
 	for _, f := range s.files {
 		err = errors.Join(err, f.m.Close())
 	}
-	s.files = nil
+	for _, l := range s.lenders {
+		err = errors.Join(err, l.Close())
+	}
+	s.files, s.lenders = nil, nil
 	return err
 }

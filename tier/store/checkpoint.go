@@ -90,6 +90,14 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 			return nil, err
 		}
 		o.Moved = sources(pieces)
+		if o.Lent, err = s.lent(ctx, r, h.UUID); err != nil {
+			for _, p := range pieces {
+				p.Close()
+			}
+			f.Close()
+			return nil, err
+		}
+		o.Lenders = s.lenders
 	}
 	if c.Checkpoint, err = checkpoint.Open(ctx, s.fs, f, o); err != nil {
 		return nil, err

@@ -21,6 +21,7 @@
 //	    ├── 00000001.touched       what resumes of checkpoint 1 have learned
 //	    ├── 00000001.label         what users say of checkpoint 1: tags and a note
 //	    ├── 00000002.flic
+//	    ├── 00000002.lent          which of its pages of disks pieces of others have (lent.go)
 //	    ├── 00000002.UUID.gone     what checkpoint 2 was before it was flattened
 //	    └── 00000003.gone          checkpoint 3, removed: empty, or others need it
 //
@@ -80,5 +81,6 @@
 // NVRAM.
 //
 // A disk slot and an NVRAM slot are numbers of pages; those of disk slots go on behind those
-// of NVRAM slots in what is moved. A piece has raw pages of either.
+// of NVRAM slots in what is moved. A piece has raw pages of either. What an image has in pieces it
+// can lend to others that refer to it.
 package store

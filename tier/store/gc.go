@@ -452,9 +452,14 @@ func (g *gc) withoutNVRAM(ctx context.Context, vm string, v *survey) (free []idl
 	if err != nil {
 		return nil, err
 	}
-	for _, numbers := range o.beside {
+	for suffix, numbers := range o.beside {
 		for _, n := range numbers {
 			if _, ok := slices.BinarySearch(o.images, n); ok {
+				if suffix == lentSuffix {
+					if err := g.staleLent(ctx, Ref{vm, n}); err != nil {
+						return free, err
+					}
+				}
 				continue
 			}
 			if err := g.dropBeside(ctx, Ref{vm, n}, o); err != nil {

@@ -75,7 +75,7 @@ func objectsOf(vm string, list []Entry) (o vmObjects) {
 			}
 		case ok && suffix == removedSuffix:
 			o.removed = append(o.removed, n)
-		case ok && (suffix == touchedSuffix || suffix == labelSuffix) && !odd:
+		case ok && (suffix == touchedSuffix || suffix == labelSuffix || suffix == lentSuffix) && !odd:
 			o.beside[suffix] = append(o.beside[suffix], n)
 		default:
 			id, replaced := parseKept(suffix)
@@ -92,7 +92,7 @@ func objectsOf(vm string, list []Entry) (o vmObjects) {
 			o.strays = append(o.strays, vmFolder(vm)+"/"+e.Name)
 		}
 	}
-	for _, l := range [][]int{o.images, o.removed, o.odd, o.beside[touchedSuffix], o.beside[labelSuffix]} {
+	for _, l := range [][]int{o.images, o.removed, o.odd, o.beside[touchedSuffix], o.beside[labelSuffix], o.beside[lentSuffix]} {
 		slices.Sort(l)
 	}
 	return o

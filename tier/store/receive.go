@@ -12,6 +12,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
+	"github.com/flic-migrate/flic-migrate/tier/moved"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/transfer"
 )
@@ -196,6 +197,7 @@ type received struct {
 	fromPages *checkpoint.DiskPages
 	sums      *checkpoint.DiskSums // of its pages on disks; nil: it has none
 	twins     *checkpoint.DiskTwins
+	lent      *moved.Lent // pages of disks that others lend it; nil: none
 
 	hot *hotPart // nil: nothing of it goes to NVRAM
 }

@@ -19,7 +19,7 @@ import (
 // The commit is one hold of the store lock:
 //
 //	pieces ─► NNNNNNNN.UUID.K.moved     referred images ─► ….gone
-//	.label, .touched                    the checkpoint ─► NNNNNNNN.flic, and it is there
+//	.lent, .label, .touched             the checkpoint ─► NNNNNNNN.flic, and it is there
 
 // settle makes of what was staged the image that it is to be, durably. From here on it can't
 // be gone on with: it has the name of an image in the making.
@@ -177,6 +177,9 @@ func (r *receiving) unlistedName(ctx context.Context, at Ref, id uuid.UUID) stri
 
 // beside writes what lies beside the image. The caller holds the store lock.
 func (r *receiving) beside(ctx context.Context) error {
+	if err := r.lend(ctx); err != nil {
+		return err
+	}
 	var l Label
 	if len(r.head.Label) > 0 && json.Unmarshal(r.head.Label, &l) == nil && l.check() == nil {
 		if err := r.s.writeSealed(ctx, r.ref.object(labelSuffix), l); err != nil {

@@ -316,7 +316,15 @@ func (r *receiving) had(ctx context.Context, im *image.Image, i *received, part 
 // verify reads and checks all of the checkpoint, as it is to be.
 func (r *receiving) verify(ctx context.Context) error {
 	own := r.images[0]
-	o := checkpoint.Options{Name: r.ref.String(), Moved: own.sources()}
+	o := checkpoint.Options{Name: r.ref.String(), Moved: own.sources(), Lent: own.lent}
+	o.Lenders = func(ctx context.Context, ref *checkpoint.Reference) ([]moved.Source, error) {
+		for _, i := range r.images[1:] {
+			if i.UUID == ref.UUID && !i.drop {
+				return i.sources(), nil
+			}
+		}
+		return r.s.lenders(ctx, ref)
+	}
 	o.Images = func(ctx context.Context, ref *checkpoint.Reference) (checkpoint.Source, []moved.Source, error) {
 		for _, i := range r.images[1:] {
 			if i.UUID == ref.UUID && !i.drop {

@@ -140,6 +140,10 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 		if i.hot != nil {
 			want = want.Minus(source.Below(i.hot.slots))
 		}
+		var err error
+		if want, err = r.borrow(ctx, i, want); err != nil {
+			return err
+		}
 	}
 	per := uint64(max(1, moved.MaxBytes/i.PageSize))
 	for len(want) > 0 {

@@ -109,6 +109,7 @@ const (
 	touchedSuffix = ".touched"
 	labelSuffix   = ".label"
 	movedSuffix   = ".moved"
+	lentSuffix    = ".lent"
 )
 
 func vmFolder(vm string) string { return vmsFolder + "/" + vm }

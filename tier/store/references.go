@@ -275,9 +275,10 @@ func (s *Store) imagesOnce(ctx context.Context, want map[uuid.UUID]bool, fn func
 
 // uses is what listed checkpoints need of an image.
 type uses struct {
-	by              []Ref
-	segments, slots source.Ranges
-	young           source.Ranges // those of the slots that the newest checkpoints need
+	by       []Ref
+	segments source.Ranges
+	slots    source.Ranges // of its NVRAM part, and disk slots that it lends
+	young    source.Ranges // those of the slots that the newest checkpoints need
 }
 
 // survey finds out what listed checkpoints need of some images. It looks up the IDENTITY
@@ -446,6 +447,18 @@ func (v *survey) count(ctx context.Context, r Ref, name string, young bool) erro
 			if young {
 				u.young = u.young.Union(refs[i].NeedSlots)
 			}
+		}
+	}
+	if id.DiskSlots == 0 {
+		return nil
+	}
+	l, err := v.s.lent(ctx, r, id.UUID)
+	if err != nil || l == nil {
+		return err
+	}
+	for _, by := range l.Images {
+		if u := v.of[by]; u != nil {
+			u.slots = u.slots.Union(l.Needs(by))
 		}
 	}
 	return nil

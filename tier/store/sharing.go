@@ -94,8 +94,13 @@ func (s *Store) Sharing(ctx context.Context, r Ref) (sh Sharing, err error) {
 	if sh.RmFrees, err = s.frees(ctx, f, r, id, own); err != nil {
 		return sh, err
 	}
+	lent, err := s.lent(ctx, r, id.UUID)
+	if err != nil {
+		return sh, err
+	}
 	for i := range refs {
 		ref := &refs[i]
+		ref.NeedSlots = ref.NeedSlots.Union(lent.Needs(ref.UUID))
 		to := Referred{Checkpoint: Ref{ref.VM, ref.Number}.String(), UUID: ref.UUID}
 		frees, err := s.refersTo(ctx, ref, &to, with.of[ref.UUID], without.of[ref.UUID])
 		switch {
