@@ -15,10 +15,12 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
+	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
@@ -258,6 +260,51 @@ func TestPanic(t *testing.T) {
 			}
 			t.Logf("%d kinds of places: %v", len(seen), slices.Sorted(maps.Keys(seen)))
 		})
+	}
+}
+
+// TestPanicRestore has what an eager restore calls panic at each place in turn: its output,
+// the file system, progress. The panic is the restore's error, and not the process's end.
+func TestPanicRestore(t *testing.T) {
+	s := tiertest.New(tiertest.Options{Passes: 2, Resend: 0.3, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 12 << 20}}})
+	armed := &bomb{n: -1}
+	l := newLab(t, bombFS{crashfs.New(0), armed}, "/")
+	ref, _ := l.save(t, s, save.Options{WorkingSet: hotSet(t, s, every(3)), NVRAMSize: 40 << 18, SegmentPages: 96})
+	out := &bombWriter{b: armed}
+	seen := map[string]bool{}
+	for n := 0; ; n++ {
+		armed.arm(n)
+		var c *store.Checkpoint
+		err := rescue.Call(func() (err error) {
+			if c, err = l.st.OpenCheckpoint(t.Context(), ref, checkpoint.Options{}); err != nil {
+				return err
+			}
+			_, err = restore.Run(t.Context(), c.Checkpoint, out, restore.Options{Workers: 2,
+				Progress: func(progress.State) { armed.call("progress") }})
+			return err
+		})
+		at := armed.at
+		armed.arm(-1)
+		if c != nil {
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var bug *rescue.Error
+		switch {
+		case at == "" && err == nil:
+			for _, what := range []string{"answer", "progress", "readat"} {
+				if !seen[what] {
+					t.Errorf("nothing panicked in %s", what)
+				}
+			}
+			l.holds(t, ref, s)
+			return
+		case at == "" || !errors.As(err, &bug):
+			t.Fatalf("panic %d, in %q: %v", n, at, err)
+		}
+		what, _, _ := strings.Cut(at, " ")
+		seen[what] = true
 	}
 }
 

@@ -109,8 +109,7 @@ func (b *builder) read(ctx context.Context) error {
 	for range cap(free) {
 		free <- &chunk{data: make([]byte, readSize), sums: make([]digest.Sum, 0, readSize/BlockSize)}
 	}
-	start := func(fn func() error) { g.Go(func() error { return rescue.Call(fn) }) }
-	start(func() error {
+	rescue.Go(g, func() error {
 		defer close(work)
 		defer close(order)
 		return b.runs(ctx, func(from, to int64) error {
@@ -141,7 +140,7 @@ func (b *builder) read(ctx context.Context) error {
 		})
 	})
 	for range workers {
-		start(func() error {
+		rescue.Go(g, func() error {
 			for c := range work {
 				b.digest(c)
 				close(c.done)
@@ -149,7 +148,7 @@ func (b *builder) read(ctx context.Context) error {
 			return nil
 		})
 	}
-	start(func() error {
+	rescue.Go(g, func() error {
 		last := time.Now()
 		for c := range order {
 			select {

@@ -15,6 +15,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
 	"github.com/flic-migrate/flic-migrate/tier/bitmap"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
@@ -127,7 +128,7 @@ func (p *pump) run(ctx context.Context, cancel context.CancelCauseFunc, rd *retu
 	// The receiver is not waited for: it ends when its pipe does, at the
 	// latest with the process.
 	go func() {
-		err := p.receive(ctx, rd)
+		err := rescue.Call(func() error { return p.receive(ctx, rd) })
 		p.rep.received <- err
 		cancel(err)
 	}()
@@ -135,7 +136,7 @@ func (p *pump) run(ctx context.Context, cancel context.CancelCauseFunc, rd *retu
 	var g errgroup.Group
 	start := func(fn func(context.Context) error) {
 		g.Go(func() error {
-			err := fn(ctx)
+			err := rescue.Call(func() error { return fn(ctx) })
 			if err != nil {
 				cancel(err)
 			}

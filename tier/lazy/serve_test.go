@@ -25,10 +25,12 @@ import (
 	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/stream/postcopy"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/workingset"
@@ -1367,4 +1369,63 @@ func FuzzRecover(f *testing.F) {
 		}
 		_ = fmt.Sprint(err) // may quote anything
 	})
+}
+
+// TestPanic has what a lazy restore calls panic: its output in the opening's and in the pump's
+// goroutine, the return path in the receiver's, the list of first pages in the loader's,
+// progress in the pump's. The panic is the restore's error, and not the process's end, which
+// would leave the guest waiting for pages without a word.
+func TestPanic(t *testing.T) {
+	s := newSaved(t, tiertest.Options{Seed: 31, Blocks: threeBlocks[1:]}, 3, save.Options{})
+	calls := 0
+	for name, tc := range map[string]struct {
+		o       lazy.Options
+		in, out func()
+	}{
+		"list":        {o: lazy.Options{First: func() []workingset.PageRun { panic("bomb") }}},
+		"progress":    {o: lazy.Options{Progress: func(p lazy.Progress) { panic("bomb") }}},
+		"return path": {in: func() { panic("bomb") }},
+		"output": {out: func() {
+			if calls++; calls > 4 {
+				panic("bomb")
+			}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			serve := func(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o lazy.Options) (rep *lazy.Report, err error) {
+				defer in.(io.Closer).Close() // as by the end of the process
+				err = rescue.Call(func() error {
+					rep, err = lazy.Serve(ctx, c, calling{in, out, tc.in}, calling{in, out, tc.out}, o)
+					return err
+				})
+				return rep, err
+			}
+			res := newFakeQEMU(s).run(t, t.Context(), serve, tc.o)
+			var bug *rescue.Error
+			if !errors.As(res.server, &bug) || bug.Value != "bomb" {
+				t.Errorf("the server's error is %v", res.server)
+			}
+		})
+	}
+}
+
+// calling calls fn, which may be nil, before each read and write.
+type calling struct {
+	io.Reader
+	io.Writer
+	fn func()
+}
+
+func (c calling) Read(b []byte) (int, error) {
+	if c.fn != nil {
+		c.fn()
+	}
+	return c.Reader.Read(b)
+}
+
+func (c calling) Write(b []byte) (int, error) {
+	if c.fn != nil {
+		c.fn()
+	}
+	return c.Writer.Write(b)
 }

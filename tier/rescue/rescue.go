@@ -2,14 +2,17 @@
 //
 // A save must tell its source that it has failed, and free what it took, whatever
 // went wrong in it: a QEMU that hears nothing, or the wrong word, costs a guest.
-// A panic that ends the process does neither. So the outermost call of a save, and
-// each goroutine that works for it, runs under Call. Nobody goes on with a state
-// that a panic has left: the error ends the save as any other does.
+// A panic that ends the process does neither, and its exit code would be Go's, 2, which
+// is "nothing was done" here. So the outermost call of a verb and each goroutine that is
+// started run under Call; TestGoroutines names those that need not. Nobody goes on with a
+// state that a panic has left: the error ends the verb as any other does.
 package rescue
 
 import (
 	"fmt"
 	"runtime/debug"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // Error is a panic that was caught. It unwraps to nothing: what the panic's value
@@ -30,4 +33,10 @@ func Call(fn func() error) (err error) {
 		}
 	}()
 	return fn()
+}
+
+// Go is g.Go of fn under Call: a panic is the group's error as any other. An errgroup
+// catches none itself.
+func Go(g *errgroup.Group, fn func() error) {
+	g.Go(func() error { return Call(fn) })
 }

@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/flic-migrate/flic-migrate/tier/bitmap"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
@@ -32,27 +33,30 @@ type diskAhead struct {
 }
 
 // readDisksAhead reads all that is on disks, until ctx ends: with the restore. What is
-// wrong with the checkpoint is the plan's to say.
-func (p *prefetcher) readDisksAhead(ctx context.Context) {
+// wrong with the checkpoint is the plan's to say; the error is a panic.
+func (p *prefetcher) readDisksAhead(ctx context.Context) error {
 	if p.set.Disk == 0 {
-		return
+		return nil
 	}
+	g, ctx := errgroup.WithContext(ctx)
 	a := &diskAhead{prefetcher: p, ctx: ctx, windows: make(chan []uint32)}
 	a.seen = bitmap.New(int64(p.set.Spaces[p.set.Disk].Segments.Count()))
-	var g errgroup.Group
 	for range aheadReaders {
-		g.Go(func() error {
+		rescue.Go(g, func() error {
 			for w := range a.windows {
 				p.c.ReadDisksIn(ctx, w)
 			}
 			return nil
 		})
 	}
-	if p.c.Skeleton(&walk{prefetcher: p, each: a.add}) == nil {
-		_ = a.read() // it fails with ctx
-	}
-	close(a.windows)
-	g.Wait()
+	rescue.Go(g, func() error {
+		defer close(a.windows)
+		if p.c.Skeleton(&walk{prefetcher: p, each: a.add}) == nil {
+			_ = a.read() // it fails with ctx
+		}
+		return nil
+	})
+	return g.Wait()
 }
 
 // add has the segments read that are on disks, each once.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
@@ -62,7 +63,10 @@ func (p *prefetcher) plan(ctx context.Context) error {
 	defer close(p.wanted)
 	defer close(p.jobs)
 	want := func(n source.Need) error { return p.want(ctx, n) }
-	err := p.c.Skeleton(&walk{prefetcher: p, each: func(needs []source.Need) error { return p.planned.Next(needs, want) }})
+	// A panic, too, is what the replayer is told.
+	err := rescue.Call(func() error {
+		return p.c.Skeleton(&walk{prefetcher: p, each: func(needs []source.Need) error { return p.planned.Next(needs, want) }})
+	})
 	if p.planErr = err; err == nil {
 		p.planErr = errors.New("restore needs a segment that was not planned")
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
@@ -62,15 +63,12 @@ func Run(ctx context.Context, c *checkpoint.Checkpoint, w io.Writer, o Options) 
 	r.pages = set.NewPlannedReader(p.cache, p.next)
 	r.set = set
 	ahead, stop := context.WithCancel(ctx)
-	g.Go(func() error {
-		p.readDisksAhead(ahead)
-		return nil
-	})
-	g.Go(func() error { return p.plan(ctx) })
+	rescue.Go(g, func() error { return p.readDisksAhead(ahead) })
+	rescue.Go(g, func() error { return p.plan(ctx) })
 	for range p.workers {
-		g.Go(func() error { return p.work(ctx) })
+		rescue.Go(g, func() error { return p.work(ctx) })
 	}
-	g.Go(func() error {
+	rescue.Go(g, func() error {
 		defer stop()
 		if err := r.play(); err != nil {
 			return err
