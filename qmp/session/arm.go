@@ -45,6 +45,8 @@ func (e *ArmedError) Error() string { return e.Text }
 var (
 	// errArmedDied: an armed process has ended without its last word.
 	errArmedDied = errors.New("the process that had the checkpoint ready has died")
+	// errArmedSilent: it has not begun.
+	errArmedSilent = errors.New("the process that is to have the next checkpoint ready has not begun in time")
 	// errArmedHangs: it has been stopped, or hangs.
 	errArmedHangs = fmt.Errorf("the process that had the checkpoint ready has not run for %v", beatless)
 )
@@ -60,10 +62,11 @@ type armedFor struct {
 }
 
 // findArmed returns the armed process of a VM, also if it has died; nil if there is
-// none.
-func findArmed(ctx context.Context, st *store.Store, vm string) (*armedFor, error) {
+// none, and if it lives and is another target's, which it is not bothered for. A target that is not
+// given is any.
+func findArmed(ctx context.Context, st *store.Store, vm string, t Target) (*armedFor, error) {
 	note, lives, err := st.ArmedFor(ctx, vm)
-	if err != nil || note == nil {
+	if err != nil || note == nil || lives && t.Given() && note.Target != t.String() {
 		return nil, err
 	}
 	// It is there to say hello at once: who does not hangs.
@@ -137,9 +140,11 @@ func listenArmed(conn net.Conn, said chan<- armedSay, beats chan<- struct{}) {
 // hear returns the next message that is no beat. A process that sends none, though it can, is
 // killed: QEMU may wait for its end of the stream before it lets the guest run.
 func (p *armedFor) hear(ctx context.Context) (armedSay, error) {
-	silence := time.NewTimer(beatless)
-	defer silence.Stop()
-	for {
+	// Silence is counted in the time that this process has run itself: if it was stopped, as by
+	// Ctrl-Z, a tick may be first, and what has come meanwhile is heard before the next.
+	tick := time.NewTicker(beatTime)
+	defer tick.Stop()
+	for silent := time.Duration(0); ; {
 		select {
 		case m, ok := <-p.said:
 			if !ok {
@@ -147,9 +152,9 @@ func (p *armedFor) hear(ctx context.Context) (armedSay, error) {
 			}
 			return m, nil
 		case <-p.beats:
-			silence.Reset(beatless)
-		case <-silence.C:
-			if p.hello.Beats {
+			silent = 0
+		case <-tick.C:
+			if silent += beatTime; silent >= beatless && p.hello.Beats {
 				return armedSay{}, p.kill()
 			}
 		case <-ctx.Done():
@@ -249,13 +254,11 @@ func (p *armedFor) ends(ctx context.Context) error {
 var errOtherwise = errors.New("it was armed for another checkpoint than this one")
 
 // suits tells whether what the process has ready is what o asks for.
-func (p *armedFor) suits(o *CheckpointOptions, t Target) error {
+func (p *armedFor) suits(o *CheckpointOptions) error {
 	want, err := o.encoding()
 	switch {
 	case err != nil:
 		return err
-	case p.hello.Target != t.String():
-		return fmt.Errorf("%w: of %s", errOtherwise, p.hello.Target)
 	case o.member != nil:
 		return fmt.Errorf("%w: of no group", errOtherwise)
 	case o.Guest.Mode != migration.ModeStop:
@@ -385,7 +388,7 @@ func again(err error) bool {
 // returns false if there is none, or none any more: then an ordinary checkpoint can be
 // made.
 func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Target, x qmp.Executor) (rep CheckpointReport, done bool, err error) {
-	p, err := findArmed(ctx, st, o.Save.VM)
+	p, err := findArmed(ctx, st, o.Save.VM, t)
 	if integrity.IsCorrupt(err) {
 		o.Log.Warn("it can't be told whether the guest is armed", "error", err)
 		return rep, false, nil
@@ -398,10 +401,7 @@ func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Ta
 		o.Log.Warn("an ordinary checkpoint is made", "reason", errArmedDied)
 		return rep, false, p.buried(ctx, st, t, x)
 	}
-	if err := p.suits(o, t); err != nil {
-		if p.hello.Target != t.String() {
-			return rep, false, nil // another QEMU, which has the same name here
-		}
+	if err := p.suits(o); err != nil {
 		o.Log.Warn("the guest was armed, but an ordinary checkpoint is made", "reason", err)
 		return rep, false, o.supersede(ctx, p, x)
 	}
@@ -415,7 +415,7 @@ func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Ta
 		return rep, true, err
 	}
 	o.Log.Warn("the guest was armed, but an ordinary checkpoint is made", "reason", err)
-	p.close()
+	// Before the process hears that we are gone: it is not to put QEMU right once more.
 	return CheckpointReport{}, false, p.buried(ctx, st, t, x)
 }
 
@@ -486,6 +486,10 @@ func (o *CheckpointOptions) arm(ctx context.Context, st *store.Store, t Target, 
 	return pid, migration.Arm(ctx, x, migration.ArmOptions{Take: take, Redial: redial})
 }
 
+// helloTime is how long a process may take to open its store and to begin. It is a variable for
+// tests.
+var helloTime = 2 * time.Minute
+
 // startArmed starts the process and waits until it has the stream.
 func (o *CheckpointOptions) startArmed(ctx context.Context, stream *os.File, l *net.UnixListener, c armedConfig) (pid int, err error) {
 	b, err := json.Marshal(c)
@@ -506,6 +510,8 @@ func (o *CheckpointOptions) startArmed(ctx context.Context, stream *os.File, l *
 		return 0, err
 	}
 	defer listener.Close()
+	ctx, cancel := context.WithTimeoutCause(ctx, helloTime, errArmedSilent)
+	defer cancel()
 	process, err := o.Arm.Start([]*os.File{stream, listener, config})
 	if err != nil {
 		return 0, err
@@ -557,12 +563,12 @@ func Disarm(ctx context.Context, st *store.Store, t Target, o DisarmOptions) err
 		return err
 	}
 	for _, vm := range vms {
-		p, err := findArmed(ctx, st, vm)
+		p, err := findArmed(ctx, st, vm, want)
 		if err != nil || p == nil || t.Given() && p.note.Target != want.String() {
 			if o.VM != "" && err != nil {
 				return err
 			}
-			continue
+			continue // also a dead one of another target's: it has no connection
 		}
 		defer p.close()
 		if p.conn != nil {

@@ -2,13 +2,18 @@ package session
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"log/slog"
 	"maps"
 	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +22,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -259,5 +265,143 @@ func TestArmedDone(t *testing.T) {
 				t.Errorf("%v, paused %v, the process has heard %v", err, q.paused, heard)
 			}
 		})
+	}
+}
+
+// stalling is a context that holds up who waits for it until it is let go, as a process is
+// that is stopped.
+type stalling struct {
+	context.Context
+	let chan struct{}
+}
+
+func (c stalling) Done() <-chan struct{} {
+	<-c.let
+	return c.Context.Done()
+}
+
+// TestCommandWasStopped: that a command was stopped itself is no silence of the armed process.
+func TestCommandWasStopped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for range 50 { // which of two things it sees first is chance
+			p := &armedFor{hello: armedHello{Beats: true}, said: make(chan armedSay, 1), beats: make(chan struct{}, 1)}
+			c := stalling{t.Context(), make(chan struct{})}
+			heard := make(chan error)
+			go func() {
+				_, err := p.hear(c)
+				heard <- err
+			}()
+			time.Sleep(time.Minute)
+			p.beats <- struct{}{}
+			close(c.let)
+			time.Sleep(beatTime)
+			p.said <- armedSay{Held: true}
+			if err := <-heard; err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
+// TestArmedOfOthers: an armed process of another QEMU is not even connected to, which could end
+// in that it is killed; whatever the VM is called.
+func TestArmedOfOthers(t *testing.T) {
+	a := newArmedTest(t)
+	ctx, stop := context.WithCancel(t.Context())
+	a.run(ctx, armedConfig{Buffer: 16 << 10, Target: Target{QMP: t.TempDir() + "/no-qemu"}}, 4<<10)
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		s := tiertest.New(tiertest.Options{ReturnPath: true, Passes: 2, Resend: 0.1,
+			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 80 << 20}}, Mix: tiertest.Mix{tiertest.Zero: 30, tiertest.Text: 1}})
+		_, _ = a.stream.Write(s.Bytes())
+	}()
+	if a.hear().Hello == nil {
+		t.Fatal("no hello")
+	}
+	// Whoever connects to it now connects to this.
+	control := filepath.Join(a.dir, "s")
+	ok(t, os.Remove(control))
+	l, err := net.Listen("unix", control)
+	ok(t, err)
+	var connections atomic.Int32
+	accepting := make(chan struct{})
+	go func() {
+		defer close(accepting)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			connections.Add(1)
+			conn.Close()
+		}
+	}()
+	q := &armedMachine{status: "none", parameters: map[string]any{"max-bandwidth": 1.0, "downtime-limit": 300.0}}
+	other := Target{QMP: qmptest.New(t, q.serve).Addr}
+	if err := Disarm(ctx, a.st, other, DisarmOptions{Log: slog.New(slog.DiscardHandler)}); !errors.Is(err, ErrNotArmed) {
+		t.Errorf("disarm: %v", err)
+	}
+	o := CheckpointOptions{Save: save.Options{VM: "vm"}, Log: slog.New(slog.DiscardHandler)}
+	if _, done, err := o.fromArmed(ctx, a.st, other, nil); done || err != nil {
+		t.Errorf("checkpoint: %v, %v", done, err)
+	}
+	if n := connections.Load(); n > 0 {
+		t.Errorf("%d connections", n)
+	}
+	if note, lives, err := a.st.ArmedFor(ctx, "vm"); note == nil || !lives || err != nil {
+		t.Errorf("%+v, %v, %v", note, lives, err)
+	}
+	l.Close()
+	<-accepting
+	stop()
+	<-a.ended
+	a.conn.Close()
+	a.stream.Close()
+	<-written
+}
+
+// TestArmedSilent: a process that does not begin is not waited for without end, and is killed.
+func TestArmedSilent(t *testing.T) {
+	defer func(was time.Duration) { helloTime = was }(helloTime)
+	helloTime = 50 * time.Millisecond
+	c := armedConfig{Control: t.TempDir() + "/s"}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: c.Control, Net: "unix"})
+	ok(t, err)
+	defer l.Close()
+	stream, err := os.Open(os.DevNull)
+	ok(t, err)
+	defer stream.Close()
+	cmd := exec.Command("sleep", "60")
+	o := CheckpointOptions{Arm: &ArmOptions{Start: func([]*os.File) (*os.Process, error) {
+		err := cmd.Start()
+		return cmd.Process, err
+	}}}
+	if _, err := o.startArmed(t.Context(), stream, l, c); !errors.Is(err, errArmedSilent) {
+		t.Error(err)
+	}
+	if err := cmd.Wait(); err == nil {
+		t.Error("it has ended by itself")
+	}
+}
+
+// TestArmedEndsWhenFound: a process that ends while it is found is found all the same: what it
+// reports instead of a hello would be the failure of a checkpoint that can be made.
+func TestArmedEndsWhenFound(t *testing.T) {
+	s := &armedServer{hurry: make(chan struct{}), begun: make(chan struct{}), saved: make(chan struct{}), ended: make(chan struct{}), opened: new(save.OpenedDisks)}
+	close(s.begun)
+	close(s.saved)
+	defer close(s.ended)
+	for range 100 {
+		ours, theirs := net.Pipe()
+		go s.talk(theirs)
+		p := &armedFor{conn: ours}
+		if err := p.greet(t.Context()); err != nil || p.conn == nil {
+			t.Fatal(err)
+		}
+		if err := p.ready(t.Context()); !errors.Is(err, migration.ErrNotArmed) {
+			t.Fatal(err)
+		}
+		p.close()
 	}
 }

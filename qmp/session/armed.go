@@ -564,13 +564,15 @@ func (s *armedServer) talk(conn net.Conn) {
 	}()
 	select {
 	case <-s.begun:
-		say(armedSay{Hello: &armedHello{os.Getpid(), store.Ref{VM: s.note.VM, N: s.note.Number}.String(), s.note.Target,
-			s.c.Encoding, s.c.WorkingSet, s.c.Kept, true, s.opened.Changed()}})
 	case <-s.saved:
-		// Whoever arms has the monitor, and puts QEMU right.
+	}
+	if !s.hasBegun() {
+		// Only whoever arms can be here, who has the monitor, and puts QEMU right.
 		say(armedSay{Report: &s.report})
 		return
 	}
+	say(armedSay{Hello: &armedHello{os.Getpid(), store.Ref{VM: s.note.VM, N: s.note.Number}.String(), s.note.Target,
+		s.c.Encoding, s.c.WorkingSet, s.c.Kept, true, s.opened.Changed()}})
 	// What it waits for. Who has the monitor must not wait until QEMU is put right.
 	var held, report <-chan struct{}
 	driver, left := false, false // it lets the process go on; it has the monitor
