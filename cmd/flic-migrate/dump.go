@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"strings"
@@ -29,13 +30,13 @@ with 5.`,
 		Example: `  flic-migrate dump web1.stream
   flic-migrate restore --store /srv/vms web1 | flic-migrate dump --json -`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error { return a.dump(args[0], asJSON) },
+		RunE: func(cmd *cobra.Command, args []string) error { return a.dump(cmd.Context(), args[0], asJSON) },
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON on standard output")
 	return c
 }
 
-// dumpDoc is dump's JSON document.
+// dumpDoc is dump's JSON document. Its lists are as long as maxListed at most.
 type dumpDoc struct {
 	Stream       string         `json:"stream"`
 	Bytes        int64          `json:"bytes"` // decompressed
@@ -56,6 +57,24 @@ type dumpDoc struct {
 	OpaqueBytes  int64          `json:"opaque_bytes"` // not understood, at the end
 	OpaqueCause  string         `json:"opaque_cause,omitempty"`
 	Error        string         `json:"error,omitempty"`
+
+	SubsectionsLeftOut int `json:"subsections_left_out,omitempty"` // of those lists, because they are too many
+	CommandsLeftOut    int `json:"commands_left_out,omitempty"`
+	DevicesLeftOut     int `json:"devices_left_out,omitempty"`
+}
+
+// maxListed is how many subsections, commands and devices each are listed. A stream of a
+// hundred VCPUs has a few hundred, but a few hostile bytes are one, and thousands of them
+// one when they are compressed.
+const maxListed = 10000
+
+// limited appends to a list, or counts what it has no room for.
+func limited[T any](list []T, left *int, v T) []T {
+	if len(list) == maxListed {
+		*left++
+		return list
+	}
+	return append(list, v)
 }
 
 type dumpCommand struct {
@@ -91,26 +110,29 @@ type dumpDevice struct {
 	Early    bool   `json:"early"`  // stands before RAM's pages
 }
 
-func (a *app) dump(path string, asJSON bool) error {
+func (a *app) dump(ctx context.Context, path string, asJSON bool) error {
 	var in io.Reader
 	if path == "-" {
-		r, done, err := replay.Decompress(a.stdin)
+		stdin, err := a.input(ctx, path)
+		if err != nil {
+			return err
+		}
+		defer stdin.Close()
+		r, done, err := replay.Decompress(stdin)
 		if err != nil {
 			return err
 		}
 		defer done()
 		in = r
 	} else {
-		f, err := replay.Open(path)
+		f, err := replay.Open(ctx, path)
 		if err != nil {
 			return err
 		}
 		defer f.Close()
 		in = f
 	}
-	d := &dumper{in: in, doc: dumpDoc{
-		Stream: path, Sections: []dumpSection{}, Blocks: []dumpBlock{}, Records: map[string]int{}, Devices: []dumpDevice{},
-	}}
+	d := newDumper(path, in)
 	// What comes before a damage is what one wants to see of a damaged stream.
 	err := d.walk()
 	if err != nil {
@@ -135,8 +157,15 @@ func (a *app) dump(path string, asJSON bool) error {
 type dumper struct {
 	in      io.Reader
 	doc     dumpDoc
-	section int // index of the one whose payload follows
+	section int            // index of the one whose payload follows
+	index   map[uint32]int // of sections by their ids
 	passes  *ramparse.PassCounter
+}
+
+func newDumper(path string, in io.Reader) *dumper {
+	return &dumper{in: in, index: make(map[uint32]int), doc: dumpDoc{
+		Stream: path, Sections: []dumpSection{}, Blocks: []dumpBlock{}, Records: map[string]int{}, Devices: []dumpDevice{},
+	}}
 }
 
 // Read counts the bytes that the walk has taken.
@@ -175,7 +204,7 @@ func (d *dumper) frame(f *stream.Frame) error {
 		d.doc.Machine = f.MachineType
 	case stream.Subsection:
 		s := f.Subsection
-		d.doc.Subsections = append(d.doc.Subsections, s.Name)
+		d.doc.Subsections = limited(d.doc.Subsections, &d.doc.SubsectionsLeftOut, s.Name)
 		switch s.Name {
 		case stream.SubsectionCapabilities:
 			d.doc.Capabilities = s.Capabilities
@@ -185,22 +214,20 @@ func (d *dumper) frame(f *stream.Frame) error {
 			d.doc.PageSize = 1 << (s.TargetPageBits & 31)
 		}
 	case stream.CommandFrame:
-		d.doc.Commands = append(d.doc.Commands, dumpCommand{f.Offset, f.Command.Number, commandName(f.Command.Number), len(f.Command.Payload)})
+		d.doc.Commands = limited(d.doc.Commands, &d.doc.CommandsLeftOut,
+			dumpCommand{f.Offset, f.Command.Number, commandName(f.Command.Number), len(f.Command.Payload)})
 	case stream.SectionEarly:
 		body, offset := f.Body()
 		s := f.Section
-		d.doc.Devices = append(d.doc.Devices, dumpDevice{s.ID, s.Name, s.Instance, s.Version, offset, len(body), true})
+		d.doc.Devices = limited(d.doc.Devices, &d.doc.DevicesLeftOut, dumpDevice{s.ID, s.Name, s.Instance, s.Version, offset, len(body), true})
 	case stream.SectionStart:
 		d.doc.Sections = append(d.doc.Sections, dumpSection{
 			ID: f.Section.ID, Name: f.Section.Name, Instance: f.Section.Instance, Version: f.Section.Version,
 		})
 		d.section = len(d.doc.Sections) - 1
+		d.index[f.Section.ID] = d.section
 	case stream.SectionPart, stream.SectionEnd:
-		for i := range d.doc.Sections {
-			if d.doc.Sections[i].ID == f.Section.ID {
-				d.section = i
-			}
-		}
+		d.section = d.index[f.Section.ID]
 		s := &d.doc.Sections[d.section]
 		if f.Kind == stream.SectionEnd {
 			s.End = true
@@ -243,7 +270,7 @@ const maxCounted = 1 << 30
 func (d *dumper) devices(b []byte) error {
 	start := d.doc.Bytes - int64(len(b))
 	d.doc.TailBytes = len(b)
-	early := len(d.doc.Devices)
+	early := len(d.doc.Devices) + d.doc.DevicesLeftOut
 	t, err := stream.ParseTail(b)
 	if err == nil && t.Description != nil && t.Early != early {
 		err = stream.Damaged("vmdescription", start, "%d devices ahead of RAM, %d described", early, t.Early)
@@ -253,7 +280,8 @@ func (d *dumper) devices(b []byte) error {
 		d.doc.PageSize = t.PageSize
 	}
 	for _, s := range t.Sections {
-		d.doc.Devices = append(d.doc.Devices, dumpDevice{s.ID, s.Name, s.Instance, s.Version, start + int64(s.Offset), s.Length, false})
+		d.doc.Devices = limited(d.doc.Devices, &d.doc.DevicesLeftOut,
+			dumpDevice{s.ID, s.Name, s.Instance, s.Version, start + int64(s.Offset), s.Length, false})
 	}
 	return err
 }
@@ -284,6 +312,12 @@ func printDump(w io.Writer, d *dumpDoc) error {
 	line("machine\t%s", dash(q(d.Machine)))
 	line("page size\t%d", d.PageSize)
 	line("subsections\t%s", dash(strings.Join(d.Subsections, ", ")))
+	more := func(left int) {
+		if left > 0 {
+			line("and %d more", left)
+		}
+	}
+	more(d.SubsectionsLeftOut)
 	if len(d.Capabilities) > 0 {
 		line("capabilities\t%s", q(strings.Join(d.Capabilities, ", ")))
 	}
@@ -297,6 +331,7 @@ func printDump(w io.Writer, d *dumpDoc) error {
 		for _, c := range d.Commands {
 			line("%s\t%d\t%d", c.Name, c.Offset, c.Length)
 		}
+		more(d.CommandsLeftOut)
 	}
 	line("\nSECTION\tID\tINSTANCE\tVERSION\tPARTS\tEND\tBYTES")
 	for _, s := range d.Sections {
@@ -323,6 +358,7 @@ func printDump(w io.Writer, d *dumpDoc) error {
 	for _, s := range d.Devices {
 		line("%s\t%d\t%d\t%d\t%d\t%d", q(s.Name), s.ID, s.Instance, s.Version, s.Offset, s.Bytes)
 	}
+	more(d.DevicesLeftOut)
 	line("\nwhole tail\t%d bytes, vmdescription %d", d.TailBytes, d.Description)
 	if d.OpaqueBytes > 0 {
 		line("not understood\t%d bytes: %s", d.OpaqueBytes, q(d.OpaqueCause))

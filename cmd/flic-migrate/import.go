@@ -19,6 +19,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 type importCmd struct {
@@ -39,7 +40,8 @@ func newImport(a *app) *cobra.Command {
 as the next checkpoint of the domain. The stream may be raw, sparse, compressed by one
 of libvirt's compressors (the program must be installed), or a flash image of ours.
 Domain XML, libvirt's cookie and whether the domain ran are kept with it, and
-"export" gives them back. The file stays as it is.`,
+"export" gives them back. The file stays as it is; it is read
+more than once, so a pipe will not do.`,
 		Example: `  flic-migrate import --store /srv/vms /var/lib/libvirt/qemu/save/web1.save`,
 		Args:    cobra.ExactArgs(1),
 		RunE:    func(cmd *cobra.Command, args []string) error { return m.run(cmd.Context(), args[0]) },
@@ -56,7 +58,7 @@ Domain XML, libvirt's cookie and whether the domain ran are kept with it, and
 }
 
 func (m *importCmd) run(ctx context.Context, name string) error {
-	f, err := os.Open(name)
+	f, err := vfs.OpenPlain(name)
 	if err != nil {
 		return err
 	}

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"errors"
-	"os"
 
 	"github.com/spf13/cobra"
 
@@ -53,14 +52,12 @@ func (c *copyCmd) sendAll(ctx context.Context, names []string, have string) erro
 	}
 	h := transfer.NewHave()
 	if have != "" {
-		f := c.stdin
-		if have != "-" {
-			if f, err = os.Open(have); err != nil {
-				return err
-			}
-			defer f.Close()
+		in, err := c.input(ctx, have)
+		if err != nil {
+			return err
 		}
-		if h, err = transfer.ReadHave(bufio.NewReader(f)); err != nil {
+		defer in.Close()
+		if h, err = transfer.ReadHave(bufio.NewReader(in)); err != nil {
 			return err
 		}
 	}

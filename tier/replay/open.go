@@ -4,19 +4,21 @@ import (
 	"bufio"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"fmt"
 	"io"
-	"os"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
+
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
 )
 
 // Open opens a recorded stream. Whether and how it is compressed is told by its
 // first bytes: zstd, gzip and lz4 are known, everything else is taken for the
-// stream itself.
-func Open(path string) (io.ReadCloser, error) {
-	f, err := os.Open(path)
+// stream itself. A pipe will do. Open and all reads return ctx's cause when that is done.
+func Open(ctx context.Context, path string) (io.ReadCloser, error) {
+	f, err := pipe.Open(ctx, path)
 	if err != nil {
 		return nil, err
 	}
@@ -31,7 +33,7 @@ func Open(path string) (io.ReadCloser, error) {
 type recorded struct {
 	r          io.Reader
 	closeCodec func()
-	file       *os.File
+	file       *pipe.Input
 }
 
 // Read keeps a recording that was cut apart from a stream that was: the codecs

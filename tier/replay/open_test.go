@@ -46,7 +46,7 @@ func TestOpen(t *testing.T) {
 		if err := os.WriteFile(path, b, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		r, err := Open(path)
+		r, err := Open(t.Context(), path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -71,7 +71,7 @@ func TestOpenTruncated(t *testing.T) {
 		if err := os.WriteFile(path, b[:len(b)/2], 0o600); err != nil {
 			t.Fatal(err)
 		}
-		r, err := Open(path)
+		r, err := Open(t.Context(), path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -89,7 +89,7 @@ func TestOpenShort(t *testing.T) {
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		r, err := Open(path)
+		r, err := Open(t.Context(), path)
 		if err != nil {
 			t.Fatalf("%q: %v", content, err)
 		}
@@ -99,14 +99,14 @@ func TestOpenShort(t *testing.T) {
 			t.Errorf("%q: %q, %v", content, got, err)
 		}
 	}
-	if _, err := Open(filepath.Join(t.TempDir(), "none")); !os.IsNotExist(err) {
+	if _, err := Open(t.Context(), filepath.Join(t.TempDir(), "none")); !os.IsNotExist(err) {
 		t.Errorf("a file that is not there: %v", err)
 	}
 	path := filepath.Join(t.TempDir(), "bad.gz")
 	if err := os.WriteFile(path, []byte("\x1f\x8bnot gzip at all"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(path); err == nil {
+	if _, err := Open(t.Context(), path); err == nil {
 		t.Error("a file that only begins like gzip was opened")
 	}
 }

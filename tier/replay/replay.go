@@ -17,6 +17,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -81,7 +83,13 @@ const vm = "replay"
 // stream or with its restore is in the Result.
 func (p *Replayer) Stream(ctx context.Context, path string) (Result, error) {
 	res := Result{Stream: path}
-	in, err := Open(path)
+	if fi, err := os.Stat(path); err != nil {
+		return res, err
+	} else if !fi.Mode().IsRegular() {
+		// It is read again for each comparison.
+		return res, &fs.PathError{Op: "replay", Path: path, Err: vfs.ErrNotRegular}
+	}
+	in, err := Open(ctx, path)
 	if err != nil {
 		return res, err
 	}
@@ -91,7 +99,7 @@ func (p *Replayer) Stream(ctx context.Context, path string) (Result, error) {
 	o.ReturnPath = io.Discard // a recorded stream's source waits for nothing
 	if p.HotEvery > 0 {
 		o.NVRAM, o.VolatileNVRAM = filepath.Join(p.Scratch, "nvram"), true
-		if o.WorkingSet, err = everyPage(path, p.HotEvery); err != nil {
+		if o.WorkingSet, err = everyPage(ctx, path, p.HotEvery); err != nil {
 			return res, err
 		}
 	}
@@ -111,8 +119,8 @@ func (p *Replayer) Stream(ctx context.Context, path string) (Result, error) {
 // everyPage is a working set with every n-th page of the guest whose stream is
 // at path. A stream that is damaged before the guest's memory is known has
 // none; the save will say what is wrong with it.
-func everyPage(path string, n int) (ws *workingset.Set, err error) {
-	in, err := Open(path)
+func everyPage(ctx context.Context, path string, n int) (ws *workingset.Set, err error) {
+	in, err := Open(ctx, path)
 	if err != nil {
 		return nil, err
 	}
@@ -215,7 +223,7 @@ func (p *Replayer) check(ctx context.Context, path string, ref store.Ref, meta *
 
 // bytes restores c and compares with the recorded stream byte by byte.
 func (p *Replayer) bytes(ctx context.Context, path string, c *checkpoint.Checkpoint, res *Result) error {
-	in, err := Open(path)
+	in, err := Open(ctx, path)
 	if err != nil {
 		return err
 	}
@@ -232,7 +240,7 @@ func (p *Replayer) bytes(ctx context.Context, path string, c *checkpoint.Checkpo
 // memory loads the recorded stream and the restored one and compares them. It
 // returns how many records of the recorded one repeat a page.
 func (p *Replayer) memory(ctx context.Context, path string, c *checkpoint.Checkpoint) (resent int64, err error) {
-	in, err := Open(path)
+	in, err := Open(ctx, path)
 	if err != nil {
 		return 0, err
 	}

@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
+	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
 // ImageMagic begins a flash image.
@@ -50,7 +51,7 @@ func (s Setup) Saves() (list []Save) {
 
 // memoryFile is the save file of an external snapshot, or nothing.
 func memoryFile(snapshot string) string {
-	f, err := os.Open(snapshot)
+	f, err := vfs.OpenPlain(snapshot)
 	if err != nil {
 		return ""
 	}
@@ -69,7 +70,7 @@ func memoryFile(snapshot string) string {
 
 // look reads a save file's header.
 func look(name string) (Save, bool) {
-	f, err := os.Open(name)
+	f, err := vfs.OpenPlain(name)
 	if err != nil {
 		return Save{}, false
 	}

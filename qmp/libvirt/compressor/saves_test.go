@@ -7,6 +7,8 @@ import (
 	"reflect"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/saveimage"
 )
 
@@ -37,6 +39,13 @@ func TestSaves(t *testing.T) {
 	snapshot("s2", "<memory snapshot='internal'/>")
 	snapshot("s3", "<memory snapshot='external' file='/srv/gone'/>")
 	snapshot("s4", "<memory")
+	// Nobody writes to these: to open them must not wait.
+	for _, name := range []string{dir + "fifo.save", "var/lib/libvirt/qemu/snapshot/web 1/fifo.xml", "srv/fifo"} {
+		if err := unix.Mkfifo(s.path(name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	snapshot("s5", "<memory snapshot='external' file='/srv/fifo'/>")
 	want := []Save{
 		{s.path(dir + "raw.save"), saveimage.Raw, false}, {s.path(dir + "short.save"), saveimage.Raw, false},
 		{s.path(dir + "sparse.save"), saveimage.Sparse, false}, {s.path(dir + "web 1.save"), saveimage.Raw, true},
