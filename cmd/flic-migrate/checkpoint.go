@@ -200,7 +200,7 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 	p.finish()
 	if err = explainNVRAM(err); !doc.Saved {
 		// Its lines are for people, and its QEMU starts the command.
-		return explainHuman(err, "migrate_set_capability return-path on", "migrate", "save", "--store", st.Dir(), "--vm", vm)
+		return c.failed(doc, explainHuman(err, "migrate_set_capability return-path on", "migrate", "save", "--store", st.Dir(), "--vm", vm))
 	}
 	c.measureCheckpoint(&doc)
 	c.digest(ctx, st, doc)
@@ -213,6 +213,22 @@ func (c *checkpointCmd) run(ctx context.Context, vm string, timed bool) error {
 		c.unite(ctx, st, doc.Checkpoint, doc.Save, c.share.where.value, c.quiet)
 	}
 	return err
+}
+
+// failedCheckpoint is the JSON document of a checkpoint that has failed after the VM's disks
+// have become other files.
+type failedCheckpoint struct {
+	checkpointReport
+	ExitCode int    `json:"exit_code"`
+	Error    string `json:"error"`
+}
+
+// failed tells what has become of the VM's disks, though there is no checkpoint.
+func (c *checkpointCmd) failed(doc checkpointReport, err error) error {
+	if c.json && len(doc.Snapshots) > 0 {
+		return errors.Join(err, printJSON(c.stdout, failedCheckpoint{doc, exitCode(err), oneLine(err)}))
+	}
+	return err // which names the files
 }
 
 // options are those of a VM's checkpoint, as the flags say.

@@ -354,7 +354,7 @@ func TestDocsJSON(t *testing.T) {
 	}
 	for name, v := range map[string]any{
 		"save": saveReport{}, "restore": restoreReport{}, "list": listEntry{}, "list --totals": store.Total{}, "show": showDoc{}, "flatten": flattenReport{}, "verify": verifyEntry{},
-		"rm": rmEntry{}, "prune": pruneEntry{}, "tag": labelDoc{}, "copy": copiedEntry{}, "memory": coredump.Report{}, "diff": diffDoc{}, "gc": gcReport{}, "doctor": doctor.Finding{}, "replay": replay.Result{}, "dump": dumpDoc{}, "disk index": diskEntry{}, "disk rm": diskRemoved{}, "disk thaw": thawed{}, "resume": resumeReport{}, "track": rounds.Report{}, "checkpoint": checkpointReport{},
+		"rm": rmEntry{}, "prune": pruneEntry{}, "tag": labelDoc{}, "copy": copiedEntry{}, "memory": coredump.Report{}, "diff": diffDoc{}, "gc": gcReport{}, "doctor": doctor.Finding{}, "replay": replay.Result{}, "dump": dumpDoc{}, "disk index": diskEntry{}, "disk rm": diskRemoved{}, "disk thaw": thawed{}, "resume": resumeReport{}, "track": rounds.Report{}, "checkpoint": failedCheckpoint{},
 		"checkpoint --group": groupReport{}, "resume --group": groupResumeReport{}, "list --group": groupEntry{},
 	} {
 		fields(reflect.TypeOf(v), "", func(field string) {

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	vmdisks "github.com/flic-migrate/flic-migrate/qmp/disks"
 	"github.com/flic-migrate/flic-migrate/qmp/qemutest"
 )
 
@@ -182,6 +183,17 @@ func TestQEMUDiskSnapshot(t *testing.T) {
 	var answer string
 	ok(t, vm.QMP.Execute(ctx, "human-monitor-command", map[string]string{"command-line": `qemu-io -d flash1/virtio-backend "write -P 9 0 64k"`}, &answer))
 	l.run(t, "checkpoint", "--disks", "snapshot", "--qmp", vm.Socket, "vm")
+	// Who reads JSON must know of overlays without a checkpoint. A parent that is not there
+	// fails the save, when they are in use.
+	var failed failedCheckpoint
+	out, err := exec.Command("flic-migrate", "checkpoint", "--store", l.store, "--qmp", vm.Socket, "vm", "--json", "--disks", "snapshot", "--parent", "vm@7").Output()
+	ok(t, json.Unmarshal(out, &failed))
+	layers, ferr := vmdisks.Find(ctx, vm.QMP)
+	ok(t, ferr)
+	if err == nil || failed.ExitCode != exitNotFound || failed.Error == "" || failed.Checkpoint != "" || len(failed.Snapshots) != 1 || failed.Snapshots[0].Now != layers[0].Layers[0].Path {
+		t.Errorf("%v: %s; the VM's disks: %+v", err, out, layers)
+	}
+	runsOn(t, vm)
 	ok(t, vm.Quit(ctx))
 
 	first, second := l.show(t, "vm@1").VMDisks, l.show(t, "vm@2").VMDisks

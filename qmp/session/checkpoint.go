@@ -127,6 +127,9 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	if err == nil && !done {
 		rep, err = o.checkpoint(ctx, fs, st, t, x)
 	}
+	if !rep.Saved {
+		rep.Kept, rep.KeptTime = nil, 0 // they went with it
+	}
 	for _, w := range rep.Warnings {
 		o.Log.Warn(w)
 	}

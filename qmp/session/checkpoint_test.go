@@ -1,6 +1,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -31,8 +32,9 @@ import (
 // it was given and has completed when it hears that all is well.
 type machine struct {
 	stream []byte
-	fails  bool // it says that the migration has failed, whatever it hears
-	stays  bool // it does not let the guest run
+	fails  bool   // it says that the migration has failed, whatever it hears
+	disks  string // what it says of its disks, in JSON; empty: nothing of use
+	stays  bool   // it does not let the guest run
 
 	mu      sync.Mutex
 	running bool
@@ -68,8 +70,10 @@ func (q *machine) serve(t *testing.T) func(*qmptest.Conn) {
 				answer = fmt.Sprintf(`{"running": %v, "status": %q}`, q.running, map[bool]string{true: "running", false: "paused"}[q.running])
 			case "query-migrate":
 				answer = fmt.Sprintf(`{"status": %q}`, q.status)
-			case "query-yank":
+			case "query-yank", "query-block-jobs":
 				answer = "[]"
+			case "query-block":
+				answer = cmp.Or(q.disks, answer)
 			case "query-migrate-capabilities":
 				answer = `[{"capability": "events", "state": false}, {"capability": "return-path", "state": false}]`
 			case "query-migrate-parameters":
@@ -167,6 +171,33 @@ func TestCheckpoint(t *testing.T) {
 	}
 	if left, err := os.ReadDir(os.TempDir()); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestKeptWithoutCheckpoint: copies of disks go with a checkpoint that fails, and are not
+// spoken of.
+func TestKeptWithoutCheckpoint(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		dir := t.TempDir()
+		ok(t, os.WriteFile(dir+"/disk", make([]byte, 1<<20), 0o600))
+		s := tiertest.New(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}}, ReturnPath: true})
+		q := &machine{stream: s.Bytes(), fails: fails, running: true, status: "none",
+			disks: fmt.Sprintf(`[{"qdev": "/m/a", "inserted": {"image": {"filename": %q, "format": "raw"}}}]`, dir+"/disk")}
+		m := qmptest.New(t, q.serve(t))
+		st, err := store.Open(t.Context(), vfs.OS, dir+"/store", true)
+		ok(t, err)
+		rep, err := Checkpoint(t.Context(), vfs.OS, st, Target{QMP: m.Addr}, CheckpointOptions{
+			Guest: migration.CheckpointOptions{Mode: migration.ModeStop},
+			Save:  save.Options{VM: "vm"},
+			Keep:  KeepCopy,
+			Log:   slog.New(slog.DiscardHandler),
+		})
+		q.writing.Wait()
+		copies, rerr := os.ReadDir(dir + "/store/frozen")
+		ok(t, rerr)
+		if (err != nil) != fails || (len(rep.Kept) == 0) != fails || (rep.KeptTime == 0) != fails || (len(copies) == 0) != fails {
+			t.Errorf("fails %v: %v, %+v, %v; the store has %v", fails, err, rep.Kept, rep.KeptTime, copies)
+		}
 	}
 }
 
