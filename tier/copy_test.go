@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -101,6 +102,38 @@ func TestCopyNeedsNoNVRAM(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.holds(t, to, s)
+}
+
+// TestCopyLabel: a copy is there with what users say of the original, or not at all.
+func TestCopyLabel(t *testing.T) {
+	s := small(1)
+	n := everyOp(t, func(t *testing.T, n int) bool {
+		disk := crashfs.New(0)
+		l := newLab(t, disk, "/")
+		ref, _ := l.save(t, s, smallOptions(t, s))
+		want := store.Label{Tags: []string{"golden"}, Note: "n"}
+		if _, _, _, err := l.st.ChangeLabel(t.Context(), ref, func(l *store.Label) { *l = want }); err != nil {
+			t.Fatal(err)
+		}
+		before := len(disk.Ops())
+		disk.FailAt(n, syscall.ENOSPC)
+		_, _, err := l.copy(ref, image.None)
+		hit := len(disk.Ops())-before > n
+		disk.Heal()
+		refs, lerr := l.st.List(t.Context(), "")
+		if lerr != nil || err != nil && len(refs) != 1 && !store.IsUncertain(err) || err == nil && len(refs) != 2 {
+			t.Errorf("copy: %v, and there is %v, %v", err, refs, lerr)
+		}
+		for _, r := range refs {
+			if have, err := l.st.Label(t.Context(), r); err != nil || !reflect.DeepEqual(have, want) {
+				t.Errorf("of %v users say %+v, %v", r, have, err)
+			}
+		}
+		return hit
+	})
+	if n < 8 {
+		t.Errorf("the copy had only %d operations", n)
+	}
 }
 
 // TestKillCopy ends the process at every operation of a copy, and lets every one

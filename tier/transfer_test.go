@@ -522,6 +522,27 @@ func TestTransferForged(t *testing.T) {
 	}
 }
 
+// TestTransferBare: what lies under a number without an image is not what users say of a
+// checkpoint that is received with it.
+func TestTransferBare(t *testing.T) {
+	a, b := newLab(t, crashfs.New(0), "/"), newLab(t, crashfs.New(0), "/")
+	s := small(1)
+	ref, _ := a.save(t, s, save.Options{})
+	bare, _ := b.save(t, s, save.Options{})
+	if _, _, _, err := b.st.ChangeLabel(t.Context(), bare, func(l *store.Label) { l.Tags = []string{"golden"} }); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.fs.Remove("/store/vms/vm/00000001.flic"); err != nil {
+		t.Fatal(err)
+	}
+	if _, r := a.ships(t, b, ref); r.Ref != bare {
+		t.Errorf("%+v", r)
+	}
+	if l, err := b.st.Label(t.Context(), bare); err != nil || len(l.Tags) > 0 {
+		t.Errorf("%+v, %v", l, err)
+	}
+}
+
 // TestTransferNames: a checkpoint keeps its name and its UUID, what lies beside it comes
 // along, and another name is as good.
 func TestTransferNames(t *testing.T) {

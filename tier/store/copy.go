@@ -37,37 +37,28 @@ const copyChunk = 32 << 10
 // them keeps its place, and pages whose bytes are anywhere else follow in segments of
 // their own, each different one once.
 //
-// What resumes of a checkpoint of this store have learned is copied too, as well as
-// can be: it is a hint.
+// What users say of it is copied with it. So is what resumes have learned, as well as can be:
+// it is a hint. After an error there is no copy, unless [IsUncertain] says so.
 func (s *Store) Copy(ctx context.Context, c *Checkpoint, o CopyOptions) (Ref, *checkpoint.Meta, error) {
-	ref, meta, err := s.copy(ctx, c.Checkpoint, c.Ref.VM, o)
+	tx, err := s.Begin(ctx, c.Ref.VM)
 	if err != nil {
-		return ref, nil, err
+		return Ref{}, nil, err
+	}
+	defer tx.Abort()
+	meta, err := tx.fill(ctx, c.Checkpoint, o)
+	if err != nil {
+		return Ref{}, nil, err
+	}
+	// What can't be read is verify's to say.
+	if tx.label, err = c.store.Label(ctx, c.Ref); err != nil && !integrity.IsCorrupt(err) {
+		return Ref{}, nil, err
+	}
+	ref, err := tx.Commit(ctx)
+	if err != nil {
+		return Ref{}, nil, err
 	}
 	if t, err := c.store.Touched(ctx, c.Ref); err == nil && len(t.Runs) > 0 {
 		s.AddTouched(ctx, ref, t.PageSize, t.Blocks, t.Runs)
-	}
-	l, err := c.store.Label(ctx, c.Ref)
-	if err == nil {
-		err = s.copyLabel(ctx, ref, l)
-	}
-	if integrity.IsCorrupt(err) {
-		err = nil // verify says so
-	}
-	return ref, meta, err
-}
-
-func (s *Store) copy(ctx context.Context, c *checkpoint.Checkpoint, vm string, o CopyOptions) (ref Ref, meta *checkpoint.Meta, err error) {
-	tx, err := s.Begin(ctx, vm)
-	if err != nil {
-		return ref, nil, err
-	}
-	defer tx.Abort()
-	if meta, err = tx.fill(ctx, c, o); err != nil {
-		return ref, nil, err
-	}
-	if ref, err = tx.Commit(ctx); err != nil {
-		return ref, nil, err
 	}
 	return ref, meta, nil
 }

@@ -189,10 +189,13 @@ func (s *Store) CommitGroup(ctx context.Context, g Group, txs []*Tx) (_ Group, e
 		return g, err
 	}
 	for _, t := range txs {
-		if t.known {
-			continue
+		if !t.known {
+			err = s.dir.Mkdir(ctx, vmFolder(t.ref.VM))
 		}
-		if err := s.dir.Mkdir(ctx, vmFolder(t.ref.VM)); err != nil {
+		if err == nil {
+			err = s.clearBeside(ctx, t.ref)
+		}
+		if err != nil {
 			return g, err
 		}
 	}

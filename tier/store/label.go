@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"strings"
 	"unicode"
@@ -127,7 +128,7 @@ func (s *Store) ChangeLabel(ctx context.Context, r Ref, change func(*Label)) (at
 		return r, now, nil, err
 	}
 	name := r.object(labelSuffix)
-	if len(now.Tags) > 0 || now.Note != "" {
+	if !now.empty() {
 		return r, now, lost, s.writeSealed(ctx, name, now)
 	}
 	if err := s.dir.Remove(ctx, name); err != nil && !gone(err) {
@@ -136,12 +137,24 @@ func (s *Store) ChangeLabel(ctx context.Context, r Ref, change func(*Label)) (at
 	return r, now, lost, s.dir.Sync(ctx, vmFolder(r.VM))
 }
 
-// copyLabel gives a copy what users say of the original.
-func (s *Store) copyLabel(ctx context.Context, to Ref, l Label) error {
-	if len(l.Tags) == 0 && l.Note == "" {
-		return nil
+func (l *Label) empty() bool { return len(l.Tags) == 0 && l.Note == "" }
+
+// clearBeside removes what lies beside an image that is to come: of one under this number that
+// somebody has removed by hand, or that a killed receiver had not brought in. If there is an
+// image it is that one's (fs.ErrExist). The caller holds the store lock.
+func (s *Store) clearBeside(ctx context.Context, r Ref) (err error) {
+	name := r.object(imageSuffix)
+	if f, err := s.dir.Open(ctx, name, Unlocked); !gone(err) {
+		if err == nil {
+			f.Close()
+		}
+		return &fs.PathError{Op: "commit", Path: s.dir.Path(name), Err: fs.ErrExist}
 	}
-	_, _, _, err := s.ChangeLabel(ctx, to, func(now *Label) { *now = l })
+	for _, suffix := range []string{labelSuffix, touchedSuffix, lentSuffix} {
+		if rerr := s.dir.Remove(ctx, r.object(suffix)); !gone(rerr) {
+			err = errors.Join(err, rerr)
+		}
+	}
 	return err
 }
 

@@ -111,15 +111,11 @@ func (r *receiving) borrow(ctx context.Context, i *received, want source.Ranges)
 
 // lend writes beside the checkpoint what others lend to it. The caller holds the store lock.
 func (r *receiving) lend(ctx context.Context) error {
-	name := r.ref.object(lentSuffix)
-	if l := r.images[0].lent; l != nil {
-		return r.s.dir.Write(ctx, name, spare(), l.Append(nil))
+	l := r.images[0].lent
+	if l == nil {
+		return nil
 	}
-	// Of one that had the number before.
-	if err := r.s.dir.Remove(ctx, name); !gone(err) {
-		return err
-	}
-	return nil
+	return r.s.dir.Write(ctx, r.ref.object(lentSuffix), spare(), l.Append(nil))
 }
 
 // staleLent removes what was lent to an image that another has taken the place of, as flatten

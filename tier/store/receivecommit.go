@@ -145,13 +145,10 @@ func (r *receiving) commit(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := r.beside(ctx); err != nil {
-		return err
-	}
 	if own.hot != nil {
 		own.hot.keep = true // a panic, too, leaves it open whether the image is there
 	}
-	err = s.dir.Commit(ctx, own.name, r.ref.object(imageSuffix))
+	err = s.place(ctx, own.name, r.ref, r.label(), func() error { return r.beside(ctx) })
 	if own.hot != nil && err != nil {
 		own.hot.keep = IsUncertain(err)
 	}
@@ -175,22 +172,24 @@ func (r *receiving) unlistedName(ctx context.Context, at Ref, id uuid.UUID) stri
 	return at.keptObject(id)
 }
 
-// beside writes what lies beside the image. The caller holds the store lock.
+// label is what users say of it; nothing if that is not in order, because the checkpoint is
+// worth more.
+func (r *receiving) label() (l Label) {
+	if len(r.head.Label) > 0 && (json.Unmarshal(r.head.Label, &l) != nil || l.check() != nil) {
+		l = Label{}
+	}
+	return l
+}
+
+// beside writes what else lies beside the image. The caller holds the store lock.
 func (r *receiving) beside(ctx context.Context) error {
 	if err := r.lend(ctx); err != nil {
 		return err
 	}
-	var l Label
-	if len(r.head.Label) > 0 && json.Unmarshal(r.head.Label, &l) == nil && l.check() == nil {
-		if err := r.s.writeSealed(ctx, r.ref.object(labelSuffix), l); err != nil {
-			return err
-		}
-	}
-	// A hint, and worth no failure.
 	var t workingset.Touched
 	if len(r.head.Touched) > 0 && json.Unmarshal(r.head.Touched, &t) == nil {
 		if b, err := integrity.Seal(&t); err == nil && len(b) <= maxTouched {
-			return r.s.dir.Write(ctx, r.ref.object(touchedSuffix), spare(), b)
+			_ = r.s.dir.Write(ctx, r.ref.object(touchedSuffix), spare(), b) // a hint, and worth no failure
 		}
 	}
 	return nil

@@ -850,6 +850,60 @@ func TestLabel(t *testing.T) {
 	}
 }
 
+// TestNewBeside: what lies under a number without an image, as when somebody has removed that
+// by hand, is not the next checkpoint's; what lies beside an image stays that one's.
+func TestNewBeside(t *testing.T) {
+	s, disk := newStore(t)
+	ctx := t.Context()
+	// left has users say something of a checkpoint, and resumes of it learn something.
+	left := func(r Ref) {
+		t.Helper()
+		if _, _, _, err := s.ChangeLabel(ctx, r, func(l *Label) { l.Tags = []string{"golden"} }); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.AddTouched(ctx, r, 4096, []string{"ram"}, []workingset.PageRun{{Count: 1}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bare := func(what string, r Ref) {
+		t.Helper()
+		if l, err := s.Label(ctx, r); err != nil || !l.empty() {
+			t.Errorf("%s: %v says %+v, %v", what, r, l, err)
+		}
+		if have, err := s.Touched(ctx, r); err != nil || len(have.Runs) > 0 {
+			t.Errorf("%s: resumes of %v have learned %v, %v", what, r, have.Runs, err)
+		}
+	}
+	image := func(r Ref) string { return "/store/" + r.object(imageSuffix) }
+	for _, vm := range []string{"a", "b"} {
+		ref := mustCommit(t, s, vm)
+		left(ref)
+		if err := disk.Remove(image(ref)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bare("a checkpoint", mustCommit(t, s, "a"))
+	for _, m := range mustCommitGroup(t, s, "b").Members {
+		bare("a group's", m.Ref())
+	}
+	// Somebody has put an image where a save that is under way wants to have its own.
+	p, err := s.Begin(ctx, "a")
+	if err == nil {
+		err = finish(p)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, disk, image(p.ref), []byte("another"))
+	left(p.ref)
+	if _, err := p.Commit(ctx); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("a number that is taken: %v", err)
+	}
+	if l, err := s.Label(ctx, p.ref); err != nil || l.empty() {
+		t.Errorf("the other one has lost what users say of it: %v", err)
+	}
+}
+
 // A damaged label is damage, for verify as well, and is replaced by the next one; hostile
 // ones are refused.
 func TestLabelDamage(t *testing.T) {
@@ -891,10 +945,12 @@ func TestUncertain(t *testing.T) {
 		if err := finish(p); err != nil {
 			t.Fatal(err)
 		}
-		// Lock, rename, sync of the VM's directory, and the same backwards.
-		disk.FailAt(2, syscall.EIO)
+		// Lock, removals of what lies beside, rename, sync of the VM's directory, and the
+		// last two backwards.
+		const synced = 5
+		disk.FailAt(synced, syscall.EIO)
 		if c.also > 0 {
-			disk.FailAt(2+c.also, syscall.EIO)
+			disk.FailAt(synced+c.also, syscall.EIO)
 		}
 		_, err = p.Commit(context.Background())
 		if !errors.Is(err, syscall.EIO) || IsUncertain(err) != c.uncertain || IsUncertain(fmt.Errorf("x: %w", err)) != c.uncertain {

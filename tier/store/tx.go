@@ -52,6 +52,7 @@ type Tx struct {
 	// then stays, and its NVRAM.
 	stays bool
 
+	label Label  // what users say of it, as of what it is a copy of
 	again bool   // it is another image of a checkpoint that there is
 	loose *Loose // BeginLoose
 	entry Object // the lock of its entry, exclusively locked
@@ -374,8 +375,29 @@ func (t *Tx) commit(ctx context.Context) error {
 	// be so after a power cut: its NVRAM must then stay its own until gc has seen
 	// the folder synced.
 	t.keep = true
-	err = t.s.dir.Commit(ctx, t.name, t.ref.object(imageSuffix))
+	err = t.s.place(ctx, t.name, t.ref, t.label, nil)
 	t.keep = IsUncertain(err)
+	return err
+}
+
+// place gives a new checkpoint's image its name, durably, when what belongs beside it is there
+// and no more: l, and what write writes, if it is not nil. The name that the image has is
+// from. As in Dir.Commit, after an error nothing is there unless IsUncertain says so.
+// The caller holds the store lock.
+func (s *Store) place(ctx context.Context, from string, r Ref, l Label, write func() error) error {
+	err := s.clearBeside(ctx, r)
+	if err == nil && !l.empty() {
+		err = s.writeSealed(ctx, r.object(labelSuffix), l)
+	}
+	if err == nil && write != nil {
+		err = write()
+	}
+	if err == nil {
+		err = s.dir.Commit(ctx, from, r.object(imageSuffix))
+	}
+	if err != nil && !IsUncertain(err) {
+		_ = s.clearBeside(ctx, r)
+	}
 	return err
 }
 
