@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"syscall"
 
@@ -295,6 +296,9 @@ func (d *posixDir) Commit(_ context.Context, from, to string) error {
 	if bug := (*rescue.Error)(nil); errors.As(err, &bug) {
 		return &uncertainError{err} // nobody knows how far it got
 	}
+	if err != nil && !d.unmoved(old, final, err) {
+		return &uncertainError{err}
+	}
 	if err != nil {
 		return err
 	}
@@ -309,6 +313,17 @@ func (d *posixDir) Commit(_ context.Context, from, to string) error {
 		err = &uncertainError{err}
 	}
 	return err
+}
+
+// unmoved tells whether it is known that a Rename that has failed with err has not given the
+// file its new name. On a network's file system it may have: what is not answered is an error.
+func (d *posixDir) unmoved(old, final string, err error) bool {
+	now, missing := d.fs.Lstat(final)
+	if missing != nil || !errors.Is(err, fs.ErrExist) {
+		return gone(missing)
+	}
+	had, missing := d.fs.Lstat(old)
+	return missing == nil && !os.SameFile(had, now)
 }
 
 func (d *posixDir) Replace(_ context.Context, from, to string) error {

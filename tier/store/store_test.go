@@ -962,6 +962,63 @@ func TestUncertain(t *testing.T) {
 	}
 }
 
+// bothNames is a file system whose Rename links and does not get to unlink: as a server that
+// does not answer any more leaves it.
+type bothNames struct {
+	vfs.FS
+	broken bool
+}
+
+func (f *bothNames) NoLinks(string) (vfs.FS, error) { return f, nil }
+
+func (f *bothNames) Rename(from, to string) error {
+	if !f.broken {
+		return f.FS.Rename(from, to)
+	}
+	if err := f.FS.Link(from, to); err != nil {
+		return err
+	}
+	return &os.LinkError{Op: "rename", Old: from, New: to, Err: syscall.EIO}
+}
+
+// TestBothNames: a commit whose rename has failed, and has given the image its name, says that
+// this is not certain, and not that there is no checkpoint.
+func TestBothNames(t *testing.T) {
+	disk := &bothNames{FS: crashfs.New(0)}
+	s, err := Open(t.Context(), disk, "/store", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustCommit(t, s, "vm")
+	p, err := s.Begin(t.Context(), "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := finish(p); err != nil {
+		t.Fatal(err)
+	}
+	disk.broken = true
+	if _, err := p.Commit(t.Context()); !errors.Is(err, syscall.EIO) || !IsUncertain(err) {
+		t.Errorf("%v, uncertain %v", err, IsUncertain(err))
+	}
+	if refs, err := s.List(t.Context(), "vm"); err != nil || len(refs) != 2 {
+		t.Errorf("%v, %v", refs, err)
+	}
+	// A name that is taken is no such case.
+	if p, err = s.Begin(t.Context(), "vm"); err != nil {
+		t.Fatal(err)
+	}
+	if err := finish(p); err != nil {
+		t.Fatal(err)
+	}
+	if err := disk.Link("/store/vms/vm/00000001.flic", "/store/vms/vm/00000003.flic"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Commit(t.Context()); !errors.Is(err, fs.ErrExist) || IsUncertain(err) {
+		t.Errorf("%v, uncertain %v", err, IsUncertain(err))
+	}
+}
+
 // FuzzUnseal opens any sealed file. What is accepted says the same when it is
 // sealed again.
 func FuzzUnseal(f *testing.F) {

@@ -354,14 +354,38 @@ func (o osFS) Rename(oldname, newname string) error {
 	return o.rename(oldname, newname, func(from, to place) error {
 		err := unix.Renameat2(from.dir, from.base, to.dir, to.base, unix.RENAME_NOREPLACE)
 		if err == unix.EINVAL || err == unix.ENOSYS {
-			// NFS and a few FUSE file systems. A hard link is the other
-			// operation that is atomic and never replaces.
-			if err = unix.Linkat(from.dir, from.base, to.dir, to.base, 0); err == nil {
-				err = unix.Unlinkat(from.dir, from.base, 0)
-			}
+			// NFS and a few FUSE file systems.
+			err = linkAndUnlink(from, to, unix.Unlinkat)
 		}
 		return err
 	})
+}
+
+// linkAndUnlink is Rename with a hard link, which is the other operation that is atomic and
+// never replaces. If unlink fails, the new name is taken back; if that fails as well, the file
+// has both. An NFS client may send again what was carried out and not answered, and is then
+// told that the new name is there, or the old one gone: so it is looked whose it is.
+func linkAndUnlink(from, to place, unlink func(dir int, base string, flags int) error) error {
+	err := unix.Linkat(from.dir, from.base, to.dir, to.base, 0)
+	if err == unix.EEXIST && isSecondName(from, to) {
+		err = nil
+	}
+	if err != nil {
+		return err
+	}
+	if err = unlink(from.dir, from.base, 0); err == nil || err == unix.ENOENT {
+		return nil
+	}
+	_ = unlink(to.dir, to.base, 0)
+	return err
+}
+
+// isSecondName tells whether a and b are two names of one file.
+func isSecondName(a, b place) bool {
+	var x, y unix.Stat_t
+	return unix.Fstatat(a.dir, a.base, &x, unix.AT_SYMLINK_NOFOLLOW) == nil &&
+		unix.Fstatat(b.dir, b.base, &y, unix.AT_SYMLINK_NOFOLLOW) == nil &&
+		x.Dev == y.Dev && x.Ino == y.Ino && x.Nlink > 1
 }
 
 func (o osFS) Link(oldname, newname string) error {

@@ -89,6 +89,8 @@ type FS interface {
 
 	// Rename moves a file to a name that must not exist (fs.ErrExist), as
 	// one atomic step: of two processes that commit to one name, one wins.
+	// After an error other than that one the file may have both names, where
+	// the file system has no such step but link(2).
 	Rename(oldname, newname string) error
 
 	// Replace moves a file over whatever file has the new name, atomically.
