@@ -185,9 +185,9 @@ func TestArmedLeaves(t *testing.T) {
 	close(s.begun)
 	defer close(s.ended)
 	left := func() bool {
-		s.putM.Lock()
-		defer s.putM.Unlock()
-		return s.put
+		s.owner.mu.Lock()
+		defer s.owner.mu.Unlock()
+		return s.owner.is == ownCommand
 	}
 	// connect returns a connection that has had its hello, and what is closed when it is over.
 	connect := func() (net.Conn, chan struct{}) {

@@ -227,7 +227,7 @@ func (p ArmedProcess) Run(ctx context.Context, files []*os.File) error {
 	}
 	s := &armedServer{
 		p: p, c: c, goOn: make(chan armedAsk, 1), hurry: make(chan struct{}),
-		begun: make(chan struct{}), held: make(chan struct{}), saved: make(chan struct{}), settled: make(chan struct{}), ended: make(chan struct{}),
+		begun: make(chan struct{}), held: make(chan struct{}), saved: make(chan struct{}), ended: make(chan struct{}),
 	}
 	defer os.RemoveAll(filepath.Dir(c.Control))
 	return s.run(ctx, stream, listener.(*net.UnixListener))
@@ -238,18 +238,16 @@ type armedServer struct {
 	p ArmedProcess
 	c armedConfig
 
-	stop  context.CancelCauseFunc // ends the save
-	hurry chan struct{}           // closed: Hold.Hurry, and the monitor is somebody else's
-	once  sync.Once               // of hurry
-	goOn  chan armedAsk           // go, once
-	begun chan struct{}           // closed: the note is there
-	held  chan struct{}           // closed: nothing is read any more
-	saved chan struct{}           // closed: report is there
-	// settled is closed when the command that let it go on has put QEMU right, or
-	// never will.
-	settled chan struct{}
-	ended   chan struct{} // closed: all is cleaned up
-	report  armedReport
+	stop   context.CancelCauseFunc // ends the save
+	hurry  chan struct{}           // closed: Hold.Hurry, and the monitor is somebody else's
+	owner  armedOwner              // of QEMU
+	once   sync.Once               // of hurry
+	goOn   chan armedAsk           // go, once
+	begun  chan struct{}           // closed: the note is there
+	held   chan struct{}           // closed: nothing is read any more
+	saved  chan struct{}           // closed: report is there
+	ended  chan struct{}           // closed: all is cleaned up
+	report armedReport
 
 	note store.Armed
 	// opened are the disks that pages are looked for in; they are there when begun is
@@ -257,12 +255,7 @@ type armedServer struct {
 	opened *save.OpenedDisks
 	went   armedAsk    // what goOn has brought; the save's
 	copies []io.Closer // of disks, that nobody removes; the save's
-	putM   sync.Mutex  // one puts QEMU right at a time
-	put    bool        // and it has been done, or is somebody else's to do
 
-	mu      sync.Mutex
-	driven  bool // a command has let it go on
-	orphan  bool // and is gone
 	talking sync.WaitGroup
 }
 
@@ -271,9 +264,7 @@ func (s *armedServer) run(ctx context.Context, stream *os.File, l *net.UnixListe
 	defer stop(nil)
 	s.stop = stop
 	asked := context.AfterFunc(ctx, func() {
-		if !s.isDriven() {
-			s.disarm()
-		}
+		s.disarm()
 		stop(context.Cause(ctx))
 	})
 	defer asked()
@@ -287,19 +278,9 @@ func (s *armedServer) run(ctx context.Context, stream *os.File, l *net.UnixListe
 	// QEMU sees the end of a stream that is not wanted any more.
 	stream.Close()
 	close(s.saved)
-	if s.isDriven() {
-		select {
-		case <-s.settled:
-		case <-time.After(settleTime):
-			s.setOrphan()
-		}
-		s.mu.Lock()
-		orphan := s.orphan
-		s.mu.Unlock()
-		if orphan {
-			s.p.Log.Warn(errOrphaned.Error() + "; the guest is let run")
-			s.putBack(putRightLimit, false)
-		}
+	if s.owner.wait(settleTime) {
+		s.p.Log.Warn(errOrphaned.Error() + "; the guest is let run")
+		s.putBack(putRightLimit, false)
 	} else if s.hasBegun() {
 		s.putBack(putBackTime, true)
 	}
@@ -451,7 +432,7 @@ func (s *armedServer) forget() {
 }
 
 // disarm cancels the migration while it is still wanted by QEMU, so that QEMU calls it
-// cancelled, and no failure.
+// cancelled, and no failure; unless that is a command's to do.
 func (s *armedServer) disarm() {
 	s.hurried()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
@@ -472,29 +453,17 @@ func (s *armedServer) putBack(limit time.Duration, ended bool) {
 // hurried has the save be held soon, without the monitor.
 func (s *armedServer) hurried() { s.once.Do(func() { close(s.hurry) }) }
 
-// leave says whether somebody else puts QEMU right.
-func (s *armedServer) leave(to bool) {
-	s.putM.Lock()
-	defer s.putM.Unlock()
-	s.put = to
-}
-
 func (s *armedServer) putBackOnce(ctx context.Context, ended bool) error {
-	s.putM.Lock()
-	defer s.putM.Unlock()
-	if s.put {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, putBackTime/3)
-	defer cancel()
-	x, err := s.c.Target.dial(ctx, qmp.Options{})
-	if err != nil {
-		return err
-	}
-	defer x.Close()
-	err = migration.Disarm(ctx, x, migration.DisarmOptions{Kept: s.c.Kept, Ended: ended})
-	s.put = err == nil
-	return err
+	return s.owner.putRight(func() error {
+		ctx, cancel := context.WithTimeout(ctx, putBackTime/3)
+		defer cancel()
+		x, err := s.c.Target.dial(ctx, qmp.Options{})
+		if err != nil {
+			return err
+		}
+		defer x.Close()
+		return migration.Disarm(ctx, x, migration.DisarmOptions{Kept: s.c.Kept, Ended: ended})
+	})
 }
 
 // hasBegun tells whether there is a note, and whoever armed is done.
@@ -505,19 +474,6 @@ func (s *armedServer) hasBegun() bool {
 	default:
 		return false
 	}
-}
-
-func (s *armedServer) isDriven() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.driven
-}
-
-// setOrphan is called when the command that let it go on will put nothing right.
-func (s *armedServer) setOrphan() {
-	s.mu.Lock()
-	s.orphan = true
-	s.mu.Unlock()
 }
 
 // listen talks with whoever connects, until the socket is closed.
@@ -575,7 +531,7 @@ func (s *armedServer) talk(conn net.Conn) {
 		s.c.Encoding, s.c.WorkingSet, s.c.Kept, true, s.opened.Changed()}})
 	// What it waits for. Who has the monitor must not wait until QEMU is put right.
 	var held, report <-chan struct{}
-	driver, left := false, false // it lets the process go on; it has the monitor
+	driver := false // it lets the process go on
 	beat := time.NewTicker(beatTime)
 	defer beat.Stop()
 	beats := false
@@ -589,42 +545,30 @@ func (s *armedServer) talk(conn net.Conn) {
 			beats = beats || a.Beats
 			switch {
 			case !open:
-				if left { // else it is another connection's to say
-					s.leave(false)
-				}
-				if driver {
-					s.setOrphan()
+				if s.owner.gone(conn) {
 					s.stop(errOrphaned)
-					close(s.settled)
 				}
 				return
 			case a.Ask == "leave":
-				left = true
-				s.leave(true)
+				s.owner.borrow(conn)
 				report = s.saved
 			case a.Ask == "ready":
-				left = true
-				s.leave(true)
+				s.owner.borrow(conn)
 				s.hurried()
 				held, report = s.held, s.saved
 			case a.Ask == "go" && !driver:
-				s.mu.Lock()
-				driver, s.driven = !s.driven, true
-				s.mu.Unlock()
-				if !driver {
-					return
+				if driver = s.owner.drive(conn); !driver {
+					return // it puts right what it has begun itself
 				}
 				held, report = nil, s.saved
 				s.goOn <- a
 			case a.Ask == "done" && driver:
-				close(s.settled)
+				s.owner.done(conn)
 				return
 			case a.Ask == "abort":
 				s.stop(errAborted)
 			case a.Ask == "disarm":
-				if !s.isDriven() {
-					s.disarm()
-				}
+				s.disarm()
 				s.stop(errDisarmed)
 				held, report = nil, s.ended
 			}
@@ -635,7 +579,7 @@ func (s *armedServer) talk(conn net.Conn) {
 			report = nil
 			say(armedSay{Report: &s.report})
 			if !driver {
-				return
+				return // if it has QEMU, that stays its own
 			}
 		case <-s.ended:
 			if report != nil { // both have come

@@ -220,14 +220,9 @@ func (l *later) failed(ctx context.Context, err error) error {
 func (l *later) undo() error {
 	// First of all: QEMU may wait for a reader with its monitor locked.
 	_ = unix.Shutdown(l.fd, unix.SHUT_RDWR)
-	l.s.putM.Lock()
-	defer l.s.putM.Unlock()
-	if l.s.put {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), putBackTime/3)
-	defer cancel()
-	err := migration.Disarm(ctx, l.x, migration.DisarmOptions{Kept: l.s.c.Kept, Ran: l.ran})
-	l.s.put = err == nil
-	return err
+	return l.s.owner.putRight(func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), putBackTime/3)
+		defer cancel()
+		return migration.Disarm(ctx, l.x, migration.DisarmOptions{Kept: l.s.c.Kept, Ran: l.ran})
+	})
 }

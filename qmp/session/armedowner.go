@@ -1,0 +1,109 @@
+package session
+
+import (
+	"sync"
+	"time"
+)
+
+// armedOwner says who has the QEMU of an armed process, which is who puts it right:
+//
+//	            borrow            drive            done
+//	the process ─────► a command ─────► the driver ────► nobody any more
+//	   │  ▲ ▲    gone      │                │                  ▲
+//	   │  │ └──────────────┘   gone, late   │                  │
+//	   │  └─────────────────────────────────┘                  │
+//	   └───────────────────── putRight ────────────────────────┘
+//
+// A command that has borrowed it has the monitor. The driver is the one, of all, that has let the
+// process go on: its guest stands still. Commands are told apart by any value that can be compared.
+// The zero value is the process's.
+type armedOwner struct {
+	mu   sync.Mutex // held while QEMU is put right, too
+	is   ownership
+	by   any           // the command
+	over chan struct{} // closed when the driver is no longer it; nil: there was none
+	shut bool          // nobody can drive any more
+}
+
+type ownership int
+
+const (
+	ownProcess ownership = iota
+	ownCommand
+	ownDriver
+	ownNobody
+)
+
+// borrow gives it to a command, which has the monitor; from one that had it before, too, which
+// must have let go of that. A driver keeps it.
+func (o *armedOwner) borrow(by any) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.is == ownProcess || o.is == ownCommand {
+		o.is, o.by = ownCommand, by
+	}
+}
+
+// drive makes a command the driver, unless there has been one, or it is too late.
+func (o *armedOwner) drive(by any) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.shut || o.over != nil || o.is == ownNobody || o.is == ownCommand && o.by != by {
+		return false
+	}
+	o.is, o.by, o.over = ownDriver, by, make(chan struct{})
+	return true
+}
+
+// done is for a driver that has put QEMU right.
+func (o *armedOwner) done(by any) { o.ends(by, ownNobody) }
+
+// gone is for a command that can't do anything any more. It tells whether it was the driver.
+func (o *armedOwner) gone(by any) (drove bool) { return o.ends(by, ownProcess) }
+
+func (o *armedOwner) ends(by any, next ownership) (drove bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.by != by || o.is != ownCommand && o.is != ownDriver {
+		return false
+	}
+	if drove = o.is == ownDriver; drove {
+		close(o.over)
+	}
+	o.is, o.by = next, nil
+	return drove
+}
+
+// wait waits for the end of the driver, which has limit for that. It tells whether there was one
+// that has not put QEMU right: the guest may stand still. There will be none afterwards.
+func (o *armedOwner) wait(limit time.Duration) (left bool) {
+	o.mu.Lock()
+	o.shut = true
+	over, by := o.over, o.by
+	o.mu.Unlock()
+	if over == nil {
+		return false
+	}
+	select {
+	case <-over:
+	case <-time.After(limit):
+		o.gone(by)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.is == ownProcess
+}
+
+// putRight does it, if it is the process's to do.
+func (o *armedOwner) putRight(do func() error) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.is != ownProcess {
+		return nil
+	}
+	err := do()
+	if err == nil {
+		o.is = ownNobody
+	}
+	return err
+}
