@@ -431,3 +431,55 @@ func TestTransferShared(t *testing.T) {
 	}
 	b.noLeaks(t)
 }
+
+// TestTransferDemoted: moving to flash what NVRAM has of an image and a receiver that puts that
+// image together do not meet: the one that comes second waits, or leaves it for the next time.
+func TestTransferDemoted(t *testing.T) {
+	a := newLab(t, crashfs.New(0), "/")
+	model := a.hotGenerations(t, "vm", 3, 2<<20, 0.3)
+	first := store.Ref{VM: "vm", N: 1}
+	disk := &syncFS{FS: crashfs.New(0)}
+	b := newLab(t, disk, "/")
+	for n := 1; n <= 3; n++ {
+		whole, _, err := a.sent(b.has(t), store.Ref{VM: "vm", N: n})
+		if err == nil {
+			_, err = b.takesWith(whole, b.hot())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.remove(first); err != nil {
+		t.Fatal(err)
+	}
+	whole, _, err := a.sent(b.has(t), first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	met := false
+	var during store.Demoted
+	var derr error
+	disk.before = func(name string) {
+		if strings.HasSuffix(name, ".staged") && !met {
+			met = true
+			during, derr = b.st.Demote(t.Context(), 0)
+		}
+	}
+	if _, err := b.takesWith(whole, b.hot()); err != nil {
+		t.Errorf("beside a demotion: %v", err)
+	}
+	if !met || derr != nil || !errors.Is(during.Left, store.ErrInUse) {
+		t.Errorf("demotion meanwhile, %v: %+v, %v", met, during, derr)
+	}
+	disk.before = nil
+	for ref, s := range model {
+		b.holds(t, ref, s)
+	}
+	if d := b.demote(t, 0); d.NVRAMBytes == 0 {
+		t.Errorf("nothing was freed afterwards: %+v", d)
+	}
+	for ref, s := range model {
+		b.holds(t, ref, s)
+	}
+	b.noLeaks(t)
+}

@@ -164,8 +164,17 @@ type demotion struct {
 // errOutdated: an image, or what was moved of it, is not what it was.
 var errOutdated = errors.New("it has changed meanwhile")
 
-// run moves piece after piece.
+// run moves piece after piece. It leaves an image alone that a receiver puts together, which
+// goes by the pieces that there are, and one that comes meanwhile waits.
 func (m *demotion) run(ctx context.Context) error {
+	c, err := m.s.tryClaim(ctx, m.uuid)
+	if errors.Is(err, vfs.ErrLocked) {
+		err = fmt.Errorf("a receiver puts the image together, or another process moves them: %w", ErrInUse)
+	}
+	if err != nil {
+		return err
+	}
+	defer c.close(context.WithoutCancel(ctx), m.s)
 	counted := false
 	for more := true; more; {
 		var bytes int64

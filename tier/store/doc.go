@@ -57,7 +57,8 @@
 // Before all of them Unite takes one of its own, and those of the index of shared pages are
 // never waited for with one of these held. A receiver takes one of each image that it puts
 // together (receiveclaim.go), while it has others locked: who waits for those has none of
-// these, and waits for an hour at most.
+// these, and waits for an hour at most. Demote takes it too, for each image that it moves pages
+// of, and waits for none.
 //
 // Locks end with their process, so whatever can be locked has no owner any more.
 // Every wait for one ends with the context, and after vfs.LockLimit; the one for another

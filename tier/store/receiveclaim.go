@@ -21,7 +21,9 @@ import (
 //
 //	tmp/UUID.new    locked by the one receiver that puts image UUID together
 //
-// It makes the image's extents in NVRAM live, too, for gc.
+// It makes the image's extents in NVRAM live, too, for gc. Who moves an image's pages from NVRAM
+// to flash has its claim, too, and waits for none: a receiver that has found these pieces would
+// have to begin again.
 
 // claimLimit is how long a receiver waits for one that has an image's claim: as long as it
 // may take to check all of a checkpoint that has come.
@@ -59,36 +61,38 @@ func (r *receiving) claim(ctx context.Context) error {
 }
 
 func (s *Store) claim(ctx context.Context, id uuid.UUID) (claim, error) {
-	c := claim{name: tmpFolder + "/" + id.String() + newSuffix}
+	var c claim
 	_, err := soon(ctx, claimLimit, func() (again bool, err error) {
-		c.lock, err = s.tryClaim(ctx, c.name)
+		c, err = s.tryClaim(ctx, id)
 		return errors.Is(err, vfs.ErrLocked), err
 	})
 	if errors.Is(err, vfs.ErrLocked) {
-		err = fmt.Errorf("another receiver has it: %w", ErrInUse)
+		err = fmt.Errorf("another receiver has it, or a process that moves pages of it from NVRAM: %w", ErrInUse)
 	}
 	return c, err
 }
 
 // tryClaim makes a claim, or finds that another has it (vfs.ErrLocked). The store lock keeps
 // two from taking the place of one that a receiver which was killed has left.
-func (s *Store) tryClaim(ctx context.Context, name string) (Object, error) {
+func (s *Store) tryClaim(ctx context.Context, id uuid.UUID) (c claim, err error) {
 	unlock, err := s.lock(ctx)
 	if err != nil {
-		return nil, err
+		return c, err
 	}
 	defer unlock()
-	f, err := s.dir.Create(ctx, name)
+	c.name = tmpFolder + "/" + id.String() + newSuffix
+	c.lock, err = s.dir.Create(ctx, c.name)
 	if !errors.Is(err, fs.ErrExist) {
-		return f, err
+		return c, err
 	}
-	old, err := s.dir.Open(ctx, name, Exclusive)
+	old, err := s.dir.Open(ctx, c.name, Exclusive)
 	if err == nil {
-		err = s.dir.Remove(ctx, name)
+		err = s.dir.Remove(ctx, c.name)
 		old.Close()
 	}
 	if err != nil && !gone(err) {
-		return nil, err
+		return c, err
 	}
-	return s.dir.Create(ctx, name)
+	c.lock, err = s.dir.Create(ctx, c.name)
+	return c, err
 }
