@@ -13,7 +13,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
@@ -55,6 +54,7 @@ type copiedEntry struct {
 	NVRAMBytes int64  `json:"nvram_bytes"`       // hot pages that went to the NVRAM file
 	NoNVRAM    string `json:"no_nvram,omitempty"`
 	ExitCode   int    `json:"exit_code,omitempty"`
+	Lacks      bool   `json:"lacks,omitempty"` // the store lacks what it had when it was asked
 	Error      string `json:"error,omitempty"`
 }
 
@@ -218,12 +218,13 @@ func (c *copyCmd) run(ctx context.Context, names []string) error {
 		_, err := fmt.Fprintln(c.stdout, e.words())
 		return err
 	}
-	// As rsync has it: a colon before the first slash is behind a host.
-	if host, path, remote := strings.Cut(c.to, ":"); remote && !strings.Contains(host, "/") {
-		err = c.remote(ctx, st, refs, host, path, show, done)
-	} else {
-		err = c.local(ctx, st, refs, show, done)
-	}
+	err = asking(done, func(done func(copiedEntry) error) error {
+		// As rsync has it: a colon before the first slash is behind a host.
+		if host, path, remote := strings.Cut(c.to, ":"); remote && !strings.Contains(host, "/") {
+			return c.remote(ctx, st, refs, host, path, show, done)
+		}
+		return c.local(ctx, st, refs, show, done)
+	})
 	show.finish()
 	if c.json && (err == nil || len(entries) > 0) {
 		err = errors.Join(err, printJSON(c.stdout, entries))
@@ -273,9 +274,28 @@ func (c *copyCmd) send(ctx context.Context, st *store.Store, refs []store.Ref, w
 	return b.Flush()
 }
 
-// localTries is how often what another store has is asked for: it can be removed there
-// meanwhile, and then more must be sent.
-const localTries = 3
+// askTries is how often another store is asked what it has: it can be removed there meanwhile, and
+// then more must be sent.
+const askTries = 3
+
+// asking copies until all that the other store lacks was sent. done is called once for each that
+// is there.
+func asking(done func(copiedEntry) error, once func(done func(copiedEntry) error) error) (err error) {
+	told := make(map[string]bool)
+	for range askTries {
+		err = once(func(e copiedEntry) error {
+			if told[e.UUID] {
+				return nil
+			}
+			told[e.UUID] = true
+			return done(e)
+		})
+		if !errors.Is(err, store.ErrLacks) {
+			break
+		}
+	}
+	return explainLacks("copy again", err)
+}
 
 // local copies to a store of this host.
 func (c *copyCmd) local(ctx context.Context, st *store.Store, refs []store.Ref, show *meter, done func(copiedEntry) error) error {
@@ -287,23 +307,10 @@ func (c *copyCmd) local(ctx context.Context, st *store.Store, refs []store.Ref, 
 	if to.UUID() == st.UUID() {
 		return usageError{fmt.Errorf("%s is the store %s, or a copy of it", c.to, st.Dir())}
 	}
-	told := make(map[uuid.UUID]bool)
-	once := func(r store.Received) error {
-		if told[r.UUID] {
-			return nil
-		}
-		told[r.UUID] = true
-		return done(newCopiedEntry(r))
-	}
-	for range localTries {
-		if err = c.across(ctx, st, to, refs, show, once); !errors.Is(err, store.ErrLacks) {
-			break
-		}
-	}
-	return explainNVRAM(err)
+	return explainNVRAM(c.across(ctx, st, to, refs, show, func(r store.Received) error { return done(newCopiedEntry(r)) }))
 }
 
-// across copies to a store once.
+// across copies to a store that is open.
 func (c *copyCmd) across(ctx context.Context, st, to *store.Store, refs []store.Ref, show *meter, done func(store.Received) error) error {
 	have, err := to.Have(ctx)
 	if err != nil {
@@ -334,6 +341,9 @@ type remoteError struct {
 }
 
 func (e *remoteError) Error() string { return e.host + ": " + e.copiedEntry.Error }
+
+// Is tells, for errors.Is, what the other end has found out.
+func (e *remoteError) Is(target error) bool { return e.Lacks && target == store.ErrLacks }
 
 // remote copies to a store on another host.
 func (c *copyCmd) remote(ctx context.Context, st *store.Store, refs []store.Ref, host, path string, show *meter, done func(copiedEntry) error) error {

@@ -61,13 +61,77 @@ func TestCopyRemoved(t *testing.T) {
 	st, err := store.Open(t.Context(), vfs.OS, here, false)
 	ok(t, err)
 	var told []string
-	err = c.local(t.Context(), st, []store.Ref{{VM: "web1", N: 2}}, newProgress(os.Stderr, true), func(e copiedEntry) error {
+	err = asking(func(e copiedEntry) error {
 		told = append(told, e.words())
 		return nil
+	}, func(done func(copiedEntry) error) error {
+		return c.local(t.Context(), st, []store.Ref{{VM: "web1", N: 2}}, newProgress(os.Stderr, true), done)
 	})
 	if err != nil || len(told) != 1 || !removed {
 		t.Errorf("%v, %q; removed: %v", err, told, removed)
 	}
+	run("verify", "--store", there, "web1@2")
+	// And so on another host.
+	run("rm", "--store", there, "web1@2")
+	run("copy", "--quiet", "--store", here, "web1@1", "--to", there)
+	ssh := filepath.Join(dir, "ssh")
+	script := `#!/bin/sh
+shift
+if [ -e DIR/asked ]; then exec sh -c "$*"; fi
+touch DIR/asked DIR/answer
+{
+	until grep -q '^end' DIR/answer; do sleep 0.05; done
+	flic-migrate rm --store DIR/there web1@1 >/dev/null && touch DIR/removed
+	cat
+} | sh -c "$*" | tee DIR/answer
+`
+	ok(t, os.WriteFile(ssh, []byte(strings.ReplaceAll(script, "DIR", dir)), 0o755))
+	run("copy", "--quiet", "--store", here, "web1@2", "--to", "far:"+there, "--ssh", ssh)
+	if _, err := os.Stat(filepath.Join(dir, "removed")); err != nil {
+		t.Error(err)
+	}
+	run("verify", "--store", there, "web1@2")
+}
+
+// TestSendStale: what a store had when it was asked is gone when the stream comes. The message
+// says what to do, and that works.
+func TestSendStale(t *testing.T) {
+	dir := t.TempDir()
+	here, there := filepath.Join(dir, "here"), filepath.Join(dir, "there")
+	stream, err := exec.Command("mkstream", "-size", fmt.Sprint(4<<20)).Output()
+	ok(t, err)
+	in := stream
+	try := func(args ...string) (out, said string, err error) {
+		cmd := exec.Command("flic-migrate", args...)
+		var stdout, stderr bytes.Buffer
+		cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = append(os.Environ(), "FLIC_CONFIG=/dev/null"), bytes.NewReader(in), &stdout, &stderr
+		err = cmd.Run()
+		return stdout.String(), stderr.String(), err
+	}
+	run := func(args ...string) string {
+		t.Helper()
+		out, said, err := try(args...)
+		if err != nil {
+			t.Fatalf("%v: %v: %s", args, err, said)
+		}
+		return out
+	}
+	run("save", "--quiet", "--store", here, "--vm", "web1")
+	run("save", "--quiet", "--store", here, "--vm", "web1")
+	run("copy", "--quiet", "--store", here, "web1@1", "--to", there)
+	send := func() []byte {
+		t.Helper()
+		in = []byte(run("receive", "--list", "--store", there))
+		return []byte(run("send", "--quiet", "--store", here, "--have", "-", "web1@2"))
+	}
+	in = send()
+	run("rm", "--store", there, "web1@1")
+	_, said, err := try("receive", "--quiet", "--store", there)
+	if err == nil || !strings.Contains(said, "web1@2") || !strings.Contains(said, "receive --list") || !strings.Contains(said, "send --have") {
+		t.Errorf("%v: %s", err, said)
+	}
+	in = send()
+	run("receive", "--quiet", "--store", there)
 	run("verify", "--store", there, "web1@2")
 }
 

@@ -79,9 +79,18 @@ func (r *receiveCmd) run(ctx context.Context) error {
 	})
 	switch {
 	case err != nil && r.answer:
-		err = errors.Join(err, r.line(copiedEntry{ExitCode: exitCode(err), Error: oneLine(err)}))
+		err = errors.Join(err, r.line(copiedEntry{ExitCode: exitCode(err), Error: oneLine(err), Lacks: errors.Is(err, store.ErrLacks)}))
 	case r.json && !r.answer && (err == nil || len(entries) > 0):
 		err = errors.Join(err, printJSON(r.stdout, entries))
+	}
+	return err
+}
+
+// explainLacks says what can be done when something was sent to a store that had more before,
+// or to another one.
+func explainLacks(again string, err error) error {
+	if errors.Is(err, store.ErrLacks) {
+		err = fmt.Errorf("%w (%s)", err, again)
 	}
 	return err
 }
@@ -137,6 +146,9 @@ func (r *receiveCmd) receive(ctx context.Context, done func(copiedEntry) error) 
 		As: r.as.ref, NVRAM: r.hot.reservation(), Progress: show.callback(),
 		Done: func(got store.Received) error { return done(newCopiedEntry(got)) },
 	}))
+	if !r.answer {
+		err = explainLacks(`send it again by what "flic-migrate receive --list" says here now: flic-migrate send --have`, err)
+	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = errSilent
 	}
