@@ -2,7 +2,6 @@ package ramparse
 
 import (
 	"encoding/binary"
-	"fmt"
 	"math/bits"
 
 	"github.com/flic-migrate/flic-migrate/stream"
@@ -43,20 +42,6 @@ func (d *Decoder) Setup() *Setup { return d.setup }
 // known. It is known once a Page record was decoded, or a record with an
 // address other than 0.
 func (d *Decoder) PageSize() int { return d.pageSize }
-
-// SetPageSize tells the decoder the target page size, as from POSTCOPY_ADVISE.
-// A size that contradicts the one in use gives ErrDamaged, and an impossible
-// one ErrUnknown; neither knows an offset.
-func (d *Decoder) SetPageSize(n int) error {
-	switch {
-	case !validPageSize(n):
-		return fmt.Errorf("%w: target page size %d", stream.ErrUnknown, n)
-	case d.pageSize != 0 && d.pageSize != n:
-		return fmt.Errorf("%w: target page size %d after %d", stream.ErrDamaged, n, d.pageSize)
-	}
-	d.pageSize = n
-	return nil
-}
 
 func validPageSize(n int) bool {
 	return n >= MinPageSize && n <= MaxPageSize && n&(n-1) == 0

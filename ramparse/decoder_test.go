@@ -284,27 +284,13 @@ func TestTooManyBlocks(t *testing.T) {
 	}
 }
 
-func TestSetPageSize(t *testing.T) {
-	d := NewDecoder(Options{})
-	for _, n := range []int{0, -4096, 512, 3000, 128 << 10} {
-		if err := d.SetPageSize(n); !errors.Is(err, stream.ErrUnknown) {
-			t.Errorf("SetPageSize(%d): %v; want ErrUnknown", n, err)
-		}
-		if n == 0 {
-			continue
-		}
-		in := unhex(t, twoBlocks+`0000000000000002 06 'pc.ram' 00`)
+// TestImpossiblePageSize: pages of no size that a target can have are not understood.
+func TestImpossiblePageSize(t *testing.T) {
+	in := unhex(t, twoBlocks+`0000000000000002 06 'pc.ram' 00`)
+	for _, n := range []int{-4096, 512, 3000, 128 << 10} {
 		if _, err := decode(NewDecoder(Options{PageSize: n}), exact(in)); !errors.Is(err, stream.ErrUnknown) {
 			t.Errorf("pages of %d bytes: %v; want ErrUnknown", n, err)
 		}
-	}
-	for range 2 {
-		if err := d.SetPageSize(16384); err != nil || d.PageSize() != 16384 {
-			t.Errorf("SetPageSize: %v, %d", err, d.PageSize())
-		}
-	}
-	if err := d.SetPageSize(4096); !errors.Is(err, stream.ErrDamaged) || d.PageSize() != 16384 {
-		t.Errorf("another size: %v, %d; want ErrDamaged", err, d.PageSize())
 	}
 }
 
