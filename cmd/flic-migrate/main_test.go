@@ -108,6 +108,11 @@ func (d fullDisk) Create(name string) (vfs.File, error) {
 	return &fullFile{File: f}, err
 }
 
+func (d fullDisk) CreateUnnamed(dir string) (vfs.File, error) {
+	f, err := d.FS.CreateUnnamed(dir)
+	return &fullFile{File: f}, err
+}
+
 func (f *fullFile) Write(b []byte) (int, error) {
 	if f.writes++; f.writes > 2 {
 		return 0, &os.PathError{Op: "write", Path: f.Name(), Err: syscall.ENOSPC}

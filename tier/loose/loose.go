@@ -47,6 +47,7 @@ func (u unsupported) Truncate(int64) error                     { return u.fail("
 func (u unsupported) Allocate(int64, int64) error              { return u.fail("fallocate") }
 func (u unsupported) Restrict() error                          { return u.fail("chmod") }
 func (u unsupported) GiveTo(fs.FileInfo) error                 { return u.fail("chown") }
+func (u unsupported) LinkAs(string) error                      { return u.fail("link") }
 func (u unsupported) Punch(int64, int64) error                 { return u.fail("punch") }
 func (u unsupported) Clone(string) error                       { return u.fail("clone") }
 func (u unsupported) SetModified(time.Time) error              { return u.fail("utimens") }

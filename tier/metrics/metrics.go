@@ -9,9 +9,11 @@ package metrics
 import (
 	"bytes"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
@@ -116,10 +118,12 @@ func (s *Set) Write() error {
 			return err
 		}
 	}
-	return vfs.WriteFile(vfs.OS, s.path, vfs.Writing{NoSync: true}, func(f vfs.File) error {
+	// It has a name from the beginning, by which it is made readable for all.
+	tmp := filepath.Join(filepath.Dir(s.path), ".flic-"+uuid.NewString())
+	return vfs.WriteFile(vfs.OS, s.path, vfs.Writing{Temporary: tmp, NoSync: true}, func(f vfs.File) error {
 		if _, err := f.Write(b.Bytes()); err != nil {
 			return err
 		}
-		return os.Chmod(f.Name(), 0o644)
+		return os.Chmod(tmp, 0o644)
 	})
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -327,37 +326,21 @@ func (s *Store) Thaw(ctx context.Context, k KeptDisk, to string, o ThawOptions) 
 		}
 		defer close()
 	}
-	f, err := s.fs.Create(to)
-	if err != nil {
-		return err
-	}
-	done := false
-	defer func() {
-		err = errors.Join(err, f.Close())
-		if !done { // also while panicking
-			s.fs.Remove(to)
+	return vfs.WriteFile(s.fs, to, vfs.Writing{New: true}, func(f vfs.File) error {
+		err := f.Clone(k.File)
+		switch {
+		case errors.Is(err, errors.ErrUnsupported):
+			err = s.copyFile(ctx, f, k.File, was)
+		case err == nil && was != nil:
+			// The same disk blocks, which whoever uses the file then finds in memory.
+			_, err = was.Check(ctx, f, k.File, refuse, nil)
 		}
-	}()
-	err = f.Clone(k.File)
-	switch {
-	case errors.Is(err, errors.ErrUnsupported):
-		err = s.copyFile(ctx, f, k.File, was)
-	case err == nil && was != nil:
-		// The same disk blocks, which whoever uses the file then finds in memory.
-		_, err = was.Check(ctx, f, k.File, refuse, nil)
-	}
-	if integrity.IsCorrupt(err) {
-		return k.wrap(err)
-	}
-	if err == nil {
-		err = f.SetModified(time.Unix(0, k.was.Mtime))
-	}
-	if err == nil {
-		err = f.Sync()
-	}
-	if err == nil {
-		err = s.fs.SyncDir(filepath.Dir(to))
-	}
-	done = err == nil
-	return err
+		if integrity.IsCorrupt(err) {
+			return k.wrap(err)
+		}
+		if err == nil {
+			err = f.SetModified(time.Unix(0, k.was.Mtime))
+		}
+		return err
+	})
 }

@@ -123,7 +123,7 @@ func flock(f *os.File, mode LockMode) error {
 	if mode == Exclusive {
 		how = unix.LOCK_EX
 	}
-	of := &osFile{f}
+	of := &osFile{File: f}
 	err := of.control(func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
 	if err == unix.EWOULDBLOCK {
 		err = ErrLocked

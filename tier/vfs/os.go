@@ -29,6 +29,15 @@ func (o osFS) NoLinks(dir string) (FS, error) {
 
 type osFile struct {
 	*os.File
+	fs osFS   // that has opened it; of no use to a lock file
+	of string // the directory of a file without a name
+}
+
+func (f *osFile) Name() string {
+	if f.of != "" {
+		return Unnamed(f.of)
+	}
+	return f.File.Name()
 }
 
 func (o osFS) open(name string, flag int) (File, error) {
@@ -36,7 +45,7 @@ func (o osFS) open(name string, flag int) (File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &osFile{f}, nil
+	return &osFile{File: f, fs: o}, nil
 }
 
 func (o osFS) Create(name string) (File, error) {
@@ -44,6 +53,64 @@ func (o osFS) Create(name string) (File, error) {
 }
 func (o osFS) Open(name string) (File, error)   { return o.open(name, os.O_RDONLY) }
 func (o osFS) OpenRW(name string) (File, error) { return o.open(name, os.O_RDWR) }
+
+func (o osFS) CreateUnnamed(dir string) (File, error) {
+	file, err := o.openFile(dir, os.O_RDWR|unix.O_TMPFILE)
+	// EISDIR is of a kernel, or a file system, that does not know the flag.
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EINVAL) {
+		err = openError(dir, fmt.Errorf("%w (%w)", errors.ErrUnsupported, err))
+	}
+	if err != nil {
+		return nil, err
+	}
+	f := &osFile{file, o, dir}
+	err = f.control(func(fd int) error {
+		if _, err := os.Lstat(selfFd(fd)); err != nil { // it could get no name later
+			return fmt.Errorf("%w (%w)", errors.ErrUnsupported, err)
+		}
+		return unix.Fchmod(fd, 0o600) // whatever umask takes away
+	})
+	if err == nil {
+		err = o.give(f, dir)
+	}
+	if err != nil {
+		f.Close()
+		return nil, openError(dir, err)
+	}
+	return f, nil
+}
+
+// give makes the owner of dir the file's, if root has made it in a guarded directory.
+func (o osFS) give(f *osFile, dir string) error {
+	p, err := o.at(filepath.Join(dir, "any"))
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	if uid, gid, ok := p.owner(); ok {
+		return f.Chown(uid, gid)
+	}
+	return nil
+}
+
+// selfFd is a name that an open file has for its process.
+func selfFd(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
+
+func (f *osFile) LinkAs(name string) error {
+	p, err := f.fs.at(name)
+	if err == nil {
+		defer p.close()
+		err = f.control(func(fd int) error {
+			return ignoringEINTR(func() error {
+				return unix.Linkat(unix.AT_FDCWD, selfFd(fd), p.dir, p.base, unix.AT_SYMLINK_FOLLOW)
+			})
+		})
+	}
+	if err != nil {
+		return &os.LinkError{Op: "link", Old: f.Name(), New: name, Err: err}
+	}
+	return nil
+}
 
 func (o osFS) MkdirAll(dir string) error {
 	dir = filepath.Clean(dir)

@@ -58,7 +58,17 @@ func TestRootInAnothersDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Close()
-	for name, uid := range map[string]int{"a": want, "a/b": want, "a/b/file": want, "lock": want, "unguarded": mine, "linked": mine} {
+	for name, fsys := range map[string]vfs.FS{"a/b/unnamed": fsys, "a/b/rootsown": vfs.OS} {
+		path := filepath.Join(dir, name)
+		if f, err = fsys.CreateUnnamed(filepath.Dir(path)); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.LinkAs(path); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	for name, uid := range map[string]int{"a": want, "a/b": want, "a/b/file": want, "a/b/unnamed": want, "a/b/rootsown": mine, "lock": want, "unguarded": mine, "linked": mine} {
 		fi, err := os.Lstat(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)

@@ -24,6 +24,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"path/filepath"
 	"time"
 )
 
@@ -70,6 +71,12 @@ type FS interface {
 	// reading and writing. It fails with fs.ErrExist rather than touch a file
 	// that is there.
 	Create(name string) (File, error)
+
+	// CreateUnnamed makes a new file as Create does, on the file system of dir, which
+	// must exist, but of no name, until File.LinkAs gives it one. Without a name it goes
+	// away when it is closed, however its process ends. errors.ErrUnsupported if the file
+	// system can't.
+	CreateUnnamed(dir string) (File, error)
 
 	// Open opens an existing file for reading. It never waits: a FIFO, a
 	// socket, a character device is ErrNotRegular. A block device can be an
@@ -138,6 +145,10 @@ type FS interface {
 	StatFS(name string) (FSInfo, error)
 }
 
+// Unnamed is what a file without a name is called in messages. It leads to no file, and
+// least of all to dir.
+func Unnamed(dir string) string { return filepath.Join(dir, "(file without a name)") }
+
 // Stamp tells a file from what it was, and from every other file of its file system, as
 // far as that can be told without reading it. A change that comes within a tick of the
 // clock after another, some milliseconds, can leave the same Stamp.
@@ -168,7 +179,7 @@ type File interface {
 	io.WriterAt
 	io.Closer
 
-	// Name is the name the file was opened with.
+	// Name is the name the file was opened with; of CreateUnnamed's, Unnamed.
 	Name() string
 
 	// Size is the length in bytes; of a block device, its capacity.
@@ -176,6 +187,10 @@ type File interface {
 
 	// Links is how many names the file has; 0 if it was removed.
 	Links() (int, error)
+
+	// LinkAs gives a file of CreateUnnamed's a name, which must not exist (fs.ErrExist), on
+	// the same file system: with all its content, in one step.
+	LinkAs(name string) error
 
 	// Restrict takes a regular file's mode back to 0600 if it lets the group or
 	// others in. It fails with fs.ErrPermission if the file is another user's and

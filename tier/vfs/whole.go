@@ -39,9 +39,11 @@ func ReadFile(fsys FS, name string, limit int64) ([]byte, error) {
 // Writing says how WriteFile writes.
 type Writing struct {
 	// Temporary is the name that the file has until it is whole: of no file
-	// that there is, on the same file system. Empty is a name beside the
-	// target that begins with ".flic-". A store passes one in its tmp
-	// directory, where gc finds what a killed process has left.
+	// that there is, on the same file system. A store passes one in its tmp
+	// directory, where gc finds what a killed process has left. Empty: it has
+	// none, so that a killed process leaves nothing, where nobody would look
+	// for a guest's memory; or, on a file system without nameless files (NFS),
+	// one beside the target that begins with ".flic-".
 	Temporary string
 	// New refuses to replace a file (fs.ErrExist).
 	New bool
@@ -63,11 +65,7 @@ func WriteFile(fsys FS, name string, o Writing, write func(f File) error) (err e
 		return err
 	}
 	dir := filepath.Dir(name)
-	tmp := o.Temporary
-	if tmp == "" {
-		tmp = filepath.Join(dir, ".flic-"+uuid.NewString())
-	}
-	f, err := fsys.Create(tmp)
+	f, tmp, err := o.begin(fsys, dir)
 	if err != nil {
 		return err
 	}
@@ -89,16 +87,28 @@ func WriteFile(fsys FS, name string, o Writing, write func(f File) error) (err e
 			return err
 		}
 	}
+	if tmp == "" {
+		as := name
+		if !o.New {
+			as = beside(dir) // what replaces a file must have a name
+		}
+		if err := f.LinkAs(as); err != nil {
+			return err
+		}
+		tmp = as
+	}
 	open = false
 	if err := f.Close(); err != nil {
 		return err
 	}
-	rename := fsys.Replace
-	if o.New {
-		rename = fsys.Rename
-	}
-	if err := rename(tmp, name); err != nil {
-		return err
+	if tmp != name {
+		rename := fsys.Replace
+		if o.New {
+			rename = fsys.Rename
+		}
+		if err := rename(tmp, name); err != nil {
+			return err
+		}
 	}
 	tmp = ""
 	if o.NoSync {
@@ -106,6 +116,22 @@ func WriteFile(fsys FS, name string, o Writing, write func(f File) error) (err e
 	}
 	return fsys.SyncDir(dir)
 }
+
+// begin makes the file that is to become one in dir, and says which name it has: "" for none.
+func (o *Writing) begin(fsys FS, dir string) (f File, tmp string, err error) {
+	tmp = o.Temporary
+	if tmp == "" {
+		if f, err = fsys.CreateUnnamed(dir); err == nil || !errors.Is(err, errors.ErrUnsupported) {
+			return f, "", err
+		}
+		tmp = beside(dir)
+	}
+	f, err = fsys.Create(tmp)
+	return f, tmp, err
+}
+
+// beside is a new name in dir.
+func beside(dir string) string { return filepath.Join(dir, ".flic-"+uuid.NewString()) }
 
 // replaceable refuses a name that WriteFile must leave alone.
 func replaceable(fsys FS, name string, newOnly bool) error {

@@ -92,27 +92,123 @@ func TestWriteFileReplacesFilesOnly(t *testing.T) {
 	}
 }
 
+// TestWriteFileLeavesNothing: a file that is being written has no name, so that a killed
+// process leaves none, but where the file system has only files with one.
+func TestWriteFileLeavesNothing(t *testing.T) {
+	during := func(t *testing.T, fsys vfs.FS, dir string, o vfs.Writing) int {
+		t.Helper()
+		n := 0
+		must(t, vfs.WriteFile(fsys, filepath.Join(dir, "f"), o, func(vfs.File) error {
+			list, err := fsys.ReadDir(dir)
+			n = len(list)
+			return err
+		}))
+		onlyFile(t, fsys, filepath.Join(dir, "f"), "")
+		return n
+	}
+	forEach(t, func(t *testing.T, fsys vfs.FS, dir string) {
+		if n := during(t, fsys, dir, vfs.Writing{New: true}); n != 0 {
+			t.Errorf("%d names while it is made", n)
+		}
+		if n := during(t, fsys, dir, vfs.Writing{}); n != 1 {
+			t.Errorf("%d names while it is replaced", n)
+		}
+	})
+	nfs := crashfs.New(0)
+	nfs.SetNoUnnamed(true)
+	must(t, nfs.MkdirAll("/d"))
+	if n := during(t, nfs, "/d", vfs.Writing{New: true}); n != 1 {
+		t.Errorf("%d names on a file system whose files have one", n)
+	}
+	if n := during(t, nfs, "/d", vfs.Writing{}); n != 2 {
+		t.Errorf("%d names on a file system whose files have one", n)
+	}
+}
+
+// TestUnnamed: a file without a name gets one with all its content, and takes nobody's.
+func TestUnnamed(t *testing.T) {
+	forEach(t, func(t *testing.T, fsys vfs.FS, dir string) {
+		_, err := fsys.CreateUnnamed(filepath.Join(dir, "none"))
+		wantErr(t, "in no directory", err, fs.ErrNotExist)
+		name := filepath.Join(dir, "f")
+		write(t, fsys, name, "there")
+		_, err = fsys.CreateUnnamed(name)
+		wantErr(t, "in a file", err, syscall.ENOTDIR)
+		f, err := fsys.CreateUnnamed(dir)
+		must(t, err)
+		defer f.Close()
+		if n, err := f.Links(); n != 0 || err != nil || filepath.Dir(f.Name()) != dir {
+			t.Errorf("%d links, %v, name %s", n, err, f.Name())
+		}
+		_, err = f.Write([]byte("content"))
+		must(t, err)
+		wantErr(t, "over a file", f.LinkAs(name), fs.ErrExist)
+		if got := read(t, fsys, name); got != "there" {
+			t.Errorf("what was there is %q", got)
+		}
+		wantErr(t, "into no directory", f.LinkAs(filepath.Join(dir, "none/f")), fs.ErrNotExist)
+		must(t, fsys.Remove(name))
+		must(t, f.LinkAs(name))
+		onlyFile(t, fsys, name, "content")
+		if n, err := f.Links(); n != 1 || err != nil {
+			t.Errorf("%d links, %v", n, err)
+		}
+	})
+}
+
+// TestUnnamedGuarded: a file that gets a name follows no link in a guarded directory, and has
+// its mode whatever the umask is.
+func TestUnnamedGuarded(t *testing.T) {
+	dir, outside := t.TempDir(), t.TempDir()
+	must(t, os.Symlink(outside, filepath.Join(dir, "link")))
+	fsys, err := vfs.OS.NoLinks(dir)
+	must(t, err)
+	_, err = fsys.CreateUnnamed(filepath.Join(dir, "link"))
+	wantErr(t, "in a link", err, vfs.ErrLink)
+	defer syscall.Umask(syscall.Umask(0o777))
+	f, err := fsys.CreateUnnamed(dir)
+	must(t, err)
+	defer f.Close()
+	wantErr(t, "through a link", f.LinkAs(filepath.Join(dir, "link/f")), vfs.ErrLink)
+	must(t, f.LinkAs(filepath.Join(dir, "f")))
+	if fi, err := fsys.Stat(filepath.Join(dir, "f")); err != nil || fi.Mode() != 0o600 {
+		t.Error(fi, err)
+	}
+}
+
 // TestWriteFileCrash ends the process, or the power, at each operation: the
-// file is the old or the new one, and the new one once WriteFile has returned.
+// file is the old or the new one, and the new one once WriteFile has returned. A file that is
+// new has no other name at any time.
 func TestWriteFileCrash(t *testing.T) {
 	old, renewed := strings.Repeat("old", 3000), strings.Repeat("newer", 3000)
-	for n := 0; ; n++ {
-		fsys := crashfs.New(0)
-		must(t, fsys.MkdirAll("/d"))
-		must(t, vfs.WriteFile(fsys, "/d/f", vfs.Writing{}, vfs.Bytes([]byte(old))))
-		fsys.KillAt(n)
-		err := vfs.WriteFile(fsys, "/d/f", vfs.Writing{}, vfs.Bytes([]byte(renewed)))
-		for seed := range uint64(40) {
-			got := read(t, fsys.CrashClone(seed), "/d/f")
-			if got != renewed && (err == nil || got != old) {
-				t.Fatalf("killed at operation %d (%v), seed %d: %d bytes: %.20q", n, err, seed, len(got), got)
+	for _, c := range []struct{ named, isNew bool }{{false, false}, {true, false}, {false, true}, {true, true}} {
+		for n := 0; ; n++ {
+			fsys := crashfs.New(0)
+			fsys.SetNoUnnamed(c.named)
+			must(t, fsys.MkdirAll("/d"))
+			if !c.isNew {
+				must(t, vfs.WriteFile(fsys, "/d/f", vfs.Writing{}, vfs.Bytes([]byte(old))))
 			}
-		}
-		if err == nil {
-			if n < 5 {
-				t.Errorf("only %d operations", n)
+			fsys.KillAt(n)
+			err := vfs.WriteFile(fsys, "/d/f", vfs.Writing{New: c.isNew}, vfs.Bytes([]byte(renewed)))
+			for seed := range uint64(40) {
+				after := fsys.CrashClone(seed)
+				if list, lerr := after.ReadDir("/d"); lerr != nil || c.isNew && !c.named && (len(list) > 1 || len(list) == 1 && list[0].Name() != "f") {
+					t.Fatalf("%+v, killed at operation %d, seed %d: %v, %v", c, n, seed, list, lerr)
+				}
+				if _, serr := after.Stat("/d/f"); c.isNew && err != nil && errors.Is(serr, fs.ErrNotExist) {
+					continue
+				}
+				if got := read(t, after, "/d/f"); got != renewed && (err == nil || c.isNew || got != old) {
+					t.Fatalf("%+v, killed at operation %d (%v), seed %d: %d bytes: %.20q", c, n, err, seed, len(got), got)
+				}
 			}
-			return
+			if err == nil {
+				if n < 5 {
+					t.Errorf("only %d operations", n)
+				}
+				break
+			}
 		}
 	}
 }

@@ -57,14 +57,15 @@ var ErrKilled = errors.New("process killed")
 // disk is what all processes share. Its mutex covers everything, the inodes and
 // the processes' own state included: tests need order, not speed.
 type disk struct {
-	mu       sync.Mutex
-	capacity int64 // bytes; 0 is no limit
-	used     int64
-	volatile bool
-	noClones bool
-	root     *inode
-	pending  []dirOp    // name changes not synced, oldest first
-	rnd      *rand.Rand // the kernel's mood: write-back, how far a killed write got
+	mu        sync.Mutex
+	capacity  int64 // bytes; 0 is no limit
+	used      int64
+	volatile  bool
+	noClones  bool
+	noUnnamed bool
+	root      *inode
+	pending   []dirOp    // name changes not synced, oldest first
+	rnd       *rand.Rand // the kernel's mood: write-back, how far a killed write got
 }
 
 // dirOp is one atomic change of one or two directory entries.
@@ -113,6 +114,13 @@ func (f *FS) SetVolatile(v bool) {
 	f.d.volatile = v
 }
 
+// SetNoUnnamed makes it a file system without nameless files, as NFS is one.
+func (f *FS) SetNoUnnamed(v bool) {
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	f.d.noUnnamed = v
+}
+
 // SetNoClones makes it a file system whose files share no blocks.
 func (f *FS) SetNoClones(v bool) {
 	f.d.mu.Lock()
@@ -157,7 +165,7 @@ func (f *FS) CrashClone(seed uint64) *FS {
 	}
 
 	clone := New(f.d.capacity)
-	clone.d.volatile, clone.d.noClones = f.d.volatile, f.d.noClones
+	clone.d.volatile, clone.d.noClones, clone.d.noUnnamed = f.d.volatile, f.d.noClones, f.d.noUnnamed
 	clone.d.root.number = f.d.root.number
 	clone.d.rnd = rand.New(rand.NewPCG(seed, 4))
 	files := map[*inode]*inode{} // a file that has two names is one
@@ -305,6 +313,32 @@ func (f *FS) Create(name string) (vfs.File, error) {
 		return nil, pathErr("open", name, err)
 	}
 	return f.create(dir, base, name), nil
+}
+
+// CreateUnnamed implements vfs.FS.
+func (f *FS) CreateUnnamed(name string) (vfs.File, error) {
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	err := f.begin(Create, name)
+	var dir *inode
+	if err == nil {
+		_, _, dir, err = f.lookup(name)
+	}
+	switch {
+	case err != nil:
+	case dir == nil:
+		err = syscall.ENOENT
+	case !dir.isDir():
+		err = syscall.ENOTDIR
+	case f.d.noUnnamed:
+		err = errors.ErrUnsupported
+	}
+	if err != nil {
+		return nil, pathErr("open", name, err)
+	}
+	i := newInode(0o600)
+	i.modTime = time.Now()
+	return f.openInode(i, vfs.Unnamed(name), true), nil
 }
 
 func (f *FS) create(dir *inode, base, name string) *file {
@@ -799,6 +833,28 @@ func (h *file) Links() (int, error) {
 		return 0, pathErr("stat", h.name, err)
 	}
 	return h.i.nlink, nil
+}
+
+// LinkAs implements vfs.File.
+func (h *file) LinkAs(name string) error {
+	h.fs.d.mu.Lock()
+	defer h.fs.d.mu.Unlock()
+	err := h.fs.begin(Link, name)
+	if err == nil && h.closed {
+		err = fs.ErrClosed
+	}
+	var dir, to *inode
+	var base string
+	if err == nil {
+		if dir, base, to, err = h.fs.lookup(name); err == nil && to != nil {
+			err = syscall.EEXIST
+		}
+	}
+	if err != nil {
+		return &os.LinkError{Op: "link", Old: h.name, New: name, Err: err}
+	}
+	h.fs.change(dirOp{{dir, base, h.i}})
+	return nil
 }
 
 func (h *file) Sync() error {
