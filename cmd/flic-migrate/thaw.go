@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -30,7 +31,7 @@ compared with the digests that the store has of it, and there is no file if it i
 it was.
 
 It stands beside the image that it is a copy of, as IMAGE.NAME@N, or in the directory --to
-under the image's own name. No file is overwritten.`,
+under the image's own name. No file is overwritten, and all files are made, or none.`,
 		Example: `  flic-migrate disk thaw --store /srv/vms web1@3
   flic-migrate disk thaw --store /srv/vms --to /srv/again web1@3`,
 		Args: cobra.ExactArgs(1),
@@ -58,7 +59,7 @@ type thawed struct {
 
 var errNothingKept = errors.New("the store keeps no disks with it (checkpoint --disks keep)")
 
-func (a *app) diskThaw(ctx context.Context, name, to string, o store.ThawOptions, asJSON bool) error {
+func (a *app) diskThaw(ctx context.Context, name, to string, o store.ThawOptions, asJSON bool) (err error) {
 	st, ref, err := a.storeOf(ctx, name)
 	if err != nil {
 		return err
@@ -77,14 +78,30 @@ func (a *app) diskThaw(ctx context.Context, name, to string, o store.ThawOptions
 		if files[i], err = thawTo(k, d.Ref, to); err != nil {
 			return err
 		}
+		if j := slices.IndexFunc(files[:i], func(t thawed) bool { return t.Path == files[i].Path }); j >= 0 {
+			return fmt.Errorf("disks %s and %s would both become %s: leave --to out, and each stands beside its image", kept[j].Image, k.Image, files[i].Path)
+		}
 		if _, err := os.Lstat(files[i].Path); !errors.Is(err, fs.ErrNotExist) {
 			return cmp.Or(err, error(&fs.PathError{Op: "create", Path: files[i].Path, Err: fs.ErrExist}))
 		}
 	}
+	made := 0
+	defer func() {
+		// All of them or none: what is left could be as large as a disk, and would have the
+		// next try refused.
+		if made < len(files) {
+			for _, f := range files[:made] {
+				err = errors.Join(err, os.Remove(f.Path))
+			}
+		}
+	}()
 	for i, k := range kept {
 		if err := st.Thaw(ctx, k, files[i].Path, o); err != nil {
 			return err
 		}
+		made++
+	}
+	for i, k := range kept {
 		files[i].NotChecked = k.NotChecked || o.SkipCheck
 		was := "as it was"
 		switch {
