@@ -15,6 +15,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/tiertest"
@@ -360,6 +361,89 @@ func TestUniteLeft(t *testing.T) {
 		}
 		l.noLeaks(t)
 	}
+}
+
+// TestUniteLeftDamaged: checkpoints that can't be united are not in the way of others; who
+// takes too long is not tried again.
+func TestUniteLeftDamaged(t *testing.T) {
+	blocks := []tiertest.Block{{Name: "pc.ram", Size: 256 << 10}}
+	a := tiertest.New(tiertest.Options{Seed: 5, Fill: true, Blocks: blocks})
+	b := tiertest.New(tiertest.Options{Seed: 6, Fill: true, Blocks: blocks})
+	disk := crashfs.New(0)
+	l := newLab(t, disk, "/")
+	together(t, disk, l, []*tiertest.Stream{a, a, b, b}, func(int) save.Options { return save.Options{Energy: dedup.EnergyFull, Workers: 1} })
+	notes := func() int {
+		t.Helper()
+		c, err := l.st.Share(store.DefaultDomain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		left, err := c.Beside()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(left)
+	}
+	had := notes()
+	o := store.UniteOptions{Workers: 1}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, _, err := l.st.UniteLeft(ctx, time.Minute, o); !errors.Is(err, context.Canceled) || notes() != had || had < 3 {
+		t.Errorf("cancelled: %v, %d notes of %d", err, notes(), had)
+	}
+	// Both of a pair: neither can be united with the other.
+	var back []func()
+	for _, vm := range []string{"vm0", "vm1"} {
+		d := &damaged{lab: l, ref: store.Ref{VM: vm, N: 1}}
+		file := l.dir + "/vms/" + vm + "/00000001.flic"
+		back = append(back, d.flip(t, file, digestsOf(t, l, file), 2))
+	}
+	before := l.flash(t)
+	for range 2 {
+		if _, _, err := l.st.UniteLeft(t.Context(), time.Minute, o); !integrity.IsCorrupt(err) {
+			t.Errorf("with damage: %v", err)
+		}
+	}
+	if now := l.flash(t); now > before*4/5 || notes() == 0 || notes() > 2 {
+		t.Errorf("with damage: %d bytes of %d are left, %d notes", now, before, notes())
+	}
+	for _, f := range back {
+		f()
+	}
+	// A limit that nothing keeps.
+	left := notes()
+	if _, n, err := l.st.UniteLeft(t.Context(), 0, o); err == nil || n != left || notes() != 0 {
+		t.Errorf("no time: %d of %d, %d notes, %v", n, left, notes(), err)
+	}
+	if _, n, err := l.st.UniteLeft(t.Context(), time.Minute, o); err != nil || n != 0 {
+		t.Errorf("again: %d, %v", n, err)
+	}
+	for i, s := range []*tiertest.Stream{a, a, b, b} {
+		l.holds(t, store.Ref{VM: fmt.Sprint("vm", i), N: 1}, s)
+	}
+}
+
+// digestsOf is where an image has a byte of its digests.
+func digestsOf(t *testing.T, l *lab, file string) (at int64) {
+	t.Helper()
+	f, err := l.fs.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	im, err := image.Open(f)
+	if err == nil {
+		err = im.Frames(func(k image.Kind, _ uint32, off int64) error {
+			if k == image.Digests {
+				at = off + 64
+			}
+			return nil
+		})
+	}
+	if err != nil || at == 0 {
+		t.Fatal(at, err)
+	}
+	return at
 }
 
 // TestFailUnite: see TestKillUnite.

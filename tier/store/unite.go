@@ -99,47 +99,68 @@ func (s *Store) Unite(ctx context.Context, r Ref, o UniteOptions) (u United, err
 // UniteLeft unites the checkpoints of all trust domains that were to be united, by processes
 // that have not come to it, each for as long as limit lets it; n is how many those were. A
 // domain whose images another process unites at the moment is left to that one.
+//
+// One that can't be united, as when its image is damaged, is not in the way of the others: err
+// says so when they are done, and each time until it can. One that takes longer than limit
+// does so the next time too, and is left as it is for good.
 func (s *Store) UniteLeft(ctx context.Context, limit time.Duration, o UniteOptions) (all United, n int, err error) {
 	domains, err := s.dir.List(ctx, shareFolder)
 	if err != nil && !gone(err) {
 		return all, 0, err
 	}
+	err = nil
 	for _, e := range domains {
 		if !e.Folder || CheckDomain(e.Name) != nil {
 			continue
 		}
-		c, err := s.Share(e.Name)
-		if err != nil {
-			return all, n, err
+		u, k, derr := s.uniteDomain(ctx, e.Name, limit, o)
+		all.Pages, all.Bytes, n = all.Pages+u.Pages, all.Bytes+u.Bytes, n+k
+		if cause := context.Cause(ctx); cause != nil {
+			return all, n, cause
 		}
-		list, err := c.Beside()
-		if err != nil {
-			return all, n, err
+		err = errors.Join(err, derr)
+	}
+	return all, n, err
+}
+
+// uniteDomain is UniteLeft for one trust domain.
+func (s *Store) uniteDomain(ctx context.Context, domain string, limit time.Duration, o UniteOptions) (all United, n int, err error) {
+	c, err := s.Share(domain)
+	if err != nil {
+		return all, 0, err
+	}
+	list, err := c.Beside()
+	if err != nil {
+		return all, 0, err
+	}
+	for _, im := range list {
+		l, lerr := c.TryLockUniting()
+		if errors.Is(lerr, vfs.ErrLocked) {
+			break
 		}
-		for _, im := range list {
-			l, err := c.TryLockUniting()
-			if errors.Is(err, vfs.ErrLocked) {
-				break
-			}
-			if err != nil {
-				return all, n, err
-			}
-			l.Close() // Unite takes it itself
-			var one United
-			st, ok := s.placed(ctx, Ref{im.VM, im.Number}, im.UUID)
-			if ok && !st.gone {
-				one, err = s.uniteOne(ctx, st.ref, limit, o)
-				n++
-			} else {
-				err = c.ForgetBeside(im) // it has been removed, or replaced
-			}
-			if err != nil {
-				return all, n, fmt.Errorf("uniting of %v: %w", Ref{im.VM, im.Number}, err)
-			}
-			all.Pages, all.Bytes = all.Pages+one.Pages, all.Bytes+one.Bytes
+		if lerr != nil {
+			return all, n, errors.Join(err, lerr)
+		}
+		l.Close() // Unite takes it itself
+		st, ok := s.placed(ctx, Ref{im.VM, im.Number}, im.UUID)
+		if !ok || st.gone {
+			err = errors.Join(err, c.ForgetBeside(im)) // it has been removed, or replaced
+			continue
+		}
+		n++
+		u, uerr := s.uniteOne(ctx, st.ref, limit, o)
+		all.Pages, all.Bytes = all.Pages+u.Pages, all.Bytes+u.Bytes
+		if context.Cause(ctx) != nil {
+			break
+		}
+		if errors.Is(uerr, context.DeadlineExceeded) {
+			uerr = errors.Join(fmt.Errorf("it takes longer than %v, and is given up", limit), c.ForgetBeside(im))
+		}
+		if uerr != nil {
+			err = errors.Join(err, fmt.Errorf("uniting of %v: %w", st.ref, uerr))
 		}
 	}
-	return all, n, nil
+	return all, n, err
 }
 
 // uniteOne is Unite with a limit.
