@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/google/uuid"
@@ -189,46 +191,52 @@ func (s *Store) Unmake(ctx context.Context) error {
 	return err
 }
 
-// unused tells whether a store has nothing in it but what it was made with, and keys of trust
-// domains, and names that but for its description and its lock: what is in a folder before
-// the folder.
+// storeFolders are all folders that a store can have, as path.Match has them.
+var storeFolders = []string{
+	tmpFolder, nvramFolder, looseFolder, armedFolder, groupsFolder, disksFolder, frozenFolder,
+	summaryFolder, shareFolder, shareFolder + "/*", vmsFolder, vmsFolder + "/*",
+}
+
+// idleFiles are files of a store that mean nothing where no checkpoint is: they are made again,
+// or are as good as new ones.
+var idleFiles = []string{
+	rateFile, sharingFile, disksFolder + "/" + keyName, disksFolder + "/" + lockName, summaryFolder + "/*",
+	shareFolder + "/*/" + keyName, shareFolder + "/*/" + lockName,
+}
+
+// unused tells whether a store has nothing in it but empty folders and idle files, and names
+// that but for its description and its lock: what is in a folder before the folder.
 func (s *Store) unused(ctx context.Context) (all []string, empty bool, err error) {
-	root, err := s.dir.List(ctx, "")
-	if err != nil {
-		return nil, false, err
-	}
-	for _, e := range root {
-		var list []Entry
-		switch e.Name {
-		case storeFile, lockName:
-			continue
-		case tmpFolder, nvramFolder, vmsFolder, shareFolder, frozenFolder:
-			if list, err = s.dir.List(ctx, e.Name); err != nil {
-				return nil, false, err
-			}
-		default:
-			return nil, false, nil
+	empty = true
+	var walk func(folder string) error
+	walk = func(folder string) error {
+		list, err := s.dir.List(ctx, folder)
+		if err != nil {
+			return err
 		}
-		for _, domain := range list {
-			folder := e.Name + "/" + domain.Name
-			if e.Name != shareFolder || !domain.Folder {
-				return nil, false, nil
+		for _, e := range list {
+			name, may := path.Join(folder, e.Name), idleFiles
+			if name == storeFile || name == lockName {
+				continue
 			}
-			keys, err := s.dir.List(ctx, folder)
-			if err != nil {
-				return nil, false, err
+			if e.Folder {
+				may = storeFolders
 			}
-			for _, k := range keys {
-				if k.Name != keyName {
-					return nil, false, nil
+			if e.Odd || !slices.ContainsFunc(may, func(p string) bool { ok, _ := path.Match(p, name); return ok }) {
+				empty = false
+				return nil
+			}
+			if e.Folder {
+				if err := walk(name); err != nil || !empty {
+					return err
 				}
-				all = append(all, folder+"/"+keyName)
 			}
-			all = append(all, folder)
+			all = append(all, name)
 		}
-		all = append(all, e.Name)
+		return nil
 	}
-	return all, true, nil
+	err = walk("")
+	return all, empty, err
 }
 
 // checkEmpty refuses to make a store around checkpoints that there are: they are of

@@ -266,6 +266,113 @@ func TestUnmake(t *testing.T) {
 	}
 }
 
+// TestUnmakeLeft: what saves that have failed leave in a store is no reason for it to stay; what
+// somebody may need is.
+func TestUnmakeLeft(t *testing.T) {
+	ctx := t.Context()
+	armed := Armed{VM: "vm", Part: uuid.New(), Number: 1}
+	stays := func(path string) func(*testing.T, *Store, *crashfs.FS) {
+		return func(t *testing.T, s *Store, disk *crashfs.FS) {
+			if err := disk.MkdirAll("/store/" + filepath.Dir(path)); err != nil {
+				t.Fatal(err)
+			}
+			put(t, disk, "/store/"+path, nil)
+		}
+	}
+	for name, c := range map[string]struct {
+		left func(*testing.T, *Store, *crashfs.FS)
+		goes bool
+	}{
+		"rate": {func(t *testing.T, s *Store, disk *crashfs.FS) {
+			if _, err := s.FlashRate(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}, true},
+		"armed and not any more": {func(t *testing.T, s *Store, disk *crashfs.FS) {
+			if err := s.NoteArmed(ctx, armed); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.ForgetArmed(ctx, armed); err != nil {
+				t.Fatal(err)
+			}
+		}, true},
+		"armed": {func(t *testing.T, s *Store, disk *crashfs.FS) {
+			if err := s.NoteArmed(ctx, armed); err != nil {
+				t.Fatal(err)
+			}
+		}, false},
+		"a checkpoint": {func(t *testing.T, s *Store, disk *crashfs.FS) { mustCommit(t, s, "vm") }, false},
+		"disks": {func(t *testing.T, s *Store, disk *crashfs.FS) {
+			stays("disks/key.json")(t, s, disk)
+			stays("disks/lock")(t, s, disk)
+		}, true},
+		"an index":          {stays("disks/x.index"), false},
+		"a loose image":     {stays("loose/x.json"), false},
+		"an NVRAM file":     {stays("nvram/x.json"), false},
+		"somebody's file":   {stays("notes.txt"), false},
+		"somebody's folder": {stays("vms/vm/old/00000001.flic"), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, disk := newStore(t)
+			c.left(t, s, disk)
+			disk.Heal()
+			if err := s.Unmake(ctx); err != nil {
+				t.Fatal(err)
+			}
+			_, err := disk.Stat("/store/store.json")
+			if _, derr := disk.Stat("/store"); (err != nil) != c.goes || (derr != nil) != c.goes {
+				t.Errorf("the store: %v, its directory: %v", err, derr)
+			}
+		})
+	}
+}
+
+// TestUnmakeFailed: of a first checkpoint, or group, whose commit fails nothing is left, with the
+// store.
+func TestUnmakeFailed(t *testing.T) {
+	ctx := t.Context()
+	for name, commit := range map[string]func(*Store, *Tx) error{
+		"checkpoint": func(_ *Store, tx *Tx) error {
+			_, err := tx.Commit(ctx)
+			return err
+		},
+		"group": func(s *Store, tx *Tx) error {
+			_, err := s.CommitGroup(ctx, Group{Name: "shop", Mode: "stop"}, []*Tx{tx})
+			return err
+		},
+	} {
+		n := 0
+		for ; ; n++ {
+			s, disk := newStore(t)
+			tx, err := s.Begin(ctx, "vm")
+			if err == nil {
+				err = finish(tx)
+			}
+			if err == nil {
+				err = tx.Refer(ctx)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			disk.FailAt(n, syscall.EIO)
+			err = commit(s, tx)
+			disk.Heal()
+			if err == nil {
+				break
+			}
+			if err := s.Unmake(ctx); err != nil {
+				t.Errorf("%s, operation %d: %v", name, n, err)
+			}
+			if _, serr := disk.Stat("/store"); serr == nil && !IsUncertain(err) {
+				t.Errorf("%s, operation %d: the store is there after %v", name, n, err)
+			}
+		}
+		if n < 5 {
+			t.Errorf("%s: only %d operations", name, n)
+		}
+	}
+}
+
 // TestOpenTogether makes one store from many processes at the same time.
 func TestOpenTogether(t *testing.T) {
 	disk := crashfs.New(0)
