@@ -5,10 +5,12 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/google/uuid"
@@ -318,6 +320,59 @@ func TestDamage(t *testing.T) {
 	if x := l.open(); len(in(x, 77)) != 1 || x.Broken != nil {
 		t.Error(in(x, 77), x.Broken)
 	}
+}
+
+// TestUnreadable has the medium lose what was written: a leaf while two runs are merged, which
+// is a fault of a mapping, and a header. The run is damaged, and no error that comes again for
+// ever: it goes, and can be made again.
+func TestUnreadable(t *testing.T) {
+	l := newLab(t)
+	l.add(made("a", 0, 1000))
+	l.locked(func(c *Locked) error {
+		_, err := c.Add(t.Context(), l.key, []Source{made("b", 500, 1000)})
+		return err
+	})
+	name := filepath.Join(l.c.dir, runName(1))
+	l.locked(func(c *Locked) error {
+		err := c.Merge(t.Context(), l.key, 1<<30, func(Image) bool {
+			if err := os.Truncate(name, 8192); err != nil {
+				t.Fatal(err)
+			}
+			return true
+		})
+		var damage *integrity.CorruptError
+		if !errors.As(err, &damage) || damage.File != name || damage.Offset < 4096 {
+			t.Errorf("the merge ended with %v", err)
+		}
+		return nil
+	})
+	if _, err := os.Stat(name); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("the run is still there:", err)
+	}
+	if x := l.open(); len(in(x, 1200)) != 1 {
+		t.Error("the other run has gone as well")
+	}
+	l.c.fs = badHeader{l.c.fs}
+	if x := l.open(); x.Records() != 0 || !integrity.IsCorrupt(x.Broken) {
+		t.Errorf("%d records, broken: %v", x.Records(), x.Broken)
+	}
+}
+
+// badHeader is a file system of which no file's first byte can be read.
+type badHeader struct{ vfs.FS }
+
+func (d badHeader) Open(name string) (vfs.File, error) {
+	f, err := d.FS.Open(name)
+	return badHeaderFile{f}, err
+}
+
+type badHeaderFile struct{ vfs.File }
+
+func (f badHeaderFile) ReadAt(b []byte, off int64) (int, error) {
+	if off == 0 {
+		return 0, syscall.EIO
+	}
+	return f.File.ReadAt(b, off)
 }
 
 func FuzzRun(f *testing.F) {

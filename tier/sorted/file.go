@@ -2,7 +2,9 @@ package sorted
 
 import (
 	"errors"
+	"syscall"
 
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -36,6 +38,15 @@ func OpenFile(fsys vfs.FS, name string, head int) (_ *File, b []byte, err error)
 		}
 	}
 	return f, b, nil
+}
+
+// ReadAt is vfs.File's. What the medium does not give is damage, as what is wrong.
+func (f *File) ReadAt(b []byte, off int64) (int, error) {
+	n, err := f.File.ReadAt(b, off)
+	if errors.Is(err, syscall.EIO) {
+		err = &integrity.CorruptError{File: f.Name(), Offset: off, What: "index", Err: err}
+	}
+	return n, err
 }
 
 // Table maps the file, once, and opens the table that begins at an offset and goes to its

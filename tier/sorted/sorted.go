@@ -99,13 +99,20 @@ func (t *Table) Leaves() int64 { return int64(len(t.leaves) / LeafSize) }
 // fence is the first eight bytes of leaf p's first record.
 func (t *Table) fence(p int64) uint64 { return binary.BigEndian.Uint64(t.fences[p*fenceSize:]) }
 
-// Leaf returns leaf p's records, checked.
+// Leaf returns leaf p's records, checked. One that the medium does not give is damage as one
+// that is wrong: who keeps a cache in a table makes it again then.
 func (t *Table) Leaf(p int64) ([]byte, error) {
 	b := t.leaves[p*LeafSize:][:LeafSize]
 	word, bit := &t.checked[p/32], uint32(1)<<(p%32)
 	if word.Load()&bit == 0 {
-		if binary.LittleEndian.Uint32(b[LeafSize-checkSize:]) != integrity.Checksum(b[:LeafSize-checkSize]) {
-			return nil, &integrity.CorruptError{File: t.file, Offset: t.base + p*LeafSize, What: fmt.Sprintf("leaf %d", p), Err: integrity.ErrChecksum}
+		err := vfs.CatchFault(func() error {
+			if binary.LittleEndian.Uint32(b[LeafSize-checkSize:]) != integrity.Checksum(b[:LeafSize-checkSize]) {
+				return integrity.ErrChecksum
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, &integrity.CorruptError{File: t.file, Offset: t.base + p*LeafSize, What: fmt.Sprintf("leaf %d", p), Err: err}
 		}
 		word.Or(bit)
 	}
