@@ -189,7 +189,6 @@ func (m *Remover) open(ctx context.Context, r Ref) (Object, Ref, error) {
 		}
 		if !told && time.Since(begun) > waitingTold {
 			told = true
-			told = true
 			m.Waiting(r, m.s.dir.Holders(ctx, r.object(imageSuffix)))
 		}
 		// One that is armed keeps what it refers to for as long as it likes.
