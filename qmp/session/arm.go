@@ -62,11 +62,10 @@ type armedFor struct {
 }
 
 // findArmed returns the armed process of a VM, also if it has died; nil if there is
-// none, and if it lives and is another target's, which it is not bothered for. A target that is not
-// given is any.
+// none, or if it is another target's. A target that is not given is any.
 func findArmed(ctx context.Context, st *store.Store, vm string, t Target) (*armedFor, error) {
 	note, lives, err := st.ArmedFor(ctx, vm)
-	if err != nil || note == nil || lives && t.Given() && note.Target != t.String() {
+	if err != nil || note == nil || t.Given() && note.Target != t.String() {
 		return nil, err
 	}
 	// It is there to say hello at once: who does not hangs.
@@ -74,12 +73,11 @@ func findArmed(ctx context.Context, st *store.Store, vm string, t Target) (*arme
 	if err := json.Unmarshal(note.State, &p.state); err != nil {
 		return nil, fmt.Errorf("note of the armed process %d: %w", note.PID, err)
 	}
-	if !lives {
-		return p, nil
-	}
+	// One whose image has ended may still wait for the monitor, to put QEMU right. It must hear
+	// that a command does that, or it would find what the next one that is armed has set.
 	if p.conn, err = net.DialTimeout("unix", note.Control, 5*time.Second); err != nil {
-		if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
-			p.conn = nil
+		p.conn = nil
+		if !lives || errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
 			return p, nil
 		}
 		return nil, fmt.Errorf("the armed process %d: %w", note.PID, err)
@@ -215,11 +213,14 @@ func (p *armedFor) report(ctx context.Context) (*armedReport, error) {
 	}
 }
 
-// buried is called with a process that has died: it takes its note back and puts the
-// QEMU at x right, unless x is nil or another one.
-func (p *armedFor) buried(ctx context.Context, st *store.Store, t Target, x qmp.Executor) (err error) {
-	if x != nil && p.note.Target == t.String() {
+// buried is called with a process that has died, or has lost its migration: it takes its note back and puts its
+// QEMU, at x, right; nil: that has ended.
+func (p *armedFor) buried(ctx context.Context, st *store.Store, x qmp.Executor) (err error) {
+	if x != nil {
 		err = migration.Disarm(ctx, x, migration.DisarmOptions{Kept: p.state.Kept, Ended: true})
+		if err == nil && p.conn != nil {
+			_ = p.ask(armedAsk{Ask: "done"})
+		}
 	}
 	if dir := filepath.Dir(p.note.Control); strings.HasPrefix(filepath.Base(dir), armedDir) {
 		os.RemoveAll(dir)
@@ -370,8 +371,11 @@ func (p *armedFor) ready(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if m.Report != nil {
-			return fmt.Errorf("%w: %s", migration.ErrNotArmed, m.Report.Error)
+		if r := m.Report; r != nil {
+			if r.Error == "" {
+				return fmt.Errorf("%w: %s is made", migration.ErrNotArmed, r.Checkpoint)
+			}
+			return fmt.Errorf("%w: %s", migration.ErrNotArmed, r.Error)
 		}
 		if m.Held {
 			return nil
@@ -399,7 +403,7 @@ func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Ta
 	defer p.close()
 	if p.conn == nil {
 		o.Log.Warn("an ordinary checkpoint is made", "reason", errArmedDied)
-		return rep, false, p.buried(ctx, st, t, x)
+		return rep, false, p.buried(ctx, st, x)
 	}
 	if err := p.suits(o); err != nil {
 		o.Log.Warn("the guest was armed, but an ordinary checkpoint is made", "reason", err)
@@ -415,8 +419,7 @@ func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Ta
 		return rep, true, err
 	}
 	o.Log.Warn("the guest was armed, but an ordinary checkpoint is made", "reason", err)
-	// Before the process hears that we are gone: it is not to put QEMU right once more.
-	return CheckpointReport{}, false, p.buried(ctx, st, t, x)
+	return CheckpointReport{}, false, p.buried(ctx, st, x)
 }
 
 // supersede ends a process whose monitor this process has, and puts QEMU right itself.
@@ -564,11 +567,11 @@ func Disarm(ctx context.Context, st *store.Store, t Target, o DisarmOptions) err
 	}
 	for _, vm := range vms {
 		p, err := findArmed(ctx, st, vm, want)
-		if err != nil || p == nil || t.Given() && p.note.Target != want.String() {
+		if err != nil || p == nil {
 			if o.VM != "" && err != nil {
 				return err
 			}
-			continue // also a dead one of another target's: it has no connection
+			continue
 		}
 		defer p.close()
 		if p.conn != nil {
@@ -642,14 +645,13 @@ func (f *forgotten) disarm(ctx context.Context) (again bool, err error) {
 
 // bury puts the QEMU of a dead process right, if it is still there.
 func (p *armedFor) bury(ctx context.Context, st *store.Store) error {
-	t := p.state.Target
-	x, err := t.dial(ctx, qmp.Options{})
+	x, err := p.state.Target.dial(ctx, qmp.Options{})
 	if unreachable(err) {
-		return p.buried(ctx, st, t, nil)
+		return p.buried(ctx, st, nil)
 	}
 	if err != nil {
 		return err
 	}
 	defer x.Close()
-	return p.buried(ctx, st, t, x)
+	return p.buried(ctx, st, x)
 }

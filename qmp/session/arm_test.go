@@ -18,6 +18,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -403,5 +405,61 @@ func TestArmedEndsWhenFound(t *testing.T) {
 			t.Fatal(err)
 		}
 		p.close()
+	}
+}
+
+// TestArmedAtItsEnd: a process that has lost its migration, and waits for the monitor to put QEMU
+// right, leaves that to the command that has it: what it would find afterwards is the next one's.
+func TestArmedAtItsEnd(t *testing.T) {
+	users := map[string]any{"max-bandwidth": float64(33 << 20), "downtime-limit": 250.0}
+	armed := map[string]any{"max-bandwidth": armedMark, "downtime-limit": 1.0}
+	q := &armedMachine{status: "active", parameters: maps.Clone(armed), cancelled: func() {}}
+	target := Target{QMP: qmptest.New(t, q.serve).Addr}
+	a := newArmedTest(t)
+	a.run(t.Context(), armedConfig{Buffer: 16 << 10, Target: target, Kept: migration.Kept{Parameters: users}}, 4<<10)
+	defer a.stream.Close()
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		s := tiertest.New(tiertest.Options{ReturnPath: true, Passes: 2, Resend: 0.1,
+			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 80 << 20}}, Mix: tiertest.Mix{tiertest.Zero: 30, tiertest.Text: 1}})
+		_, _ = a.stream.Write(s.Bytes())
+	}()
+	if a.hear().Hello == nil {
+		t.Fatal("no hello")
+	}
+	a.ask("ready")
+	if !a.hear().Held {
+		t.Error("it does not hold")
+	}
+	a.conn.Close()
+	x, err := target.Monitor(t.Context())
+	ok(t, err)
+	q.mu.Lock()
+	q.status = "cancelled"
+	q.mu.Unlock()
+	ok(t, unix.Shutdown(int(a.stream.Fd()), unix.SHUT_RDWR))
+	<-written
+	until(t, "the end of its image", func() bool {
+		note, lives, err := a.st.ArmedFor(t.Context(), "vm")
+		return err == nil && note != nil && !lives
+	})
+	o := CheckpointOptions{Guest: migration.CheckpointOptions{Mode: migration.ModeStop}, Save: save.Options{VM: "vm"}, Log: slog.New(slog.DiscardHandler)}
+	if _, done, err := o.fromArmed(t.Context(), a.st, target, x); done || err != nil {
+		t.Errorf("%v, %v", done, err)
+	}
+	q.mu.Lock()
+	if !maps.Equal(q.parameters, users) {
+		t.Errorf("settings %v, want %v", q.parameters, users)
+	}
+	// It is armed anew.
+	q.status, q.parameters = "active", maps.Clone(armed)
+	q.mu.Unlock()
+	x.Close()
+	<-a.ended
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.status != "active" || !maps.Equal(q.parameters, armed) {
+		t.Errorf("the next one: the migration is %s, settings %v", q.status, q.parameters)
 	}
 }

@@ -50,8 +50,8 @@ import (
 //
 // {"ask":"disarm"} ends it: it cancels the migration, puts settings back, and reports.
 // {"ask":"leave"} says that the command has the monitor, and does that itself. So it is
-// from ready on; {"ask":"abort"} then ends it. A command that lets it go on, and is gone
-// before it is done, leaves QEMU to the process.
+// from ready on; {"ask":"abort"} then ends it. A command that is gone before it is done, also with
+// what it has not let go on, leaves QEMU to the process.
 //
 // With go the process is told what it can't ask for itself: the VM's disks, to record what
 // their files are, and how libvirt describes the domain now.
@@ -562,7 +562,7 @@ func (s *armedServer) talk(conn net.Conn) {
 				}
 				held, report = nil, s.saved
 				s.goOn <- a
-			case a.Ask == "done" && driver:
+			case a.Ask == "done":
 				s.owner.done(conn)
 				return
 			case a.Ask == "abort":

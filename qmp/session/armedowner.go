@@ -14,7 +14,7 @@ import (
 //	   │  └─────────────────────────────────┘                  │
 //	   └───────────────────── putRight ────────────────────────┘
 //
-// A command that has borrowed it has the monitor. The driver is the one, of all, that has let the
+// A command that has borrowed it has the monitor, and may be done without having driven. The driver is the one, of all, that has let the
 // process go on: its guest stands still. Commands are told apart by any value that can be compared.
 // The zero value is the process's.
 type armedOwner struct {
@@ -55,7 +55,7 @@ func (o *armedOwner) drive(by any) bool {
 	return true
 }
 
-// done is for a driver that has put QEMU right.
+// done is for a command that has it, and has put QEMU right.
 func (o *armedOwner) done(by any) { o.ends(by, ownNobody) }
 
 // gone is for a command that can't do anything any more. It tells whether it was the driver.

@@ -29,6 +29,7 @@ func TestArmedOwner(t *testing.T) {
 			}
 			o.done("a")
 		}, false, ownNobody},
+		"put right by who had it": {func(_ *testing.T, o *armedOwner) { o.borrow("a"); o.done("a"); o.gone("a") }, false, ownNobody},
 		"the driver is gone": {func(t *testing.T, o *armedOwner) {
 			o.borrow("a")
 			o.drive("a")
