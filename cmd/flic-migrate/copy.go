@@ -139,10 +139,11 @@ type copyCmd struct {
 	disks            disksFlags
 	hot              hotFlags
 	json, quiet      bool
+	silent           time.Duration // that the other host may be
 }
 
 func newCopy(a *app) *cobra.Command {
-	c := &copyCmd{app: a}
+	c := &copyCmd{app: a, silent: silentLimit}
 	cmd := &cobra.Command{
 		Use:   "copy [flags] NAME[@N]... --to STORE",
 		Short: "Copy checkpoints to another store, here or on another host",
@@ -372,37 +373,36 @@ func (c *copyCmd) remote(ctx context.Context, st *store.Store, refs []store.Ref,
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	answers := bufio.NewReader(out)
+	// What ssh has started may hold its ends of the pipes when it is killed.
+	defer context.AfterFunc(running, func() {
+		in.Close()
+		out.Close()
+	})()
+	silent := newSilence(c.silent, func() { kill(errSilent) })
+	silent.begin()
+	answers := bufio.NewReader(silent.reader(out))
 	have, err := transfer.ReadHave(answers)
+	silent.end()
 	if err == nil {
-		// From when all is sent on.
-		silent := time.AfterFunc(silentLimit, func() { kill(errSilent) })
-		silent.Stop()
-		defer silent.Stop()
 		sent := make(chan error, 1)
 		go func() {
-			err := rescue.Call(func() error { return c.send(running, st, refs, in, have, show.callback()) })
+			err := rescue.Call(func() error { return c.send(running, st, refs, silent.writer(in), have, show.callback()) })
 			in.Close()
-			silent.Reset(silentLimit)
+			silent.begin() // for the answer, until all have come
 			sent <- err
 		}()
-		err = c.answers(host, answers, func(e copiedEntry) error {
-			if silent.Stop() {
-				silent.Reset(silentLimit)
-			}
-			return done(e)
-		})
-		if err != nil {
+		if err = c.answers(host, answers, done); err != nil {
 			// Nobody may read what is still sent.
 			kill(errNotTaken)
-			in.Close()
 		}
 		if serr := <-sent; serr != nil && (err == nil || !isBroken(serr) && !errors.Is(serr, errNotTaken)) {
 			err = serr // a broken pipe is the other's failure
 		}
 	}
 	in.Close()
+	silent.begin() // for its end
 	werr := cmd.Wait()
+	silent.stop()
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
@@ -419,22 +419,19 @@ func (c *copyCmd) remote(ctx context.Context, st *store.Store, refs []store.Ref,
 // isBroken tells whether nobody reads any more.
 func isBroken(err error) bool { return errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) }
 
-// silentLimit is how long the other end of a transfer may say nothing: a sender reads a whole
-// disk before it sends a checkpoint, or what need not be sent again, and a receiver checks all
-// that has come.
-const silentLimit = 2 * time.Hour
-
-// errSilent: the other end of a transfer says nothing, and may be gone.
-var errSilent = fmt.Errorf("nothing has come for %v", silentLimit)
-
-// maxAnswer is the longest line of an answer.
-const maxAnswer = 1 << 20
+// maxAnswer is the longest line of an answer, and maxAnswers the bytes of all: they are kept
+// until the end.
+const maxAnswer, maxAnswers = 1 << 20, 64 << 20
 
 // answers reads what the other host says of each checkpoint.
 func (c *copyCmd) answers(host string, r *bufio.Reader, done func(copiedEntry) error) error {
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, maxAnswer)
+	room := maxAnswers
 	for lines.Scan() {
+		if room -= len(lines.Bytes()); room < 0 {
+			return fmt.Errorf("%s answers with more than %d bytes", host, maxAnswers)
+		}
 		var e copiedEntry
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
 			return fmt.Errorf("%s answers %.100q: %w", host, lines.Text(), err)

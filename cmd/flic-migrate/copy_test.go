@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -148,7 +149,10 @@ func TestCopyAnswer(t *testing.T) {
 	if out, err := save.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	for name, answer := range map[string]string{"nonsense": "nonsense", "long": strings.Repeat("x", 2<<20)} {
+	for name, answer := range map[string]string{
+		"nonsense": "nonsense", "long": strings.Repeat("x", 2<<20),
+		"without end": strings.Repeat(`{"checkpoint":"`+strings.Repeat("x", 1<<19)+"\"}\n", 1+maxAnswers>>19),
+	} {
 		ok(t, os.WriteFile(filepath.Join(dir, "answer"), []byte("flic-migrate have 1\nend\n"+answer+"\n"), 0o600))
 		ssh := filepath.Join(dir, "ssh")
 		ok(t, os.WriteFile(ssh, []byte("#!/bin/sh\ncat "+filepath.Join(dir, "answer")+"\nexec sleep 120\n"), 0o755))
@@ -160,5 +164,45 @@ func TestCopyAnswer(t *testing.T) {
 		if err == nil || ctx.Err() != nil || !bytes.Contains(out, []byte("flic-migrate: ")) {
 			t.Errorf("%s: %v (%v): %.200s", name, err, ctx.Err(), out)
 		}
+	}
+}
+
+// TestCopySilent: a receiver that says nothing, or reads no more, ends a copy, though the
+// connection stays: what it has started, too, holds the pipes.
+func TestCopySilent(t *testing.T) {
+	dir := t.TempDir()
+	here := filepath.Join(dir, "here")
+	stream, err := exec.Command("mkstream", "-size", fmt.Sprint(8<<20)).Output()
+	ok(t, err)
+	save := exec.Command("flic-migrate", "save", "--quiet", "--store", here, "--vm", "web1", "--codec", "none")
+	save.Env, save.Stdin = append(os.Environ(), "FLIC_CONFIG=/dev/null"), bytes.NewReader(stream)
+	if out, err := save.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	have := "printf 'flic-migrate have 1\\nend\\n'; "
+	for name, script := range map[string]string{
+		"says nothing":      "sleep 30",
+		"has not said all":  "printf 'flic-migrate have 1\\n'; sleep 30",
+		"reads nothing":     have + "sleep 30",
+		"reads some":        have + "head -c 100000 >/dev/null; sleep 30",
+		"does not answer":   have + "cat >/dev/null; sleep 30",
+		"does not end":      have + "exec >&-; cat >/dev/null; sleep 30",
+		"says it, and sits": have + "echo '{}'; cat >/dev/null; sleep 30",
+	} {
+		t.Run(name, func(t *testing.T) {
+			ssh := filepath.Join(t.TempDir(), "ssh")
+			ok(t, os.WriteFile(ssh, []byte("#!/bin/sh\nexec 2>/dev/null\n"+script+"; exit\n"), 0o755))
+			c := &copyCmd{app: &app{fs: vfs.OS}, ssh: ssh, program: "flic-migrate", silent: 300 * time.Millisecond}
+			st, err := store.Open(t.Context(), vfs.OS, here, false)
+			ok(t, err)
+			start := time.Now()
+			err = c.remote(t.Context(), st, []store.Ref{{VM: "web1", N: 1}}, "host", "/far", newProgress(os.Stderr, true), func(copiedEntry) error { return nil })
+			if !errors.Is(err, errSilent) {
+				t.Error(err)
+			}
+			if d := time.Since(start); d > 20*time.Second {
+				t.Errorf("it took %v", d)
+			}
+		})
 	}
 }

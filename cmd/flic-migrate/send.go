@@ -4,9 +4,11 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/transfer"
 )
 
@@ -63,5 +65,21 @@ func (c *copyCmd) sendAll(ctx context.Context, names []string, have string) erro
 	}
 	show := newProgress(c.stderr, c.quiet)
 	defer show.finish()
-	return c.send(ctx, st, refs, c.stdout, h, show.callback())
+	sent := make(chan error, 1)
+	go func() {
+		sent <- rescue.Call(func() error { return c.send(ctx, st, refs, c.stdout, h, show.callback()) })
+	}()
+	select {
+	case err = <-sent:
+		return err
+	case <-ctx.Done():
+	}
+	// It may be in a write to a pipe that nobody reads, which no context ends. There is
+	// nothing to clean up, so nobody has to wait for it.
+	select {
+	case err = <-sent:
+		return err
+	case <-time.After(time.Second):
+		return context.Cause(ctx)
+	}
 }

@@ -47,13 +47,15 @@ func (h *Have) Checkpoint(id, first uuid.UUID) bool {
 //	end
 const haveHead = "flic-migrate have 1"
 
-// maxLine is the longest line, and maxLines how many there can be: each checkpoint has one.
+// maxLine is the longest line, maxLines how many there can be (each checkpoint has one), and
+// maxText the bytes of all: who reads them takes about as much memory.
 const (
 	maxLine  = 4 << 20
 	maxLines = 1 << 20
+	maxText  = 256 << 20
 )
 
-// Write writes the text.
+// Write writes the text. Parts for which there is no room are left out: they are sent again.
 func (h *Have) Write(w io.Writer) error {
 	b := bufio.NewWriter(w)
 	fmt.Fprintln(b, haveHead)
@@ -66,8 +68,14 @@ func (h *Have) Write(w io.Writer) error {
 	for id := range h.Disks {
 		fmt.Fprintf(b, "disks %v\n", id)
 	}
+	room := maxText / 2 // of all parts; the rest is a small line for each of maxLines
 	for id, p := range h.Parts {
-		fmt.Fprintf(b, "part %v %s %s\n", id, rangesText(p.Segments), rangesText(p.Slots))
+		line := fmt.Sprintf("part %v %s %s", id, rangesText(p.Segments), rangesText(p.Slots))
+		if len(line) > maxLine || len(line) >= room {
+			continue
+		}
+		room -= len(line) + 1
+		fmt.Fprintln(b, line)
 	}
 	for key, pos := range h.Staged {
 		fmt.Fprintf(b, "staged %v %d\n", key, pos)
@@ -79,12 +87,16 @@ func (h *Have) Write(w io.Writer) error {
 // ReadHave reads the text, up to its end and no byte further.
 func ReadHave(r *bufio.Reader) (*Have, error) {
 	h := NewHave()
+	room := maxText
 	for n := 0; ; n++ {
 		line, err := readLine(r)
 		if err != nil {
 			return nil, fmt.Errorf("what the other store has: line %d: %w", n+1, err)
 		}
+		room -= len(line) + 1
 		switch {
+		case room < 0:
+			return nil, fmt.Errorf("what the other store has: line %d: more than %d bytes", n+1, maxText)
 		case n == 0 && line != haveHead:
 			return nil, fmt.Errorf("what the other store has: it begins with %.60q, and not with %q", line, haveHead)
 		case n == 0:

@@ -218,6 +218,50 @@ func TestHave(t *testing.T) {
 	}
 }
 
+// TestHaveLarge: lines that are each as long as they may be are too much together.
+func TestHaveLarge(t *testing.T) {
+	line := "whole 00000000-0000-0000-0000-000000000001" + strings.Repeat(" ", maxLine-100) + "\n"
+	text := func(n int) io.Reader {
+		all := []io.Reader{strings.NewReader("flic-migrate have 1\n")}
+		for range n {
+			all = append(all, strings.NewReader(line))
+		}
+		return io.MultiReader(append(all, strings.NewReader("end\n"))...)
+	}
+	if _, err := ReadHave(bufio.NewReader(text(maxText/maxLine - 1))); err != nil {
+		t.Error(err)
+	}
+	if _, err := ReadHave(bufio.NewReader(text(maxText/maxLine + 1))); err == nil || !strings.Contains(err.Error(), "line 66: more than") {
+		t.Errorf("all of them: %v", err)
+	}
+}
+
+// TestHaveScattered: what a reader would refuse is not written.
+func TestHaveScattered(t *testing.T) {
+	scattered, one := uuid.New(), uuid.New()
+	h := NewHave()
+	var all source.Ranges
+	for i := range uint32(1 << 20) {
+		all = append(all, source.Range{First: 2 * i, Count: 1})
+	}
+	h.Parts[scattered] = Part{Segments: all}
+	h.Parts[one] = Part{Slots: all[:100]}
+	for range 40 { // together more than there is room for
+		h.Parts[uuid.New()] = Part{Segments: all[:500000]}
+	}
+	var b bytes.Buffer
+	if err := h.Write(&b); err != nil {
+		t.Fatal(err)
+	}
+	back, err := ReadHave(bufio.NewReader(&b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, has := back.Parts[scattered]; has || !reflect.DeepEqual(back.Parts[one], h.Parts[one]) || len(back.Parts) < 30 {
+		t.Errorf("%d of %d parts came back, the scattered one: %v", len(back.Parts), len(h.Parts), has)
+	}
+}
+
 // FuzzReader: whatever comes ends in an error or in io.EOF, and never in much memory.
 func FuzzReader(f *testing.F) {
 	f.Add(stream(f))
