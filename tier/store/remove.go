@@ -144,7 +144,8 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		return rm, err
 	}
 	defer func() { unlock() }()
-	if err := m.look.unlist(ctx, r, id.UUID, keep); err != nil {
+	left, err := m.look.unlist(ctx, r, id.UUID, keep)
+	if err != nil {
 		return rm, err
 	}
 	var own []idle
@@ -156,20 +157,20 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		if rm.Left == nil && id.InNVRAM() {
 			own = []idle{{id: id, had: had[id.UUID]}}
 		}
-		moved, err := m.look.tidy(ctx, r, id.UUID)
+		moved, err := m.look.tidy(ctx, r, id.UUID, left)
 		rm.FlashBytes += moved
 		rm.Left = errors.Join(rm.Left, err)
 	}
 	f.Close()
 	closed = true
-	fr, left, err := s.freeUnlisted(ctx, v, theirs, had)
+	fr, why, err := s.freeUnlisted(ctx, v, theirs, had)
 	unlock()
 	unlock = func() {}
 	rm.FlashBytes += fr.flash
-	if left != nil && rm.Left != nil && left.Error() == rm.Left.Error() {
-		left = nil
+	if why != nil && rm.Left != nil && why.Error() == rm.Left.Error() {
+		why = nil
 	}
-	rm.Left = errors.Join(rm.Left, left, err)
+	rm.Left = errors.Join(rm.Left, why, err)
 	rm.NVRAMBytes, err = s.freeNVRAM(ctx, append(own, fr.idle...)...)
 	rm.Left = errors.Join(rm.Left, err)
 	kept, err := s.freeFrozen(ctx, m.look, id.Kept)
@@ -265,26 +266,27 @@ func isUnsupported(err error) bool {
 }
 
 // unlist takes a checkpoint's name away, durably. Its image, which has this UUID unless that
-// is Nil, is locked, and so is the store, by the lookup.
-func (l *lookup) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) error {
+// is Nil, is locked, and so is the store, by the lookup. left tells whether the image is there
+// now as that of a removed one: with keep, and if it stands for the highest number.
+func (l *lookup) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) (left bool, err error) {
 	s := l.s
 	o, err := l.again(ctx, r.VM)
 	if err != nil {
-		return err
+		return false, err
 	}
 	old := r.object(imageSuffix)
 	if _, ok := slices.BinarySearch(o.images, r.N); !ok {
-		return fmt.Errorf("checkpoint %v in store %s: %w", r, s.root, ErrNotFound)
+		return false, fmt.Errorf("checkpoint %v in store %s: %w", r, s.root, ErrNotFound)
 	}
 	// A flattening can have put another image in its place, which is not locked: somebody
 	// may read that one, or refer to it.
 	if id != uuid.Nil {
 		now, err := s.owner(ctx, old)
 		if err != nil {
-			return err
+			return false, err
 		}
 		if now != id {
-			return fmt.Errorf("checkpoint %v: %w", r, ErrChanged)
+			return false, fmt.Errorf("checkpoint %v: %w", r, ErrChanged)
 		}
 	}
 	// The highest number is remembered by what is left of its image. A new name
@@ -295,7 +297,7 @@ func (l *lookup) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) err
 		if slices.Contains(o.removed, r.N) {
 			// Somebody has put the image back under a number that was gone.
 			if err := s.makeWay(ctx, r); err != nil {
-				return err
+				return false, err
 			}
 			defer delete(l.held, r.VM)
 		}
@@ -304,19 +306,19 @@ func (l *lookup) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) err
 			err = s.dir.Commit(ctx, old, removed) // in the place of the hint's name
 		}
 		if err != nil {
-			return err
+			return false, err
 		}
 	} else {
 		if err := s.dir.Remove(ctx, old); err != nil {
-			return err
+			return false, err
 		}
 		if err := s.dir.Sync(ctx, vmFolder(r.VM)); err != nil {
-			return err
+			return false, err
 		}
 	}
 	_ = s.dropBeside(ctx, r, o)
 	l.vms[r.VM].objects = o.without(r.N, keep)
-	return nil
+	return keep, nil
 }
 
 // makeWay frees the name that an unlisted image of a checkpoint has, for another one.
@@ -335,14 +337,15 @@ func (s *Store) makeWay(ctx context.Context, r Ref) error {
 
 // tidy frees what is left of a removed image that nobody needs, and what stood for
 // lower numbers. The image, whose UUID is Nil if it is not known, is locked, and so is the
-// store, by the lookup. moved is how many bytes were freed of what had been moved from NVRAM.
-func (l *lookup) tidy(ctx context.Context, r Ref, id uuid.UUID) (moved int64, err error) {
+// store, by the lookup. left is unlist's: without it what has the name of a removed one is
+// another image, which had the number before and which others may need. moved is how many bytes were freed of what had been moved from NVRAM.
+func (l *lookup) tidy(ctx context.Context, r Ref, id uuid.UUID, left bool) (moved int64, err error) {
 	s := l.s
 	o, err := l.again(ctx, r.VM)
 	if err != nil {
 		return 0, err
 	}
-	if slices.Contains(o.removed, r.N) {
+	if left {
 		if err := s.dir.Empty(ctx, r.object(removedSuffix), spare()); err != nil {
 			return 0, err
 		}

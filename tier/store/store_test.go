@@ -1340,6 +1340,60 @@ func refer(t testing.TB, s *Store, vm string, ids ...uuid.UUID) Ref {
 	return ref
 }
 
+// TestRemoveAgain: a removed image that others need stays when another one that has got its
+// number since is removed too, in whichever order numbers come.
+func TestRemoveAgain(t *testing.T) {
+	ctx := t.Context()
+	for _, last := range []bool{false, true} {
+		s, disk := newStore(t)
+		first := mustCommit(t, s, "vm")
+		was, err := s.owner(ctx, first.object(imageSuffix))
+		if err != nil {
+			t.Fatal(err)
+		}
+		borrower := "vm"
+		if last {
+			borrower = "other"
+		}
+		by := refer(t, s, borrower, was)
+		if _, err := s.Remove(ctx, first); err != nil {
+			t.Fatal(err)
+		}
+		// It comes back, as from another store in which it was flattened.
+		p, err := s.Begin(ctx, "vm")
+		if err == nil {
+			p.ref = first
+			err = finish(p)
+		}
+		if err == nil {
+			_, err = p.Commit(ctx)
+		}
+		if err == nil {
+			_, err = s.Remove(ctx, first)
+		}
+		if err == nil {
+			_, err = s.GC(ctx)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, at, err := s.openReferred(ctx, first, was)
+		if err != nil {
+			t.Fatalf("last %v: what %v needs is lost: %v", last, by, err)
+		}
+		f.Close()
+		if _, err := s.Remove(ctx, by); err != nil {
+			t.Fatal(err)
+		}
+		if f, err := disk.Open("/store/" + at.object(removedSuffix)); err == nil {
+			if size, _ := f.Size(); size > 0 {
+				t.Errorf("last %v: %d bytes are left that nobody needs", last, size)
+			}
+			f.Close()
+		}
+	}
+}
+
 // TestReferences: an image that others refer to stays when it is removed, unlisted,
 // and goes with the last of them.
 func TestReferences(t *testing.T) {
