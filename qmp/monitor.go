@@ -37,6 +37,8 @@ import (
 
 	goqemu "github.com/digitalocean/go-qemu/qmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 // The types of go-qemu, under the names this module's users see.
@@ -558,18 +560,21 @@ func (m *Monitor) end(err error) {
 	}
 }
 
+// write ends with the connection, or ends it. A panic does, too: who waits for an answer puts
+// the guest right over another one.
 func (m *Monitor) write() {
-	for {
-		select {
-		case o := <-m.out:
-			if err := m.send(o); err != nil {
-				m.end(fmt.Errorf("%w: %w", ErrLost, err))
-				return
+	m.end(rescue.Call(func() error {
+		for {
+			select {
+			case o := <-m.out:
+				if err := m.send(o); err != nil {
+					return fmt.Errorf("%w: %w", ErrLost, err)
+				}
+			case <-m.done:
+				return ErrLost // it was ended before, and why is known
 			}
-		case <-m.done:
-			return
 		}
-	}
+	}))
 }
 
 func (m *Monitor) send(o outgoing) error {
@@ -587,18 +592,19 @@ func (m *Monitor) send(o outgoing) error {
 	return err
 }
 
+// read is as write.
 func (m *Monitor) read(in *decoder) {
-	for {
-		raw, err := in.next()
-		if err != nil {
-			m.end(readError(err))
-			return
+	m.end(rescue.Call(func() error {
+		for {
+			raw, err := in.next()
+			if err != nil {
+				return readError(err)
+			}
+			if err := m.dispatch(raw); err != nil {
+				return err
+			}
 		}
-		if err := m.dispatch(raw); err != nil {
-			m.end(err)
-			return
-		}
-	}
+	}))
 }
 
 // dispatch hands one message to whom it concerns. It never waits.

@@ -9,12 +9,14 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	goqemu "github.com/digitalocean/go-qemu/qmp"
 
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 func TestVersionAndResult(t *testing.T) {
@@ -823,5 +825,56 @@ func TestTogetherElsewhere(t *testing.T) {
 	errs := Together(t.Context(), &s, Call{"one", nil, nil}, Call{"two", nil, nil}, Call{"three", nil, nil})
 	if errs[0] != nil || errs[1] == nil || errs[2] != nil || strings.Join(s.sent, " ") != "one two three" {
 		t.Errorf("%v, sent %v", errs, s.sent)
+	}
+}
+
+// bombConn panics in a read or a write.
+type bombConn struct {
+	net.Conn
+	read, write atomic.Bool
+}
+
+func (c *bombConn) Read(b []byte) (int, error) {
+	if c.read.Load() {
+		panic("bomb")
+	}
+	return c.Conn.Read(b)
+}
+
+func (c *bombConn) Write(b []byte) (int, error) {
+	if c.write.Load() {
+		panic("bomb")
+	}
+	return c.Conn.Write(b)
+}
+
+// TestPanic has the monitor's goroutines panic: that ends the connection, with the panic as the
+// reason, and not the process, which has a guest to put right.
+func TestPanic(t *testing.T) {
+	for name, write := range map[string]bool{"read": false, "write": true} {
+		t.Run(name, func(t *testing.T) {
+			f := qmptest.New(t, qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) { c.Reply(cmd, `{}`) }))
+			conn, err := net.Dial("unix", strings.TrimPrefix(f.Addr, "unix:"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			bomb := &bombConn{Conn: conn}
+			m, err := New(t.Context(), bomb, f.Addr, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer m.Close()
+			// The reader is in a read now, and the writer waits.
+			bomb.write.Store(write)
+			bomb.read.Store(!write)
+			err = m.Execute(t.Context(), "query-status", nil, nil)
+			if err == nil {
+				err = m.Execute(t.Context(), "query-status", nil, nil)
+			}
+			var bug *rescue.Error
+			if !errors.As(err, &bug) || bug.Value != "bomb" {
+				t.Errorf("the error is %v", err)
+			}
+		})
 	}
 }

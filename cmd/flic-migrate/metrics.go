@@ -15,6 +15,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/metrics"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 // addMetrics adds --metrics to a verb. Each has a key of its own: a file is of one verb.
@@ -245,8 +246,11 @@ func measureArmed(ctx context.Context, args []string) (release func(exitCode int
 		tick := time.NewTicker(armedEvery)
 		defer tick.Stop()
 		for {
-			beat(1)
-			if err := m.Write(); err != nil {
+			err := rescue.Call(func() error {
+				beat(1)
+				return m.Write()
+			})
+			if err != nil {
 				fmt.Fprintf(os.Stderr, "flic-migrate: the metrics were not written: %v\n", err)
 				return
 			}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 // Recover goes on with a lazy restore whose server has died, and with whatever
@@ -133,9 +134,10 @@ func (o *ResumeOptions) askMigration(ctx context.Context, m *qmp.Monitor, giveUp
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
-		var err error
-		answer, err = Query(ctx, m)
-		answered <- err
+		answered <- rescue.Call(func() (err error) {
+			answer, err = Query(ctx, m)
+			return err
+		})
 	}()
 	tick := time.NewTicker(goneEvery)
 	defer tick.Stop()

@@ -13,6 +13,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/tier/lazy"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
 
@@ -127,7 +128,7 @@ func resume(ctx context.Context, m *qmp.Monitor, c *store.Checkpoint, o ResumeOp
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
-		if err := s.run(ctx); err != nil {
+		if err := rescue.Call(func() error { return s.run(ctx) }); err != nil {
 			cancel(err)
 		}
 	}()

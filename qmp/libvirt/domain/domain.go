@@ -26,6 +26,7 @@ import (
 	"github.com/digitalocean/go-libvirt"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 var (
@@ -153,8 +154,12 @@ func await[T any](ctx context.Context, c *client, op string, call func() (T, err
 	}
 	done := make(chan result, 1)
 	go func() {
-		v, err := call()
-		done <- result{v, err}
+		var r result
+		r.err = rescue.Call(func() (err error) {
+			r.value, err = call()
+			return err
+		})
+		done <- r
 	}()
 	select {
 	case r := <-done:

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 // commandTime is how long most calls may take. libvirt itself waits for 30 s if
@@ -166,7 +167,11 @@ func (r *relay) serve() {
 		if in.Decode(&q) != nil {
 			return
 		}
-		answer, err := r.answer(q)
+		var answer answer
+		err := rescue.Call(func() (err error) {
+			answer, err = r.answer(q)
+			return err
+		})
 		if err != nil {
 			if !r.active() {
 				return // to the monitor QEMU is gone
