@@ -6,11 +6,15 @@
 //	├── flash-rate.json            how fast this place is read
 //	├── sharing.json               there are images that refer to others
 //	├── tmp/NAME@N.UUID.part       a save under way, locked by its process
+//	├── tmp/UUID.staged            what was received of an image (receive.go)
+//	├── tmp/UUID.new               what is to replace something, or a received image
+//	├── tmp/UUID.rate              what measures the place (rate.go)
 //	├── nvram/UUID.json            an NVRAM file that saves of this store used
 //	├── loose/UUID.json            an image outside of the store (loose.go)
 //	├── loose/UUID.lock            its lock
 //	├── armed/NAME.json            a checkpoint that is armed (armed.go)
 //	├── groups/NAME@N.json         checkpoints that were made as one (group.go)
+//	├── groups/NAME@N.commit       the same, while their images get their names
 //	├── disks/                     indexes of disk images (package disk)
 //	├── frozen/UUID                a disk image that is kept with a checkpoint (frozen.go)
 //	├── share/DOMAIN/              a trust domain's key (trust.go)
