@@ -220,6 +220,23 @@ func TestCheckpointFailures(t *testing.T) {
 	runsOn(t, vm)
 	until(t, "the settings", func() bool { return settings(t, vm) == before })
 	l.gc(t)
+	// Also if somebody who has waited for the monitor has it first, for longer than QEMU is
+	// waited for at a time.
+	a = l.attempts(t, slow(), vm.Socket)
+	waits, err := net.Dial("unix", vm.Socket)
+	ok(t, err)
+	ok(t, a.cmd.Process.Kill())
+	_ = a.cmd.Wait()
+	holder, err = qmp.New(ctx, waits, vm.Socket, qmp.Options{})
+	ok(t, err)
+	time.Sleep(6 * time.Second)
+	if s, err := qmp.QueryStatus(ctx, vm.QMP); err != nil || s.Running {
+		t.Errorf("%+v, %v: the guest runs, so this shows nothing", s, err)
+	}
+	holder.Close()
+	until(t, "the settings", func() bool { return settings(t, vm) == before })
+	runsOn(t, vm)
+	l.gc(t)
 	a = l.attempts(t, slow(), vm.Socket)
 	killGuards(t, a.cmd.Process.Pid)
 	ok(t, a.cmd.Process.Kill())
