@@ -144,12 +144,17 @@ func (l *Label) empty() bool { return len(l.Tags) == 0 && l.Note == "" }
 // image it is that one's (fs.ErrExist). The caller holds the store lock.
 func (s *Store) clearBeside(ctx context.Context, r Ref) (err error) {
 	name := r.object(imageSuffix)
-	if f, err := s.dir.Open(ctx, name, Unlocked); !gone(err) {
-		if err == nil {
-			f.Close()
-		}
+	f, err := s.dir.Open(ctx, name, Unlocked)
+	if err == nil {
+		f.Close()
+	}
+	if err == nil || errors.Is(err, errNotObject) {
 		return &fs.PathError{Op: "commit", Path: s.dir.Path(name), Err: fs.ErrExist}
 	}
+	if !gone(err) {
+		return err
+	}
+	err = nil
 	for _, suffix := range []string{labelSuffix, touchedSuffix, lentSuffix} {
 		if rerr := s.dir.Remove(ctx, r.object(suffix)); !gone(rerr) {
 			err = errors.Join(err, rerr)
