@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"slices"
 )
 
@@ -188,7 +189,7 @@ func Described(tail []byte) []Section {
 		} `json:"devices"`
 	}
 	b := descriptionIf(tail, func([]byte) bool { return true })
-	if b == nil || json.Unmarshal(b, &desc) != nil {
+	if b == nil || unmarshal(b, &desc) != nil {
 		return nil
 	}
 	list := make([]Section, len(desc.Devices))
@@ -196,6 +197,19 @@ func Described(tail []byte) []Section {
 		list[i] = Section{Name: d.Name, Instance: uint32(d.Instance)}
 	}
 	return list
+}
+
+// maxDescribed is how many commas a vmdescription may have, and so how many values less one. One
+// of a large machine has some tens of thousands of them. A value can take a hundred times its
+// length in memory.
+const maxDescribed = 1 << 20
+
+// unmarshal parses a vmdescription.
+func unmarshal(b []byte, into any) error {
+	if n := bytes.Count(b, []byte{','}); n > maxDescribed {
+		return fmt.Errorf("%d values are more than the %d that are read", n, maxDescribed)
+	}
+	return json.Unmarshal(b, into)
 }
 
 // TailSection is a FULL section. Offset and Length are those of its body
@@ -242,7 +256,7 @@ func ParseTail(tail []byte) (Tail, error) {
 	}
 	sections := tail[:len(tail)-len(t.Description)-descriptionHead]
 	var desc vmDescription
-	if err := json.Unmarshal(t.Description, &desc); err != nil {
+	if err := unmarshal(t.Description, &desc); err != nil {
 		return t, Damaged("vmdescription", int64(len(sections)), "%v", err)
 	}
 	t.PageSize = desc.PageSize

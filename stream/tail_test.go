@@ -174,6 +174,19 @@ func TestField(t *testing.T) {
 
 // TestParseTailFooterInBody checks that a footer's bytes in a body do not end a
 // section whose length is wrong.
+// TestParseTailMany: what a vmdescription of many values, of a few bytes each, would take in
+// memory is not taken.
+func TestParseTailMany(t *testing.T) {
+	sections := AppendEOF(goldenTail(t))
+	full := AppendDescription(slices.Clone(sections), []byte(`{"devices": [`+strings.Repeat("null,", maxDescribed+1)+`null]}`))
+	if got, err := ParseTail(full); !errors.Is(err, ErrDamaged) || len(got.Sections) > 0 {
+		t.Errorf("%d sections, %v; want ErrDamaged", len(got.Sections), err)
+	}
+	if list := Described(full); list != nil {
+		t.Errorf("%d sections are described", len(list))
+	}
+}
+
 func TestParseTailFooterInBody(t *testing.T) {
 	sections := unhex(t, `04 00000001 01 'a' 00000000 00000001 'x' 7e 00000001 7e 00000001 7e 00000001
 		04 00000002 01 'b' 00000000 00000001 'y' 7e 00000002 7e 00000002`)
