@@ -483,3 +483,116 @@ func TestTransferDemoted(t *testing.T) {
 	}
 	b.noLeaks(t)
 }
+
+// openFS is a process that stops for a moment between opening a file for writing and locking it.
+type openFS struct {
+	vfs.FS
+	after func(name string)
+}
+
+func (o *openFS) NoLinks(dir string) (_ vfs.FS, err error) {
+	o.FS, err = o.FS.NoLinks(dir)
+	return o, err
+}
+
+func (o *openFS) OpenRW(name string) (vfs.File, error) {
+	f, err := o.FS.OpenRW(name)
+	if err == nil {
+		o.after(name)
+	}
+	return f, err
+}
+
+// TestTransferStaged: a transfer that has opened what was staged, and not locked it yet, does
+// not write into the checkpoint that another one makes of it.
+func TestTransferStaged(t *testing.T) {
+	_, ref, s, whole := twoOf(t)
+	disk := crashfs.New(0)
+	b := newLab(t, disk, "/")
+	opened, done, other := make(chan bool), make(chan bool), make(chan error, 1)
+	var once sync.Once
+	second := b.on(t, &openFS{disk.Fork(), func(name string) {
+		if strings.HasSuffix(name, ".staged") {
+			once.Do(func() {
+				close(opened)
+				select {
+				case <-done:
+				case <-time.After(300 * time.Millisecond): // the first waits, as it should
+				}
+			})
+		}
+	}})
+	err := b.st.Receive(t.Context(), atEnd(whole, func() {
+		go func() {
+			_, err := second.takes(whole, store.Ref{})
+			other <- err
+		}()
+		<-opened
+	}), store.ReceiveOptions{})
+	close(done)
+	if oerr := <-other; err != nil || oerr != nil && !errors.Is(oerr, store.ErrInUse) {
+		t.Errorf("%v; the other: %v", err, oerr)
+	}
+	b.holds(t, ref, s)
+	b.noLeaks(t)
+	second.noLeaks(t)
+}
+
+// TestTransferReplaced: what a receiver holds of an image is replaced by all of it, and that is
+// removed: the checkpoint that needs it does not become one that lacks it.
+func TestTransferReplaced(t *testing.T) {
+	a := newLab(t, crashfs.New(0), "/")
+	was, _ := a.save(t, small(1), save.Options{})
+	s := grown(1)
+	var refs []store.Ref
+	for range 2 {
+		ref, _ := a.save(t, s, save.Options{Parent: was.String(), Share: save.ShareNone})
+		refs = append(refs, ref)
+	}
+	for _, when := range []string{"at the end", "when all is checked"} {
+		disk := &syncFS{FS: crashfs.New(0)}
+		b := newLab(t, disk, "/")
+		a.ships(t, b, refs[0])
+		whole, sent, err := a.sent(b.has(t), refs[1])
+		if err != nil || sent[0].Images != 1 {
+			t.Fatalf("%+v, %v", sent, err)
+		}
+		replaced := false
+		replace := func() {
+			if replaced {
+				return
+			}
+			replaced = true
+			a.ships(t, b, was)
+			for _, ref := range []store.Ref{refs[0], was} {
+				if err := b.remove(ref); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		atEndOf := replace
+		if when != "at the end" {
+			atEndOf = func() {
+				disk.before = func(name string) {
+					if strings.HasSuffix(name, ".staged") {
+						replace()
+					}
+				}
+			}
+		}
+		err = b.st.Receive(t.Context(), atEnd(whole, atEndOf), store.ReceiveOptions{})
+		if !errors.Is(err, store.ErrLacks) {
+			t.Errorf("%s: received: %v", when, err)
+		}
+		list, err := b.st.List(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, ref := range list {
+			b.holds(t, ref, s)
+		}
+		a.ships(t, b, refs[1])
+		b.holds(t, refs[1], s)
+		b.noLeaks(t)
+	}
+}

@@ -156,6 +156,8 @@ type Object interface {
 	io.Closer
 	// Allocated is how many bytes it takes of the place.
 	Allocated() (int64, error)
+	// Links is how many names it has; 0 if it was removed, or another took its name.
+	Links() (int, error)
 	// Map maps [off, off+n) of it, as vfs.File has it; the mapping stays when the
 	// object is closed.
 	Map(off, n int64, writable bool) (vfs.Mapping, error)

@@ -665,6 +665,17 @@ func (h *memHandle) Size() (int64, error) {
 
 func (h *memHandle) Allocated() (int64, error) { return h.Size() }
 
+func (h *memHandle) Links() (n int, err error) {
+	h.d.mu.Lock()
+	defer h.d.mu.Unlock()
+	for _, o := range h.d.objects {
+		if o == h.o {
+			n++
+		}
+	}
+	return n, nil
+}
+
 func (h *memHandle) ReadAt(b []byte, off int64) (int, error) {
 	h.d.mu.Lock()
 	defer h.d.mu.Unlock()

@@ -171,7 +171,8 @@ type receiving struct {
 	all    listedImages // when it began
 	images []*received
 	holds  []Object
-	claims []claim // from when all has come
+	lasts  []Object // of those, images that it refers to and are another's to keep
+	claims []claim  // from when all has come
 	got    Received
 	tick   time.Time
 }
@@ -276,6 +277,7 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 		}
 		return r.got, err
 	}
+	r.lasts = slices.Clone(r.holds)
 	if err := r.stage(ctx); err != nil {
 		return r.got, err
 	}
@@ -283,7 +285,9 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 		return r.got, err
 	}
 	err = r.finish(ctx)
-	if integrity.IsCorrupt(err) && !r.isStaged(err) {
+	if integrity.IsCorrupt(err) && !r.isStaged(err) && errors.Is(err, ErrNotFound) {
+		err = r.lacks("%w", err)
+	} else if integrity.IsCorrupt(err) && !r.isStaged(err) {
 		err = fmt.Errorf("checkpoint %v was received, and what this store has of others for it is damaged, or was freed meanwhile (what verify --all finds damaged there must be removed before it can come): %w", r.got.Sent, err)
 	} else if integrity.IsCorrupt(err) {
 		// With what is wrong in it none could go on.

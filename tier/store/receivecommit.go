@@ -107,6 +107,9 @@ func (r *receiving) commit(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
+	if err := r.last(); err != nil {
+		return err
+	}
 	own := r.images[0]
 	o, err := s.objects(ctx, r.ref.VM)
 	if err != nil {

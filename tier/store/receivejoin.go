@@ -77,7 +77,62 @@ func (r *receiving) finish(ctx context.Context) error {
 			return err
 		}
 	}
-	return r.commit(ctx)
+	for range replacements {
+		if err = r.commit(ctx); !errors.Is(err, errReplaced) {
+			return err
+		}
+		// What has its place is perhaps less than what was verified.
+		if err := r.holdAgain(ctx); err != nil {
+			return err
+		}
+		if err := r.verify(ctx); err != nil {
+			return err
+		}
+	}
+	return err
+}
+
+// replacements is how often images that a checkpoint refers to can be replaced before it is given
+// up.
+const replacements = 5
+
+// errReplaced: an image that is held is not the one any more that has its name: a whole copy of
+// it came, or one that has more of it. To hold it keeps nobody from freeing that one.
+var errReplaced = errors.New("it was replaced meanwhile")
+
+// last finds out that the images which are held are those that have their names. The caller
+// holds the store lock.
+func (r *receiving) last() error {
+	for _, f := range r.lasts {
+		links, err := f.Links()
+		if err != nil {
+			return err
+		}
+		size, err := f.Size()
+		if err != nil {
+			return err
+		}
+		if links == 0 || size == 0 {
+			return fmt.Errorf("checkpoint %v needs %s: %w: %w", r.got.Sent, f.Name(), errReplaced, ErrInUse)
+		}
+	}
+	return nil
+}
+
+// holdAgain holds what is there now.
+func (r *receiving) holdAgain(ctx context.Context) error {
+	ids := slices.Clone(r.head.Has)
+	for _, i := range r.images {
+		if i.drop {
+			ids = append(ids, i.UUID)
+		}
+	}
+	held, err := r.s.hold(ctx, ids)
+	if errors.Is(err, ErrNotFound) {
+		err = r.lacks("%w", err)
+	}
+	r.holds, r.lasts = append(r.holds, held...), held
+	return err
 }
 
 // prepare finds out what an image says it is, gives it the IDENTITY that it is to have, and

@@ -68,7 +68,7 @@ func (r *receiving) holdListed(ctx context.Context, i *received) error {
 	}
 	f, err := r.s.openWith(ctx, at.object(imageSuffix), i.UUID)
 	if f != nil {
-		r.holds = append(r.holds, f)
+		r.holds, r.lasts = append(r.holds, f), append(r.lasts, f)
 		i.drop = true
 	}
 	return err // nil without one: it has been removed since
@@ -82,7 +82,7 @@ const stageLimit = time.Second
 // the image is the checkpoint's own that is an error, and else it comes twice.
 func (r *receiving) open(ctx context.Context, i *received) error {
 	_, err := soon(ctx, stageLimit, func() (again bool, err error) {
-		i.f, err = r.s.dir.Stage(ctx, i.name)
+		i.f, err = r.s.openStage(ctx, i.name)
 		return errors.Is(err, vfs.ErrLocked), err
 	})
 	if !errors.Is(err, vfs.ErrLocked) {
@@ -97,6 +97,27 @@ func (r *receiving) open(ctx context.Context, i *received) error {
 	i.name, i.once = tmpFolder+"/"+uuid.NewString()+stagedSuffix, true
 	i.f, err = r.s.dir.Stage(ctx, i.name)
 	return err
+}
+
+// openStage opens what is received into, and locks it. Between the two another transfer must not
+// come to its end: what was staged would be an image by then, and be written to. So it has the
+// store lock, under which that gets its name. What was given up meanwhile has none any more,
+// and counts as locked.
+func (s *Store) openStage(ctx context.Context, name string) (Stage, error) {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	f, err := s.dir.Stage(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if links, err := f.Links(); err != nil || links == 0 {
+		f.Close()
+		return nil, errors.Join(err, fmt.Errorf("%s: %w", f.Name(), vfs.ErrLocked))
+	}
+	return f, nil
 }
 
 // data takes what comes, up to the checkpoint's end.

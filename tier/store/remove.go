@@ -144,6 +144,15 @@ func (m *Remover) remove(ctx context.Context, r Ref) (rm Removed, err error) {
 		return rm, err
 	}
 	defer func() { unlock() }()
+	if rm.Left == nil && !keep {
+		// Who held another copy of it, which this one took the place of, can have been committed.
+		if err := v.update(ctx); err != nil {
+			return rm, err
+		}
+		if keep = v.needed(id.UUID); keep {
+			rm.Kept, rm.Left = v.of[id.UUID].by, v.unclear
+		}
+	}
 	left, err := m.look.unlist(ctx, r, id.UUID, keep)
 	if err != nil {
 		return rm, err
