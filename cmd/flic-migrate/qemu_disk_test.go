@@ -464,6 +464,12 @@ func TestDomainSnapshot(t *testing.T) {
 		checks(t, vm)
 		has(on(), 5+n)
 		writes(1)
+		there, err := filepath.Glob(dir + "/*")
+		ok(t, err)
+		out, err = d.command("resume", "--overlay", name).CombinedOutput()
+		if now, gerr := filepath.Glob(dir + "/*"); err == nil || !strings.Contains(string(out), "runs already") || gerr != nil || len(now) != len(there) {
+			t.Errorf("while it runs: %v: %s\nthere are %q, and there were %q", err, out, now, there)
+		}
 		if n == len(files)-1 {
 			d.on(t, "checkpoint", "vm")
 		}

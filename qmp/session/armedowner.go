@@ -14,9 +14,9 @@ import (
 //	   │  └─────────────────────────────────┘                  │
 //	   └───────────────────── putRight ────────────────────────┘
 //
-// A command that has borrowed it has the monitor, and may be done without having driven. The driver is the one, of all, that has let the
-// process go on: its guest stands still. Commands are told apart by any value that can be compared.
-// The zero value is the process's.
+// A command that has borrowed it has the monitor, and may be done without having driven. The
+// driver is the one, of all, that has let the process go on: its guest stands still. Commands
+// are told apart by any value that can be compared. The zero value is the process's.
 type armedOwner struct {
 	mu   sync.Mutex // held while QEMU is put right, too
 	is   ownership

@@ -31,6 +31,10 @@ func resumeDomain(ctx context.Context, t Target, st *store.Store, c *store.Check
 	if !o.Recover {
 		now := disks.AsSaved(c.Meta.VMDisks)
 		if o.Overlay {
+			// Those of a domain that runs may be in use, and are not removed.
+			if domain.Active(ctx, t.Connect, t.Domain) {
+				return rep, fmt.Errorf("no overlays are made: the domain %s runs already, or libvirt does not say whether it does", t.Domain)
+			}
 			if rep.Overlays, now, err = disks.MakeOverlays(ctx, c.Meta.VMDisks, time.Now()); err != nil {
 				return rep, err
 			}

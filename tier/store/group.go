@@ -189,7 +189,8 @@ func (s *Store) CommitGroup(ctx context.Context, g Group, txs []*Tx) (_ Group, e
 		return g, err
 	}
 	for _, t := range txs {
-		if !t.known {
+		err := stillNamed(t.refers)
+		if err == nil && !t.known {
 			err = s.dir.Mkdir(ctx, vmFolder(t.ref.VM))
 		}
 		if err == nil {

@@ -107,8 +107,8 @@ func (r *receiving) commit(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	if err := r.last(); err != nil {
-		return err
+	if err := stillNamed(r.lasts); err != nil {
+		return fmt.Errorf("checkpoint %v needs %w", r.got.Sent, err)
 	}
 	own := r.images[0]
 	o, err := s.objects(ctx, r.ref.VM)

@@ -96,29 +96,6 @@ func (r *receiving) finish(ctx context.Context) error {
 // up.
 const replacements = 5
 
-// errReplaced: an image that is held is not the one any more that has its name: a whole copy of
-// it came, or one that has more of it. To hold it keeps nobody from freeing that one.
-var errReplaced = errors.New("it was replaced meanwhile")
-
-// last finds out that the images which are held are those that have their names. The caller
-// holds the store lock.
-func (r *receiving) last() error {
-	for _, f := range r.lasts {
-		links, err := f.Links()
-		if err != nil {
-			return err
-		}
-		size, err := f.Size()
-		if err != nil {
-			return err
-		}
-		if links == 0 || size == 0 {
-			return fmt.Errorf("checkpoint %v needs %s: %w: %w", r.got.Sent, f.Name(), errReplaced, ErrInUse)
-		}
-	}
-	return nil
-}
-
 // holdAgain holds what is there now.
 func (r *receiving) holdAgain(ctx context.Context) error {
 	ids := slices.Clone(r.head.Has)

@@ -1300,6 +1300,57 @@ func TestCommitSyncsItsOwn(t *testing.T) {
 	}
 }
 
+// TestReplacedBeforeCommit: an image that a new checkpoint refers to is replaced, as by a whole
+// copy that is received, after it was held: what has its name now is not held, and the
+// checkpoint is not made, alone and in a group.
+func TestReplacedBeforeCommit(t *testing.T) {
+	for _, group := range []bool{false, true} {
+		dir := t.TempDir()
+		s, err := Open(t.Context(), vfs.OS, dir+"/store", true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := mustCommit(t, s, "a")
+		d, err := s.Describe(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := s.Begin(t.Context(), "b")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Abort()
+		if err := p.Refer(t.Context(), d.UUID); err != nil {
+			t.Fatal(err)
+		}
+		if err := finish(p); err != nil {
+			t.Fatal(err)
+		}
+		name := dir + "/store/vms/a/00000001.flic"
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(dir+"/copy", b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(dir+"/copy", name); err != nil {
+			t.Fatal(err)
+		}
+		if group {
+			_, err = s.CommitGroup(t.Context(), Group{Name: "g", Mode: "stop"}, []*Tx{p})
+		} else {
+			_, err = p.Commit(t.Context())
+		}
+		if !errors.Is(err, ErrInUse) || !errors.Is(err, errReplaced) {
+			t.Errorf("group %v: %v", group, err)
+		}
+		if list, err := s.List(t.Context(), "b"); err != nil || len(list) > 0 {
+			t.Errorf("group %v: %v, %v", group, list, err)
+		}
+	}
+}
+
 // refer commits a checkpoint that refers to others.
 func refer(t testing.TB, s *Store, vm string, ids ...uuid.UUID) Ref {
 	t.Helper()

@@ -41,7 +41,8 @@ type Tx struct {
 
 	nvfile *nvram.File
 	region *nvram.Region
-	holds  []Object      // what it refers to, locked
+	holds  []Object      // what it refers to, or might, locked
+	refers []Object      // of those, what Refer was told of
 	opened []*Checkpoint // likewise
 	// lenders are the VMs whose images those are.
 	lenders map[string]bool
@@ -184,7 +185,7 @@ func (t *Tx) Refer(ctx context.Context, ids ...uuid.UUID) error {
 	if err != nil {
 		return err
 	}
-	t.holds = append(t.holds, held...)
+	t.holds, t.refers = append(t.holds, held...), held
 	for vm := range t.lenders {
 		if vm == t.ref.VM || CheckVM(vm) != nil {
 			continue
@@ -366,6 +367,9 @@ func (t *Tx) commit(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
+	if err := stillNamed(t.refers); err != nil {
+		return err
+	}
 	if !t.known {
 		if err := t.s.dir.Mkdir(ctx, vmFolder(t.ref.VM)); err != nil {
 			return err
@@ -378,6 +382,29 @@ func (t *Tx) commit(ctx context.Context) error {
 	err = t.s.place(ctx, t.name, t.ref, t.label, nil)
 	t.keep = IsUncertain(err)
 	return err
+}
+
+// errReplaced: an image that is held is not the one any more that has its name: a whole copy of
+// it came, or one that has more of it. To hold it keeps nobody from freeing that one.
+var errReplaced = errors.New("it was replaced meanwhile")
+
+// stillNamed finds out that images which are held, so that a new checkpoint can refer to them,
+// are those that have their names. The caller holds the store lock, and commits.
+func stillNamed(held []Object) error {
+	for _, f := range held {
+		links, err := f.Links()
+		if err != nil {
+			return err
+		}
+		size, err := f.Size()
+		if err != nil {
+			return err
+		}
+		if links == 0 || size == 0 {
+			return fmt.Errorf("%s: %w: %w", f.Name(), errReplaced, ErrInUse)
+		}
+	}
+	return nil
 }
 
 // place gives a new checkpoint's image its name, durably, when what belongs beside it is there
