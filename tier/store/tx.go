@@ -375,11 +375,13 @@ func (t *Tx) commit(ctx context.Context) error {
 			return err
 		}
 	}
-	// Until it is known that the image has not got its name, it may be there, and
-	// be so after a power cut: its NVRAM must then stay its own until gc has seen
-	// the folder synced.
-	t.keep = true
-	err = t.s.place(ctx, t.name, t.ref, t.label, nil)
+	err = t.s.place(ctx, t.name, t.ref, t.label, func() error {
+		// Until it is known that the image has not got its name, it may be there, and
+		// be so after a power cut: its NVRAM must then stay its own until gc has seen
+		// the folder synced.
+		t.keep = true
+		return nil
+	})
 	t.keep = IsUncertain(err)
 	return err
 }
@@ -408,8 +410,8 @@ func stillNamed(held []Object) error {
 }
 
 // place gives a new checkpoint's image its name, durably, when what belongs beside it is there
-// and no more: l, and what write writes, if it is not nil. The name that the image has is
-// from. As in Dir.Commit, after an error nothing is there unless IsUncertain says so.
+// and no more: l, and what write writes, which is called right before that, if it is not nil.
+// The name that the image has is from. As in Dir.Commit, after an error nothing is there unless IsUncertain says so.
 // The caller holds the store lock.
 func (s *Store) place(ctx context.Context, from string, r Ref, l Label, write func() error) error {
 	err := s.clearBeside(ctx, r)
