@@ -15,7 +15,7 @@ import (
 
 // armedHead is the head of the table of armed checkpoints.
 const armedHead = `
-%d rounds of checkpoints of each running guest: a full one; %v later an increment that arms the next; %v later that. Medians, times from the command's start until all is durable.
+%d rounds of checkpoints of each running guest: a full one; %v later an increment that arms the next; 8s later that, or with -used as much later as the process needs to read the memory. Medians, times from the command's start until all is durable.
 
 | guest | memory | full, s | increment, s | to full | armed, s | to full | full: guest stood still, s | increment, to full | armed, to full | full, MB | increment, MB | armed, MB | pages sent again |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
@@ -33,7 +33,7 @@ func (k *kind) add(r session.CheckpointReport, start time.Time) {
 }
 
 // armed compares, of one running guest, full checkpoints with increments and armed ones. The
-// armed process has read the guest's memory long before armedFor is over.
+// armed process has read the guest's memory before armedFor is over.
 func (b *bench) armed(ctx context.Context, w workload) (string, error) {
 	dir := filepath.Join(b.dir, w.name)
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -74,7 +74,7 @@ func (b *bench) armed(ctx context.Context, w workload) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		time.Sleep(armedFor)
+		time.Sleep(b.armedFor())
 		a, armedStart, err := checkpoint()
 		if err != nil {
 			return "", err
@@ -115,5 +115,9 @@ func kib(memory string) (n int, err error) {
 	return n << 10, nil
 }
 
-// armedFor is for how long a checkpoint is armed before the next one.
-const armedFor = 8 * time.Second
+// armedFor is for how long a checkpoint is armed before the next one: what the guests use has
+// been read then, and at the default of --arm-rate, 100 MiB/s, what -used fills.
+func (b *bench) armedFor() time.Duration {
+	memory, _ := kib(b.memory) // config has looked at it
+	return (8*time.Second + time.Duration(memory>>10*b.used/100)*time.Second/100).Round(time.Second)
+}

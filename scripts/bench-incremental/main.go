@@ -125,7 +125,7 @@ func (b *bench) run(ctx context.Context, only, sizes []string, armed bool) (err 
 	row := b.guest
 	if armed {
 		row = b.armed
-		fmt.Printf(armedHead, b.n, b.every, armedFor)
+		fmt.Printf(armedHead, b.n, b.every)
 	} else {
 		fmt.Printf(head, b.n, b.every, b.codec)
 	}
