@@ -304,14 +304,12 @@ func commandName(n uint16) string {
 
 func printDump(w io.Writer, d *dumpDoc) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	// Names come from the stream: none may play with the terminal.
-	q := func(s string) string { return strings.Trim(fmt.Sprintf("%q", s), `"`) }
 	line := func(format string, args ...any) { fmt.Fprintf(t, format+"\n", args...) }
-	line("stream\t%s", q(d.Stream))
+	line("stream\t%s", printable(d.Stream))
 	line("bytes\t%d", d.Bytes)
-	line("machine\t%s", dash(q(d.Machine)))
+	line("machine\t%s", dash(printable(d.Machine)))
 	line("page size\t%d", d.PageSize)
-	line("subsections\t%s", dash(strings.Join(d.Subsections, ", ")))
+	line("subsections\t%s", dash(printable(strings.Join(d.Subsections, ", "))))
 	more := func(left int) {
 		if left > 0 {
 			line("and %d more", left)
@@ -319,13 +317,13 @@ func printDump(w io.Writer, d *dumpDoc) error {
 	}
 	more(d.SubsectionsLeftOut)
 	if len(d.Capabilities) > 0 {
-		line("capabilities\t%s", q(strings.Join(d.Capabilities, ", ")))
+		line("capabilities\t%s", printable(strings.Join(d.Capabilities, ", ")))
 	}
 	if d.GuestUUID != "" {
 		line("guest uuid\t%s", d.GuestUUID)
 	}
 	line("passes\t%d", d.Passes)
-	line("state\t%s", dash(q(d.RunState)))
+	line("state\t%s", dash(printable(d.RunState)))
 	if len(d.Commands) > 0 {
 		line("\nCOMMAND\tOFFSET\tLENGTH")
 		for _, c := range d.Commands {
@@ -335,7 +333,7 @@ func printDump(w io.Writer, d *dumpDoc) error {
 	}
 	line("\nSECTION\tID\tINSTANCE\tVERSION\tPARTS\tEND\tBYTES")
 	for _, s := range d.Sections {
-		line("%s\t%d\t%d\t%d\t%d\t%t\t%d", q(s.Name), s.ID, s.Instance, s.Version, s.Parts, s.End, s.Bytes)
+		line("%s\t%d\t%d\t%d\t%d\t%t\t%d", printable(s.Name), s.ID, s.Instance, s.Version, s.Parts, s.End, s.Bytes)
 	}
 	line("\nBLOCK\tBYTES\tPAGE RECORDS\tHOST PAGE\tGPA")
 	for _, b := range d.Blocks {
@@ -346,7 +344,7 @@ func printDump(w io.Writer, d *dumpDoc) error {
 		if b.GPA != nil {
 			gpa = fmt.Sprintf("%#x", *b.GPA)
 		}
-		line("%s\t%d\t%d\t%s\t%s", q(b.Name), b.Used, b.Pages, host, gpa)
+		line("%s\t%d\t%d\t%s\t%s", printable(b.Name), b.Used, b.Pages, host, gpa)
 	}
 	line("\nRECORD\tCOUNT")
 	for k := ramparse.MemSize; k <= ramparse.EOS; k++ {
@@ -356,12 +354,12 @@ func printDump(w io.Writer, d *dumpDoc) error {
 	}
 	line("\nDEVICE\tID\tINSTANCE\tVERSION\tOFFSET\tBYTES")
 	for _, s := range d.Devices {
-		line("%s\t%d\t%d\t%d\t%d\t%d", q(s.Name), s.ID, s.Instance, s.Version, s.Offset, s.Bytes)
+		line("%s\t%d\t%d\t%d\t%d\t%d", printable(s.Name), s.ID, s.Instance, s.Version, s.Offset, s.Bytes)
 	}
 	more(d.DevicesLeftOut)
 	line("\nwhole tail\t%d bytes, vmdescription %d", d.TailBytes, d.Description)
 	if d.OpaqueBytes > 0 {
-		line("not understood\t%d bytes: %s", d.OpaqueBytes, q(d.OpaqueCause))
+		line("not understood\t%d bytes: %s", d.OpaqueBytes, printable(d.OpaqueCause))
 	}
 	return t.Flush()
 }

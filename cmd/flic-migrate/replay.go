@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
@@ -96,18 +95,18 @@ func (r *replayCmd) run(ctx context.Context, paths []string) (err error) {
 }
 
 func printReplay(w io.Writer, results []replay.Result) error {
-	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(t, "STREAM\tBYTES\tPAGES\tRESULT\tSAVE s\tRESTORE s\tFLASH\tRATIO")
+	t := newTable(w)
+	t.row("STREAM", "BYTES", "PAGES", "RESULT", "SAVE s", "RESTORE s", "FLASH", "RATIO")
 	for _, r := range results {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%.2f\t%.2f\t%d\t%.3f\n", r.Stream, r.Bytes, r.Pages, r.Result,
-			r.SaveSeconds, r.RestoreSeconds, r.FlashBytes, r.Ratio)
+		t.row(r.Stream, fmt.Sprint(r.Bytes), fmt.Sprint(r.Pages), string(r.Result), fmt.Sprintf("%.2f", r.SaveSeconds),
+			fmt.Sprintf("%.2f", r.RestoreSeconds), fmt.Sprint(r.FlashBytes), fmt.Sprintf("%.3f", r.Ratio))
 	}
-	if err := t.Flush(); err != nil {
+	if err := t.flush(); err != nil {
 		return err
 	}
 	for _, r := range results {
 		if r.Result == replay.Different {
-			if _, err := fmt.Fprintf(w, "%s: %s\n", r.Stream, r.Reason); err != nil {
+			if _, err := fmt.Fprintf(w, "%s: %s\n", printable(r.Stream), printable(r.Reason)); err != nil {
 				return err
 			}
 		}

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"text/tabwriter"
+	"strconv"
 
 	"github.com/flic-migrate/flic-migrate/tier/store"
 )
@@ -51,23 +51,23 @@ func (a *app) listTotals(ctx context.Context, vm string, asJSON bool) error {
 }
 
 func printTotals(w io.Writer, list []store.Total) error {
-	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	t := newTable(w)
 	// This column is for those who use it.
 	disks := slices.ContainsFunc(list, func(e store.Total) bool { return e.Frozen > 0 })
-	column := func(s string) string {
-		if disks {
-			return "\t" + s
+	row := func(cells ...string) {
+		if !disks {
+			cells = cells[:len(cells)-1]
 		}
-		return ""
+		t.row(cells...)
 	}
-	fmt.Fprintln(t, "VM\tDOMAIN\tCHECKPOINTS\tFLASH\tNVRAM\tKEPT\tLENT\tBORROWED"+column("DISKS"))
+	row("VM", "DOMAIN", "CHECKPOINTS", "FLASH", "NVRAM", "KEPT", "LENT", "BORROWED", "DISKS")
 	for _, e := range list {
 		lent, borrowed := human(e.Lent), human(e.Borrowed)
 		if e.VM == "" {
 			lent, borrowed = "", ""
 		}
-		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s%s\n", dash(e.VM), dash(e.TrustDomain), e.Checkpoints,
-			human(e.Flash), human(e.NVRAM), human(e.Kept), lent, borrowed, column(human(e.Frozen)))
+		row(dash(e.VM), dash(e.TrustDomain), strconv.Itoa(e.Checkpoints), human(e.Flash), human(e.NVRAM),
+			human(e.Kept), lent, borrowed, human(e.Frozen))
 	}
-	return t.Flush()
+	return t.flush()
 }

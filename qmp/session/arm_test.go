@@ -24,7 +24,6 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 	"github.com/flic-migrate/flic-migrate/tier/save"
 	"github.com/flic-migrate/flic-migrate/tier/store"
-	"github.com/flic-migrate/flic-migrate/tier/tiertest"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -311,13 +310,7 @@ func TestArmedOfOthers(t *testing.T) {
 	a := newArmedTest(t)
 	ctx, stop := context.WithCancel(t.Context())
 	a.run(ctx, armedConfig{Buffer: 16 << 10, Target: Target{QMP: t.TempDir() + "/no-qemu"}}, 4<<10)
-	written := make(chan struct{})
-	go func() {
-		defer close(written)
-		s := tiertest.New(tiertest.Options{ReturnPath: true, Passes: 2, Resend: 0.1,
-			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 80 << 20}}, Mix: tiertest.Mix{tiertest.Zero: 30, tiertest.Text: 1}})
-		_, _ = a.stream.Write(s.Bytes())
-	}()
+	written := a.feed()
 	if a.hear().Hello == nil {
 		t.Fatal("no hello")
 	}
@@ -418,13 +411,7 @@ func TestArmedAtItsEnd(t *testing.T) {
 	a := newArmedTest(t)
 	a.run(t.Context(), armedConfig{Buffer: 16 << 10, Target: target, Kept: migration.Kept{Parameters: users}}, 4<<10)
 	defer a.stream.Close()
-	written := make(chan struct{})
-	go func() {
-		defer close(written)
-		s := tiertest.New(tiertest.Options{ReturnPath: true, Passes: 2, Resend: 0.1,
-			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 80 << 20}}, Mix: tiertest.Mix{tiertest.Zero: 30, tiertest.Text: 1}})
-		_, _ = a.stream.Write(s.Bytes())
-	}()
+	written := a.feed()
 	if a.hear().Hello == nil {
 		t.Fatal("no hello")
 	}

@@ -77,6 +77,18 @@ func (a *armedTest) run(ctx context.Context, c armedConfig, send int) {
 	a.lines = bufio.NewScanner(a.conn)
 }
 
+// feed has QEMU's end write a stream of two passes, and tells when that has ended.
+func (a *armedTest) feed() (written chan struct{}) {
+	written = make(chan struct{})
+	go func() {
+		defer close(written)
+		s := tiertest.New(tiertest.Options{ReturnPath: true, Passes: 2, Resend: 0.1,
+			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 80 << 20}}, Mix: tiertest.Mix{tiertest.Zero: 30, tiertest.Text: 1}})
+		_, _ = a.stream.Write(s.Bytes())
+	}()
+	return written
+}
+
 func (a *armedTest) hear() (m armedSay) {
 	a.t.Helper()
 	if !a.lines.Scan() {
@@ -100,13 +112,7 @@ func TestArmedProcess(t *testing.T) {
 			a := newArmedTest(t)
 			ctx, stop := context.WithCancelCause(t.Context())
 			a.run(ctx, armedConfig{Buffer: 16 << 10, Target: Target{QMP: filepath.Join(t.TempDir(), "no-qemu")}}, 4<<10)
-			written := make(chan struct{})
-			go func() {
-				defer close(written)
-				s := tiertest.New(tiertest.Options{ReturnPath: true, Passes: 2, Resend: 0.1,
-					Blocks: []tiertest.Block{{Name: "pc.ram", Size: 80 << 20}}, Mix: tiertest.Mix{tiertest.Zero: 30, tiertest.Text: 1}})
-				_, _ = a.stream.Write(s.Bytes())
-			}()
+			written := a.feed()
 			if h := a.hear().Hello; h == nil || h.Checkpoint != "vm@1" || h.Encoding.Parent != save.ParentAuto {
 				t.Errorf("hello: %+v", h)
 			}

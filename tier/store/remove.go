@@ -347,7 +347,8 @@ func (s *Store) makeWay(ctx context.Context, r Ref) error {
 // tidy frees what is left of a removed image that nobody needs, and what stood for
 // lower numbers. The image, whose UUID is Nil if it is not known, is locked, and so is the
 // store, by the lookup. left is unlist's: without it what has the name of a removed one is
-// another image, which had the number before and which others may need. moved is how many bytes were freed of what had been moved from NVRAM.
+// another image, which had the number before and which others may need. moved is how many bytes
+// were freed of what had been moved from NVRAM.
 func (l *lookup) tidy(ctx context.Context, r Ref, id uuid.UUID, left bool) (moved int64, err error) {
 	s := l.s
 	o, err := l.again(ctx, r.VM)
