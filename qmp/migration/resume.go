@@ -323,25 +323,27 @@ func (o *ResumeOptions) run(ctx context.Context, x qmp.Executor, start time.Time
 			rep.Warnings = append(rep.Warnings, fmt.Sprintf("the guest stays paused: %v", err))
 		}
 	}
+	state := s.Status
 	switch {
 	case runs && !s.Running:
-		err = qmp.Cont(ctx, x)
+		state, err = "running", qmp.Cont(ctx, x)
 	case !runs && s.Running && !o.recovering:
 		rep.Warnings = append(rep.Warnings, "the guest was to stay paused and ran for a moment: this QEMU was started without -S")
-		err = qmp.Stop(ctx, x)
+		state, err = "paused", qmp.Stop(ctx, x)
 	}
 	if err != nil {
 		return err
 	}
-	rep.Running = time.Since(start)
-	if s, err = qmp.QueryStatus(ctx, x); err != nil {
-		return err
+	rep.State, rep.Running = state, time.Since(start)
+	if s, err = qmp.QueryStatus(ctx, x); err == nil {
+		rep.State = s.Status
 	}
-	rep.State = s.Status
+	// Also if QEMU does not say so, because its main loop waits for a page of a server that
+	// dies: the guest runs, and nobody lets it run again.
 	if o.Running != nil {
 		o.Running(*rep)
 	}
-	return nil
+	return err
 }
 
 // patient returns a context whose calls wait for an answer as long as ctx lasts:

@@ -78,6 +78,45 @@ func TestRunLeavesAlone(t *testing.T) {
 	}
 }
 
+// TestRunTells: that the guest may run is told although QEMU does not answer any more, as when
+// its main loop waits for a page of a server that has died. Who goes on does not run it again.
+func TestRunTells(t *testing.T) {
+	for _, c := range []struct {
+		was    qmp.RunState
+		paused bool
+		want   string
+	}{
+		{qmp.RunState{Status: "paused"}, false, "running"},
+		{qmp.RunState{Status: "running", Running: true}, false, "running"},
+		{qmp.RunState{Status: "prelaunch"}, true, "prelaunch"},
+		{qmp.RunState{Status: "running", Running: true}, true, "paused"},
+	} {
+		q := &silentAfter{runState: runState{RunState: c.was}, answers: 1}
+		var told []string
+		o := ResumeOptions{Paused: c.paused, Running: func(rep ResumeReport) { told = append(told, rep.State) }}
+		var rep ResumeReport
+		err := o.run(t.Context(), q, time.Now(), &rep)
+		if !errors.Is(err, ErrServerDied) || rep.Running == 0 || rep.State != c.want || !slices.Equal(told, []string{c.want}) {
+			t.Errorf("%+v, to stay paused %v: %v, %+v, told %v", c.was, c.paused, err, rep, told)
+		}
+	}
+}
+
+// silentAfter is a runState that is asked in vain for its state after some answers.
+type silentAfter struct {
+	runState
+	answers int
+}
+
+func (q *silentAfter) Execute(ctx context.Context, command string, arguments, result any) error {
+	if command == "query-status" {
+		if q.answers--; q.answers < 0 {
+			return ErrServerDied
+		}
+	}
+	return q.runState.Execute(ctx, command, arguments, result)
+}
+
 // TestNeedsAllPages: QEMU 10.2 and later, the versions on the way to it, and those that
 // are not known.
 func TestNeedsAllPages(t *testing.T) {
