@@ -2,11 +2,13 @@ package tier_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -395,4 +397,53 @@ func TestTotals(t *testing.T) {
 		t.Errorf("b borrows %d, and borrowed %d", bytes, b.Borrowed)
 	}
 	l.noLeaks(t)
+}
+
+// TestReplacedWhileSaved: an image that a save holds to refer to is replaced before the commit,
+// as by what a receive has of it. What has its name now nobody holds: the checkpoint is not made,
+// alone and in a group, also where a snapshot of the store still has the one that was held.
+func TestReplacedWhileSaved(t *testing.T) {
+	s := tiertest.New(tiertest.Options{Seed: 1})
+	image := func(suffix string) string { return "/vms/vm/00000001" + suffix }
+	for what, so := range map[string]save.Options{
+		"the parent":             {VM: "vm"},
+		"another VM's":           {VM: "other"},
+		"another VM's, unlisted": {VM: "third"},
+	} {
+		for _, group := range []bool{false, true} {
+			l := newLab(t, crashfs.New(0), "/")
+			ref, _ := l.save(t, s, save.Options{})
+			name := image(".flic")
+			if so.VM == "third" {
+				l.save(t, s, save.Options{VM: "other"})
+				if err := l.remove(ref); err != nil {
+					t.Fatal(err)
+				}
+				name = image(".gone")
+			}
+			so.Commit = func(ctx context.Context, tx *store.Tx) (store.Ref, error) {
+				b := l.file(t, name)
+				if err := l.fs.Link(l.dir+name, l.dir+"/snapshot"); err != nil {
+					t.Error(err)
+				}
+				l.write(t, name, b)
+				if group {
+					_, err := l.st.CommitGroup(ctx, store.Group{Name: "g", Mode: "stop"}, []*store.Tx{tx})
+					return tx.Ref(), err
+				}
+				return tx.Commit(ctx)
+			}
+			before, err := l.st.List(t.Context(), "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := l.trySave(s, so); !errors.Is(err, store.ErrInUse) {
+				t.Errorf("%s, group %v: %v", what, group, err)
+			}
+			if now, err := l.st.List(t.Context(), ""); err != nil || !slices.Equal(now, before) {
+				t.Errorf("%s, group %v: %v, %v", what, group, now, err)
+			}
+			l.noLeaks(t)
+		}
+	}
 }

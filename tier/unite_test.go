@@ -537,3 +537,48 @@ func TestUniteSurvey(t *testing.T) {
 		t.Errorf("%d times united", done)
 	}
 }
+
+// TestUniteReplaced replaces an image that a uniting is to refer to, by a copy that goes away at
+// once, at each moment: both checkpoints are whole after it.
+func TestUniteReplaced(t *testing.T) {
+	s := tiertest.New(tiertest.Options{Seed: 5, Fill: true, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 256 << 10}}})
+	united, told := 0, 0
+	for n, more := 1, true; more; n++ {
+		disk := crashfs.New(0)
+		l := newLab(t, disk, "/")
+		for _, vm := range []string{"a", "b"} {
+			l.save(t, s, save.Options{VM: vm, Share: save.ShareNone})
+		}
+		hook := &atLock{FS: disk.Fork()}
+		uniting, other := l.on(t, hook), l.on(t, disk.Fork())
+		more = false
+		hook.n, hook.fn = n, func() {
+			more = true
+			name := "/vms/a/00000001.flic"
+			other.write(t, name, other.file(t, name))
+			if err := other.remove(store.Ref{VM: "a", N: 1}); err != nil && !errors.Is(err, store.ErrInUse) {
+				t.Error(err)
+			}
+		}
+		u, err := uniting.st.Unite(t.Context(), store.Ref{VM: "b", N: 1}, store.UniteOptions{})
+		if err != nil {
+			t.Errorf("lock %d: %v", n, err)
+		}
+		if u.Why == "" {
+			united++
+		} else if strings.Contains(u.Why, "replaced") {
+			told++
+		}
+		l.holds(t, store.Ref{VM: "b", N: 1}, s)
+		if !more {
+			l.holds(t, store.Ref{VM: "a", N: 1}, s)
+		}
+		l.noLeaks(t)
+		if t.Failed() {
+			t.Fatalf("lock %d: %+v", n, u)
+		}
+	}
+	if united == 0 || told == 0 {
+		t.Errorf("%d times united, %d times replaced", united, told)
+	}
+}

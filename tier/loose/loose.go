@@ -54,6 +54,7 @@ func (u unsupported) SetModified(time.Time) error              { return u.fail("
 func (u unsupported) Data(off int64) (int64, error)            { return off, nil }
 func (u unsupported) Allocated() (int64, error)                { return 0, u.fail("stat") }
 func (u unsupported) Links() (int, error)                      { return 0, u.fail("stat") }
+func (u unsupported) Inode() (uint64, error)                   { return 0, u.fail("stat") }
 func (u unsupported) StartWriteback(int64, int64)              {}
 func (u unsupported) DropCache()                               {}
 func (u unsupported) Lock(context.Context, vfs.LockMode) error { return u.fail("lock") }

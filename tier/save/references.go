@@ -264,7 +264,13 @@ func (s *saver) references(ctx context.Context, n *referred) error {
 		if n.ofParent {
 			s.rep.Parent = s.placer.to.par.c.Ref.String()
 		}
-		if err := s.out.tx.Refer(ctx); err != nil {
+		var ids []uuid.UUID
+		for i, r := range n.refs {
+			if n.peers[i] == nil { // theirs are made with this one
+				ids = append(ids, r.UUID)
+			}
+		}
+		if err := s.out.tx.Refer(ctx, ids...); err != nil {
 			return err
 		}
 		if err := s.out.chunks(image.References, n.refs.Append(nil)); err != nil {

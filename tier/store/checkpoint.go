@@ -22,6 +22,8 @@ type Checkpoint struct {
 	Ref Ref
 
 	store *Store
+	// images are its own and those that it refers to, which it has open.
+	images []heldImage
 }
 
 // errMisplaced: an image is another checkpoint than its place says.
@@ -76,8 +78,12 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 	o.Disks.Kept = func(id uuid.UUID) (string, error) { return s.frozenPath(ctx, id) }
 	o.Images = func(ctx context.Context, ref *checkpoint.Reference) (checkpoint.Source, []moved.Source, error) {
 		f, at, err := s.openReferred(ctx, Ref{ref.VM, ref.Number}, ref.UUID)
-		if err != nil || len(ref.NeedSlots) == 0 {
-			return f, nil, err
+		if err != nil {
+			return nil, nil, err
+		}
+		c.images = append(c.images, heldImage{f, at, ref.UUID})
+		if len(ref.NeedSlots) == 0 {
+			return f, nil, nil
 		}
 		pieces, err := s.openMoved(ctx, at, ref.UUID)
 		return f, sources(pieces), err
@@ -106,6 +112,7 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 		c.Close()
 		return nil, err
 	}
+	c.images = append(c.images, heldImage{f, r, c.Meta.UUID})
 	return c, nil
 }
 
@@ -115,8 +122,7 @@ func (s *Store) OpenCheckpoint(ctx context.Context, r Ref, o checkpoint.Options)
 func (s *Store) openReferred(ctx context.Context, was Ref, id uuid.UUID) (found Object, at Ref, err error) {
 	var damage error
 	if CheckVM(was.VM) == nil && was.N >= 1 && was.N <= MaxNumber {
-		// In this order: it can go from the first name to one of the others meanwhile.
-		for _, name := range []string{was.object(imageSuffix), was.object(removedSuffix), was.keptObject(id)} {
+		for _, name := range was.imageObjects(id) {
 			f, err := s.openWith(ctx, name, id)
 			if integrity.IsCorrupt(err) {
 				// What a power cut has left of another one that was emptied, perhaps.

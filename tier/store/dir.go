@@ -156,8 +156,11 @@ type Object interface {
 	io.Closer
 	// Allocated is how many bytes it takes of the place.
 	Allocated() (int64, error)
-	// Links is how many names it has; 0 if it was removed, or another took its name.
+	// Links is how many names it has, here and elsewhere; 0 if it was removed, or another took
+	// its name.
 	Links() (int, error)
+	// Inode tells it from every other object that there is, under whatever names.
+	Inode() (uint64, error)
 	// Map maps [off, off+n) of it, as vfs.File has it; the mapping stays when the
 	// object is closed.
 	Map(off, n int64, writable bool) (vfs.Mapping, error)

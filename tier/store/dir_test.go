@@ -676,6 +676,8 @@ func (h *memHandle) Links() (n int, err error) {
 	return n, nil
 }
 
+func (h *memHandle) Inode() (uint64, error) { return h.o.serial, nil }
+
 func (h *memHandle) ReadAt(b []byte, off int64) (int, error) {
 	h.d.mu.Lock()
 	defer h.d.mu.Unlock()

@@ -55,7 +55,9 @@
 //     none, because what they read of an image is checked, and an image that goes
 //     away meanwhile is not there. Summaries are read and written without any. What an open checkpoint refers to is opened without
 //     the store lock: it can't go away, and who finds it locked, because somebody frees
-//     what nobody needs of it, waits for that moment to pass.
+//     what nobody needs of it, waits for that moment to pass. A lock is on the image and not on
+//     its name, which a receiver gives to a copy that has more of it: so each commit looks
+//     whether what it refers to has its name still, and fails if not.
 //  3. The NVRAM file's own lock (package nvram), for allocation only.
 //
 // Before all of them Unite takes one of its own, and those of the index of shared pages are

@@ -165,6 +165,9 @@ func (t *Tx) swap(ctx context.Context, was *checkpoint.Identity, v *survey, old 
 	if err != nil {
 		return false, err
 	}
+	if err := t.stillNamed(ctx); err != nil {
+		return false, err
+	}
 	old.Kept = v.of[was.UUID].by
 	kept = used || v.needed(was.UUID)
 	if kept && !keep {

@@ -189,7 +189,7 @@ func (s *Store) CommitGroup(ctx context.Context, g Group, txs []*Tx) (_ Group, e
 		return g, err
 	}
 	for _, t := range txs {
-		err := stillNamed(t.refers)
+		err := t.stillNamed(ctx)
 		if err == nil && !t.known {
 			err = s.dir.Mkdir(ctx, vmFolder(t.ref.VM))
 		}

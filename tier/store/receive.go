@@ -170,9 +170,9 @@ type receiving struct {
 	ref    Ref          // what it is to be called; without a number, the VM's next
 	all    listedImages // when it began
 	images []*received
-	holds  []Object
-	lasts  []Object // of those, images that it refers to and are another's to keep
-	claims []claim  // from when all has come
+	holds  []io.Closer
+	lasts  []heldImage // of those, images that it refers to and are another's to keep
+	claims []claim     // from when all has come
 	got    Received
 	tick   time.Time
 }
@@ -271,13 +271,9 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 	if err := r.s.freeTwins(ctx, listed); err != nil {
 		return r.got, err
 	}
-	if r.holds, err = r.s.hold(ctx, h.Has); err != nil {
-		if errors.Is(err, ErrNotFound) {
-			err = r.lacks("%w", err)
-		}
+	if err := r.hold(ctx, h.Has); err != nil {
 		return r.got, err
 	}
-	r.lasts = slices.Clone(r.holds)
 	if err := r.stage(ctx); err != nil {
 		return r.got, err
 	}

@@ -107,7 +107,7 @@ func (r *receiving) commit(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	if err := stillNamed(r.lasts); err != nil {
+	if err := s.stillNamed(ctx, r.lasts); err != nil {
 		return fmt.Errorf("checkpoint %v needs %w", r.got.Sent, err)
 	}
 	own := r.images[0]

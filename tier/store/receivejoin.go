@@ -104,11 +104,19 @@ func (r *receiving) holdAgain(ctx context.Context) error {
 			ids = append(ids, i.UUID)
 		}
 	}
+	return r.hold(ctx, ids)
+}
+
+// hold holds the images that it refers to and are another's to keep.
+func (r *receiving) hold(ctx context.Context, ids []uuid.UUID) error {
 	held, err := r.s.hold(ctx, ids)
 	if errors.Is(err, ErrNotFound) {
 		err = r.lacks("%w", err)
 	}
-	r.holds, r.lasts = append(r.holds, held...), held
+	for _, h := range held {
+		r.holds = append(r.holds, h)
+	}
+	r.lasts = held
 	return err
 }
 

@@ -68,7 +68,7 @@ func (r *receiving) holdListed(ctx context.Context, i *received) error {
 	}
 	f, err := r.s.openWith(ctx, at.object(imageSuffix), i.UUID)
 	if f != nil {
-		r.holds, r.lasts = append(r.holds, f), append(r.lasts, f)
+		r.holds, r.lasts = append(r.holds, f), append(r.lasts, heldImage{f, at, i.UUID})
 		i.drop = true
 	}
 	return err // nil without one: it has been removed since
@@ -113,7 +113,7 @@ func (s *Store) openStage(ctx context.Context, name string) (Stage, error) {
 	if err != nil {
 		return nil, err
 	}
-	if links, err := f.Links(); err != nil || links == 0 {
+	if named, err := s.isNamed(ctx, f, name); err != nil || !named {
 		f.Close()
 		return nil, errors.Join(err, fmt.Errorf("%s: %w", f.Name(), vfs.ErrLocked))
 	}

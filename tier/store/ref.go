@@ -151,6 +151,12 @@ func parseNumber(name string) (n int, suffix string, ok bool) {
 // under its checkpoint's number.
 func (r Ref) keptObject(id uuid.UUID) string { return r.object("." + id.String() + removedSuffix) }
 
+// imageObjects are the names that a checkpoint's image with a UUID can have, in the order in
+// which who looks for it does: it can go from the first to one of the others meanwhile.
+func (r Ref) imageObjects(id uuid.UUID) []string {
+	return []string{r.object(imageSuffix), r.object(removedSuffix), r.keptObject(id)}
+}
+
 // parseKept tells of a suffix whether it is one of keptObject's.
 func parseKept(suffix string) (id uuid.UUID, ok bool) {
 	if len(suffix) != 1+uuidLen+len(removedSuffix) || suffix[1+uuidLen:] != removedSuffix {

@@ -503,11 +503,11 @@ func (s *Store) References(ctx context.Context, r Ref) (to []uuid.UUID, by []Ref
 
 // hold locks the images with these UUIDs, removed ones too, so that they stay as
 // long as they are open.
-func (s *Store) hold(ctx context.Context, ids []uuid.UUID) ([]Object, error) {
+func (s *Store) hold(ctx context.Context, ids []uuid.UUID) ([]heldImage, error) {
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	var held []Object
+	var held []heldImage
 	want := make(map[uuid.UUID]bool)
 	for _, id := range ids {
 		want[id] = true
@@ -528,7 +528,7 @@ func (s *Store) hold(ctx context.Context, ids []uuid.UUID) ([]Object, error) {
 		if f == nil {
 			return false, errMoved
 		}
-		held = append(held, f)
+		held = append(held, heldImage{f, st.ref, st.uuid})
 		return true, nil
 	})
 	if err != nil {

@@ -176,8 +176,7 @@ func (s *Store) placed(ctx context.Context, was Ref, id uuid.UUID) (found stored
 	if CheckVM(was.VM) != nil || was.N < 1 || was.N > MaxNumber {
 		return found, false
 	}
-	// In this order: it can go from the first name to one of the others meanwhile.
-	for i, name := range []string{was.object(imageSuffix), was.object(removedSuffix), was.keptObject(id)} {
+	for i, name := range was.imageObjects(id) {
 		who, err := s.whoIs(ctx, name)
 		if err == nil && who != nil && who.UUID == id {
 			return stored{ref: was, name: name, gone: i > 0, id: who}, true
@@ -290,7 +289,7 @@ func (t *Tx) Borrow(ctx context.Context, was Ref, id uuid.UUID) (*Borrowed, erro
 	if err != nil {
 		return nil, err
 	}
-	t.holds = append(t.holds, b.Object)
+	t.holds = append(t.holds, heldImage{b.Object, st.ref, id})
 	t.lends(st.ref.VM)
 	if b.Whole {
 		return b, nil

@@ -154,7 +154,7 @@ func (s *Store) refersTo(ctx context.Context, ref *checkpoint.Reference, to *Ref
 // find looks for the image with a UUID as openReferred does.
 func (s *Store) find(ctx context.Context, was Ref, id uuid.UUID) (found stored, err error) {
 	if CheckVM(was.VM) == nil && was.N >= 1 && was.N <= MaxNumber {
-		for i, name := range []string{was.object(imageSuffix), was.object(removedSuffix), was.keptObject(id)} {
+		for i, name := range was.imageObjects(id) {
 			who, err := s.whoIs(ctx, name)
 			if err == nil && who != nil && who.UUID == id {
 				return stored{ref: was, name: name, gone: i > 0, id: who}, nil

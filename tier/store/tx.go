@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -41,9 +42,9 @@ type Tx struct {
 
 	nvfile *nvram.File
 	region *nvram.Region
-	holds  []Object      // what it refers to, or might, locked
-	refers []Object      // of those, what Refer was told of
+	holds  []heldImage   // what it refers to, or might, locked
 	opened []*Checkpoint // likewise
+	refers []uuid.UUID   // what it refers to, of the images that those are
 	// lenders are the VMs whose images those are.
 	lenders map[string]bool
 	// keep is set when the checkpoint may become visible in spite of an error:
@@ -170,9 +171,10 @@ func (t *Tx) lends(vm string) {
 }
 
 // Refer is called before the commit of a checkpoint that refers to others: from then on
-// a store has to look for references. It keeps the images with these UUIDs, if Hold does
-// not, from going away until the transaction has ended; the committed checkpoint's
-// IDENTITY does so after that.
+// a store has to look for references. ids are all that it refers to, but for what other members
+// of its group have. It keeps these images, if Hold and Borrow do not, from going away until the
+// transaction has ended; the committed checkpoint's IDENTITY does so after that. The commit
+// fails if one of them was replaced.
 //
 // A killed process can have left a name that is seen and not durable. What is referred to
 // must not go with a power cut that this checkpoint survives: the names of others' images are
@@ -181,11 +183,15 @@ func (t *Tx) Refer(ctx context.Context, ids ...uuid.UUID) error {
 	if t.ref == (Ref{}) {
 		return errors.New("an image outside of a store can't refer to others")
 	}
-	held, err := t.s.hold(ctx, ids)
+	t.refers = append(t.refers, ids...)
+	have := t.images()
+	held, err := t.s.hold(ctx, slices.DeleteFunc(slices.Clone(ids), func(id uuid.UUID) bool {
+		return slices.ContainsFunc(have, func(h heldImage) bool { return h.id == id })
+	}))
 	if err != nil {
 		return err
 	}
-	t.holds, t.refers = append(t.holds, held...), held
+	t.holds = append(t.holds, held...)
 	for vm := range t.lenders {
 		if vm == t.ref.VM || CheckVM(vm) != nil {
 			continue
@@ -195,6 +201,15 @@ func (t *Tx) Refer(ctx context.Context, ids ...uuid.UUID) error {
 		}
 	}
 	return t.s.noteSharing(ctx)
+}
+
+// images are those that it has locked.
+func (t *Tx) images() []heldImage {
+	list := slices.Clone(t.holds)
+	for _, c := range t.opened {
+		list = append(list, c.images...)
+	}
+	return list
 }
 
 // Reservation is what a checkpoint wants of an NVRAM file.
@@ -367,7 +382,7 @@ func (t *Tx) commit(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	if err := stillNamed(t.refers); err != nil {
+	if err := t.stillNamed(ctx); err != nil {
 		return err
 	}
 	if !t.known {
@@ -390,23 +405,55 @@ func (t *Tx) commit(ctx context.Context) error {
 // it came, or one that has more of it. To hold it keeps nobody from freeing that one.
 var errReplaced = errors.New("it was replaced meanwhile")
 
+// heldImage is an image that is locked, so that a new checkpoint can refer to it.
+type heldImage struct {
+	Object
+	at Ref // where it is
+	id uuid.UUID
+}
+
 // stillNamed finds out that images which are held, so that a new checkpoint can refer to them,
 // are those that have their names. The caller holds the store lock, and commits.
-func stillNamed(held []Object) error {
-	for _, f := range held {
-		links, err := f.Links()
+func (s *Store) stillNamed(ctx context.Context, list []heldImage) error {
+	for _, h := range list {
+		named, err := s.isNamed(ctx, h.Object, h.at.imageObjects(h.id)...)
+		if err == nil && !named {
+			err = fmt.Errorf("%s: %w: %w", h.Name(), errReplaced, ErrInUse)
+		}
 		if err != nil {
 			return err
-		}
-		size, err := f.Size()
-		if err != nil {
-			return err
-		}
-		if links == 0 || size == 0 {
-			return fmt.Errorf("%s: %w: %w", f.Name(), errReplaced, ErrInUse)
 		}
 	}
 	return nil
+}
+
+// stillNamed is Store.stillNamed of the images that it refers to.
+func (t *Tx) stillNamed(ctx context.Context) error {
+	return t.s.stillNamed(ctx, slices.DeleteFunc(t.images(), func(h heldImage) bool { return !slices.Contains(t.refers, h.id) }))
+}
+
+// isNamed tells whether an object has one of these names now. How many names it has says less: a
+// snapshot that cp -al or rsync --link-dest made of the store has names for it too.
+func (s *Store) isNamed(ctx context.Context, f Object, names ...string) (bool, error) {
+	held, err := f.Inode()
+	if err != nil {
+		return false, err
+	}
+	for _, name := range names {
+		there, err := s.dir.Open(ctx, name, Unlocked)
+		if gone(err) || errors.Is(err, errNotObject) {
+			continue
+		}
+		if err != nil {
+			return false, err
+		}
+		inode, err := there.Inode()
+		there.Close()
+		if err != nil || inode == held {
+			return err == nil, err
+		}
+	}
+	return false, nil
 }
 
 // place gives a new checkpoint's image its name, durably, when what belongs beside it is there

@@ -439,7 +439,7 @@ func (n *uniting) run(ctx context.Context, u *United) (why string, err error) {
 	}
 	var old Removed
 	switch _, err := n.tx.swap(ctx, was, v, &old, false); {
-	case errors.Is(err, errNeeded) || errors.Is(err, ErrChanged):
+	case errors.Is(err, errNeeded) || errors.Is(err, ErrChanged) || errors.Is(err, errReplaced):
 		return err.Error(), nil
 	case err != nil:
 		return "", err
@@ -896,7 +896,8 @@ func (n *uniting) finish(ctx context.Context, k *copier) error {
 	}
 	m.Report.Shared += m.Report.Cold - counts.Cold
 	m.Report.Cold, m.Report.FlashBytes = counts.Cold, k.w.Len()
-	if err := n.tx.Refer(ctx); err != nil {
+	// What else it refers to the old image needs, and that one is there until this one is.
+	if err := n.tx.Refer(ctx, slices.Collect(maps.Keys(n.lenders))...); err != nil {
 		return err
 	}
 	doc, id, err := m.Documents()

@@ -220,6 +220,14 @@ func (f *osFile) Links() (int, error) {
 	return int(fi.Sys().(*syscall.Stat_t).Nlink), nil
 }
 
+func (f *osFile) Inode() (uint64, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return fi.Sys().(*syscall.Stat_t).Ino, nil
+}
+
 func (f *osFile) Restrict() error {
 	fi, err := f.Stat()
 	if err != nil || !fi.Mode().IsRegular() || fi.Mode().Perm()&0o077 == 0 {

@@ -188,6 +188,9 @@ type File interface {
 	// Links is how many names the file has; 0 if it was removed.
 	Links() (int, error)
 
+	// Inode tells the file from every other of its file system, under whatever names: Stamp's.
+	Inode() (uint64, error)
+
 	// LinkAs gives a file of CreateUnnamed's a name, which must not exist (fs.ErrExist), on
 	// the same file system: with all its content, in one step.
 	LinkAs(name string) error

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -216,6 +217,16 @@ func TestNames(t *testing.T) {
 		} else {
 			if n, err := f.Links(); n != 2 || err != nil {
 				t.Errorf("%d names, %v", n, err)
+			}
+			inode, err := f.Inode()
+			if err != nil {
+				t.Error(err)
+			}
+			for dir, same := range map[string]bool{"a": true, "a/b": true, "": false} {
+				list, err := fsys.ReadStamps(p(dir), nil)
+				if err != nil || slices.ContainsFunc(list, func(s vfs.Stamped) bool { return s.Inode == inode }) != same {
+					t.Errorf("inode %d in %q: %+v, %v", inode, dir, list, err)
+				}
 			}
 			f.Close()
 		}

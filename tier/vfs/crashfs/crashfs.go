@@ -835,6 +835,16 @@ func (h *file) Links() (int, error) {
 	return h.i.nlink, nil
 }
 
+// Inode implements vfs.File.
+func (h *file) Inode() (uint64, error) {
+	h.fs.d.mu.Lock()
+	defer h.fs.d.mu.Unlock()
+	if err := h.begin(Read); err != nil {
+		return 0, pathErr("stat", h.name, err)
+	}
+	return h.i.number, nil
+}
+
 // LinkAs implements vfs.File.
 func (h *file) LinkAs(name string) error {
 	h.fs.d.mu.Lock()
