@@ -67,13 +67,18 @@ func (a *app) configure(cmd *cobra.Command) error {
 		}
 		return err
 	}
+	typed, inEnv := namesQEMU(cmd.Flags())
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
 		key := flagKey(f)
-		if key == "" || f.Changed || err != nil {
+		other := key == "qmp" || key == "domain" // than the QEMU that is named nearer
+		if key == "" || f.Changed || err != nil || other && typed {
 			return
 		}
 		value, source := os.Getenv(envName(key)), envName(key)
 		if value == "" {
+			if other && inEnv {
+				return
+			}
 			v, ok := file.values[key]
 			if !ok {
 				return
@@ -105,6 +110,23 @@ func (a *app) configure(cmd *cobra.Command) error {
 		}
 	}
 	return nil
+}
+
+// namesQEMU tells whether the command line, and whether the environment, names the QEMU that
+// a command is about, or those of a group: then one that is named further away is not meant,
+// even if it is named in the other way.
+func namesQEMU(fs *pflag.FlagSet) (typed, inEnv bool) {
+	for _, name := range []string{"qmp", "domain", "group"} {
+		f := fs.Lookup(name)
+		if f == nil {
+			continue
+		}
+		typed = typed || f.Changed && f.Value.String() != ""
+		if key := flagKey(f); key != "" {
+			inEnv = inEnv || os.Getenv(envName(key)) != ""
+		}
+	}
+	return typed, inEnv
 }
 
 // warnOfVariables names variables whose names are almost those of settings: in the

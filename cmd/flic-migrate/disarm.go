@@ -35,6 +35,9 @@ through its monitor.`,
 			vm := ""
 			if len(args) == 1 {
 				vm = args[0]
+				if (d.monitor.QMP != "" && d.sources["qmp"] == "") || (d.monitor.Domain != "" && d.sources["domain"] == "") {
+					return usageError{errors.New("--qmp and --domain name a QEMU, and an argument the VM: give one of them")}
+				}
 			}
 			return d.run(cmd.Context(), vm)
 		},
