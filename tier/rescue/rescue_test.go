@@ -43,7 +43,6 @@ var alone = map[string]string{
 	"qmp/session/armed.go watchEnd":         "polls",
 	"qmp/session/armed.go talk":             "decodes lines and hands them on",
 	"qmp/libvirt/domain/relay.go conn":      "encodes events",
-	"qmp/libvirt/domain/restore.go watch":   "asks for a state, and says it to who prints it",
 	"qmp/migration/track.go track":          "selects",
 	"qmp/migration/resume.go watchIncoming": "looks at a word",
 	"qmp/migration/checkpoint.go wait":      "selects",

@@ -282,21 +282,20 @@ func (r *restore) run(ctx context.Context, start time.Time, rep *migration.Resum
 	if r.o.Recover {
 		r.untilRecovered(ctx)
 	}
-	running, done := r.watch(ctx, start, *rep)
+	end := r.watch(ctx, start, *rep)
 	err := r.finishFed(ctx, rep.Lazy)
-	done()
 	if err != nil {
 		f.stop()
 	}
+	running, untold := end()
 	<-f.done
 	rep.Resident = time.Since(start)
 	rep.Running = rep.Resident
-	d, seen := <-running
-	if seen {
-		rep.Running = d
+	if running > 0 {
+		rep.Running = running
 	}
-	err = r.outcome(ctx, f.err, err, rep)
-	if err == nil && !seen && r.o.Running != nil {
+	err = errors.Join(r.outcome(ctx, f.err, err, rep), untold)
+	if err == nil && running == 0 && r.o.Running != nil {
 		// It was not seen running, since it went too fast, or stays paused. Others may
 		// wait to be told.
 		r.o.Running(*rep)
@@ -440,31 +439,37 @@ func afterwards(ctx context.Context, more time.Duration) (context.Context, conte
 	return later, func() { stop(); end(nil) }
 }
 
-// watch finds out when the guest runs, which is before a lazy restore is
-// finished. Done ends the watching.
-func (r *restore) watch(ctx context.Context, start time.Time, rep migration.ResumeReport) (running <-chan time.Duration, done func()) {
-	ctx, done = context.WithCancel(ctx)
-	found := make(chan time.Duration, 1)
-	go func() {
-		defer close(found)
+// watch finds out when the guest runs, which is before a lazy restore is finished, and tells
+// it. end ends the watching; it returns when all is told, with how long it took until the
+// guest ran, or 0 if it was not seen to.
+func (r *restore) watch(ctx context.Context, start time.Time, rep migration.ResumeReport) (end func() (running time.Duration, err error)) {
+	ctx, cancel := context.WithCancel(ctx)
+	var running time.Duration
+	watched := make(chan error, 1)
+	look := func() error {
 		for {
 			state, err := r.state(ctx)
 			if err == nil && state == "running" {
-				rep.State, rep.Running = state, time.Since(start)
-				found <- rep.Running
+				running = time.Since(start)
+				rep.State, rep.Running = state, running
 				if r.o.Running != nil {
 					r.o.Running(rep)
 				}
-				return
+				return nil
 			}
 			select {
 			case <-time.After(pollInterval):
 			case <-ctx.Done():
-				return
+				return nil
 			}
 		}
-	}()
-	return found, done
+	}
+	go func() { watched <- rescue.Call(look) }()
+	return func() (time.Duration, error) {
+		cancel()
+		err := <-watched
+		return running, err
+	}
 }
 
 // pollInterval is how often libvirt is asked for the guest's state.

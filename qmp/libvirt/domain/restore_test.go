@@ -18,6 +18,7 @@ import (
 	"github.com/digitalocean/go-libvirt"
 
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 const (
@@ -394,6 +395,34 @@ func TestRestore(t *testing.T) {
 				t.Errorf("left: %v", left)
 			}
 		})
+	}
+}
+
+// TestWatch: the watching does not end while it is being told that the guest runs, and a
+// panic of who is told is its error.
+func TestWatch(t *testing.T) {
+	for _, panics := range []bool{false, true} {
+		c, err := open(t.Context(), fakeDaemon(t, (&destination{hasDomain: true}).answer))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.close()
+		telling, told := make(chan struct{}), false
+		r := &restore{client: c, name: "web1", o: RestoreOptions{Running: func(migration.ResumeReport) {
+			close(telling)
+			if panics {
+				panic("a bug")
+			}
+			time.Sleep(100 * time.Millisecond)
+			told = true
+		}}}
+		end := r.watch(t.Context(), time.Now(), migration.ResumeReport{})
+		<-telling
+		running, err := end()
+		var bug *rescue.Error
+		if running == 0 || told == panics || errors.As(err, &bug) != panics {
+			t.Errorf("panics %v: told %v, running after %v, %v", panics, told, running, err)
+		}
 	}
 }
 
