@@ -596,3 +596,68 @@ func TestTransferReplaced(t *testing.T) {
 		b.noLeaks(t)
 	}
 }
+
+// TestTransferTaken: a name is taken by a save under way, whatever others there are, and by a
+// group whose commit was cut off.
+func TestTransferTaken(t *testing.T) {
+	a := newLab(t, crashfs.New(0), "/")
+	s := small(1)
+	ref, _ := a.save(t, s, save.Options{})
+	whole, _, err := a.sent(nil, ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newLab(t, crashfs.New(0), "/")
+	var txs []*store.Tx
+	begin := func() {
+		tx, err := b.st.Begin(t.Context(), ref.VM)
+		if err != nil {
+			t.Fatal(err)
+		}
+		txs = append(txs, tx)
+	}
+	begin()
+	begin()
+	if _, err := b.takes(whole, store.Ref{}); !errors.Is(err, store.ErrTaken) {
+		t.Errorf("two saves are under way: %v", err)
+	}
+	for _, tx := range txs {
+		tx.Abort()
+	}
+	// A checkpoint that has another name when its stream ends.
+	err = b.st.Receive(t.Context(), atEnd(whole, func() { begin(); begin() }), store.ReceiveOptions{})
+	if !errors.Is(err, store.ErrTaken) {
+		t.Errorf("two saves have begun meanwhile: %v", err)
+	}
+	for _, tx := range txs {
+		tx.Abort()
+	}
+	b.noLeaks(t)
+
+	for n, taken := 0, false; ; n++ {
+		disk := crashfs.New(0)
+		b := newLab(t, disk, "/")
+		process := disk.Fork()
+		saver := b.on(t, process)
+		err := b.st.Receive(t.Context(), atEnd(whole, func() {
+			saver.trySave(s, save.Options{VM: ref.VM, Commit: func(ctx context.Context, tx *store.Tx) (store.Ref, error) {
+				process.KillAt(n)
+				_, err := saver.st.CommitGroup(ctx, store.Group{Name: "g", Mode: "stop"}, []*store.Tx{tx})
+				return tx.Ref(), err
+			}})
+		}), store.ReceiveOptions{})
+		if err != nil && !errors.Is(err, store.ErrTaken) {
+			t.Errorf("operation %d of a group's commit: %v", n, err)
+		}
+		taken = taken || err != nil
+		next := b.on(t, disk.Fork())
+		next.save(t, s, save.Options{VM: "other"})
+		next.holds(t, ref, s)
+		if t.Failed() || !process.Killed() {
+			if !taken || n < 8 {
+				t.Errorf("%d operations; the name was taken: %v", n, taken)
+			}
+			return
+		}
+	}
+}

@@ -84,6 +84,11 @@ func (s *Store) beginGroup(ctx context.Context, head *transfer.GroupHead, as Ref
 	if err != nil {
 		return nil, err
 	}
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	for _, m := range head.Members {
 		rg.left[m.UUID] = true
 		if _, ok := there.checkpoint(m.UUID, m.Origin); ok {

@@ -250,7 +250,12 @@ func (r *receiving) run(ctx context.Context) (Received, error) {
 	if len(h.Images) == 0 {
 		return r.got, r.lacks("it")
 	}
-	if err := r.checkName(ctx); err != nil {
+	unlock, err := r.s.lock(ctx)
+	if err == nil {
+		err = r.checkName(ctx)
+		unlock()
+	}
+	if err != nil {
 		return r.got, err
 	}
 	if err := r.mayOwn(ctx); err != nil {
@@ -351,7 +356,7 @@ func (r *receiving) mayBe(at Ref) error {
 }
 
 // checkName finds out that nobody has the name, if it is known: also before all is received. One
-// that was removed here may come back.
+// that was removed here may come back. The caller holds the store lock.
 func (r *receiving) checkName(ctx context.Context) error {
 	if r.ref.N == 0 {
 		return CheckVM(r.ref.VM)
@@ -363,13 +368,13 @@ func (r *receiving) checkName(ctx context.Context) error {
 	return err
 }
 
-// nameTaken tells whether a checkpoint, or a save under way, has a name.
+// nameTaken tells whether a checkpoint, or a save under way, has a name. The caller holds the
+// store lock.
 func (s *Store) nameTaken(ctx context.Context, r Ref) (bool, error) {
 	o, err := s.objects(ctx, r.VM)
 	if err != nil || slices.Contains(o.images, r.N) {
 		return err == nil, err
 	}
-	at := Ref{r.VM, r.N - 1}
-	err = s.skipNumbers(ctx, &at)
-	return at.N == r.N, err
+	numbers, err := s.underWay(ctx, r.VM, r.N)
+	return slices.Contains(numbers, r.N), err
 }

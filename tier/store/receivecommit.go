@@ -55,6 +55,11 @@ func (r *receiving) reserve(ctx context.Context, i *received) (name string, err 
 	}
 	defer unlock()
 	if i == r.images[0] {
+		// A number is taken by a group that is committed, too: by parts that nobody locks once
+		// its save was killed.
+		if err := r.s.placeGroups(ctx); err != nil && !integrity.IsCorrupt(err) {
+			return "", err
+		}
 		if r.ref.N > 0 {
 			err = r.checkName(ctx)
 		} else {

@@ -113,13 +113,23 @@ func (s *Store) begin(ctx context.Context, vm string) (*Tx, error) {
 // skipNumbers raises r's number to the highest that a save under way has. The caller
 // holds the store lock.
 func (s *Store) skipNumbers(ctx context.Context, r *Ref) error {
+	numbers, err := s.underWay(ctx, r.VM, r.N+1)
+	for _, n := range numbers {
+		r.N = max(r.N, n)
+	}
+	return err
+}
+
+// underWay are the numbers, from one on, that images in the making of a VM have. The caller
+// holds the store lock: who looks whether one is locked is in the way of who makes it.
+func (s *Store) underWay(ctx context.Context, vm string, from int) (numbers []int, err error) {
 	list, err := s.dir.List(ctx, tmpFolder)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, e := range list {
 		part, _, suffix, ok := parseTmp(e.Name)
-		if !ok || suffix != partSuffix || part.VM != r.VM || part.N <= r.N {
+		if !ok || suffix != partSuffix || part.VM != vm || part.N < from {
 			continue
 		}
 		f, err := s.dir.Open(ctx, tmpFolder+"/"+e.Name, Exclusive)
@@ -128,10 +138,10 @@ func (s *Store) skipNumbers(ctx context.Context, r *Ref) error {
 			continue
 		}
 		if !gone(err) {
-			r.N = part.N
+			numbers = append(numbers, part.N)
 		}
 	}
-	return nil
+	return numbers, nil
 }
 
 // BeginFile starts a checkpoint whose image goes into a file that the caller has
