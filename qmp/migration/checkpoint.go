@@ -320,8 +320,12 @@ func (c *checkpointer) precopies() bool { return c.o.Together != nil && c.rep.Mo
 
 // save does it, up to QEMU's completed.
 func (c *checkpointer) save(ctx context.Context) error {
-	if c.rep.Mode == ModeStop && c.was.Running {
+	switch {
+	case !c.was.Running:
+	case c.rep.Mode == ModeStop:
 		c.settings.during["max-bandwidth"] = stoppedBandwidth
+	case c.rep.Mode == ModeLive:
+		c.settings.during["max-bandwidth"] = liveBandwidth
 	}
 	if err := c.settings.set(ctx, c.x); err != nil {
 		var refused *qmp.Error

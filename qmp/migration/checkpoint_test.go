@@ -486,17 +486,19 @@ func TestCheckpointPatience(t *testing.T) {
 // The checkpoint after one that was killed while it had stopped the guest lets
 // it run first; the user's settings are not known any more.
 func TestCheckpointAfterKill(t *testing.T) {
-	x := simulate("paused")
-	x.parameters = map[string]any{"max-bandwidth": float64(stoppedBandwidth), "downtime-limit": float64(1), "tls-creds": ""}
-	x.capabilities["events"], x.capabilities["return-path"] = true, true
-	x.onMigrate = completes
-	rep, err := Checkpoint(t.Context(), x, CheckpointOptions{Mode: ModeStop, Open: x.open, Save: savesAll})
-	if err != nil || len(rep.Warnings) != 1 || x.sent[0] != "cont" || x.run != "running" {
-		t.Errorf("%+v, %v: %v", rep, err, x.sent)
-	}
-	if x.parameters["max-bandwidth"] != float64(defaultBandwidth) || x.parameters["downtime-limit"] != float64(defaultDowntime) ||
-		x.capabilities["events"] || x.capabilities["return-path"] {
-		t.Errorf("settings %s", x.settings())
+	for run, mark := range map[string]int64{"paused": stoppedBandwidth, "postmigrate": liveBandwidth} {
+		x := simulate(run)
+		x.parameters = map[string]any{"max-bandwidth": float64(mark), "downtime-limit": float64(1), "tls-creds": ""}
+		x.capabilities["events"], x.capabilities["return-path"] = true, true
+		x.onMigrate = completes
+		rep, err := Checkpoint(t.Context(), x, CheckpointOptions{Mode: ModeStop, Open: x.open, Save: savesAll})
+		if err != nil || len(rep.Warnings) != 1 || x.sent[0] != "cont" || x.run != "running" {
+			t.Errorf("%s: %+v, %v: %v", run, rep, err, x.sent)
+		}
+		if x.parameters["max-bandwidth"] != float64(defaultBandwidth) || x.parameters["downtime-limit"] != float64(defaultDowntime) ||
+			x.capabilities["events"] || x.capabilities["return-path"] {
+			t.Errorf("%s: settings %s", run, x.settings())
+		}
 	}
 }
 

@@ -94,7 +94,7 @@ func (d *drive) prepare(ctx context.Context, need func(string, bool) bool, durin
 		}
 		return fmt.Errorf("%w (it is %s)", ErrMigrating, info.Status)
 	}
-	if d.settings.left == LeftStopped && !d.was.Running {
+	if d.settings.left.stopped(d.was) {
 		return d.runLeft(ctx)
 	}
 	return nil
@@ -125,10 +125,11 @@ func (d *drive) runLeft(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if leftIn(p) == LeftStopped {
-		if err := cont(ctx, d.x); err != nil {
-			return err
-		}
+	if d.was, err = qmp.QueryStatus(ctx, d.x); err != nil || !leftIn(p).stopped(d.was) {
+		return err
+	}
+	if err := qmp.Cont(ctx, d.x); err != nil {
+		return err
 	}
 	d.was, err = qmp.QueryStatus(ctx, d.x)
 	return err
@@ -276,7 +277,10 @@ func (d *drive) putBack(ctx context.Context) error {
 
 // stoppedByMigration are the run states that a guest has which we or its
 // migration have stopped. In others, such as io-error, it is for another reason.
-var stoppedByMigration = []string{"paused", "finish-migrate", "postmigrate"}
+var stoppedByMigration = append([]string{"paused"}, stoppedByQEMU...)
+
+// stoppedByQEMU are those that a migration makes of a guest that ran.
+var stoppedByQEMU = []string{"finish-migrate", "postmigrate"}
 
 func (d *drive) guestAsBefore(ctx context.Context) error {
 	if !d.was.Running {

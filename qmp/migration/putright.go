@@ -55,6 +55,10 @@ func PutRight(ctx context.Context, x qmp.Executor) error {
 	if err != nil || d.settings.left != left {
 		return err
 	}
-	d.was.Running = left == LeftStopped
+	s, err := qmp.QueryStatus(ctx, x)
+	if err != nil {
+		return err
+	}
+	d.was.Running = left.stopped(s)
 	return d.end(ctx)
 }

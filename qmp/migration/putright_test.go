@@ -2,9 +2,12 @@ package migration
 
 import (
 	"context"
+	"os"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/flic-migrate/flic-migrate/qmp"
 )
 
 // TestPutRight: what a killed checkpoint has left is put right once QEMU's migration has
@@ -20,13 +23,18 @@ func TestPutRight(t *testing.T) {
 		// later is what becomes of it after so much time.
 		after time.Duration
 		later *state
-		right bool
+		right bool // it is put right
+		runs  bool // afterwards, if it is
 		fails bool
 	}{
-		"stopped":                   {is: state{stoppedBandwidth, StatusFailed, "paused"}, right: true},
-		"QEMU has yet to notice":    {is: state{stoppedBandwidth, StatusActive, "paused"}, after: 3 * time.Second, later: &state{stoppedBandwidth, StatusFailed, "paused"}, right: true},
-		"it waits for a switchover": {is: state{stoppedBandwidth, StatusPreSwitchover, "paused"}, right: true},
-		"settings alone":            {is: state{ourBandwidth, StatusFailed, "running"}, right: true},
+		"stopped":                   {is: state{stoppedBandwidth, StatusFailed, "paused"}, right: true, runs: true},
+		"QEMU has yet to notice":    {is: state{stoppedBandwidth, StatusActive, "paused"}, after: 3 * time.Second, later: &state{stoppedBandwidth, StatusFailed, "paused"}, right: true, runs: true},
+		"it waits for a switchover": {is: state{stoppedBandwidth, StatusPreSwitchover, "paused"}, right: true, runs: true},
+		"live, saved":               {is: state{liveBandwidth, StatusCompleted, "postmigrate"}, right: true, runs: true},
+		"live, in the middle":       {is: state{liveBandwidth, StatusFailed, "running"}, right: true, runs: true},
+		"live, and a user's pause":  {is: state{liveBandwidth, StatusFailed, "paused"}, right: true},
+		"a paused guest's":          {is: state{ourBandwidth, StatusCompleted, "postmigrate"}, right: true},
+		"settings alone":            {is: state{ourBandwidth, StatusFailed, "running"}, right: true, runs: true},
 		"a user's":                  {is: state{33 << 20, StatusNone, "paused"}},
 		"armed":                     {is: state{armedBandwidth, StatusActive, "running"}},
 		"somebody reads it":         {is: state{stoppedBandwidth, StatusActive, "paused"}},
@@ -53,10 +61,39 @@ func TestPutRight(t *testing.T) {
 					t.Fatal(err)
 				}
 				put := x.parameters["max-bandwidth"] == float64(defaultBandwidth) && !x.capabilities["return-path"]
-				if c.right && (!put || x.run != "running") || !c.right && (x.capabilities["return-path"] == false || x.run != c.is.run) {
+				if c.right && (!put || (x.run == "running") != c.runs) || !c.right && (x.capabilities["return-path"] == false || x.run != c.is.run) {
 					t.Errorf("the guest is %s, settings %s", x.run, x.settings())
 				}
 			})
+		})
+	}
+}
+
+// A guest that was saved and could not be let run again is let run by PutRight.
+func TestPutRightSaved(t *testing.T) {
+	for _, mode := range []Mode{ModeStop, ModeLive} {
+		synctest.Test(t, func(t *testing.T) {
+			x := simulate("running")
+			x.onMigrate = completes
+			lost := func(is bool) {
+				x.mu.Lock()
+				defer x.mu.Unlock()
+				x.lost = is
+			}
+			rep, err := Checkpoint(t.Context(), x, CheckpointOptions{Mode: mode, Open: x.open,
+				Save: func(ctx context.Context, f *os.File, was qmp.RunState) error {
+					err := savesAll(ctx, f, was)
+					time.Sleep(2 * pollInterval) // QEMU says that it has completed
+					lost(true)
+					return err
+				}})
+			if err == nil || !rep.Saved || !rep.Left || x.run == "running" {
+				t.Errorf("%s: %v, %+v; the guest is %s", mode, err, rep, x.run)
+			}
+			lost(false)
+			if err := PutRight(t.Context(), x); err != nil || x.run != "running" {
+				t.Errorf("%s: %v, the guest is %s", mode, err, x.run)
+			}
 		})
 	}
 }

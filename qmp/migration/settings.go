@@ -23,10 +23,11 @@ type settings struct {
 // The value of max-bandwidth while a migration of ours is prepared or runs. It
 // is no limit, and it is one that nobody else sets: a process that is killed
 // can't put anything back, and whoever comes next knows by it that it found no
-// setting of the user's, and whether it was us who stopped the guest.
+// setting of the user's, and who stopped the guest. (armedBandwidth is between these.)
 const (
 	ourBandwidth     int64 = 1<<40 + 0xf11c
 	stoppedBandwidth       = ourBandwidth + 1
+	liveBandwidth          = ourBandwidth + 3
 )
 
 // Leftover is what a killed process of ours has left of itself.
@@ -37,7 +38,21 @@ const (
 	LeftSettings          // settings that were not the user's
 	LeftStopped           // and a guest that we stopped and should have let run
 	LeftArmed             // settings, and a migration if the process that has its stream lives
+	LeftLive              // settings, and a guest that QEMU has stopped for us if it had come so far
 )
+
+// stopped tells whether a guest that is in s was stopped for us, and should have been let run.
+// During a live checkpoint, and long after one that was killed, it can be the user who has
+// paused it.
+func (l Leftover) stopped(s qmp.RunState) bool {
+	switch l {
+	case LeftStopped:
+		return slices.Contains(stoppedByMigration, s.Status)
+	case LeftLive:
+		return slices.Contains(stoppedByQEMU, s.Status)
+	}
+	return false
+}
 
 // leftIn reads it from QEMU's parameters.
 func leftIn(parameters map[string]json.RawMessage) Leftover {
@@ -48,15 +63,27 @@ func leftIn(parameters map[string]json.RawMessage) Leftover {
 		return LeftStopped
 	case fmt.Sprint(armedBandwidth):
 		return LeftArmed
+	case fmt.Sprint(liveBandwidth):
+		return LeftLive
 	}
 	return LeftNothing
 }
 
 // LeftBehind tells what a process of ours has left in a QEMU: one that was killed, or one
 // that is at work now.
+//
+// A live checkpoint's is LeftStopped if QEMU has stopped the guest, and else LeftSettings.
 func LeftBehind(ctx context.Context, x qmp.Executor) (Leftover, error) {
 	p, err := Parameters(ctx, x)
-	return leftIn(p), err
+	left := leftIn(p)
+	if left != LeftLive {
+		return left, err
+	}
+	s, err := qmp.QueryStatus(ctx, x)
+	if left.stopped(s) {
+		return LeftStopped, err
+	}
+	return LeftSettings, err
 }
 
 // QEMU's defaults (migration/migration.c), for settings whose former values
