@@ -586,7 +586,9 @@ func (c *checkpointer) then(ctx context.Context) (err error) {
 	case ThenRun:
 		err = c.cont(ctx)
 	case ThenPause:
-		err = qmp.Stop(ctx, c.x) // does nothing to one that does not run
+		// Stop does nothing to one that does not run. Nobody who finds the mark is to let it run.
+		mark := parametersCall(map[string]any{"max-bandwidth": ourBandwidth})
+		err = errors.Join(qmp.Together(ctx, c.x, qmp.Call{Command: "stop"}, mark)...)
 	case ThenQuit:
 		c.rep.State = "ended"
 		return qmp.Quit(ctx, c.x)

@@ -97,3 +97,49 @@ func TestPutRightSaved(t *testing.T) {
 		})
 	}
 }
+
+// Settings that could not be put back are known as ours, and are put back later; a guest that
+// is to stand still goes on to do so.
+func TestPutRightSettings(t *testing.T) {
+	refuse := func(x *simulated, is bool) {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		delete(x.refuse, "migrate-set-capabilities")
+		if is {
+			x.refuse["migrate-set-capabilities"] = "not now"
+		}
+	}
+	for _, mode := range []Mode{ModeStop, ModeLive, ModeBackground} {
+		for _, then := range []Then{ThenAsBefore, ThenPause} {
+			synctest.Test(t, func(t *testing.T) {
+				x := simulate("running")
+				x.onMigrate = completes
+				rep, err := Checkpoint(t.Context(), x, CheckpointOptions{Mode: mode, Then: then, Open: x.open,
+					Save: func(ctx context.Context, f *os.File, was qmp.RunState) error {
+						refuse(x, true)
+						return savesAll(ctx, f, was)
+					}})
+				run := x.run
+				if err == nil || rep.Left != (then == ThenAsBefore) || (run == "running") != (then == ThenAsBefore) {
+					t.Errorf("%s, %s: %v, %+v; the guest is %s", mode, then, err, rep, run)
+				}
+				refuse(x, false)
+				if err := PutRight(t.Context(), x); err != nil || x.run != run {
+					t.Errorf("%s, %s: %v, the guest is %s, and was %s", mode, then, err, x.run, run)
+				}
+				if x.capabilities["return-path"] || x.capabilities["events"] || x.parameters["max-bandwidth"] != float64(defaultBandwidth) {
+					t.Errorf("%s, %s: settings %s", mode, then, x.settings())
+				}
+			})
+		}
+	}
+	x, kept, was := armedGuest(t)
+	refuse(x, true)
+	if err := Disarm(t.Context(), x, DisarmOptions{Kept: kept}); err == nil {
+		t.Error("it is disarmed, it says")
+	}
+	refuse(x, false)
+	if err := Disarm(t.Context(), x, DisarmOptions{Kept: kept}); err != nil || x.settings() != was {
+		t.Errorf("%v, settings %s", err, x.settings())
+	}
+}

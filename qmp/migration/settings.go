@@ -157,12 +157,17 @@ func (s settings) set(ctx context.Context, x qmp.Executor) error {
 // restore is refused by QEMU while a migration runs. Parameters do no harm to one that
 // QEMU has not let go of.
 //
-// The mark goes last, and what is also asked comes after it.
+// The mark goes last, and stays if anything is not as it was: then restore, PutRight and
+// Disarm can be called again. What is also asked comes after it.
 func (s settings) restore(ctx context.Context, x qmp.Executor, also ...qmp.Call) error {
-	calls := []qmp.Call{parametersCall(s.formerly)}
 	err := letGo(ctx, x)
 	if err == nil {
-		calls = append([]qmp.Call{capabilitiesCall(s.off)}, calls...)
+		err = SetCapabilities(ctx, x, s.off)
 	}
-	return errors.Join(append([]error{err}, qmp.Together(ctx, x, append(calls, also...)...)...)...)
+	formerly := s.formerly
+	if err != nil {
+		formerly = maps.Clone(formerly)
+		delete(formerly, "max-bandwidth")
+	}
+	return errors.Join(append([]error{err}, qmp.Together(ctx, x, append([]qmp.Call{parametersCall(formerly)}, also...)...)...)...)
 }
