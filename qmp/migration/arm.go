@@ -182,7 +182,8 @@ func armNeeds(name string, is bool) bool {
 // CheckpointArmed is Checkpoint with a guest that is armed. The options' Save has the
 // other process go on, waits for its word and gets no stream; when its ctx ends, it must
 // have that process end too. Mode is not looked at, nor what goes with it. ErrNotArmed
-// comes before anything is changed.
+// comes before anything is changed. Left tells that QEMU is that process's to put right, also
+// because nothing was begun.
 func CheckpointArmed(ctx context.Context, x qmp.Executor, kept Kept, o CheckpointOptions) (rep CheckpointReport, err error) {
 	o.Mode = ModeStop
 	c := &checkpointer{drive: drive{x: x, redial: o.Redial}, o: o}
@@ -193,6 +194,7 @@ func CheckpointArmed(ctx context.Context, x qmp.Executor, kept Kept, o Checkpoin
 		err = ErrNotArmed
 	}
 	if err != nil {
+		c.rep.Left = true
 		return c.rep, err
 	}
 	c.was = guest

@@ -486,7 +486,8 @@ func (o *CheckpointOptions) arm(ctx context.Context, st *store.Store, t Target, 
 		}
 		return err
 	}
-	return pid, migration.Arm(ctx, x, migration.ArmOptions{Take: take, Redial: redial})
+	err = migration.Arm(ctx, x, migration.ArmOptions{Take: take, Redial: redial})
+	return pid, err
 }
 
 // helloTime is how long a process may take to open its store and to begin. It is a variable for

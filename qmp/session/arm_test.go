@@ -38,6 +38,7 @@ type armedMachine struct {
 	cancelled  func()
 	paused     bool // the guest
 	refuses    int  // that often it does not let the guest run
+	silent     bool // it does not say whether it is armed
 }
 
 func (q *armedMachine) serve(c *qmptest.Conn) {
@@ -58,6 +59,10 @@ func (q *armedMachine) serve(c *qmptest.Conn) {
 			}
 			q.paused = false
 		case "query-migrate":
+			if q.silent {
+				c.Refuse(cmd, "GenericError", "not now")
+				return
+			}
 			answer = map[string]any{"status": q.status}
 		case "query-yank", "query-migrate-capabilities":
 			answer = []any{}
@@ -224,11 +229,11 @@ func TestArmedLeaves(t *testing.T) {
 }
 
 // TestArmedDone: the process hears that all is done only if QEMU is as it should be; else that its
-// command is gone, and it puts QEMU right itself.
+// command is gone, and it puts QEMU right itself, or goes on to hold what it has ready.
 func TestArmedDone(t *testing.T) {
-	for name, refuses := range map[string]int{"done": 0, "left": 1000} {
+	for name, refuses := range map[string]int{"done": 0, "left": 1000, "not begun": 0} {
 		t.Run(name, func(t *testing.T) {
-			q := &armedMachine{status: "active", refuses: refuses, parameters: map[string]any{"max-bandwidth": armedMark, "downtime-limit": 1.0}}
+			q := &armedMachine{status: "active", refuses: refuses, silent: name == "not begun", parameters: map[string]any{"max-bandwidth": armedMark, "downtime-limit": 1.0}}
 			target := Target{QMP: qmptest.New(t, q.serve).Addr}
 			x, err := target.Monitor(t.Context())
 			ok(t, err)
@@ -262,7 +267,7 @@ func TestArmedDone(t *testing.T) {
 			rep, err := p.checkpoint(t.Context(), st, target, x, CheckpointOptions{Log: slog.New(slog.DiscardHandler)})
 			p.close()
 			heard := <-asked
-			if !rep.Saved || (err == nil) != (name == "done") || q.paused != (name == "left") || slices.Contains(heard, "done") != (name == "done") {
+			if rep.Saved != (name != "not begun") || (err == nil) != (name == "done") || q.paused != (name == "left") || slices.Contains(heard, "done") != (name == "done") {
 				t.Errorf("%v, paused %v, the process has heard %v", err, q.paused, heard)
 			}
 		})
