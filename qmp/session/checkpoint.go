@@ -26,7 +26,7 @@ type CheckpointOptions struct {
 	// Guest is what happens to the guest. Its Save, Undo, Open and Redial are set
 	// here.
 	Guest migration.CheckpointOptions
-	// Save is how the stream is stored. Its ReturnPath, RunState, Libvirt and Disks are
+	// Save is how the stream is stored. Its ReturnPath, RunState, Libvirt, Disks and After are
 	// set here, and its WorkingSet is joined with what was seen.
 	Save save.Options
 	// Disks are disk images of the guest's that pages are looked for in, beside those
@@ -271,6 +271,10 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 		}
 		o.guestSync(ctx, t)
 	}
+	// What the saves that come are told waits until the guest runs, or is left to its guard.
+	rest := func(context.Context) {}
+	o.Save.After = func(r func(context.Context)) { rest = r }
+	defer func() { rest(ctx) }()
 	guarded := o.guard(t)
 	left := false // QEMU may not be as it should be
 	defer func() { guarded.end(left) }()

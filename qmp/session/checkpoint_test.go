@@ -35,6 +35,7 @@ type machine struct {
 	fails  bool   // it says that the migration has failed, whatever it hears
 	disks  string // what it says of its disks, in JSON; empty: nothing of use
 	stays  bool   // it does not let the guest run
+	onCont func() // may be nil
 
 	mu      sync.Mutex
 	running bool
@@ -64,6 +65,9 @@ func (q *machine) serve(t *testing.T) func(*qmptest.Conn) {
 					return
 				}
 				q.running = true
+				if q.onCont != nil {
+					q.onCont()
+				}
 			case "stop":
 				q.running = false
 			case "query-status":
@@ -199,6 +203,39 @@ func TestKeptWithoutCheckpoint(t *testing.T) {
 			t.Errorf("fails %v: %v, %+v, %v; the store has %v", fails, err, rep.Kept, rep.KeptTime, copies)
 		}
 	}
+}
+
+// TestNoted: what a checkpoint has to say to later ones is said when the guest runs again, and
+// before what comes after it.
+func TestNoted(t *testing.T) {
+	const domain = "all"
+	st, err := store.Open(t.Context(), vfs.OS, t.TempDir()+"/store", true)
+	ok(t, err)
+	news := func(want int) func() {
+		return func() {
+			c, err := st.Share(domain)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if list, err := c.News(); err != nil || len(list) != want {
+				t.Errorf("%d checkpoints are noted, want %d: %v", len(list), want, err)
+			}
+		}
+	}
+	s := tiertest.New(tiertest.Options{Seed: 1, Blocks: []tiertest.Block{{Name: "pc.ram", Size: 1 << 20}}, ReturnPath: true})
+	q := &machine{stream: s.Bytes(), running: true, status: "none", onCont: news(0)}
+	_, err = Checkpoint(t.Context(), vfs.OS, st, Target{QMP: qmptest.New(t, q.serve(t)).Addr}, CheckpointOptions{
+		Guest: migration.CheckpointOptions{Mode: migration.ModeStop},
+		Save:  save.Options{VM: "vm", TrustDomain: domain},
+		Tidy: func(context.Context) error {
+			news(1)()
+			return nil
+		},
+		Log: slog.New(slog.DiscardHandler),
+	})
+	ok(t, err)
+	q.writing.Wait()
 }
 
 // Two names for a QEMU are none.

@@ -99,6 +99,11 @@ type Options struct {
 	// group's waits for the other members.
 	Commit func(ctx context.Context, tx *store.Tx) (store.Ref, error)
 
+	// After is given what is left to do once the checkpoint stands, for the saves that come: a
+	// guest need not stand still for it. It is to be called once, whatever becomes of the
+	// checkpoint, and before the report is read for Beside. nil: Run does it.
+	After func(rest func(context.Context))
+
 	// ReturnPath is where the answers to a source with the return-path
 	// capability go: the process's stdout. Nothing else is written to it. If it
 	// has a SetWriteDeadline, no answer waits for long.
@@ -201,17 +206,24 @@ func (s *saver) run(begin func() error) (ref store.Ref, meta *checkpoint.Meta, e
 	}
 	// The checkpoint stands, and nothing that fails from here on changes that.
 	s.step("answer", s.ans.done)
-	if s.st != nil && ref.N > 0 {
-		s.step("summary of the VM's checkpoints", func() error { s.st.Summarize(s.ctx, ref); return nil })
+	rest := func(ctx context.Context) {
+		if s.st != nil && ref.N > 0 {
+			s.step("summary of the VM's checkpoints", func() error { s.st.Summarize(ctx, ref); return nil })
+		}
+		s.step("note for the index of shared pages", func() error { return s.note(ctx) })
 	}
-	s.step("note for the index of shared pages", s.note)
+	if s.o.After != nil {
+		s.o.After(rest)
+	} else {
+		rest(s.ctx)
+	}
 	return ref, s.meta, nil
 }
 
 // note tells who saves next that there is a checkpoint that is in no index, and counts those
 // that have come meanwhile. In this order: of two saves that end at the same time one at
 // least sees the other.
-func (s *saver) note() error {
+func (s *saver) note(ctx context.Context) error {
 	known := s.shared.known()
 	s.shared.close()
 	if s.st == nil || s.meta.TrustDomain == "" || s.meta.Digests == nil {
@@ -226,7 +238,7 @@ func (s *saver) note() error {
 	if err != nil || s.rep.NotShared != "" || s.rep.ChunkSize > s.meta.PageSize {
 		return err
 	}
-	s.meta.Report.Beside, err = s.beside(c, known)
+	s.meta.Report.Beside, err = s.beside(ctx, c, known)
 	if err == nil && s.meta.Report.Beside > 0 {
 		err = c.NoteBeside(im) // whoever is to unite them may be killed
 	}
@@ -235,12 +247,12 @@ func (s *saver) note() error {
 
 // beside counts the images of its domain that known does not know, but for those of its own
 // group.
-func (s *saver) beside(c *share.Catalog, known func(uuid.UUID) bool) (n int64, err error) {
+func (s *saver) beside(ctx context.Context, c *share.Catalog, known func(uuid.UUID) bool) (n int64, err error) {
 	list, err := c.News()
 	if err != nil {
 		return 0, err
 	}
-	x, err := c.Open(s.ctx, share.NewKeyID(s.out.hash))
+	x, err := c.Open(ctx, share.NewKeyID(s.out.hash))
 	if err != nil {
 		return 0, err
 	}
