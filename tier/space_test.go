@@ -749,3 +749,58 @@ func TestCrashFlatten(t *testing.T) {
 		})
 	}
 }
+
+// TestTwin: of an image that others need a part is there too, under each of the names that it can
+// have, as a power cut brings it back after the whole one was received; or its whole file, as a
+// flattening that was cut off leaves it. The checkpoint is flattened, or removed: the others are
+// whole, and what they need is there once.
+func TestTwin(t *testing.T) {
+	for name, end := range map[string]func(l *lab, ref store.Ref) error{
+		"flatten": func(l *lab, ref store.Ref) error {
+			_, _, err := l.flatten(ref)
+			return err
+		},
+		"rm": func(l *lab, ref store.Ref) error { return l.remove(ref) },
+	} {
+		for _, kept := range []bool{false, true} {
+			for _, part := range []bool{false, true} {
+				_, l, list := smallChain(t)
+				// It refers to nothing, and the others to it.
+				first := list[0]
+				own := fmt.Sprintf("/vms/%s/%08d", first.Ref.VM, first.Ref.N)
+				twin := own + ".gone"
+				if kept {
+					twin = fmt.Sprintf("%s.%v.gone", own, first.UUID)
+				}
+				if part {
+					c, err := l.st.OpenCheckpoint(t.Context(), first.Ref, checkpoint.Options{})
+					if err != nil {
+						t.Fatal(err)
+					}
+					b := l.file(t, own+".flic")
+					clear(b[c.Image.SegmentOffset(0):c.Image.SegmentOffset(uint32(c.Image.Segments()-1))])
+					c.Close()
+					l.write(t, twin, b)
+				} else if err := l.fs.Link(l.dir+own+".flic", l.dir+twin); err != nil {
+					t.Fatal(err)
+				}
+				what := fmt.Sprintf("%s, kept %v, part %v", name, kept, part)
+				if err := end(l, first.Ref); err != nil {
+					t.Errorf("%s: %v", what, err)
+				}
+				if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+					t.Errorf("%s: gc: %+v, %v", what, rep, err)
+				}
+				for _, c := range list[1:] {
+					for _, err := range l.verify(c.Ref) {
+						t.Errorf("%s: %v: %v", what, c.Ref, err)
+					}
+				}
+				gone := slices.DeleteFunc(l.tree(t), func(name string) bool { return !strings.HasSuffix(name, ".gone") })
+				if len(gone) != 1 {
+					t.Errorf("%s: %v", what, gone)
+				}
+			}
+		}
+	}
+}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 
 	"github.com/google/uuid"
@@ -180,10 +179,8 @@ func (t *Tx) swap(ctx context.Context, was *checkpoint.Identity, v *survey, old 
 		}
 	}
 	if kept {
-		second := t.ref.keptObject(was.UUID)
-		err = s.dir.Keep(ctx, name, second)
-		if there, oerr := s.owner(ctx, second); errors.Is(err, fs.ErrExist) && oerr == nil && there == was.UUID {
-			err = nil // from a flattening that was cut off
+		if _, err = s.dropTwins(ctx, t.ref, was.UUID); err == nil {
+			err = s.dir.Keep(ctx, name, t.ref.keptObject(was.UUID))
 		}
 		if errors.Is(err, errors.ErrUnsupported) {
 			err = fmt.Errorf("others need the old image, which can't be kept beside the new one: %w", err)

@@ -145,6 +145,27 @@ func (s *Store) untwin(ctx context.Context, st stored) (bool, error) {
 	return true, err
 }
 
+// dropTwins takes their names away from unlisted images that say they are the listed one in r's
+// place, which has this UUID and gets one of their names: a second name of it that a flattening
+// which was cut off has left, or a part of it that a power cut has brought back. Who looks for
+// the image must not find that part. The caller holds the store lock.
+func (s *Store) dropTwins(ctx context.Context, r Ref, id uuid.UUID) (some bool, err error) {
+	for _, name := range r.imageObjects(id)[1:] {
+		there, err := s.owner(ctx, name)
+		if gone(err) || cannotTell(err) || err == nil && there != id {
+			continue
+		}
+		if err == nil {
+			err = s.dir.Remove(ctx, name)
+		}
+		if err != nil {
+			return some, err
+		}
+		some = true
+	}
+	return some, nil
+}
+
 // isElsewhere tells whether all of an unlisted image is listed at r, as one that was removed
 // is once it has been received again under another name. Who refers to it finds that one when
 // this is gone, and not before: of this one perhaps a part is left, which is not enough for

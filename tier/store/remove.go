@@ -297,6 +297,13 @@ func (l *lookup) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) (le
 		if now != id {
 			return false, fmt.Errorf("checkpoint %v: %w", r, ErrChanged)
 		}
+		some, err := s.dropTwins(ctx, r, id)
+		if err != nil {
+			return false, err
+		}
+		if some {
+			defer delete(l.held, r.VM)
+		}
 	}
 	// The highest number is remembered by what is left of its image. A new name
 	// of the same length fits where the old one was, so that a full disk is no
@@ -335,6 +342,9 @@ func (l *lookup) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) (le
 func (s *Store) makeWay(ctx context.Context, r Ref) error {
 	name := r.object(removedSuffix)
 	id, err := s.whoIs(ctx, name)
+	if gone(err) {
+		return nil // a twin
+	}
 	if err != nil && !errors.Is(err, errNotObject) {
 		return err
 	}
