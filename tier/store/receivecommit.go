@@ -169,6 +169,11 @@ func (r *receiving) commit(ctx context.Context) error {
 		_ = s.dir.Remove(ctx, name)
 	}
 	r.got.Ref = r.ref
+	for _, i := range r.images {
+		if !i.drop {
+			s.noteShare(ctx, i.id)
+		}
+	}
 	return nil
 }
 
