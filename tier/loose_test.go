@@ -62,7 +62,7 @@ func openLoose(t *testing.T, name string) (*checkpoint.Checkpoint, error) {
 	if _, err := f.Seek(int64(len(before)), io.SeekStart); err != nil {
 		t.Fatal(err)
 	}
-	in, err := loose.NewIn(f, nil, "")
+	in, err := loose.NewIn(t.Context(), f, nil, "")
 	if err != nil {
 		t.Fatal(err)
 	}

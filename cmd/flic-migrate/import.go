@@ -163,7 +163,7 @@ func (m *importCmd) sparse(f *os.File, h *saveimage.Header) (io.ReadCloser, erro
 
 // image restores a flash image into a pipe.
 func (m *importCmd) image(ctx context.Context, f *os.File) (io.ReadCloser, error) {
-	in, err := loose.NewIn(f, nil, "")
+	in, err := loose.NewIn(ctx, f, nil, "")
 	if err != nil {
 		return nil, err
 	}

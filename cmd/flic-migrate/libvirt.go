@@ -315,12 +315,15 @@ the --spool directory.`,
 }
 
 func (r *libvirtRestoreCmd) run(ctx context.Context) error {
+	if isTerminal(r.stdin) {
+		return usageError{errors.New("libvirt restore reads a flash image from its standard input, which is a terminal")}
+	}
 	if isTerminal(r.stdout.File) {
 		return usageError{errors.New("libvirt restore writes a migration stream to its standard output, which is a terminal")}
 	}
-	var doc restoreReport
+	doc := new(restoreReport)
 	done := make(chan error, 1)
-	go func() { done <- rescue.Call(func() error { return r.restore(ctx, &doc) }) }()
+	go func() { done <- rescue.Call(func() error { return r.restore(ctx, doc) }) }()
 	var err error
 	select {
 	case err = <-done:
@@ -330,7 +333,7 @@ func (r *libvirtRestoreCmd) run(ctx context.Context) error {
 		select {
 		case err = <-done:
 		case <-time.After(time.Second):
-			return context.Cause(ctx)
+			doc, err = new(restoreReport), context.Cause(ctx) // it has the other one still
 		}
 	}
 	if r.report != "" {
@@ -343,7 +346,7 @@ func (r *libvirtRestoreCmd) run(ctx context.Context) error {
 }
 
 func (r *libvirtRestoreCmd) restore(ctx context.Context, doc *restoreReport) error {
-	in, err := loose.NewIn(r.stdin, r.head, r.spool)
+	in, err := loose.NewIn(ctx, r.stdin, r.head, r.spool)
 	if err != nil {
 		return err
 	}

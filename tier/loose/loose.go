@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flic-migrate/flic-migrate/stream/pipe"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
 )
 
@@ -145,10 +146,11 @@ type In struct {
 }
 
 // NewIn reads the image that begins at f's offset and ends with the file. What
-// can't be read twice, such as a pipe, is read to its end now, into a file
-// without a name in the directory spool (os.TempDir's if empty); head is what
-// has been taken from it before. f stays the caller's to close.
-func NewIn(f *os.File, head []byte, spool string) (*In, error) {
+// can't be read twice, such as a pipe, is read to its end now, or until ctx is done, into a
+// file without a name in the directory spool (os.TempDir's if empty); head is what
+// has been taken from it before. f stays the caller's to close; such a one may be in
+// non-blocking mode then.
+func NewIn(ctx context.Context, f *os.File, head []byte, spool string) (*In, error) {
 	in := &In{unsupported: unsupported{f.Name()}, f: f}
 	fi, err := f.Stat()
 	if err != nil {
@@ -161,6 +163,11 @@ func NewIn(f *os.File, head []byte, spool string) (*In, error) {
 		in.end = fi.Size()
 		return in, nil
 	}
+	once, err := pipe.New(ctx, int(f.Fd()))
+	if err != nil {
+		return nil, err
+	}
+	defer once.Close()
 	tmp, err := os.CreateTemp(spool, ".flic-spool-*") // mode 0600
 	if err != nil {
 		return nil, err
@@ -170,7 +177,7 @@ func NewIn(f *os.File, head []byte, spool string) (*In, error) {
 		_, err = tmp.Write(head)
 	}
 	if err == nil {
-		in.end, err = io.Copy(tmp, f)
+		in.end, err = io.Copy(tmp, once)
 		in.end += int64(len(head))
 	}
 	if err != nil {

@@ -2,12 +2,14 @@ package loose_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/tier/loose"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -139,7 +141,7 @@ func TestIn(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			in, err := loose.NewIn(f, head, spool)
+			in, err := loose.NewIn(t.Context(), f, head, spool)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -169,7 +171,31 @@ func TestIn(t *testing.T) {
 			}
 		})
 	}
-	if _, err := loose.NewIn(open["pipe"](t), nil, filepath.Join(t.TempDir(), "missing")); err == nil {
+	if _, err := loose.NewIn(t.Context(), open["pipe"](t), nil, filepath.Join(t.TempDir(), "missing")); err == nil {
 		t.Error("a spool directory that is not there")
+	}
+}
+
+// TestInCancelled: who waits for a pipe that nobody writes to any more hears of the end of its
+// context, and leaves no copy.
+func TestInCancelled(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	if _, err := w.WriteString("the beginning"); err != nil {
+		t.Fatal(err)
+	}
+	cause := errors.New("told to stop")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	time.AfterFunc(20*time.Millisecond, func() { cancel(cause) })
+	spool := t.TempDir()
+	if _, err := loose.NewIn(ctx, r, nil, spool); !errors.Is(err, cause) {
+		t.Errorf("error %v", err)
+	}
+	if left, _ := os.ReadDir(spool); len(left) != 0 {
+		t.Errorf("%v in the spool directory", left)
 	}
 }
