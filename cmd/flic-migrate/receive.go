@@ -7,7 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -22,6 +24,8 @@ type receiveCmd struct {
 	as           asFlag
 	hot          hotFlags
 	json, quiet  bool
+
+	out io.Writer // what is said of what comes
 }
 
 func newReceive(a *app) *cobra.Command {
@@ -65,6 +69,15 @@ func (r *receiveCmd) run(ctx context.Context) error {
 	if isTerminal(r.stdin) {
 		return usageError{errors.New("receive reads a stream from its standard input, which is a terminal; see flic-migrate receive --help")}
 	}
+	r.out = r.stdout
+	if r.answer {
+		w, err := newAnswering(ctx, r.stdout)
+		if err != nil {
+			return err
+		}
+		defer w.close()
+		r.out = w
+	}
 	entries := []copiedEntry{}
 	err := r.receive(ctx, func(e copiedEntry) error {
 		entries = append(entries, e)
@@ -74,12 +87,15 @@ func (r *receiveCmd) run(ctx context.Context) error {
 		case r.json || r.quiet:
 			return nil
 		}
-		_, err := fmt.Fprintln(r.stdout, e.words())
+		_, err := fmt.Fprintln(r.out, e.words())
 		return err
 	})
 	switch {
 	case err != nil && r.answer:
-		err = errors.Join(err, r.line(copiedEntry{ExitCode: exitCode(err), Error: oneLine(err), Lacks: errors.Is(err, store.ErrLacks)}))
+		lerr := r.line(copiedEntry{ExitCode: exitCode(err), Error: oneLine(err), Lacks: errors.Is(err, store.ErrLacks)})
+		if !errors.Is(err, lerr) { // else both are that the verb has to end
+			err = errors.Join(err, lerr)
+		}
 	case r.json && !r.answer && (err == nil || len(entries) > 0):
 		err = errors.Join(err, printJSON(r.stdout, entries))
 	}
@@ -100,9 +116,51 @@ func (r *receiveCmd) line(e copiedEntry) error {
 	var b bytes.Buffer
 	err := json.NewEncoder(&b).Encode(e)
 	if err == nil {
-		_, err = r.stdout.Write(b.Bytes())
+		_, err = r.out.Write(b.Bytes())
 	}
 	return err
+}
+
+// answering is standard output for a copy on another host, which may stop reading: a write
+// that waits for it ends with ctx, or when silentLimit is over.
+type answering struct {
+	*pipe.Writer
+	ctx  context.Context
+	stop func() bool
+}
+
+// newAnswering takes out for itself: a pipe is in non-blocking mode then.
+func newAnswering(ctx context.Context, out *output) (*answering, error) {
+	w, err := pipe.NewWriter(out.File)
+	if err != nil {
+		return nil, err
+	}
+	out.used.Store(true)
+	a := &answering{Writer: w, ctx: ctx}
+	a.stop = context.AfterFunc(ctx, a.hurry)
+	return a, nil
+}
+
+// hurry ends a write that waits.
+func (a *answering) hurry() { _ = a.SetWriteDeadline(time.Unix(1, 0)) }
+
+func (a *answering) Write(b []byte) (int, error) {
+	_ = a.SetWriteDeadline(time.Now().Add(silentLimit))
+	if a.ctx.Err() != nil {
+		a.hurry() // that may have been before
+	}
+	n, err := a.Writer.Write(b)
+	if errors.Is(err, os.ErrDeadlineExceeded) && a.ctx.Err() != nil {
+		err = context.Cause(a.ctx)
+	}
+	return n, err
+}
+
+// close is called when nobody writes any more.
+func (a *answering) close() {
+	if a.stop() { // else hurry may be under way, and the verb ends anyway
+		_ = a.Writer.Close()
+	}
 }
 
 // printHave says what there is. Where there is no store there is nothing.
@@ -128,7 +186,10 @@ func (r *receiveCmd) receive(ctx context.Context, done func(copiedEntry) error) 
 	if r.answer {
 		have, err := st.Have(ctx)
 		if err == nil {
-			err = have.Write(r.stdout)
+			err = have.Write(r.out)
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			err = errSilent
 		}
 		if err != nil {
 			return err
