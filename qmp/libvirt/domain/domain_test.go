@@ -355,6 +355,27 @@ func TestNoFiles(t *testing.T) {
 	}
 }
 
+// An answer that is no object is refused, and the monitor lives on.
+func TestAnswerNull(t *testing.T) {
+	m, err := Dial(t.Context(), fakeDaemon(t, func(program, procedure uint32, args []byte) (string, *libvirt.Error) {
+		if strings.Contains(string(args), "query-migrate") {
+			return text("null"), nil
+		}
+		return web1(0, 1, version)(program, procedure, args)
+	}), "web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	var refused *qmp.Error
+	if _, err := migration.Query(t.Context(), m); !errors.As(err, &refused) {
+		t.Errorf("null: %v", err)
+	}
+	if s, err := qmp.QueryStatus(t.Context(), m); err != nil || !s.Running {
+		t.Errorf("afterwards: %+v, %v", s, err)
+	}
+}
+
 // A daemon that ends, and a QEMU that ends, are lost monitors.
 func TestMonitorLost(t *testing.T) {
 	active := uint32(1)

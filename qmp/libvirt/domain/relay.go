@@ -167,15 +167,20 @@ func (r *relay) serve() {
 		if in.Decode(&q) != nil {
 			return
 		}
+		// go-libvirt waits for an answer as long as there is a connection, and no other
+		// command would get through meanwhile.
+		limit := time.AfterFunc(relayTime, r.close)
 		var answer answer
 		err := rescue.Call(func() (err error) {
 			answer, err = r.answer(q)
 			return err
 		})
+		gone := err != nil && !r.active()
+		limit.Stop()
+		if gone {
+			return // to the monitor QEMU is gone
+		}
 		if err != nil {
-			if !r.active() {
-				return // to the monitor QEMU is gone
-			}
 			answer = refusal("LibvirtError", err.Error())
 		}
 		answer["id"] = q.ID
@@ -198,10 +203,6 @@ func (r *relay) active() bool {
 // answer has one command carried out. An error is libvirt's; QEMU's is an
 // answer.
 func (r *relay) answer(q request) (answer, error) {
-	// go-libvirt waits for an answer as long as there is a connection, and no other
-	// command would get through meanwhile.
-	limit := time.AfterFunc(relayTime, r.close)
-	defer limit.Stop()
 	done := answer{"return": struct{}{}}
 	switch q.Execute {
 	case "qmp_capabilities":
@@ -246,6 +247,9 @@ func (r *relay) command(q request, call func(line string) (string, error)) (answ
 	var a answer
 	if err := json.Unmarshal([]byte(text), &a); err != nil {
 		return nil, fmt.Errorf("%w: %w", qmp.ErrProtocol, err)
+	}
+	if a == nil {
+		return nil, fmt.Errorf("%w: the answer is null", qmp.ErrProtocol)
 	}
 	return a, nil
 }
