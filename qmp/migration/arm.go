@@ -361,10 +361,6 @@ func OpenWidening(ctx context.Context, x qmp.Executor, d Direction) (*Channel, e
 		if err == nil {
 			w.end, err = duplicate(theirs)
 		}
-		if err != nil {
-			ours.Close()
-			theirs.Close()
-		}
 		return ours, theirs, err
 	})
 	if err != nil {

@@ -126,10 +126,13 @@ func passChannel(ctx context.Context, x qmp.Executor, p qmp.FilePasser, d Direct
 	return passEnds(ctx, x, p, func() (ours, theirs *os.File, err error) { return newEnds(d) })
 }
 
-// passEnds passes QEMU the second of the ends that are made.
+// passEnds passes QEMU the second of the ends that are made; those that come with an error
+// are closed.
 func passEnds(ctx context.Context, x qmp.Executor, p qmp.FilePasser, ends func() (ours, theirs *os.File, err error)) (*Channel, error) {
 	ours, theirs, err := ends()
 	if err != nil {
+		ours.Close() // that of a nil File does nothing
+		theirs.Close()
 		return nil, err
 	}
 	// Ours would hide QEMU's end.

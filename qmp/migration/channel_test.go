@@ -100,6 +100,32 @@ func (m makesFiles) PassFile(ctx context.Context, name string, f *os.File) error
 	return qmp.ErrNoFiles
 }
 
+// TestEndsFail: ends that could not be made as they were to be are closed.
+func TestEndsFail(t *testing.T) {
+	failed := errors.New("failed")
+	for _, made := range []bool{true, false} {
+		var list []*os.File
+		_, err := passEnds(t.Context(), nil, nil, func() (ours, theirs *os.File, err error) {
+			if !made {
+				return nil, nil, failed
+			}
+			if ours, theirs, err = newEnds(TwoWay); err != nil {
+				t.Fatal(err)
+			}
+			list = append(list, ours, theirs)
+			return ours, theirs, failed
+		})
+		if !errors.Is(err, failed) {
+			t.Errorf("made %v: %v", made, err)
+		}
+		for i, f := range list {
+			if err := f.Close(); !errors.Is(err, os.ErrClosed) {
+				t.Errorf("end %d is open", i)
+			}
+		}
+	}
+}
+
 // A monitor that carries no files, for whatever reason, means a socket.
 func TestListenChannel(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
