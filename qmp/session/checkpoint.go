@@ -144,7 +144,9 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 			tidied = o.Tidy(ctx)
 		}
 		rep.Demoted = o.demote(ctx, st)
-		indexShared(ctx, st, rep.Checkpoint, o.Log)
+		if o.member == nil { // else the group does
+			indexShared(ctx, st, rep.Checkpoint, o.Log)
+		}
 	}
 	if err == nil && o.Arm != nil {
 		if rep.ArmedProcess, err = o.arm(ctx, st, t, x, redial, rep.Checkpoint); err != nil {

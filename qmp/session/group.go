@@ -156,14 +156,14 @@ func CheckpointGroup(ctx context.Context, fs vfs.FS, st *store.Store, o GroupOpt
 	if rep.Saved {
 		rep.Group = g.record.Ref().String()
 		rep.Demoted = (&CheckpointOptions{NVRAMKeep: o.NVRAMKeep, Log: o.Log}).demote(ctx, st)
-		for _, m := range rep.Members {
-			indexShared(ctx, st, m.Checkpoint, o.Log)
+		for _, m := range g.record.Members {
+			indexShared(ctx, st, m.Ref().String(), o.Log)
 		}
 	}
 	for i, err := range errs {
 		switch {
 		case err == nil:
-		case g.given() && errors.Is(err, save.ErrPeer) && len(rep.Members[i].Snapshots) == 0:
+		case g.givenUp() && errors.Is(err, save.ErrPeer) && len(rep.Members[i].Snapshots) == 0:
 			rep.Members[i].Error = fmt.Sprintf("%s: %v", GivenUp, g.failed)
 		default:
 			rep.Members[i].Error = err.Error()
@@ -371,7 +371,7 @@ func (m *member) commit(ctx context.Context, tx *store.Tx) (store.Ref, error) {
 	case <-g.committed:
 	case <-ctx.Done():
 		// It counts only if it comes before the commit.
-		if g.fail(m.vm, context.Cause(ctx)); g.given() {
+		if g.fail(m.vm, context.Cause(ctx)); g.givenUp() {
 			return store.Ref{}, context.Cause(ctx)
 		}
 		<-g.committed
@@ -379,8 +379,8 @@ func (m *member) commit(ctx context.Context, tx *store.Tx) (store.Ref, error) {
 	return tx.Ref(), g.err
 }
 
-// given tells whether the group was given up.
-func (g *group) given() bool {
+// givenUp tells whether the group was.
+func (g *group) givenUp() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.failed != nil
