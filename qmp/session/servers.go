@@ -33,12 +33,12 @@ type servers struct {
 	show     func(progress.State) // nil: not to be shown
 	running  chan struct{}        // closed when the guest may run
 
-	mu        sync.Mutex
-	now       *server // the newest; nil: none is known
-	regaining bool    // that one has died is known, and another has been started
-	door      *net.UnixListener
-	dir       string // where the door is
-	failed    error  // why there is none
+	mu       sync.Mutex
+	now      *server // the newest; nil: none is known
+	regained bool    // another has been started for one that has died
+	door     *net.UnixListener
+	dir      string // where the door is
+	failed   error  // why there is none
 
 	seen  int       // beats of the newest, by the watch
 	at    time.Time // when that was new
@@ -141,10 +141,14 @@ func (s *servers) open(uid int) (err error) {
 		return err
 	}
 	if uid != os.Getuid() && os.Getuid() == 0 {
-		err = errors.Join(os.Chown(path, uid, -1), os.Chown(s.dir, uid, -1))
+		if err = errors.Join(os.Chown(path, uid, -1), os.Chown(s.dir, uid, -1)); err != nil {
+			s.door.Close()
+			s.door = nil
+			return err
+		}
 	}
 	go s.admit(s.door, uid)
-	return err
+	return nil
 }
 
 // admits tells whether a process of the user peer may be a server: of this process's
@@ -198,7 +202,7 @@ func (s *servers) regain() bool {
 	}
 	s.restarts--
 	s.mu.Lock()
-	s.regaining = true
+	s.regained = true
 	s.now = nil // nothing is known yet of the one to come
 	s.mu.Unlock()
 	s.say(fmt.Sprintf("%s: the restore's server has died; another goes on", s.name))
@@ -245,7 +249,7 @@ func (s *servers) leftQEMU(now state) bool {
 	defer s.mu.Unlock()
 	// One that leaves a report has sent all, or made QEMU end; in a recovery it must
 	// not.
-	return now.ended && !s.regaining && (now.report == nil || s.recover)
+	return now.ended && !s.regained && (now.report == nil || s.recover)
 }
 
 // look reads what the newest server has said, shows it, and says how it is.

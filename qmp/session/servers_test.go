@@ -89,20 +89,20 @@ func TestServerGone(t *testing.T) {
 	for _, tc := range []struct {
 		name                          string
 		ended, report, running, again bool
-		regaining                     bool
+		regained                      bool
 		want                          error
 	}{
 		{name: "died", ended: true, want: migration.ErrBeforeRun},
 		{name: "died in a recovery", ended: true, report: true, again: true, want: migration.ErrServerDied},
 		{name: "ended with a report", ended: true, report: true},
 		{name: "died after RUN", ended: true, running: true},
-		{name: "another has been started", ended: true, regaining: true},
+		{name: "another has been started", ended: true, regained: true},
 		{name: "lives"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			o := observe(t)
-			o.recover, o.regaining = tc.again, tc.regaining
+			o.recover, o.regained = tc.again, tc.regained
 			s := o.has(7)
 			if tc.ended {
 				close(s.ended)
