@@ -431,7 +431,7 @@ const worthSaying = 4 << 30
 
 // saySnapshots says in which files the disks of a checkpoint are, and those of the guest.
 func (c *checkpointCmd) saySnapshots(doc checkpointReport) {
-	for _, s := range doc.Snapshots {
+	for _, s := range doc.LastSnapshots() {
 		fmt.Fprintf(c.stderr, "flic-migrate: %s: %s has the disk as it was; the guest goes on in %s\n", doc.Checkpoint, s.Frozen, s.Now)
 	}
 	for _, k := range doc.Kept {

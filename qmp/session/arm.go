@@ -358,7 +358,7 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x 
 	if !rep.Left { // else the process sees that it has QEMU to put right
 		_ = p.ask(armedAsk{Ask: "done"})
 	}
-	return rep, rep.tellSnapshots(err)
+	return rep, err
 }
 
 // ready waits until the process holds the stream.
@@ -390,7 +390,7 @@ func again(err error) bool {
 
 // fromArmed makes the checkpoint by an armed process, if there is one that suits. It
 // returns false if there is none, or none any more: then an ordinary checkpoint can be
-// made.
+// made, and the report has the snapshots that were taken.
 func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Target, x qmp.Executor) (rep CheckpointReport, done bool, err error) {
 	p, err := findArmed(ctx, st, o.Save.VM, t)
 	if integrity.IsCorrupt(err) {
@@ -419,7 +419,10 @@ func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Ta
 		return rep, true, err
 	}
 	o.Log.Warn("the guest was armed, but an ordinary checkpoint is made", "reason", err)
-	return CheckpointReport{}, false, p.buried(ctx, st, x)
+	for _, s := range rep.Snapshots {
+		o.Log.Warn("a snapshot that was taken for the armed checkpoint stays", "disk", s.Disk, "frozen", s.Frozen, "now", s.Now)
+	}
+	return CheckpointReport{Snapshots: rep.Snapshots}, false, p.buried(ctx, st, x)
 }
 
 // supersede ends a process whose monitor this process has, and puts QEMU right itself.

@@ -85,7 +85,8 @@ type CheckpointReport struct {
 	Durable time.Time `json:"durable,omitzero"`
 	// Demoted is what went from NVRAM to flash afterwards; missing if nothing did.
 	Demoted *store.Demoted `json:"demoted,omitempty"`
-	// Snapshots are what disks go on in; also after a failure, if they were taken.
+	// Snapshots are what disks go on in; also after a failure, if they were taken. Those of an
+	// armed checkpoint that came to nothing are before the others, which stand on them.
 	Snapshots []disks.Snapshot `json:"snapshots,omitempty"`
 	// Kept are the copies of disks that the store keeps with it, and KeptTime is how long
 	// the guest stood still for them to be made.
@@ -125,8 +126,11 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	}
 	rep, done, err := o.fromArmed(ctx, st, t, x)
 	if err == nil && !done {
+		before := rep.Snapshots
 		rep, err = o.checkpoint(ctx, fs, st, t, x)
+		rep.Snapshots = append(before, rep.Snapshots...)
 	}
+	err = rep.tellSnapshots(err)
 	if !rep.Saved {
 		rep.Kept, rep.KeptTime = nil, 0 // they went with it
 	}
@@ -341,7 +345,7 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 	left = true // should it panic
 	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
 	left = rep.Left
-	return rep, rep.tellSnapshots(err)
+	return rep, err
 }
 
 // guarding is a Guard that is being started.
@@ -394,7 +398,7 @@ func (rep *CheckpointReport) tellSnapshots(err error) error {
 	if err == nil || rep.Saved || len(rep.Snapshots) == 0 {
 		return err
 	}
-	return fmt.Errorf("%w (the disks' snapshots had been taken: the VM writes to %s now)", err, overlayNames(rep.Snapshots))
+	return fmt.Errorf("%w (the disks' snapshots had been taken: the VM writes to %s now)", err, overlayNames(rep.LastSnapshots()))
 }
 
 // watch adds the pages that the guest writes to the working set.

@@ -155,6 +155,16 @@ func taken(ctx context.Context, x qmp.Executor, overlays []disks.Snapshot, faile
 	return failed
 }
 
+// LastSnapshots are of each disk the one that the guest writes to.
+func (rep *CheckpointReport) LastSnapshots() (list []disks.Snapshot) {
+	for i, s := range rep.Snapshots {
+		if !slices.ContainsFunc(rep.Snapshots[i+1:], func(later disks.Snapshot) bool { return later.Disk == s.Disk }) {
+			list = append(list, s)
+		}
+	}
+	return list
+}
+
 // overlayNames are the files that a VM goes on in.
 func overlayNames(overlays []disks.Snapshot) string {
 	var names []string
