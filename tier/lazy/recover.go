@@ -1,26 +1,29 @@
 package lazy
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/flic-migrate/flic-migrate/stream/postcopy"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
+	"github.com/flic-migrate/flic-migrate/tier/rescue"
 )
 
 // handshake tells QEMU that the migration goes on and learns which pages it
 // has (migration/savevm.c, loadvm_handle_recv_bitmap and
 // loadvm_postcopy_handle_resume).
-func (p *pump) handshake(rd *returnpath.Reader) error {
+func (p *pump) handshake(ctx context.Context, rd *returnpath.Reader) error {
 	for i, blk := range p.c.Meta.Blocks {
 		// One by one: QEMU can't read on while its answer, which may be longer
 		// than a pipe, waits to be read.
 		if err := p.write(postcopy.AppendRecvBitmap(nil, blk.Name)); err != nil {
 			return err
 		}
-		m, err := next(rd, returnpath.RecvBitmap)
+		m, err := p.answer(ctx, rd, returnpath.RecvBitmap)
 		if err != nil {
-			return err
+			return fmt.Errorf("RAM block %q: %w", blk.Name, err)
 		}
 		if m.Block != blk.Name {
 			return fmt.Errorf("QEMU sends the bitmap of RAM block %q, expected %q", m.Block, blk.Name)
@@ -36,8 +39,33 @@ func (p *pump) handshake(rd *returnpath.Reader) error {
 	if err := p.write(postcopy.AppendResume(nil)); err != nil {
 		return err
 	}
-	_, err := next(rd, returnpath.ResumeAck)
+	_, err := p.answer(ctx, rd, returnpath.ResumeAck)
 	return err
+}
+
+// answer waits for the message of the given type, for Options.LoadTime at the most:
+// no page that the guest lacks keeps the thread that sends it. A read that brings
+// nothing is not waited for after that: it ends when its pipe does, at the latest with
+// the process.
+func (p *pump) answer(ctx context.Context, rd *returnpath.Reader, want returnpath.Type) (m returnpath.Message, err error) {
+	read := make(chan error, 1)
+	var come returnpath.Message
+	go func() {
+		read <- rescue.Call(func() (err error) {
+			come, err = next(rd, want)
+			return err
+		})
+	}()
+	silent := time.NewTimer(p.o.LoadTime)
+	defer silent.Stop()
+	select {
+	case err = <-read:
+		return come, err
+	case <-silent.C:
+		return m, fmt.Errorf("%w: no %v has come within %v", ErrNotLoaded, want, p.o.LoadTime)
+	case <-ctx.Done():
+		return m, context.Cause(ctx)
+	}
 }
 
 // next reads the message of the given type that must come next.

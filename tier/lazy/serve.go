@@ -38,8 +38,8 @@ type Options struct {
 	// one in force. A page that the guest asks for waits for what is in the pipe,
 	// so it is small while the guest asks. nil: the pipe is as it is.
 	Resize func(bytes int) int
-	// LoadTime is how long QEMU may say nothing while it loads the devices, which it
-	// does in milliseconds; 0 means 30 s. QEMU 10.2 and later, when they have failed to
+	// LoadTime is how long QEMU may say nothing while it loads the devices, or takes up
+	// a recovery, which it does in milliseconds; 0 means 30 s. QEMU 10.2 and later, when they have failed to
 	// load one, wait in silence for the end of the stream.
 	LoadTime time.Duration
 	// Begin is called when all is done that can fail without QEMU; may be nil. An
@@ -141,7 +141,8 @@ var ErrGone = errors.New("QEMU has closed the return path: it has ended or given
 // ErrFailed: QEMU says that it could not load.
 var ErrFailed = errors.New("QEMU reports that loading failed")
 
-// ErrNotLoaded: QEMU has not loaded the devices within Options.LoadTime.
+// ErrNotLoaded: QEMU has said nothing for Options.LoadTime that brings it nearer to a
+// guest that runs.
 var ErrNotLoaded = errors.New("QEMU does not go on loading")
 
 // Serve restores c to the QEMU at the other ends of in (its return path) and
@@ -155,7 +156,7 @@ var ErrNotLoaded = errors.New("QEMU does not go on loading")
 // pipe.Writer do, or end with ctx by themselves, as a pipe.Reader does. After a
 // Serve that ctx has ended their deadlines have passed.
 func Serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options) (*Report, error) {
-	return serve(ctx, c, in, out, o, func(p *pump, op *opening, _ *returnpath.Reader) error {
+	return serve(ctx, c, in, out, o, func(_ context.Context, p *pump, op *opening, _ *returnpath.Reader) error {
 		return p.write(op.bytes)
 	})
 }
@@ -167,15 +168,15 @@ func Serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.W
 // postcopy_pause_incoming), so all that can fail is done before, and then
 // Options.Begin is called. Otherwise it is as Serve.
 func Recover(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options) (*Report, error) {
-	return serve(ctx, c, in, out, o, func(p *pump, _ *opening, rd *returnpath.Reader) error {
+	return serve(ctx, c, in, out, o, func(ctx context.Context, p *pump, _ *opening, rd *returnpath.Reader) error {
 		close(p.loaded) // or QEMU would not be in postcopy-paused
-		return p.handshake(rd)
+		return p.handshake(ctx, rd)
 	})
 }
 
 // serve is Serve and Recover, which begin the conversation differently.
 func serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.Writer, o Options,
-	hello func(*pump, *opening, *returnpath.Reader) error) (*Report, error) {
+	hello func(context.Context, *pump, *opening, *returnpath.Reader) error) (*Report, error) {
 	if err := Possible(c); err != nil {
 		return nil, err
 	}
@@ -198,7 +199,7 @@ func serve(ctx context.Context, c *checkpoint.Checkpoint, in io.Reader, out io.W
 	defer cancel(nil)
 	defer endWith(ctx, in, out)()
 	rd := returnpath.NewReader(in)
-	if err = hello(p, op, rd); err == nil {
+	if err = hello(ctx, p, op, rd); err == nil {
 		p.rep.Opening = time.Since(start)
 		err = p.run(ctx, cancel, rd)
 	}

@@ -1166,6 +1166,26 @@ func TestRecoverRefused(t *testing.T) {
 			})
 		})
 	}
+	// Nor does one that says no more keep the server, which holds the checkpoint.
+	for says, answer := range map[string][]byte{
+		`RAM block "pc.ram"`:  nil,
+		`RAM block "pc.bios"`: bitmap(nil, "pc.ram", s.Pages(0)),
+		"RESUME_ACK":          both(nil),
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			in, rp := io.Pipe()
+			defer rp.Close()
+			go rp.Write(answer)
+			limit, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			end := context.AfterFunc(limit, func() { rp.Close() })
+			defer end()
+			_, err := lazy.Recover(limit, s.ck, in, io.Discard, lazy.Options{LoadTime: 2 * time.Second})
+			if !errors.Is(err, lazy.ErrNotLoaded) || !strings.Contains(err.Error(), says) {
+				t.Errorf("a QEMU that says nothing: error %v does not say %q", err, says)
+			}
+		})
+	}
 	// Requests that were on their way are repeated after RESUME.
 	answer := both(returnpath.AppendReqPages(nil, "pc.ram", 0, 4096))
 	answer = returnpath.AppendReqPages(answer, "pc.ram", 4096, 4096)
