@@ -2,7 +2,9 @@ package tier_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"errors"
 	"io"
 	"strings"
 	"testing"
@@ -10,6 +12,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -25,6 +28,7 @@ type forgery struct {
 	segment func(data []byte)                                               // of whole pages
 	entry   func(block int, page uint64, e pagemap.Entry) pagemap.Entry     // of the page map
 	place   func(block int, page uint64, add func(page uint64) error) error // of the skeleton
+	chunk   int                                                             // bytes of the skeleton in each; 0 means as ever
 }
 
 // forge replaces the image of a checkpoint.
@@ -66,7 +70,7 @@ func (l *lab) forge(t *testing.T, ref store.Ref, f forgery) {
 	meta := *c.Meta
 	meta.Digests = nil // they would be others'
 	chunks := 0
-	skel := forgedSkeleton{f: f, Writer: skeleton.Writer{Limit: image.MaxChunk, Emit: func(b []byte) error {
+	skel := forgedSkeleton{f: f, Writer: skeleton.Writer{Limit: cmp.Or(f.chunk, image.MaxChunk), Emit: func(b []byte) error {
 		chunks++
 		return chunk(image.Skeleton, b)
 	}}}
@@ -200,15 +204,33 @@ func TestForgedSkeleton(t *testing.T) {
 				return 0
 			}
 			return e
-		}})
+		}, place: func(block int, page uint64, add func(uint64) error) error {
+			if block == 0 && page < 19 { // from 4 downwards: as single pages they fill chunks
+				page = (19 + 4 - page) % 19
+			}
+			return add(page)
+		}, chunk: 64})
 		found := l.verify(ref)
 		if !contains(found, "places page pc.ram:0x4000, which was never saved") || !contains(found, "places page pc.ram:0x13000, which was never saved") || len(found) != 2 {
 			t.Errorf("verify found %v", found)
+		}
+		// Each with the chunk that says so.
+		if at := offsets(found); len(at) != 2 || at[0] == at[1] {
+			t.Errorf("they are at %v", at)
 		}
 		if err := l.restore(ref, io.Discard); err == nil || !strings.Contains(err.Error(), "pc.ram:0x4000, which was never saved") {
 			t.Errorf("restore: %v", err)
 		}
 	})
+}
+
+func offsets(found []error) (list []int64) {
+	for _, err := range found {
+		if damage := (*integrity.CorruptError)(nil); errors.As(err, &damage) {
+			list = append(list, damage.Offset)
+		}
+	}
+	return list
 }
 
 func contains(found []error, says string) bool {

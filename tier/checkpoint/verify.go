@@ -318,14 +318,18 @@ func (s *slotChecker) Slot(space source.Space, slot uint64, want source.Page) ([
 	return b, err
 }
 
-// placement is where the skeleton places pages, numbered through all blocks.
-type placement struct{ first, count uint64 }
+// placement is where a chunk of the skeleton places pages, numbered through all blocks.
+type placement struct {
+	first, count uint64
+	chunk        int
+}
 
 // placements collects them. There are as many as the skeleton has runs, however many
 // pages those claim.
 type placements struct {
-	m    *pagemap.Map
-	list []placement
+	m     *pagemap.Map
+	chunk int // that is played
+	list  []placement
 }
 
 // Literal implements skeleton.Player.
@@ -333,7 +337,7 @@ func (p *placements) Literal([]byte) error { return nil }
 
 // Pages implements skeleton.Player.
 func (p *placements) Pages(block int, page, count uint64, _ bool) error {
-	p.list = append(p.list, placement{p.m.Number(block, page), count})
+	p.list = append(p.list, placement{p.m.Number(block, page), count, p.chunk})
 	return nil
 }
 
@@ -341,17 +345,21 @@ func (p *placements) Pages(block int, page, count uint64, _ bool) error {
 // page has one.
 func (v *verifier) skeleton() error {
 	p := placements{m: v.c.PageMap}
-	if err := v.c.Skeleton(&p); err != nil {
-		return v.report(err)
+	for ; p.chunk < v.c.Image.Chunks(image.Skeleton); p.chunk++ {
+		if err := v.c.SkeletonChunks(p.chunk, p.chunk+1, &p); err != nil {
+			return v.report(err)
+		}
 	}
-	slices.SortFunc(p.list, func(a, b placement) int { return cmp.Compare(a.first, b.first) })
+	slices.SortFunc(p.list, func(a, b placement) int {
+		return cmp.Or(cmp.Compare(a.first, b.first), cmp.Compare(a.chunk, b.chunk))
+	})
 	// What is placed twice is reported and then left out, so that the list is one of
 	// different pages.
 	end := uint64(0)
 	for i := range p.list {
 		a := &p.list[i]
 		if a.first < end {
-			v.misplaced("places page %s twice", a.first)
+			v.misplaced(a.chunk, "places page %s twice", a.first)
 			skip := min(end-a.first, a.count)
 			a.first, a.count = a.first+skip, a.count-skip
 		}
@@ -370,13 +378,13 @@ func (v *verifier) skeleton() error {
 				next = min(end, max(at, list[0].first))
 			}
 			if saved && next > at {
-				v.misplaced("has no place for page %s, which was saved", at)
+				v.misplaced(0, "has no place for page %s, which was saved", at)
 			}
 			if at = next; at == end {
 				break
 			}
 			if !saved {
-				v.misplaced("places page %s, which was never saved", at)
+				v.misplaced(list[0].chunk, "places page %s, which was never saved", at)
 			}
 			at = min(end, list[0].first+list[0].count)
 		}
@@ -388,7 +396,7 @@ func (v *verifier) skeleton() error {
 	return err
 }
 
-func (v *verifier) misplaced(format string, number uint64) {
+func (v *verifier) misplaced(chunk int, format string, number uint64) {
 	block, page := v.c.PageMap.Page(number)
-	v.found(v.c.Image.Corrupt(image.Skeleton, 0, fmt.Errorf(format, v.c.PageName(block, page))))
+	v.found(v.c.Image.Corrupt(image.Skeleton, chunk, fmt.Errorf(format, v.c.PageName(block, page))))
 }

@@ -10,11 +10,10 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/image"
-	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/rescue"
+	"github.com/flic-migrate/flic-migrate/tier/skeleton"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 )
 
@@ -157,7 +156,7 @@ func (r *replayer) Pages(block int, page, count uint64, named bool) error {
 		}
 		run.Count = min(run.Count, count)
 		if !r.set.Row(run.Kind).Saved() {
-			return r.c.Image.Corrupt(image.Skeleton, 0, fmt.Errorf("places page %s, which was never saved", r.c.PageName(block, page)))
+			return fmt.Errorf("%w: places page %s, which was never saved", skeleton.ErrDamaged, r.c.PageName(block, page))
 		}
 		r.run, r.named = run, named
 		if err := r.pages.Read(r.ctx, run, r.write); err != nil {
@@ -186,7 +185,7 @@ func (r *replayer) records(i, n uint64, c source.Content) error {
 	}
 	if r.o.Portable && (c.Form == source.Deflated || c.Form == source.Filled && c.Fill != 0) {
 		if err := c.Copy(r.scratch); err != nil {
-			return &integrity.CorruptError{File: r.c.Image.Name(), What: "page " + r.c.PageName(r.run.Block, r.run.Page+i), Err: err}
+			return fmt.Errorf("page %s: %w", r.c.PageName(r.run.Block, r.run.Page+i), err)
 		}
 		c = source.Content{Form: source.Whole, Data: r.scratch}
 		r.rep.Rewritten += int64(n)

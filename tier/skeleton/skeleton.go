@@ -155,7 +155,8 @@ type Player interface {
 	Pages(block int, page, count uint64, named bool) error
 }
 
-// ErrDamaged is wrapped by Play's own errors, not by those of the Player.
+// ErrDamaged is wrapped by Play's own errors, and by those of a Player that is played
+// what can't be.
 var ErrDamaged = errors.New("skeleton log damaged")
 
 // Play decodes one chunk. pages gives the number of pages of each RAM block,

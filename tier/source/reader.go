@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/flic-migrate/flic-migrate/ramparse"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 )
@@ -256,10 +255,7 @@ func (rd *Reader) inflated(s *image.Segment, i int) ([]byte, error) {
 		return c.Data, err
 	}
 	page := rd.buffer(&rd.unpacked)
-	if err := ramparse.Inflate(page, c.Data); err != nil {
-		return nil, s.Corrupt(fmt.Errorf("record %d: %w", i, err))
-	}
-	return page, nil
+	return page, c.Copy(page)
 }
 
 // buffer is a page's length of memory, made when it is first needed.

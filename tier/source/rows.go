@@ -205,7 +205,7 @@ func (r *Row) wholeContent(rd *Reader, e pagemap.Entry) (Content, error) {
 func ofSegment(s *image.Segment, i int) (Content, error) {
 	if s.Kind == image.Records {
 		b, err := s.Record(i)
-		return Content{Form: Deflated, Data: b}, err
+		return Content{Form: Deflated, Data: b, seg: s, record: i}, err
 	}
 	b, err := s.Page(i)
 	return Content{Form: Whole, Data: b}, err

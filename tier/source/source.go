@@ -33,6 +33,7 @@ import (
 	"fmt"
 
 	"github.com/flic-migrate/flic-migrate/ramparse"
+	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 )
 
@@ -53,6 +54,10 @@ type Content struct {
 	Form Form
 	Fill byte
 	Data []byte
+
+	// seg and record are where Data is deflated, for whoever finds that it is damaged.
+	seg    *image.Segment
+	record int
 }
 
 // Zero tells whether the page reads as zero, as far as that is known without
@@ -67,7 +72,9 @@ func (c Content) Copy(dst []byte) error {
 	case Whole:
 		copy(dst, c.Data)
 	case Deflated:
-		return ramparse.Inflate(dst, c.Data)
+		if err := ramparse.Inflate(dst, c.Data); err != nil {
+			return c.seg.Corrupt(fmt.Errorf("record %d: %w", c.record, err))
+		}
 	default:
 		clear(dst)
 		for i := range dst {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/flic-migrate/flic-migrate/tier/delta"
 	"github.com/flic-migrate/flic-migrate/tier/image"
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/pagemap"
 	"github.com/flic-migrate/flic-migrate/tier/source"
 	"github.com/flic-migrate/flic-migrate/tier/vfs/crashfs"
@@ -823,6 +824,45 @@ func TestDigests(t *testing.T) {
 		return nil
 	}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestDamagedRecord: who inflates an own record, which a reader gives as it is, is told
+// where the damage is.
+func TestDamagedRecord(t *testing.T) {
+	f, err := crashfs.New(0).Create("/image")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	w, err := image.NewWriter(f, image.Header{PageSize: pageSize, SegmentPages: 1}, image.None, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, payload := range [][]byte{deflate(fill(0)), []byte("no zlib")} {
+		b := w.NewBuffer(image.Records)
+		b.Data = binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(b.Data, 1), uint32(len(payload)))
+		b.Data = append(b.Data, payload...)
+		if err := w.Submit(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Finish(nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	im, err := image.Open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	set, b := newSet(t)
+	set.Spaces[0].SegmentPages = 1
+	b.im[0] = im
+	rd := set.NewReader(source.NewCache(b, source.MaxNeeds))
+	defer rd.Close()
+	err = rd.Copy(t.Context(), make([]byte, pageSize), source.Page{}, pagemap.Make(pagemap.Flash, 1))
+	var damage *integrity.CorruptError
+	if !errors.As(err, &damage) || damage.File != im.Name() || damage.Offset != im.SegmentOffset(1) {
+		t.Errorf("damage at %d: %v", im.SegmentOffset(1), err)
 	}
 }
 
