@@ -164,11 +164,11 @@ func (f *File) FreeOwner(ctx context.Context, owner uuid.UUID) (freed int, err e
 }
 
 // FreeSome is FreeOwner of those extents only whose numbers among the owner's which is
-// true for, and which he has since the time that Owned gave, or for longer: meanwhile they
-// can have been freed, and others reserved for him. Nobody may need what is in them any more,
+// true for, and which he has since the time that Owned gave: meanwhile they can have been
+// freed, and others reserved for him, at an earlier time if the clock was set back. Nobody may need what is in them any more,
 // nor have them open.
 func (f *File) FreeSome(ctx context.Context, owner uuid.UUID, since time.Time, which func(index int) bool) (freed int, err error) {
-	return f.freeIf(ctx, owner, func(e entry) bool { return !e.since.After(since) && which(int(e.index)) })
+	return f.freeIf(ctx, owner, func(e entry) bool { return e.since.Equal(since) && which(int(e.index)) })
 }
 
 func (f *File) freeIf(ctx context.Context, owner uuid.UUID, which func(entry) bool) (freed int, err error) {

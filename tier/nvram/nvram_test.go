@@ -383,7 +383,7 @@ func TestSweepSince(t *testing.T) {
 		must(f.FreeOwner(ctx, owner(1)))
 		time.Sleep(time.Second)
 		reserve(1)
-		n, err := f.SweepSince(ctx, storeA, func(id uuid.UUID, since time.Time) bool { return since.After(seen[id]) })
+		n, err := f.SweepSince(ctx, storeA, func(id uuid.UUID, since time.Time) bool { return !since.Equal(seen[id]) })
 		if left := must(f.Owners(ctx, storeA)); n != 2 || err != nil || len(left) != 1 || left[0].UUID != owner(1) {
 			t.Errorf("%d freed, %v; left %+v", n, err, left)
 		}
@@ -1339,8 +1339,10 @@ func TestFreeSome(t *testing.T) {
 	if fmt.Sprint(owned) != "[0 1 2 3 4 5]" || err != nil {
 		t.Errorf("owned: %v, %v", owned, err)
 	}
-	if n := must(f.FreeSome(ctx, owner(1), since.Add(-time.Second), gone)); n != 0 {
-		t.Errorf("%d extents freed that are reserved for less long", n)
+	for _, another := range []time.Time{since.Add(-time.Second), since.Add(time.Second)} {
+		if n := must(f.FreeSome(ctx, owner(1), another, gone)); n != 0 {
+			t.Errorf("%d extents freed that are of another reservation", n)
+		}
 	}
 	if n := must(f.FreeSome(ctx, owner(1), since, gone)); n != 3 {
 		t.Errorf("%d extents freed", n)

@@ -662,7 +662,7 @@ func (g *gc) sweep(ctx context.Context) error {
 		}
 		freed, err := f.SweepSince(ctx, g.doc.UUID, func(owner uuid.UUID, since time.Time) bool {
 			before, is := had[owner]
-			return !is || since.After(before)
+			return !is || !since.Equal(before) // earlier, if the clock was set back
 		})
 		g.rep.NVRAMExtents += freed
 		g.rep.NVRAMBytes += int64(freed) * nvram.ExtentSize
