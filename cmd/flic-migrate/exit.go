@@ -55,11 +55,11 @@ func exitCode(err error) int {
 	case err == nil:
 		return exitOK
 	case errors.As(err, &server):
-		return server.Server.ExitCode
+		return foreignCode(server.Server.ExitCode)
 	case errors.As(err, &armed):
-		return armed.ExitCode
+		return foreignCode(armed.ExitCode)
 	case errors.As(err, &remote):
-		return remote.ExitCode
+		return foreignCode(remote.ExitCode)
 	case errors.As(err, &usage), errors.Is(err, store.ErrName), errors.Is(err, store.ErrInside):
 		return exitUsage
 	case errors.Is(err, errDamaged), integrity.IsCorrupt(err):
@@ -76,6 +76,15 @@ func exitCode(err error) int {
 		return exitStream
 	}
 	return exitFailed
+}
+
+// foreignCode is the code of a failure in another process, which may be another version's or
+// somebody else's: 0 or 256 of it would end this one as if all were done.
+func foreignCode(code int) int {
+	if code < exitFailed || code > exitNoSpace {
+		return exitFailed
+	}
+	return code
 }
 
 // errDamaged is verify's result when it found damage; each piece of it has

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/session"
 	"github.com/flic-migrate/flic-migrate/stream"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -47,6 +48,13 @@ func TestExitCode(t *testing.T) {
 		{&save.SpaceError{Dir: "d"}, 6},
 		// A save fed by a restore: what is stored is at fault.
 		{stream.Wrap("page", 9, corrupt), 4},
+		// Another process has failed, and what it says is a code of ours or none.
+		{&remoteError{"h", copiedEntry{Error: "x", ExitCode: 4}}, 4},
+		{&remoteError{"h", copiedEntry{Error: "x"}}, 1},
+		{&remoteError{"h", copiedEntry{Error: "x", ExitCode: 256}}, 1},
+		{&remoteError{"h", copiedEntry{Error: "x", ExitCode: -1}}, 1},
+		{&session.ArmedError{Text: "x"}, 1},
+		{&session.ServerError{Err: io.EOF, Server: &session.ServerReport{Error: "x"}}, 1},
 		// The name was not found because it can't be one.
 		{usageError{store.ErrNotFound}, 2},
 	} {
