@@ -101,6 +101,8 @@ type Options struct {
 	OOB bool
 	// IfOffered lets a monitor without OOB do.
 	IfOffered bool
+	// Relayed: who is at the other end hands on what QEMU says, and is no Peer.
+	Relayed bool
 }
 
 // Monitor is a connection to a QEMU's monitor socket. It may be used by many
@@ -303,10 +305,10 @@ func SocketPath(address string) (path string, ok bool) {
 }
 
 // Peer is who listens at the other end of a Unix socket. It is not known of another
-// kind of monitor.
+// kind of monitor, nor of one that is relayed.
 func (m *Monitor) Peer() (peer unix.Ucred, known bool) {
 	conn, ok := m.conn.(*net.UnixConn)
-	if !ok {
+	if !ok || m.options.Relayed {
 		return peer, false
 	}
 	return PeerOf(conn)

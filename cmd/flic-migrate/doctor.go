@@ -121,7 +121,11 @@ func (d *doctorRun) vm(ctx context.Context, st *store.Store) []doctor.Finding {
 			}
 		}
 	}
-	return doctor.VM(ctx, m, indexed)
+	notLazy, err := d.monitor.NotLazy(ctx)
+	if err != nil {
+		d.log().Warn("libvirt does not say how it would start the domain for a lazy resume", "error", err)
+	}
+	return doctor.VM(ctx, m, indexed, notLazy)
 }
 
 func printFindings(w io.Writer, list []doctor.Finding) error {

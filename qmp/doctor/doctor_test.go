@@ -115,11 +115,13 @@ func TestStorage(t *testing.T) {
 
 	write(t, filepath.Join(dir, "vms", "web", "00000001.flic"), "no image", 0o600)
 	write(t, filepath.Join(dir, "vms", "web", "mine.flic"), "x", 0o600)
+	write(t, filepath.Join(dir, "armed", "web.json"), "no note", 0o600)
 	p.NVRAM = filepath.Join(dir, "nvram.img")
 	list = Storage(t.Context(), p)
 	want(t, list, Fault, "web@1 can't be read")
 	want(t, list, Warning, "mine.flic has no name of a store's")
 	want(t, list, Fault, store.ErrInside.Error())
+	want(t, list, Warning, "the note of web's armed checkpoint is damaged")
 	if Error(list) == nil {
 		t.Error("no error is behind the faults")
 	}
@@ -272,10 +274,18 @@ func TestVM(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer m.Close()
-			list := VM(t.Context(), m, nil)
+			list := VM(t.Context(), m, nil, nil)
 			want(t, list, c.level, c.says)
 			if c.level != Fault && Count(list, Fault) > 0 {
 				t.Errorf("%+v", list)
+			}
+			// As libvirt says of the QEMU that it would start.
+			list = VM(t.Context(), m, nil, errors.New("user 7 may not"))
+			want(t, list, Warning, "user 7 may not")
+			for _, f := range list {
+				if strings.Contains(f.Text, "can be restored lazily") {
+					t.Errorf("%+v", f)
+				}
 			}
 		})
 	}
@@ -293,13 +303,13 @@ func TestVMIndex(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer m.Close()
-	want(t, VM(t.Context(), m, nil), OK, base+" has no index")
+	want(t, VM(t.Context(), m, nil, nil), OK, base+" has no index")
 	img, err := disk.OpenLayer(base, "raw")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer img.Close()
-	for _, finding := range VM(t.Context(), m, []disk.Entry{{ID: disk.ID(img.Identity()), Identity: img.Identity(), State: disk.Current}}) {
+	for _, finding := range VM(t.Context(), m, []disk.Entry{{ID: disk.ID(img.Identity()), Identity: img.Identity(), State: disk.Current}}, nil) {
 		if strings.Contains(finding.Text, "has no index") {
 			t.Errorf("%+v", finding)
 		}

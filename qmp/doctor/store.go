@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/store"
 	"github.com/flic-migrate/flic-migrate/tier/vfs"
@@ -202,8 +203,10 @@ func (r *report) armed(ctx context.Context, st *store.Store) {
 	for _, vm := range vms {
 		a, lives, err := st.ArmedFor(ctx, vm)
 		switch {
+		case integrity.IsCorrupt(err):
+			r.warn("flic-migrate gc, and flic-migrate disarm --qmp or --domain if it is armed still", "the note of %s's armed checkpoint is damaged: %v", vm, err)
 		case err != nil:
-			r.warn("flic-migrate disarm "+vm, "the note of %s's armed checkpoint can't be read: %v", vm, err)
+			r.warn("", "the note of %s's armed checkpoint can't be read: %v", vm, err)
 		case a != nil && lives:
 			r.ok("the next checkpoint of %s is armed, by process %d", vm, a.PID)
 		case a != nil:

@@ -14,8 +14,9 @@ import (
 )
 
 // VM looks at a running QEMU: m is its monitor, and indexed are the indexes of disk images
-// in the store, nil if there is none.
-func VM(ctx context.Context, m *qmp.Monitor, indexed []disk.Entry) []Finding {
+// in the store, nil if there is none. notLazy is what is known already of why a QEMU that is
+// started likewise can't restore lazily; nil: nothing.
+func VM(ctx context.Context, m *qmp.Monitor, indexed []disk.Entry, notLazy error) []Finding {
 	r := report{topic: "vm"}
 	s, err := qmp.QueryStatus(ctx, m)
 	if err != nil {
@@ -27,13 +28,13 @@ func VM(ctx context.Context, m *qmp.Monitor, indexed []disk.Entry) []Finding {
 	pid := 0
 	if peer, known := m.Peer(); known {
 		pid = int(peer.Pid)
-		if err := preflight.Userfaultfd(int(peer.Uid)); err != nil {
-			r.warn("", "%v", err)
+		if notLazy == nil {
+			notLazy = preflight.Userfaultfd(int(peer.Uid))
 		}
 	}
 	r.migrating(ctx, m)
 	r.capabilities(ctx, m)
-	r.memory(ctx, m, pid)
+	r.memory(ctx, m, pid, notLazy)
 	r.disks(ctx, m, indexed)
 	return r.list
 }
@@ -74,12 +75,15 @@ func (r *report) capabilities(ctx context.Context, x qmp.Executor) {
 }
 
 // memory tells whether the VM could be resumed lazily in a QEMU like this one.
-func (r *report) memory(ctx context.Context, x qmp.Executor, pid int) {
+func (r *report) memory(ctx context.Context, x qmp.Executor, pid int, notLazy error) {
+	if notLazy != nil {
+		r.warn("", "%v", notLazy)
+	}
 	why, err := preflight.NotLazy(ctx, x, pid)
 	switch {
 	case err != nil:
 		r.failed(err, "", "its memory can't be asked for")
-	case len(why) == 0:
+	case len(why) == 0 && notLazy == nil:
 		r.ok("its memory can be restored lazily")
 	}
 	for _, w := range why {

@@ -11,6 +11,7 @@ import (
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
+	"github.com/flic-migrate/flic-migrate/qmp/preflight"
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
 )
 
@@ -77,6 +78,23 @@ func (t Target) dial(ctx context.Context, o qmp.Options) (*qmp.Monitor, error) {
 
 // Monitor connects to the target's monitor, for questions; the caller closes it.
 func (t Target) Monitor(ctx context.Context) (*qmp.Monitor, error) { return t.dial(ctx, qmp.Options{}) }
+
+// NotLazy tells, of a domain, why a QEMU that libvirt starts for it surely can't restore
+// lazily; nil if nothing is known of that.
+func (t Target) NotLazy(ctx context.Context) (why, err error) {
+	if t.Domain == "" {
+		return nil, nil
+	}
+	d, err := domain.Describe(ctx, t.Connect, t.Domain)
+	if err != nil {
+		return nil, err
+	}
+	uid, err := domain.User(ctx, t.Connect, d)
+	if err != nil {
+		return nil, err
+	}
+	return preflight.Domain(d.XML, uid), nil
+}
 
 // describe returns what libvirt needs to start the domain again, nil for a QEMU
 // that is not libvirt's.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strconv"
 	"strings"
 
@@ -121,6 +122,45 @@ func (id identity) owner() (uid, gid int, ok bool) {
 		}
 	}
 	return 0, 0, false
+}
+
+// User is the user whom libvirt has the QEMU of a domain run as.
+func User(ctx context.Context, uri string, d Description) (uid int, err error) {
+	id, err := d.identity()
+	if err != nil {
+		return 0, err
+	}
+	c, err := open(ctx, uri)
+	if err != nil {
+		return 0, err
+	}
+	defer c.close()
+	uid, _, _, err = c.user(ctx, id)
+	return uid, err
+}
+
+// user is the user and group that a domain's QEMU runs as, and whether AppArmor or SELinux
+// confines it.
+func (c *client) user(ctx context.Context, id identity) (uid, gid int, confined bool, err error) {
+	capabilities, err := ask(ctx, c, "capabilities", func() ([]byte, error) { return c.rpc.Capabilities() })
+	if err != nil {
+		return 0, 0, false, err
+	}
+	host, err := parseCapabilities(string(capabilities))
+	if err != nil {
+		return 0, 0, false, err
+	}
+	uid, gid, ok := id.owner()
+	switch {
+	case ok:
+	case host.dac:
+		uid, gid = host.uid, host.gid
+	default:
+		// libvirt has no DAC driver, as in a session, so QEMU's user is the
+		// daemon's own.
+		uid, gid = os.Getuid(), os.Getgid()
+	}
+	return uid, gid, host.confined, nil
 }
 
 // parseLabel reads a label of libvirt's DAC driver, +UID:+GID. Names it writes

@@ -309,6 +309,10 @@ func TestMonitor(t *testing.T) {
 	if err := migration.Start(t.Context(), m, "unix:/x"); !errors.As(err, &refused) || refused.Desc != "no" {
 		t.Errorf("QEMU's refusal: %v", err)
 	}
+	// At the other end is this process.
+	if peer, known := m.Peer(); known {
+		t.Errorf("QEMU is %+v", peer)
+	}
 	// What would end the QEMU does not reach the daemon, and what libvirt
 	// refuses is no lost monitor.
 	for _, send := range []func() error{

@@ -50,7 +50,7 @@ func Dial(ctx context.Context, uri, name string) (*qmp.Monitor, error) {
 		c.close()
 		return nil, err
 	}
-	return qmp.New(ctx, conn, "libvirt domain "+name, qmp.Options{Timeout: commandTime, Greeting: commandTime})
+	return qmp.New(ctx, conn, "libvirt domain "+name, qmp.Options{Timeout: commandTime, Greeting: commandTime, Relayed: true})
 }
 
 // relay is a QMP server in this process: what it is asked it asks libvirt. So a

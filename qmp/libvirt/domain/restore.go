@@ -131,26 +131,12 @@ const maxSocket = 107
 // socketPath makes a directory that QEMU's user, and nobody else, can listen in, and
 // returns the path for the socket. The caller removes the directory.
 func (c *client) socketPath(ctx context.Context, id identity) (string, error) {
-	capabilities, err := ask(ctx, c, "capabilities", func() ([]byte, error) { return c.rpc.Capabilities() })
+	uid, gid, confined, err := c.user(ctx, id)
 	if err != nil {
 		return "", err
-	}
-	host, err := parseCapabilities(string(capabilities))
-	if err != nil {
-		return "", err
-	}
-	uid, gid, ok := id.owner()
-	switch {
-	case ok:
-	case host.dac:
-		uid, gid = host.uid, host.gid
-	default:
-		// libvirt has no DAC driver, as in a session, so QEMU's user is the
-		// daemon's own.
-		uid, gid = os.Getuid(), os.Getgid()
 	}
 	folder, name := "", "s"
-	if host.confined && c.uri == string(libvirt.QEMUSystem) {
+	if confined && c.uri == string(libvirt.QEMUSystem) {
 		folder, name = socketFolder, "s"+socketEnd+id.Name
 	}
 	dir, err := os.MkdirTemp(folder, "flic-")
