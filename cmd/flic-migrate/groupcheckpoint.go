@@ -54,29 +54,38 @@ func (c *checkpointCmd) runGroup(ctx context.Context, args []string, timed bool)
 		},
 		NVRAMKeep: c.nvramKeep.n, Log: c.log(),
 	})
-	if rep.Saved {
-		for _, m := range rep.Members {
-			c.digest(ctx, st, m.CheckpointReport)
-		}
-	}
-	err = errors.Join(explainNVRAM(err), c.showGroup(rep, err))
+	err = explainNVRAM(err)
 	if !rep.Saved {
-		return err
+		return errors.Join(err, c.showGroup(rep, err))
 	}
-	for _, m := range members {
-		if c.keepLast.n == 0 {
-			break
-		}
-		removed, perr := c.prune(ctx, st, m.VM)
-		for _, line := range removed {
-			fmt.Fprintf(c.stderr, "flic-migrate: %s\n", line)
-		}
-		err = errors.Join(err, perr)
+	// Before the report, which has the exit code.
+	removed, perr := c.pruneMembers(ctx, st, members)
+	if perr != nil {
+		err = errors.Join(err, fmt.Errorf("group %s is saved, but: %w", rep.Group, perr))
+	}
+	for _, m := range rep.Members {
+		c.digest(ctx, st, m.CheckpointReport)
+	}
+	err = errors.Join(err, c.showGroup(rep, err))
+	for _, line := range removed {
+		fmt.Fprintf(c.stderr, "flic-migrate: %s\n", line)
 	}
 	for _, m := range rep.Members {
 		c.unite(ctx, st, m.Checkpoint, m.Save, c.share.where.value, c.quiet)
 	}
 	return err
+}
+
+// pruneMembers is prune of each member's VM.
+func (c *checkpointCmd) pruneMembers(ctx context.Context, st *store.Store, members []session.Member) (removed []string, err error) {
+	if c.keepLast.n == 0 {
+		return nil, nil
+	}
+	for _, m := range members {
+		lines, perr := c.prune(ctx, st, m.VM)
+		removed, err = append(removed, lines...), errors.Join(err, perr)
+	}
+	return removed, err
 }
 
 // checkGroup checks the flags of a group checkpoint, and returns the timer, 0 for auto.

@@ -47,6 +47,9 @@ func (r *resumeCmd) runGroup(ctx context.Context, args []string) error {
 	if r.care.asked() && (r.care.agent != "" || slices.ContainsFunc(members, notLibvirts)) {
 		return usageError{errors.New("--guest-time and --guest-run with --group are for members that are domains, whose agents libvirt has")}
 	}
+	if r.overlay && slices.ContainsFunc(members, notLibvirts) {
+		return usageError{errors.New("--overlay with --group is for members that are domains: a QEMU of your own is started with overlays on its disks (qemu-img create -f qcow2 -b FILE -F FORMAT OVERLAY)")}
+	}
 	st, err := r.openStore(ctx, false)
 	if err != nil {
 		return err
@@ -139,10 +142,6 @@ func (r *resumeCmd) showGroup(doc groupResumeReport, failed error) error {
 	for _, row := range doc.Members {
 		if row.Error != "" {
 			fmt.Fprintf(r.stderr, "flic-migrate: %s: %s\n", row.VM, oneLine(errors.New(row.Error)))
-			continue
-		}
-		for _, w := range row.Warnings {
-			fmt.Fprintf(r.stderr, "flic-migrate: %s: %s\n", row.VM, w)
 		}
 	}
 	if r.quiet || failed != nil {
