@@ -1,9 +1,11 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -63,12 +65,9 @@ func (r *receiving) disks(ctx context.Context, i *received, src image.Source, n 
 	return err
 }
 
-// diskPage copies the page of a disk slot. That it is the right one verify finds out.
+// diskPage copies the page of a disk slot that has not come. That it is the right one verify finds
+// out.
 func (i *received) diskPage(slot uint32, b []byte) error {
-	if at, ok := ordinal(i.Disk, slot); ok {
-		_, err := i.f.ReadAt(b, i.FirstDisk()+int64(at)*int64(i.PageSize))
-		return err
-	}
 	twin, ok, err := i.twins.Find(uint64(slot))
 	if err != nil {
 		return err
@@ -81,18 +80,39 @@ func (i *received) diskPage(slot uint32, b []byte) error {
 	return err
 }
 
-// ordinal is where a number is among those of a set, in their order.
-func ordinal(set source.Ranges, n uint32) (at uint64, ok bool) {
-	for _, run := range set {
-		if n < run.First {
-			break
-		}
-		if uint64(n) < run.End() {
-			return at + uint64(n-run.First), true
-		}
-		at += uint64(run.Count)
+// ordinals tells where a number is among those of a set, in their order. A set can have as many
+// ranges as a guest's disks have holes, and each page is asked for.
+func ordinals(set source.Ranges) func(n uint32) (at uint64, ok bool) {
+	before := make([]uint64, len(set)) // how many there are before a range
+	for i := range len(set) - 1 {
+		before[i+1] = before[i] + uint64(set[i].Count)
 	}
-	return 0, false
+	return func(n uint32) (at uint64, ok bool) {
+		i, found := slices.BinarySearchFunc(set, n, func(r source.Range, n uint32) int { return cmp.Compare(r.First, n) })
+		if !found {
+			i--
+		}
+		if i < 0 || uint64(n) >= set[i].End() {
+			return 0, false
+		}
+		return before[i] + uint64(n-set[i].First), true
+	}
+}
+
+// firstOf are the first n of a set, or all, and the others. A set of many ranges is cut into many.
+func firstOf(set source.Ranges, n uint64) (first, rest source.Ranges) {
+	for k, r := range set {
+		if uint64(r.Count) < n {
+			n -= uint64(r.Count)
+			continue
+		}
+		first = append(slices.Clone(set[:k]), source.Range{First: r.First, Count: uint32(n)})
+		if rest = set[k+1:]; uint64(r.Count) > n {
+			rest = append(source.Ranges{{First: r.First + uint32(n), Count: r.Count - uint32(n)}}, rest...)
+		}
+		return first, rest
+	}
+	return set, nil
 }
 
 // pieces makes moved pieces of the pages that have come. Where the store has pieces of the
@@ -102,11 +122,17 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 		return im.Corrupt(image.NVRAM, 0, errors.New("hot pages have come that it does not have"))
 	}
 	first := uint32(i.id.FirstDiskSlot())
+	hotAt, diskAt, firstDisk := ordinals(i.Slots), ordinals(i.Disk), i.FirstDisk()
 	page := func(slot uint32, b []byte) error {
 		if slot >= first {
-			return i.diskPage(slot-first, b)
+			at, ok := diskAt(slot - first)
+			if !ok {
+				return i.diskPage(slot-first, b)
+			}
+			_, err := i.f.ReadAt(b, firstDisk+int64(at)*int64(i.PageSize))
+			return err
 		}
-		at, _ := ordinal(i.Slots, slot)
+		at, _ := hotAt(slot)
 		if _, err := i.f.ReadAt(b, i.Base()+int64(at)*int64(i.PageSize)); err != nil {
 			return err
 		}
@@ -148,11 +174,7 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 	per := uint64(max(1, moved.MaxBytes/i.PageSize))
 	for len(want) > 0 {
 		var now source.Ranges
-		for len(want) > 0 && now.Count() < per {
-			take := min(uint64(want[0].Count), per-now.Count())
-			now = append(now, source.Range{First: want[0].First, Count: uint32(take)})
-			want = want.Minus(now)
-		}
+		now, want = firstOf(want, per)
 		if i.first+len(i.pieces) == maxPieces {
 			return fmt.Errorf("hot pages of image %v come to more than %d pieces", i.UUID, maxPieces)
 		}
