@@ -661,3 +661,30 @@ func TestTransferTaken(t *testing.T) {
 		}
 	}
 }
+
+// TestTransferBack: a power cut right after a removed checkpoint has been received again does not
+// bring back the part of it that others needed.
+func TestTransferBack(t *testing.T) {
+	a := newLab(t, crashfs.New(0), "/")
+	was, _ := a.save(t, small(1), save.Options{})
+	ref, _ := a.save(t, grown(1), save.Options{Parent: was.String(), Share: save.ShareNone})
+	disk := crashfs.New(0)
+	b := newLab(t, disk, "/")
+	a.ships(t, b, was)
+	a.ships(t, b, ref)
+	if err := b.remove(was); err != nil {
+		t.Fatal(err)
+	}
+	unlisted := func(l *lab) bool {
+		return slices.ContainsFunc(l.tree(t), func(name string) bool { return strings.HasSuffix(name, ".gone") })
+	}
+	if !unlisted(b) {
+		t.Fatal("nobody needs it")
+	}
+	a.ships(t, b, was)
+	for seed := range uint64(8) {
+		if unlisted(b.on(t, disk.CrashClone(seed))) {
+			t.Errorf("seed %d: both are there", seed)
+		}
+	}
+}

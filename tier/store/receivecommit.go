@@ -164,9 +164,8 @@ func (r *receiving) commit(ctx context.Context) error {
 		return err
 	}
 	// What others needed of it is here twice now. If it stays, gc removes it.
-	name := r.unlistedName(ctx, r.ref, own.UUID)
-	if id, err := s.owner(ctx, name); err == nil && id == own.UUID {
-		_ = s.dir.Remove(ctx, name)
+	if some, err := s.dropTwins(ctx, r.ref, own.UUID); some && err == nil {
+		_ = s.dir.Sync(ctx, vmFolder(r.ref.VM))
 	}
 	r.got.Ref = r.ref
 	for _, i := range r.images {
