@@ -199,6 +199,11 @@ func (o *sending) lacks(ctx context.Context, id uuid.UUID, all uint64) (lacks so
 		return source.Below(uint32(all)), nil
 	}
 	for slot := range all {
+		if slot%4096 == 0 { // it is done for each of many checkpoints
+			if err := context.Cause(ctx); err != nil {
+				return nil, err
+			}
+		}
 		_, there, err := twins.Find(slot)
 		if err != nil {
 			return nil, err
