@@ -22,7 +22,8 @@ import (
 
 const (
 	// seed is how many bytes are looked up in the base, seedStep the distance of those
-	// that are found there: copies of seed + seedStep - 1 bytes and more are all found.
+	// that are found there: copies of seed + seedStep - 1 bytes and more are found, but for
+	// those that end within seedStep strides (see stride).
 	seed     = 8
 	seedStep = 8
 	// minCopy is the shortest copy that is made: a piece takes 3 to 5 bytes.
@@ -68,12 +69,11 @@ func (d *Differ) Encode(dst, page, base []byte, most int) ([]byte, bool) {
 		from := i
 		if at(base, from) != v {
 			p := d.places[v*hashFactor>>shift]
-			if p == 0 {
-				i++
-				continue
+			if p != 0 {
+				from = int(p-1) * seedStep
 			}
-			if from = int(p-1) * seedStep; at(base, from) != v {
-				i++
+			if p == 0 || at(base, from) != v {
+				i += stride(i - done)
 				continue
 			}
 		}
@@ -101,6 +101,16 @@ func (d *Differ) Encode(dst, page, base []byte, most int) ([]byte, bool) {
 		return dst[:head], false
 	}
 	return dst, true
+}
+
+// stride is how far to go on after so many bytes that are in no copy: more may follow, and to
+// look up each of them is most of what a page takes. It is odd, so that seedStep strides
+// come upon a seed wherever in the base the bytes stand; what is before that is found backwards.
+func stride(missed int) int {
+	if missed < 32 {
+		return 1
+	}
+	return 3
 }
 
 // alike is how many bytes a and b have in common at their beginning.

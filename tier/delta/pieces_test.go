@@ -60,6 +60,23 @@ func TestPieces(t *testing.T) {
 	}
 }
 
+// What is moved by any distance is found behind many bytes that are in no copy, from its first
+// byte on.
+func TestPiecesBehindMuch(t *testing.T) {
+	base := pageOf(4096, 1)
+	for by := range 16 {
+		page := pageOf(4096, 2)
+		copy(page[2000:2032], base[1000+by:]) // the shortest that is sure to be found
+		pieces, ok := new(Differ).Encode(nil, page, base, 4096)
+		if !ok {
+			t.Fatal("the copy is not found")
+		}
+		if n := 4096 - 32 + 8; len(pieces) > n {
+			t.Errorf("moved by %d: %d bytes, want %d at most", by, len(pieces), n)
+		}
+	}
+}
+
 func TestDamagedPieces(t *testing.T) {
 	base := pageOf(256, 1)
 	number := func(v ...int64) (b []byte) {
