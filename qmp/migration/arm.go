@@ -2,6 +2,7 @@ package migration
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -49,12 +50,26 @@ type Kept struct {
 	Parameters   map[string]any  `json:"parameters"`
 }
 
+// ArmedStream is the stream of an armed migration, for who holds it.
+type ArmedStream struct {
+	Stream *os.File
+	Buffer int // how many bytes of it wait though nobody reads
+	Kept   Kept
+	// Theirs is QEMU's end of the stream, for Widen. As long as it is open the stream does
+	// not end with QEMU. Lives does, and says nothing before. Both are nil where the stream
+	// can't be widened.
+	Theirs, Lives *os.File
+}
+
+// Widen makes the stream hold more though nobody reads, of which ArmedStream.Theirs is QEMU's end: for
+// one that is held no more, see wideSend.
+func Widen(theirs *os.File) error { return setSendBuffer(theirs, wideSend) }
+
 // ArmOptions say how to arm.
 type ArmOptions struct {
 	// Take hands the stream to who will hold it, and returns when that has begun to
-	// read, or can't. The file stays the caller's, who closes it. Buffer is how many
-	// bytes of the stream wait though nobody reads.
-	Take   func(ctx context.Context, stream *os.File, buffer int, kept Kept) error
+	// read, or can't. The files stay the caller's, who closes them.
+	Take   func(ctx context.Context, s ArmedStream) error
 	Open   OpenFunc // nil: OpenArmed
 	Redial Redialer // may be nil
 }
@@ -86,11 +101,14 @@ func Arm(ctx context.Context, x qmp.Executor, o ArmOptions) (err error) {
 		if e := d.end(ctx); e != nil {
 			err = errors.Join(err, fmt.Errorf("after arming: %w", e))
 		}
+		takeBack(ctx, x, livesName)
 	}()
 	if err := d.settings.set(ctx, x); err != nil {
 		return err
 	}
-	err = d.start(ctx, TwoWay, func(ctx context.Context, f *os.File) error { return o.Take(ctx, f, d.channel.buffer, kept) })
+	err = d.start(ctx, TwoWay, func(ctx context.Context, f *os.File) error {
+		return o.Take(ctx, ArmedStream{f, d.channel.buffer, kept, d.channel.theirs, d.channel.lives})
+	})
 	if err != nil {
 		return err
 	}
@@ -198,17 +216,24 @@ func CheckpointArmed(ctx context.Context, x qmp.Executor, kept Kept, o Checkpoin
 		return c.rep, err
 	}
 	c.was = guest
+	defer func() { takeBack(context.WithoutCancel(ctx), x, livesName) }()
 	return c.run(ctx, c.saveArmed)
 }
 
 // isArmed tells whether a migration runs that an Arm has begun, whether its
 // settings are there, which can be without it, and what the guest does.
 func isArmed(ctx context.Context, x qmp.Executor) (running, marked bool, guest qmp.RunState, err error) {
-	now, err := look(ctx, x)
-	if err != nil || leftIn(now.settings.parameters) != LeftArmed {
+	var parameters map[string]json.RawMessage
+	var info Info
+	err = errors.Join(qmp.Together(ctx, x,
+		qmp.Call{Command: "query-migrate-parameters", Result: &parameters},
+		qmp.Call{Command: "query-migrate", Result: &info},
+		qmp.Call{Command: "query-status", Result: &guest})...)
+	if err != nil || leftIn(parameters) != LeftArmed {
 		return false, false, guest, err
 	}
-	return now.info.Status.goesOn(), true, now.guest, nil
+	info.complete()
+	return info.Status.goesOn(), true, guest, nil
 }
 
 // saveArmed is save for a migration that is there.
@@ -285,6 +310,7 @@ func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 		}
 	}
 	d.settings = settings{off: o.Kept.Capabilities, formerly: o.Kept.Parameters}
+	defer func() { takeBack(context.WithoutCancel(ctx), x, livesName) }()
 	return d.end(ctx)
 }
 
@@ -421,20 +447,60 @@ func duplicate(f *os.File) (*os.File, error) {
 }
 
 // OpenArmed is the OpenFunc for a stream that is held: a pair of sockets that hold
-// little, if the monitor can carry files, and else a socket that QEMU connects to.
+// little until Widen, if the monitor can carry files, and else a socket that QEMU connects to.
 func OpenArmed(ctx context.Context, x qmp.Executor, _ Direction) (*Channel, error) {
 	p, ok := x.(qmp.FilePasser)
 	if !ok {
 		return ListenChannel(ctx, x, "")
 	}
+	var end *os.File
 	c, err := passEnds(ctx, x, p, func() (ours, theirs *os.File, err error) {
-		if ours, theirs, err = newEnds(TwoWay); err == nil {
-			err = setSendBuffer(theirs, armedSend)
+		if ours, theirs, err = newEnds(TwoWay); err != nil {
+			return nil, nil, err
+		}
+		if err = setSendBuffer(theirs, armedSend); err == nil {
+			end, err = duplicate(theirs)
 		}
 		return ours, theirs, err
 	})
+	if err != nil {
+		end.Close() // of nil is an error that nobody wants to know
+	}
 	if notCarried(err) {
 		return ListenChannel(ctx, x, "")
 	}
-	return c, err
+	if err != nil {
+		return nil, err
+	}
+	if lives, err := passLife(ctx, p); err == nil {
+		c.theirs, c.lives = end, lives
+	} else {
+		end.Close() // it is as slow as it is
+	}
+	discard := c.discard
+	c.discard = func(ctx context.Context) {
+		c.theirs.Close()
+		c.lives.Close()
+		discard(ctx)
+	}
+	return c, nil
+}
+
+// livesName is QEMU's name of what passLife passes it. A name used again releases what it
+// meant before.
+const livesName = passedName + "-lives"
+
+// passLife passes QEMU an end of a pipe, which nothing is done with: the other end, which it
+// returns, tells when QEMU is gone.
+func passLife(ctx context.Context, p qmp.FilePasser) (*os.File, error) {
+	lives, theirs, err := newEnds(OneWay)
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	if err := p.PassFile(ctx, livesName, theirs); err != nil {
+		lives.Close()
+		return nil, err
+	}
+	return lives, nil
 }

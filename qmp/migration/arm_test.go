@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/flic-migrate/flic-migrate/qmp"
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 )
@@ -22,8 +24,8 @@ func armedGuest(t *testing.T) (x *simulated, kept Kept, was string) {
 	x = simulate("running")
 	x.onMigrate = func(*simulated) {}
 	was = x.settings()
-	err := Arm(t.Context(), x, ArmOptions{Open: x.open, Take: func(_ context.Context, f *os.File, _ int, k Kept) error {
-		b, err := json.Marshal(k)
+	err := Arm(t.Context(), x, ArmOptions{Open: x.open, Take: func(_ context.Context, s ArmedStream) error {
+		b, err := json.Marshal(s.Kept)
 		if err == nil {
 			err = json.Unmarshal(b, &kept)
 		}
@@ -97,8 +99,8 @@ func TestCheckpointArmedAsksLittle(t *testing.T) {
 	if _, err := CheckpointArmed(t.Context(), x, kept, CheckpointOptions{Save: saves}); err != nil {
 		t.Fatal(err)
 	}
-	before := []string{"query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-status", "migrate-set-parameters", "stop"}
-	after := []string{"query-migrate", "query-status", "cont", "query-yank", "migrate-set-capabilities", "migrate-set-parameters", "query-status"}
+	before := []string{"query-migrate-parameters", "query-migrate", "query-status", "migrate-set-parameters", "stop"}
+	after := []string{"query-migrate", "query-status", "cont", "query-yank", "migrate-set-capabilities", "migrate-set-parameters", "query-status", "closefd"}
 	asked := x.asked[n:]
 	if m := len(asked) - len(after); m < len(before) || !slices.Equal(asked[:len(before)], before) || !slices.Equal(asked[m:], after) {
 		t.Errorf("asked %v, want %v, some questions, and %v", asked, before, after)
@@ -131,7 +133,7 @@ func TestArmFails(t *testing.T) {
 			x.onMigrate = func(*simulated) {}
 			test.prepare(x)
 			was, run := x.settings(), x.run
-			err := Arm(t.Context(), x, ArmOptions{Open: x.open, Take: func(context.Context, *os.File, int, Kept) error { return test.take }})
+			err := Arm(t.Context(), x, ArmOptions{Open: x.open, Take: func(context.Context, ArmedStream) error { return test.take }})
 			if !errors.Is(err, test.want) {
 				t.Errorf("%v, want %v", err, test.want)
 			}
@@ -267,5 +269,58 @@ func TestDisarmOutrun(t *testing.T) {
 		if err := Disarm(t.Context(), x, DisarmOptions{Kept: kept, Ran: ran}); err != nil || (x.run == "running") != ran || x.settings() != was {
 			t.Errorf("%v; the guest is %s, settings %s", err, x.run, x.settings())
 		}
+	}
+}
+
+// What is armed is a stream that holds little, and can be made to hold more. While QEMU's end is
+// open here it does not end with QEMU, which is told otherwise.
+func TestOpenArmed(t *testing.T) {
+	qemu := make(chan *os.File, 2)
+	m := dial(t, qmptest.New(t, func(c *qmptest.Conn) {
+		files := c.Files()
+		qmptest.Negotiated(func(c *qmptest.Conn, cmd qmptest.Command) {
+			if cmd.Execute == "getfd" {
+				qemu <- files.Take()
+			}
+			c.Reply(cmd, `{}`)
+		})(c)
+	}), qmp.Options{})
+	ch, err := OpenArmed(t.Context(), m, TwoWay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours, err := ch.Accept(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	stream, lives := <-qemu, <-qemu
+	if n := waiting(stream); n != ch.buffer || n > 2*armedSend {
+		t.Errorf("%d bytes wait, and the channel says %d", n, ch.buffer)
+	}
+	if err := Widen(ch.theirs); err != nil {
+		t.Fatal(err)
+	}
+	if n := waiting(stream); n < wideSend {
+		t.Errorf("%d bytes wait when it is wide", n)
+	}
+	ends := func(f *os.File, limit time.Duration) bool {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLRDHUP}}, int(limit.Milliseconds()))
+		return n > 0 && err == nil
+	}
+	if ends(ch.lives, 0) {
+		t.Error("QEMU lives, and is said to be gone")
+	}
+	stream.Close()
+	lives.Close()
+	if !ends(ch.lives, time.Minute) {
+		t.Error("QEMU is gone, and is said to live")
+	}
+	if ends(ours, 10*time.Millisecond) {
+		t.Error("the stream has ended though its other end is open")
+	}
+	ch.Discard(t.Context())
+	if !ends(ours, time.Minute) {
+		t.Error("the stream does not end")
 	}
 }

@@ -1,6 +1,7 @@
 package migration
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -30,8 +31,11 @@ type Channel struct {
 	buffer int
 	// wide is how many do after widen(true), until widen(false), which is the last call of it;
 	// 0: neither is to be called.
-	wide    int
-	widen   func(on bool) error
+	wide  int
+	widen func(on bool) error
+	// theirs and lives are ArmedStream's, if there are any.
+	theirs, lives *os.File
+
 	accept  func(context.Context) (*os.File, error)
 	discard func(context.Context)
 }
@@ -100,9 +104,14 @@ func waiting(f *os.File) int {
 }
 
 // setSendBuffer bounds what waits in a socket; the kernel takes the double of what it
-// is told (socket(7)).
+// is told (socket(7)). The file may be closed at any time.
 func setSendBuffer(f *os.File, n int) error {
-	return unix.SetsockoptInt(int(f.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, n/2)
+	c, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	closed := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, n/2) })
+	return cmp.Or(closed, err)
 }
 
 // passedName is the channel's name in QEMU. One is enough, as QEMU runs one
@@ -117,9 +126,9 @@ func notCarried(err error) bool {
 }
 
 // takeBack has QEMU close a file that it was passed.
-func takeBack(ctx context.Context, x qmp.Executor) {
+func takeBack(ctx context.Context, x qmp.Executor, name string) {
 	// Refused if a migration has taken it.
-	_ = x.Execute(ctx, "closefd", map[string]any{"fdname": passedName}, nil)
+	_ = x.Execute(ctx, "closefd", map[string]any{"fdname": name}, nil)
 }
 
 func passChannel(ctx context.Context, x qmp.Executor, p qmp.FilePasser, d Direction) (*Channel, error) {
@@ -154,7 +163,7 @@ func passEnds(ctx context.Context, x qmp.Executor, p qmp.FilePasser, ends func()
 				return
 			}
 			ours.Close()
-			takeBack(ctx, x)
+			takeBack(ctx, x, passedName)
 		},
 	}, nil
 }

@@ -44,7 +44,7 @@ func (o *ResumeOptions) offer(ctx context.Context, x qmp.Executor, lazy bool) (a
 	}
 	withdraw = func() {
 		end()
-		takeBack(ctx, x)
+		takeBack(ctx, x, passedName)
 	}
 	if err == nil {
 		ours.Close() // or the server's end would not be seen

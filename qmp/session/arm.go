@@ -297,11 +297,14 @@ func encodeSet(ws *workingset.Set) ([]byte, error) {
 
 // checkpoint makes the checkpoint that the process has ready, of the QEMU at x.
 func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x qmp.Executor, o CheckpointOptions) (rep CheckpointReport, err error) {
-	if err := p.ready(ctx); err != nil {
+	if err := p.ask(armedAsk{Ask: "ready"}); err != nil {
 		return rep, err
 	}
-	found, err := o.find(ctx, x)
+	found, err := o.find(ctx, x) // meanwhile
 	if err != nil {
+		return rep, err
+	}
+	if err := p.isHeld(ctx); err != nil {
 		return rep, err
 	}
 	if err := o.canKeep(ctx, st, x, found); err != nil {
@@ -361,11 +364,8 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x 
 	return rep, err
 }
 
-// ready waits until the process holds the stream.
-func (p *armedFor) ready(ctx context.Context) error {
-	if err := p.ask(armedAsk{Ask: "ready"}); err != nil {
-		return err
-	}
+// isHeld waits until the process, which was asked to be ready, holds the stream.
+func (p *armedFor) isHeld(ctx context.Context) error {
 	for {
 		m, err := p.hear(ctx)
 		if err != nil {
@@ -481,9 +481,9 @@ func (o *CheckpointOptions) arm(ctx context.Context, st *store.Store, t Target, 
 	if c.Absent, err = migration.Unplugged(ctx, x); err != nil {
 		return 0, err
 	}
-	take := func(ctx context.Context, stream *os.File, buffer int, kept migration.Kept) error {
-		c.Buffer, c.Kept = buffer, kept
-		p, err := o.startArmed(ctx, stream, l, c)
+	take := func(ctx context.Context, h migration.ArmedStream) error {
+		c.Buffer, c.Kept, c.Widens = h.Buffer, h.Kept, h.Theirs != nil
+		p, err := o.startArmed(ctx, h, l, c)
 		if err == nil {
 			pid = p
 		}
@@ -498,7 +498,7 @@ func (o *CheckpointOptions) arm(ctx context.Context, st *store.Store, t Target, 
 var helloTime = 2 * time.Minute
 
 // startArmed starts the process and waits until it has the stream.
-func (o *CheckpointOptions) startArmed(ctx context.Context, stream *os.File, l *net.UnixListener, c armedConfig) (pid int, err error) {
+func (o *CheckpointOptions) startArmed(ctx context.Context, h migration.ArmedStream, l *net.UnixListener, c armedConfig) (pid int, err error) {
 	b, err := json.Marshal(c)
 	if err != nil {
 		return 0, err
@@ -519,7 +519,16 @@ func (o *CheckpointOptions) startArmed(ctx context.Context, stream *os.File, l *
 	defer listener.Close()
 	ctx, cancel := context.WithTimeoutCause(ctx, helloTime, errArmedSilent)
 	defer cancel()
-	process, err := o.Arm.Start([]*os.File{stream, listener, config})
+	files := []*os.File{h.Stream, listener, config, h.Theirs, h.Lives}
+	if !c.Widens {
+		nothing, err := os.Open(os.DevNull)
+		if err != nil {
+			return 0, err
+		}
+		defer nothing.Close()
+		files[3], files[4] = nothing, nothing
+	}
+	process, err := o.Arm.Start(files)
 	if err != nil {
 		return 0, err
 	}

@@ -2,6 +2,7 @@ package session
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -438,7 +439,7 @@ func TestArmedSilent(t *testing.T) {
 		err := cmd.Start()
 		return cmd.Process, err
 	}}}
-	if _, err := o.startArmed(t.Context(), stream, l, c); !errors.Is(err, errArmedSilent) {
+	if _, err := o.startArmed(t.Context(), migration.ArmedStream{Stream: stream}, l, c); !errors.Is(err, errArmedSilent) {
 		t.Error(err)
 	}
 	if err := cmd.Wait(); err == nil {
@@ -460,7 +461,7 @@ func TestArmedEndsWhenFound(t *testing.T) {
 		if err := p.greet(t.Context()); err != nil || p.conn == nil {
 			t.Fatal(err)
 		}
-		if err := p.ready(t.Context()); !errors.Is(err, migration.ErrNotArmed) {
+		if err := cmp.Or(p.ask(armedAsk{Ask: "ready"}), p.isHeld(t.Context())); !errors.Is(err, migration.ErrNotArmed) {
 			t.Fatal(err)
 		}
 		p.close()

@@ -161,6 +161,7 @@ type armedConfig struct {
 	Libvirt    *checkpoint.Libvirt `json:"libvirt,omitempty"`
 	Kept       migration.Kept      `json:"kept"`
 	Buffer     int                 `json:"buffer"` // save.Hold's
+	Widens     bool                `json:"widens"` // there are migration.ArmedStream.Theirs and Lives
 	Absent     uint64              `json:"absent"` // save.Hold's
 	Rate       int64               `json:"rate"`   // save.Hold's
 	Control    string              `json:"control"`
@@ -201,15 +202,18 @@ type ArmedProcess struct {
 	Log      *slog.Logger
 }
 
-// ArmedFiles is how many files Run takes: the stream, the control socket, and the
-// configuration.
-const ArmedFiles = 3
+// ArmedFiles is how many files Run takes: the stream, the control socket, the configuration,
+// and migration.ArmedStream's Theirs and Lives, or any others in their place.
+const ArmedFiles = 5
 
 // Run is the armed process, from beginning to end. When ctx ends, so does it: the guest
 // is disarmed first.
 func (p ArmedProcess) Run(ctx context.Context, files []*os.File) error {
 	stream := files[0]
 	defer stream.Close()
+	theirs, lives := files[3], files[4]
+	defer theirs.Close()
+	defer lives.Close()
 	listener, err := net.FileListener(files[1])
 	files[1].Close()
 	if err != nil {
@@ -230,6 +234,14 @@ func (p ArmedProcess) Run(ctx context.Context, files []*os.File) error {
 		begun: make(chan struct{}), held: make(chan struct{}), saved: make(chan struct{}), ended: make(chan struct{}),
 	}
 	defer os.RemoveAll(filepath.Dir(c.Control))
+	if c.Widens {
+		s.theirs = theirs
+		unwatch, err := watchEnd(lives, func() { theirs.Close() })
+		if err != nil {
+			return err
+		}
+		defer unwatch()
+	}
 	return s.run(ctx, stream, listener.(*net.UnixListener))
 }
 
@@ -248,6 +260,9 @@ type armedServer struct {
 	saved  chan struct{}           // closed: report is there
 	ended  chan struct{}           // closed: all is cleaned up
 	report armedReport
+
+	// theirs is QEMU's end of the stream, which is closed when QEMU is gone; nil: it is not here.
+	theirs *os.File
 
 	note store.Armed
 	// opened are the disks that pages are looked for in; they are there when begun is
@@ -367,6 +382,7 @@ func (s *armedServer) wait(ctx context.Context, st *store.Store, f *os.File) (st
 	defer unwatch()
 	select {
 	case s.went = <-s.goOn:
+		s.widen()
 		if s.went.Libvirt != nil && s.c.Libvirt != nil {
 			// The save has the address, and writes what is there at its end.
 			*s.c.Libvirt = *s.went.Libvirt
@@ -385,7 +401,17 @@ func (s *armedServer) wait(ctx context.Context, st *store.Store, f *os.File) (st
 	}
 }
 
-// watchEnd calls fn when the other end of a socket is closed, though there is still
+// widen lets the stream come as fast as it can, and end with QEMU.
+func (s *armedServer) widen() {
+	if s.theirs == nil {
+		return
+	}
+	if err := errors.Join(migration.Widen(s.theirs), s.theirs.Close()); err != nil {
+		s.p.Log.Info("the stream is slower than it could be", "reason", err)
+	}
+}
+
+// watchEnd calls fn when the other end of a socket or a pipe is closed, though there is still
 // something to read. Unwatch ends the watching.
 func watchEnd(f *os.File, fn func()) (unwatch func(), err error) {
 	var wake [2]int

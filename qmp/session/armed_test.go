@@ -25,6 +25,7 @@ type armedTest struct {
 	st     *store.Store
 	dir    string   // of its control socket
 	stream *os.File // QEMU's end
+	lives  *os.File // likewise, of what tells that it is gone
 	conn   net.Conn
 	lines  *bufio.Scanner
 	ended  chan error
@@ -64,13 +65,20 @@ func (a *armedTest) run(ctx context.Context, c armedConfig, send int) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	ok(t, err)
 	ok(t, unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, send))
+	ok(t, unix.SetNonblock(fds[0], true)) // so that its Close ends a Write, as the end of QEMU does
 	a.stream = os.NewFile(uintptr(fds[0]), "stream")
 	p := ArmedProcess{FS: vfs.OS, ExitCode: func(error) int { return 7 }, Log: slog.New(slog.DiscardHandler),
 		Open: func(ctx context.Context, dir string) (*store.Store, error) {
 			return store.Open(ctx, vfs.OS, dir, false)
 		}}
+	theirs, err := unix.Dup(fds[0])
+	ok(t, err)
+	lives, end, err := os.Pipe()
+	ok(t, err)
+	a.lives = end
+	t.Cleanup(func() { end.Close() })
 	go func() {
-		a.ended <- p.Run(ctx, []*os.File{os.NewFile(uintptr(fds[1]), "stream"), listener, configuration})
+		a.ended <- p.Run(ctx, []*os.File{os.NewFile(uintptr(fds[1]), "stream"), listener, configuration, os.NewFile(uintptr(theirs), "stream"), lives})
 	}()
 	a.conn, err = net.Dial("unix", c.Control)
 	ok(t, err)
@@ -107,11 +115,11 @@ func (a *armedTest) ask(what string) {
 // to, and ends; or it is ended, by who it has to do with, and leaves nothing. Its QEMU is
 // gone here: there is nothing to put right.
 func TestArmedProcess(t *testing.T) {
-	for _, end := range []string{"go", "disarm", "abort", "orphaned", "asked to end", "stream ended"} {
+	for _, end := range []string{"go", "disarm", "abort", "orphaned", "asked to end", "stream ended", "QEMU gone"} {
 		t.Run(end, func(t *testing.T) {
 			a := newArmedTest(t)
 			ctx, stop := context.WithCancelCause(t.Context())
-			a.run(ctx, armedConfig{Buffer: 16 << 10, Target: Target{QMP: filepath.Join(t.TempDir(), "no-qemu")}}, 4<<10)
+			a.run(ctx, armedConfig{Buffer: 16 << 10, Widens: true, Target: Target{QMP: filepath.Join(t.TempDir(), "no-qemu")}}, 4<<10)
 			written := a.feed()
 			if h := a.hear().Hello; h == nil || h.Checkpoint != "vm@1" || h.Encoding.Parent != save.ParentAuto {
 				t.Errorf("hello: %+v", h)
@@ -126,6 +134,10 @@ func TestArmedProcess(t *testing.T) {
 			switch end {
 			case "go":
 				a.ask("go")
+				<-written // at once: the process has all that is written
+				if n, err := unix.GetsockoptInt(int(a.stream.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF); err != nil || n < 64<<10 {
+					t.Errorf("the stream has become %d bytes wide, %v", n, err)
+				}
 				if r := a.hear().Report; r == nil || r.Checkpoint != "vm@1" || r.Error != "" {
 					t.Errorf("report: %+v", r)
 				}
@@ -142,6 +154,10 @@ func TestArmedProcess(t *testing.T) {
 				stop(errors.New(end))
 			case "stream ended":
 				ok(t, unix.Shutdown(int(a.stream.Fd()), unix.SHUT_RDWR))
+			case "QEMU gone":
+				// Its end is open in the process, too, which must let go of it.
+				a.lives.Close()
+				a.stream.Close()
 			}
 			err := <-a.ended
 			a.conn.Close()

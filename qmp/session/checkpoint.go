@@ -114,8 +114,6 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	defer hangUp()
 	o.Guest.Redial = redial
 	var tidied error
-	origin := migration.Origin(ctx, x)
-	o.Save.Since = checkpointOf(ctx, st, o.Save.VM, origin)
 	// What is watched for up to a minute comes before.
 	if o.Watch == nil {
 		o.guestSync(ctx, t)
@@ -127,6 +125,7 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	rep, done, err := o.fromArmed(ctx, st, t, x)
 	if err == nil && !done {
 		before := rep.Snapshots
+		o.Save.Since = checkpointOf(ctx, st, o.Save.VM, migration.Origin(ctx, x))
 		rep, err = o.checkpoint(ctx, fs, st, t, x)
 		rep.Snapshots = append(before, rep.Snapshots...)
 	}
@@ -137,10 +136,8 @@ func Checkpoint(ctx context.Context, fs vfs.FS, st *store.Store, t Target, o Che
 	for _, w := range rep.Warnings {
 		o.Log.Warn(w)
 	}
-	if ref, perr := store.ParseRef(rep.Checkpoint); rep.Saved && origin != "" && perr == nil {
-		if d, derr := st.Describe(ctx, ref); derr == nil {
-			migration.NoteNext(ctx, x, origin, d.UUID.String())
-		}
+	if rep.Saved {
+		noteOrigin(ctx, st, x, rep.Checkpoint)
 	}
 	// Before the next one is armed, which keeps what this one refers to open.
 	if rep.Saved && ctx.Err() == nil {
@@ -249,6 +246,18 @@ func indexShared(ctx context.Context, st *store.Store, name string, log *slog.Lo
 	}
 	if err != nil && ctx.Err() == nil {
 		log.Warn("the index of shared pages is not up to date", "cause", err)
+	}
+}
+
+// noteOrigin notes a checkpoint that was made just now in a QEMU in which one was noted.
+func noteOrigin(ctx context.Context, st *store.Store, x qmp.Executor, name string) {
+	origin := migration.Origin(ctx, x)
+	ref, err := store.ParseRef(name)
+	if origin == "" || err != nil {
+		return
+	}
+	if d, err := st.Describe(ctx, ref); err == nil {
+		migration.NoteNext(ctx, x, origin, d.UUID.String())
 	}
 }
 
