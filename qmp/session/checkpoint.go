@@ -310,6 +310,7 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 	saveHeld := func(ctx context.Context, f *os.File, before qmp.RunState, hold *save.Hold) error {
 		var meta *checkpoint.Meta
 		var err error
+		defer o.tellHang(ctx)()
 		if ref, meta, err = o.save(ctx, fs, st, f, found, copies, before, hold); err == nil {
 			rep.Checkpoint, rep.Save, rep.Durable = ref.String(), &meta.Report, time.Now()
 		}
@@ -355,6 +356,31 @@ func (o *CheckpointOptions) checkpoint(ctx context.Context, fs vfs.FS, st *store
 	rep.CheckpointReport, err = migration.Checkpoint(ctx, x, o.Guest)
 	left = rep.Left
 	return rep, err
+}
+
+// hangTime is how long a save whose context has ended may go on before that is told.
+const hangTime = 10 * time.Second
+
+// tellHang warns of a save that does not end with ctx: no context ends a write, or a sync, of
+// a disk that does not answer, and the guest stands still meanwhile. What it returns is called
+// when the save has ended.
+func (o *CheckpointOptions) tellHang(ctx context.Context) (ended func()) {
+	over := make(chan struct{})
+	unasked := context.AfterFunc(ctx, func() {
+		select {
+		case <-over:
+		case <-time.After(hangTime):
+			if o.PutRight != nil && o.Guest.Mode != migration.ModeBackground {
+				o.Log.Warn("the store does not answer, and so the guest may stand still; if this process is killed, as by a second signal, the guest is let run")
+			} else {
+				o.Log.Warn("the store does not answer")
+			}
+		}
+	})
+	return func() {
+		unasked()
+		close(over)
+	}
 }
 
 // guarding is a Guard that is being started.

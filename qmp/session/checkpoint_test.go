@@ -238,6 +238,26 @@ func TestNoted(t *testing.T) {
 	q.writing.Wait()
 }
 
+// A save that goes on though it was to end is told of, once, and one that ends is not.
+func TestTellHang(t *testing.T) {
+	for took, want := range map[time.Duration]int{hangTime - 1: 0, hangTime + 1: 1, 10 * hangTime: 1} {
+		synctest.Test(t, func(t *testing.T) {
+			var told strings.Builder
+			o := CheckpointOptions{PutRight: func(Target) (*Guard, error) { return nil, nil }, Log: slog.New(slog.NewTextHandler(&told, nil))}
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := o.tellHang(ctx)
+			time.Sleep(time.Hour)
+			cancel()
+			time.Sleep(took)
+			synctest.Wait()
+			ended()
+			if n := strings.Count(told.String(), "second signal"); n != want {
+				t.Errorf("%v: told %q", took, told.String())
+			}
+		})
+	}
+}
+
 // Two names for a QEMU are none.
 func TestTwoTargets(t *testing.T) {
 	both := Target{QMP: "/run/qmp", Domain: "web1"}
