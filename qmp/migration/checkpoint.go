@@ -145,6 +145,9 @@ var (
 		"--mode live and stop don't need that")
 	// ErrNoConvergence: the guest writes faster than it is saved.
 	ErrNoConvergence = errors.New("the guest writes its memory faster than it is saved")
+	// ErrNotEnded: the checkpoint is there, but the guest runs, which was to stand still or
+	// to end, and is not what was saved any more.
+	ErrNotEnded = errors.New("all was saved, but QEMU has let the guest run on")
 	// ErrUnconfirmed: a stream was saved, but QEMU does not say that it is the guest.
 	ErrUnconfirmed = errors.New("a stream was saved, but QEMU does not say that it was the whole of its guest's")
 	// ErrPostmigrate: QEMU migrates no guest that has not run since its last
@@ -538,8 +541,12 @@ func (c *checkpointer) confirm(ctx context.Context) error {
 			return fmt.Errorf("%w: its migration did not end within %v", ErrUnconfirmed, confirmTime)
 		case info.Status != StatusCompleted:
 			// The guest has run on, so it is not what was saved that would be ended.
-			c.warn("all was saved, but QEMU's migration is %s; the guest was left as it was", info.Status)
+			then := c.o.Then
 			c.o.Then = ThenAsBefore
+			if (then == ThenPause || then == ThenQuit) && c.o.Together == nil {
+				return fmt.Errorf("%w: its migration is %s, and the guest was left as it was", ErrNotEnded, info.Status)
+			}
+			c.warn("all was saved, but QEMU's migration is %s; the guest was left as it was", info.Status)
 		}
 		return nil
 	})

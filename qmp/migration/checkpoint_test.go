@@ -343,11 +343,15 @@ func TestCheckpointFails(t *testing.T) {
 // An end of the context cancels, unless all was saved before it was heard of.
 func TestCheckpointCancelled(t *testing.T) {
 	stopped := errors.New("stopped by signal")
-	for name, quick := range map[string]bool{"in the middle": false, "too late": true} {
+	for name, quick := range map[string]bool{"in the middle": false, "too late": true, "too late to quit": true} {
+		then := ThenAsBefore
+		if name == "too late to quit" {
+			then = ThenQuit
+		}
 		ctx, cancel := context.WithCancelCause(t.Context())
 		x := simulate("running")
 		was := x.settings()
-		rep, err := Checkpoint(ctx, x, CheckpointOptions{Mode: ModeStop, Open: x.open, Save: func(ctx context.Context, _ *os.File, _ qmp.RunState) error {
+		rep, err := Checkpoint(ctx, x, CheckpointOptions{Mode: ModeStop, Then: then, Open: x.open, Save: func(ctx context.Context, _ *os.File, _ qmp.RunState) error {
 			cancel(stopped)
 			<-ctx.Done()
 			if quick {
@@ -358,8 +362,9 @@ func TestCheckpointCancelled(t *testing.T) {
 		if rep.Saved != quick || errors.Is(err, stopped) == quick || x.status != StatusCancelled {
 			t.Errorf("%s: saved %v, %v, %s", name, rep.Saved, err, x.status)
 		}
-		if quick && len(rep.Warnings) != 1 {
-			t.Errorf("%s: warnings %q", name, rep.Warnings)
+		// Whoever takes the guest for ended must not be told that all is well.
+		if errors.Is(err, ErrNotEnded) != (then == ThenQuit) || quick && then == ThenAsBefore && len(rep.Warnings) != 1 {
+			t.Errorf("%s: %v, warnings %q", name, err, rep.Warnings)
 		}
 		if x.run != "running" || x.settings() != was {
 			t.Errorf("%s: the guest is %s, settings %s", name, x.run, x.settings())
