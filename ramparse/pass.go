@@ -25,7 +25,7 @@ func NewPassCounter(s *Setup, pageSize int) *PassCounter {
 	shift := bits.TrailingZeros(uint(pageSize))
 	for i, b := range s.Blocks {
 		p.first[i] = n
-		n += (b.Used + uint64(pageSize) - 1) >> shift // the last page may be a part of one
+		n += (b.Used + uint64(pageSize) - 1) >> shift // of a part of a page none is sent
 	}
 	p.ever = make([]uint64, (n+63)/64)
 	p.current = make([]uint64, (n+63)/64)

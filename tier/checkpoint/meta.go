@@ -268,8 +268,8 @@ type Seconds struct {
 	Total  float64 `json:"total"`
 }
 
-// BlockPages is the number of pages of each RAM block. A block's last page may
-// be a part of one.
+// BlockPages is the number of pages of each RAM block. Where pages come it is exact: a block of
+// a part of a page has no page that could be sent (package ramparse).
 func (m *Meta) BlockPages() []uint64 {
 	n := make([]uint64, len(m.Blocks))
 	for i, b := range m.Blocks {

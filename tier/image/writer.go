@@ -423,7 +423,7 @@ func (w *Writer) fail(err error) error {
 
 // FetchSegment reads segment n, which must have been submitted, as it is stored, and checks
 // it, while the image is still being written: XBZRLE needs a page's last content, and
-// deduplication confirms candidates by comparing. It waits for a segment in flight. Safe for
+// deduplication the digests of candidates. It waits for a segment in flight. Safe for
 // several goroutines.
 func (w *Writer) FetchSegment(st *Stored, n uint32) error {
 	w.mu.Lock()

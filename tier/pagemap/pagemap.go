@@ -44,8 +44,8 @@ const (
 	Foreign Kind = 6
 	// ForeignNVRAM pages are likewise in another checkpoint's NVRAM part.
 	ForeignNVRAM Kind = 7
-	// Disk pages equal a block of a disk image; the value is the disk in bits 40–55
-	// and the block, in units of the page size, in bits 0–39.
+	// Disk pages are on a disk; the value is the disk slot, whose place the checkpoint's DISKS
+	// says, and during a save the place itself (checkpoint.DiskSlot).
 	Disk Kind = 8
 	// ForeignDelta pages are some changed words in another image and a base, which
 	// this checkpoint says itself; the value is as Foreign's, with the delta's slot.

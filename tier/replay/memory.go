@@ -80,7 +80,7 @@ func (m *memory) setup(d *ramparse.Decoder) error {
 	var end int64
 	for _, b := range m.blocks {
 		m.base = append(m.base, end)
-		// A block's last page may be a part of one.
+		// No part of a page is ever sent, but such a block may be listed.
 		end += (int64(b.Used) + int64(m.pageSize) - 1) / int64(m.pageSize) * int64(m.pageSize)
 	}
 	f, err := os.CreateTemp(m.dir, "memory-*")

@@ -68,7 +68,7 @@ func newDisks(list []Disk, hash *digest.Hasher, pageSize int, log *slog.Logger) 
 	return d
 }
 
-// entry is that of a page that is on a disk.
+// diskEntry is that of a page that is on a disk.
 func diskEntry(at checkpoint.DiskSlot) pagemap.Entry { return pagemap.Make(pagemap.Disk, uint64(at)) }
 
 func onDisk(e pagemap.Entry) bool { return e.Kind() == pagemap.Disk }

@@ -52,7 +52,7 @@ type parser struct {
 	placedBlock uint64                       // of the last page record in the skeleton
 }
 
-// stage is what takes the pages: the matcher, or where there is no parent the placer.
+// stage is what takes the pages: the matcher, or where they can be nowhere else the placer.
 type stage interface {
 	// has tells whether a page has come.
 	has(block int, page uint64) bool

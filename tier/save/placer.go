@@ -56,7 +56,7 @@ type placer struct {
 	last       placed // the page before, for chunks of two
 	back       *readback
 	pairBuf    []byte // the chunk in hand
-	fetchBuf   []byte // the stored one that Find compares it with
+	fetchBuf   []byte // a stored one, for its digest
 
 	count counts
 }

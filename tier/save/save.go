@@ -366,7 +366,7 @@ type saver struct {
 	past past
 	par  *parent // nil: there is none
 	// match and placer are the stages behind the parser, once there are pages; match
-	// is nil without a parent.
+	// is nil if pages can be nowhere else.
 	match  *matcher
 	placer *placer
 	shared *shared // nil: no other images are looked in

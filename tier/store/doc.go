@@ -40,8 +40,9 @@
 //
 // # The lock rule
 //
-// There are three locks, always taken in this order, and this is the only
-// place that says so:
+// There are three locks, and this is the only place that says in which order they are taken. Who
+// has images locked, as a save has its own all the time, waits for the store lock; who has the
+// store lock only tries to lock images. The NVRAM file's is the last.
 //
 //  1. The store lock covers changes of names: making a .part, the commit, rm, and
 //     the changes that gc makes. It is held for milliseconds: never while page data

@@ -392,7 +392,7 @@ func (r *receiving) verify(ctx context.Context) error {
 	return errors.Join(err, first)
 }
 
-// kept is a piece that its reader does not close.
+// keptOpen is a piece that its reader does not close.
 type keptOpen struct{ Object }
 
 func (keptOpen) Close() error { return nil }
