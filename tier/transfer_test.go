@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math/rand/v2"
 	"path/filepath"
@@ -441,63 +442,71 @@ func TestTransferDamaged(t *testing.T) {
 	b.noLeaks(t)
 }
 
-// forged is a stream in which a bit of the nth DATA record is another, counted from the end
-// if nth is below 0, and how many of these there are. All checksums are right.
-func forged(t *testing.T, whole []byte, nth int) ([]byte, int) {
+// retold is a stream as begin and data change what its records say, with checksums that are right.
+func retold(t *testing.T, whole []byte, begin func(*transfer.Checkpoint), data func(b []byte)) []byte {
 	t.Helper()
-	total := 0
-	for {
-		rd, err := transfer.NewReader(bytes.NewReader(whole))
-		if err != nil {
-			t.Fatal(err)
-		}
-		var out bytes.Buffer
-		w, err := transfer.NewWriter(&out)
-		if err != nil {
-			t.Fatal(err)
-		}
-		data := 0
-		for {
-			k, p, err := rd.Next()
-			if err != nil {
-				if err = w.Close(); err != nil {
-					t.Fatal(err)
-				}
-				break
-			}
-			switch k {
-			case transfer.Begin:
-				var c *transfer.Checkpoint
-				if c, err = rd.ParseBegin(p); err == nil {
-					err = w.Begin(c)
-				}
-			case transfer.Image:
-				var n int
-				if n, err = rd.ParseImage(p, 1<<10); err == nil {
-					err = w.Image(n)
-				}
-			case transfer.Data:
-				var pos int64
-				var b []byte
-				if pos, b, err = rd.ParseData(p, 0, 1<<40); err == nil {
-					if data == (nth+total)%max(total, 1) {
-						b[len(b)/2] ^= 1
-					}
-					data++
-					err = w.Data(pos, b)
-				}
-			case transfer.End:
-				err = w.End()
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-		}
-		if total > 0 {
-			return out.Bytes(), total
-		}
-		total = data
+	rd, err := transfer.NewReader(bytes.NewReader(whole))
+	if err != nil {
+		t.Fatal(err)
 	}
+	var out bytes.Buffer
+	w, err := transfer.NewWriter(&out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		k, p, err := rd.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch k {
+		case transfer.Begin:
+			var c *transfer.Checkpoint
+			if c, err = rd.ParseBegin(p); err == nil {
+				begin(c)
+				err = w.Begin(c)
+			}
+		case transfer.Image:
+			var n int
+			if n, err = rd.ParseImage(p, 1<<10); err == nil {
+				err = w.Image(n)
+			}
+		case transfer.Data:
+			var pos int64
+			var b []byte
+			if pos, b, err = rd.ParseData(p, 0, 1<<40); err == nil {
+				data(b)
+				err = w.Data(pos, b)
+			}
+		case transfer.End:
+			err = w.End()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+// forged is a stream in which a bit of the nth DATA record is another, counted from the end
+// if nth is below 0, and how many of these there are.
+func forged(t *testing.T, whole []byte, nth int) (out []byte, total int) {
+	t.Helper()
+	asItWas := func(*transfer.Checkpoint) {}
+	retold(t, whole, asItWas, func([]byte) { total++ })
+	n := 0
+	return retold(t, whole, asItWas, func(b []byte) {
+		if n == (nth+total)%total {
+			b[len(b)/2] ^= 1
+		}
+		n++
+	}), total
 }
 
 // TestTransferForged: bytes that are under a right checksum in the stream, and are none of
@@ -517,6 +526,37 @@ func TestTransferForged(t *testing.T) {
 			t.Errorf("it is to be gone on with: %v", h.Staged)
 		}
 		a.ships(t, b, ref)
+		b.holds(t, ref, s)
+		b.noLeaks(t)
+	}
+}
+
+// TestTransferSaid: what is said of a checkpoint before it comes is compared with what it is.
+// What it refers to is held by what was said, and by that it is looked for.
+func TestTransferSaid(t *testing.T) {
+	a, ref, s, _ := twoOf(t)
+	first := store.Ref{VM: ref.VM, N: 1}
+	for what, lie := range map[string]func(*transfer.Checkpoint){
+		"has less":       func(c *transfer.Checkpoint) { c.Has = nil },
+		"another origin": func(c *transfer.Checkpoint) { c.Origin[0]++ },
+	} {
+		b := newLab(t, crashfs.New(0), "/")
+		a.ships(t, b, first)
+		whole, _, err := a.sent(b.has(t), ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out := retold(t, whole, lie, func([]byte) {})
+		if got, err := b.takes(out, store.Ref{}); !errors.Is(err, transfer.ErrDamaged) {
+			t.Errorf("%s: %+v, %v", what, got, err)
+		}
+		if refs, err := b.st.List(t.Context(), ""); err != nil || !slices.Equal(refs, []store.Ref{first}) {
+			t.Errorf("%s: %v, %v", what, refs, err)
+		}
+		// The right stream goes on behind what has come.
+		if again, _ := a.ships(t, b, ref); again.Skipped == 0 {
+			t.Errorf("%s: %+v", what, again)
+		}
 		b.holds(t, ref, s)
 		b.noLeaks(t)
 	}

@@ -134,6 +134,11 @@ func (r *receiving) prepare(ctx context.Context, n int, i *received) error {
 	if i.id.UUID != i.UUID || im.UUID != i.UUID || i.id.PageSize != i.PageSize || im.PageSize != i.PageSize {
 		return im.Tail.Corrupt(image.Identity, fmt.Errorf("it is not image %v of pages of %d bytes", i.UUID, i.PageSize))
 	}
+	if n == 0 {
+		if err := r.asSaid(i.id); err != nil {
+			return err
+		}
+	}
 	i.id.Kept = nil // they are the other store's, and stay there
 	var part *checkpoint.NVRAMPart
 	if i.id.NVRAM != nil {
@@ -184,6 +189,21 @@ func (r *receiving) prepare(ctx context.Context, n int, i *received) error {
 		return err
 	}
 	return i.rename(im.Tail)
+}
+
+// asSaid refuses a checkpoint of which BEGIN has said something else than its image. By what was
+// said it is looked for here, and what it refers to is held until it has its name: of what was
+// not, and is there by chance, anything could go before.
+func (r *receiving) asSaid(id *checkpoint.Identity) error {
+	if id.Origin != r.head.Origin {
+		return r.rd.Damaged("checkpoint %v is one of %v, and was said to be one of %v", r.got.Sent, id.Origin, r.head.Origin)
+	}
+	for _, to := range id.References {
+		if !slices.Contains(r.head.Has, to) && !slices.ContainsFunc(r.images, func(i *received) bool { return i.UUID == to }) {
+			return r.rd.Damaged("checkpoint %v refers to image %v, which was neither sent nor said to be there", r.got.Sent, to)
+		}
+	}
+	return nil
 }
 
 // resume takes over what is left of the checkpoint's own image under the number that it is to
