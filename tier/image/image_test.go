@@ -5,7 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -653,6 +655,81 @@ func TestContradictions(t *testing.T) {
 		var corrupt *integrity.CorruptError
 		if !errors.As(err, &corrupt) || !strings.Contains(err.Error(), c.says) || corrupt.File != "/image" || corrupt.What == "" {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// holes is a file of which little was written. It notes the longest read.
+type holes struct {
+	size    int64
+	written map[int64][]byte
+	longest int
+}
+
+func (h *holes) Name() string         { return "/holes" }
+func (h *holes) Size() (int64, error) { return h.size, nil }
+
+func (h *holes) ReadAt(b []byte, off int64) (int, error) {
+	h.longest = max(h.longest, len(b))
+	n := int(min(int64(len(b)), h.size-off))
+	clear(b[:n])
+	for at, w := range h.written {
+		if from, to := max(at, off), min(at+int64(len(w)), off+int64(n)); from < to {
+			copy(b[from-off:to-off], w[from-at:])
+		}
+	}
+	if n < len(b) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// TestIndexInHoles: what a file of some KB says of the length of its index takes no memory,
+// whether the checksum of the zeros is right or not.
+func TestIndexInHoles(t *testing.T) {
+	const frames = 8 << 20
+	var zeros [9 << 10]byte
+	crc := integrity.Hash()
+	for range frames / 1024 {
+		crc.Write(zeros[:])
+	}
+	for _, right := range []bool{true, false} {
+		le := binary.LittleEndian
+		h := &holes{written: map[int64][]byte{0: newBuilder(t).b}}
+		index := int64(frames * (image.FrameHeaderLen + 1))
+		head := frameHead(image.Index, image.None, 0, 0, nil)
+		le.PutUint32(head[4:], frames*9)
+		le.PutUint32(head[8:], frames*9)
+		if le.PutUint32(head[16:], crc.Sum32()); !right {
+			head[16] ^= 1
+		}
+		le.PutUint32(head[20:], integrity.Checksum(head[:20]))
+		h.written[index] = head
+		// A whole image has the footer's other fields.
+		end := newBuilder(t).done()
+		foot := end[len(end)-image.FooterLen:]
+		le.PutUint64(foot[32:], uint64(index))
+		le.PutUint32(foot[40:], frames*9)
+		le.PutUint32(foot[44:], frames)
+		last := append(frameHead(image.Identity, image.None, 0, uint32(len(identity)), identity), identity...)
+		h.size = index + int64(len(head)) + frames*9 + int64(len(last)) + image.FooterLen
+		le.PutUint64(foot[56:], uint64(h.size))
+		tiertest.SealEnd(foot)
+		h.written[h.size-image.FooterLen-int64(len(last))] = append(last, foot...)
+
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := image.Open(h)
+		runtime.ReadMemStats(&after)
+		says := "kind 0 frame"
+		if !right {
+			says = integrity.ErrChecksum.Error()
+		}
+		if !integrity.IsCorrupt(err) || !strings.Contains(err.Error(), says) {
+			t.Errorf("checksum right %v: %v", right, err)
+		}
+		if n := after.TotalAlloc - before.TotalAlloc; n > 8<<20 || h.longest > 1<<20 {
+			t.Errorf("checksum right %v: %d bytes of memory, and %d are read at once", right, n, h.longest)
 		}
 	}
 }

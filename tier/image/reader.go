@@ -183,38 +183,54 @@ func Open(src Source) (*Image, error) {
 	return nil, im.corrupt(im.Len()-FooterLen, "footer", err)
 }
 
+// indexStep is how much of an index is read at once: all of it as a rule.
+const indexStep = (64 << 10) * indexEntryLen
+
+// readIndex reads the index in steps and takes memory for its frames, of which a hole has none: a
+// file that was received has holes, and one of some KB can say that its index has 4 GiB.
 func (im *Image) readIndex() error {
 	ft := &im.Tail.foot
 	off := int64(ft.indexOffset)
-	// Its length is bounded by the file's, checked above.
-	raw := make([]byte, FrameHeaderLen+int(ft.indexStored))
-	if err := readFull(im.src, raw, off, "INDEX"); err != nil {
+	left := int(ft.indexStored)
+	b := make([]byte, FrameHeaderLen+min(left, indexStep))
+	if err := readFull(im.src, b, off, "INDEX"); err != nil {
 		return err
 	}
-	h, err := parseFrameHeader(raw)
-	payload := raw[FrameHeaderLen:]
-	switch {
-	case err != nil:
-	case h.kind != Index || h.codec != None || h.stored != ft.indexStored || h.raw != h.stored || h.number != 0:
+	h, err := parseFrameHeader(b)
+	if err == nil && (h.kind != Index || h.codec != None || h.stored != ft.indexStored || h.raw != h.stored || h.number != 0) {
 		err = errors.New("not the index frame")
-	case h.crc != integrity.Checksum(payload):
-		err = integrity.ErrChecksum
 	}
 	if err != nil {
 		return im.corrupt(off, "INDEX", err)
 	}
-	im.frames = make([]frameAt, 0, ft.frames)
+	im.frames = make([]frameAt, 0, min(ft.frames, indexStep/indexEntryLen))
 	at := int64(HeaderLen)
-	for i := 0; i < len(payload); i += indexEntryLen {
-		e := frameEntry{
-			kind:   Kind(payload[i]),
-			number: binary.LittleEndian.Uint32(payload[i+1:]),
-			stored: binary.LittleEndian.Uint32(payload[i+5:]),
+	crc := integrity.Hash()
+	var odd error // of a frame, if the checksum is right
+	for part := b[FrameHeaderLen:]; left > 0; {
+		part = part[:min(left, len(part))]
+		if left < int(ft.indexStored) { // the first came with the header
+			if err := readFull(im.src, part, off+FrameHeaderLen+int64(ft.indexStored)-int64(left), "INDEX"); err != nil {
+				return err
+			}
 		}
-		if err := im.addFrame(e, at); err != nil {
-			return failure(im.src.Name(), off, "INDEX", err)
+		left -= len(part)
+		crc.Write(part)
+		for i := 0; i < len(part) && odd == nil; i += indexEntryLen {
+			e := frameEntry{
+				kind:   Kind(part[i]),
+				number: binary.LittleEndian.Uint32(part[i+1:]),
+				stored: binary.LittleEndian.Uint32(part[i+5:]),
+			}
+			odd = im.addFrame(e, at)
+			at += FrameHeaderLen + int64(e.stored)
 		}
-		at += FrameHeaderLen + int64(e.stored)
+	}
+	if crc.Sum32() != h.crc {
+		return im.corrupt(off, "INDEX", integrity.ErrChecksum)
+	}
+	if odd != nil {
+		return failure(im.src.Name(), off, "INDEX", odd)
 	}
 	if at != off {
 		return im.corrupt(off, "INDEX", fmt.Errorf("its frames end at offset %d, not where it starts", at))
