@@ -484,7 +484,8 @@ func TestTransferDemoted(t *testing.T) {
 	b.noLeaks(t)
 }
 
-// openFS is a process that stops for a moment between opening a file for writing and locking it.
+// openFS is a process that stops for a moment between opening, or making, a file that it writes
+// to and locking it.
 type openFS struct {
 	vfs.FS
 	after func(name string)
@@ -495,12 +496,73 @@ func (o *openFS) NoLinks(dir string) (_ vfs.FS, err error) {
 	return o, err
 }
 
+func (o *openFS) Create(name string) (vfs.File, error) {
+	f, err := o.FS.Create(name)
+	if err == nil {
+		o.after(name)
+	}
+	return f, err
+}
+
 func (o *openFS) OpenRW(name string) (vfs.File, error) {
 	f, err := o.FS.OpenRW(name)
 	if err == nil {
 		o.after(name)
 	}
 	return f, err
+}
+
+// TestCollectedAtOnce: gc removes nothing that receive, a demotion or a measurement has just made
+// in tmp and not locked yet.
+func TestCollectedAtOnce(t *testing.T) {
+	_, ref, s, whole := twoOf(t)
+	disk := crashfs.New(0)
+	other := newLab(t, disk, "/")
+	model := other.hotGenerations(t, "here", 4, 1<<20, 0.7)
+	var gcs sync.WaitGroup
+	made := 0
+	b := other.on(t, &openFS{disk.Fork(), func(name string) {
+		if filepath.Dir(name) != "/store/tmp" {
+			return
+		}
+		made++
+		done := make(chan bool)
+		gcs.Go(func() {
+			defer close(done)
+			if _, err := other.st.GC(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+		select {
+		case <-done:
+		case <-time.After(30 * time.Millisecond): // it waits, as it should
+		}
+	}})
+	for what, do := range map[string]func() error{
+		"receive": func() error { _, err := b.takes(whole, store.Ref{}); return err },
+		"measure": func() error { _, err := b.st.FlashRate(t.Context()); return err },
+		"demote": func() error {
+			d, err := b.st.Demote(t.Context(), 1)
+			if err == nil && d.Bytes == 0 {
+				err = errors.New("nothing was moved")
+			}
+			return errors.Join(err, d.Left)
+		},
+	} {
+		made = 0
+		if err := do(); err != nil || made == 0 {
+			t.Errorf("%s: %v, %d files made", what, err, made)
+		}
+		gcs.Wait()
+	}
+	model[ref] = s
+	for ref, s := range model {
+		b.holds(t, ref, s)
+	}
+	if len(b.pieces(t)) < 2 {
+		t.Errorf("moved pieces: %q", b.pieces(t))
+	}
+	b.noLeaks(t)
 }
 
 // TestTransferStaged: a transfer that has opened what was staged, and not locked it yet, does

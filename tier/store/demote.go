@@ -304,7 +304,7 @@ func (m *demotion) move(ctx context.Context, want source.Ranges) error {
 	}
 	defer part.Close()
 	name := spare()
-	dst, err := s.dir.Create(ctx, name)
+	dst, err := s.createTmp(ctx, name)
 	if err != nil {
 		return err
 	}

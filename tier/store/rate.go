@@ -50,13 +50,8 @@ func (s *Store) FlashRate(ctx context.Context) (Rate, error) {
 }
 
 func (s *Store) measureRate(ctx context.Context) (r Rate, err error) {
-	unlock, err := s.lock(ctx)
-	if err != nil {
-		return r, err
-	}
 	tmp := tmpFolder + "/" + uuid.NewString() + rateSuffix
-	f, err := s.dir.Create(ctx, tmp)
-	unlock()
+	f, err := s.createTmp(ctx, tmp)
 	if err != nil {
 		return r, err
 	}

@@ -179,7 +179,7 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 			return fmt.Errorf("hot pages of image %v come to more than %d pieces", i.UUID, maxPieces)
 		}
 		name := spare()
-		dst, err := r.s.dir.Create(ctx, name)
+		dst, err := r.s.createTmp(ctx, name)
 		if err != nil {
 			return err
 		}

@@ -81,10 +81,14 @@ const stageLimit = time.Second
 // open opens what an image is received into. Another transfer can be receiving the same: if
 // the image is the checkpoint's own that is an error, and else it comes twice.
 func (r *receiving) open(ctx context.Context, i *received) error {
-	_, err := soon(ctx, stageLimit, func() (again bool, err error) {
-		i.f, err = r.s.openStage(ctx, i.name)
-		return errors.Is(err, vfs.ErrLocked), err
-	})
+	open := func() error {
+		_, err := soon(ctx, stageLimit, func() (again bool, err error) {
+			i.f, err = r.s.openStage(ctx, i.name)
+			return errors.Is(err, vfs.ErrLocked), err
+		})
+		return err
+	}
+	err := open()
 	if !errors.Is(err, vfs.ErrLocked) {
 		return err
 	}
@@ -95,8 +99,7 @@ func (r *receiving) open(ctx context.Context, i *received) error {
 		return fmt.Errorf("checkpoint %v: what a transfer has left of image %v, %v, is being gone on with by another one: %w", r.got.Sent, i.UUID, Ref{i.VM, i.Number}, ErrInUse)
 	}
 	i.name, i.once = tmpFolder+"/"+uuid.NewString()+stagedSuffix, true
-	i.f, err = r.s.dir.Stage(ctx, i.name)
-	return err
+	return open()
 }
 
 // openStage opens what is received into, and locks it. Between the two another transfer must not

@@ -376,3 +376,15 @@ func (s *Store) lock(ctx context.Context) (unlock func(), err error) {
 	}
 	return func() { l.Close() }, nil
 }
+
+// createTmp makes a file in tmp, locked. It takes the store lock: gc removes there, under that, what
+// nobody has locked, and a file is made before it can be. Who holds the store lock already calls
+// Dir.Create.
+func (s *Store) createTmp(ctx context.Context, name string) (Object, error) {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	return s.dir.Create(ctx, name)
+}
