@@ -531,6 +531,45 @@ func TestTransferForged(t *testing.T) {
 	}
 }
 
+// TestTransferAmid: neither a checkpoint nor a group begins amid a checkpoint, also amid one that is
+// there already.
+func TestTransferAmid(t *testing.T) {
+	a, ref, _, whole := twoOf(t)
+	b := newLab(t, crashfs.New(0), "/")
+	for _, there := range []bool{false, true} {
+		if there {
+			a.ships(t, b, ref)
+		}
+		for _, k := range []transfer.Kind{transfer.Begin, transfer.Group} {
+			var out bytes.Buffer
+			w, err := transfer.NewWriter(&out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			retold(t, whole, func(c *transfer.Checkpoint) {
+				if err = w.Begin(c); err != nil {
+					return
+				}
+				if k == transfer.Begin {
+					err = w.Begin(c)
+				} else {
+					err = w.Group(&transfer.GroupHead{Name: "g", Number: 1, UUID: c.UUID, Members: []transfer.Member{{VM: c.VM, Number: c.Number, UUID: c.UUID}}})
+				}
+			}, func([]byte) {})
+			if err == nil {
+				err = w.Close()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := b.takes(out.Bytes(), store.Ref{}); !errors.Is(err, transfer.ErrDamaged) || !strings.Contains(err.Error(), fmt.Sprintf("kind %d amid a checkpoint", k)) {
+				t.Errorf("kind %d, there already %v: %v", k, there, err)
+			}
+		}
+	}
+	b.noLeaks(t)
+}
+
 // TestTransferSaid: what is said of a checkpoint before it comes is compared with what it is.
 // What it refers to is held by what was said, and by that it is looked for.
 func TestTransferSaid(t *testing.T) {

@@ -340,10 +340,15 @@ func (r *receiving) already(at Ref) (Received, error) {
 			return r.got, r.rd.Damaged("the stream ends amid a checkpoint")
 		case err != nil || k == transfer.End:
 			return r.got, err
-		case k == transfer.Begin:
-			return r.got, r.rd.Damaged("a checkpoint begins amid another")
+		case k == transfer.Begin || k == transfer.Group:
+			return r.got, r.amid(k)
 		}
 	}
+}
+
+// amid is the error of a record that begins something amid a checkpoint.
+func (r *receiving) amid(k transfer.Kind) error {
+	return r.rd.Damaged("a record of kind %d amid a checkpoint", k)
 }
 
 // mayBe accepts that the checkpoint is there, unless it was to have another name.

@@ -137,8 +137,8 @@ func (r *receiving) data(ctx context.Context) error {
 			return r.rd.Damaged("the stream ends amid a checkpoint")
 		case err != nil:
 			return err
-		case k == transfer.Begin:
-			return r.rd.Damaged("a checkpoint begins amid another")
+		case k == transfer.Begin || k == transfer.Group:
+			return r.amid(k)
 		case k == transfer.Image:
 			n, err := r.rd.ParseImage(b, len(r.images))
 			if err == nil && n != next {
