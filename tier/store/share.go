@@ -42,7 +42,7 @@ type ShareOptions struct {
 	// Scan looks at all images of the store if there is no index yet. Else it is those that
 	// saves have noted, and all only where the index was damaged.
 	Scan bool
-	// Clean removes what is of no use, and adds what is there and has no note.
+	// Clean removes what is of no use.
 	Clean bool
 	// Images is how many are added at most, Records how many records are merged at a time;
 	// 0: any number.
@@ -112,8 +112,7 @@ func (s *Store) tendShare(ctx context.Context, domain string, h *digest.Hasher, 
 	if err != nil {
 		return rep, err
 	}
-	// Whoever was killed before his note has left none.
-	scan := state == share.Broken || state == share.Unknown && o.Scan || state == share.Complete && o.Clean
+	scan := state == share.Broken || state == share.Unknown && o.Scan
 	if scan {
 		if news, err = s.shareable(ctx, domain, h); err != nil {
 			return rep, err
@@ -156,22 +155,6 @@ func (s *Store) tendShare(ctx context.Context, domain string, h *digest.Hasher, 
 		return rep, nil
 	}
 	return rep, l.Seal(key)
-}
-
-// noteShare leaves a note of a new image for the index of its trust domain, if its digests are
-// of the store's key. It is a hint, and gc finds what has none.
-func (s *Store) noteShare(ctx context.Context, id *checkpoint.Identity) {
-	d := id.Digests
-	if d == nil || CheckDomain(id.TrustDomain) != nil {
-		return
-	}
-	h, err := s.readDomain(ctx, id.TrustDomain)
-	if err != nil || d.Algorithm != h.Algorithm() || d.Key != h.Key() {
-		return
-	}
-	if c, err := s.Share(id.TrustDomain); err == nil {
-		_ = c.Note(share.Image{UUID: id.UUID, VM: id.VM, Number: id.Number})
-	}
 }
 
 // IndexShared brings the index of a checkpoint's trust domain up to date.
