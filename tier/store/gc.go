@@ -216,6 +216,9 @@ func (g *gc) tmp(ctx context.Context) error {
 		size, _ := f.Size()
 		err = g.dir.Remove(ctx, name)
 		f.Close()
+		if gone(err) {
+			continue // a summary, or another hint, that has its name by now: nobody locks those
+		}
 		if err != nil {
 			return err
 		}
