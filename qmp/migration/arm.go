@@ -368,36 +368,12 @@ const wideSend = 128 << 10
 // OpenWidening is OpenArmed, but the sockets can hold more for a while. Until they can't any
 // more QEMU's end is open here, too, so that of a QEMU that is gone the monitor tells, and not
 // the stream.
-func OpenWidening(ctx context.Context, x qmp.Executor, d Direction) (*Channel, error) {
-	p, ok := x.(qmp.FilePasser)
-	if !ok {
-		return ListenChannel(ctx, x, "")
+func OpenWidening(ctx context.Context, x qmp.Executor, _ Direction) (*Channel, error) {
+	c, end, wide, err := openHeld(ctx, x)
+	if err != nil || end == nil {
+		return c, err
 	}
-	w := &widening{}
-	wide := 0
-	c, err := passEnds(ctx, x, p, func() (ours, theirs *os.File, err error) {
-		if ours, theirs, err = newEnds(TwoWay); err != nil {
-			return nil, nil, err
-		}
-		err = setSendBuffer(theirs, wideSend)
-		if err == nil {
-			wide = waiting(theirs)
-			err = setSendBuffer(theirs, armedSend)
-		}
-		if err == nil {
-			w.end, err = duplicate(theirs)
-		}
-		return ours, theirs, err
-	})
-	if err != nil {
-		w.close()
-	}
-	if notCarried(err) {
-		return ListenChannel(ctx, x, "")
-	}
-	if err != nil {
-		return nil, err
-	}
+	w := &widening{end: end}
 	discard := c.discard
 	c.wide, c.widen = wide, w.widen
 	c.discard = func(ctx context.Context) {
@@ -405,6 +381,36 @@ func OpenWidening(ctx context.Context, x qmp.Executor, d Direction) (*Channel, e
 		discard(ctx)
 	}
 	return c, nil
+}
+
+// openHeld opens a channel for a stream that is held: a pair of sockets that hold little, if the
+// monitor can carry files, and else a socket that QEMU connects to. Of a pair end is QEMU's once
+// more, which can be made to hold wide bytes.
+func openHeld(ctx context.Context, x qmp.Executor) (c *Channel, end *os.File, wide int, err error) {
+	if p, ok := x.(qmp.FilePasser); ok {
+		c, err = passEnds(ctx, x, p, func() (ours, theirs *os.File, err error) {
+			if ours, theirs, err = newEnds(TwoWay); err != nil {
+				return nil, nil, err
+			}
+			if err = setSendBuffer(theirs, wideSend); err == nil {
+				wide = waiting(theirs)
+				err = setSendBuffer(theirs, armedSend)
+			}
+			if err == nil {
+				end, err = duplicate(theirs)
+			}
+			return ours, theirs, err
+		})
+		if err == nil {
+			return c, end, wide, nil
+		}
+		end.Close() // of nil is an error that nobody wants to know
+		if !notCarried(err) {
+			return nil, nil, 0, err
+		}
+	}
+	c, err = ListenChannel(ctx, x, "")
+	return c, nil, 0, err
 }
 
 // widening is QEMU's end of a channel that can be widened. It may be closed at any time.
@@ -446,37 +452,17 @@ func duplicate(f *os.File) (*os.File, error) {
 	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
-// OpenArmed is the OpenFunc for a stream that is held: a pair of sockets that hold
-// little until Widen, if the monitor can carry files, and else a socket that QEMU connects to.
+// OpenArmed is the OpenFunc for a stream that is held until Widen.
 func OpenArmed(ctx context.Context, x qmp.Executor, _ Direction) (*Channel, error) {
-	p, ok := x.(qmp.FilePasser)
-	if !ok {
-		return ListenChannel(ctx, x, "")
+	c, end, _, err := openHeld(ctx, x)
+	if err != nil || end == nil {
+		return c, err
 	}
-	var end *os.File
-	c, err := passEnds(ctx, x, p, func() (ours, theirs *os.File, err error) {
-		if ours, theirs, err = newEnds(TwoWay); err != nil {
-			return nil, nil, err
-		}
-		if err = setSendBuffer(theirs, armedSend); err == nil {
-			end, err = duplicate(theirs)
-		}
-		return ours, theirs, err
-	})
-	if err != nil {
-		end.Close() // of nil is an error that nobody wants to know
-	}
-	if notCarried(err) {
-		return ListenChannel(ctx, x, "")
-	}
-	if err != nil {
-		return nil, err
-	}
-	if lives, err := passLife(ctx, p); err == nil {
-		c.theirs, c.lives = end, lives
-	} else {
+	if c.lives, err = passLife(ctx, x); err != nil {
 		end.Close() // it is as slow as it is
+		return c, nil
 	}
+	c.theirs = end
 	discard := c.discard
 	c.discard = func(ctx context.Context) {
 		c.theirs.Close()
@@ -492,7 +478,11 @@ const livesName = passedName + "-lives"
 
 // passLife passes QEMU an end of a pipe, which nothing is done with: the other end, which it
 // returns, tells when QEMU is gone.
-func passLife(ctx context.Context, p qmp.FilePasser) (*os.File, error) {
+func passLife(ctx context.Context, x qmp.Executor) (*os.File, error) {
+	p, ok := x.(qmp.FilePasser)
+	if !ok {
+		return nil, qmp.ErrNoFiles
+	}
 	lives, theirs, err := newEnds(OneWay)
 	if err != nil {
 		return nil, err

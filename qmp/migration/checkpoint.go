@@ -543,6 +543,7 @@ func (c *checkpointer) confirm(ctx context.Context) error {
 			// The guest has run on, so it is not what was saved that would be ended.
 			then := c.o.Then
 			c.o.Then = ThenAsBefore
+			// A group's members are saved all or none, so that there it is none's failure.
 			if (then == ThenPause || then == ThenQuit) && c.o.Together == nil {
 				return fmt.Errorf("%w: its migration is %s, and the guest was left as it was", ErrNotEnded, info.Status)
 			}

@@ -49,6 +49,38 @@ func (s Ranges) Has(first, last uint64) bool {
 	return ok && first <= last && last < s[i].End()
 }
 
+// Ordinals tells where a number of the set is among them, in their order, in a time that hardly
+// rises with how many ranges there are.
+func (s Ranges) Ordinals() func(n uint32) (at uint64, ok bool) {
+	before := make([]uint64, len(s)) // how many there are before a range
+	for i := 1; i < len(s); i++ {
+		before[i] = before[i-1] + uint64(s[i-1].Count)
+	}
+	return func(n uint32) (at uint64, ok bool) {
+		i, ok := s.find(uint64(n))
+		if !ok {
+			return 0, false
+		}
+		return before[i] + uint64(n-s[i].First), true
+	}
+}
+
+// Cut is the first n numbers of the set, or all, and the others.
+func (s Ranges) Cut(n uint64) (first, rest Ranges) {
+	for k, r := range s {
+		if uint64(r.Count) < n {
+			n -= uint64(r.Count)
+			continue
+		}
+		first = append(slices.Clone(s[:k]), Range{First: r.First, Count: uint32(n)})
+		if rest = s[k+1:]; uint64(r.Count) > n {
+			rest = append(Ranges{{First: r.First + uint32(n), Count: r.Count - uint32(n)}}, rest...)
+		}
+		return first, rest
+	}
+	return s, nil
+}
+
 // Each calls fn with each number, in rising order.
 func (s Ranges) Each(fn func(n uint32) error) error {
 	for _, r := range s {

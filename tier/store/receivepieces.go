@@ -1,11 +1,9 @@
 package store
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/google/uuid"
 
@@ -80,41 +78,6 @@ func (i *received) diskPage(slot uint32, b []byte) error {
 	return err
 }
 
-// ordinals tells where a number is among those of a set, in their order. A set can have as many
-// ranges as a guest's disks have holes, and each page is asked for.
-func ordinals(set source.Ranges) func(n uint32) (at uint64, ok bool) {
-	before := make([]uint64, len(set)) // how many there are before a range
-	for i := range len(set) - 1 {
-		before[i+1] = before[i] + uint64(set[i].Count)
-	}
-	return func(n uint32) (at uint64, ok bool) {
-		i, found := slices.BinarySearchFunc(set, n, func(r source.Range, n uint32) int { return cmp.Compare(r.First, n) })
-		if !found {
-			i--
-		}
-		if i < 0 || uint64(n) >= set[i].End() {
-			return 0, false
-		}
-		return before[i] + uint64(n-set[i].First), true
-	}
-}
-
-// firstOf are the first n of a set, or all, and the others. A set of many ranges is cut into many.
-func firstOf(set source.Ranges, n uint64) (first, rest source.Ranges) {
-	for k, r := range set {
-		if uint64(r.Count) < n {
-			n -= uint64(r.Count)
-			continue
-		}
-		first = append(slices.Clone(set[:k]), source.Range{First: r.First, Count: uint32(n)})
-		if rest = set[k+1:]; uint64(r.Count) > n {
-			rest = append(source.Ranges{{First: r.First + uint32(n), Count: r.Count - uint32(n)}}, rest...)
-		}
-		return first, rest
-	}
-	return set, nil
-}
-
 // pieces makes moved pieces of the pages that have come. Where the store has pieces of the
 // image, those of their pages that nobody needed may have been freed: they are put back.
 func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, part *checkpoint.NVRAMPart) error {
@@ -122,7 +85,7 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 		return im.Corrupt(image.NVRAM, 0, errors.New("hot pages have come that it does not have"))
 	}
 	first := uint32(i.id.FirstDiskSlot())
-	hotAt, diskAt, firstDisk := ordinals(i.Slots), ordinals(i.Disk), i.FirstDisk()
+	hotAt, diskAt, firstDisk := i.Slots.Ordinals(), i.Disk.Ordinals(), i.FirstDisk()
 	page := func(slot uint32, b []byte) error {
 		if slot >= first {
 			at, ok := diskAt(slot - first)
@@ -174,7 +137,7 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 	per := uint64(max(1, moved.MaxBytes/i.PageSize))
 	for len(want) > 0 {
 		var now source.Ranges
-		now, want = firstOf(want, per)
+		now, want = want.Cut(per)
 		if i.first+len(i.pieces) == maxPieces {
 			return fmt.Errorf("hot pages of image %v come to more than %d pieces", i.UUID, maxPieces)
 		}
