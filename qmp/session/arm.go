@@ -460,7 +460,7 @@ func (o *CheckpointOptions) arm(ctx context.Context, st *store.Store, t Target, 
 	}
 	l.SetUnlinkOnClose(false)
 	defer l.Close()
-	c := armedConfig{VM: o.Save.VM, Parent: parent, Libvirt: o.Save.Libvirt, Rate: o.Arm.Rate, Control: control}
+	c := armedConfig{VM: o.Save.VM, Parent: parent, Libvirt: o.Save.Libvirt, Rate: o.Arm.Rate, LaterTime: laterTime, Control: control}
 	if c.Store, err = filepath.Abs(st.Dir()); err != nil {
 		return 0, err
 	}

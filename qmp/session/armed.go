@@ -160,10 +160,11 @@ type armedConfig struct {
 	WorkingSet []byte              `json:"working_set,omitempty"`
 	Libvirt    *checkpoint.Libvirt `json:"libvirt,omitempty"`
 	Kept       migration.Kept      `json:"kept"`
-	Buffer     int                 `json:"buffer"` // save.Hold's
-	Widens     bool                `json:"widens"` // there are migration.ArmedStream.Theirs and Lives
-	Absent     uint64              `json:"absent"` // save.Hold's
-	Rate       int64               `json:"rate"`   // save.Hold's
+	Buffer     int                 `json:"buffer"`     // save.Hold's
+	Widens     bool                `json:"widens"`     // there are migration.ArmedStream.Theirs and Lives
+	Absent     uint64              `json:"absent"`     // save.Hold's
+	Rate       int64               `json:"rate"`       // save.Hold's
+	LaterTime  time.Duration       `json:"later_time"` // how long the process has the monitor, later.go
 	Control    string              `json:"control"`
 	Disks      []save.DiskFile     `json:"disks,omitempty"` // that pages are looked for in
 }

@@ -141,7 +141,7 @@ func (l *later) hurries() bool {
 // begin gets the monitor, unless somebody waits for the hold: who has it. QEMU is where the
 // stream alone says that it is.
 func (l *later) begin(ctx context.Context) error {
-	limit := time.Now().Add(laterTime)
+	limit := time.Now().Add(l.s.c.LaterTime)
 	ctx, cancel := context.WithDeadline(ctx, limit)
 	defer cancel()
 	done := make(chan struct{})
