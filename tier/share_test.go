@@ -447,3 +447,43 @@ func TestReplacedWhileSaved(t *testing.T) {
 		}
 	}
 }
+
+// TestShareLater finds pages in images that have come in other ways than by a save.
+func TestShareLater(t *testing.T) {
+	s := tiertest.New(tiertest.Options{Seed: 1})
+	a, b := store.Ref{VM: "a", N: 1}, store.Ref{VM: "b", N: 1}
+	for name, change := range map[string]func(l *lab) error{
+		"flatten": func(l *lab) error {
+			_, _, err := l.flatten(b) // which referred to a
+			return errors.Join(err, l.remove(a))
+		},
+		"persist": func(l *lab) error {
+			_, _, err := l.copy(a, image.MinLZ)
+			return errors.Join(err, l.remove(b), l.remove(a))
+		},
+		"receive": func(l *lab) error {
+			other := newLab(t, crashfs.New(0), "/")
+			l.ships(t, other, a)
+			err := errors.Join(l.remove(b), l.remove(a))
+			if err == nil {
+				_, err = l.st.GC(t.Context())
+			}
+			other.ships(t, l, a)
+			return err
+		},
+	} {
+		l := newLab(t, crashfs.New(0), "/")
+		l.save(t, s, save.Options{VM: "a"})
+		_, meta := l.save(t, s, save.Options{VM: "b"}) // makes the index
+		want := meta.Report.Shared
+		if err := change(l); err != nil || want == 0 {
+			t.Errorf("%s: %v; %d pages were shared", name, err, want)
+		}
+		ref, meta := l.save(t, s, save.Options{VM: "c"})
+		if meta.Report.Shared < want {
+			t.Errorf("%s: %d pages are shared, not %d", name, meta.Report.Shared, want)
+		}
+		l.holds(t, ref, s)
+		l.noLeaks(t)
+	}
+}

@@ -57,6 +57,7 @@ func (s *Store) Copy(ctx context.Context, c *Checkpoint, o CopyOptions) (Ref, *c
 	if err != nil {
 		return Ref{}, nil, err
 	}
+	s.noteShare(ctx, &meta.Identity)
 	if t, err := c.store.Touched(ctx, c.Ref); err == nil && len(t.Runs) > 0 {
 		s.AddTouched(ctx, ref, t.PageSize, t.Blocks, t.Runs)
 	}

@@ -63,6 +63,7 @@ func (s *Store) Flatten(ctx context.Context, r Ref, o CopyOptions) (Removed, *ch
 	if err := tx.replace(ctx, &was.Identity, &old); err != nil {
 		return old, nil, err
 	}
+	s.noteShare(ctx, &meta.Identity)
 	return old, meta, nil
 }
 

@@ -168,6 +168,11 @@ func (r *receiving) commit(ctx context.Context) error {
 		_ = s.dir.Sync(ctx, vmFolder(r.ref.VM))
 	}
 	r.got.Ref = r.ref
+	for _, i := range r.images {
+		if !i.drop {
+			s.noteShare(ctx, i.id)
+		}
+	}
 	return nil
 }
 

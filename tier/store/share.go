@@ -157,6 +157,22 @@ func (s *Store) tendShare(ctx context.Context, domain string, h *digest.Hasher, 
 	return rep, l.Seal(key)
 }
 
+// noteShare leaves a note of a new image for the index of its trust domain, if its digests are
+// of the store's key. It is a hint: without it later saves store these pages once more.
+func (s *Store) noteShare(ctx context.Context, id *checkpoint.Identity) {
+	d := id.Digests
+	if d == nil || CheckDomain(id.TrustDomain) != nil {
+		return
+	}
+	h, err := s.readDomain(ctx, id.TrustDomain)
+	if err != nil || d.Algorithm != h.Algorithm() || d.Key != h.Key() {
+		return
+	}
+	if c, err := s.Share(id.TrustDomain); err == nil {
+		_ = c.Note(share.Image{UUID: id.UUID, VM: id.VM, Number: id.Number})
+	}
+}
+
 // IndexShared brings the index of a checkpoint's trust domain up to date.
 func (s *Store) IndexShared(ctx context.Context, r Ref) error {
 	id, _, err := s.identity(ctx, r)
