@@ -46,8 +46,16 @@ func TestSequences(t *testing.T) {
 		seeds = n
 	}
 	var total struct{ refers, trimmed, flattened, crashes, kept, onDisk, demoted, served, united int }
+	var mu sync.Mutex
+	// UUIDs and times are not the seed's, so the numbers are another time others.
+	t.Cleanup(func() {
+		if total.onDisk < seeds || total.refers < 3*seeds || total.flattened < seeds || total.crashes < seeds || total.served < 20*seeds || total.trimmed+total.demoted == 0 || total.kept == 0 {
+			t.Errorf("too little was tried: %+v", total)
+		}
+	})
 	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
 			q := &sequence{t: t, rng: rand.New(rand.NewPCG(seed, 8)), disk: crashfs.New(0), model: map[store.Ref]*tiertest.Stream{}, passes: map[string]int{},
 				unsure: map[store.Ref]bool{}, undone: map[store.Ref]*tiertest.Stream{}}
 			q.l = newLab(t, q.disk, "/")
@@ -65,6 +73,8 @@ func TestSequences(t *testing.T) {
 			if t.Failed() {
 				t.Fatalf("after %q", q.done)
 			}
+			mu.Lock()
+			defer mu.Unlock()
 			total.refers += q.refers
 			total.trimmed += q.trimmed
 			total.flattened += q.flattened
@@ -75,10 +85,6 @@ func TestSequences(t *testing.T) {
 			total.served += q.served
 			total.united += q.united
 		})
-	}
-	// UUIDs and times are not the seed's, so the numbers are another time others.
-	if total.onDisk < seeds || total.refers < 3*seeds || total.flattened < seeds || total.crashes < seeds || total.served < 20*seeds || total.trimmed+total.demoted == 0 || total.kept == 0 {
-		t.Errorf("too little was tried: %+v", total)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
@@ -517,14 +518,15 @@ func TestTransferElsewhereDamage(t *testing.T) {
 // and saved, and the disks are gone in the end. Each restores as it was saved, and when all is
 // removed all is free.
 func TestTransferElsewhere(t *testing.T) {
-	lent := 0
-	defer func() {
-		if lent < 20 {
-			t.Errorf("lent %d times", lent)
+	var lent atomic.Int64
+	t.Cleanup(func() {
+		if n := lent.Load(); n < 20 {
+			t.Errorf("lent %d times", n)
 		}
-	}()
+	})
 	for seed := range uint64(10) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
 			rnd := rand.New(rand.NewPCG(seed, 2))
 			a, b := newLab(t, crashfs.New(0), "/"), newLab(t, crashfs.New(0), "/")
 			list := chain.Build(t, a.st, chain.Options{Seed: seed, Streams: generations(seed, 4, chainBlocks), Codec: image.LZ4,
@@ -578,7 +580,7 @@ func TestTransferElsewhere(t *testing.T) {
 					b.holds(t, ref, s)
 				}
 				names, _ := b.ending(t, ".lent")
-				lent += len(names)
+				lent.Add(int64(len(names)))
 				if t.Failed() {
 					t.Fatalf("after step %d: %v %s", step, one.Ref, what)
 				}

@@ -130,6 +130,7 @@ func (l *lab) empty(t testing.TB) {
 func TestTransfer(t *testing.T) {
 	for seed := range uint64(8) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
 			disk := crashfs.New(0)
 			a, b := newLab(t, disk, "/a"), newLab(t, disk, "/b")
 			b.nvram = a.nvram
