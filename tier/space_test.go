@@ -720,6 +720,52 @@ func TestFlattenRead(t *testing.T) {
 	l.listed(t, chainModel(list), list[0].Ref, list[1].Ref, list[2].Ref)
 }
 
+// TestFlattenOpened: who has opened the old image, and not yet what it refers to, finds that.
+func TestFlattenOpened(t *testing.T) {
+	disk, l, list := smallChain(t)
+	for _, c := range list[:2] {
+		if err := l.remove(c.Ref); err != nil {
+			t.Fatal(err)
+		}
+	}
+	gone := func() (names []string) {
+		for _, name := range l.tree(t) {
+			if strings.HasSuffix(name, ".gone") {
+				names = append(names, name)
+			}
+		}
+		return names
+	}
+	needed := gone()
+	if len(needed) != 2 {
+		t.Fatalf("%q", needed)
+	}
+	f, err := l.on(t, disk.Fork()).fs.Open(filepath.Join(l.dir, "vms/vm/00000003.flic"))
+	if err == nil {
+		err = f.TryLock(vfs.Shared)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := l.flatten(list[2].Ref); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range needed {
+		if !slices.Contains(gone(), name) {
+			t.Errorf("%s is gone", name)
+		}
+	}
+	f.Close()
+	if rep, err := l.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 || rep.Removed != 3 {
+		t.Errorf("%+v, %v", rep, err)
+	}
+	if left := gone(); len(left) > 0 {
+		t.Errorf("%q", left)
+	}
+	l.holds(t, list[2].Ref, list[2].Stream)
+	l.noLeaks(t)
+}
+
 // TestCrashFlatten ends and fails flattenings at each of their operations.
 func TestCrashFlatten(t *testing.T) {
 	disk, l, list := smallChain(t)

@@ -110,6 +110,9 @@ func (t *Tx) replace(ctx context.Context, was *checkpoint.Identity, old *Removed
 	switch {
 	case kept:
 		theirs = append(theirs, was.UUID)
+		// Who has opened it has perhaps not opened yet what it refers to (countOpen).
+		v.leave = uuid.Nil
+		delete(v.open, was.UUID)
 	case was.InNVRAM():
 		own = []idle{{id: was, had: had[was.UUID]}}
 	}
