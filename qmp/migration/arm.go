@@ -101,7 +101,7 @@ func Arm(ctx context.Context, x qmp.Executor, o ArmOptions) (err error) {
 		if e := d.end(ctx); e != nil {
 			err = errors.Join(err, fmt.Errorf("after arming: %w", e))
 		}
-		takeBack(ctx, x, livesName)
+		takeBack(ctx, d.x, livesName) // d.x: the first connection may be lost
 	}()
 	if err := d.settings.set(ctx, x); err != nil {
 		return err
@@ -216,7 +216,7 @@ func CheckpointArmed(ctx context.Context, x qmp.Executor, kept Kept, o Checkpoin
 		return c.rep, err
 	}
 	c.was = guest
-	defer func() { takeBack(context.WithoutCancel(ctx), x, livesName) }()
+	defer takeBack(ctx, x, livesName)
 	return c.run(ctx, c.saveArmed)
 }
 
@@ -310,7 +310,7 @@ func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 		}
 	}
 	d.settings = settings{off: o.Kept.Capabilities, formerly: o.Kept.Parameters}
-	defer func() { takeBack(context.WithoutCancel(ctx), x, livesName) }()
+	defer takeBack(ctx, x, livesName)
 	return d.end(ctx)
 }
 

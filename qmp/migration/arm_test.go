@@ -152,6 +152,25 @@ func TestArmFails(t *testing.T) {
 	}
 }
 
+// A command that is asked to end while it arms leaves no file of its own open in QEMU.
+func TestArmInterrupted(t *testing.T) {
+	x := simulate("running")
+	x.onMigrate = func(*simulated) {}
+	was := x.settings()
+	ctx, stop := context.WithCancel(t.Context())
+	err := Arm(ctx, x, ArmOptions{Open: x.open, Take: func(ctx context.Context, _ ArmedStream) error {
+		stop()
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}})
+	if !errors.Is(err, context.Canceled) || x.settings() != was {
+		t.Errorf("%v, settings %s", err, x.settings())
+	}
+	if !slices.Contains(x.sent, "closefd") {
+		t.Errorf("QEMU was told %v", x.sent)
+	}
+}
+
 // While a guest is armed nothing else begins a migration, and says why. It can be
 // disarmed by who knows the settings, and by who does not.
 func TestDisarm(t *testing.T) {

@@ -125,8 +125,10 @@ func notCarried(err error) bool {
 	return errors.Is(err, qmp.ErrNoFiles) || errors.As(err, &refused)
 }
 
-// takeBack has QEMU close a file that it was passed.
+// takeBack has QEMU close a file that it was passed, also when ctx has ended: that may be why.
 func takeBack(ctx context.Context, x qmp.Executor, name string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTime)
+	defer cancel()
 	// Refused if a migration has taken it.
 	_ = x.Execute(ctx, "closefd", map[string]any{"fdname": name}, nil)
 }
