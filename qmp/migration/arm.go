@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"strings"
 	"sync"
@@ -239,6 +240,11 @@ func isArmed(ctx context.Context, x qmp.Executor) (running, marked bool, guest q
 // saveArmed is save for a migration that is there.
 func (c *checkpointer) saveArmed(ctx context.Context) error {
 	err := c.attach(ctx, func(ctx context.Context) error { return c.o.Save(ctx, nil, c.was) }, func() error {
+		if c.o.Stopping != nil {
+			if err := c.o.Stopping(); err != nil {
+				return err
+			}
+		}
 		if c.was.Running {
 			// The mark is there before the guest stops, so that whoever comes after a
 			// killed process knows who has stopped it.
@@ -283,12 +289,16 @@ type DisarmOptions struct {
 	// Ended: the migration is known to have ended. One that runs is not ours then.
 	Ended bool
 	// Ran: QEMU may have stopped the guest, which ran, to finish the migration (ErrOutrun).
-	Ran    bool
+	Ran bool
+	// Held: the stream was held until now, so that the migration is ours though it may have lost
+	// its mark, by a max-bandwidth that somebody has set meanwhile. That one stays.
+	Held   bool
 	Redial Redialer // may be nil
 }
 
 // Disarm ends the migration that an Arm has begun, puts settings back, and lets a guest
-// run that a CheckpointArmed has stopped. A QEMU without our mark is left alone.
+// run that a CheckpointArmed has stopped. A QEMU without our mark is left alone, unless the
+// stream was held.
 func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 	p, err := Parameters(ctx, x)
 	if err != nil {
@@ -300,16 +310,29 @@ func Disarm(ctx context.Context, x qmp.Executor, o DisarmOptions) error {
 		d.was.Running = o.Ran
 	case LeftStopped:
 		d.was.Running = true // and so it is to be again
+	case LeftNothing:
+		if !o.Held {
+			return nil
+		}
 	default:
 		return nil
 	}
+	marked, formerly := leftIn(p) != LeftNothing, o.Kept.Parameters
+	if !marked {
+		formerly = maps.Clone(formerly)
+		delete(formerly, "max-bandwidth")
+	}
 	if o.Ended {
 		// It may be ending, and settings can't be changed before it has.
-		if _, err := d.untilEnded(ctx); err != nil {
+		info, err := d.untilEnded(ctx)
+		if err == nil && !marked && info.Status.goesOn() {
+			err = fmt.Errorf("%w (it is %s)", ErrMigrating, info.Status) // it may be another one
+		}
+		if err != nil {
 			return err
 		}
 	}
-	d.settings = settings{off: o.Kept.Capabilities, formerly: o.Kept.Parameters}
+	d.settings = settings{off: o.Kept.Capabilities, formerly: formerly}
 	defer takeBack(ctx, x, livesName)
 	return d.end(ctx)
 }

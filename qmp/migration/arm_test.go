@@ -196,6 +196,22 @@ func TestDisarm(t *testing.T) {
 		t.Errorf("%v; the migration is %s, settings %s", err, x.status, x.settings())
 	}
 
+	// Somebody has set max-bandwidth, which stays. Who holds the stream knows whose the migration is.
+	for _, ended := range []bool{false, true} {
+		x, kept, _ = armedGuest(t)
+		x.parameters["max-bandwidth"] = float64(50 << 20)
+		if err := Disarm(t.Context(), x, DisarmOptions{Kept: kept, Ended: ended}); err != nil || x.status != StatusActive || !x.capabilities["return-path"] {
+			t.Errorf("%v; the migration is %s, settings %s", err, x.status, x.settings())
+		}
+		if ended {
+			x.ends(StatusFailed, "broken pipe", "running")
+		}
+		if err := Disarm(t.Context(), x, DisarmOptions{Kept: kept, Ended: ended, Held: true}); err != nil || x.status.goesOn() ||
+			x.parameters["max-bandwidth"] != float64(50<<20) || x.parameters["downtime-limit"] != float64(250) || x.capabilities["return-path"] {
+			t.Errorf("%v; the migration is %s, settings %s", err, x.status, x.settings())
+		}
+	}
+
 	// What a killed checkpoint has stopped runs again.
 	x, kept, was = armedGuest(t)
 	x.parameters["max-bandwidth"], x.run = float64(stoppedBandwidth), "paused"

@@ -62,6 +62,9 @@ type CheckpointOptions struct {
 	// makes it durable. The run state is the guest's before the checkpoint,
 	// which a stream of a guest that was stopped for it does not tell.
 	Save func(ctx context.Context, stream *os.File, before qmp.RunState) error
+	// Stopping is called, if not nil, by a CheckpointArmed just before it stops the guest: from
+	// then on somebody else must be able to let that run. Its error fails the checkpoint.
+	Stopping func() error
 	// Stopped is called, if not nil, when the guest stands still, before what it has in
 	// memory then is saved: in ModeStop only. Its error fails the checkpoint.
 	Stopped func(ctx context.Context) error

@@ -59,6 +59,8 @@ type armedFor struct {
 	hello armedHello
 	said  chan armedSay // closed at its end
 	beats chan struct{} // something has come
+	// reported: it has said its last word, and gaveUp is that one's GivenUp.
+	reported, gaveUp bool
 }
 
 // findArmed returns the armed process of a VM, also if it has died; nil if there is
@@ -148,6 +150,9 @@ func (p *armedFor) hear(ctx context.Context) (armedSay, error) {
 			if !ok {
 				return m, errArmedDied
 			}
+			if m.Report != nil {
+				p.reported, p.gaveUp = true, m.Report.GivenUp
+			}
 			return m, nil
 		case <-p.beats:
 			silent = 0
@@ -213,19 +218,45 @@ func (p *armedFor) report(ctx context.Context) (*armedReport, error) {
 	}
 }
 
-// buried is called with a process that has died, or has lost its migration: it takes its note back and puts its
-// QEMU, at x, right; nil: that has ended.
+// buried is called with a process that has died, or is not wanted any more, whose QEMU, at x, this
+// process has: it ends it, puts QEMU right and takes the note back; x is nil if that QEMU has
+// ended. After an error all that says what QEMU was is still there: the process, if it lives, puts
+// it right when it sees that this one is gone, and else who reads the note does.
 func (p *armedFor) buried(ctx context.Context, st *store.Store, x qmp.Executor) (err error) {
-	if x != nil {
-		err = migration.Disarm(ctx, x, migration.DisarmOptions{Kept: p.state.Kept, Ended: true})
-		if err == nil && p.conn != nil {
-			_ = p.ask(armedAsk{Ask: "done"})
+	if p.conn != nil {
+		if err := p.abort(ctx); err != nil {
+			return err
 		}
+	}
+	if x != nil {
+		if err := migration.Disarm(ctx, x, migration.DisarmOptions{Kept: p.state.Kept, Ended: true, Held: p.gaveUp}); err != nil {
+			return err
+		}
+	}
+	if p.conn != nil {
+		_ = p.ask(armedAsk{Ask: "done"})
 	}
 	if dir := filepath.Dir(p.note.Control); strings.HasPrefix(filepath.Base(dir), armedDir) {
 		os.RemoveAll(dir)
 	}
-	return errors.Join(err, st.ForgetArmed(ctx, p.note))
+	return st.ForgetArmed(ctx, p.note)
+}
+
+// abort has the process end, unless it has reported already, and waits for that.
+func (p *armedFor) abort(ctx context.Context) error {
+	if p.reported {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, disarmTime)
+	defer cancel()
+	err := p.ask(armedAsk{Ask: "abort"})
+	if err == nil {
+		err = p.ends(ctx)
+	}
+	if errors.Is(err, errArmedDied) {
+		return nil
+	}
+	return err
 }
 
 // disarmTime is how long an armed process may take to end.
@@ -323,6 +354,7 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x 
 			return err
 		}
 	}
+	o.Guest.Stopping = func() error { return p.ask(armedAsk{Ask: "stop"}) }
 	var made *armedReport
 	o.Guest.Save = func(ctx context.Context, _ *os.File, before qmp.RunState) error {
 		state := ""
@@ -333,15 +365,12 @@ func (p *armedFor) checkpoint(ctx context.Context, st *store.Store, t Target, x 
 		if err == nil {
 			made, err = p.report(ctx)
 		}
-		if err != nil && ctx.Err() != nil {
-			// It must have let go of the stream before QEMU is put right.
-			ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-			defer cancel()
-			if p.ask(armedAsk{Ask: "abort"}) == nil {
-				// All may have been saved before it was heard of.
-				if made, _ = p.report(ending); made != nil {
-					err = nil
-				}
+		if err != nil && ctx.Err() != nil && p.ask(armedAsk{Ask: "abort"}) == nil {
+			// All may have been saved before that is heard of, which only its report tells: a
+			// checkpoint that has failed must not be there later.
+			defer o.tellHang(ctx)()
+			if made, _ = p.report(context.WithoutCancel(ctx)); made != nil {
+				err = nil
 			}
 		}
 		if err == nil {
@@ -407,7 +436,7 @@ func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Ta
 	}
 	if err := p.suits(o); err != nil {
 		o.Log.Warn("the guest was armed, but an ordinary checkpoint is made", "reason", err)
-		return rep, false, o.supersede(ctx, p, x)
+		return rep, false, o.supersede(ctx, st, p, x)
 	}
 	rep, err = p.checkpoint(ctx, st, t, x, *o)
 	if rep.Saved && o.Save.WorkingSet == nil && len(p.hello.WorkingSet) > 0 {
@@ -422,21 +451,26 @@ func (o *CheckpointOptions) fromArmed(ctx context.Context, st *store.Store, t Ta
 	for _, s := range rep.Snapshots {
 		o.Log.Warn("a snapshot that was taken for the armed checkpoint stays", "disk", s.Disk, "frozen", s.Frozen, "now", s.Now)
 	}
-	return CheckpointReport{Snapshots: rep.Snapshots}, false, p.buried(ctx, st, x)
+	berr := p.buried(ctx, st, x)
+	if berr != nil && rep.Left && errors.Is(err, errArmedDied) {
+		// Nobody else is there who would let the guest run.
+		o.guard(t).end(true)
+	}
+	return CheckpointReport{Snapshots: rep.Snapshots}, false, berr
 }
 
 // supersede ends a process whose monitor this process has, and puts QEMU right itself.
-func (o *CheckpointOptions) supersede(ctx context.Context, p *armedFor, x qmp.Executor) error {
-	ctx, cancel := context.WithTimeout(ctx, disarmTime)
-	defer cancel()
+func (o *CheckpointOptions) supersede(ctx context.Context, st *store.Store, p *armedFor, x qmp.Executor) error {
 	if err := p.ask(armedAsk{Ask: "leave"}); err != nil {
 		return err
 	}
-	if err := migration.Disarm(ctx, x, migration.DisarmOptions{Kept: p.hello.Kept}); err != nil {
+	limited, cancel := context.WithTimeout(ctx, disarmTime)
+	defer cancel()
+	// Cancelled by who has the monitor, QEMU does not call it a failure.
+	if err := migration.Disarm(limited, x, migration.DisarmOptions{Kept: p.hello.Kept}); err != nil {
 		return err
 	}
-	// It sees the end of its stream.
-	return p.ends(ctx)
+	return p.buried(ctx, st, x)
 }
 
 // armedDir begins the name of an armed process's directory in the temporary one.

@@ -41,9 +41,10 @@ type armedMachine struct {
 	status     string
 	parameters map[string]any
 	cancelled  func()
-	paused     bool // the guest
-	refuses    int  // that often it does not let the guest run
-	silent     bool // it does not say whether it is armed
+	paused     bool   // the guest
+	refuses    int    // that often it does not let the guest run
+	silent     bool   // it does not say whether it is armed
+	stopping   func() // called, if not nil, before the guest is stopped
 }
 
 func (q *armedMachine) serve(c *qmptest.Conn) {
@@ -55,6 +56,9 @@ func (q *armedMachine) serve(c *qmptest.Conn) {
 		case "query-status":
 			answer = map[string]any{"running": !q.paused, "status": map[bool]string{false: "running", true: "paused"}[q.paused]}
 		case "stop":
+			if q.stopping != nil {
+				q.stopping()
+			}
 			q.paused = true
 		case "cont":
 			if q.refuses > 0 {
@@ -246,7 +250,14 @@ func TestArmedDone(t *testing.T) {
 			st, err := store.Open(t.Context(), vfs.OS, t.TempDir()+"/store", true)
 			ok(t, err)
 			ours, theirs := net.Pipe()
-			asked := make(chan []string)
+			asked, stops := make(chan []string), make(chan struct{})
+			q.stopping = func() {
+				select {
+				case <-stops:
+				case <-time.After(10 * time.Second):
+					t.Error("the guest is stopped, and the process does not know it")
+				}
+			}
 			go func() {
 				var heard []string
 				lines := bufio.NewScanner(theirs)
@@ -257,6 +268,8 @@ func TestArmedDone(t *testing.T) {
 					switch a.Ask {
 					case "ready":
 						_, _ = theirs.Write([]byte(`{"held":true}` + "\n"))
+					case "stop":
+						close(stops)
 					case "go":
 						q.mu.Lock()
 						q.status = "completed"
@@ -274,6 +287,136 @@ func TestArmedDone(t *testing.T) {
 			heard := <-asked
 			if rep.Saved != (name != "not begun") || (err == nil) != (name == "done") || q.paused != (name == "left") || slices.Contains(heard, "done") != (name == "done") {
 				t.Errorf("%v, paused %v, the process has heard %v", err, q.paused, heard)
+			}
+		})
+	}
+}
+
+// TestArmedOrphaned: a command that has stopped the guest and is gone leaves a guest that is let run
+// at once, also if it has not let the process go on, or if the save does not end.
+func TestArmedOrphaned(t *testing.T) {
+	users := map[string]any{"max-bandwidth": float64(33 << 20), "downtime-limit": 250.0}
+	for _, asks := range []string{"ready stop", "ready stop go", "ready go"} {
+		t.Run(asks, func(t *testing.T) {
+			q := &armedMachine{status: "active", paused: true, cancelled: func() {},
+				parameters: map[string]any{"max-bandwidth": armedMark - 1, "downtime-limit": 1.0}}
+			stopped := make(chan error, 1)
+			s := &armedServer{p: ArmedProcess{Log: slog.New(slog.DiscardHandler)},
+				c:    armedConfig{Target: Target{QMP: qmptest.New(t, q.serve).Addr}, Kept: migration.Kept{Parameters: users}},
+				stop: func(err error) { stopped <- err }, hurry: make(chan struct{}), goOn: make(chan armedAsk, 1),
+				begun: make(chan struct{}), saved: make(chan struct{}), ended: make(chan struct{}), opened: new(save.OpenedDisks)}
+			close(s.begun)
+			ours, theirs := net.Pipe()
+			go s.talk(theirs)
+			lines := bufio.NewReader(ours)
+			if _, err := lines.ReadString('\n'); err != nil {
+				t.Fatal(err)
+			}
+			for _, a := range strings.Fields(asks) {
+				ok(t, json.NewEncoder(ours).Encode(armedAsk{Ask: a}))
+			}
+			ours.Close()
+			until(t, "that the guest runs", func() bool {
+				q.mu.Lock()
+				defer q.mu.Unlock()
+				return !q.paused && q.status == "cancelled" && maps.Equal(q.parameters, users)
+			})
+			if err := <-stopped; err != errOrphaned {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestArmedAborted: a command that is asked to end waits for what has become of the checkpoint,
+// which may be there only after a while.
+func TestArmedAborted(t *testing.T) {
+	q := &armedMachine{status: "active", cancelled: func() {}, parameters: map[string]any{"max-bandwidth": armedMark, "downtime-limit": 1.0}}
+	target := Target{QMP: qmptest.New(t, q.serve).Addr}
+	x, err := target.Monitor(t.Context())
+	ok(t, err)
+	defer x.Close()
+	st, err := store.Open(t.Context(), vfs.OS, t.TempDir()+"/store", true)
+	ok(t, err)
+	ctx, stop := context.WithCancel(t.Context())
+	ours, theirs := net.Pipe()
+	go func() {
+		for lines := bufio.NewScanner(theirs); lines.Scan(); {
+			var a armedAsk
+			_ = json.Unmarshal(lines.Bytes(), &a)
+			switch a.Ask {
+			case "ready":
+				_, _ = theirs.Write([]byte(`{"held":true}` + "\n"))
+			case "go":
+				stop()
+			case "abort":
+				time.Sleep(6 * time.Second)
+				_, _ = theirs.Write([]byte(`{"report":{"checkpoint":"vm@1"}}` + "\n"))
+			}
+		}
+	}()
+	p := &armedFor{conn: ours, said: make(chan armedSay, 8), beats: make(chan struct{}, 1)}
+	go listenArmed(p.conn, p.said, p.beats)
+	p.hello.Kept = migration.Kept{Parameters: map[string]any{"max-bandwidth": 1.0}}
+	rep, err := p.checkpoint(ctx, st, target, x, CheckpointOptions{Log: slog.New(slog.DiscardHandler)})
+	p.close()
+	if err != nil || !rep.Saved || rep.Checkpoint != "vm@1" {
+		t.Errorf("%+v, %v: there is a checkpoint", rep, err)
+	}
+}
+
+// TestArmedUnmarked: somebody has set max-bandwidth, by which QEMU is known to be armed. The process
+// is ended all the same, and the settings are what they were, but for that one.
+func TestArmedUnmarked(t *testing.T) {
+	users := map[string]any{"max-bandwidth": float64(33 << 20), "downtime-limit": 250.0}
+	want := map[string]any{"max-bandwidth": float64(50 << 20), "downtime-limit": 250.0}
+	for _, how := range []string{"checkpoint", "superseded", "disarm"} {
+		t.Run(how, func(t *testing.T) {
+			q := &armedMachine{status: "active", cancelled: func() {}, parameters: map[string]any{"max-bandwidth": float64(50 << 20), "downtime-limit": 1.0}}
+			target := Target{QMP: qmptest.New(t, q.serve).Addr}
+			a := newArmedTest(t)
+			q.cancelled = func() { _ = unix.Shutdown(int(a.stream.Fd()), unix.SHUT_RDWR) }
+			a.run(t.Context(), armedConfig{Buffer: 16 << 10, Target: target, Kept: migration.Kept{Parameters: users}}, 4<<10)
+			defer a.stream.Close()
+			written := a.feed()
+			if a.hear().Hello == nil {
+				t.Fatal("no hello")
+			}
+			a.ask("ready")
+			if !a.hear().Held {
+				t.Error("it does not hold")
+			}
+			a.conn.Close()
+			go func() { // QEMU sees the end of its stream
+				<-written
+				q.mu.Lock()
+				defer q.mu.Unlock()
+				if q.status == "active" {
+					q.status = "failed"
+				}
+			}()
+			if how == "disarm" {
+				ok(t, Disarm(t.Context(), a.st, target, DisarmOptions{Log: slog.New(slog.DiscardHandler)}))
+			} else {
+				x, err := target.Monitor(t.Context())
+				ok(t, err)
+				defer x.Close()
+				o := CheckpointOptions{Guest: migration.CheckpointOptions{Mode: migration.ModeStop}, Save: save.Options{VM: "vm"}, Log: slog.New(slog.DiscardHandler)}
+				if how == "superseded" {
+					o.Guest.Mode = migration.ModeLive
+				}
+				if _, done, err := o.fromArmed(t.Context(), a.st, target, x); done || err != nil {
+					t.Errorf("%v, %v", done, err)
+				}
+			}
+			<-a.ended
+			q.mu.Lock()
+			defer q.mu.Unlock()
+			if !maps.Equal(q.parameters, want) || q.status == "active" {
+				t.Errorf("the migration is %s, settings %v, want %v", q.status, q.parameters, want)
+			}
+			if note, _, err := a.st.ArmedFor(t.Context(), "vm"); note != nil || err != nil {
+				t.Errorf("there is a note: %+v, %v", note, err)
 			}
 		})
 	}

@@ -41,7 +41,8 @@ import (
 //	     ◄─ {"hello":{…}}           when the stream has begun
 //	{"ask":"ready"} ─►              the rest of the first pass at full speed
 //	     ◄─ {"held":true}
-//	{"ask":"go","run_state":…} ─►   the guest stands still: the checkpoint is made
+//	{"ask":"stop"} ─►               the guest is stopped now, and is this command's to let run
+//	{"ask":"go","run_state":…} ─►   the checkpoint is made
 //	     ◄─ {"report":{…}}          its last word, also after a failure
 //	{"ask":"done"} ─►               QEMU is as it should be: the process may end
 //
@@ -50,8 +51,9 @@ import (
 //
 // {"ask":"disarm"} ends it: it cancels the migration, puts settings back, and reports.
 // {"ask":"leave"} says that the command has the monitor, and does that itself. So it is
-// from ready on; {"ask":"abort"} then ends it. A command that is gone before it is done, also with
-// what it has not let go on, leaves QEMU to the process.
+// from ready on; {"ask":"abort"} then ends it. A command that is gone before it is done leaves QEMU
+// to the process: from stop on the checkpoint is then given up, and the guest let run, and before
+// that the process goes on to hold what it has ready.
 //
 // With go the process is told what it can't ask for itself: the VM's disks, to record what
 // their files are, and how libvirt describes the domain now.
@@ -100,6 +102,9 @@ type armedReport struct {
 	Save       *checkpoint.Report `json:"save,omitempty"`
 	Error      string             `json:"error,omitempty"`
 	ExitCode   int                `json:"exit_code"`
+	// GivenUp: it had the stream until it was asked to end, so that until then QEMU's migration
+	// was this one.
+	GivenUp bool `json:"given_up,omitempty"`
 }
 
 // armedEncoding is how the checkpoint will be stored, which is decided when it is
@@ -178,7 +183,8 @@ const (
 	// maxArmed caps what an armed process is told and says, in bytes: a working set, in
 	// base 64, and a domain's XML.
 	maxArmed = 2 * maxArmedSet
-	// settleTime is how long a command that has its report may take to put QEMU right.
+	// settleTime is how long a command that has QEMU may take to put it right when the save has
+	// ended.
 	settleTime = 2 * time.Minute
 	// putBackTime is how long the process tries to put QEMU right itself while the guest
 	// runs; its monitor may be somebody's.
@@ -287,18 +293,21 @@ func (s *armedServer) run(ctx context.Context, stream *os.File, l *net.UnixListe
 	go s.listen(l)
 	ref, meta, err := s.save(saving, stream)
 	if err != nil {
-		s.report = armedReport{Error: err.Error(), ExitCode: s.p.ExitCode(err)}
+		cause := context.Cause(saving)
+		s.report = armedReport{Error: err.Error(), ExitCode: s.p.ExitCode(err), GivenUp: cause != nil && !errors.Is(cause, errStreamEnded)}
 	} else {
 		s.report = armedReport{Checkpoint: ref.String(), Save: &meta.Report}
 	}
 	// QEMU sees the end of a stream that is not wanted any more.
 	stream.Close()
 	close(s.saved)
-	if s.owner.wait(settleTime) {
-		s.p.Log.Warn(errOrphaned.Error() + "; the guest is let run")
-		s.putBack(putRightLimit, false)
-	} else if s.hasBegun() {
-		s.putBack(putBackTime, true)
+	for again := true; again; again = s.owner.lent() {
+		if s.owner.wait(settleTime) {
+			s.p.Log.Warn(errOrphaned.Error() + "; the guest is let run")
+			s.putBack(putRightLimit, false)
+		} else if s.hasBegun() {
+			s.putBack(putBackTime, true)
+		}
 	}
 	s.forget()
 	l.Close()
@@ -489,7 +498,13 @@ func (s *armedServer) putBackOnce(ctx context.Context, ended bool) error {
 			return err
 		}
 		defer x.Close()
-		return migration.Disarm(ctx, x, migration.DisarmOptions{Kept: s.c.Kept, Ended: ended})
+		held := true
+		select {
+		case <-s.saved:
+			held = s.report.GivenUp
+		default:
+		}
+		return migration.Disarm(ctx, x, migration.DisarmOptions{Kept: s.c.Kept, Ended: ended, Held: held})
 	})
 }
 
@@ -558,7 +573,7 @@ func (s *armedServer) talk(conn net.Conn) {
 		s.c.Encoding, s.c.WorkingSet, s.c.Kept, true, s.opened.Changed()}})
 	// What it waits for. Who has the monitor must not wait until QEMU is put right.
 	var held, report <-chan struct{}
-	driver := false // it lets the process go on
+	driver, went := false, false // it has stopped the guest, and let the process go on
 	beat := time.NewTicker(beatTime)
 	defer beat.Stop()
 	beats := false
@@ -574,6 +589,8 @@ func (s *armedServer) talk(conn net.Conn) {
 			case !open:
 				if s.owner.gone(conn) {
 					s.stop(errOrphaned)
+					// Before the save ends, which a store that does not answer may put off.
+					s.putBack(putRightLimit, false)
 				}
 				return
 			case a.Ask == "leave":
@@ -583,12 +600,15 @@ func (s *armedServer) talk(conn net.Conn) {
 				s.owner.borrow(conn)
 				s.hurried()
 				held, report = s.held, s.saved
-			case a.Ask == "go" && !driver:
-				if driver = s.owner.drive(conn); !driver {
+			case a.Ask == "stop" || a.Ask == "go":
+				if driver = driver || s.owner.drive(conn); !driver && !s.owner.has(conn) {
 					return // it puts right what it has begun itself
 				}
-				held, report = nil, s.saved
-				s.goOn <- a
+				held, report = nil, s.saved // the report, if it was too late
+				if driver && a.Ask == "go" && !went {
+					went = true
+					s.goOn <- a
+				}
 			case a.Ask == "done":
 				s.owner.done(conn)
 				return
@@ -604,10 +624,8 @@ func (s *armedServer) talk(conn net.Conn) {
 			say(armedSay{Held: true})
 		case <-report:
 			report = nil
+			// If it has QEMU, that is its own to put right, until it is done or gone.
 			say(armedSay{Report: &s.report})
-			if !driver {
-				return // if it has QEMU, that stays its own
-			}
 		case <-s.ended:
 			if report != nil { // both have come
 				say(armedSay{Report: &s.report})

@@ -115,7 +115,7 @@ func (a *armedTest) ask(what string) {
 // to, and ends; or it is ended, by who it has to do with, and leaves nothing. Its QEMU is
 // gone here: there is nothing to put right.
 func TestArmedProcess(t *testing.T) {
-	for _, end := range []string{"go", "disarm", "abort", "orphaned", "asked to end", "stream ended", "QEMU gone"} {
+	for _, end := range []string{"go", "disarm", "abort", "orphaned", "orphaned before", "asked to end", "stream ended", "QEMU gone"} {
 		t.Run(end, func(t *testing.T) {
 			a := newArmedTest(t)
 			ctx, stop := context.WithCancelCause(t.Context())
@@ -143,13 +143,24 @@ func TestArmedProcess(t *testing.T) {
 				}
 				a.ask("done")
 			case "disarm", "abort":
+				if end == "disarm" { // another command does
+					a.conn.Close()
+					var err error
+					a.conn, err = net.Dial("unix", filepath.Join(a.dir, "s"))
+					ok(t, err)
+					a.lines = bufio.NewScanner(a.conn)
+					if a.hear().Hello == nil {
+						t.Error("no hello")
+					}
+				}
 				a.ask(end)
 				if r := a.hear().Report; r == nil || r.Error == "" || r.ExitCode != 7 {
 					t.Errorf("report: %+v", r)
 				}
 			case "orphaned":
 				a.ask("go")
-				a.conn.Close()
+			case "orphaned before":
+				a.ask("stop")
 			case "asked to end":
 				stop(errors.New(end))
 			case "stream ended":
@@ -159,8 +170,8 @@ func TestArmedProcess(t *testing.T) {
 				a.lives.Close()
 				a.stream.Close()
 			}
-			err := <-a.ended
 			a.conn.Close()
+			err := <-a.ended
 			a.stream.Close()
 			<-written
 			stop(nil)

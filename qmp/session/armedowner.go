@@ -9,20 +9,21 @@ import (
 //
 //	            borrow            drive            done
 //	the process ─────► a command ─────► the driver ────► nobody any more
-//	   │  ▲ ▲    gone      │                │                  ▲
+//	   │  ▲ ▲  gone, late  │                │                  ▲
 //	   │  │ └──────────────┘   gone, late   │                  │
 //	   │  └─────────────────────────────────┘                  │
 //	   └───────────────────── putRight ────────────────────────┘
 //
 // A command that has borrowed it has the monitor, and may be done without having driven. The
-// driver is the one, of all, that has let the process go on: its guest stands still. Commands
-// are told apart by any value that can be compared. The zero value is the process's.
+// driver is the one, of all, that has stopped the guest. Commands are told apart by any value
+// that can be compared. The zero value is the process's.
 type armedOwner struct {
-	mu   sync.Mutex // held while QEMU is put right, too
-	is   ownership
-	by   any           // the command
-	over chan struct{} // closed when the driver is no longer it; nil: there was none
-	shut bool          // nobody can drive any more
+	mu    sync.Mutex // held while QEMU is put right, too
+	is    ownership
+	by    any           // the command
+	over  chan struct{} // closed when that one has it no more
+	drove bool          // there has been a driver
+	shut  bool          // nobody can drive any more
 }
 
 type ownership int
@@ -39,8 +40,11 @@ const (
 func (o *armedOwner) borrow(by any) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.is == ownProcess || o.is == ownCommand {
-		o.is, o.by = ownCommand, by
+	switch o.is {
+	case ownProcess:
+		o.is, o.by, o.over = ownCommand, by, make(chan struct{})
+	case ownCommand:
+		o.by = by
 	}
 }
 
@@ -48,10 +52,13 @@ func (o *armedOwner) borrow(by any) {
 func (o *armedOwner) drive(by any) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.shut || o.over != nil || o.is == ownNobody || o.is == ownCommand && o.by != by {
+	if o.shut || o.drove || o.is == ownNobody || o.is == ownCommand && o.by != by {
 		return false
 	}
-	o.is, o.by, o.over = ownDriver, by, make(chan struct{})
+	if o.is == ownProcess {
+		o.over = make(chan struct{})
+	}
+	o.is, o.by, o.drove = ownDriver, by, true
 	return true
 }
 
@@ -67,31 +74,47 @@ func (o *armedOwner) ends(by any, next ownership) (drove bool) {
 	if o.by != by || o.is != ownCommand && o.is != ownDriver {
 		return false
 	}
-	if drove = o.is == ownDriver; drove {
-		close(o.over)
-	}
+	drove = o.is == ownDriver
+	close(o.over)
 	o.is, o.by = next, nil
 	return drove
 }
 
-// wait waits for the end of the driver, which has limit for that. It tells whether there was one
-// that has not put QEMU right: the guest may stand still. There will be none afterwards.
+// has tells whether a command has it.
+func (o *armedOwner) has(by any) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.by == by
+}
+
+// lent tells whether any command has it.
+func (o *armedOwner) lent() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.by != nil
+}
+
+// wait waits until no command has it, for limit at most: then it is the process's again. It tells
+// whether there was a driver that has not put QEMU right: the guest may stand still. There will be
+// none afterwards.
 func (o *armedOwner) wait(limit time.Duration) (left bool) {
 	o.mu.Lock()
 	o.shut = true
-	over, by := o.over, o.by
+	over, lent := o.over, o.by != nil
 	o.mu.Unlock()
-	if over == nil {
-		return false
-	}
-	select {
-	case <-over:
-	case <-time.After(limit):
-		o.gone(by)
+	if lent {
+		select {
+		case <-over:
+		case <-time.After(limit):
+			o.mu.Lock()
+			by := o.by
+			o.mu.Unlock()
+			o.gone(by)
+		}
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.is == ownProcess
+	return o.drove && o.is == ownProcess
 }
 
 // putRight does it, if it is the process's to do.

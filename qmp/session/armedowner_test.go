@@ -18,10 +18,10 @@ func TestArmedOwner(t *testing.T) {
 	}{
 		"nobody comes":              {func(*testing.T, *armedOwner) {}, false, ownProcess},
 		"one looks and goes":        {func(_ *testing.T, o *armedOwner) { o.gone("a") }, false, ownProcess},
-		"one has it":                {func(_ *testing.T, o *armedOwner) { o.borrow("a") }, false, ownCommand},
+		"one has it":                {func(_ *testing.T, o *armedOwner) { o.borrow("a") }, false, ownProcess},
 		"one has had it":            {func(_ *testing.T, o *armedOwner) { o.borrow("a"); o.gone("a") }, false, ownProcess},
-		"another one has it by now": {func(_ *testing.T, o *armedOwner) { o.borrow("a"); o.borrow("b"); o.gone("a") }, false, ownCommand},
-		"another one looks":         {func(_ *testing.T, o *armedOwner) { o.borrow("a"); o.gone("b") }, false, ownCommand},
+		"another one has it by now": {func(_ *testing.T, o *armedOwner) { o.borrow("a"); o.borrow("b"); o.gone("a") }, false, ownProcess},
+		"another one looks":         {func(_ *testing.T, o *armedOwner) { o.borrow("a"); o.gone("b") }, false, ownProcess},
 		"driven": {func(t *testing.T, o *armedOwner) {
 			o.borrow("a")
 			if !o.drive("a") {
@@ -53,14 +53,14 @@ func TestArmedOwner(t *testing.T) {
 			if o.drive("b") {
 				t.Error("it drives what another one has")
 			}
-		}, false, ownCommand},
+		}, false, ownProcess},
 		"a second driver": {func(t *testing.T, o *armedOwner) {
 			o.drive("a")
 			o.gone("a")
 			if o.borrow("b"); o.drive("b") {
 				t.Error("it drives")
 			}
-		}, false, ownCommand},
+		}, true, ownProcess},
 		"put right": {func(t *testing.T, o *armedOwner) {
 			if err := o.putRight(func() error { return refused }); err != refused || o.is != ownProcess {
 				t.Error(err, o.is)
@@ -87,17 +87,19 @@ func TestArmedOwner(t *testing.T) {
 	}
 }
 
-// TestArmedOwnerWaits: the end waits for the driver, and what is put right is nobody's meanwhile.
+// TestArmedOwnerWaits: the end waits for who has it, and what is put right is nobody's meanwhile.
 func TestArmedOwnerWaits(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		o := new(armedOwner)
-		o.drive("a")
-		begun := time.Now()
-		time.AfterFunc(time.Second, func() { o.done("a") })
-		if o.wait(time.Minute) || time.Since(begun) != time.Second {
-			t.Errorf("after %v", time.Since(begun))
-		}
-	})
+	for _, has := range []func(*armedOwner){func(o *armedOwner) { o.drive("a") }, func(o *armedOwner) { o.borrow("a") }} {
+		synctest.Test(t, func(t *testing.T) {
+			o := new(armedOwner)
+			has(o)
+			begun := time.Now()
+			time.AfterFunc(time.Second, func() { o.done("a") })
+			if o.wait(time.Minute) || time.Since(begun) != time.Second || o.is != ownNobody {
+				t.Errorf("after %v it is %v's", time.Since(begun), o.is)
+			}
+		})
+	}
 	o := new(armedOwner)
 	putting, let := make(chan struct{}), make(chan struct{})
 	done := make(chan error)
