@@ -766,6 +766,69 @@ func TestFlattenOpened(t *testing.T) {
 	l.noLeaks(t)
 }
 
+// TestGroupCutOff: what the checkpoints of a group need stays, also while a killed process has
+// committed it and given them no names yet: who has had the store open all the time removes
+// or flattens.
+func TestGroupCutOff(t *testing.T) {
+	streams := generations(3, 2, []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}})
+	first, second := store.Ref{VM: "vm", N: 1}, store.Ref{VM: "vm", N: 2}
+	other := store.Ref{VM: "other", N: 1}
+	for name, c := range map[string]struct {
+		parent store.Ref
+		act    func(l *lab) error
+	}{
+		"rm":      {first, func(l *lab) error { return l.remove(first) }},
+		"flatten": {other, func(l *lab) error { _, _, err := l.flatten(other); return err }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for n, committed := 0, 0; ; n++ {
+				disk := crashfs.New(0)
+				l := newLab(t, disk, "/")
+				l.save(t, tiertest.New(streams[0]), save.Options{VM: first.VM})
+				if c.parent == other { // which alone needs the first
+					l.save(t, tiertest.New(streams[1]), save.Options{VM: other.VM, Parent: first.String()})
+					if err := l.remove(first); err != nil {
+						t.Fatal(err)
+					}
+				}
+				process := disk.Fork()
+				saver := l.on(t, process)
+				saver.trySave(tiertest.New(streams[1]), save.Options{VM: first.VM, Parent: c.parent.String(), Commit: func(ctx context.Context, tx *store.Tx) (store.Ref, error) {
+					process.KillAt(n)
+					_, err := saver.st.CommitGroup(ctx, store.Group{Name: "g", Mode: "stop"}, []*store.Tx{tx})
+					return tx.Ref(), err
+				}})
+				if err := c.act(l); err != nil && !strings.Contains(err.Error(), "the commit of group g@1 was cut off") {
+					t.Errorf("operation %d: %v", n, err)
+				}
+				next := l.on(t, disk.Fork())
+				refs, err := next.st.List(t.Context(), first.VM)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if slices.Contains(refs, second) {
+					committed++
+					next.holds(t, second, tiertest.New(streams[1]))
+				}
+				if rep, err := next.st.GC(t.Context()); err != nil || len(rep.Warnings) > 0 {
+					t.Errorf("operation %d: gc: %+v, %v", n, rep, err)
+				}
+				next.noLeaks(t)
+				if t.Failed() {
+					t.Fatalf("at operation %d", n)
+				}
+				if !process.Killed() {
+					if n < 8 || committed < 3 {
+						t.Errorf("%d operations, %d times it was committed", n, committed)
+					}
+					return
+				}
+			}
+		})
+	}
+}
+
 // TestCrashFlatten ends and fails flattenings at each of their operations.
 func TestCrashFlatten(t *testing.T) {
 	disk, l, list := smallChain(t)

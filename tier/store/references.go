@@ -332,6 +332,11 @@ func (v *survey) update(ctx context.Context) error {
 	if err != nil || !some {
 		return err
 	}
+	if v.again {
+		if err := v.cutOff(ctx); err != nil {
+			return err
+		}
+	}
 	each := v.look.eachVMSeen
 	switch {
 	case v.again && more:
@@ -378,6 +383,17 @@ func (v *survey) update(ctx context.Context) error {
 		}
 		return nil
 	})
+}
+
+// cutOff makes it unclear what is needed if a killed process has committed a group whose
+// checkpoints have perhaps no names yet: they are listed when the store is next opened. The
+// caller holds the store lock.
+func (v *survey) cutOff(ctx context.Context) error {
+	_, committing, err := v.s.groupNames(ctx)
+	if err == nil && len(committing) > 0 {
+		v.unclear = fmt.Errorf("it can't be told what refers to what: the commit of group %v was cut off", committing[0])
+	}
+	return err
 }
 
 // counted notes that a listed image has been looked at, as it is with this stamp.
