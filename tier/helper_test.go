@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
+	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/nvram"
 	"github.com/flic-migrate/flic-migrate/tier/progress"
 	"github.com/flic-migrate/flic-migrate/tier/restore"
@@ -352,6 +353,23 @@ func (c *countingFS) TryLock(name string, mode vfs.LockMode) (vfs.Locked, error)
 }
 
 func (l *countedLock) Close() error { l.c.remove(l); return l.Locked.Close() }
+
+// fewer is how many seeds of n a test tries: a quarter under -short, as under the race detector,
+// which finds in few what it finds in many, and takes ten times as long for each.
+func fewer(n int) int {
+	if testing.Short() {
+		return n / 4
+	}
+	return n
+}
+
+// energies are the ways to look for equal pages that a test tries.
+func energies() []dedup.Energy {
+	if testing.Short() {
+		return []dedup.Energy{dedup.EnergyFull}
+	}
+	return []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow}
+}
 
 // TestMain lets garbage pile up: these tests make thousands of short saves, each
 // with the buffers of a long one.

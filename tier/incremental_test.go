@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/flic-migrate/flic-migrate/tier/checkpoint"
-	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
 	"github.com/flic-migrate/flic-migrate/tier/save"
@@ -37,7 +36,7 @@ func TestIncremental(t *testing.T) {
 		"16 KiB":     {Seed: 5, Blocks: []tiertest.Block{{Name: "ram", Size: 4 << 20}}, PageSize: 16 << 10, Advise: true},
 	} {
 		for _, hot := range []uint64{0, 3} {
-			for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
+			for _, energy := range energies() {
 				t.Run(fmt.Sprint(name, hot, energy), func(t *testing.T) {
 					t.Parallel()
 					l := newLab(t, crashfs.New(0), "/")
@@ -90,7 +89,7 @@ func TestMoved(t *testing.T) {
 	} {
 		o.Mix = mix
 		for _, hot := range []uint64{0, 5} {
-			for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
+			for _, energy := range energies() {
 				t.Run(fmt.Sprint(name, hot, energy), func(t *testing.T) {
 					t.Parallel()
 					o := o // it is changed below

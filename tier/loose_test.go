@@ -74,7 +74,7 @@ func openLoose(t *testing.T, name string) (*checkpoint.Checkpoint, error) {
 func TestSaveTo(t *testing.T) {
 	for name, so := range streams {
 		for _, window := range []int{loose.DefaultWindow, 4 << 10} {
-			for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
+			for _, energy := range energies() {
 				s := tiertest.New(so)
 				file, meta, err := saveToPipe(t, s, window, save.Options{Energy: energy, SegmentPages: 4, Workers: 1, ReturnPath: &bytes.Buffer{}})
 				if so.XBZRLE && errors.Is(err, loose.ErrGone) {

@@ -76,7 +76,7 @@ func TestPeers(t *testing.T) {
 		"compressed": {Seed: 3, Blocks: blocks, Compress: 0.4, Fill: true},
 		"16 KiB":     {Seed: 5, Blocks: []tiertest.Block{{Name: "ram", Size: 8 << 20}}, PageSize: 16 << 10, Advise: true},
 	} {
-		for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
+		for _, energy := range energies() {
 			t.Run(fmt.Sprint(name, energy), func(t *testing.T) {
 				t.Parallel()
 				const n = 5

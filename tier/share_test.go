@@ -12,7 +12,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/flic-migrate/flic-migrate/tier/dedup"
 	"github.com/flic-migrate/flic-migrate/tier/digest"
 	"github.com/flic-migrate/flic-migrate/tier/image"
 	"github.com/flic-migrate/flic-migrate/tier/integrity"
@@ -35,7 +34,7 @@ func TestShare(t *testing.T) {
 		"1 KiB":      {Seed: 4, Blocks: blocks, PageSize: 1 << 10, PageBits: true, XBZRLE: true},
 		"16 KiB":     {Seed: 5, Blocks: []tiertest.Block{{Name: "ram", Size: 8 << 20}}, PageSize: 16 << 10, Advise: true},
 	} {
-		for _, energy := range []dedup.Energy{dedup.EnergyFull, dedup.EnergyLow} {
+		for _, energy := range energies() {
 			t.Run(fmt.Sprint(name, energy), func(t *testing.T) {
 				t.Parallel()
 				l := newLab(t, crashfs.New(0), "/")
