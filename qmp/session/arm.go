@@ -77,14 +77,33 @@ func findArmed(ctx context.Context, st *store.Store, vm string, t Target) (*arme
 	}
 	// One whose image has ended may still wait for the monitor, to put QEMU right. It must hear
 	// that a command does that, or it would find what the next one that is armed has set.
-	if p.conn, err = net.DialTimeout("unix", note.Control, 5*time.Second); err != nil {
-		p.conn = nil
-		if !lives || errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
-			return p, nil
+	conn, err := net.DialTimeout("unix", note.Control, 5*time.Second)
+	if err == nil {
+		peer, known := qmp.PeerOf(conn.(*net.UnixConn))
+		if known && admits(peer.Uid, os.Getuid(), ownerOf(st)) {
+			p.conn = conn
+			return p, p.greet(ctx)
 		}
-		return nil, fmt.Errorf("the armed process %d: %w", note.PID, err)
+		conn.Close()
+		err = errOthersSocket
 	}
-	return p, p.greet(ctx)
+	if !lives || errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
+		return p, nil
+	}
+	return nil, fmt.Errorf("the armed process %d: %w", note.PID, err)
+}
+
+// errOthersSocket: the kernel shows the path of a process's socket to all. When the process has
+// died, and its directory is gone, anybody can make a socket there.
+var errOthersSocket = errors.New("another user's process listens at its socket")
+
+// ownerOf is the user who owns a store, and so writes the notes in it; -1: that is not known.
+func ownerOf(st *store.Store) int {
+	var s unix.Stat_t
+	if unix.Stat(st.Dir(), &s) != nil {
+		return -1
+	}
+	return int(s.Uid)
 }
 
 // greet waits for the process's hello. That it has died, or has failed, is told by conn

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -564,6 +565,50 @@ func TestArmedOfOthers(t *testing.T) {
 	a.conn.Close()
 	a.stream.Close()
 	<-written
+}
+
+// TestArmedForeign: who listens where a dead process did is not even heard if he is another user.
+func TestArmedForeign(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	st, err := store.Open(t.Context(), vfs.OS, t.TempDir()+"/store", true)
+	ok(t, err)
+	control := filepath.Join(t.TempDir(), "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: control, Net: "unix"})
+	ok(t, err)
+	defer l.Close()
+	ok(t, st.NoteArmed(t.Context(), store.Armed{VM: "vm", Part: uuid.New(), Number: 1, Control: control, State: json.RawMessage(`{}`)}))
+	raw, err := l.SyscallConn()
+	ok(t, err)
+	listening := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread, which is another user's, ends with this
+		var err error
+		const nobody = 65534
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, nobody, nobody, nobody); errno != 0 {
+			err = errno
+		}
+		if err == nil {
+			// Who listens last is whom the other end sees.
+			err = raw.Control(func(fd uintptr) { err = unix.Listen(int(fd), 1) })
+		}
+		listening <- err
+	}()
+	ok(t, <-listening)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			_, _ = conn.Write([]byte(`{"hello":{"pid":1,"beats":true}}` + "\n"))
+		}
+	}()
+	if p, err := findArmed(t.Context(), st, "vm", Target{}); err != nil || p == nil || p.conn != nil {
+		t.Errorf("%+v, %v: it is believed", p, err)
+	}
 }
 
 // TestArmedSilent: a process that does not begin is not waited for without end, and is killed.

@@ -151,10 +151,11 @@ func (s *servers) open(uid int) (err error) {
 	return nil
 }
 
-// admits tells whether a process of the user peer may be a server: of this process's
-// user, of QEMU's, or root. The kernel shows the path to all.
-func admits(peer uint32, self, qemu int) bool {
-	return peer == 0 || int(peer) == self || int(peer) == qemu
+// admits tells whether a process of the user peer may be at the other end of a socket, whose path
+// the kernel shows to all: of this process's user, of another one that may, or root. A server's
+// other one is QEMU's, and an armed process's the store's.
+func admits(peer uint32, self, other int) bool {
+	return peer == 0 || int(peer) == self || int(peer) == other
 }
 
 // admit hears the servers that connect.
