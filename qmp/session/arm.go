@@ -712,7 +712,7 @@ func (f *forgotten) disarm(ctx context.Context) (again bool, err error) {
 // bury puts the QEMU of a dead process right, if it is still there.
 func (p *armedFor) bury(ctx context.Context, st *store.Store) error {
 	x, err := p.state.Target.dial(ctx, qmp.Options{})
-	if unreachable(err) {
+	if p.state.Target.gone(err) {
 		return p.buried(ctx, st, nil)
 	}
 	if err != nil {

@@ -141,6 +141,22 @@ func TestDisarmOthers(t *testing.T) {
 	}
 }
 
+// TestDisarmWithoutLibvirt: while libvirt's daemon is away nobody knows whether the domain has
+// ended, and what its settings were is not forgotten.
+func TestDisarmWithoutLibvirt(t *testing.T) {
+	a := newArmedTest(t)
+	away := Target{Domain: "web1", Connect: "qemu:///system?socket=" + t.TempDir() + "/away"}
+	state, err := json.Marshal(armedState{Target: away})
+	ok(t, err)
+	ok(t, a.st.NoteArmed(t.Context(), store.Armed{VM: "vm", Part: uuid.New(), Number: 2, Control: t.TempDir() + "/dead", Target: away.String(), State: state}))
+	if err := Disarm(t.Context(), a.st, Target{}, DisarmOptions{VM: "vm", Log: slog.New(slog.DiscardHandler)}); err == nil {
+		t.Error("it is disarmed")
+	}
+	if note, _, err := a.st.ArmedFor(t.Context(), "vm"); note == nil || err != nil {
+		t.Errorf("the note: %+v, %v", note, err)
+	}
+}
+
 // A command waits for an armed process for as long as that gives a sign of life, and not much
 // longer; for ever for one of an earlier version, which gives none.
 func TestArmedHangs(t *testing.T) {

@@ -480,7 +480,7 @@ func (s *armedServer) disarm() {
 
 // putBack makes QEMU what it was, within limit: its monitor may be somebody's.
 func (s *armedServer) putBack(limit time.Duration, ended bool) {
-	err := insist(limit, func(ctx context.Context) error { return s.putBackOnce(ctx, ended) })
+	err := s.c.Target.insist(limit, func(ctx context.Context) error { return s.putBackOnce(ctx, ended) })
 	if err != nil {
 		s.p.Log.Warn("the migration settings are not as they were; the next checkpoint will put them back", "error", err)
 	}

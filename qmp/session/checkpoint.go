@@ -176,7 +176,7 @@ const putRightLimit = 10 * time.Minute
 // PutRight does for a target what a checkpoint that was killed can't do any more: see
 // migration.PutRight.
 func PutRight(t Target) error {
-	return insist(putRightLimit, func(ctx context.Context) error {
+	return t.insist(putRightLimit, func(ctx context.Context) error {
 		x, err := t.dial(ctx, qmp.Options{})
 		if err != nil {
 			return err
@@ -191,14 +191,14 @@ const tryTime = time.Minute
 
 // insist does something with a QEMU until that succeeds or limit is over. A QEMU that is not
 // there needs nothing.
-func insist(limit time.Duration, do func(context.Context) error) error {
+func (t Target) insist(limit time.Duration, do func(context.Context) error) error {
 	all, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	for {
 		ctx, stop := context.WithTimeout(all, tryTime)
 		err := do(ctx)
 		stop()
-		if err == nil || unreachable(err) {
+		if err == nil || t.gone(err) {
 			return nil
 		}
 		select {

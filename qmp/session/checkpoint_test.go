@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/flic-migrate/flic-migrate/qmp"
+	"github.com/flic-migrate/flic-migrate/qmp/libvirt/domain"
 	"github.com/flic-migrate/flic-migrate/qmp/migration"
 	"github.com/flic-migrate/flic-migrate/qmp/qmptest"
 	"github.com/flic-migrate/flic-migrate/stream/returnpath"
@@ -351,19 +352,26 @@ func TestPutRightInsists(t *testing.T) {
 func TestInsist(t *testing.T) {
 	busy := &qmp.OpError{Op: "connect", Err: qmp.ErrBusy}
 	gone := &qmp.OpError{Op: "connect", Err: syscall.ECONNREFUSED}
+	inactive := &qmp.OpError{Op: "domain web1", Err: domain.ErrInactive}
+	own, libvirts := Target{QMP: "web1.qmp"}, Target{Domain: "web1"}
 	for name, c := range map[string]struct {
-		takes time.Duration // until it ends so
-		end   error
-		want  error
+		target Target
+		is     error
+		takes  time.Duration // until it ends so
+		end    error
+		want   error
 	}{
-		"free after a while":      {putRightLimit / 2, nil, nil},
-		"ends after a while":      {putRightLimit / 2, gone, nil},
-		"somebody's all the time": {2 * putRightLimit, nil, qmp.ErrBusy},
+		"free after a while":               {own, busy, putRightLimit / 2, nil, nil},
+		"ends after a while":               {own, busy, putRightLimit / 2, gone, nil},
+		"somebody's all the time":          {own, busy, 2 * putRightLimit, nil, qmp.ErrBusy},
+		"libvirt is away for a while":      {libvirts, gone, putRightLimit / 2, nil, nil},
+		"and then knows that it has ended": {libvirts, gone, putRightLimit / 2, inactive, nil},
+		"libvirt is away, all the time":    {libvirts, gone, 2 * putRightLimit, nil, syscall.ECONNREFUSED},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				begun := time.Now()
-				err := insist(putRightLimit, func(ctx context.Context) error {
+				err := c.target.insist(putRightLimit, func(ctx context.Context) error {
 					if time.Since(begun) >= c.takes {
 						return c.end
 					}
@@ -371,7 +379,7 @@ func TestInsist(t *testing.T) {
 					case <-time.After(5 * time.Second):
 					case <-ctx.Done():
 					}
-					return busy
+					return c.is
 				})
 				if took := time.Since(begun); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) || took > min(c.takes, putRightLimit)+6*time.Second {
 					t.Errorf("%v after %v", err, took)

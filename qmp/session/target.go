@@ -45,10 +45,13 @@ func (t Target) absolute() (Target, error) {
 	return t, err
 }
 
-// unreachable tells whether a dial has failed because there is no QEMU.
-func unreachable(err error) bool {
-	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) ||
-		errors.Is(err, domain.ErrNotFound) || errors.Is(err, domain.ErrInactive)
+// gone tells whether a dial has failed because there is no QEMU. That a domain has none only
+// libvirt can say: its daemon, when it is restarted, is away for a while, and its QEMUs are not.
+func (t Target) gone(err error) bool {
+	if t.Domain != "" {
+		return errors.Is(err, domain.ErrNotFound) || errors.Is(err, domain.ErrInactive)
+	}
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist)
 }
 
 // ErrTwoTargets: both kinds of QEMU are named.
@@ -114,14 +117,13 @@ func (t Target) describe(ctx context.Context) (*checkpoint.Libvirt, error) {
 func (t Target) redialer() (redial migration.Redialer, hangUp func()) {
 	var made []*qmp.Monitor
 	redial = func(ctx context.Context) (qmp.Executor, error) {
-		// libvirt's daemon, when it is restarted, is away for some seconds.
 		for {
 			m, err := t.dial(ctx, qmp.Options{})
 			if err == nil {
 				made = append(made, m)
 				return m, nil
 			}
-			if t.Domain == "" || errors.Is(err, domain.ErrNotFound) || errors.Is(err, domain.ErrInactive) {
+			if t.Domain == "" || t.gone(err) {
 				return nil, err
 			}
 			select {
