@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -338,20 +339,27 @@ func (l *lookup) unlist(ctx context.Context, r Ref, id uuid.UUID, keep bool) (le
 }
 
 // makeWay frees the name that an unlisted image of a checkpoint has, for another one.
-// One that has content may be needed, and gets a name of its own.
+// One that has content may be needed, and gets a name of its own. What can't say who it is gets
+// some name: gc judges it.
 func (s *Store) makeWay(ctx context.Context, r Ref) error {
-	name := r.object(removedSuffix)
-	id, err := s.whoIs(ctx, name)
+	st := stored{name: r.object(removedSuffix)}
+	empty, err := s.unlistedIs(ctx, &st)
 	if gone(err) {
 		return nil // a twin
 	}
-	if err != nil && !errors.Is(err, errNotObject) {
+	if empty && err == nil || errors.Is(err, errNotObject) {
+		return s.dir.Remove(ctx, st.name)
+	}
+	if err != nil && !cannotTell(err) {
 		return err
 	}
-	if id == nil {
-		return s.dir.Remove(ctx, name)
+	if st.uuid != uuid.Nil {
+		err = s.dir.Commit(ctx, st.name, r.keptObject(st.uuid))
+		if st.id != nil || !errors.Is(err, fs.ErrExist) {
+			return err
+		}
 	}
-	return s.dir.Commit(ctx, name, r.keptObject(id.UUID))
+	return s.dir.Commit(ctx, st.name, r.keptObject(uuid.New()))
 }
 
 // tidy frees what is left of a removed image that nobody needs, and what stood for

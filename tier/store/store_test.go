@@ -1445,6 +1445,59 @@ func TestRemoveAgain(t *testing.T) {
 	}
 }
 
+// TestRemoveBesideRemains: what a power cut has left of an image that was emptied does not keep a
+// checkpoint that has come back to its number from being removed, whether others need that or
+// not.
+func TestRemoveBesideRemains(t *testing.T) {
+	ctx := t.Context()
+	for what, left := range map[string]int{"nothing to be read": 0, "another's header": image.HeaderLen} {
+		for _, needed := range []bool{false, true} {
+			for _, named := range []bool{false, true} { // its own name is taken
+				s, disk := newStore(t)
+				r := mustCommit(t, s, "vm")
+				id, err := s.owner(ctx, r.object(imageSuffix))
+				if err != nil {
+					t.Fatal(err)
+				}
+				whose := mustCommit(t, s, "other").object(imageSuffix)
+				other, err := s.owner(ctx, whose)
+				if err != nil {
+					t.Fatal(err)
+				}
+				b, err := s.dir.Read(ctx, whose, 1<<20)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if named {
+					put(t, disk, s.dir.Path(r.keptObject(other)), b)
+				}
+				clear(b[left:])
+				put(t, disk, s.dir.Path(r.object(removedSuffix)), b)
+				if needed {
+					refer(t, s, "third", id)
+				}
+				rm, err := s.Remove(ctx, r)
+				if err != nil || rm.Left != nil || needed != (len(rm.Kept) == 1) {
+					t.Errorf("%s, needed %v: %+v, %v", what, needed, rm, err)
+				}
+				rep, err := s.GC(ctx)
+				if err != nil || len(rep.Warnings) > 0 {
+					t.Errorf("%s, needed %v: gc: %v, %v", what, needed, rep.Warnings, err)
+				}
+				o, err := s.objects(ctx, "vm")
+				if err != nil || len(o.images) > 0 || len(o.removed) != 1 || len(o.kept) > 0 {
+					t.Errorf("%s, needed %v: it leaves %+v, %v", what, needed, o, err)
+				}
+				if f, _, err := s.openReferred(ctx, r, id); needed != (err == nil) {
+					t.Errorf("%s, needed %v: %v", what, needed, err)
+				} else if needed {
+					f.Close()
+				}
+			}
+		}
+	}
+}
+
 // TestReferences: an image that others refer to stays when it is removed, unlisted,
 // and goes with the last of them.
 func TestReferences(t *testing.T) {
