@@ -165,11 +165,12 @@ type demotion struct {
 var errOutdated = errors.New("it has changed meanwhile")
 
 // run moves piece after piece. It leaves an image alone that a receiver puts together, which
-// goes by the pieces that there are, and one that comes meanwhile waits.
+// goes by the pieces that there are, and one of which another process moves pages: the next
+// demotion looks again. A receiver that comes meanwhile waits.
 func (m *demotion) run(ctx context.Context) error {
 	c, err := m.s.tryClaim(ctx, m.uuid)
 	if errors.Is(err, vfs.ErrLocked) {
-		err = fmt.Errorf("a receiver puts the image together, or another process moves them: %w", ErrInUse)
+		return nil
 	}
 	if err != nil {
 		return err
