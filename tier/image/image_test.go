@@ -2,6 +2,7 @@ package image_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -264,6 +265,31 @@ func missing(t *testing.T, im *image.Image, want []frame) {
 		if _, err := im.Chunk(image.PageMap, n); !integrity.IsCorrupt(err) {
 			t.Errorf("chunk %d: %v", n, err)
 		}
+	}
+}
+
+// TestRemainsEnds: who is to end looks at no further frame, whether they are whole or not.
+func TestRemainsEnds(t *testing.T) {
+	f := create(t)
+	write(t, f, image.None, 1)
+	im, err := image.Open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	asked, got := 0, 0
+	err = im.Remains(ctx, func(image.Kind, uint32) bool {
+		if asked++; asked == 3 {
+			cancel()
+		}
+		return true
+	}, func(image.Kind, uint32, int64, []byte) error {
+		got++
+		return nil
+	})
+	if !errors.Is(err, context.Canceled) || asked != 3 || got != 2 {
+		t.Errorf("%v after %d frames of %d", err, got, asked)
 	}
 }
 

@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -391,11 +392,14 @@ func (im *Image) Raw(want func(k Kind, number uint32) bool, fn func(off int64, b
 
 // Remains calls fn for the frames that are wanted and are there as they were written, as Raw
 // does. An image of which others need a part can have lost all else.
-func (im *Image) Remains(want func(k Kind, number uint32) bool, fn func(k Kind, number uint32, off int64, b []byte) error) error {
+func (im *Image) Remains(ctx context.Context, want func(k Kind, number uint32) bool, fn func(k Kind, number uint32, off int64, b []byte) error) error {
 	var st Stored
 	for _, e := range im.frames {
 		if !want(e.kind, e.number) {
 			continue
+		}
+		if err := context.Cause(ctx); err != nil {
+			return err
 		}
 		err := st.fetch(im.src, im.Header, e)
 		if integrity.IsCorrupt(err) {

@@ -306,7 +306,7 @@ func (r *receiving) merge(ctx context.Context, im *image.Image, i *received, par
 	i.id.Kept = was.Kept
 	// All of it, also what has come: who refers to the image now, or is about to, needs what
 	// is here, and nobody has compared what has come with anything yet.
-	if _, err := i.fill(old, source.Below(uint32(old.Segments()))); err != nil {
+	if _, err := i.fill(ctx, old, source.Below(uint32(old.Segments()))); err != nil {
 		return err
 	}
 	return r.openPieces(ctx, i, at)
@@ -335,12 +335,13 @@ func (r *receiving) part(im *image.Image, i *received, part *checkpoint.NVRAMPar
 	return old, was, err
 }
 
-// fill copies segments from what this store has of the image, those that are whole there.
-func (i *received) fill(old *image.Image, segments source.Ranges) (there source.Ranges, err error) {
-	err = old.Remains(func(k image.Kind, n uint32) bool {
+// fill copies segments from what this store has of the image, those that are whole there, and
+// tells how many these are.
+func (i *received) fill(ctx context.Context, old *image.Image, segments source.Ranges) (there uint64, err error) {
+	err = old.Remains(ctx, func(k image.Kind, n uint32) bool {
 		return k.IsSegment() && segments.Has(uint64(n), uint64(n))
-	}, func(k image.Kind, n uint32, off int64, b []byte) error {
-		there = there.Union(source.Ranges{{First: n, Count: 1}})
+	}, func(_ image.Kind, _ uint32, off int64, b []byte) error {
+		there++
 		_, err := i.f.WriteAt(b, off)
 		return err
 	})
@@ -363,12 +364,12 @@ func (r *receiving) had(ctx context.Context, im *image.Image, i *received, part 
 	if err != nil {
 		return err
 	}
-	there, err := i.fill(old, i.Had)
+	there, err := i.fill(ctx, old, i.Had)
 	if err != nil {
 		return err
 	}
-	if lacks := i.Had.Minus(there); len(lacks) > 0 {
-		return r.lacks("%d segments of image %v", lacks.Count(), i.UUID)
+	if lacks := i.Had.Count() - there; lacks > 0 {
+		return r.lacks("%d segments of image %v", lacks, i.UUID)
 	}
 	return nil
 }

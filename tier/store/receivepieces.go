@@ -110,6 +110,9 @@ func (r *receiving) pieces(ctx context.Context, im *image.Image, i *received, pa
 	}
 	all := want
 	for k, f := range i.files {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
 		p, err := moved.Read(f)
 		if err == nil && (p.UUID != i.UUID || p.PageSize != i.PageSize) {
 			err = &integrity.CorruptError{File: f.Name(), What: "header", Err: errors.New("it is another image's")}
@@ -171,7 +174,13 @@ func (r *receiving) refill(ctx context.Context, i *received, name string, p *mov
 	}
 	b := make([]byte, p.PageSize)
 	changed := false
+	n := 0
 	err = p.Slots.Each(func(slot uint32) error {
+		if n++; n%4096 == 0 { // all of it is read
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+		}
 		if !slots.Has(uint64(slot), uint64(slot)) {
 			return nil
 		}
