@@ -501,7 +501,11 @@ func TestTogether(t *testing.T) {
 	other := func(n int) (*tiertest.Stream, save.Options) {
 		s := tiertest.New(tiertest.Options{Seed: 1, Passes: 1 + n/2, Resend: 0.5, Fill: true,
 			Blocks: []tiertest.Block{{Name: "pc.ram", Size: 160 << 10}, {Name: "rom", Size: 32 << 10}}})
-		return s, save.Options{VM: "other", Energy: dedup.EnergyFull, SegmentPages: 4, Workers: 1, Share: save.ShareNone}
+		o := save.Options{VM: "other", Energy: dedup.EnergyFull, SegmentPages: 4, Workers: 1, Share: save.ShareNone}
+		if n%2 == 0 {
+			o.Parent = save.ParentNone // so that nobody needs the one before
+		}
+		return s, o
 	}
 	expected := func(err error) bool {
 		return err == nil || errors.Is(err, store.ErrInUse) || errors.Is(err, store.ErrNotFound) && !integrity.IsCorrupt(err) || errors.Is(err, store.ErrChanged)

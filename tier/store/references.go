@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
+	"strings"
 
 	"github.com/google/uuid"
 
@@ -148,7 +150,8 @@ func (o vmObjects) unlisted(vm string) (list []stored) {
 }
 
 // unlessGone is err, which reading an object without a lock gave, or that the object is
-// not there: a removal empties an image after it has taken its name.
+// not there: a removal empties an image after it has taken its name, and the unlisted one with
+// a VM's highest number under that name.
 func (s *Store) unlessGone(ctx context.Context, name string, err error) error {
 	if !integrity.IsCorrupt(err) {
 		return err
@@ -157,8 +160,12 @@ func (s *Store) unlessGone(ctx context.Context, name string, err error) error {
 	if gone(openErr) {
 		return openErr
 	}
-	if openErr == nil {
-		f.Close()
+	if openErr != nil {
+		return err
+	}
+	defer f.Close()
+	if size, sizeErr := f.Size(); sizeErr == nil && size == 0 && strings.HasSuffix(name, removedSuffix) {
+		return fmt.Errorf("%s was emptied: %w", f.Name(), fs.ErrNotExist)
 	}
 	return err
 }

@@ -1760,3 +1760,36 @@ func TestHoldMoved(t *testing.T) {
 		}
 	}
 }
+
+// TestUnlessGone: what is read of an image while a removal empties it is no damage, also where its
+// name stays.
+func TestUnlessGone(t *testing.T) {
+	s, _ := newStore(t)
+	ctx := t.Context()
+	damage := &integrity.CorruptError{File: "x", What: "DIGESTS", Err: errors.New("cut short")}
+	if err := s.dir.Mkdir(ctx, vmFolder("vm")); err != nil {
+		t.Fatal(err)
+	}
+	r := Ref{"vm", 1}
+	for name, c := range map[string]struct {
+		content []byte
+		gone    bool
+	}{
+		r.object(removedSuffix):            {nil, true},
+		Ref{"vm", 2}.object(removedSuffix): {[]byte("image"), false},
+		r.object(imageSuffix):              {nil, false},
+	} {
+		if err := s.dir.Write(ctx, name, spare(), c.content); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.unlessGone(ctx, name, damage); gone(err) != c.gone || !c.gone && err != error(damage) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := s.unlessGone(ctx, Ref{"vm", 3}.object(imageSuffix), damage); !gone(err) {
+		t.Error(err)
+	}
+	if err := s.unlessGone(ctx, r.object(imageSuffix), errNeeded); err != errNeeded {
+		t.Error(err)
+	}
+}
