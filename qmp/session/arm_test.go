@@ -395,15 +395,7 @@ func TestArmedUnmarked(t *testing.T) {
 			q.cancelled = func() { _ = unix.Shutdown(int(a.stream.Fd()), unix.SHUT_RDWR) }
 			a.run(t.Context(), armedConfig{Buffer: 16 << 10, Target: target, Kept: migration.Kept{Parameters: users}}, 4<<10)
 			defer a.stream.Close()
-			written := a.feed()
-			if a.hear().Hello == nil {
-				t.Fatal("no hello")
-			}
-			a.ask("ready")
-			if !a.hear().Held {
-				t.Error("it does not hold")
-			}
-			a.conn.Close()
+			written := a.held()
 			go func() { // QEMU sees the end of its stream
 				<-written
 				q.mu.Lock()
@@ -682,15 +674,7 @@ func TestArmedAtItsEnd(t *testing.T) {
 	a := newArmedTest(t)
 	a.run(t.Context(), armedConfig{Buffer: 16 << 10, Target: target, Kept: migration.Kept{Parameters: users}}, 4<<10)
 	defer a.stream.Close()
-	written := a.feed()
-	if a.hear().Hello == nil {
-		t.Fatal("no hello")
-	}
-	a.ask("ready")
-	if !a.hear().Held {
-		t.Error("it does not hold")
-	}
-	a.conn.Close()
+	written := a.held()
 	x, err := target.Monitor(t.Context())
 	ok(t, err)
 	q.mu.Lock()

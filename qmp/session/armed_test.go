@@ -97,6 +97,21 @@ func (a *armedTest) feed() (written chan struct{}) {
 	return written
 }
 
+// held has the process begin and hold a stream of feed, for a command that is gone then.
+func (a *armedTest) held() (written chan struct{}) {
+	a.t.Helper()
+	written = a.feed()
+	if a.hear().Hello == nil {
+		a.t.Fatal("no hello")
+	}
+	a.ask("ready")
+	if !a.hear().Held {
+		a.t.Error("it does not hold")
+	}
+	a.conn.Close()
+	return written
+}
+
 func (a *armedTest) hear() (m armedSay) {
 	a.t.Helper()
 	if !a.lines.Scan() {

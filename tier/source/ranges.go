@@ -2,6 +2,7 @@ package source
 
 import (
 	"cmp"
+	"context"
 	"slices"
 )
 
@@ -91,6 +92,19 @@ func (s Ranges) Each(fn func(n uint32) error) error {
 		}
 	}
 	return nil
+}
+
+// EachUntil is Each for what takes long: it ends with ctx, which it looks at now and then.
+func (s Ranges) EachUntil(ctx context.Context, fn func(n uint32) error) error {
+	called := 0
+	return s.Each(func(n uint32) error {
+		if called++; called%4096 == 0 {
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+		}
+		return fn(n)
+	})
 }
 
 // Add adds the number n, which is as high as those in the set or higher.

@@ -89,13 +89,7 @@ func (r *receiving) borrow(ctx context.Context, i *received, want source.Ranges)
 	first := uint32(i.id.FirstDiskSlot())
 	lent := &moved.Lent{UUID: i.UUID}
 	own := source.Below(first).Union(v.of[i.UUID].slots)
-	n := 0
-	err = want.Minus(own).Each(func(slot uint32) error {
-		if n++; n%4096 == 0 {
-			if err := context.Cause(ctx); err != nil {
-				return err
-			}
-		}
+	err = want.Minus(own).EachUntil(ctx, func(slot uint32) error {
 		if at := uint64(slot - first); i.Disk.Has(at, at) {
 			return nil // it has come
 		}

@@ -174,13 +174,7 @@ func (r *receiving) refill(ctx context.Context, i *received, name string, p *mov
 	}
 	b := make([]byte, p.PageSize)
 	changed := false
-	n := 0
-	err = p.Slots.Each(func(slot uint32) error {
-		if n++; n%4096 == 0 { // all of it is read
-			if err := context.Cause(ctx); err != nil {
-				return err
-			}
-		}
+	err = p.Slots.EachUntil(ctx, func(slot uint32) error {
 		if !slots.Has(uint64(slot), uint64(slot)) {
 			return nil
 		}
